@@ -1,0 +1,44 @@
+# VENV= takes another environment; PYTHON= the interpreter that makes it.
+VENV ?= .venv
+PYTHON ?= python3
+BIN := $(VENV)/bin
+STAMP := $(VENV)/.installed
+
+.PHONY: help quickstart test test-all lint bench notebooks clean
+
+help:
+	@echo "make quickstart   train a teacher and students on scikit-learn's digits, print the comparison (4 minutes)"
+	@echo "make test         the test suite          make test-all   with the slow tests"
+	@echo "make lint         ruff and types          make bench      speed ratios"
+	@echo "make notebooks    run the notebooks"
+
+# installed again only when pyproject.toml changed
+$(STAMP): pyproject.toml
+	@echo "installing into $(VENV) (some minutes the first time)"
+	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	@$(BIN)/python -m pip install --quiet --disable-pip-version-check -e '.[dev]' 2> $(VENV)/pip.log \
+		|| { cat $(VENV)/pip.log; exit 1; }
+	@touch $@
+
+quickstart: $(STAMP)
+	@$(BIN)/python -m lightning_kd.quickstart
+
+test: $(STAMP)
+	@$(BIN)/python -m pytest
+
+test-all: $(STAMP)
+	@$(BIN)/python -m pytest -m ''
+
+lint: $(STAMP)
+	@$(BIN)/ruff check --quiet .
+	@$(BIN)/ruff format --check --quiet .
+	@$(BIN)/mypy --no-error-summary
+
+bench: $(STAMP)
+	@$(BIN)/python tests/benchmarks/run.py
+
+notebooks: $(STAMP)
+	@$(BIN)/python notebooks/run.py
+
+clean:
+	rm -rf .pytest_cache .mypy_cache .ruff_cache dist build

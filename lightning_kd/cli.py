@@ -1,0 +1,113 @@
+"""The door: ``lightning-kd fit | validate | test | predict | list | compare``.
+
+Only light modules are imported before the verb is known: ``compare`` and ``--version`` start at once.
+"""
+
+from __future__ import annotations
+
+import os
+import shlex
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from lightning_kd import __version__
+from lightning_kd.configs_by_name import config_folder, config_names, with_config_paths
+
+if TYPE_CHECKING:
+    from lightning_kd.trainer_cli import RunCLI
+
+__all__ = ["get_cli", "main"]
+
+USAGE = """usage: lightning-kd VERB [--config NAME_OR_PATH ...] [--run FOLDER] [options]
+
+  fit       train from a config:     lightning-kd fit --config distillation/dhkd_digits
+  validate  evaluate on the validation split, test on the test split, with --ckpt_path last | best | PATH
+  test
+  predict   write predictions.csv into the run folder
+  list      methods, data modules, networks and shipped configs
+  compare   mean and std over seeds of finished runs: lightning-kd compare RUN...
+
+  lightning-kd fit --help            all options; --model.help DHKD and --data.help CIFAR100DataModule those of a class
+  lightning-kd fit --print_config    the configuration as it would run
+  lightning-kd --version
+"""
+
+
+def main(args: Sequence[str] | None = None) -> None:
+    """Run one command; ``args`` default to the process's own.
+
+    Raises:
+        SystemExit: with status 1 (or jsonargparse's 2) where the command failed; what failed was printed.
+    """
+    argv = list(sys.argv[1:] if args is None else args)
+    verb = argv[0] if argv else "--help"
+    if verb in ("-h", "--help"):
+        print(USAGE)
+    elif verb == "--version":
+        print(f"lightning-kd {__version__}")
+    elif verb == "compare":
+        from lightning_kd import compare
+
+        compare.main(argv[1:])
+    elif verb == "list":
+        print(_listing())
+    else:
+        _run(argv)
+
+
+def get_cli(args: Sequence[str] | None = None, run: bool = False, **kwargs: Any) -> RunCLI:
+    """The parsed command line as objects (``cli.model``, ``cli.datamodule``, ``cli.trainer``), for notebooks and scripts.
+
+    Args:
+        args: options such as ``["--config", "distillation/dhkd_digits", "--trainer.max_epochs", "3"]``; with
+            ``run=True`` the verb comes first.
+        run: run the verb at once.
+        kwargs: further arguments of ``RunCLI``.
+    """
+    from lightning_kd.trainer_cli import RunCLI
+
+    resolved, paths = with_config_paths(list(args or []))
+    return RunCLI(args=resolved, run=run, config_paths=paths, **kwargs)
+
+
+def _run(argv: list[str]) -> None:
+    if "" not in sys.path and os.getcwd() not in sys.path:
+        sys.path.insert(0, os.getcwd())  # a user's own classes, as with python -m
+    try:
+        resolved, paths = with_config_paths(argv)
+        from lightning_kd.trainer_cli import RunCLI, quiet
+
+        quiet()
+        RunCLI(args=resolved, run=True, config_paths=paths, command=shlex.join(["lightning-kd", *argv]))
+    except Exception as error:
+        if not getattr(error, "told", False):
+            if not isinstance(error, (ValueError, OSError, TypeError, ImportError)):
+                raise
+            print(f"error: {error}", file=sys.stderr)
+        sys.exit(1)
+
+
+def _listing() -> str:
+    from lightning_kd.core.registry import catalogue
+    from lightning_kd.nets import network_names
+
+    lines = []
+    for title, entries in catalogue().items():
+        lines += [f"{title}:", *(f"  {name:<24}{summary}" for name, summary in entries)]
+    lines += ["networks:", f"  {', '.join(network_names())}", "  timm/NAME, torchvision/NAME"]
+    lines += ["configs:"]
+    for name in config_names():
+        first = (config_folder() / f"{name}.yaml").read_text().partition("\n")[0]
+        lines.append(f"  {name:<48}{first.lstrip('# ') if first.startswith('#') else ''}")
+    return "\n".join(lines)
+
+
+def default_run_folder(config_paths: Sequence[str], fallback: str) -> str:
+    """``runs/`` and the names of the configs, overlays left out; a run's own ``config.yaml`` means that run."""
+    paths = [Path(p) for p in config_paths]
+    if len(paths) == 1 and paths[0].name == "config.yaml" and (paths[0].parent / "run.json").is_file():
+        return str(paths[0].parent)
+    names = [path.stem for path in paths if path.parent.name != "_overlay"]
+    return str(Path("runs") / ("-".join(names) or fallback))

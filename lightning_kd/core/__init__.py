@@ -1,0 +1,19 @@
+"""What every method stands on. Nothing here knows a method."""
+
+from lightning_kd.core.batch import Batch, as_batch
+from lightning_kd.core.classification import Classification
+from lightning_kd.core.seeding import EpochSeeding, derive_seed
+from lightning_kd.core.taps import Tap, find_classifier, penultimate_tap
+from lightning_kd.core.task import Task
+
+__all__ = [
+    "Batch",
+    "Classification",
+    "EpochSeeding",
+    "Tap",
+    "Task",
+    "as_batch",
+    "derive_seed",
+    "find_classifier",
+    "penultimate_tap",
+]

@@ -1,0 +1,58 @@
+"""Finding methods and data modules in the package, so that a new file is all that a new method needs."""
+
+from __future__ import annotations
+
+import importlib
+import inspect
+import pkgutil
+from types import ModuleType
+from typing import Any
+
+FAMILIES = ("distillation", "active_learning", "noisy_labels", "flatness")
+
+
+def export_modules(package: str, namespace: dict[str, Any]) -> list[str]:
+    """Import every module of ``package`` and put what their ``__all__`` names into ``namespace``; returns the names.
+
+    Called from a package's ``__init__`` as ``__all__ = export_modules(__name__, globals())``.
+    """
+    names: list[str] = []
+    for info in pkgutil.iter_modules(namespace["__path__"]):
+        if not info.name.startswith("_"):
+            module = importlib.import_module(f"{package}.{info.name}")
+            for name in getattr(module, "__all__", ()):
+                namespace[name] = getattr(module, name)
+                names.append(name)
+    return sorted(names)
+
+
+def family_packages() -> list[ModuleType]:
+    """The packages of all families that exist, imported."""
+    import lightning_kd
+
+    present = {info.name for info in pkgutil.iter_modules(lightning_kd.__path__)}
+    return [importlib.import_module(f"lightning_kd.{name}") for name in FAMILIES if name in present]
+
+
+def catalogue() -> dict[str, list[tuple[str, str]]]:
+    """Methods and data modules with the first line of their docstrings, under the titles of ``lightning-kd list``."""
+    import lightning as L
+
+    import lightning_kd.core
+    import lightning_kd.data
+    from lightning_kd.core.task import Task
+
+    def entries(packages: list[ModuleType], base: type) -> list[tuple[str, str]]:
+        found = {}
+        for package in packages:
+            for name in package.__all__:
+                value = getattr(package, name)
+                if inspect.isclass(value) and issubclass(value, base) and not inspect.isabstract(value):
+                    found[name] = (inspect.getdoc(value) or "").partition("\n")[0]
+        return sorted(found.items())
+
+    methods = entries([lightning_kd.core, *family_packages()], Task)
+    return {
+        "methods": [(name, summary) for name, summary in methods if name != "Task"],
+        "data modules": entries([lightning_kd.data], L.LightningDataModule),
+    }

@@ -1,0 +1,86 @@
+"""Features of any network, by forward hooks on module paths."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+
+def find_classifier(network: nn.Module, path: str | None = None) -> tuple[str, nn.Linear]:
+    """The path and module of the layer that turns the pooled feature into logits.
+
+    Args:
+        network: any network.
+        path: the classifier's module path where it is not the last ``nn.Linear`` in definition order.
+
+    Raises:
+        ValueError: if ``path`` names no ``nn.Linear``, or no ``nn.Linear`` is found.
+    """
+    modules = dict(network.named_modules())
+    if path is not None:
+        module = modules.get(path)
+        if not isinstance(module, nn.Linear):
+            got = "nothing" if module is None else type(module).__name__
+            raise ValueError(f"classifier path {path!r} is {got} in {type(network).__name__}: name an nn.Linear of it")
+        return path, module
+    for name, module in reversed(modules.items()):
+        if isinstance(module, nn.Linear):
+            return name, module
+    raise ValueError(f"{type(network).__name__} has no nn.Linear to take as classifier: name one by its module path")
+
+
+class Tap:
+    """Keeps what passes through one module of a network in the latest forward pass, with its graph.
+
+    A tap must be set before the network is compiled: hooks added later never fire, so they are refused.
+
+    Args:
+        network: the network to listen to.
+        path: module path inside it, as in ``network.named_modules()``.
+        side: ``"output"`` of the module or its first ``"input"``.
+
+    Raises:
+        ValueError: for an unknown path, with the known ones of the same depth.
+        RuntimeError: if the network is compiled already.
+    """
+
+    def __init__(self, network: nn.Module, path: str, side: str = "output") -> None:
+        modules = dict(network.named_modules())
+        if path not in modules:
+            known = [name for name in modules if name and name.count(".") == path.count(".")]
+            raise ValueError(f"no module {path!r} in {type(network).__name__}; at that depth there are {known[:12]}")
+        if getattr(network, "_compiled_call_impl", None) is not None:
+            raise RuntimeError(f"a tap on {path!r} after compile() would never fire: tap the network first")
+        self.path = path
+        self._value: Any = None
+        if side == "input":
+            self.handle = modules[path].register_forward_pre_hook(self._keep_input)
+        elif side == "output":
+            self.handle = modules[path].register_forward_hook(self._keep_output)
+        else:
+            raise ValueError(f"side must be 'input' or 'output', got {side!r}")
+
+    def _keep_input(self, module: nn.Module, args: tuple[Any, ...]) -> None:
+        self._value = args[0]
+
+    def _keep_output(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
+        self._value = output
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Tap:
+        # A copied module keeps hooks that report to this tap; a graph tensor cannot be copied anyway.
+        return self
+
+    def take(self) -> Tensor:
+        """The tensor of the latest forward pass; the tap lets go of it, so that its graph can be freed."""
+        value, self._value = self._value, None
+        if not isinstance(value, torch.Tensor):
+            raise RuntimeError(f"the tap on {self.path!r} has seen no tensor: run the network's forward first")
+        return value
+
+
+def penultimate_tap(network: nn.Module, classifier: str | None = None) -> tuple[Tap, nn.Linear]:
+    """A tap on the feature ``[B, D]`` that enters the classifier, and the classifier itself (found or named)."""
+    path, module = find_classifier(network, classifier)
+    return Tap(network, path, side="input"), module

@@ -1,0 +1,252 @@
+"""The base class of all methods."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Sequence
+from typing import Any
+
+import lightning as L
+import torch
+import torch.nn.functional as F
+from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
+from torch import Tensor, nn
+from torchmetrics import MeanMetric, MetricCollection
+from torchmetrics.classification import MulticlassAccuracy, MulticlassCalibrationError
+from typing_extensions import Self
+
+from lightning_kd.core.batch import as_batch
+from lightning_kd.core.seeding import EpochSeeding
+from lightning_kd.nets import network_for
+
+__all__ = ["Task"]
+
+
+class Task(L.LightningModule):
+    """A classification method: networks, optimizer, metrics, checkpoints. A subclass adds its ``training_step``.
+
+    A subclass builds its networks in ``__init__`` by ``self.build(...)``, names the one that answers in
+    ``main_network`` and returns ``self.step_loss(terms, logits, target)`` from ``training_step``.
+
+    Metrics: ``train/loss``, each loss term and ``train/acc`` per epoch, accumulated on the device; ``val/`` and
+    ``test/`` ``loss``, ``acc``, ``ece`` (15 bins) and, with more than 10 classes, ``acc5``.
+
+    Several processes: metrics are sums over all processes; the loss is the mean over each process's batch, gradients
+    are averaged by DDP.
+
+    Args:
+        num_classes: number of classes ``C``. From the command line it comes from the data module.
+        input_shape: shape of one image ``(C, H, W)`` or of one feature row ``(D,)``; likewise.
+        optimizer: factory from parameters to an optimizer. Default: SGD, learning rate 0.05, momentum 0.9, weight
+            decay 5e-4.
+        lr_scheduler: factory from the optimizer to a scheduler. Default: constant learning rate. Not
+            ``ReduceLROnPlateau`` if a resumed run must equal an undisturbed one: Lightning steps it after the
+            checkpoint is written.
+        lr_interval: ``"epoch"`` or ``"step"``: when the scheduler steps.
+        channels_last: memory format of networks and images. Default: on for networks with 2-D convolutions.
+        compile: compile the networks in place with ``torch.compile``; worth it only for long runs.
+    """
+
+    monitor = "val/acc"
+    monitor_mode = "max"
+
+    def __init__(
+        self,
+        num_classes: int,
+        input_shape: Sequence[int] = (3, 32, 32),
+        optimizer: OptimizerCallable | None = None,
+        lr_scheduler: LRSchedulerCallable | None = None,
+        lr_interval: str = "epoch",
+        channels_last: bool | None = None,
+        compile: bool = False,
+    ) -> None:
+        super().__init__()
+        if num_classes < 2:
+            raise ValueError(f"num_classes must be at least 2, got {num_classes}")
+        if lr_interval not in ("epoch", "step"):
+            raise ValueError(f"lr_interval must be 'epoch' or 'step', got {lr_interval!r}")
+        # Names and numbers go into the checkpoint; modules and functions would need unpickling.
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", ".*is an instance of `nn.Module`.*")
+            self.save_hyperparameters()
+        for key in [k for k, v in self.hparams.items() if isinstance(v, nn.Module) or callable(v)]:
+            self.hparams.pop(key)
+            self._hparams_initial.pop(key, None)  # type: ignore[union-attr, operator]
+        self.num_classes = num_classes
+        self.input_shape = tuple(input_shape)
+        self.optimizer_factory = optimizer
+        self.lr_scheduler_factory = lr_scheduler
+        self.lr_interval = lr_interval
+        self.channels_last = channels_last
+        self.compile_networks = compile
+        self._built: list[nn.Module] = []
+        self._sums: dict[str, Tensor] = {}
+        self._last_terms: dict[str, Tensor] | None = None
+        self._last_step = 0
+        self.val_metrics = _eval_metrics(num_classes, "val/")
+        self.test_metrics = _eval_metrics(num_classes, "test/")
+
+    # -- networks ----------------------------------------------------------------------------------------------------
+
+    def build(self, network: str | nn.Module) -> nn.Module:
+        """A network by name (see ``lightning-kd list``) for this task's classes and input, or the given one itself."""
+        if isinstance(network, str):
+            network = network_for(network, self.num_classes, self.input_shape)
+        if self.channels_last is None:
+            self.channels_last = len(self.input_shape) == 3 and any(isinstance(m, nn.Conv2d) for m in network.modules())
+        if self.channels_last:
+            network.to(memory_format=torch.channels_last)
+        self._built.append(network)
+        return network
+
+    @property
+    def main_network(self) -> nn.Module:
+        """The network that is tested, used for predictions and exported."""
+        raise AttributeError(f"{type(self).__name__} names no main_network: return the network that answers")
+
+    def exports(self) -> dict[str, nn.Module]:
+        """Plain networks to write as ``NAME.pt`` into the run folder after ``fit``."""
+        return {"network": self.main_network}
+
+    def setup(self, stage: str) -> None:
+        if self.compile_networks:
+            for network in self._built:
+                if network._compiled_call_impl is None:
+                    network.compile()
+
+    def format_image(self, image: Tensor) -> Tensor:
+        """The image in the memory format of the networks."""
+        return image.contiguous(memory_format=torch.channels_last) if self.channels_last and image.ndim == 4 else image
+
+    def forward(self, image: Tensor) -> Tensor:
+        """Logits ``[B, C]`` of the main network."""
+        return self.main_network(self.format_image(image))
+
+    @classmethod
+    def load_from_checkpoint(cls, checkpoint_path: Any, *args: Any, **kwargs: Any) -> Self:
+        """Lightning's, with ``weights_only=True`` unless said otherwise: nothing but tensors and plain values is read.
+
+        A network that was given as a module is not in the checkpoint's hyperparameters: give it again.
+        """
+        kwargs.setdefault("weights_only", True)
+        return super().load_from_checkpoint(checkpoint_path, *args, **kwargs)
+
+    # -- training ----------------------------------------------------------------------------------------------------
+
+    def configure_callbacks(self) -> list[L.Callback]:
+        known = [c for c in self.trainer.callbacks if isinstance(c, EpochSeeding)]  # type: ignore[attr-defined]
+        return [] if known else [EpochSeeding()]
+
+    def configure_optimizers(self) -> Any:
+        parameters = [p for p in self.parameters() if p.requires_grad]
+        if self.optimizer_factory is None:
+            optimizer: torch.optim.Optimizer = torch.optim.SGD(parameters, lr=0.05, momentum=0.9, weight_decay=5e-4)
+        else:
+            optimizer = self.optimizer_factory(parameters)
+        if self.lr_scheduler_factory is None:
+            return optimizer
+        scheduler = {"scheduler": self.lr_scheduler_factory(optimizer), "interval": self.lr_interval}
+        if isinstance(scheduler["scheduler"], torch.optim.lr_scheduler.ReduceLROnPlateau):
+            scheduler["monitor"] = getattr(scheduler["scheduler"], "monitor", self.monitor)
+        return {"optimizer": optimizer, "lr_scheduler": scheduler}
+
+    def step_loss(self, terms: dict[str, Tensor], logits: Tensor, target: Tensor) -> Tensor:
+        """The sum of the loss terms, after noting them, the accuracy and whether all is finite.
+
+        Args:
+            terms: scalar losses by name, weighted as they enter the sum; logged as ``train/loss_NAME``.
+            logits: ``[B, C]`` of the main network.
+            target: int64 ``[B]``.
+
+        Raises:
+            RuntimeError: if the sum is not finite (on a GPU: in the following step, which saves a synchronisation).
+        """
+        loss = torch.stack(list(terms.values())).sum() if len(terms) > 1 else next(iter(terms.values()))
+        with torch.no_grad():
+            noted = {"loss": loss.detach(), **{f"loss_{k}": v.detach() for k, v in terms.items() if len(terms) > 1}}
+            self._check_finite()
+            self._last_terms = {**noted, "largest |logit|": logits.detach().abs().max()}
+            self._last_step = self.global_step
+            if loss.device.type == "cpu":
+                self._check_finite()
+            accuracy = (logits.detach().argmax(1) == target).float().mean()
+            self._accumulate({**noted, "acc": accuracy}, len(target))
+        if self.trainer.global_step % self.trainer.log_every_n_steps == 0:  # type: ignore[attr-defined]
+            self.log("loss", loss.detach(), prog_bar=True, logger=False)
+        return loss
+
+    def _accumulate(self, values: dict[str, Tensor], weight: int) -> None:
+        batch = torch.stack([v.float() for v in values.values()]) * weight
+        count = batch.new_full((1,), weight)
+        key = "|".join(values)  # terms may come and go between epochs
+        self._sums[key] = torch.cat([batch, count]) + self._sums.get(key, 0)
+
+    def _check_finite(self) -> None:
+        last, self._last_terms = self._last_terms, None
+        if last is None or torch.isfinite(last["loss"]):
+            return
+        raise RuntimeError(
+            f"the loss is not finite at step {self._last_step} (epoch {self.current_epoch}): "
+            + ", ".join(f"{name} {float(value):.4g}" for name, value in last.items())
+            + "; lower the learning rate, clip gradients or check the inputs, and go on from last.ckpt"
+        )
+
+    def on_train_epoch_start(self) -> None:
+        self._sums.clear()
+
+    def on_train_epoch_end(self) -> None:
+        self._check_finite()
+        for key, sums in self._sums.items():
+            total = self.trainer.strategy.reduce(sums, reduce_op="sum")
+            means = (total[:-1] / total[-1]).tolist()
+            self.log_dict({f"train/{name}": mean for name, mean in zip(key.split("|"), means, strict=True)})
+        self._sums.clear()
+
+    # -- evaluation --------------------------------------------------------------------------------------------------
+
+    def _evaluate(self, batch: Any, metrics: MetricCollection) -> None:
+        batch = as_batch(batch)
+        logits = self(batch.image).float()
+        metrics["loss"].update(F.cross_entropy(logits, batch.target), len(logits))
+        probabilities = logits.softmax(1)
+        for name, metric in metrics.items(keep_base=True):
+            if name != "loss":
+                metric.update(probabilities, batch.target)
+
+    def validation_step(self, batch: Any, batch_idx: int) -> None:
+        self._evaluate(batch, self.val_metrics)
+
+    def test_step(self, batch: Any, batch_idx: int) -> None:
+        self._evaluate(batch, self.test_metrics)
+
+    def on_validation_epoch_end(self) -> None:
+        self._log_metrics(self.val_metrics)
+
+    def on_test_epoch_end(self) -> None:
+        self._log_metrics(self.test_metrics)
+
+    def _log_metrics(self, metrics: MetricCollection) -> None:
+        values = metrics.compute()
+        metrics.reset()
+        # metrics are synchronised already; acc is worth a place in the bar
+        self.log_dict({k: v for k, v in values.items() if not k.endswith("/acc")})
+        self.log_dict({k: v for k, v in values.items() if k.endswith("/acc")}, prog_bar=True)
+
+    def predict_step(self, batch: Any, batch_idx: int) -> dict[str, Tensor]:
+        """``index`` int64 ``[B]``, ``prediction`` int64 ``[B]`` and ``probabilities`` float32 ``[B, C]``."""
+        batch = as_batch(batch)
+        if batch.index is None:
+            raise ValueError("predict needs each sample's index, got batches without: use a lightning_kd data module")
+        probabilities = self(batch.image).float().softmax(1)
+        return {"index": batch.index, "prediction": probabilities.argmax(1), "probabilities": probabilities}
+
+
+def _eval_metrics(num_classes: int, prefix: str) -> MetricCollection:
+    metrics: dict[str, Any] = {
+        "loss": MeanMetric(),
+        "acc": MulticlassAccuracy(num_classes, average="micro"),
+        "ece": MulticlassCalibrationError(num_classes, n_bins=15),
+    }
+    if num_classes > 10:
+        metrics["acc5"] = MulticlassAccuracy(num_classes, average="micro", top_k=5)
+    return MetricCollection(metrics, prefix=prefix, compute_groups=False)

@@ -1,0 +1,201 @@
+"""Weights from a file into a network, and networks with their published weights."""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+import torchvision
+from torch import Tensor, nn
+
+from lightning_kd.core.taps import find_classifier
+from lightning_kd.nets.libraries import timm_library, torchvision_name
+
+# Where training programs keep the weights inside what they save.
+_NESTS = ("state_dict", "model", "net", "network", "model_state_dict")
+# Ours are saved as part of a task, under the name that the network has in it.
+_PREFIXES = ("network.", "student.", "")
+
+
+def load_weights(network: nn.Module, source: str | Path, num_classes: int | None = None) -> None:
+    """Load the weights in a file into ``network``, in place; after an error the network is as it was.
+
+    The file is a checkpoint of a task here (the network under ``network.`` or ``student.``; its other parts are
+    ignored), a plain state_dict, or what the public distillation programs save (the state_dict inside ``model``,
+    ``state_dict`` or ``net``, the names perhaps after ``module.``). A ``.safetensors`` file needs that package. Nothing
+    but tensors and plain values is ever unpickled.
+
+    Args:
+        network: the network to load into; names and shapes must match exactly. Only ``num_batches_tracked``, which old
+            files lack, may be missing.
+        source: the file.
+        num_classes: where given, the outputs that the classifier (the last ``nn.Linear``) must have.
+
+    Raises:
+        FileNotFoundError: where there is no such file.
+        ValueError: where the file cannot be read safely, holds no state_dict, does not fit the network, has another
+            number of classes, or has a value that is not finite.
+        ImportError: where a ``.safetensors`` file is given and safetensors is not installed.
+    """
+    path = Path(source).expanduser()
+    own = network.state_dict()
+    weights = _matching(_state_dict(_read(path), path), own)
+    _check(weights, own, path, type(network).__name__)
+    if num_classes is not None:
+        _check_classes(network, num_classes, path)
+    network.load_state_dict(weights, strict=False)  # checked above; strict would ask for num_batches_tracked
+
+
+def pretrained_network(name: str, num_classes: int) -> nn.Module:
+    """``timm/NAME`` or ``torchvision/NAME`` with its published weights, which may be downloaded.
+
+    Args:
+        name: the network, with its library.
+        num_classes: classes of the data; the published classifier must have as many.
+
+    Raises:
+        ValueError: where the name has no library in front or is unknown to it, no weights are published, or they are
+            for another number of classes.
+        ImportError: where ``timm/NAME`` is asked for and timm is not installed.
+        OSError: where the weights cannot be downloaded.
+    """
+    library, _, short = name.partition("/")
+    if library == "timm":
+        timm = timm_library(name)
+        if not timm.models.is_model_pretrained(short):
+            raise ValueError(f"network {name!r} has no published weights: give a file as weights")
+        published = timm.models.get_pretrained_cfg(short).num_classes
+    elif library == "torchvision":
+        short = torchvision_name(name)
+        published = len(torchvision.models.get_model_weights(short).DEFAULT.meta["categories"])
+    else:
+        raise ValueError(
+            f"weights 'default' exist only for timm/ and torchvision/ names, not for {name!r}: give a file as weights"
+        )
+    if published != num_classes:
+        raise ValueError(
+            f"the published weights of {name!r} have {published} classes, the data has {num_classes}: "
+            "train this network on the data first and give its checkpoint as weights"
+        )
+    try:
+        if library == "timm":
+            return timm.create_model(short, pretrained=True)
+        return torchvision.models.get_model(short, weights="DEFAULT")
+    except OSError as error:
+        raise OSError(
+            f"the published weights of {name!r} cannot be downloaded ({error}): connect, or give a file as weights"
+        ) from error
+
+
+def _read(path: Path) -> Any:
+    if not path.is_file():
+        raise FileNotFoundError(f"weights {str(path)!r}: there is no such file; give a checkpoint or a state_dict file")
+    if path.suffix == ".safetensors":
+        try:
+            from safetensors.torch import load_file
+        except ImportError as error:
+            raise ImportError(f"weights {str(path)!r} need safetensors: pip install safetensors") from error
+    try:
+        if path.suffix == ".safetensors":
+            return load_file(path)
+        # Public programs save their command line beside the weights; a Namespace runs no code.
+        with torch.serialization.safe_globals([argparse.Namespace]):
+            return torch.load(path, map_location="cpu", weights_only=True)
+    except PermissionError:
+        raise
+    except Exception as error:  # damaged files raise anything from KeyError to zip errors
+        raise ValueError(
+            f"weights {str(path)!r} cannot be read: the file is damaged or holds objects other than tensors and plain "
+            "values; save it again with torch.save(network.state_dict(), path)"
+        ) from error
+
+
+def _state_dict(content: Any, path: Path) -> dict[str, Any]:
+    """What a file holds, out of its nesting and without the ``module.`` of parallel training."""
+    while isinstance(content, Mapping):
+        inner = next((content[nest] for nest in _NESTS if isinstance(content.get(nest), Mapping)), None)
+        if inner is None:
+            break
+        content = inner
+    if not isinstance(content, Mapping) or not any(isinstance(value, Tensor) for value in content.values()):
+        found = f"a dict of {list(content)[:3]}" if isinstance(content, Mapping) else f"a {type(content).__name__}"
+        raise ValueError(
+            f"weights {str(path)!r} hold no state_dict but {found}; "
+            "save it again with torch.save(network.state_dict(), path)"
+        )
+    if all(str(key).startswith("module.") for key in content):
+        return {str(key).removeprefix("module."): value for key, value in content.items()}
+    return {str(key): value for key, value in content.items()}
+
+
+def _matching(content: dict[str, Any], own: Mapping[str, Tensor]) -> dict[str, Any]:
+    """The part of ``content`` that has most names in common with the network, under the network's own names."""
+    parts = [
+        {key.removeprefix(prefix): value for key, value in content.items() if key.startswith(prefix)}
+        for prefix in _PREFIXES
+    ]
+    # Among equals the first that is there, so that a task of another network is still recognised as a task.
+    part = max((part for part in parts if part), key=lambda part: len(part.keys() & own.keys()))
+    for name in ("weight", "bias"):  # the public mobilenetv2 has its classifier in a Sequential
+        if f"classifier.{name}" in own and f"classifier.{name}" not in part and f"classifier.0.{name}" in part:
+            part[f"classifier.{name}"] = part.pop(f"classifier.0.{name}")
+    return part
+
+
+def _check(weights: Mapping[str, Any], own: Mapping[str, Tensor], path: Path, network: str) -> None:
+    missing = [key for key in own if key not in weights and not key.endswith("num_batches_tracked")]
+    unexpected = [key for key in weights if key not in own]
+    if missing or unexpected:
+        raise ValueError(
+            f"weights {str(path)!r} do not fit the network {network}: {_some(missing)} missing, "
+            f"{_some(unexpected)} unexpected; give weights of the same network"
+        )
+    strange = [key for key, value in weights.items() if not isinstance(value, Tensor)]
+    if strange:
+        raise ValueError(
+            f"weights {str(path)!r}: {strange[0]} is a {type(weights[strange[0]]).__name__}, not a tensor; "
+            "save it again with torch.save(network.state_dict(), path)"
+        )
+    different = [key for key, value in weights.items() if value.shape != own[key].shape]
+    if different and _only_classes(different, weights, own):
+        raise ValueError(
+            f"weights {str(path)!r} has {len(weights[different[0]])} classes, the network has "
+            f"{len(own[different[0]])}: give weights trained on the same classes"
+        )
+    if different:
+        shapes = ", ".join(f"{key} {tuple(weights[key].shape)} for {tuple(own[key].shape)}" for key in different[:3])
+        raise ValueError(
+            f"weights {str(path)!r} do not fit the network {network}: {len(different)} shapes differ ({shapes}); "
+            "give weights of the same network"
+        )
+    for key, value in weights.items():
+        if value.is_floating_point() and not value.isfinite().all():
+            raise ValueError(f"weights {str(path)!r}: {key} holds values that are not finite; give another file")
+
+
+def _only_classes(different: list[str], weights: Mapping[str, Tensor], own: Mapping[str, Tensor]) -> bool:
+    """Whether the shapes differ in the number of outputs of one layer only, which is then the classifier."""
+    layers = {key.rpartition(".")[0] for key in different}
+    return len(layers) == 1 and all(
+        weights[key].dim() == own[key].dim() > 0 and weights[key].shape[1:] == own[key].shape[1:] for key in different
+    )
+
+
+def _check_classes(network: nn.Module, num_classes: int, path: Path) -> None:
+    try:
+        classes = find_classifier(network)[1].out_features
+    except ValueError:  # no linear layer to ask
+        return
+    if classes != num_classes:
+        raise ValueError(
+            f"weights {str(path)!r} has {classes} classes, the data has {num_classes}: "
+            "give a network and weights trained on the same classes"
+        )
+
+
+def _some(keys: list[str]) -> str:
+    """``3 (a, b, c)``: the count and the first three."""
+    return f"{len(keys)} ({', '.join(keys[:3])}{', ...' if len(keys) > 3 else ''})" if keys else "0"

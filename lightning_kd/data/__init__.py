@@ -1,0 +1,30 @@
+"""LightningDataModules: what the methods train on."""
+
+from lightning_kd.data.arrays import ArrayDataModule
+from lightning_kd.data.augment import CropFlip, Normalize
+from lightning_kd.data.base import ClassificationDataModule
+from lightning_kd.data.cifar import CIFAR10DataModule, CIFAR100DataModule
+from lightning_kd.data.digits import DigitsDataModule
+from lightning_kd.data.fashion_mnist import FashionMNISTDataModule
+from lightning_kd.data.files import Arrays
+from lightning_kd.data.image_folder import ImageFolderDataModule
+from lightning_kd.data.resident import ResidentLoader
+from lightning_kd.data.sampling import BatchLoader, ShardedSampler
+from lightning_kd.data.streaming import StreamingLoader
+
+__all__ = [
+    "ArrayDataModule",
+    "Arrays",
+    "BatchLoader",
+    "CIFAR10DataModule",
+    "CIFAR100DataModule",
+    "ClassificationDataModule",
+    "CropFlip",
+    "DigitsDataModule",
+    "FashionMNISTDataModule",
+    "ImageFolderDataModule",
+    "Normalize",
+    "ResidentLoader",
+    "ShardedSampler",
+    "StreamingLoader",
+]

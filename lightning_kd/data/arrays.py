@@ -1,0 +1,155 @@
+"""A user's own arrays: an .npz file, or a pair of .npy files."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+from torch import Tensor
+
+from lightning_kd.core.seeding import numpy_generator
+from lightning_kd.data.augment import CropFlip
+from lightning_kd.data.base import ClassificationDataModule, check_at_least
+from lightning_kd.data.files import (
+    Arrays,
+    check_keys,
+    fake_arrays,
+    image_statistics,
+    read_arrays,
+    to_feature,
+    to_image,
+    to_target,
+)
+from lightning_kd.data.splits import take_fraction, without
+
+
+class ArrayDataModule(ClassificationDataModule):
+    """Your own images or features, from one ``.npz``, or from a ``.npy`` of samples with one of targets.
+
+    An ``.npz`` holds ``train_image`` and ``train_target``, and ``test_image`` and ``test_target`` if there is a test
+    set; or ``image`` and ``target``. Without a test set, ``test_fraction`` of each class becomes it, the same samples
+    for every ``seed``. Samples are uint8 images ``[N, H, W, C]`` or ``[N, H, W]``, or float features ``[N, D]`` (then
+    ``feature`` may stand for ``image`` in the names); targets are integers ``[N]`` from 0 on. Further keys are left
+    alone. The file is read when the object is made, and all samples stay in memory. See ``ClassificationDataModule``
+    for what it offers and for several processes.
+
+    Args:
+        path: the ``.npz`` file, or the ``.npy`` file of the samples. With ``fake`` it may be missing.
+        target_path: the ``.npy`` file of the targets, if ``path`` is a ``.npy``.
+        class_names: a name for each class; by default their numbers, as many as the largest training target says.
+        batch_size: training samples a step and process.
+        eval_batch_size: the most samples an evaluation step and process.
+        val_fraction: the share of each class of the training samples that becomes the validation set, 0 to below 1.
+        test_fraction: the share of each class that becomes the test set where the file has none, above 0 to below 1.
+        train_fraction: train on this share of what is left, of each class alike, above 0 to 1.
+        train_per_class: train on this many samples of each class instead.
+        augment: pad training images with black, crop back at random, and flip; not for features.
+        crop_padding: pixels of that padding.
+        flip: flip half of the training images left-right, with ``augment``.
+        cutout: the side in pixels of a box set to the mean colour in each training image; 0 is off.
+        mean: subtracted from each channel (0 to 1) or feature; by default that of the training images, for features 0.
+        std: divides each channel or feature; by default that of the training images, for features 1.
+        seed: fixes the validation split, the subset, the order of the batches and the augmentation.
+        fake: use a small made-up data set instead, of the shape of the file if there is one, else of 10 classes of
+            32 x 32 colour images.
+
+    Raises:
+        ValueError: for an argument out of its range, and for arrays that are damaged or do not fit together.
+        FileNotFoundError: where a file does not exist.
+    """
+
+    def __init__(
+        self,
+        path: str,
+        target_path: str | None = None,
+        class_names: list[str] | None = None,
+        batch_size: int = 64,
+        eval_batch_size: int = 256,
+        val_fraction: float = 0.1,
+        test_fraction: float = 0.2,
+        train_fraction: float | None = None,
+        train_per_class: int | None = None,
+        augment: bool = False,
+        crop_padding: int = 4,
+        flip: bool = True,
+        cutout: int = 0,
+        mean: list[float] | None = None,
+        std: list[float] | None = None,
+        seed: int = 0,
+        fake: bool = False,
+    ) -> None:
+        if not 0 < test_fraction < 1:
+            raise ValueError(f"test_fraction must be above 0 and below 1, got {test_fraction}: give a share")
+        check_at_least("crop_padding", crop_padding, 0)
+        self.path = path
+        self.target_path = target_path
+        self.test_fraction = test_fraction
+        if fake and not Path(path).exists():
+            names = class_names or [str(c) for c in range(10)]
+            self._arrays = fake_arrays((3, 32, 32), len(names))
+        else:
+            names, self._arrays = self._read(class_names)
+            if fake:
+                self._arrays = fake_arrays(tuple(self._arrays.train_image.shape[1:]), len(names))
+        shape = tuple(self._arrays.train_image.shape[1:])
+        if len(shape) == 1 and (augment or cutout):
+            raise ValueError(f"augment and cutout need images, got features of shape {shape}: leave them off")
+        own = image_statistics(self._arrays.train_image) if len(shape) == 3 else ([0.0] * shape[0], [1.0] * shape[0])
+        super().__init__(
+            class_names=names,
+            input_shape=shape,
+            mean=own[0] if mean is None else mean,
+            std=own[1] if std is None else std,
+            batch_size=batch_size,
+            eval_batch_size=eval_batch_size,
+            val_fraction=val_fraction,
+            train_fraction=train_fraction,
+            train_per_class=train_per_class,
+            crop_flip=CropFlip(crop_padding, flip) if augment else None,
+            cutout=cutout,
+            seed=seed,
+            fake=fake,
+        )
+        self.augment = augment
+        self.crop_padding = crop_padding
+        self.flip = flip
+
+    def load_arrays(self) -> Arrays:
+        return self._arrays
+
+    def fake_arrays(self) -> Arrays:
+        return self._arrays
+
+    def _read(self, class_names: list[str] | None) -> tuple[list[str], Arrays]:
+        arrays = read_arrays(Path(self.path))
+        if "" in arrays:
+            if self.target_path is None:
+                raise ValueError(f"target_path must go with the .npy file {self.path!r}, got None: give its targets")
+            arrays = {"image": arrays[""], "target": read_arrays(Path(self.target_path)).get("", np.empty(0))}
+        prefix = "train_" if {"train_image", "train_feature", "train_target"} & set(arrays) else ""
+        image, target = self._pair(arrays, prefix, len(class_names) if class_names else None)
+        names = class_names or [str(c) for c in range(int(target.max()) + 1)]
+        if {"test_image", "test_feature", "test_target"} & set(arrays):
+            test_image, test_target = self._pair(arrays, "test_", len(names))
+            if test_image.shape[1:] != image.shape[1:] or test_image.dtype != image.dtype:
+                raise ValueError(
+                    f"test samples of {self.path!r} must be like the training samples {tuple(image.shape[1:])}, got "
+                    f"{tuple(test_image.shape[1:])}: give both in one shape and dtype"
+                )
+            return names, Arrays(image, target, test_image, test_target)
+        generator = numpy_generator(0, "test_split")  # whatever the seed, so that runs are tested on the same samples
+        test = take_fraction(target.numpy(), len(names), self.test_fraction, generator, leave=1)
+        if not len(test):
+            raise ValueError(
+                f"test_fraction={self.test_fraction} of {len(target)} samples leaves the test split empty: raise it"
+            )
+        train = without(len(target), test)
+        return names, Arrays(image[train], target[train], image[test], target[test])
+
+    def _pair(self, arrays: dict[str, np.ndarray], prefix: str, num_classes: int | None) -> tuple[Tensor, Tensor]:
+        key = f"{prefix}feature" if f"{prefix}feature" in arrays else f"{prefix}image"
+        check_keys(arrays, [key, f"{prefix}target"], repr(self.path))
+        # two dimensions are features; anything else is told to be images
+        convert = to_feature if arrays[key].ndim == 2 else to_image
+        image = convert(arrays[key], f"{key} of {self.path!r}")
+        return image, to_target(arrays[f"{prefix}target"], len(image), num_classes, f"{prefix}target of {self.path!r}")

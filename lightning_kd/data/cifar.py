@@ -1,0 +1,188 @@
+"""CIFAR-10 and CIFAR-100."""
+
+from __future__ import annotations
+
+import pickle
+from pathlib import Path
+from typing import Literal
+
+import numpy as np
+from torchvision import datasets
+
+from lightning_kd.data.augment import CropFlip
+from lightning_kd.data.official import OfficialDataModule
+
+CIFAR10_CLASSES = ["airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck"]
+
+CIFAR100_CLASSES = """
+apple aquarium_fish baby bear beaver bed bee beetle bicycle bottle bowl boy bridge bus butterfly camel can castle
+caterpillar cattle chair chimpanzee clock cloud cockroach couch crab crocodile cup dinosaur dolphin elephant flatfish
+forest fox girl hamster house kangaroo keyboard lamp lawn_mower leopard lion lizard lobster man maple_tree motorcycle
+mountain mouse mushroom oak_tree orange orchid otter palm_tree pear pickup_truck pine_tree plain plate poppy porcupine
+possum rabbit raccoon ray road rocket rose sea seal shark shrew skunk skyscraper snail snake spider squirrel streetcar
+sunflower sweet_pepper table tank telephone television tiger tractor train trout tulip turtle wardrobe whale
+willow_tree wolf woman worm
+""".split()  # noqa: SIM905
+
+CIFAR100_COARSE_CLASSES = """
+aquatic_mammals fish flowers food_containers fruit_and_vegetables household_electrical_devices household_furniture
+insects large_carnivores large_man-made_outdoor_things large_natural_outdoor_scenes large_omnivores_and_herbivores
+medium_mammals non-insect_invertebrates people reptiles small_mammals trees vehicles_1 vehicles_2
+""".split()  # noqa: SIM905
+
+
+class CIFAR10DataModule(OfficialDataModule):
+    """CIFAR-10: 50,000 training and 10,000 test images of 10 classes, 32 x 32 pixels, in colour.
+
+    Read from ``ROOT/cifar10.npz`` where there is one (``train_image``, ``train_target``, ``test_image``,
+    ``test_target``), else from the official files in ``ROOT/cifar-10-batches-py``, which are then decoded into it.
+    All images stay in memory. See ``ClassificationDataModule`` for what it offers and for several processes.
+
+    Args:
+        root: the folder of the files.
+        batch_size: training samples a step and process.
+        eval_batch_size: the most samples an evaluation step and process.
+        val_fraction: the share of each class of the training images that becomes the validation set, 0 to below 1. The
+            published protocols validate on nothing: 0.
+        train_fraction: train on this share of what is left, of each class alike, above 0 to 1.
+        train_per_class: train on this many images of each class instead.
+        augment: pad training images by 4 black pixels, crop back at random and flip half of them.
+        cutout: the side in pixels of a box set to the mean colour in each training image; 0 is off.
+        mean: subtracted from each channel (0 to 1); by default the published 0.4914, 0.4822, 0.4465.
+        std: divides each channel; by default the published 0.2470, 0.2435, 0.2616.
+        seed: fixes the validation split, the subset, the order of the batches and the augmentation.
+        download: fetch the official files where they are missing.
+        fake: use a small made-up data set instead, without any file.
+
+    Raises:
+        ValueError: for an argument out of its range, and for a damaged file or a wrong checksum.
+        FileNotFoundError: where ``root`` holds no such files.
+    """
+
+    file_name = "cifar10.npz"
+    folder = "cifar-10-batches-py"
+
+    def __init__(
+        self,
+        root: str = "data",
+        batch_size: int = 64,
+        eval_batch_size: int = 256,
+        val_fraction: float = 0.1,
+        train_fraction: float | None = None,
+        train_per_class: int | None = None,
+        augment: bool = True,
+        cutout: int = 0,
+        mean: list[float] | None = None,
+        std: list[float] | None = None,
+        seed: int = 0,
+        download: bool = False,
+        fake: bool = False,
+    ) -> None:
+        super().__init__(
+            root,
+            download=download,
+            augment=augment,
+            crop_flip=CropFlip(padding=4, flip=True),
+            class_names=CIFAR10_CLASSES,
+            input_shape=(3, 32, 32),
+            mean=[0.4914, 0.4822, 0.4465] if mean is None else mean,
+            std=[0.2470, 0.2435, 0.2616] if std is None else std,
+            batch_size=batch_size,
+            eval_batch_size=eval_batch_size,
+            val_fraction=val_fraction,
+            train_fraction=train_fraction,
+            train_per_class=train_per_class,
+            cutout=cutout,
+            seed=seed,
+            fake=fake,
+        )
+
+    def open_official(self, root: str, train: bool, download: bool) -> dict[str, np.ndarray]:
+        data = datasets.CIFAR10(root, train=train, download=download)
+        return {"image": np.ascontiguousarray(data.data), "target": np.asarray(data.targets, dtype=np.int64)}
+
+
+class CIFAR100DataModule(OfficialDataModule):
+    """CIFAR-100: 50,000 training and 10,000 test images of 100 classes (or 20 coarse ones), 32 x 32, in colour.
+
+    Read from ``ROOT/cifar100.npz`` where there is one (``train_image``, ``train_target``, ``test_image``,
+    ``test_target``; for coarse labels also ``train_coarse``, ``test_coarse``), else from the official files in
+    ``ROOT/cifar-100-python``, which are then decoded into it. All images stay in memory. See
+    ``ClassificationDataModule`` for what it offers and for several processes.
+
+    Args:
+        root: the folder of the files.
+        labels: ``"fine"`` for the 100 classes, ``"coarse"`` for the 20 superclasses.
+        batch_size: training samples a step and process.
+        eval_batch_size: the most samples an evaluation step and process.
+        val_fraction: the share of each class of the training images that becomes the validation set, 0 to below 1. The
+            published protocols validate on nothing: 0.
+        train_fraction: train on this share of what is left, of each class alike, above 0 to 1.
+        train_per_class: train on this many images of each class instead.
+        augment: pad training images by 4 black pixels, crop back at random and flip half of them.
+        cutout: the side in pixels of a box set to the mean colour in each training image; 0 is off.
+        mean: subtracted from each channel (0 to 1); by default the published 0.5071, 0.4867, 0.4408.
+        std: divides each channel; by default the published 0.2675, 0.2565, 0.2761.
+        seed: fixes the validation split, the subset, the order of the batches and the augmentation.
+        download: fetch the official files where they are missing.
+        fake: use a small made-up data set instead, without any file.
+
+    Raises:
+        ValueError: for an argument out of its range, and for a damaged file or a wrong checksum.
+        FileNotFoundError: where ``root`` holds no such files.
+    """
+
+    file_name = "cifar100.npz"
+    folder = "cifar-100-python"
+
+    def __init__(
+        self,
+        root: str = "data",
+        labels: Literal["fine", "coarse"] = "fine",
+        batch_size: int = 64,
+        eval_batch_size: int = 256,
+        val_fraction: float = 0.1,
+        train_fraction: float | None = None,
+        train_per_class: int | None = None,
+        augment: bool = True,
+        cutout: int = 0,
+        mean: list[float] | None = None,
+        std: list[float] | None = None,
+        seed: int = 0,
+        download: bool = False,
+        fake: bool = False,
+    ) -> None:
+        if labels not in ("fine", "coarse"):
+            raise ValueError(f"labels must be 'fine' or 'coarse', got {labels!r}: give one of them")
+        super().__init__(
+            root,
+            download=download,
+            augment=augment,
+            crop_flip=CropFlip(padding=4, flip=True),
+            class_names=CIFAR100_CLASSES if labels == "fine" else CIFAR100_COARSE_CLASSES,
+            input_shape=(3, 32, 32),
+            mean=[0.5071, 0.4867, 0.4408] if mean is None else mean,
+            std=[0.2675, 0.2565, 0.2761] if std is None else std,
+            batch_size=batch_size,
+            eval_batch_size=eval_batch_size,
+            val_fraction=val_fraction,
+            train_fraction=train_fraction,
+            train_per_class=train_per_class,
+            cutout=cutout,
+            seed=seed,
+            fake=fake,
+        )
+        self.labels = labels
+        self.target_key = "target" if labels == "fine" else "coarse"
+
+    def open_official(self, root: str, train: bool, download: bool) -> dict[str, np.ndarray]:
+        data = datasets.CIFAR100(root, train=train, download=download)
+        # torchvision leaves the coarse labels out; it has just checked the checksum of this file
+        entry = pickle.loads(
+            (Path(root) / self.folder / ("train" if train else "test")).read_bytes(), encoding="latin1"
+        )
+        return {
+            "image": np.ascontiguousarray(data.data),
+            "target": np.asarray(data.targets, dtype=np.int64),
+            "coarse": np.asarray(entry["coarse_labels"], dtype=np.int64),
+        }

@@ -1,0 +1,76 @@
+"""The handwritten digits that come with scikit-learn."""
+
+from __future__ import annotations
+
+import numpy as np
+
+from lightning_kd.core.seeding import numpy_generator
+from lightning_kd.data.augment import CropFlip
+from lightning_kd.data.base import ClassificationDataModule
+from lightning_kd.data.files import Arrays, to_image, to_target
+from lightning_kd.data.splits import take_fraction, without
+
+
+class DigitsDataModule(ClassificationDataModule):
+    """The 1,797 handwritten digits of scikit-learn: 10 classes, 8 x 8 pixels, grey. Needs no file and no network.
+
+    There is no official test split: 20 % of each class are the test set, the same ones for every ``seed``. Images are
+    scaled from 0..16 to uint8 0..255. See ``ClassificationDataModule`` for what it offers and for several processes.
+
+    Args:
+        batch_size: training samples a step and process.
+        eval_batch_size: the most samples an evaluation step and process.
+        val_fraction: the share of each class of the training images that becomes the validation set, 0 to below 1.
+        train_fraction: train on this share of what is left, of each class alike, above 0 to 1.
+        train_per_class: train on this many images of each class instead.
+        augment: pad training images by 1 black pixel and crop back at random; no flip.
+        cutout: the side in pixels of a box set to the mean grey in each training image; 0 is off.
+        mean: subtracted (0 to 1); by default that of the training images, 0.3050.
+        std: divides; by default that of the training images, 0.3756.
+        seed: fixes the validation split, the subset, the order of the batches and the augmentation.
+        fake: use a small made-up data set of the same shape instead.
+
+    Raises:
+        ValueError: for an argument out of its range.
+    """
+
+    def __init__(
+        self,
+        batch_size: int = 64,
+        eval_batch_size: int = 256,
+        val_fraction: float = 0.1,
+        train_fraction: float | None = None,
+        train_per_class: int | None = None,
+        augment: bool = False,
+        cutout: int = 0,
+        mean: list[float] | None = None,
+        std: list[float] | None = None,
+        seed: int = 0,
+        fake: bool = False,
+    ) -> None:
+        super().__init__(
+            class_names=[str(digit) for digit in range(10)],
+            input_shape=(1, 8, 8),
+            mean=[0.3050] if mean is None else mean,
+            std=[0.3756] if std is None else std,
+            batch_size=batch_size,
+            eval_batch_size=eval_batch_size,
+            val_fraction=val_fraction,
+            train_fraction=train_fraction,
+            train_per_class=train_per_class,
+            crop_flip=CropFlip(padding=1, flip=False) if augment else None,
+            cutout=cutout,
+            seed=seed,
+            fake=fake,
+        )
+        self.augment = augment
+
+    def load_arrays(self) -> Arrays:
+        from sklearn.datasets import load_digits
+
+        digits = load_digits()
+        image = to_image(np.round(digits.images * (255 / 16)).astype(np.uint8), "digits")
+        target = to_target(digits.target, len(image), 10, "digits")
+        test = take_fraction(target.numpy(), 10, 0.2, numpy_generator(0, "test_split"))
+        train = without(len(target), test)
+        return Arrays(image[train], target[train], image[test], target[test])

@@ -1,0 +1,108 @@
+"""Fashion-MNIST."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+from torchvision import datasets
+from torchvision.datasets.utils import check_integrity
+
+from lightning_kd.data.augment import CropFlip
+from lightning_kd.data.official import OfficialDataModule
+
+FASHION_MNIST_CLASSES = [
+    "T-shirt/top",
+    "trouser",
+    "pullover",
+    "dress",
+    "coat",
+    "sandal",
+    "shirt",
+    "sneaker",
+    "bag",
+    "ankle boot",
+]
+
+# of the unpacked files: torchvision checks only the packed ones, when it fetches them
+MD5 = {
+    "train-images-idx3-ubyte": "f4a8712d7a061bf5bd6d2ca38dc4d50a",
+    "train-labels-idx1-ubyte": "9018921c3c673c538a1fc5bad174d6f9",
+    "t10k-images-idx3-ubyte": "8181f5470baa50b63fa0f6fddb340f0a",
+    "t10k-labels-idx1-ubyte": "15d484375f8d13e6eb1aabb0c3f46965",
+}
+
+
+class FashionMNISTDataModule(OfficialDataModule):
+    """Fashion-MNIST: 60,000 training and 10,000 test images of 10 classes, 28 x 28 pixels, grey.
+
+    Read from ``ROOT/fashion_mnist.npz`` where there is one (``train_image``, ``train_target``, ``test_image``,
+    ``test_target``), else from the official files in ``ROOT/FashionMNIST/raw``, which are then decoded into it. All
+    images stay in memory. See ``ClassificationDataModule`` for what it offers and for several processes.
+
+    Args:
+        root: the folder of the files.
+        batch_size: training samples a step and process.
+        eval_batch_size: the most samples an evaluation step and process.
+        val_fraction: the share of each class of the training images that becomes the validation set, 0 to below 1.
+        train_fraction: train on this share of what is left, of each class alike, above 0 to 1.
+        train_per_class: train on this many images of each class instead.
+        augment: pad training images by 4 black pixels, crop back at random and flip half of them.
+        cutout: the side in pixels of a box set to the mean grey in each training image; 0 is off.
+        mean: subtracted (0 to 1); by default the published 0.2860.
+        std: divides; by default the published 0.3530.
+        seed: fixes the validation split, the subset, the order of the batches and the augmentation.
+        download: fetch the official files where they are missing, and unpack them.
+        fake: use a small made-up data set instead, without any file.
+
+    Raises:
+        ValueError: for an argument out of its range, and for a damaged file or a wrong checksum.
+        FileNotFoundError: where ``root`` holds no such files.
+    """
+
+    file_name = "fashion_mnist.npz"
+    folder = "FashionMNIST/raw"
+
+    def __init__(
+        self,
+        root: str = "data",
+        batch_size: int = 64,
+        eval_batch_size: int = 256,
+        val_fraction: float = 0.1,
+        train_fraction: float | None = None,
+        train_per_class: int | None = None,
+        augment: bool = True,
+        cutout: int = 0,
+        mean: list[float] | None = None,
+        std: list[float] | None = None,
+        seed: int = 0,
+        download: bool = False,
+        fake: bool = False,
+    ) -> None:
+        super().__init__(
+            root,
+            download=download,
+            augment=augment,
+            crop_flip=CropFlip(padding=4, flip=True),
+            class_names=FASHION_MNIST_CLASSES,
+            input_shape=(1, 28, 28),
+            mean=[0.2860] if mean is None else mean,
+            std=[0.3530] if std is None else std,
+            batch_size=batch_size,
+            eval_batch_size=eval_batch_size,
+            val_fraction=val_fraction,
+            train_fraction=train_fraction,
+            train_per_class=train_per_class,
+            cutout=cutout,
+            seed=seed,
+            fake=fake,
+        )
+
+    def open_official(self, root: str, train: bool, download: bool) -> dict[str, np.ndarray]:
+        if download:
+            datasets.FashionMNIST(root, train=train, download=True)
+        for name, md5 in MD5.items():
+            if not check_integrity(str(Path(root) / self.folder / name), md5):
+                raise RuntimeError(f"{name} not found or corrupted")
+        data = datasets.FashionMNIST(root, train=train)
+        return {"image": data.data.numpy()[..., None], "target": data.targets.numpy().astype(np.int64)}

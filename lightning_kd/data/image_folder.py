@@ -1,0 +1,222 @@
+"""Images in a tree of folders, one folder a class."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import torch
+from torch import Tensor
+from torchvision.datasets.folder import IMG_EXTENSIONS
+from torchvision.transforms import v2
+
+from lightning_kd.core.seeding import numpy_generator
+from lightning_kd.data.augment import CropFlip, cut_out_
+from lightning_kd.data.base import ClassificationDataModule, check_at_least
+from lightning_kd.data.files import Arrays
+from lightning_kd.data.sampling import BatchLoader, ShardedSampler
+from lightning_kd.data.splits import take_fraction, without
+from lightning_kd.data.streaming import ImageFiles, StreamingLoader
+
+
+class ImageFolderDataModule(ClassificationDataModule):
+    """Your own images in folders, read from disk as they are needed.
+
+    Either ``ROOT/train/CLASS/...``, with ``ROOT/val`` and ``ROOT/test`` likewise if there are any, or plain
+    ``ROOT/CLASS/...``. Folders inside a class are searched too; folders that start with a dot are left alone. Classes
+    are the folders in alphabetical order.
+
+    Without ``test`` the images of ``val`` are the test set, and without ``val`` too, ``test_fraction`` of each class,
+    the same images for every ``seed``. The validation set is ``val``, where that is not the test set, else
+    ``val_fraction`` of each class of the training images.
+
+    Training images get ``RandomResizedCrop`` and a flip of half of them, evaluation images a resize of the short side
+    to ``image_size * 256 / 224`` and a centre crop, as is usual for ImageNet. What is drawn for an image depends only
+    on (seed, epoch, pass, index), not on workers or processes. ``train_image`` and so on are lists of paths. See
+    ``ClassificationDataModule`` for what it offers and for several processes.
+
+    Args:
+        root: the folder.
+        image_size: height and width of the images that the network gets.
+        scale: the least and the most share of an image's area that a random crop takes.
+        ratio: the least and the greatest width / height of a random crop.
+        batch_size: training images a step and process.
+        eval_batch_size: the most images an evaluation step and process.
+        val_fraction: the share of each class of the training images that becomes the validation set, 0 to below 1.
+        test_fraction: the share of each class that becomes the test set where there is none, above 0 to below 1.
+        train_fraction: train on this share of what is left, of each class alike, above 0 to 1.
+        train_per_class: train on this many images of each class instead.
+        num_workers: processes that decode images; 0 decodes in the training process.
+        augment: random crops and flips of training images; without, they are treated as evaluation images.
+        cutout: the side in pixels of a box set to the mean colour in each training image; 0 is off.
+        mean: subtracted from each channel (0 to 1); by default that of ImageNet, 0.485, 0.456, 0.406.
+        std: divides each channel; by default that of ImageNet, 0.229, 0.224, 0.225.
+        seed: fixes the validation split, the subset, the order of the batches and the augmentation.
+        fake: use a small made-up data set in memory instead, of the classes of ``root`` if there is such a folder,
+            else of 10 classes.
+
+    Raises:
+        ValueError: for an argument out of its range, a root without class folders, and a class without an image.
+        FileNotFoundError, PermissionError: where ``root`` does not exist or may not be read.
+    """
+
+    def __init__(
+        self,
+        root: str,
+        image_size: int = 224,
+        scale: tuple[float, float] = (0.08, 1.0),
+        ratio: tuple[float, float] = (3 / 4, 4 / 3),
+        batch_size: int = 64,
+        eval_batch_size: int = 256,
+        val_fraction: float = 0.1,
+        test_fraction: float = 0.2,
+        train_fraction: float | None = None,
+        train_per_class: int | None = None,
+        num_workers: int = 0,
+        augment: bool = True,
+        cutout: int = 0,
+        mean: list[float] | None = None,
+        std: list[float] | None = None,
+        seed: int = 0,
+        fake: bool = False,
+    ) -> None:
+        check_at_least("image_size", image_size, 1)
+        check_at_least("num_workers", num_workers, 0)
+        if not 0 < test_fraction < 1:
+            raise ValueError(f"test_fraction must be above 0 and below 1, got {test_fraction}: give a share")
+        for name, limits in (("scale", scale), ("ratio", ratio)):
+            if not 0 < limits[0] <= limits[1]:
+                raise ValueError(f"{name} must be two numbers above 0, the smaller one first, got {limits}: swap them")
+        self.root = root
+        self.image_size = image_size
+        self.scale = scale
+        self.ratio = ratio
+        self.test_fraction = test_fraction
+        self.num_workers = num_workers
+        self.augment = augment
+        if fake and not Path(root).is_dir():
+            names = [f"class_{c}" for c in range(10)]
+        else:
+            names = class_folders(self._split_root("train") or Path(root))
+        super().__init__(
+            class_names=names,
+            input_shape=(3, image_size, image_size),
+            mean=[0.485, 0.456, 0.406] if mean is None else mean,
+            std=[0.229, 0.224, 0.225] if std is None else std,
+            batch_size=batch_size,
+            eval_batch_size=eval_batch_size,
+            val_fraction=val_fraction,
+            train_fraction=train_fraction,
+            train_per_class=train_per_class,
+            crop_flip=CropFlip(image_size // 8) if augment else None,  # used on made-up images only
+            cutout=cutout,
+            seed=seed,
+            fake=fake,
+        )
+
+    def _split_root(self, split: str) -> Path | None:
+        """``ROOT/SPLIT`` where the root is divided into splits and has that one."""
+        path = Path(self.root) / split
+        return path if (Path(self.root) / "train").is_dir() and path.is_dir() else None
+
+    def load_arrays(self) -> Arrays:
+        roots = {split: self._split_root(split) for split in ("train", "val", "test")}
+        train = find_images(roots["train"] or Path(self.root), self.class_names)
+        test_root = roots["test"] or roots["val"]
+        if test_root is not None:
+            test = find_images(test_root, self.class_names)
+            own_val = roots["val"] if roots["test"] else None
+            return Arrays(*train, *test, *(find_images(own_val, self.class_names) if own_val else ()))
+        paths, target = train
+        generator = numpy_generator(0, "test_split")  # whatever the seed, so that runs are tested on the same images
+        chosen = take_fraction(target.numpy(), self.num_classes, self.test_fraction, generator, leave=1)
+        if not len(chosen):
+            raise ValueError(
+                f"test_fraction={self.test_fraction} of {len(paths)} images leaves the test split empty: raise it"
+            )
+        rest = without(len(paths), chosen)
+        return Arrays([paths[i] for i in rest], target[rest], [paths[i] for i in chosen], target[chosen])
+
+    def _make_loader(self, source: str, sampler: ShardedSampler, augment: bool) -> BatchLoader:
+        if self.fake:
+            return super()._make_loader(source, sampler, augment)
+        files = ImageFiles(
+            getattr(self, f"{source}_image"), getattr(self, f"{source}_target"), self.transform(augment), self.seed
+        )
+        pin_memory = self._process()[2].type == "cuda"
+        return StreamingLoader(files, sampler, num_workers=self.num_workers, pin_memory=pin_memory)
+
+    def transform(self, augment: bool) -> v2.Compose:
+        """From a PIL image in RGB to a normalised float32 ``[3, S, S]``; ``augment`` for training images."""
+        size = self.image_size
+        if augment and self.augment:
+            steps: list[torch.nn.Module] = [
+                v2.RandomResizedCrop(size, scale=self.scale, ratio=self.ratio),
+                v2.RandomHorizontalFlip(),
+            ]
+        else:
+            steps = [v2.Resize(round(size * 256 / 224)), v2.CenterCrop(size)]
+        steps += [v2.PILToTensor(), v2.ToDtype(torch.float32, scale=True), v2.Normalize(self.mean, self.std)]
+        if augment and self.cutout:
+            steps.append(RandomCutout(self.cutout))
+        return v2.Compose(steps)
+
+
+class RandomCutout(torch.nn.Module):
+    """Set a box of ``side`` x ``side`` pixels around a random pixel of a ``[C, H, W]`` image to 0, in place."""
+
+    def __init__(self, side: int) -> None:
+        super().__init__()
+        self.side = side
+
+    def forward(self, image: Tensor) -> Tensor:
+        centre = [torch.randint(length, (1, 1)) for length in image.shape[-2:]]
+        return cut_out_(image[None], torch.cat(centre, 1), self.side)[0]
+
+
+def class_folders(root: Path) -> list[str]:
+    """The names of the folders in ``root``, in alphabetical order.
+
+    Raises:
+        FileNotFoundError, PermissionError, ValueError: where ``root`` cannot be listed, or holds no folder.
+    """
+    try:
+        names = sorted(entry.name for entry in os.scandir(root) if entry.is_dir() and not entry.name.startswith("."))
+    except PermissionError:
+        raise PermissionError(f"root {str(root)!r} may not be read: check its permissions") from None
+    except OSError:
+        raise FileNotFoundError(f"root {str(root)!r} is no folder: give the folder that holds the classes") from None
+    if not names:
+        raise ValueError(f"root {str(root)!r} holds no class folders: put the images of each class into a folder there")
+    return names
+
+
+def find_images(root: Path, class_names: list[str]) -> tuple[list[str], Tensor]:
+    """The image files below each class folder of ``root``, sorted, and their classes, int64 ``[N]``.
+
+    Raises:
+        PermissionError: where a folder cannot be read.
+        ValueError: where a folder is none of the classes, or holds no image.
+    """
+
+    def refuse(error: OSError) -> None:
+        raise PermissionError(f"folder {error.filename!r} cannot be read ({error}): check its permissions") from error
+
+    paths: list[str] = []
+    target: list[int] = []
+    for name in class_folders(root):
+        if name not in class_names:
+            raise ValueError(f"{str(root)!r} holds {name!r}, which is no class folder of train: remove or rename it")
+        found = [
+            os.path.join(folder, file)
+            for folder, _, files in os.walk(root / name, onerror=refuse, followlinks=True)
+            for file in files
+            if file.lower().endswith(IMG_EXTENSIONS) and not file.startswith(".")
+        ]
+        if not found:
+            raise ValueError(
+                f"class folder {str(root / name)!r} holds no image ({', '.join(IMG_EXTENSIONS)}): add some or remove it"
+            )
+        paths += sorted(found)
+        target += [class_names.index(name)] * len(found)
+    return paths, torch.tensor(target)

@@ -1,0 +1,150 @@
+"""Which samples each batch holds, on each process: derived from (seed, epoch, pass), shared out over the ranks."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Iterator
+
+import numpy as np
+
+from lightning_kd.core.batch import Batch
+from lightning_kd.core.seeding import numpy_generator
+
+
+class ShardedSampler:
+    """Batches of sample indices for one process out of ``world_size``.
+
+    With ``shuffle`` (training) the order is a permutation drawn from ``(seed, "shuffle", epoch, pass)``. Global batch
+    ``k`` is the ``k``-th run of ``batch_size * world_size`` samples in it and rank ``r`` takes the ``r``-th part, so
+    that the ranks together see the joint batches of one process with ``world_size`` times the batch size. The last,
+    partial global batch is shared evenly (a few samples from the start of the order fill it up to a multiple of
+    ``world_size``); it is dropped where it would leave a rank fewer than 2 samples, because BatchNorm cannot train on
+    one, unless it is the only one. Every rank has the same number of batches of the same sizes.
+
+    Without ``shuffle`` (evaluation) the order is that of ``indices``, no sample comes twice over all ranks, every rank
+    has the same number of batches, and the sizes of all batches differ by at most one. They are at most
+    ``batch_size``, or one more where sharing out a batch size of 1 would leave a rank without a sample.
+
+    Args:
+        indices: int64 ``[n]``, the positions of the samples in the full array of their split.
+        batch_size: samples a batch and process.
+        shuffle: permute anew each epoch and pass.
+        seed: the seed of the order.
+        rank: this process.
+        world_size: the number of processes.
+
+    Raises:
+        ValueError: if ``indices`` is empty, ``batch_size`` is below 1, or an evaluation set has fewer samples than
+            there are processes.
+    """
+
+    def __init__(
+        self,
+        indices: np.ndarray,
+        batch_size: int,
+        *,
+        shuffle: bool,
+        seed: int = 0,
+        rank: int = 0,
+        world_size: int = 1,
+    ) -> None:
+        self.indices = np.asarray(indices, dtype=np.int64)
+        if len(self.indices) == 0:
+            raise ValueError("indices is empty, got 0 samples: give at least one")
+        if batch_size < 1:
+            raise ValueError(f"batch_size must be at least 1, got {batch_size}: give the samples of one step")
+        if not shuffle and len(self.indices) < world_size:
+            raise ValueError(
+                f"an evaluation set of {len(self.indices)} samples cannot be shared by world_size={world_size} "
+                "processes: use fewer devices or a larger set"
+            )
+        self.batch_size = batch_size
+        self.shuffle = shuffle
+        self.seed = seed
+        self.rank = rank
+        self.world_size = world_size
+        self.epoch = 0
+        self._passes = 0
+
+    @property
+    def sampler(self) -> ShardedSampler:
+        """Itself: Lightning looks for ``set_epoch`` on ``loader.batch_sampler.sampler``."""
+        return self
+
+    def set_epoch(self, epoch: int) -> None:
+        """Choose the epoch of the next pass, and count passes from 0 again."""
+        self.epoch = epoch
+        self._passes = 0
+
+    def next_pass(self) -> tuple[int, int, list[np.ndarray]]:
+        """Start one more pass: ``(epoch, pass, batches)``; the pass grows by one each time until ``set_epoch``."""
+        pass_ = self._passes
+        self._passes += 1
+        return self.epoch, pass_, self.batches(self.epoch, pass_)
+
+    def batches(self, epoch: int, pass_: int = 0) -> list[np.ndarray]:
+        """The batches of this rank in that epoch and pass, each int64 ``[b]``. Changes no state."""
+        if not self.shuffle:
+            return np.array_split(self.indices, len(self) * self.world_size)[self.rank :: self.world_size]
+        order = self.indices[numpy_generator(self.seed, "shuffle", epoch, pass_).permutation(len(self.indices))]
+        full, share = self._full_and_share()
+        step, start = self.batch_size * self.world_size, self.rank * self.batch_size
+        batches = [order[k * step + start : k * step + start + self.batch_size] for k in range(full)]
+        if share:
+            last = np.resize(np.concatenate([order[full * step :], order]), share * self.world_size)
+            batches.append(last[self.rank * share : (self.rank + 1) * share])
+        return batches
+
+    def _full_and_share(self) -> tuple[int, int]:
+        """The number of full global batches, and each rank's share of the partial one (0: none, or dropped)."""
+        full, rest = divmod(len(self.indices), self.batch_size * self.world_size)
+        share = -(-rest // self.world_size)
+        return full, 0 if full and share < 2 <= self.batch_size else share
+
+    def __len__(self) -> int:
+        """Batches a pass, the same on every rank."""
+        if self.shuffle:
+            full, share = self._full_and_share()
+            return full + bool(share)
+        count = len(self.indices)
+        return min(-(-count // (self.batch_size * self.world_size)), count // self.world_size)
+
+    def __iter__(self) -> Iterator[list[int]]:
+        _, _, batches = self.next_pass()
+        for batch in batches:
+            yield batch.tolist()
+
+
+class BatchLoader(ABC):
+    """What the loaders of this package have in common: an iterable of ``Batch`` that Lightning leaves as it is.
+
+    It is no ``torch.utils.data.DataLoader``, so Lightning puts no sampler of its own into it: ``sampler`` has already
+    given each process its part. Lightning calls ``set_epoch`` on it at the start of every epoch.
+
+    Args:
+        sampler: the batches of this process.
+    """
+
+    def __init__(self, sampler: ShardedSampler) -> None:
+        self.sampler = sampler
+
+    @property
+    def batch_sampler(self) -> ShardedSampler:
+        """The same object as ``sampler``."""
+        return self.sampler
+
+    @property
+    def batch_size(self) -> int:
+        """Samples a batch and process."""
+        return self.sampler.batch_size
+
+    def set_epoch(self, epoch: int) -> None:
+        """Choose the epoch by hand, in a loop without Lightning."""
+        self.sampler.set_epoch(epoch)
+
+    def __len__(self) -> int:
+        return len(self.sampler)
+
+    @abstractmethod
+    def __iter__(self) -> Iterator[Batch]:
+        """One pass. Nothing may be drawn before the first batch: Lightning makes the iterator, then sets the epoch."""

@@ -1,0 +1,58 @@
+"""Seeded stratified choices of samples."""
+
+from __future__ import annotations
+
+import numpy as np
+
+
+def take_per_class(target: np.ndarray, take: np.ndarray, generator: np.random.Generator) -> np.ndarray:
+    """Choose ``take[c]`` samples of each class ``c`` at random.
+
+    For the same generator state a larger ``take`` contains the smaller one.
+
+    Args:
+        target: int64 ``[N]``, all below ``len(take)``.
+        take: int64 ``[K]``, at most the size of each class.
+        generator: where the choice comes from.
+
+    Returns:
+        int64 positions in ``target``, ascending.
+    """
+    order = generator.permutation(len(target))
+    order = order[np.argsort(target[order], kind="stable")]
+    classes = target[order]
+    place = np.arange(len(order)) - np.searchsorted(classes, classes)  # 0, 1, 2, ... within each class
+    return np.sort(order[place < take[classes]])
+
+
+def take_fraction(
+    target: np.ndarray, num_classes: int, fraction: float, generator: np.random.Generator, leave: int = 0
+) -> np.ndarray:
+    """Choose ``fraction`` of the samples, of every class as nearly that share as whole numbers allow.
+
+    The shares are rounded so that the total is right: the classes with the largest remainders get one more, ties by
+    lot.
+
+    Args:
+        target: int64 ``[N]``, all below ``num_classes``.
+        num_classes: the number of classes.
+        fraction: between 0 and 1.
+        generator: where the choice comes from.
+        leave: samples of each class that are never taken (all that it has, where it has fewer).
+
+    Returns:
+        int64 positions in ``target``, ascending.
+    """
+    count = np.bincount(target, minlength=num_classes)
+    most = np.maximum(count - leave, 0)
+    exact = count * fraction
+    take = np.minimum(np.floor(exact + 1e-9).astype(np.int64), most)
+    by_remainder = np.lexsort((generator.random(num_classes), take - exact))
+    room = by_remainder[take[by_remainder] < most[by_remainder]]
+    take[room[: max(round(exact.sum()) - take.sum(), 0)]] += 1
+    return take_per_class(target, take, generator)
+
+
+def without(count: int, taken: np.ndarray) -> np.ndarray:
+    """The positions 0 to ``count - 1`` that are not in ``taken``, ascending."""
+    return np.setdiff1d(np.arange(count), taken, assume_unique=True)

@@ -1,0 +1,106 @@
+"""The loader of large sets: image files, decoded and augmented one by one in worker processes."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+
+import torch
+from PIL import Image
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset
+
+from lightning_kd.core.batch import Batch
+from lightning_kd.core.seeding import derive_seed, torch_generator
+from lightning_kd.data.sampling import BatchLoader, ShardedSampler
+
+Key = tuple[int, int, int]
+
+
+class ImageFiles(Dataset[tuple[Tensor, int, int]]):
+    """Images read from files, each with random numbers of its own.
+
+    ``[epoch, pass, index]`` gives ``(image, target, index)``. While an image is transformed, torch's CPU generator is
+    seeded from ``(seed, "augment", epoch, pass, index)``, and restored afterwards, so that the result does not depend
+    on workers or on what was drawn before.
+
+    Args:
+        paths: the files.
+        target: int64 ``[N]``.
+        transform: from a PIL image in RGB to a tensor.
+        seed: the seed of the random numbers.
+    """
+
+    def __init__(self, paths: list[str], target: Tensor, transform: Callable[[Image.Image], Tensor], seed: int) -> None:
+        self.paths = paths
+        self.target = target
+        self.transform = transform
+        self.seed = seed
+
+    def __len__(self) -> int:
+        return len(self.paths)
+
+    def __getitem__(self, key: Key) -> tuple[Tensor, int, int]:
+        epoch, pass_, index = key
+        try:
+            with Image.open(self.paths[index]) as file:
+                image = file.convert("RGB")
+        except Exception as error:  # whatever a damaged file makes the decoder raise
+            raise ValueError(
+                f"the image {self.paths[index]!r} cannot be read ({error}): replace or remove it"
+            ) from error
+        with torch.random.fork_rng(devices=[]):
+            # this generator alone: torch.manual_seed would reseed the accelerators of this process too
+            torch.default_generator.manual_seed(derive_seed(self.seed, "augment", epoch, pass_, index))
+            return self.transform(image), int(self.target[index]), index
+
+
+class _KeyedBatches:
+    """Batches of (epoch, pass, index): this is how the epoch reaches workers that outlive it."""
+
+    def __init__(self, sampler: ShardedSampler) -> None:
+        self.sampler = sampler
+
+    def __len__(self) -> int:
+        return len(self.sampler)
+
+    def __iter__(self) -> Iterator[list[Key]]:
+        epoch, pass_, batches = self.sampler.next_pass()
+        for batch in batches:
+            yield [(epoch, pass_, index) for index in batch.tolist()]
+
+
+def collate(samples: list[tuple[Tensor, int, int]]) -> Batch:
+    """``(image, target, index)`` of each sample to one ``Batch``."""
+    image, target, index = zip(*samples, strict=True)
+    return Batch(torch.stack(image), torch.tensor(target), torch.tensor(index), {})
+
+
+class StreamingLoader(BatchLoader):
+    """Batches of image files through the workers of a ``torch.utils.data.DataLoader``. Yields ``Batch`` on the CPU.
+
+    The DataLoader is hidden from Lightning, which would put a sampler of its own into it, and start its workers on the
+    batches of epoch 0 before a resumed run has set its epoch.
+
+    Args:
+        dataset: the images.
+        sampler: which samples form the batches of this process.
+        num_workers: worker processes, kept over the epochs; 0 decodes in this process.
+        pin_memory: whether the batches go to a CUDA device.
+    """
+
+    def __init__(
+        self, dataset: ImageFiles, sampler: ShardedSampler, *, num_workers: int = 0, pin_memory: bool = False
+    ) -> None:
+        super().__init__(sampler)
+        self._loader: DataLoader[tuple[Tensor, int, int]] = DataLoader(
+            dataset,
+            batch_sampler=_KeyedBatches(sampler),  # type: ignore[arg-type]
+            num_workers=num_workers,
+            collate_fn=collate,
+            pin_memory=pin_memory,
+            persistent_workers=num_workers > 0,
+            generator=torch_generator(sampler.seed, "workers"),  # or it would draw from the global one
+        )
+
+    def __iter__(self) -> Iterator[Batch]:
+        yield from self._loader

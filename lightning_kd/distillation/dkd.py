@@ -1,0 +1,97 @@
+"""Decoupled knowledge distillation.
+
+Borui Zhao, Quan Cui, Renjie Song, Yiyu Qiu, Jiajun Liang. Decoupled Knowledge Distillation. CVPR 2022, arXiv
+2203.08679.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from lightning_kd.core.losses import at_least_float32, check_logits, check_positive
+from lightning_kd.distillation.base import Distillation
+from lightning_kd.distillation.kd import kd_loss
+
+__all__ = ["DKD", "dkd_loss"]
+
+
+def dkd_loss(
+    student_logits: Tensor, teacher_logits: Tensor, target: Tensor, alpha: float, beta: float, temperature: float
+) -> Tensor:
+    """``alpha * TCKD + beta * NCKD``: the target-class and the non-target-class part of knowledge distillation.
+
+    With ``p`` the softmax at ``temperature``: TCKD is ``temperature^2`` times the KL divergence between the binary
+    distributions ``(p_target, 1 - p_target)``, NCKD the same between the distributions over the other classes. The
+    plain KD loss is ``TCKD + (1 - p_teacher_target) * NCKD`` per sample.
+
+    Args:
+        student_logits: ``[B, C]``, ``C >= 2``; half precision is computed in float32, float64 stays.
+        teacher_logits: ``[B, C]``.
+        target: int64 ``[B]``.
+        alpha: weight of TCKD.
+        beta: weight of NCKD.
+        temperature: positive.
+
+    Returns:
+        Scalar, mean over the batch.
+
+    Source: arXiv 2203.08679, equation 7.
+    """
+    check_logits(student_logits, teacher_logits)
+    student_logits, teacher_logits = at_least_float32(student_logits, teacher_logits)
+    # columns of the other classes, picked by index: exact in every dtype, where a large negative mask value is not
+    columns = torch.arange(student_logits.shape[1] - 1, device=target.device)
+    others = columns + (columns >= target[:, None])
+    target_part, other_parts = [], []
+    for logits in (student_logits, teacher_logits):
+        rest = logits.gather(1, others)
+        pair = torch.cat([logits.gather(1, target[:, None]), temperature * (rest / temperature).logsumexp(1, True)], 1)
+        target_part.append(pair)
+        other_parts.append(rest)
+    tckd = kd_loss(target_part[0], target_part[1], temperature)
+    nckd = kd_loss(other_parts[0], other_parts[1], temperature)
+    return alpha * tckd + beta * nckd
+
+
+class DKD(Distillation):
+    """Decoupled knowledge distillation (Zhao et al., CVPR 2022, arXiv 2203.08679).
+
+    Args:
+        student: see ``Distillation``.
+        teacher: see ``Distillation``.
+        num_classes: see ``Task``.
+        alpha: weight of the target-class part.
+        beta: weight of the non-target-class part: 8 for resnet32x4 pairs and resnet50 to mobilenetv2, 6 for WRN and
+            VGG pairs, 2 for resnet56/110; on ImageNet 0.5 (resnet34 to resnet18) and 2 (resnet50 to mobilenetv1).
+        temperature: 4 on CIFAR, 1 on ImageNet.
+        warmup_epochs: the loss is multiplied by ``min(epoch / warmup_epochs, 1)``, epochs counted from 1.
+        ce_weight: weight of the cross-entropy.
+        kd_weight: weight of ``dkd_loss``.
+        kwargs: the further arguments of ``Distillation`` and ``Task``.
+    """
+
+    def __init__(
+        self,
+        student: str | nn.Module,
+        teacher: str | nn.Module,
+        num_classes: int,
+        alpha: float = 1.0,
+        beta: float = 8.0,
+        temperature: float = 4.0,
+        warmup_epochs: int = 20,
+        ce_weight: float = 1.0,
+        kd_weight: float = 1.0,
+        **kwargs: Any,
+    ) -> None:
+        super().__init__(student, teacher, num_classes, ce_weight=ce_weight, kd_weight=kd_weight, **kwargs)
+        check_positive(temperature=temperature)
+        if warmup_epochs < 0:
+            raise ValueError(f"warmup_epochs must be 0 (none) or more, got {warmup_epochs}")
+        self.alpha, self.beta, self.temperature, self.warmup_epochs = alpha, beta, temperature, warmup_epochs
+
+    def distillation_loss(self, student_logits: Tensor, teacher_logits: Tensor, target: Tensor) -> Tensor:
+        warmup = min((self.current_epoch + 1) / max(self.warmup_epochs, 1), 1.0)
+        return warmup * dkd_loss(student_logits, teacher_logits, target, self.alpha, self.beta, self.temperature)

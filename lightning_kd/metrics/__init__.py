@@ -1,0 +1,3 @@
+"""Metrics that torchmetrics lacks."""
+
+__all__: list[str] = []

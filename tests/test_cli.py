@@ -1,0 +1,183 @@
+"""The commands as a user types them, through the real ``main`` or the real process."""
+
+import csv
+import json
+
+import pytest
+import torch
+
+import lightning_kd
+from lightning_kd.cli import default_run_folder, get_cli, main
+from lightning_kd.configs_by_name import config_names, config_path, with_config_paths
+from lightning_kd.trainer_cli import resume_command
+
+TEACHER = ["--config", "distillation/teacher_digits"]
+DHKD = ["--config", "distillation/dhkd_digits", "--model.teacher_weights", "random"]
+SMOKE = ["--config", "_overlay/smoke", "--trainer.enable_progress_bar", "false"]
+
+
+def rows(run):
+    with (run / "metrics.csv").open(newline="") as stream:
+        return list(csv.DictReader(stream))
+
+
+def test_help_version_and_list(capsys):
+    main(["--version"])
+    assert capsys.readouterr().out == f"lightning-kd {lightning_kd.__version__}\n"
+    main([])
+    assert "lightning-kd fit --config distillation/dhkd_digits" in capsys.readouterr().out
+    main(["list"])
+    out = capsys.readouterr().out
+    for name in ("DHKD", "Classification", "CIFAR100DataModule", "resnet8x4", "distillation/dhkd_digits"):
+        assert name in out
+
+
+@pytest.mark.parametrize("argument", [["--model.help", "DHKD"], ["--data.help", "DigitsDataModule"], ["--help"]])
+def test_option_help(argument, capsys):
+    with pytest.raises(SystemExit) as stop:
+        main(["fit", *argument])
+    assert stop.value.code == 0
+    out = capsys.readouterr().out
+    expected = {"--model.help": ("--model.temperature", "gradient_alignment", "ce_weight", "lr_interval")}
+    for text in expected.get(argument[0], ("--data.batch_size",) if len(argument) > 1 else ("--run", "--overwrite")):
+        assert text in out
+
+
+def test_print_config_is_a_config(capsys, tmp_path):
+    with pytest.raises(SystemExit):
+        main(["fit", *DHKD, "--print_config"])
+    text = capsys.readouterr().out
+    (tmp_path / "mine.yaml").write_text(text)
+    with pytest.raises(SystemExit):
+        main(["fit", "--config", str(tmp_path / "mine.yaml"), "--print_config"])
+    assert capsys.readouterr().out == text
+
+
+def test_unknown_config_lists_near_names(capsys):
+    with pytest.raises(SystemExit) as stop:
+        main(["fit", "--config", "distillation/dhkd_digit"])
+    assert stop.value.code == 1
+    error = capsys.readouterr().err
+    assert error.startswith("error: --config 'distillation/dhkd_digit' is neither a file nor a shipped config")
+    assert "distillation/dhkd_digits" in error
+    assert error.count("\n") == 1
+
+
+def test_config_names_and_paths(tmp_path):
+    assert "distillation/dhkd_digits" in config_names()
+    own = tmp_path / "own.yaml"
+    own.write_text("")
+    assert config_path(str(own)) == str(own)
+    args, paths = with_config_paths(["fit", "-c", str(own), "--config=distillation/kd_digits", "--x", "y"])
+    assert args[:2] == ["fit", "-c"]
+    assert args[3] == f"--config={paths[1]}"
+    assert args[4:] == ["--x", "y"]
+    assert default_run_folder([*paths, config_path("_overlay/smoke")], "kd") == "runs/own-kd_digits"
+    assert default_run_folder([], "kd") == "runs/kd"
+
+
+def test_resume_command():
+    assert (
+        resume_command("lightning-kd fit --a 'b c' --overwrite true") == "lightning-kd fit --a 'b c' --ckpt_path last"
+    )
+    assert resume_command("lightning-kd fit --ckpt_path=last --overwrite=true --x 1") == (
+        "lightning-kd fit --x 1 --ckpt_path last"
+    )
+    assert resume_command("lightning-kd fit --overwrite --x 1") == "lightning-kd fit --x 1 --ckpt_path last"
+
+
+def test_fit_test_predict_in_one_folder(tmp_path, capsys):
+    run = tmp_path / "runs" / "dhkd_digits"
+    main(["fit", *DHKD, *SMOKE])
+    out = capsys.readouterr().out
+    assert "fit finished after 2 epochs: val/acc" in out
+    assert f"lightning-kd test --config runs/{run.name}/config.yaml --ckpt_path last" in out
+    record = json.loads((run / "run.json").read_text())
+    assert record["outcome"] == "finished"
+    assert record["seed"] == 0
+    assert record["command"].startswith("lightning-kd fit --config distillation/dhkd_digits")
+    assert {"torch", "lightning"} <= record["versions"].keys()
+    assert record["start"] <= record["end"]
+    assert len(rows(run)) == 2
+    state = torch.load(run / "student.pt", weights_only=True)
+    plain = lightning_kd.build_network("cnn_tiny", 10, 1)
+    plain.load_state_dict(state)
+
+    main(["test", "--config", f"runs/{run.name}/config.yaml", "--ckpt_path", "last", *SMOKE])
+    assert float(rows(run)[-1]["test/acc"]) >= 0
+    assert len(rows(run)) == 3
+    main(["predict", "--config", f"runs/{run.name}/config.yaml", "--ckpt_path", "best", *SMOKE])
+    with (run / "predictions.csv").open() as stream:
+        predictions = list(csv.DictReader(stream))
+    assert [int(row["index"]) for row in predictions] == list(range(len(predictions)))
+    probabilities = [float(predictions[0][f"probability_{k}"]) for k in range(10)]
+    assert sum(probabilities) == pytest.approx(1, abs=1e-4)
+    assert int(predictions[0]["prediction"]) == max(range(10), key=probabilities.__getitem__)
+    history = json.loads((run / "run.json").read_text())["history"]
+    assert [entry["verb"] for entry in history] == ["fit", "test"]
+
+
+def test_a_finished_fit_is_not_trained_over(tmp_path, capsys):
+    main(["fit", *TEACHER, *SMOKE])
+    before = (tmp_path / "runs/teacher_digits/checkpoints/last.ckpt").read_bytes()
+    with pytest.raises(SystemExit):
+        main(["fit", *TEACHER, *SMOKE])
+    error = capsys.readouterr().err
+    assert "holds a last.ckpt: add --ckpt_path last to go on, --overwrite" in error
+    assert error.count("\n") == 1
+    assert (tmp_path / "runs/teacher_digits/checkpoints/last.ckpt").read_bytes() == before
+    with pytest.raises(SystemExit):  # a broken option must not cost the earlier run
+        main(["fit", *TEACHER, *SMOKE, "--overwrite", "true", "--data.batch_size", "-3"])
+    assert (tmp_path / "runs/teacher_digits/checkpoints/last.ckpt").read_bytes() == before
+    main(["fit", *TEACHER, *SMOKE, "--overwrite", "true", "--seed_everything", "1"])
+    assert len(rows(tmp_path / "runs/teacher_digits")) == 2
+    assert (tmp_path / "runs/teacher_digits/checkpoints/last.ckpt").read_bytes() != before
+
+
+def test_last_where_there_is_none(capsys):
+    with pytest.raises(SystemExit):
+        main(["fit", *TEACHER, *SMOKE, "--ckpt_path", "last"])
+    assert "error: ckpt_path 'last': there is no runs/teacher_digits/checkpoints/last.ckpt" in capsys.readouterr().err
+
+
+def test_missing_teacher_is_one_sentence(capsys, tmp_path):
+    with pytest.raises(SystemExit):
+        main(["fit", "--config", "distillation/dhkd_digits", *SMOKE])
+    error = capsys.readouterr().err
+    assert "runs/teacher_digits/network.pt" in error
+    record = json.loads((tmp_path / "runs/dhkd_digits/run.json").read_text())
+    assert record["outcome"] == "failed"
+    assert "Traceback" in (tmp_path / "runs/dhkd_digits/traceback.txt").read_text()
+
+
+def test_optimizer_arguments_do_not_leak():
+    cli = get_cli(["--config", "distillation/kd_imagenet", "--model.student", "cnn_tiny", "--model.teacher", "cnn",
+                   "--model.teacher_weights", "random", *SMOKE])  # fmt: skip
+    optimizer = cli.model.configure_optimizers()["optimizer"]
+    assert type(optimizer) is torch.optim.SGD
+    assert {k: optimizer.defaults[k] for k in ("lr", "momentum", "weight_decay", "nesterov", "dampening")} == {
+        "lr": 0.1, "momentum": 0.9, "weight_decay": 1e-4, "nesterov": False, "dampening": 0.0,
+    }  # fmt: skip
+
+
+def test_get_cli_for_notebooks(tmp_path):
+    cli = get_cli([*TEACHER, *SMOKE, "--run", str(tmp_path / "here")])
+    cli.trainer.fit(cli.model, cli.datamodule)
+    assert (tmp_path / "here" / "checkpoints" / "last.ckpt").is_file()
+    assert (tmp_path / "here" / "metrics.csv").is_file()
+    assert cli.trainer.callback_metrics["val/acc"] >= 0
+
+
+def test_a_class_of_the_working_folder(tmp_path, monkeypatch):
+    monkeypatch.syspath_prepend(str(tmp_path))
+    (tmp_path / "my_nets.py").write_text(
+        "from torch import nn\n"
+        "class Mine(nn.Sequential):\n"
+        "    def __init__(self, width: int = 3):\n"
+        "        super().__init__(nn.Flatten(), nn.Linear(64, width), nn.ReLU(), nn.Linear(width, 10))\n"
+    )
+    main(["fit", *TEACHER, *SMOKE, "--model.network", "my_nets.Mine", "--model.network.width", "7"])
+    checkpoint = tmp_path / "runs/teacher_digits/checkpoints/last.ckpt"
+    task = lightning_kd.Classification.load_from_checkpoint(checkpoint)
+    assert task.network[1].out_features == 7
+    assert torch.load(checkpoint, weights_only=True)["epoch"] == 1
