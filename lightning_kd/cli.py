@@ -50,7 +50,11 @@ def main(args: Sequence[str] | None = None) -> None:
     elif verb == "compare":
         from lightning_kd import compare
 
-        compare.main(argv[1:])
+        try:
+            compare.main(argv[1:])
+        except (ValueError, OSError) as error:
+            print(f"error: {error}", file=sys.stderr)
+            sys.exit(1)
     elif verb == "list":
         print(_listing())
     else:
@@ -58,7 +62,7 @@ def main(args: Sequence[str] | None = None) -> None:
 
 
 def get_cli(args: Sequence[str] | None = None, run: bool = False, **kwargs: Any) -> RunCLI:
-    """The parsed command line as objects (``cli.model``, ``cli.datamodule``, ``cli.trainer``), for notebooks and scripts.
+    """The parsed command line as objects ``cli.model``, ``cli.datamodule`` and ``cli.trainer``, for notebooks.
 
     Args:
         args: options such as ``["--config", "distillation/dhkd_digits", "--trainer.max_epochs", "3"]``; with

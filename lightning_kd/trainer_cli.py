@@ -150,9 +150,12 @@ class RunCLI(LightningCLI):
         epochs = 0 if trainer is None else trainer.current_epoch
         details: dict[str, Any] = {"epochs": epochs, "metrics": metrics}
         if error is not None and not interrupted:
-            details["error"] = f"{type(error).__name__}: {error}"
+            cause = error
+            while cause.__cause__ is not None and str(cause).startswith("Does not validate"):
+                cause = cause.__cause__  # jsonargparse wraps what a constructor raised
+            details["error"] = f"{type(cause).__name__}: {cause}"
             write_text(folder.path / "traceback.txt", "".join(traceback.format_exception(error)))
-            print(f"error: {error}\n(trace in {folder.path / 'traceback.txt'})", file=sys.stderr)
+            print(f"error: {cause}\n(trace in {folder.path / 'traceback.txt'})", file=sys.stderr)
             error.told = True  # type: ignore[attr-defined]
         folder.end(outcome, **details)
         reached = [f"{self.subcommand} {outcome}"]

@@ -11,6 +11,7 @@ from lightning_kd.core.registry import FAMILIES
 PACKAGE = Path(lightning_kd.__file__).parent
 MAY_IMPORT = {
     "nets": set(),
+    "compare": set(),
     "metrics": set(),
     "core": {"nets", "metrics"},
     "data": {"core"},

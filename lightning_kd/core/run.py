@@ -109,11 +109,16 @@ class RunLogger(Logger):
 
     Args:
         path: the run folder.
+
+    Attributes:
+        evaluated: epoch and number of steps of the checkpoint that is evaluated, outside of a fit; a Trainer that only
+            evaluates counts from 0.
     """
 
     def __init__(self, path: str | Path) -> None:
         super().__init__()
         self.file = Path(path) / "metrics.csv"
+        self.evaluated: tuple[int, int] | None = None
         self._rows: list[dict[str, Any]] | None = None
 
     @property
@@ -156,6 +161,8 @@ class RunLogger(Logger):
         if not values:
             return
         row = {"epoch": int(metrics.get("epoch", 0)), "step": int(step or 0)}
+        if self.evaluated is not None:
+            row = {"epoch": self.evaluated[0], "step": self.evaluated[1] - 1}
         last = self.rows[-1] if self.rows else {}
         same = all(str(last.get(k)) == str(v) for k, v in row.items()) and not values.keys() & last.keys()
         if same:
@@ -201,6 +208,18 @@ class RunRecorder(L.Callback):
         if trainer.checkpoint_callback is not None and not self.run.last.is_file():
             # whatever breaks in the first epoch, there is something to go on from
             trainer.save_checkpoint(self.run.last)
+
+    def _note_evaluated(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        for logger in trainer.loggers:
+            if isinstance(logger, RunLogger):
+                fitting = trainer.state.fn == "fit"
+                logger.evaluated = None if fitting else getattr(pl_module, "loaded_progress", None)
+
+    def on_validation_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        self._note_evaluated(trainer, pl_module)
+
+    def on_test_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        self._note_evaluated(trainer, pl_module)
 
     def on_fit_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         if isinstance(pl_module, Task) and trainer.is_global_zero and self.run.path.is_dir():

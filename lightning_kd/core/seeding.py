@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import random
 import zlib
 from typing import Any
@@ -64,6 +65,14 @@ class EpochSeeding(L.Callback):
 
 def global_seed() -> int:
     """The seed given to ``seed_everything``, or else the state of torch's generator as it is now."""
-    import os
-
     return int(os.environ.get("PL_GLOBAL_SEED", torch.initial_seed() % 2**32))
+
+
+def stream_seed(seed: int) -> int:
+    """The seed of a data module's order and augmentation: its own, and that of ``seed_everything`` where there is one.
+
+    Runs that differ in ``seed_everything`` then see other batches, while splits depend on the module's seed alone. All
+    processes of a run get the same.
+    """
+    given = os.environ.get("PL_GLOBAL_SEED")
+    return seed if given is None else derive_seed(int(given), "data", seed)

@@ -79,6 +79,7 @@ class Task(L.LightningModule):
         self.lr_interval = lr_interval
         self.channels_last = channels_last
         self.compile_networks = compile
+        self.loaded_progress: tuple[int, int] | None = None
         self._built: list[nn.Module] = []
         self._sums: dict[str, Tensor] = {}
         self._last_terms: dict[str, Tensor] | None = None
@@ -91,6 +92,10 @@ class Task(L.LightningModule):
     def build(self, network: str | nn.Module) -> nn.Module:
         """A network by name (see ``lightning-kd list``) for this task's classes and input, or the given one itself."""
         if isinstance(network, str):
+            if "." in network and "/" not in network:
+                raise ValueError(
+                    f"network {network!r} looks like a class: write class_path: {network} instead of a name"
+                )
             network = network_for(network, self.num_classes, self.input_shape)
         if self.channels_last is None:
             self.channels_last = len(self.input_shape) == 3 and any(isinstance(m, nn.Conv2d) for m in network.modules())
@@ -110,6 +115,8 @@ class Task(L.LightningModule):
 
     def setup(self, stage: str) -> None:
         if self.compile_networks:
+            # or a tapped network would reuse the code of an untapped one of its class, and the tap never fire
+            torch._dynamo.config.skip_nnmodule_hook_guards = False
             for network in self._built:
                 if network._compiled_call_impl is None:
                     network.compile()
@@ -130,6 +137,9 @@ class Task(L.LightningModule):
         """
         kwargs.setdefault("weights_only", True)
         return super().load_from_checkpoint(checkpoint_path, *args, **kwargs)
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        self.loaded_progress = (checkpoint["epoch"], checkpoint["global_step"])
 
     # -- training ----------------------------------------------------------------------------------------------------
 

@@ -9,7 +9,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from lightning_kd.core.seeding import numpy_generator
+from lightning_kd.core.seeding import numpy_generator, stream_seed
 from lightning_kd.data.augment import CropFlip, Normalize
 from lightning_kd.data.files import Arrays, fake_arrays
 from lightning_kd.data.resident import ResidentLoader
@@ -49,8 +49,10 @@ class ClassificationDataModule(L.LightningDataModule):
         train_per_class: train on this many samples of each class instead.
         crop_flip: the random view of each training image; ``None`` for none.
         cutout: the side in pixels of a box set to the mean colour in each training image; 0 is off.
-        seed: fixes the validation split, the subset, the order of the batches and the augmentation; 0 or more.
-        fake: use a small made-up data set of the same shape and classes, without any file.
+        seed: fixes the validation split and the subset; together with ``seed_everything`` also the order of the batches
+            and the augmentation; 0 or more.
+        fake: use a small made-up data set of the same shape and classes, without any file; all of it, where it is too
+            small for the subset asked for.
 
     Raises:
         ValueError: for an argument out of its range, and for both ``train_fraction`` and ``train_per_class``.
@@ -162,6 +164,8 @@ class ClassificationDataModule(L.LightningDataModule):
         count = np.bincount(target, minlength=self.num_classes)
         wanted = np.where(whole > 0, self.train_per_class or 1, 0)
         if (count < wanted).any():
+            if self.fake:
+                return np.arange(len(target))
             c = int((count < wanted).argmax())
             raise ValueError(
                 f"train_per_class={self.train_per_class} is more than the {count[c]} samples of class {c} "
@@ -174,6 +178,8 @@ class ClassificationDataModule(L.LightningDataModule):
         chosen = take_fraction(target, self.num_classes, self.train_fraction, generator)
         absent = (np.bincount(target[chosen], minlength=self.num_classes) == 0) & (whole > 0)
         if absent.any():
+            if self.fake:
+                return np.arange(len(target))
             c = int(absent.argmax())
             raise ValueError(
                 f"train_fraction={self.train_fraction} leaves class {c} ({self.class_names[c]!r}) without a sample: "
@@ -233,7 +239,12 @@ class ClassificationDataModule(L.LightningDataModule):
         rank, world_size, _ = self._process()
         default = self.batch_size if shuffle else self.eval_batch_size
         sampler = ShardedSampler(
-            chosen, batch_size or default, shuffle=shuffle, seed=self.seed, rank=rank, world_size=world_size
+            chosen,
+            default if batch_size is None else batch_size,
+            shuffle=shuffle,
+            seed=stream_seed(self.seed),
+            rank=rank,
+            world_size=world_size,
         )
         return self._make_loader(source, sampler, augment)
 

@@ -27,7 +27,8 @@ class DigitsDataModule(ClassificationDataModule):
         cutout: the side in pixels of a box set to the mean grey in each training image; 0 is off.
         mean: subtracted (0 to 1); by default that of the training images, 0.3050.
         std: divides; by default that of the training images, 0.3756.
-        seed: fixes the validation split, the subset, the order of the batches and the augmentation.
+        seed: fixes the validation split and the subset; together with ``seed_everything`` also the order of the batches
+            and the augmentation.
         fake: use a small made-up data set of the same shape instead.
 
     Raises:

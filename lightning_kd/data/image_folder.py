@@ -51,7 +51,8 @@ class ImageFolderDataModule(ClassificationDataModule):
         cutout: the side in pixels of a box set to the mean colour in each training image; 0 is off.
         mean: subtracted from each channel (0 to 1); by default that of ImageNet, 0.485, 0.456, 0.406.
         std: divides each channel; by default that of ImageNet, 0.229, 0.224, 0.225.
-        seed: fixes the validation split, the subset, the order of the batches and the augmentation.
+        seed: fixes the validation split and the subset; together with ``seed_everything`` also the order of the batches
+            and the augmentation.
         fake: use a small made-up data set in memory instead, of the classes of ``root`` if there is such a folder,
             else of 10 classes.
 
@@ -141,7 +142,7 @@ class ImageFolderDataModule(ClassificationDataModule):
         if self.fake:
             return super()._make_loader(source, sampler, augment)
         files = ImageFiles(
-            getattr(self, f"{source}_image"), getattr(self, f"{source}_target"), self.transform(augment), self.seed
+            getattr(self, f"{source}_image"), getattr(self, f"{source}_target"), self.transform(augment), sampler.seed
         )
         pin_memory = self._process()[2].type == "cuda"
         return StreamingLoader(files, sampler, num_workers=self.num_workers, pin_memory=pin_memory)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from typing import Any
 
 import torch
 from PIL import Image
@@ -101,6 +102,15 @@ class StreamingLoader(BatchLoader):
             persistent_workers=num_workers > 0,
             generator=torch_generator(sampler.seed, "workers"),  # or it would draw from the global one
         )
+
+    @property
+    def _iterator(self) -> Any:
+        """The workers: Lightning stops those of any loader with this attribute, and sets it to ``None``."""
+        return self._loader._iterator
+
+    @_iterator.setter
+    def _iterator(self, iterator: Any) -> None:
+        self._loader._iterator = iterator
 
     def __iter__(self) -> Iterator[Batch]:
         yield from self._loader

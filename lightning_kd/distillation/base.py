@@ -195,8 +195,11 @@ class Distillation(Task, ABC):
         for part in ("state_dict", "current_model_state"):  # the second is WeightAveraging's
             for key in [k for k in checkpoint.get(part, ()) if k.startswith("teacher.")]:
                 del checkpoint[part][key]
+        checkpoint["teacher_judged"] = self._teacher_judged
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        super().on_load_checkpoint(checkpoint)
+        self._teacher_judged = checkpoint.get("teacher_judged", False)
         for part in ("state_dict", "current_model_state"):
             if part in checkpoint:
                 for key, value in self.teacher.state_dict(prefix="teacher.").items():

@@ -9,8 +9,8 @@ from lightning_kd.nets._common import conv_bn_relu, global_pool, init_classifier
 
 # (out_channels, stride) of each depthwise-separable block
 _SEPARABLE = [(64, 1), (128, 2), (128, 1), (256, 2), (256, 1), (512, 2), *[(512, 1)] * 5, (1024, 2), (1024, 1)]
-# (expansion, out_channels, blocks, stride) of each stage, halved channels; the second stage keeps its size (arXiv
-# :1801.04381 halves it there), since the images are 32x32
+# (expansion, out_channels, blocks, stride) of each stage, at half width; the paper halves the size in the second stage
+# too, which would leave one pixel of 32x32 images
 _INVERTED = [(1, 8, 1, 1), (6, 12, 2, 1), (6, 16, 3, 2), (6, 32, 4, 2), (6, 48, 3, 1), (6, 80, 3, 2), (6, 160, 1, 1)]
 
 

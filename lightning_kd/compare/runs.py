@@ -1,0 +1,191 @@
+"""Read run folders: the configuration without what differs between seeds, and the metrics by epoch."""
+
+from __future__ import annotations
+
+import csv
+import json
+import math
+import re
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+HIGHER = frozenset(["acc", "accuracy", "ap", "auc", "auroc", "f1", "map", "precision", "recall", "top"])
+LOWER = frozenset(["brier", "ece", "err", "error", "loss", "mae", "mse", "nll", "rmse"])
+
+_NOT_COMPARED = ("seed_everything", "run", "overwrite", "ckpt_path", "trainer.default_root_dir", "trainer.logger")
+# the C loader is ten times faster, where yaml was built with it
+_LOADER = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
+
+
+@dataclass
+class Run:
+    """One run folder, read."""
+
+    path: Path
+    seed: int | None
+    outcome: str  # of the last fit
+    settings: dict[str, Any]  # the config without its seeds, flat: "model.init_args.heads" -> 2
+    seeds: tuple[str, ...]  # everything that was dropped as a seed; equal means the same run again
+    series: dict[str, dict[int, float]]  # metric -> epoch -> value; of a test/... only the value recorded last
+    epochs: int
+
+    @property
+    def finished(self) -> bool:
+        return self.outcome == "finished"
+
+    @property
+    def stem(self) -> str:
+        """The folder's name without the seed at its end; the parent's where it is nothing but a seed."""
+        path = self.path.absolute()
+        # only the run's own seed: resnet_56 keeps its depth
+        return re.sub(rf"(^|[-_]+)((seed|s)[-_=]?)?0*{self.seed}$", "", path.name, flags=re.I) or path.parent.name
+
+    @property
+    def name(self) -> str:
+        path = self.path.absolute()
+        return f"{path.parent.name}/{path.name}" if self.stem == path.parent.name else path.name
+
+    def last(self, metric: str) -> float | None:
+        values = self.series.get(metric)
+        return values[max(values)] if values else None
+
+    def best(self, metric: str) -> float | None:
+        sign = direction(metric)
+        values = [value for value in self.series.get(metric, {}).values() if not math.isnan(value)]
+        if metric.startswith("test/") or not sign or not values:
+            return None
+        return max(values) if sign > 0 else min(values)
+
+
+def direction(metric: str) -> int:
+    """1 where larger is better, -1 where smaller is, 0 where the name does not tell."""
+    words = re.split(r"[^a-z0-9]+", metric.lower())
+    words += [word.rstrip("0123456789") for word in words]
+    return -1 if LOWER.intersection(words) else 1 if HIGHER.intersection(words) else 0
+
+
+def expand(paths: Iterable[str | Path]) -> tuple[list[Path], list[str]]:
+    """The run folders that ``paths`` mean, and a line for each child that was left out.
+
+    A folder that is no run folder itself stands for its children that are. A folder named twice counts once.
+    """
+    found: dict[Path, Path] = {}
+    left_out: list[str] = []
+    for path in map(Path, paths):
+        if not path.is_dir():
+            raise ValueError(f"{path} is not a folder; name run folders, or a folder of run folders.")
+        if _is_run(path):
+            found.setdefault(path.resolve(), path)
+            continue
+        children = [child for child in sorted(path.iterdir()) if _is_run(child)]
+        if not children:
+            raise ValueError(f"{path} is not a run folder (it has no config.yaml), nor is any folder directly in it.")
+        for child in children:
+            if missing := _missing(child):
+                left_out.append(f"left out: {child} (no {missing})")
+            else:
+                found.setdefault(child.resolve(), child)
+    if not found:
+        raise ValueError(f"No run to compare: {'; '.join(left_out)}.")
+    return list(found.values()), left_out
+
+
+def read_run(path: Path) -> Run:
+    """Read a run folder; a missing or damaged file is a ValueError of one sentence."""
+    if missing := _missing(path):
+        raise ValueError(f"{path} has no {missing}, so it cannot be compared; leave it out, or run it first.")
+    config = _load(path / "config.yaml", _yaml)
+    seed = config.get("seed_everything")
+    seed = seed if type(seed) is int else None
+    record = _load(path / "run.json", json.loads) if (path / "run.json").is_file() else {}
+    fits = [entry.get("outcome") for entry in [*record.get("history", []), record] if entry.get("verb") == "fit"]
+    settings, seeds = _settings(config, path, ())
+    series = _read_metrics(path / "metrics.csv")
+    epochs = max((max(values) + 1 for name, values in series.items() if not name.startswith("test/")), default=0)
+    outcome = str(fits[-1]) if fits else "no record of a fit"
+    return Run(path, seed, outcome, settings, (str(seed), *seeds), series, epochs)
+
+
+def _is_run(path: Path) -> bool:
+    return any((path / name).is_file() for name in ("config.yaml", "run.json", "metrics.csv"))
+
+
+def _missing(path: Path) -> str:
+    return " and no ".join(name for name in ("config.yaml", "metrics.csv") if not (path / name).is_file())
+
+
+def _yaml(text: str) -> Any:
+    return yaml.load(text, Loader=_LOADER)
+
+
+def _load(path: Path, parse: Callable[[str], Any]) -> dict[str, Any]:
+    try:
+        content = parse(path.read_text(encoding="utf-8"))
+        if not isinstance(content, dict):
+            raise ValueError("it holds no settings")
+    except (yaml.YAMLError, ValueError) as error:
+        reason = " ".join(str(error).split())
+        raise ValueError(f"{path} is damaged ({reason}); leave the run out, or run it again.") from None
+    return content
+
+
+def _read_metrics(path: Path) -> dict[str, dict[int, float]]:
+    """Metric -> epoch -> the last value recorded in it. Blank cells are skipped."""
+    series: dict[str, dict[int, float]] = {}
+    with path.open(newline="", encoding="utf-8") as file:
+        reader = csv.DictReader(file)
+        for row in reader:
+            try:
+                epoch = int(float(row.pop("epoch")))
+                for name, cell in row.items():
+                    if cell and name != "step":
+                        series.setdefault(name, {})[0 if name.startswith("test/") else epoch] = float(cell)
+            except (KeyError, TypeError, ValueError, AttributeError) as error:
+                raise ValueError(f"{path} is damaged in line {reader.line_num} ({error}); leave the run out.") from None
+    return series
+
+
+def _settings(config: dict[str, Any], path: Path, students: tuple[Path, ...]) -> tuple[dict[str, Any], list[str]]:
+    """The config of the run folder ``path`` without what may differ between seeds, and the data's seeds."""
+    kept: dict[str, Any] = {}
+    seeds: list[str] = []
+    for key, value in _flat(config).items():
+        if f"{key}.".startswith(tuple(f"{name}." for name in _NOT_COMPARED)):
+            continue
+        if key.startswith("data.") and key.endswith(".seed"):
+            seeds.append(str(value))
+        elif not isinstance(value, str):
+            kept[key] = value
+        elif key.endswith(".teacher_weights"):
+            kept |= {f"{key}.{name}" if name else key: v for name, v in _teacher(value, path, students).items()}
+        else:  # a callback may write into the run's own folder
+            kept[key] = value.removeprefix(f"{config.get('run')}/")
+    return kept, seeds
+
+
+def _teacher(weights: str, path: Path, students: tuple[Path, ...]) -> dict[str, Any]:
+    """The settings of the run in whose folder ``weights`` lie; else the path as it is written."""
+    students = (*students, path.resolve())
+    # a relative path was written where the command ran: here, or in a folder above the run
+    for base in (Path.cwd(), *path.resolve().parents):
+        file = base / weights
+        for folder in file.parents[:2]:  # RUN/network.pt or RUN/checkpoints/best.ckpt
+            if (folder / "config.yaml").is_file() and folder.resolve() not in students:
+                config = _load(folder / "config.yaml", _yaml)
+                return {"file": str(file.relative_to(folder)), **_settings(config, folder, students)[0]}
+    return {"": weights}
+
+
+def _flat(node: Any, prefix: str = "") -> dict[str, Any]:
+    """Nested settings as dotted key -> value; a list of plain values is one value."""
+    plain = isinstance(node, list) and not any(isinstance(value, dict | list) for value in node)
+    if not node or plain or not isinstance(node, dict | list):
+        return {prefix: node}
+    flat: dict[str, Any] = {}
+    for key, value in node.items() if isinstance(node, dict) else enumerate(node):
+        flat |= _flat(value, f"{prefix}.{key}" if prefix else str(key))
+    return flat

@@ -1,0 +1,311 @@
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import lightning as L
+import pytest
+import torch
+import torchvision
+from torch import Tensor, nn
+
+from lightning_kd.core.weights import load_weights, pretrained_network
+from lightning_kd.nets import build_network
+
+
+@pytest.fixture
+def source() -> nn.Module:
+    torch.manual_seed(1)
+    network = build_network("cnn_tiny", 10)
+    network(torch.randn(4, 3, 8, 8))  # so that the running statistics are not the initial ones
+    return network
+
+
+@pytest.fixture
+def target() -> nn.Module:
+    torch.manual_seed(2)
+    return build_network("cnn_tiny", 10)
+
+
+def copy(network: nn.Module) -> dict[str, Tensor]:
+    return {key: value.clone() for key, value in network.state_dict().items()}
+
+
+def assert_equal(network: nn.Module, weights: dict[str, Tensor]) -> None:
+    state = network.state_dict()
+    assert state.keys() == weights.keys()
+    assert all(torch.equal(state[key], weights[key]) for key in weights)
+
+
+@pytest.fixture
+def unchanged(target: nn.Module) -> Iterator[None]:
+    """After an error the network must be what it was."""
+    before = copy(target)
+    yield
+    assert_equal(target, before)
+
+
+def save(content: Any, folder: Path, name: str = "weights.pt") -> Path:
+    torch.save(content, folder / name)
+    return folder / name
+
+
+# -- what can be read ------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", ["weights.pt", "weights.pth", "weights.ckpt"])
+@pytest.mark.parametrize("as_text", [False, True])
+def test_plain_state_dict(source: nn.Module, target: nn.Module, tmp_path: Path, name: str, as_text: bool) -> None:
+    path = save(source.state_dict(), tmp_path, name)
+    load_weights(target, str(path) if as_text else path, 10)
+    assert_equal(target, copy(source))
+
+
+def test_safetensors(source: nn.Module, target: nn.Module, tmp_path: Path) -> None:
+    safetensors = pytest.importorskip("safetensors.torch")
+    safetensors.save_file(source.state_dict(), tmp_path / "weights.safetensors")
+    load_weights(target, tmp_path / "weights.safetensors")
+    assert_equal(target, copy(source))
+
+
+@pytest.mark.parametrize("attribute", ["network", "student"])
+def test_lightning_checkpoint(source: nn.Module, target: nn.Module, tmp_path: Path, attribute: str) -> None:
+    """The other parts of the task, among them a network of the same kind, are left aside."""
+
+    class SomeTask(L.LightningModule):
+        def __init__(self) -> None:
+            super().__init__()
+            self.save_hyperparameters({"widths": [1, 2]})
+            self.auxiliary_head = nn.Linear(3, 3)
+            self.teacher = build_network("cnn_tiny", 10)
+            setattr(self, attribute, source)
+            self.register_buffer("memory", torch.full((3,), torch.nan))
+
+    trainer = L.Trainer(accelerator="cpu", logger=False, enable_checkpointing=False, default_root_dir=tmp_path)
+    trainer.strategy.connect(SomeTask())
+    trainer.save_checkpoint(tmp_path / "last.ckpt")
+    load_weights(target, tmp_path / "last.ckpt", 10)
+    assert_equal(target, copy(source))
+
+
+@pytest.mark.parametrize("nests", [["model"], ["state_dict"], ["net"], ["state_dict", "model"]])
+@pytest.mark.parametrize("prefix", ["", "module."])
+def test_public_files(source: nn.Module, target: nn.Module, tmp_path: Path, nests: list[str], prefix: str) -> None:
+    content: dict[str, Any] = {prefix + key: value for key, value in source.state_dict().items()}
+    for nest in nests:
+        content = {"epoch": 240, "opt": argparse.Namespace(lr=0.05), "accuracy": torch.tensor(75.6), nest: content}
+    load_weights(target, save(content, tmp_path))
+    assert_equal(target, copy(source))
+
+
+def test_public_mobilenetv2(tmp_path: Path) -> None:
+    source, target = build_network("mobilenetv2", 5), build_network("mobilenetv2", 5)
+    content = {key.replace("classifier.", "classifier.0."): value for key, value in source.state_dict().items()}
+    assert "classifier.0.weight" in content
+    load_weights(target, save({"model": content}, tmp_path), 5)
+    assert_equal(target, copy(source))
+
+
+def test_a_part_called_network_is_not_taken_for_a_prefix(tmp_path: Path) -> None:
+    source, target = nn.Sequential(), nn.Sequential()
+    for module in (source, target):
+        module.add_module("network", nn.Linear(3, 4))
+        module.add_module("head", nn.Linear(4, 2))
+    load_weights(target, save(source.state_dict(), tmp_path), 2)
+    assert_equal(target, copy(source))
+
+
+def test_batch_counters_may_be_missing(source: nn.Module, target: nn.Module, tmp_path: Path) -> None:
+    content = {key: value for key, value in source.state_dict().items() if not key.endswith("num_batches_tracked")}
+    load_weights(target, save(content, tmp_path))
+    for key, value in target.state_dict().items():
+        assert torch.equal(value, content[key] if key in content else torch.tensor(0))
+
+
+def test_half_precision_file(source: nn.Module, target: nn.Module, tmp_path: Path) -> None:
+    content = {key: value.half() if value.is_floating_point() else value for key, value in source.state_dict().items()}
+    load_weights(target, save(content, tmp_path))
+    weight = target.get_parameter("fc.weight")
+    assert weight.dtype == torch.float32
+    assert torch.equal(weight, content["fc.weight"].float())
+
+
+def test_modules_without_a_linear_layer(tmp_path: Path) -> None:
+    source, target = nn.Conv2d(3, 4, 1), nn.Conv2d(3, 4, 1)
+    load_weights(target, save(source.state_dict(), tmp_path), 10)
+    assert_equal(target, copy(source))
+
+
+# -- what is refused -------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.usefixtures("unchanged")
+class TestErrors:
+    def test_no_file(self, target: nn.Module, tmp_path: Path) -> None:
+        for path in (tmp_path / "missing.pt", tmp_path):
+            with pytest.raises(FileNotFoundError, match=r"^weights '.*': there is no such file; give a checkpoint"):
+                load_weights(target, path)
+
+    @pytest.mark.parametrize("content", [b"", b"hello there", b"PK\x03\x04 cut short"])
+    @pytest.mark.parametrize("name", ["weights.pt", "weights.safetensors"])
+    def test_damaged_file(self, target: nn.Module, tmp_path: Path, content: bytes, name: str) -> None:
+        (tmp_path / name).write_bytes(content)
+        with pytest.raises(
+            ValueError, match=r"cannot be read: the file is damaged or .*; save it again with torch\.save"
+        ):
+            load_weights(target, tmp_path / name)
+
+    def test_pickled_objects_are_never_run(self, target: nn.Module, tmp_path: Path) -> None:
+        class Evil:
+            def __reduce__(self) -> tuple[Any, ...]:
+                return (Path.touch, (tmp_path / "was_run",))
+
+        path = save({"state_dict": target.state_dict(), "callback": Evil()}, tmp_path)
+        with pytest.raises(ValueError, match=r"holds objects other than tensors and plain values; save it again with"):
+            load_weights(target, path)
+        assert not (tmp_path / "was_run").exists()
+        torch.load(path, weights_only=False)
+        assert (tmp_path / "was_run").exists()  # so the file would have done it
+
+    def test_pickled_module(self, target: nn.Module, tmp_path: Path) -> None:
+        with pytest.raises(ValueError, match=r"torch\.save\(network\.state_dict\(\), path\)$"):
+            load_weights(target, save(target, tmp_path))
+
+    @pytest.mark.parametrize(
+        ("content", "found"),
+        [({}, r"a dict of \[\]"), ({"epoch": 3, "best": 0.5}, r"a dict of \['epoch', 'best'\]"), ([1], "a list")],
+    )
+    def test_no_state_dict(self, target: nn.Module, tmp_path: Path, content: Any, found: str) -> None:
+        with pytest.raises(ValueError, match=f"hold no state_dict but {found}; save it again"):
+            load_weights(target, save(content, tmp_path))
+
+    def test_missing_names(self, source: nn.Module, target: nn.Module, tmp_path: Path) -> None:
+        content = source.state_dict()
+        for key in ("layer1.0.weight", "layer2.1.bias", "layer3.1.running_mean", "fc.bias"):
+            del content[key]
+        message = (
+            r"do not fit the network CNN: 4 \(layer1\.0\.weight, layer2\.1\.bias, layer3\.1\.running_mean, \.\.\.\) "
+            r"missing, 0 unexpected; give weights of the same network$"
+        )
+        with pytest.raises(ValueError, match=message):
+            load_weights(target, save(content, tmp_path))
+
+    def test_unexpected_names(self, source: nn.Module, target: nn.Module, tmp_path: Path) -> None:
+        content = {**source.state_dict(), "fc2.weight": torch.ones(1), "fc2.bias": torch.ones(1)}
+        with pytest.raises(ValueError, match=r": 0 missing, 2 \(fc2\.weight, fc2\.bias\) unexpected"):
+            load_weights(target, save(content, tmp_path))
+
+    def test_task_with_another_network(self, target: nn.Module, tmp_path: Path) -> None:
+        other = {f"student.{key}": value for key, value in build_network("mlp_4", 10, 3).state_dict().items()}
+        content = {"state_dict": {**other, "teacher.fc.weight": torch.ones(1)}}
+        message = r"15 \(layer1\.0\.weight, .*\) missing, 2 \(hidden\.0\.weight, hidden\.0\.bias\) unexpected"
+        with pytest.raises(ValueError, match=message):
+            load_weights(target, save(content, tmp_path))
+
+    @pytest.mark.parametrize("num_classes", [10, None])
+    @pytest.mark.parametrize("prefix", ["", "network."])
+    def test_classes_of_the_file(self, target: nn.Module, tmp_path: Path, num_classes: int | None, prefix: str) -> None:
+        content = {prefix + key: value for key, value in build_network("cnn_tiny", 100).state_dict().items()}
+        with pytest.raises(ValueError, match=r"weights\.pt' has 100 classes, the network has 10: give weights trained"):
+            load_weights(target, save(content, tmp_path), num_classes)
+
+    def test_classes_of_the_data(self, source: nn.Module, target: nn.Module, tmp_path: Path) -> None:
+        with pytest.raises(ValueError, match=r"weights\.pt' has 10 classes, the data has 100: give a network"):
+            load_weights(target, save(source.state_dict(), tmp_path), 100)
+
+    def test_other_shapes(self, source: nn.Module, target: nn.Module, tmp_path: Path) -> None:
+        content = {**source.state_dict(), "layer1.0.weight": torch.ones(8, 1, 3, 3)}
+        message = r"1 shapes differ \(layer1\.0\.weight \(8, 1, 3, 3\) for \(8, 3, 3, 3\)\); give weights of the same"
+        with pytest.raises(ValueError, match=message):
+            load_weights(target, save(content, tmp_path))
+        content = {**source.state_dict(), "fc.weight": torch.ones(10, 7), "fc.bias": torch.ones(9)}
+        with pytest.raises(ValueError, match="2 shapes differ"):
+            load_weights(target, save(content, tmp_path))
+
+    @pytest.mark.parametrize("value", [torch.nan, torch.inf])
+    def test_values_that_are_not_finite(
+        self, source: nn.Module, target: nn.Module, tmp_path: Path, value: float
+    ) -> None:
+        content = copy(source)
+        content["layer3.1.running_var"][5] = value
+        with pytest.raises(ValueError, match=r": layer3\.1\.running_var holds values that are not finite"):
+            load_weights(target, save(content, tmp_path))
+
+    def test_values_that_are_no_tensors(self, source: nn.Module, target: nn.Module, tmp_path: Path) -> None:
+        with pytest.raises(ValueError, match=r": fc\.bias is a list, not a tensor; save it again"):
+            load_weights(target, save({**source.state_dict(), "fc.bias": [0.0] * 10}, tmp_path))
+
+    def test_without_safetensors(self, target: nn.Module, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        (tmp_path / "weights.safetensors").touch()
+        monkeypatch.setitem(sys.modules, "safetensors.torch", None)
+        with pytest.raises(ImportError, match=r"need safetensors: pip install safetensors$"):
+            load_weights(target, tmp_path / "weights.safetensors")
+
+
+# -- published weights -----------------------------------------------------------------------------------------------
+
+
+def test_default_of_torchvision(monkeypatch: pytest.MonkeyPatch) -> None:
+    asked = []
+    network = nn.Linear(2, 1000)
+
+    def get_model(name: str, **options: Any) -> nn.Module:
+        asked.append((name, options))
+        return network
+
+    monkeypatch.setattr(torchvision.models, "get_model", get_model)
+    assert pretrained_network("torchvision/resnet18", 1000) is network
+    assert asked == [("resnet18", {"weights": "DEFAULT"})]
+    # Refused before anything is downloaded.
+    with pytest.raises(ValueError, match=r"'torchvision/resnet18' have 1000 classes, the data has 100: train"):
+        pretrained_network("torchvision/resnet18", 100)
+    with pytest.raises(ValueError, match=r"^network 'torchvision/resnet19' is not known"):
+        pretrained_network("torchvision/resnet19", 1000)
+    assert len(asked) == 1
+
+
+def test_default_of_timm(monkeypatch: pytest.MonkeyPatch) -> None:
+    timm = pytest.importorskip("timm")
+    asked = []
+    network = nn.Linear(2, 1000)
+
+    def create_model(name: str, **options: Any) -> nn.Module:
+        asked.append((name, options))
+        return network
+
+    monkeypatch.setattr(timm, "create_model", create_model)
+    assert pretrained_network("timm/resnet18", 1000) is network
+    assert asked == [("resnet18", {"pretrained": True})]
+    with pytest.raises(ValueError, match=r"'timm/resnet18' have 1000 classes, the data has 10: train"):
+        pretrained_network("timm/resnet18", 10)
+    with pytest.raises(ValueError, match=r"^network 'timm/resnet19' is not known"):
+        pretrained_network("timm/resnet19", 1000)
+    monkeypatch.setattr(timm.models, "is_model_pretrained", lambda name: False)
+    with pytest.raises(ValueError, match=r"^network 'timm/resnet18' has no published weights: give a file"):
+        pretrained_network("timm/resnet18", 1000)
+    assert len(asked) == 1
+
+
+def test_default_without_timm(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "timm", None)
+    with pytest.raises(ImportError, match="'timm/resnet18' needs timm"):
+        pretrained_network("timm/resnet18", 1000)
+
+
+def test_default_without_a_connection(monkeypatch: pytest.MonkeyPatch) -> None:
+    def get_model(name: str, **options: Any) -> nn.Module:
+        raise OSError("no route to host")
+
+    monkeypatch.setattr(torchvision.models, "get_model", get_model)
+    message = r"^the published weights of 'torchvision/resnet18' cannot be downloaded \(no route to host\): connect, or"
+    with pytest.raises(OSError, match=message):
+        pretrained_network("torchvision/resnet18", 1000)
+
+
+@pytest.mark.parametrize("name", ["resnet8", "mlp", "hub/resnet18"])
+def test_default_of_other_names(name: str) -> None:
+    with pytest.raises(ValueError, match=f"'default' exist only for timm/ and torchvision/ names, not for '{name}'"):
+        pretrained_network(name, 10)

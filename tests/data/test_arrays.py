@@ -1,0 +1,140 @@
+"""A user's own arrays."""
+
+import numpy as np
+import pytest
+import torch
+
+from lightning_kd.data import ArrayDataModule
+
+RNG = np.random.default_rng(0)
+
+
+def images(n=60, shape=(12, 10, 3)):
+    return RNG.integers(0, 256, (n, *shape), dtype=np.uint8)
+
+
+def labels(n=60, num_classes=3):
+    return np.arange(n) % num_classes
+
+
+def save(tmp_path, **arrays):
+    np.savez(tmp_path / "own.npz", **arrays)
+    return str(tmp_path / "own.npz")
+
+
+def test_npz_with_splits(tmp_path):
+    train, test = images(), images(9)
+    path = save(tmp_path, train_image=train, train_target=labels(), test_image=test, test_target=labels(9))
+    data = ArrayDataModule(path)
+    assert (data.num_classes, data.input_shape, data.class_names) == (3, (3, 12, 10), ["0", "1", "2"])
+    assert data.mean == pytest.approx((train / 255).mean((0, 1, 2)).tolist())
+    assert data.std == pytest.approx((train / 255).std((0, 1, 2)).tolist())
+    assert (data.train_size, data.val_size, data.test_size) == (54, 6, 9)
+    np.testing.assert_array_equal(data.test_image.permute(0, 2, 3, 1), test)
+
+
+@pytest.mark.parametrize("form", ["npz", "npy", "train_only"])
+def test_a_test_split_is_made_where_there_is_none(tmp_path, form):
+    image, target = images(shape=(8, 8)), labels()
+    if form == "npy":
+        np.save(tmp_path / "image.npy", image)
+        np.save(tmp_path / "target.npy", target.astype(np.uint8))
+        paths = {"path": str(tmp_path / "image.npy"), "target_path": str(tmp_path / "target.npy")}
+    else:
+        prefix = "train_" if form == "train_only" else ""
+        paths = {"path": save(tmp_path, **{f"{prefix}image": image, f"{prefix}target": target, "more": image})}
+    first, second = (ArrayDataModule(**paths, seed=seed, test_fraction=0.3) for seed in (0, 1))
+    assert first.input_shape == (1, 8, 8)
+    assert (first.test_size, len(first.train_target)) == (18, 42)
+    assert np.bincount(first.test_target).tolist() == [6, 6, 6]
+    second.setup()
+    assert torch.equal(first.test_image, second.test_image)
+
+
+def test_features(tmp_path):
+    feature = RNG.normal(3, 2, (60, 7))
+    path = save(tmp_path, train_feature=feature, train_target=labels(), test_image=feature[:6], test_target=labels(6))
+    data = ArrayDataModule(path)
+    assert data.input_shape == (7,)
+    assert (data.mean, data.std) == ([0.0] * 7, [1.0] * 7)
+    (batch,) = data.test_dataloader()
+    torch.testing.assert_close(batch.image, torch.from_numpy(feature[:6]).float())
+    data = ArrayDataModule(path, mean=[3.0] * 7, std=[2.0] * 7)
+    (batch,) = data.test_dataloader()
+    torch.testing.assert_close(batch.image, torch.from_numpy((feature[:6] - 3) / 2).float())
+    with pytest.raises(ValueError, match="need images"):
+        ArrayDataModule(path, augment=True)
+    fake = ArrayDataModule(path, fake=True)
+    assert (fake.input_shape, fake.num_classes, fake.train_image.shape if fake.train_size else 0) == ((7,), 3, (256, 7))
+
+
+def test_fake_keeps_the_shape_of_the_file(tmp_path):
+    path = save(tmp_path, image=images(), target=labels())
+    data = ArrayDataModule(path, class_names=["a", "b", "c"], fake=True, augment=True, crop_padding=2, flip=False)
+    assert (data.input_shape, data.class_names) == ((3, 12, 10), ["a", "b", "c"])
+    assert data.train_size + data.val_size == 256
+    assert next(iter(data.train_dataloader())).image.shape == (64, 3, 12, 10)
+
+
+def test_constant_channel_does_not_divide_by_zero(tmp_path):
+    data = ArrayDataModule(save(tmp_path, image=np.full((30, 4, 4), 51, np.uint8), target=labels(30)))
+    assert (data.mean, data.std) == ([0.2], [1.0])
+
+
+@pytest.mark.parametrize(
+    ("arrays", "message"),
+    [
+        ({"image": images()}, "lacks target"),
+        ({"target": labels()}, "lacks image"),
+        ({"other": labels()}, "lacks image, target, it holds other"),
+        ({"image": images(), "target": labels(59)}, "59 labels, got 60"),
+        ({"image": images().astype(np.float32), "target": labels()}, "uint8 images .*float32"),
+        ({"image": images(shape=(3, 8, 8)), "target": labels()}, "channels last"),
+        ({"image": images(shape=(8,)), "target": labels()}, "float features .*uint8"),
+        ({"image": images(shape=(2, 2, 2, 2)), "target": labels()}, "uint8 images"),
+        ({"image": np.full((60, 4), np.nan), "target": labels()}, "finite"),
+        ({"image": images(), "target": labels() - 1}, "0 or more, got -1"),
+        ({"image": images(), "target": labels() * 0.5}, "integers"),
+        ({"image": images(0), "target": labels(0)}, "empty"),
+        ({"image": images(3), "target": labels(3)}, "test_fraction=0.2 of 3 samples"),
+        (
+            {"train_image": images(), "train_target": labels(), "test_image": images(9), "test_target": labels(9) + 1},
+            "test_target .*between 0 and 2, got 3",
+        ),
+        (
+            {
+                "train_image": images(),
+                "train_target": labels(),
+                "test_image": images(9, (8, 8, 3)),
+                "test_target": labels(9),
+            },
+            "like the training samples",
+        ),
+        ({"train_image": images(), "train_target": labels(), "test_image": images(9)}, "lacks test_target"),
+    ],
+)
+def test_bad_files(tmp_path, arrays, message):
+    with pytest.raises(ValueError, match=message):
+        ArrayDataModule(save(tmp_path, **arrays))
+
+
+def test_bad_arguments(tmp_path):
+    path = save(tmp_path, image=images(), target=labels())
+    np.save(tmp_path / "image.npy", images())
+    with pytest.raises(FileNotFoundError, match="does not exist"):
+        ArrayDataModule(str(tmp_path / "none.npz"))
+    with pytest.raises(ValueError, match="target_path"):
+        ArrayDataModule(str(tmp_path / "image.npy"))
+    with pytest.raises(ValueError, match="integers"):
+        ArrayDataModule(str(tmp_path / "image.npy"), target_path=path)
+    with pytest.raises(ValueError, match="test_fraction"):
+        ArrayDataModule(path, test_fraction=0.0)
+    with pytest.raises(ValueError, match="between 0 and 1, got 2"):
+        ArrayDataModule(path, class_names=["a", "b"])
+    with pytest.raises(ValueError, match="crop_padding"):
+        ArrayDataModule(path, crop_padding=-1)
+    with pytest.raises(ValueError, match="mean"):
+        ArrayDataModule(path, mean=[0.5])
+    (tmp_path / "own.npz").write_bytes((tmp_path / "own.npz").read_bytes()[:500])
+    with pytest.raises(ValueError, match="damaged"):
+        ArrayDataModule(path)

@@ -1,0 +1,202 @@
+"""A run that is killed and resumed equals one that never stopped, to the bit; and a broken run leaves something."""
+
+import csv
+import json
+import os
+import signal
+import subprocess
+import sys
+
+import lightning as L
+import pytest
+import torch
+from torch import nn
+
+from lightning_kd.cli import main
+from lightning_kd.core import Classification
+from lightning_kd.core.run import RunFolder, RunLogger, run_callbacks
+from lightning_kd.data import DigitsDataModule
+
+NETWORK = """
+import os, signal, torch
+from torch import nn
+
+
+class Dropping(nn.Module):
+    \"\"\"Has dropout and batch norm; kills its process in training step KILL_AT, counted over the process.\"\"\"
+
+    def __init__(self):
+        super().__init__()
+        self.body = nn.Sequential(nn.Conv2d(1, 8, 3), nn.BatchNorm2d(8), nn.ReLU(), nn.Flatten(), nn.Dropout(0.3))
+        self.head = nn.Linear(8 * 36, 10)
+        self.steps = 0
+
+    def forward(self, x):
+        if self.training:
+            self.steps += 1
+            if self.steps == int(os.environ.get("KILL_AT", -1)):
+                os.kill(os.getpid(), signal.SIGKILL)
+        return self.head(self.body(x))
+"""
+
+
+def fit(folder, run, *options, **environment):
+    return subprocess.run(
+        [
+            sys.executable,
+            "-m",
+            "lightning_kd",
+            "fit",
+            "--config",
+            "distillation/dhkd_digits",
+            "--run",
+            run,
+            "--model.student.class_path",
+            "dropping.Dropping",
+            "--model.teacher_weights",
+            "random",
+            "--data.train_per_class",
+            "20",
+            "--trainer.max_epochs",
+            "4",
+            "--model.auxiliary_head",
+            "nonlinear",
+            "--model.gradient_alignment",
+            "all",
+            "--trainer.enable_progress_bar",
+            "false",
+            "--trainer.enable_model_summary",
+            "false",
+            "--trainer.accelerator",
+            "cpu",
+            *options,
+        ],
+        cwd=folder,
+        env={**os.environ, "OMP_NUM_THREADS": "1", **environment},
+        capture_output=True,
+        text=True,
+    )
+
+
+def test_sigkill_and_resume_to_the_bit(tmp_path):
+    (tmp_path / "dropping.py").write_text(NETWORK)
+    whole = fit(tmp_path, "whole")
+    assert whole.returncode == 0, whole.stderr
+    # 200 samples in batches of 25: step 20 is in the middle of epoch 2
+    killed = fit(tmp_path, "broken", KILL_AT="20")
+    assert killed.returncode == -signal.SIGKILL
+    folder = RunFolder(tmp_path / "broken")
+    assert json.loads(folder.record_file.read_text())["outcome"] == "running"
+    assert torch.load(folder.last, weights_only=True)["epoch"] == 1
+    # three more steps than epochs 2 and 3 have would be seen: the second process must start at epoch 2
+    resumed = fit(tmp_path, "broken", "--ckpt_path", "last", KILL_AT="17")
+    assert resumed.returncode == 0, resumed.stderr
+    a, b = (torch.load(tmp_path / run / "checkpoints/last.ckpt", weights_only=True) for run in ("whole", "broken"))
+    assert a["global_step"] == b["global_step"] == 32
+    assert a["state_dict"].keys() == b["state_dict"].keys()
+    for key, value in a["state_dict"].items():
+        assert torch.equal(value, b["state_dict"][key]), key
+    for x, y in zip(
+        a["optimizer_states"][0]["state"].values(), b["optimizer_states"][0]["state"].values(), strict=True
+    ):
+        assert torch.equal(x["momentum_buffer"], y["momentum_buffer"])
+    assert (tmp_path / "whole/metrics.csv").read_text() == (tmp_path / "broken/metrics.csv").read_text()
+    best = [torch.load(tmp_path / r / "checkpoints/best.ckpt", weights_only=True) for r in ("whole", "broken")]
+    assert best[0]["epoch"] == best[1]["epoch"]
+
+
+def test_ctrl_c_says_how_to_go_on(tmp_path):
+    (tmp_path / "dropping.py").write_text(NETWORK.replace("SIGKILL", "SIGINT"))
+    stopped = fit(tmp_path, "stopped", KILL_AT="12")
+    assert stopped.returncode != 0
+    assert "fit interrupted after 1 epoch" in stopped.stdout
+    assert "go on with: lightning-kd fit --config distillation/dhkd_digits --run stopped" in stopped.stdout
+    assert stopped.stdout.rstrip().endswith("--ckpt_path last")
+    assert json.loads((tmp_path / "stopped/run.json").read_text())["outcome"] == "interrupted"
+
+
+class Poisoned(nn.Module):
+    """Gives NaN from a training step on."""
+
+    def __init__(self, step: int = 3):
+        super().__init__()
+        self.linear, self.step, self.seen = nn.Linear(64, 10), step, 0
+
+    def forward(self, x):
+        self.seen += self.training
+        return self.linear(x.flatten(1)) * (float("nan") if self.training and self.seen >= self.step else 1.0)
+
+
+@pytest.mark.parametrize("step", [2, 15])
+def test_nan_stops_at_once_and_leaves_a_usable_checkpoint(tmp_path, step):
+    data = DigitsDataModule(train_per_class=20, batch_size=20)
+    task = Classification(Poisoned(step), 10, (1, 8, 8))
+    run = RunFolder(tmp_path)
+    trainer = L.Trainer(
+        max_epochs=3,
+        accelerator="cpu",
+        logger=RunLogger(tmp_path),
+        callbacks=run_callbacks(run),
+        default_root_dir=tmp_path,
+        enable_progress_bar=False,
+        enable_model_summary=False,
+    )
+    with pytest.raises(
+        RuntimeError, match=rf"not finite at step {step - 1} \(epoch {(step - 1) // 10}\): loss nan, larg"
+    ):
+        trainer.fit(task, data)
+    assert task.network.seen == step
+    last = torch.load(run.last, weights_only=True)
+    assert last["global_step"] == (step - 1) // 10 * 10
+    assert all(value.isfinite().all() for value in last["state_dict"].values() if value.is_floating_point())
+    # with the cause gone, it goes on from there
+    healthy = Classification(Poisoned(10**6), 10, (1, 8, 8))
+    trainer = L.Trainer(
+        max_epochs=3,
+        accelerator="cpu",
+        logger=False,
+        enable_checkpointing=False,
+        enable_progress_bar=False,
+        enable_model_summary=False,
+    )
+    trainer.fit(healthy, data, ckpt_path=run.last, weights_only=True)
+    assert trainer.global_step == 30
+
+
+def test_same_seed_twice_and_another_seed(tmp_path):
+    weights = []
+    for i, seed in enumerate((0, 0, 1)):
+        main(
+            [
+                "fit",
+                "--config",
+                "distillation/student_digits",
+                "--config",
+                "_overlay/smoke",
+                "--run",
+                f"r{i}",
+                "--seed_everything",
+                str(seed),
+                "--trainer.enable_progress_bar",
+                "false",
+            ]
+        )
+        weights.append(torch.load(tmp_path / f"r{i}/network.pt", weights_only=True))
+    assert all(torch.equal(weights[0][k], weights[1][k]) for k in weights[0])
+    assert not all(torch.equal(weights[0][k], weights[2][k]) for k in weights[0])
+
+
+def test_logger_keeps_earlier_rows_and_drops_the_repeated_epoch(tmp_path):
+    first = RunLogger(tmp_path)
+    for epoch in range(3):
+        first.log_metrics({"epoch": epoch, "val/acc": epoch / 10}, step=epoch * 5)
+        first.log_metrics({"epoch": epoch, "train/loss": 1.0}, step=epoch * 5)
+    second = RunLogger(tmp_path)
+    second.drop_from(2)
+    second.log_metrics({"epoch": 2, "val/acc": 0.9, "val/new": 3.0}, step=10)
+    with (tmp_path / "metrics.csv").open(newline="") as stream:
+        rows = list(csv.DictReader(stream))
+    assert [row["val/acc"] for row in rows] == ["0.0", "0.1", "0.9"]
+    assert [row["train/loss"] for row in rows] == ["1.0", "1.0", ""]
+    assert [row["val/new"] for row in rows] == ["", "", "3.0"]
+    assert not list(tmp_path.glob("*.partial"))
