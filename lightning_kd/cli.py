@@ -8,6 +8,7 @@ from __future__ import annotations
 import os
 import shlex
 import sys
+import warnings
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -72,6 +73,7 @@ def get_cli(args: Sequence[str] | None = None, run: bool = False, **kwargs: Any)
     """
     from lightning_kd.trainer_cli import RunCLI
 
+    warnings.filterwarnings("ignore", ".*LightningCLI's args parameter.*")  # a notebook's sys.argv is not ours
     resolved, paths = with_config_paths(list(args or []))
     return RunCLI(args=resolved, run=run, config_paths=paths, **kwargs)
 

@@ -42,7 +42,7 @@ def quickstart(folder: Path = FOLDER, seeds: Sequence[int] = SEEDS, extra: Seque
         run = Path(command[command.index("--run") + 1])
         if _finished(run, command[0]):
             continue
-        again = ["--overwrite", "true"] if command[0] == "fit" else []
+        again = ["--overwrite"] if command[0] == "fit" else []
         print(f"\n$ lightning-kd {shlex.join(command)}")
         main([*command, *BRIEF, *again])
     print()

@@ -81,7 +81,12 @@ class RunCLI(LightningCLI):
             help="Folder for all that the command leaves behind. Default: runs/ and the name of the config.",
         )
         parser.add_argument(
-            "--overwrite", type=bool, default=False, help="Start anew in a folder that holds a last.ckpt."
+            "--overwrite",
+            type=bool,
+            nargs="?",
+            const=True,
+            default=False,
+            help="Start anew in a folder that holds a last.ckpt.",
         )
         for name in ("num_classes", "input_shape"):
             parser.link_arguments(f"data.{name}", f"model.init_args.{name}", apply_on="instantiate")
@@ -123,7 +128,7 @@ class RunCLI(LightningCLI):
         callbacks = given.get("callbacks") or []
         callbacks = list(callbacks) if isinstance(callbacks, list) else [callbacks]
         if given.get("enable_progress_bar") is not False and not any(isinstance(c, ProgressBar) for c in callbacks):
-            callbacks.append(RichProgressBar())
+            callbacks.append(RichProgressBar(refresh_rate=4))  # redraws a second
         if given.get("enable_checkpointing") is not False and not given.get("fast_dev_run"):
             callbacks += run_callbacks(self.run_folder, self.model.monitor, self.model.monitor_mode)
         kwargs["callbacks"] = callbacks
@@ -182,17 +187,13 @@ def _is_rank_zero() -> bool:
 
 def resume_command(command: str) -> str:
     """The command that goes on where ``command`` stopped."""
-    words = shlex.split(command)
-    kept, skip = [], False
-    for word in words:
-        flag = word.partition("=")[0]
-        if skip and not word.startswith("--"):
-            skip = False
-        elif flag in ("--ckpt_path", "--overwrite"):
-            skip = "=" not in word
-        else:
+    kept: list[str] = []
+    previous = ""
+    for word in shlex.split(command):
+        value = previous == "--ckpt_path" or (previous == "--overwrite" and word in ("true", "false"))
+        if not value and word.partition("=")[0] not in ("--ckpt_path", "--overwrite"):
             kept.append(word)
-            skip = False
+        previous = word
     return shlex.join([*kept, "--ckpt_path", "last"])
 
 

@@ -77,13 +77,12 @@ def test_config_names_and_paths(tmp_path):
 
 
 def test_resume_command():
-    assert (
-        resume_command("lightning-kd fit --a 'b c' --overwrite true") == "lightning-kd fit --a 'b c' --ckpt_path last"
+    assert resume_command("lightning-kd fit --a 'b c' --overwrite") == "lightning-kd fit --a 'b c' --ckpt_path last"
+    assert resume_command("lightning-kd fit --overwrite true --x 1") == "lightning-kd fit --x 1 --ckpt_path last"
+    assert resume_command("lightning-kd fit --ckpt_path=last --overwrite -c 1") == (
+        "lightning-kd fit -c 1 --ckpt_path last"
     )
-    assert resume_command("lightning-kd fit --ckpt_path=last --overwrite=true --x 1") == (
-        "lightning-kd fit --x 1 --ckpt_path last"
-    )
-    assert resume_command("lightning-kd fit --overwrite --x 1") == "lightning-kd fit --x 1 --ckpt_path last"
+    assert resume_command("lightning-kd fit --ckpt_path best --x 1") == "lightning-kd fit --x 1 --ckpt_path last"
 
 
 def test_fit_test_predict_in_one_folder(tmp_path, capsys):
@@ -129,9 +128,9 @@ def test_a_finished_fit_is_not_trained_over(tmp_path, capsys):
     assert error.count("\n") == 1
     assert (tmp_path / "runs/teacher_digits/checkpoints/last.ckpt").read_bytes() == before
     with pytest.raises(SystemExit):  # a broken option must not cost the earlier run
-        main(["fit", *TEACHER, *SMOKE, "--overwrite", "true", "--data.batch_size", "-3"])
+        main(["fit", *TEACHER, *SMOKE, "--overwrite", "--data.batch_size", "-3"])
     assert (tmp_path / "runs/teacher_digits/checkpoints/last.ckpt").read_bytes() == before
-    main(["fit", *TEACHER, *SMOKE, "--overwrite", "true", "--seed_everything", "1"])
+    main(["fit", *TEACHER, *SMOKE, "--overwrite", "--seed_everything", "1"])
     assert len(rows(tmp_path / "runs/teacher_digits")) == 2
     assert (tmp_path / "runs/teacher_digits/checkpoints/last.ckpt").read_bytes() != before
 

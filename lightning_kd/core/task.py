@@ -16,6 +16,7 @@ from torchmetrics.classification import MulticlassAccuracy, MulticlassCalibratio
 from typing_extensions import Self
 
 from lightning_kd.core.batch import as_batch
+from lightning_kd.core.finite import FiniteGuard
 from lightning_kd.core.seeding import EpochSeeding
 from lightning_kd.nets import network_for
 
@@ -81,9 +82,8 @@ class Task(L.LightningModule):
         self.compile_networks = compile
         self.loaded_progress: tuple[int, int] | None = None
         self._built: list[nn.Module] = []
-        self._sums: dict[str, Tensor] = {}
-        self._last_terms: dict[str, Tensor] | None = None
-        self._last_step = 0
+        self._sums: dict[tuple[str, ...], list[Any]] = {}
+        self._finite = FiniteGuard()
         self.val_metrics = _eval_metrics(num_classes, "val/")
         self.test_metrics = _eval_metrics(num_classes, "test/")
 
@@ -169,47 +169,41 @@ class Task(L.LightningModule):
             target: int64 ``[B]``.
 
         Raises:
-            RuntimeError: if the sum is not finite (on a GPU: in the following step, which saves a synchronisation).
+            RuntimeError: if the sum is not finite. On a GPU one or two steps later: the values are fetched while it
+                works on, and no step waits for them.
         """
-        loss = torch.stack(list(terms.values())).sum() if len(terms) > 1 else next(iter(terms.values()))
+        parts = list(terms.values())
+        loss = parts[0] if len(parts) == 1 else torch.stack(parts).sum()
+        names = ("loss",) if len(parts) == 1 else ("loss", *(f"loss_{name}" for name in terms))
+        step = self.trainer.global_step
         with torch.no_grad():
-            noted = {"loss": loss.detach(), **{f"loss_{k}": v.detach() for k, v in terms.items() if len(terms) > 1}}
-            self._check_finite()
-            self._last_terms = {**noted, "largest |logit|": logits.detach().abs().max()}
-            self._last_step = self.global_step
-            if loss.device.type == "cpu":
-                self._check_finite()
-            accuracy = (logits.detach().argmax(1) == target).float().mean()
-            self._accumulate({**noted, "acc": accuracy}, len(target))
-        if self.trainer.global_step % self.trainer.log_every_n_steps == 0:  # type: ignore[attr-defined]
-            self.log("loss", loss.detach(), prog_bar=True, logger=False)
+            values = torch.stack([loss.detach(), *(part.detach() for part in (parts if len(parts) > 1 else ()))])
+            self._finite.note(names, values, logits.detach(), step, self.current_epoch)
+            accuracy = (logits.argmax(1) == target).to(values.dtype).mean()
+            self.accumulate((*names, "acc"), torch.cat([values, accuracy[None]]), len(target))
+        if step % self.trainer.log_every_n_steps == 0:  # type: ignore[attr-defined]
+            # on the CPU: the bar reads it again in every step
+            self.log("loss", loss.detach().cpu(), prog_bar=True, logger=False)
         return loss
 
-    def _accumulate(self, values: dict[str, Tensor], weight: int) -> None:
-        batch = torch.stack([v.float() for v in values.values()]) * weight
-        count = batch.new_full((1,), weight)
-        key = "|".join(values)  # terms may come and go between epochs
-        self._sums[key] = torch.cat([batch, count]) + self._sums.get(key, 0)
-
-    def _check_finite(self) -> None:
-        last, self._last_terms = self._last_terms, None
-        if last is None or torch.isfinite(last["loss"]):
-            return
-        raise RuntimeError(
-            f"the loss is not finite at step {self._last_step} (epoch {self.current_epoch}): "
-            + ", ".join(f"{name} {float(value):.4g}" for name, value in last.items())
-            + "; lower the learning rate, clip gradients or check the inputs, and go on from last.ckpt"
-        )
+    def accumulate(self, names: tuple[str, ...], values: Tensor, weight: int) -> None:
+        """Add ``values`` ``[len(names)]`` to the epoch's means, logged as ``train/NAME``; nothing leaves the device."""
+        entry = self._sums.get(names)
+        if entry is None:  # terms may come and go between epochs
+            wide = torch.float32 if values.device.type == "mps" else torch.float64
+            self._sums[names] = entry = [torch.zeros_like(values, dtype=wide), 0]
+        entry[0].add_(values, alpha=weight)
+        entry[1] += weight
 
     def on_train_epoch_start(self) -> None:
         self._sums.clear()
 
     def on_train_epoch_end(self) -> None:
-        self._check_finite()
-        for key, sums in self._sums.items():
-            total = self.trainer.strategy.reduce(sums, reduce_op="sum")
+        self._finite.check(wait=True)
+        for names, (sums, weight) in self._sums.items():
+            total = self.trainer.strategy.reduce(torch.cat([sums, sums.new_tensor([weight])]), reduce_op="sum")
             means = (total[:-1] / total[-1]).tolist()
-            self.log_dict({f"train/{name}": mean for name, mean in zip(key.split("|"), means, strict=True)})
+            self.log_dict({f"train/{name}": mean for name, mean in zip(names, means, strict=True)})
         self._sums.clear()
 
     # -- evaluation --------------------------------------------------------------------------------------------------

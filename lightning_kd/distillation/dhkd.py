@@ -201,6 +201,12 @@ class DHKD(Distillation):
         self._objectives: tuple[Tensor, Tensor] | None = None
         self._accumulated: tuple[list[Tensor | None], list[Tensor | None]] | None = None
 
+    def setup(self, stage: str) -> None:
+        super().setup(stage)
+        if self.compile_networks and self.gradient_alignment != "off":
+            # two backward passes over one compiled graph: the first must not give its buffers away
+            torch._functorch.config.donated_buffer = False
+
     def distillation_loss(self, student_logits: Tensor, teacher_logits: Tensor, target: Tensor) -> Tensor:
         function = {"binary_kl_norm": binary_kl_norm_loss, "binary_kl": binary_kl_loss, "kd": kd_loss}[self.loss]
         return function(student_logits, teacher_logits, self.temperature)
@@ -241,7 +247,7 @@ class DHKD(Distillation):
         reached = [p is not None and a is not None for p, a in zip(*both, strict=True)]
         merged = align_gradients(both[0], both[1], reached if self.gradient_alignment == "shared" else None)
         dot, first, second = _products(both[0], both[1], reached)
-        self._accumulate({"cosine": dot / (first * second).sqrt().clamp_min(1e-20)}, 1)
+        self.accumulate(("cosine",), (dot / (first * second).sqrt().clamp_min(1e-20))[None], 1)
         for parameter, gradient in zip(parameters, merged, strict=True):
             parameter.grad = gradient
 

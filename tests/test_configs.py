@@ -1,0 +1,116 @@
+"""Every shipped config parses, means what it says, and one of each method is run, tested and resumed."""
+
+import pytest
+import torch
+import yaml
+
+from lightning_kd.cli import get_cli, main
+from lightning_kd.configs_by_name import config_folder, config_names
+
+QUIET = ["--trainer.enable_progress_bar", "false", "--trainer.enable_model_summary", "false"]
+SMALL = ["--model.student", "cnn_tiny", "--model.teacher", "cnn", "--model.teacher_weights", "random"]
+
+
+def content(name):
+    return yaml.safe_load((config_folder() / f"{name}.yaml").read_text())
+
+
+def method_of(name):
+    return content(name).get("model", {}).get("class_path", "").rpartition(".")[2]
+
+
+COMPLETE = [name for name in config_names() if method_of(name)]
+PAIRS = [name for name in config_names() if "/pairs/" in name]
+DISTILLING = [name for name in COMPLETE if method_of(name) != "Classification"]
+
+
+def arguments(name):
+    return ["--config", name, "--config", "_overlay/smoke", *QUIET]
+
+
+def test_each_is_named_and_described():
+    assert len(PAIRS) == 10
+    for name in config_names():
+        assert (config_folder() / f"{name}.yaml").read_text().startswith("# "), name
+        optimizer = content(name).get("model", {}).get("init_args", {}).get("optimizer")
+        if name in COMPLETE:  # every argument named: the defaults of another class would leak
+            assert {"lr", "momentum", "weight_decay", "dampening", "nesterov"} <= optimizer["init_args"].keys(), name
+            assert "ReduceLROnPlateau" not in str(content(name))
+
+
+@pytest.mark.parametrize("name", COMPLETE)
+def test_parses_and_builds_what_it_says(name):
+    extra = SMALL if name in DISTILLING else ["--model.network", "cnn_tiny"]
+    cli = get_cli([*arguments(name), *extra])
+    given = content(name)["model"]["init_args"]
+    assert type(cli.model).__name__ == method_of(name)
+    for key in ("ce_weight", "kd_weight", "temperature", "heads", "loss", "alpha", "beta", "stop_epoch"):
+        if key in given:
+            assert getattr(cli.model, key) == given[key], key
+    configured = cli.model.configure_optimizers()
+    for key, value in given["optimizer"]["init_args"].items():
+        assert configured["optimizer"].defaults[key] == value, key
+    assert configured["lr_scheduler"]["interval"] == "epoch"
+
+
+@pytest.mark.parametrize("pair", PAIRS)
+def test_pairs_compose(pair):
+    teacher, student = (content(pair)["model"]["init_args"][k] for k in ("teacher", "student"))
+    assert pair.endswith(f"{teacher}_{student}")
+    method = ("kd", "dkd", "dhkd")[PAIRS.index(pair) % 3]  # a pair holds only what all three know
+    cli = get_cli(
+        [*arguments(f"distillation/{method}_cifar100"), "--config", pair, "--model.teacher_weights", "random"]
+    )
+    small = student.startswith(("mobile", "shuffle"))
+    assert cli.model.configure_optimizers()["optimizer"].defaults["lr"] == (0.01 if small else 0.05)
+    assert (cli.model.hparams.student, cli.model.hparams.teacher) == (student, teacher)
+
+
+def test_recipe_of_the_papers():
+    for name in ("classification", "kd", "dkd", "dhkd"):
+        config = content(f"distillation/{name}_cifar100")
+        assert config["trainer"]["max_epochs"] == 240
+        assert config["data"]["init_args"]["batch_size"] == 64
+        assert config["model"]["init_args"]["lr_scheduler"]["init_args"] == {
+            "milestones": [150, 180, 210],
+            "gamma": 0.1,
+        }
+    cli = get_cli([*arguments("distillation/kd_cifar100"), *SMALL])
+    configured = cli.model.configure_optimizers()
+    rates = []
+    for _ in range(240):  # the rate of each epoch: the drop comes after epoch 150, counted from 1
+        rates.append(configured["optimizer"].param_groups[0]["lr"])
+        configured["optimizer"].step()
+        configured["lr_scheduler"]["scheduler"].step()
+    assert rates[149] == pytest.approx(0.05)
+    assert rates[150] == pytest.approx(0.005)
+    assert rates[239] == pytest.approx(0.05 * 1e-3)
+
+
+@pytest.mark.parametrize("overlay", [n for n in config_names() if n.startswith("_overlay/") and "ddp" not in n])
+def test_overlays_compose(overlay):
+    cli = get_cli([*arguments("distillation/kd_digits"), "--config", overlay, *SMALL])
+    for key, value in content(overlay).get("trainer", {}).items():
+        if key == "precision":
+            assert str(cli.trainer.precision) in (value, "bf16-mixed")  # Lightning has no 16-mixed on a CPU
+
+
+@pytest.mark.parametrize("method", ["Classification", "KD", "DKD", "DHKD"])
+def test_fit_test_resume(method, tmp_path):
+    name = next(n for n in COMPLETE if method_of(n) == method and "digits" in n)
+    extra = ["--model.teacher_weights", "random"] if method != "Classification" else []
+    run = ["--run", "run", *extra]
+    main(["fit", *arguments(name), *run])
+    main(["test", *arguments(name), *run, "--ckpt_path", "last"])
+    main(["fit", *arguments(name), *run, "--ckpt_path", "last", "--trainer.max_epochs", "3"])
+    assert torch.load("run/checkpoints/last.ckpt", weights_only=True)["epoch"] == 2
+    lines = (tmp_path / "run/metrics.csv").read_text().splitlines()
+    assert len(lines) == 4
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", [n for n in COMPLETE if "digits" not in n])
+def test_runs(name):
+    extra = SMALL if name in DISTILLING else ["--model.network", "cnn_tiny"]
+    main(["fit", *arguments(name), *extra, "--run", "run", "--data.batch_size", "8"])
+    main(["test", *arguments(name), *extra, "--run", "run", "--ckpt_path", "last"])
