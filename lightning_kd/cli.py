@@ -5,6 +5,7 @@ Only light modules are imported before the verb is known: ``compare`` and ``--ve
 
 from __future__ import annotations
 
+import inspect
 import os
 import shlex
 import sys
@@ -75,7 +76,8 @@ def get_cli(args: Sequence[str] | None = None, run: bool = False, **kwargs: Any)
 
     warnings.filterwarnings("ignore", ".*LightningCLI's args parameter.*")  # a notebook's sys.argv is not ours
     resolved, paths = with_config_paths(list(args or []))
-    return RunCLI(args=resolved, run=run, config_paths=paths, **kwargs)
+    command = shlex.join(["lightning-kd", *(args or [])])
+    return RunCLI(args=resolved, run=run, config_paths=paths, command=command, **kwargs)
 
 
 def _run(argv: list[str]) -> None:
@@ -96,24 +98,38 @@ def _run(argv: list[str]) -> None:
 
 
 def _listing() -> str:
-    from lightning_kd.core.registry import catalogue
+    import lightning as L
+
+    import lightning_kd.core
+    import lightning_kd.data
+    from lightning_kd.core.registry import family_packages
+    from lightning_kd.core.task import Task
     from lightning_kd.nets import network_names
 
-    lines = []
-    for title, entries in catalogue().items():
-        lines += [f"{title}:", *(f"  {name:<24}{summary}" for name, summary in entries)]
-    lines += ["networks:", f"  {', '.join(network_names())}", "  timm/NAME, torchvision/NAME"]
-    lines += ["configs:"]
+    def classes(packages: list[Any], base: type) -> list[str]:
+        named = {name: getattr(package, name) for package in packages for name in package.__all__}
+        return [
+            f"  {name:<24} {(inspect.getdoc(value) or '').partition(chr(10))[0]}"
+            for name, value in sorted(named.items())
+            if inspect.isclass(value)
+            and issubclass(value, base)
+            and value is not Task
+            and not inspect.isabstract(value)
+        ]
+
+    lines = ["methods:", *classes([lightning_kd.core, *family_packages()], Task)]
+    lines += ["data modules:", *classes([lightning_kd.data], L.LightningDataModule)]
+    lines += ["networks:", f"  {', '.join(network_names())}", "  timm/NAME, torchvision/NAME", "configs:"]
     for name in config_names():
         first = (config_folder() / f"{name}.yaml").read_text().partition("\n")[0]
-        lines.append(f"  {name:<48}{first.lstrip('# ') if first.startswith('#') else ''}")
+        lines.append(f"  {name:<48} {first.lstrip('# ') if first.startswith('#') else ''}")
     return "\n".join(lines)
 
 
 def default_run_folder(config_paths: Sequence[str], fallback: str) -> str:
     """``runs/`` and the names of the configs, overlays left out; a run's own ``config.yaml`` means that run."""
-    paths = [Path(p) for p in config_paths]
-    if len(paths) == 1 and paths[0].name == "config.yaml" and (paths[0].parent / "run.json").is_file():
+    paths = [Path(p) for p in config_paths if Path(p).parent.name != "_overlay"]
+    if paths and paths[0].name == "config.yaml" and (paths[0].parent / "run.json").is_file():
         return str(paths[0].parent)
-    names = [path.stem for path in paths if path.parent.name != "_overlay"]
+    names = [path.stem for path in paths]
     return str(Path("runs") / ("-".join(names) or fallback))

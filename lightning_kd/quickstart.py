@@ -56,7 +56,9 @@ def _finished(run: Path, verb: str) -> bool:
     if not file.is_file():
         return False
     record = json.loads(file.read_text())
-    return any(entry["verb"] == verb and entry["outcome"] == "finished" for entry in [record, *record["history"]])
+    entries = [*record["history"], record]
+    last_fit = max((i for i, entry in enumerate(entries) if entry["verb"] == "fit"), default=0)
+    return any(entry["verb"] == verb and entry["outcome"] == "finished" for entry in entries[last_fit:])
 
 
 if __name__ == "__main__":

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import lightning as L
-from lightning.pytorch.callbacks import ProgressBar, RichProgressBar
+from lightning.pytorch.callbacks import ModelCheckpoint, ProgressBar, RichProgressBar
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, SaveConfigCallback
 from lightning.pytorch.utilities import rank_zero_only
 
@@ -32,7 +32,7 @@ class SaveRunConfig(SaveConfigCallback):
     def save_config(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
         if stage == "fit":
             config = self.config.clone()
-            for key, value in (("ckpt_path", None), ("overwrite", False)):
+            for key, value in (("ckpt_path", None), ("overwrite", False), ("run", None)):
                 if key in config:
                     config[key] = value
             path = Path(trainer.default_root_dir) / "config.yaml"
@@ -70,10 +70,11 @@ class RunCLI(LightningCLI):
             if self.run_folder is not None and self.run_folder.record:
                 self._report(error)
             raise
-        if self.subcommand is not None:
+        if self.run_folder is not None and self.run_folder.record:
             self._report(None)
 
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
+        parser.usage = "lightning-kd VERB [--config NAME_OR_PATH ...] [--run FOLDER] [options]"
         parser.add_argument(
             "--run",
             type=str | None,
@@ -99,13 +100,18 @@ class RunCLI(LightningCLI):
         folder = RunFolder(config.get("run") or default_run_folder(self.config_paths, fallback))
         self.run_folder = folder
         config["run"] = str(folder.path)
-        if self.subcommand is None:
+        if self.subcommand is None or config.trainer.get("fast_dev_run"):
             return
         # only here: LightningCLI merges the hyperparameters of a checkpoint given by path over the command line
         if config.get("ckpt_path") in ("last", "best"):
             config["ckpt_path"] = str(folder.checkpoint(config["ckpt_path"]))
         config["weights_only"] = True
         anew = self.subcommand == "fit" and not config.get("ckpt_path")
+        if self.subcommand != "fit" and not config.get("ckpt_path") and folder.last.is_file():
+            raise ValueError(
+                f"{self.subcommand} without --ckpt_path would take untrained weights, and {folder.path} holds trained "
+                "ones: add --ckpt_path last or best, or name another --run folder"
+            )
         if anew and folder.last.is_file() and not config["overwrite"] and _is_rank_zero():
             raise FileExistsError(
                 f"{folder.path} holds a last.ckpt: add --ckpt_path last to go on, --overwrite to start anew, or "
@@ -118,21 +124,24 @@ class RunCLI(LightningCLI):
         # all is parsed and built: now an earlier fit may be thrown away
         assert self.run_folder is not None
         config = self.config["fit"]
-        if config["overwrite"] and not config.get("ckpt_path") and _is_rank_zero():
+        if config["overwrite"] and self.run_folder.record and not config.get("ckpt_path"):
             self.run_folder.clear()
 
     def instantiate_trainer(self, **kwargs: Any) -> L.Trainer:
         assert self.run_folder is not None
         config = self.config_init[self.subcommand] if self.subcommand else self.config_init
         given = config.get("trainer", {})
+        kwargs["default_root_dir"] = str(self.run_folder.path)
+        if given.get("barebones"):
+            return super().instantiate_trainer(**kwargs)
         callbacks = given.get("callbacks") or []
         callbacks = list(callbacks) if isinstance(callbacks, list) else [callbacks]
         if given.get("enable_progress_bar") is not False and not any(isinstance(c, ProgressBar) for c in callbacks):
             callbacks.append(RichProgressBar(refresh_rate=4))  # redraws a second
-        if given.get("enable_checkpointing") is not False and not given.get("fast_dev_run"):
-            callbacks += run_callbacks(self.run_folder, self.model.monitor, self.model.monitor_mode)
-        kwargs["callbacks"] = callbacks
-        kwargs["default_root_dir"] = str(self.run_folder.path)
+        ours = run_callbacks(self.run_folder, self.model.monitor, self.model.monitor_mode)
+        if given.get("enable_checkpointing") is False or given.get("fast_dev_run"):
+            ours = [callback for callback in ours if not isinstance(callback, ModelCheckpoint)]
+        kwargs["callbacks"] = [*callbacks, *ours]
         logger = given.get("logger")
         if logger is None or logger is True:
             kwargs["logger"] = RunLogger(self.run_folder.path)
@@ -164,6 +173,8 @@ class RunCLI(LightningCLI):
             error.told = True  # type: ignore[attr-defined]
         folder.end(outcome, **details)
         reached = [f"{self.subcommand} {outcome}"]
+        if self.subcommand == "fit" and error is None and not metrics:
+            reached.append("with nothing left to train, as --trainer.max_epochs is reached,")
         if self.subcommand == "fit":
             reached.append(f"after {epochs} epoch{'' if epochs == 1 else 's'}")
         shown = [f"{k} {v:.4g}" for k, v in sorted(metrics.items()) if k.startswith(("val/", "test/"))]
@@ -174,11 +185,11 @@ class RunCLI(LightningCLI):
     def _next(self, outcome: str) -> str:
         folder = self.run_folder
         assert folder is not None
-        if self.subcommand == "fit" and outcome == "finished":
-            return f"next: lightning-kd test --config {folder.path}/config.yaml --ckpt_path last"
-        if self.subcommand == "fit" and folder.last.is_file():
-            return f"go on with: {resume_command(self.command)}"
-        return f"go on with: {self.command}" if outcome != "finished" else "next: lightning-kd compare RUN..."
+        trained = self.subcommand == "fit" and folder.last.is_file()
+        if outcome == "finished":
+            test = f"lightning-kd test --config {shlex.quote(f'{folder.path}/config.yaml')} --ckpt_path last"
+            return f"next: {test}" if trained else "next: lightning-kd compare RUN..."
+        return f"go on with: {resume_command(self.command) if trained else self.command}"
 
 
 def _is_rank_zero() -> bool:
@@ -190,7 +201,7 @@ def resume_command(command: str) -> str:
     kept: list[str] = []
     previous = ""
     for word in shlex.split(command):
-        value = previous == "--ckpt_path" or (previous == "--overwrite" and word in ("true", "false"))
+        value = previous in ("--ckpt_path", "--overwrite") and not word.startswith("-")
         if not value and word.partition("=")[0] not in ("--ckpt_path", "--overwrite"):
             kept.append(word)
         previous = word

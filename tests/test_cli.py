@@ -83,6 +83,7 @@ def test_resume_command():
         "lightning-kd fit -c 1 --ckpt_path last"
     )
     assert resume_command("lightning-kd fit --ckpt_path best --x 1") == "lightning-kd fit --x 1 --ckpt_path last"
+    assert resume_command("lightning-kd fit --overwrite True --x 1") == "lightning-kd fit --x 1 --ckpt_path last"
 
 
 def test_fit_test_predict_in_one_folder(tmp_path, capsys):
@@ -135,6 +136,109 @@ def test_a_finished_fit_is_not_trained_over(tmp_path, capsys):
     assert (tmp_path / "runs/teacher_digits/checkpoints/last.ckpt").read_bytes() != before
 
 
+def test_evaluating_untrained_weights_beside_trained_ones_is_refused(tmp_path, capsys):
+    main(["fit", *TEACHER, *SMOKE])
+    before = rows(tmp_path / "runs/teacher_digits")
+    for verb in ("test", "validate", "predict"):
+        with pytest.raises(SystemExit):
+            main([verb, *TEACHER, *SMOKE])
+        assert f"{verb} without --ckpt_path would take untrained weights" in capsys.readouterr().err
+    assert rows(tmp_path / "runs/teacher_digits") == before
+
+
+def test_overwrite_leaves_nothing_of_the_earlier_fit(tmp_path):
+    main(["fit", *TEACHER, *SMOKE])
+    with pytest.raises(SystemExit):  # the learning rate breaks it
+        main(["fit", *TEACHER, *SMOKE, "--overwrite", "--model.network", "mlp_32", "--model.optimizer.lr", "1e30"])
+    assert not (tmp_path / "runs/teacher_digits/network.pt").exists()
+    assert (tmp_path / "runs/teacher_digits/checkpoints/last.ckpt").is_file()
+
+
+def test_fast_dev_run_touches_nothing(tmp_path):
+    main(["fit", *TEACHER, *SMOKE])
+    folder = tmp_path / "runs/teacher_digits"
+    before = {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+    main(["fit", *TEACHER, *SMOKE, "--trainer.fast_dev_run", "true", "--overwrite"])
+    assert {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()} == before
+
+
+def test_a_moved_run_acts_on_its_new_place(tmp_path):
+    main(["fit", *TEACHER, *SMOKE, "--run", "x"])
+    (tmp_path / "x").rename(tmp_path / "y")
+    main(["fit", *TEACHER, *SMOKE, "--run", "x", "--seed_everything", "1"])
+    main(["test", "--config", "y/config.yaml", *SMOKE, "--ckpt_path", "last"])
+    assert "test/acc" in rows(tmp_path / "y")[-1]
+    assert "test/acc" not in rows(tmp_path / "x")[-1]
+    # the best score moves too: a worse epoch does not overwrite best.ckpt
+    best = (tmp_path / "y/checkpoints/best.ckpt").read_bytes()
+    score = max(float(row["val/acc"]) for row in rows(tmp_path / "y"))
+    main(
+        [
+            "fit",
+            "--config",
+            "y/config.yaml",
+            *SMOKE,
+            "--ckpt_path",
+            "last",
+            "--trainer.max_epochs",
+            "3",
+            "--data.mean",
+            "[90.0]",
+        ]
+    )
+    assert float(rows(tmp_path / "y")[-1]["val/acc"]) <= score
+    assert (tmp_path / "y/checkpoints/best.ckpt").read_bytes() == best
+
+
+def test_callbacks_of_the_users_own(tmp_path):
+    (tmp_path / "more.yaml").write_text(
+        "trainer:\n  callbacks:\n"
+        "  - class_path: lightning.pytorch.callbacks.ModelCheckpoint\n"
+        "    init_args: {monitor: val/acc, mode: max, filename: mine}\n"
+        "  - class_path: lightning.pytorch.callbacks.LearningRateMonitor\n    init_args: {logging_interval: step}\n"
+        "  - class_path: lightning.pytorch.callbacks.EMAWeightAveraging\n"
+    )
+    normalised = ["--model.teacher_mean", "[0.1]", "--model.teacher_std", "[0.5]"]
+    main(["fit", *DHKD, *SMOKE, "--config", "more.yaml", *normalised])
+    found = rows(tmp_path / "runs/dhkd_digits-more")
+    assert {row["epoch"] for row in found if row["lr-SGD"]} == {"0", "1"}
+    main(
+        ["fit", *DHKD, *SMOKE, "--config", "more.yaml", *normalised, "--ckpt_path", "last", "--trainer.max_epochs", "3"]
+    )
+    state = torch.load(tmp_path / "runs/dhkd_digits-more/checkpoints/last.ckpt", weights_only=True)
+    assert not [k for part in ("state_dict", "current_model_state") for k in state[part] if k.startswith("teacher.")]
+
+
+def test_without_checkpoints_the_results_are_written_all_the_same(tmp_path, capsys):
+    off = ["--trainer.enable_checkpointing", "false"]
+    main(["fit", *TEACHER, *SMOKE, *off])
+    assert "next: lightning-kd test" not in capsys.readouterr().out
+    main(["predict", *TEACHER, *SMOKE, *off, "--model.weights", "runs/teacher_digits/network.pt"])
+    assert (tmp_path / "runs/teacher_digits/predictions.csv").is_file()
+    main(
+        [
+            "fit",
+            *TEACHER,
+            "--config",
+            "_overlay/smoke",
+            "--trainer.barebones",
+            "true",
+            "--trainer.log_every_n_steps",
+            "null",
+            "--trainer.limit_val_batches",
+            "null",
+            "--run",
+            "bare",
+        ]
+    )
+
+
+def test_wrong_options_are_short(capsys):
+    with pytest.raises(SystemExit):
+        main(["fit", *TEACHER, "--model.temperature", "3"])
+    assert len(capsys.readouterr().err) < 800
+
+
 def test_last_where_there_is_none(capsys):
     with pytest.raises(SystemExit):
         main(["fit", *TEACHER, *SMOKE, "--ckpt_path", "last"])
@@ -145,7 +249,7 @@ def test_missing_teacher_is_one_sentence(capsys, tmp_path):
     with pytest.raises(SystemExit):
         main(["fit", "--config", "distillation/dhkd_digits", *SMOKE])
     error = capsys.readouterr().err
-    assert error.startswith("error: weights 'runs/teacher_digits/network.pt': there is no such file")
+    assert error.startswith("error: teacher_weights: weights 'runs/teacher_digits/network.pt': there is no such file")
     assert error.count("\n") == 2
     record = json.loads((tmp_path / "runs/dhkd_digits/run.json").read_text())
     assert record["outcome"] == "failed"

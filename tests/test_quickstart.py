@@ -16,3 +16,9 @@ def test_quickstart_trains_compares_and_goes_on(capsys):
     assert "$ lightning-kd fit --config distillation/dhkd_digits" in out
     quickstart(folder, seeds=(0,), extra=smoke)
     assert "$ lightning-kd fit" not in capsys.readouterr().out  # nothing is trained twice
+    record = json.loads((folder / "student_dhkd_seed0/run.json").read_text())
+    (folder / "student_dhkd_seed0/run.json").write_text(json.dumps({**record["history"][0], "history": [record]}))
+    quickstart(folder, seeds=(0,), extra=smoke)
+    out = capsys.readouterr().out
+    assert "$ lightning-kd test" in out  # a test of an earlier fit does not count
+    assert "$ lightning-kd fit" not in out

@@ -60,6 +60,6 @@ class FiniteGuard:
             terms = ", ".join(f"{name} {value:.4g}" for name, value in zip(names, numbers, strict=True))
             raise RuntimeError(
                 f"the loss is not finite at step {step} (epoch {epoch}): {terms}, largest |logit| "
-                f"{float(logits.abs().max()):.4g}; lower the learning rate, clip gradients or check the inputs, and go "
-                "on from last.ckpt"
+                f"{float(logits.abs().max()):.4g}; check the inputs and start anew with a lower learning rate, or clip "
+                "gradients and go on from last.ckpt (which keeps its learning rate)"
             )

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import importlib
-import inspect
 import pkgutil
 from types import ModuleType
 from typing import Any
@@ -32,27 +31,3 @@ def family_packages() -> list[ModuleType]:
 
     present = {info.name for info in pkgutil.iter_modules(lightning_kd.__path__)}
     return [importlib.import_module(f"lightning_kd.{name}") for name in FAMILIES if name in present]
-
-
-def catalogue() -> dict[str, list[tuple[str, str]]]:
-    """Methods and data modules with the first line of their docstrings, under the titles of ``lightning-kd list``."""
-    import lightning as L
-
-    import lightning_kd.core
-    import lightning_kd.data
-    from lightning_kd.core.task import Task
-
-    def entries(packages: list[ModuleType], base: type) -> list[tuple[str, str]]:
-        found = {}
-        for package in packages:
-            for name in package.__all__:
-                value = getattr(package, name)
-                if inspect.isclass(value) and issubclass(value, base) and not inspect.isabstract(value):
-                    found[name] = (inspect.getdoc(value) or "").partition("\n")[0]
-        return sorted(found.items())
-
-    methods = entries([lightning_kd.core, *family_packages()], Task)
-    return {
-        "methods": [(name, summary) for name, summary in methods if name != "Task"],
-        "data modules": entries([lightning_kd.data], L.LightningDataModule),
-    }

@@ -22,6 +22,7 @@ from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.loggers.logger import Logger, rank_zero_experiment
 from lightning.pytorch.utilities import rank_zero_only
 
+from lightning_kd import __version__
 from lightning_kd.core.distributed import gather_by_index
 from lightning_kd.core.task import Task
 
@@ -66,21 +67,27 @@ class RunFolder:
         return path
 
     def clear(self) -> None:
-        """Remove what an earlier fit left, and nothing else."""
+        """Remove what an earlier fit left: checkpoints, exported networks (``*.pt``), metrics, predictions."""
         shutil.rmtree(self.path / "checkpoints", ignore_errors=True)
-        for name in ("metrics.csv", "predictions.csv", "traceback.txt"):
-            (self.path / name).unlink(missing_ok=True)
+        names = ("metrics.csv", "predictions.csv", "traceback.txt")
+        for path in [*self.path.glob("*.pt"), *(self.path / name for name in names)]:
+            path.unlink(missing_ok=True)
 
     def begin(self, verb: str, command: str, seed: int | None) -> None:
         """Write ``run.json`` with outcome ``running``; earlier commands move to its ``history``."""
-        earlier = json.loads(self.record_file.read_text()) if self.record_file.is_file() else {}
+        if self.path.exists() and not self.path.is_dir():
+            raise NotADirectoryError(f"--run {str(self.path)!r} is a file: name a folder")
+        try:
+            earlier = json.loads(self.record_file.read_text()) if self.record_file.is_file() else {}
+        except json.JSONDecodeError as error:
+            raise ValueError(f"{self.record_file} is damaged ({error}): remove it, the run needs it no more") from error
         history = earlier.pop("history", [])
-        packages = ("lightning-kd", "torch", "torchvision", "lightning", "torchmetrics", "numpy")
+        packages = ("torch", "torchvision", "lightning", "torchmetrics", "numpy")
         self.record = {
             "verb": verb,
             "command": command,
             "seed": seed,
-            "versions": {name: version(name) for name in packages},
+            "versions": {"lightning-kd": __version__, **{name: version(name) for name in packages}},
             "start": _now(),
             "end": None,
             "outcome": "running",
@@ -113,12 +120,14 @@ class RunLogger(Logger):
     Attributes:
         evaluated: epoch and number of steps of the checkpoint that is evaluated, outside of a fit; a Trainer that only
             evaluates counts from 0.
+        epoch: of the fit, for callbacks that log without it.
     """
 
     def __init__(self, path: str | Path) -> None:
         super().__init__()
         self.file = Path(path) / "metrics.csv"
         self.evaluated: tuple[int, int] | None = None
+        self.epoch = 0
         self._rows: list[dict[str, Any]] | None = None
 
     @property
@@ -160,7 +169,7 @@ class RunLogger(Logger):
         values: dict[str, Any] = {k: v for k, v in metrics.items() if k != "epoch"}
         if not values:
             return
-        row = {"epoch": int(metrics.get("epoch", 0)), "step": int(step or 0)}
+        row = {"epoch": int(metrics.get("epoch", self.epoch)), "step": int(step or 0)}
         if self.evaluated is not None:
             row = {"epoch": self.evaluated[0], "step": self.evaluated[1] - 1}
         last = self.rows[-1] if self.rows else {}
@@ -205,9 +214,17 @@ class RunRecorder(L.Callback):
         for logger in trainer.loggers:
             if isinstance(logger, RunLogger):
                 logger.drop_from(trainer.current_epoch)
-        if trainer.checkpoint_callback is not None and not self.run.last.is_file():
+                logger.epoch = trainer.current_epoch
+        saving = any(isinstance(c, RunCheckpoint) for c in trainer.checkpoint_callbacks)
+        # one answer for all: saving is a collective call, and the file may appear while a rank looks
+        if trainer.strategy.broadcast(saving and not self.run.last.is_file()):
             # whatever breaks in the first epoch, there is something to go on from
             trainer.save_checkpoint(self.run.last)
+
+    def on_train_epoch_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        for logger in trainer.loggers:
+            if isinstance(logger, RunLogger):
+                logger.epoch = trainer.current_epoch
 
     def _note_evaluated(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         for logger in trainer.loggers:
@@ -222,7 +239,7 @@ class RunRecorder(L.Callback):
         self._note_evaluated(trainer, pl_module)
 
     def on_fit_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        if isinstance(pl_module, Task) and trainer.is_global_zero and self.run.path.is_dir():
+        if isinstance(pl_module, Task) and trainer.is_global_zero and not getattr(trainer, "fast_dev_run", 0):
             for name, network in pl_module.exports().items():
                 path = self.run.path / f"{name}.pt"
                 partial = path.with_suffix(".partial")
@@ -235,6 +252,8 @@ class RunRecorder(L.Callback):
     def on_predict_batch_end(
         self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, batch: Any, *args: Any
     ) -> None:
+        if "index" not in outputs:
+            raise ValueError("predictions.csv needs each sample's index: predict on a lightning_kd data module")
         self._parts.append({name: value.cpu() for name, value in outputs.items()})
 
     def on_predict_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
@@ -251,15 +270,32 @@ class RunRecorder(L.Callback):
             write_text(self.run.path / "predictions.csv", "\n".join(lines) + "\n")
 
 
+class RunCheckpoint(ModelCheckpoint):
+    """One file of the run folder, overwritten; it tolerates a user's own and moves with the folder."""
+
+    @property
+    def state_key(self) -> str:
+        return f"{type(self).__name__}[{self.filename}]"
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        moved = {**state_dict}
+        here = str(Path(str(self.dirpath)) / f"{self.filename}.ckpt")
+        if Path(here).is_file() and state_dict["best_model_path"]:
+            # Lightning would forget the best score of a folder that was moved, and overwrite it with a worse
+            moved.update(dirpath=self.dirpath, best_model_path=here, kth_best_model_path=here)
+            moved["best_k_models"] = dict.fromkeys([here], *state_dict["best_k_models"].values())
+        super().load_state_dict(moved)
+
+
 def run_callbacks(run: RunFolder, monitor: str = "val/acc", mode: str = "max") -> list[L.Callback]:
     """Checkpoints ``best.ckpt`` (by ``monitor``) and ``last.ckpt`` at each epoch's end, and the recorder."""
     shared: dict[str, Any] = {
-        "dirpath": run.last.parent,
+        "dirpath": str(run.last.parent.absolute()),
         "save_top_k": 1,
         "save_on_train_epoch_end": True,
         "enable_version_counter": False,
         "auto_insert_metric_name": False,
     }
     # last comes second, so that it holds the first one's latest score
-    best = ModelCheckpoint(filename="best", monitor=monitor, mode=mode, **shared)
-    return [best, ModelCheckpoint(filename="last", **shared), RunRecorder(run)]
+    best = RunCheckpoint(filename="best", monitor=monitor, mode=mode, **shared)
+    return [best, RunCheckpoint(filename="last", **shared), RunRecorder(run)]

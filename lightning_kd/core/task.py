@@ -3,24 +3,30 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Sequence
-from typing import Any
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 import lightning as L
+import numpy as np
 import torch
 import torch.nn.functional as F
 from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
 from torch import Tensor, nn
 from torchmetrics import MeanMetric, MetricCollection
 from torchmetrics.classification import MulticlassAccuracy, MulticlassCalibrationError
-from typing_extensions import Self
 
 from lightning_kd.core.batch import as_batch
 from lightning_kd.core.finite import FiniteGuard
 from lightning_kd.core.seeding import EpochSeeding
 from lightning_kd.nets import network_for
 
+if TYPE_CHECKING:
+    from typing_extensions import Self
+
 __all__ = ["Task"]
+
+_NOT_PLAIN = object()
 
 
 class Task(L.LightningModule):
@@ -62,17 +68,21 @@ class Task(L.LightningModule):
         compile: bool = False,
     ) -> None:
         super().__init__()
-        if num_classes < 2:
-            raise ValueError(f"num_classes must be at least 2, got {num_classes}")
+        if not isinstance(num_classes, int) or num_classes < 2:
+            raise ValueError(f"num_classes must be at least 2, got {num_classes}: a data module must have num_classes")
         if lr_interval not in ("epoch", "step"):
             raise ValueError(f"lr_interval must be 'epoch' or 'step', got {lr_interval!r}")
-        # Names and numbers go into the checkpoint; modules and functions would need unpickling.
+        # Names and numbers go into the checkpoint; modules, functions and other objects would need unpickling.
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", ".*is an instance of `nn.Module`.*")
             self.save_hyperparameters()
-        for key in [k for k, v in self.hparams.items() if isinstance(v, nn.Module) or callable(v)]:
-            self.hparams.pop(key)
-            self._hparams_initial.pop(key, None)  # type: ignore[union-attr, operator]
+        for key, value in list(self.hparams.items()):
+            plain = _plain(value)
+            for stored in (self.hparams, self._hparams_initial):
+                if plain is _NOT_PLAIN:
+                    stored.pop(key, None)  # type: ignore[union-attr, operator]
+                else:
+                    stored[key] = plain  # type: ignore[index, operator]
         self.num_classes = num_classes
         self.input_shape = tuple(input_shape)
         self.optimizer_factory = optimizer
@@ -126,8 +136,16 @@ class Task(L.LightningModule):
         return image.contiguous(memory_format=torch.channels_last) if self.channels_last and image.ndim == 4 else image
 
     def forward(self, image: Tensor) -> Tensor:
-        """Logits ``[B, C]`` of the main network."""
-        return self.main_network(self.format_image(image))
+        """Logits ``[B, C]`` of the main network.
+
+        Raises:
+            ValueError: if the network gives anything else.
+        """
+        logits = self.main_network(self.format_image(image))
+        if logits.ndim != 2 or logits.shape[1] != self.num_classes:
+            name = type(self.main_network).__name__
+            raise ValueError(f"{name} gives {list(logits.shape)}, expected [B, {self.num_classes}]: one logit a class")
+        return logits
 
     @classmethod
     def load_from_checkpoint(cls, checkpoint_path: Any, *args: Any, **kwargs: Any) -> Self:
@@ -158,6 +176,7 @@ class Task(L.LightningModule):
         scheduler = {"scheduler": self.lr_scheduler_factory(optimizer), "interval": self.lr_interval}
         if isinstance(scheduler["scheduler"], torch.optim.lr_scheduler.ReduceLROnPlateau):
             scheduler["monitor"] = getattr(scheduler["scheduler"], "monitor", self.monitor)
+            scheduler["frequency"] = self.trainer.check_val_every_n_epoch or 1  # type: ignore[attr-defined]
         return {"optimizer": optimizer, "lr_scheduler": scheduler}
 
     def step_loss(self, terms: dict[str, Tensor], logits: Tensor, target: Tensor) -> Tensor:
@@ -181,7 +200,8 @@ class Task(L.LightningModule):
             self._finite.note(names, values, logits.detach(), step, self.current_epoch)
             accuracy = (logits.argmax(1) == target).to(values.dtype).mean()
             self.accumulate((*names, "acc"), torch.cat([values, accuracy[None]]), len(target))
-        if step % self.trainer.log_every_n_steps == 0:  # type: ignore[attr-defined]
+        every = self.trainer.log_every_n_steps  # type: ignore[attr-defined]  # 0 with barebones
+        if every and step % every == 0:
             # on the CPU: the bar reads it again in every step
             self.log("loss", loss.detach().cpu(), prog_bar=True, logger=False)
         return loss
@@ -223,6 +243,13 @@ class Task(L.LightningModule):
     def test_step(self, batch: Any, batch_idx: int) -> None:
         self._evaluate(batch, self.test_metrics)
 
+    def on_validation_epoch_start(self) -> None:
+        # here, not at the end: what validate() resets in inference mode, a later fit could not update
+        self.val_metrics.reset()
+
+    def on_test_epoch_start(self) -> None:
+        self.test_metrics.reset()
+
     def on_validation_epoch_end(self) -> None:
         self._log_metrics(self.val_metrics)
 
@@ -231,18 +258,35 @@ class Task(L.LightningModule):
 
     def _log_metrics(self, metrics: MetricCollection) -> None:
         values = metrics.compute()
-        metrics.reset()
         # metrics are synchronised already; acc is worth a place in the bar
         self.log_dict({k: v for k, v in values.items() if not k.endswith("/acc")})
         self.log_dict({k: v for k, v in values.items() if k.endswith("/acc")}, prog_bar=True)
 
     def predict_step(self, batch: Any, batch_idx: int) -> dict[str, Tensor]:
-        """``index`` int64 ``[B]``, ``prediction`` int64 ``[B]`` and ``probabilities`` float32 ``[B, C]``."""
+        """``prediction`` int64 ``[B]``, ``probabilities`` float32 ``[B, C]`` and, where the batch has it, ``index``."""
         batch = as_batch(batch)
-        if batch.index is None:
-            raise ValueError("predict needs each sample's index, got batches without: use a lightning_kd data module")
         probabilities = self(batch.image).float().softmax(1)
-        return {"index": batch.index, "prediction": probabilities.argmax(1), "probabilities": probabilities}
+        index = {} if batch.index is None else {"index": batch.index}
+        return {**index, "prediction": probabilities.argmax(1), "probabilities": probabilities}
+
+
+def _plain(value: Any) -> Any:
+    """``value`` as what ``torch.load(weights_only=True)`` reads, or ``_NOT_PLAIN``."""
+    if value is None or type(value) in (str, int, float, bool):
+        return value
+    if isinstance(value, Path):
+        return str(value)
+    if isinstance(value, np.generic):
+        return value.item()
+    if isinstance(value, Mapping):
+        parts = {str(k): _plain(v) for k, v in value.items()}
+        return _NOT_PLAIN if any(v is _NOT_PLAIN for v in parts.values()) else parts
+    if isinstance(value, list | tuple):
+        items = [_plain(v) for v in value]
+        return (
+            _NOT_PLAIN if any(v is _NOT_PLAIN for v in items) else (items if isinstance(value, list) else tuple(items))
+        )
+    return _NOT_PLAIN
 
 
 def _eval_metrics(num_classes: int, prefix: str) -> MetricCollection:

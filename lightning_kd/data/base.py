@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from typing import Any
 
 import lightning as L
@@ -17,7 +18,7 @@ from lightning_kd.data.sampling import BatchLoader, ShardedSampler
 from lightning_kd.data.splits import take_fraction, take_per_class, without
 
 
-class ClassificationDataModule(L.LightningDataModule):
+class ClassificationDataModule(L.LightningDataModule, ABC):
     """Splits, subsets and loaders over a labelled data set in memory. Subclasses say where it comes from.
 
     A subclass implements ``load_arrays`` (and ``prepare_data`` where files have to be fetched) and hands the rest to
@@ -127,9 +128,9 @@ class ClassificationDataModule(L.LightningDataModule):
         sizes = f", {self.train_size} + {self.val_size} + {self.test_size} samples" if self._ready else ""
         return f"{type(self).__name__}: {self.num_classes} classes of {self.input_shape}{sizes}"
 
+    @abstractmethod
     def load_arrays(self) -> Arrays:
         """The whole data set, read and checked. Called once, in every process, and not with ``fake``."""
-        raise NotImplementedError(f"{type(self).__name__} must implement load_arrays")
 
     def fake_arrays(self) -> Arrays:
         """The made-up data set used with ``fake``."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import warnings
+from abc import abstractmethod
 from pathlib import Path
 from typing import Any
 from urllib.error import URLError
@@ -46,13 +47,13 @@ class OfficialDataModule(ClassificationDataModule):
         """The ``.npz`` of this set."""
         return Path(self.root) / self.file_name
 
+    @abstractmethod
     def open_official(self, root: str, train: bool, download: bool) -> dict[str, np.ndarray]:
         """The images and targets of one split, from the official files: ``image``, ``target`` and what else there is.
 
         Raises:
             RuntimeError: where files are missing or have the wrong checksum, as torchvision does.
         """
-        raise NotImplementedError
 
     def read_official(self) -> dict[str, np.ndarray]:
         """All arrays of the ``.npz``, from the official files.

@@ -85,6 +85,12 @@ class Distillation(Task, ABC):
         self.ce_weight = ce_weight
         self.kd_weight = kd_weight
         self.teacher_mean, self.teacher_std = teacher_mean, teacher_std
+        if teacher_mean is not None and teacher_std is not None:
+            if not len(teacher_mean) == len(teacher_std) == self.input_shape[0]:
+                raise ValueError(f"teacher_mean and teacher_std need {self.input_shape[0]} values, one a channel")
+            shape = (-1, *[1] * (len(self.input_shape) - 1))
+            for name in ("teacher_scale", "teacher_shift"):  # filled in setup, from the data module's own
+                self.register_buffer(name, torch.ones(len(teacher_mean)).view(shape), persistent=False)
         self._teacher_hits: Tensor | None = None
         self._teacher_judged = False
 
@@ -126,7 +132,13 @@ class Distillation(Task, ABC):
             teacher = pretrained_network(teacher, self.num_classes)
         network = self.build(teacher)
         if weights not in (None, "default", "random"):
-            load_weights(network, weights, self.num_classes)
+            try:
+                load_weights(network, weights, self.num_classes)
+            except FileNotFoundError as error:
+                raise FileNotFoundError(
+                    f"teacher_weights: {error}. Train the teacher first, or set 'random' where only the student is "
+                    "evaluated"
+                ) from error
         try:
             classes = find_classifier(network)[1].out_features
         except ValueError:  # no linear layer: the first batch tells
@@ -146,16 +158,16 @@ class Distillation(Task, ABC):
             frozen = sum(not module.training for module in self.modules())
             if frozen == sum(1 for _ in self.teacher.modules()):
                 warnings.filterwarnings("ignore", f"Found {frozen} module\\(s\\) in eval mode")
-        if self.teacher_mean is not None and not hasattr(self, "teacher_scale"):
+        if self.teacher_mean is not None:
             data: Any = getattr(self.trainer, "datamodule", None)
             if not hasattr(data, "mean") or not hasattr(data, "std"):
                 raise ValueError("teacher_mean needs a data module with mean and std, to undo its normalisation")
             mean, std, own_mean, own_std = (
-                torch.tensor(v, dtype=torch.float32, device=self.device).view(-1, 1, 1)
+                torch.tensor(v, dtype=torch.float32, device=self.device).view_as(self.teacher_scale)
                 for v in (data.mean, data.std, self.teacher_mean, self.teacher_std)
             )
-            self.register_buffer("teacher_scale", std / own_std, persistent=False)
-            self.register_buffer("teacher_shift", (mean - own_mean) / own_std, persistent=False)
+            self.teacher_scale.copy_(std / own_std)
+            self.teacher_shift.copy_((mean - own_mean) / own_std)
 
     @torch.no_grad()
     def teacher_logits(self, image: Tensor) -> Tensor:

@@ -233,6 +233,12 @@ class DHKD(Distillation):
         parameters = [p for p in self.parameters() if p.requires_grad]
         # the loss arrives scaled (accumulation, 16-mixed): its derivatives by the two objectives are the scale
         scales = torch.autograd.grad(loss, self._objectives, retain_graph=True)
+        known = sum(scale * part.detach() for scale, part in zip(scales, self._objectives, strict=True))
+        if loss.device.type == "cpu" and not torch.allclose(loss.detach(), torch.as_tensor(known), equal_nan=True):
+            raise RuntimeError(
+                "gradient_alignment aligns cross-entropy and distillation loss alone, and the loss has further terms: "
+                "add them inside distillation_loss, or set gradient_alignment off"
+            )
         both: list[list[Tensor | None]] = []
         for objective, scale, keep in zip(self._objectives, scales, (True, False), strict=True):
             grads = torch.autograd.grad(objective, parameters, scale, retain_graph=keep, allow_unused=True)
@@ -247,7 +253,8 @@ class DHKD(Distillation):
         reached = [p is not None and a is not None for p, a in zip(*both, strict=True)]
         merged = align_gradients(both[0], both[1], reached if self.gradient_alignment == "shared" else None)
         dot, first, second = _products(both[0], both[1], reached)
-        self.accumulate(("cosine",), (dot / (first * second).sqrt().clamp_min(1e-20))[None], 1)
+        cosine = dot / (first * second).sqrt().clamp_min(1e-20)
+        self.accumulate(("cosine",), cosine.nan_to_num(0.0)[None], 1)  # 16-mixed may overflow in a step that it skips
         for parameter, gradient in zip(parameters, merged, strict=True):
             parameter.grad = gradient
 

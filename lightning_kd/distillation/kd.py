@@ -35,7 +35,10 @@ def kd_loss(student_logits: Tensor, teacher_logits: Tensor, temperature: float) 
     student_logits, teacher_logits = at_least_float32(student_logits, teacher_logits)
     log_student = (student_logits / temperature).log_softmax(1)
     log_teacher = (teacher_logits / temperature).log_softmax(1)
-    return temperature**2 * (log_teacher.exp() * (log_teacher - log_student)).sum(1).mean()
+    teacher = log_teacher.exp()
+    # a class that the teacher rules out counts 0, even where both logarithms overflow
+    difference = (log_teacher - log_student).masked_fill(teacher == 0, 0)
+    return temperature**2 * (teacher * difference).sum(1).mean()
 
 
 class KD(Distillation):

@@ -1,6 +1,7 @@
 """The tasks: what trains and what does not, gradients, precision, processes, checkpoints."""
 
 import lightning as L
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
@@ -327,6 +328,54 @@ def test_channels_last_is_the_default_for_convolutions():
     assert task.format_image(torch.randn(2, 3, 4, 4)).is_contiguous(memory_format=torch.channels_last)
     assert KD(*linear_pair(), 10, input_shape=SHAPE).channels_last is False
     assert METHODS["kd"](channels_last=False).format_image(torch.randn(2, 3, 4, 4)).is_contiguous()
+
+
+def test_alignment_refuses_terms_that_it_would_drop():
+    class Decayed(DHKD):
+        def training_step(self, batch, batch_idx):
+            return super().training_step(batch, batch_idx) + self.student.fc.weight.square().sum()
+
+    task = Decayed("cnn_tiny", "cnn", 10, input_shape=SHAPE, teacher_weights="random", gradient_alignment="all")
+    with pytest.raises(RuntimeError, match="the loss has further terms"):
+        trainer().fit(task, digits())
+
+
+def test_validate_between_fits():
+    task, data = METHODS["kd"](), digits()
+    trainer().validate(task, data, verbose=False)
+    trainer().fit(task, data)
+    trainer().validate(task, data, verbose=False)
+    trainer().fit(task, data)
+
+
+def test_wrong_number_of_logits_is_said():
+    task = Classification(nn.Sequential(nn.Flatten(), nn.Linear(64, 20)), 10, SHAPE)
+    with pytest.raises(ValueError, match=r"Sequential gives \[32, 20\], expected \[B, 10\]"):
+        trainer(limit_val_batches=0).fit(task, digits())
+
+
+def test_checkpoints_hold_plain_values_only(tmp_path):
+    torch.save(Classification("cnn", 10, SHAPE).network.state_dict(), tmp_path / "t.pt")
+    task = KD(
+        "cnn_tiny",
+        "cnn",
+        10,
+        input_shape=torch.Size(SHAPE),
+        teacher_weights=tmp_path / "t.pt",
+        temperature=np.float64(3),
+        optimizer=lambda p: torch.optim.Adam(p),
+    )
+    run = trainer(limit_train_batches=1)
+    run.fit(task, digits())
+    run.save_checkpoint(tmp_path / "x.ckpt")
+    again = KD.load_from_checkpoint(tmp_path / "x.ckpt")
+    assert again.temperature == 3
+    assert again.hparams["teacher_weights"] == str(tmp_path / "t.pt")
+
+
+def test_predict_takes_plain_loaders():
+    outputs = trainer().predict(METHODS["classification"](), pairs(torch.float32))
+    assert sum(len(part["prediction"]) for part in outputs) == 32
 
 
 # -- two processes -----------------------------------------------------------------------------------------------------
