@@ -6,6 +6,7 @@ import os
 import signal
 import subprocess
 import sys
+import time
 
 import lightning as L
 import pytest
@@ -16,6 +17,7 @@ from lightning_kd.cli import main
 from lightning_kd.core import Classification
 from lightning_kd.core.run import RunFolder, RunLogger, run_callbacks
 from lightning_kd.data import DigitsDataModule
+from tests.two_processes import on_two_ranks
 
 NETWORK = """
 import os, signal, torch
@@ -200,3 +202,33 @@ def test_logger_keeps_earlier_rows_and_drops_the_repeated_epoch(tmp_path):
     assert [row["train/loss"] for row in rows] == ["1.0", "1.0", ""]
     assert [row["val/new"] for row in rows] == ["", "", "3.0"]
     assert not list(tmp_path.glob("*.partial"))
+
+
+class Slow(L.Callback):
+    """Lets the other rank be first."""
+
+    def on_train_start(self, trainer, pl_module):
+        if trainer.global_rank == 1:
+            time.sleep(1)
+
+
+def fit_with_a_slow_rank(folder):
+    trainer = L.Trainer(
+        max_epochs=1,
+        accelerator="cpu",
+        devices=2,
+        strategy="ddp",
+        logger=RunLogger(folder),
+        callbacks=[Slow(), *run_callbacks(RunFolder(folder))],
+        enable_progress_bar=False,
+        enable_model_summary=False,
+    )
+    trainer.fit(Classification("cnn_tiny", 10, (1, 8, 8)), DigitsDataModule(fake=True))
+    return trainer.global_step
+
+
+def test_a_rank_that_comes_late_does_not_wait_forever(tmp_path):
+    steps = on_two_ranks(fit_with_a_slow_rank, str(tmp_path))
+    assert steps[0] == steps[1] > 0
+    assert RunFolder(tmp_path).last.is_file()
+    assert len((tmp_path / "metrics.csv").read_text().splitlines()) == 2
