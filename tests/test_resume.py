@@ -61,6 +61,8 @@ def fit(folder, run, *options, **environment):
             "20",
             "--trainer.max_epochs",
             "4",
+            "--trainer.check_val_every_n_epoch",
+            "1",
             "--model.auxiliary_head",
             "nonlinear",
             "--model.gradient_alignment",
@@ -74,6 +76,7 @@ def fit(folder, run, *options, **environment):
             *options,
         ],
         cwd=folder,
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),  # a test run in the background ignores it
         env={**os.environ, "OMP_NUM_THREADS": "1", **environment},
         capture_output=True,
         text=True,

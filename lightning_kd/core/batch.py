@@ -27,7 +27,7 @@ class Batch(NamedTuple):
 
 
 def as_batch(batch: Any) -> Batch:
-    """Take a ``Batch`` or a plain ``(image, target)`` pair from a user's own loader.
+    """Take a ``Batch``, or ``(image, target)`` from a user's own loader, perhaps with ``index`` and ``extras``.
 
     Raises:
         TypeError: for anything else, naming what was received.
@@ -35,6 +35,7 @@ def as_batch(batch: Any) -> Batch:
     if isinstance(batch, Batch):
         return batch
     if isinstance(batch, Sequence) and not isinstance(batch, str) and 2 <= len(batch) <= 4:
-        return Batch(*batch)
+        index = batch[2] if len(batch) > 2 else None
+        return Batch(batch[0], batch[1], index, batch[3] if len(batch) > 3 else {})
     got = f"{type(batch).__name__}" + (f" of length {len(batch)}" if hasattr(batch, "__len__") else "")
     raise TypeError(f"a batch must be a Batch or a pair (image, target), got {got}: let the loader yield pairs")
