@@ -216,6 +216,7 @@ def quiet() -> None:
         ".*does not have many workers.*",
         ".*LightningCLI.s args parameter is intended.*",
         ".*isinstance\\(treespec, LeafSpec\\).*",
+        ".*recommended to use `self.log\\(.*sync_dist=True.*",  # what tasks log is reduced already
         ".*Total length of `list` across ranks is zero.*",  # val_fraction 0
         ".*could not find the monitored key.*",  # best.ckpt where nothing is validated
         ".*The number of training batches .* is smaller than the logging interval.*",
