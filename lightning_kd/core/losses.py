@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import math
+
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 
@@ -25,3 +28,47 @@ def check_positive(**values: float) -> None:
     for name, value in values.items():
         if not value > 0:
             raise ValueError(f"{name} must be above 0, got {value}")
+
+
+def negative_learning_loss(
+    logits: Tensor, complementary_target: Tensor, eps: float = 0.0, weight: Tensor | None = None
+) -> Tensor:
+    """Learning from what a sample is not: the mean of ``-log(1 - p_k)`` over samples and complementary classes ``k``.
+
+    ``p`` is the softmax of ``logits``. Kim et al., "NLNL: Negative Learning for Noisy Labels", arXiv:1908.07387,
+    equation 2. With ``eps=0`` the loss is the softplus of how far ``k`` is above the log-sum-exp of the other classes:
+    finite, and its gradient at ``k`` is ``p_k``, for any finite logits.
+
+    Args:
+        logits: ``[B, C]`` with C at least 2; half precision is computed in float32.
+        complementary_target: int64 ``[B]``, or ``[B, M]`` for several classes of each sample, repeats counted.
+        eps: 0, or the value that ``1 - p_k`` is clamped to from below, which bounds the loss by ``-log(eps)`` and
+            leaves no gradient where it acts; in [0, 1).
+        weight: float ``[B]``, a factor for each sample; the mean still divides by their number. Default: 1.
+
+    Returns:
+        A scalar.
+
+    Raises:
+        ValueError: for another shape or dtype, an empty batch, or ``eps`` out of range.
+    """
+    if logits.ndim != 2 or logits.shape[1] < 2:
+        raise ValueError(f"logits must be [B, C] with at least 2 classes, got {list(logits.shape)}")
+    target = complementary_target
+    if target.dtype != torch.int64 or target.ndim not in (1, 2) or len(target) != len(logits) or not target.numel():
+        raise ValueError(
+            f"complementary_target must be int64 [B] or [B, M] for {len(logits)} samples, got {target.dtype} "
+            f"{list(target.shape)}: give one class or several that each sample is not"
+        )
+    if not 0 <= eps < 1:
+        raise ValueError(f"eps must be in [0, 1), got {eps}: give 0 for no clamp")
+    (logits,) = at_least_float32(logits)
+    target = target.reshape(len(target), -1)
+    chosen = logits.gather(1, target)
+    rivals = logits[:, None].expand(-1, target.shape[1], -1).scatter(2, target[:, :, None], -torch.inf).logsumexp(2)
+    loss = -F.logsigmoid(rivals - chosen)
+    if eps > 0:
+        loss = loss.clamp(max=-math.log(eps))
+    if weight is not None:
+        loss = loss * weight[:, None]
+    return loss.mean()

@@ -26,7 +26,7 @@ from lightning_kd import __version__
 from lightning_kd.core.distributed import gather_by_index
 from lightning_kd.core.task import Task
 
-__all__ = ["RunFolder", "RunLogger", "RunRecorder", "run_callbacks"]
+__all__ = ["RunFolder", "RunLogger", "RunRecorder", "run_callbacks", "run_folder_of"]
 
 
 def write_text(path: Path, text: str) -> None:
@@ -49,6 +49,7 @@ class RunFolder:
         self.last = self.path / "checkpoints" / "last.ckpt"
         self.best = self.path / "checkpoints" / "best.ckpt"
         self.metrics = self.path / "metrics.csv"
+        self.noise = self.path / "noise.npz"
         self.record_file = self.path / "run.json"
         self.record: dict[str, Any] = {}
 
@@ -67,9 +68,9 @@ class RunFolder:
         return path
 
     def clear(self) -> None:
-        """Remove what an earlier fit left: checkpoints, exported networks (``*.pt``), metrics, predictions."""
+        """Remove what an earlier fit left: checkpoints, exported networks (``*.pt``), metrics, predictions, labels."""
         shutil.rmtree(self.path / "checkpoints", ignore_errors=True)
-        names = ("metrics.csv", "predictions.csv", "traceback.txt")
+        names = ("metrics.csv", "predictions.csv", "noise.npz", "traceback.txt")
         for path in [*self.path.glob("*.pt"), *(self.path / name for name in names)]:
             path.unlink(missing_ok=True)
 
@@ -245,6 +246,8 @@ class RunRecorder(L.Callback):
                 partial = path.with_suffix(".partial")
                 torch.save({k: v.detach().cpu().contiguous() for k, v in network.state_dict().items()}, partial)
                 os.replace(partial, path)
+        if isinstance(pl_module, Task) and not getattr(trainer, "fast_dev_run", 0):
+            pl_module.write_results(self.run.path)
 
     def on_predict_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         self._parts: list[dict[str, torch.Tensor]] = []
@@ -268,6 +271,12 @@ class RunRecorder(L.Callback):
             for i, p, row in zip(index.tolist(), prediction.tolist(), probabilities.tolist(), strict=True):
                 lines.append(f"{i},{p}," + ",".join(f"{value:.6g}" for value in row))
             write_text(self.run.path / "predictions.csv", "\n".join(lines) + "\n")
+
+
+def run_folder_of(trainer: L.Trainer | None) -> RunFolder | None:
+    """The run folder that ``trainer`` works in; ``None`` where it has none."""
+    callbacks = getattr(trainer, "callbacks", [])
+    return next((callback.run for callback in callbacks if isinstance(callback, RunRecorder)), None)
 
 
 class RunCheckpoint(ModelCheckpoint):

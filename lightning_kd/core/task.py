@@ -18,7 +18,7 @@ from torchmetrics.classification import MulticlassAccuracy, MulticlassCalibratio
 
 from lightning_kd.core.batch import as_batch
 from lightning_kd.core.finite import FiniteGuard
-from lightning_kd.core.seeding import EpochSeeding
+from lightning_kd.core.seeding import EpochSeeding, global_seed, numpy_generator
 from lightning_kd.nets import network_for
 
 if TYPE_CHECKING:
@@ -123,6 +123,24 @@ class Task(L.LightningModule):
         """Plain networks to write as ``NAME.pt`` into the run folder after ``fit``."""
         return {"network": self.main_network}
 
+    def train_loader(self, data: Any) -> Any:
+        """What our data modules feed this task in training: by default every training sample once, augmented.
+
+        A method that needs other views, other streams or several of them overrides it.
+        """
+        # Trainer(overfit_batches=...) promises the same batches each epoch, but cannot change this loader itself
+        overfit = self.trainer.overfit_batches > 0  # type: ignore[attr-defined]
+        return data.loader("train", shuffle=not overfit, augment=True, batch_size=data.batch_size)
+
+    def write_results(self, folder: Path) -> None:
+        """Called on every process after ``fit``, to leave a method's own files in the run folder; by default none."""
+
+    def generator(self, stream: str, pass_: int = 0) -> np.random.Generator:
+        """The random stream ``(seed, stream, current epoch, pass, rank)`` of this run."""
+        seeds = [c.seed for c in self.trainer.callbacks if isinstance(c, EpochSeeding)]  # type: ignore[attr-defined]
+        seed = seeds[0] if seeds and seeds[0] is not None else global_seed()
+        return numpy_generator(seed, stream, self.current_epoch, pass_, self.global_rank)
+
     def setup(self, stage: str) -> None:
         if self.compile_networks:
             # or a tapped network would reuse the code of an untapped one of its class, and the tap never fire
@@ -166,13 +184,16 @@ class Task(L.LightningModule):
         return [] if known else [EpochSeeding()]
 
     def configure_optimizers(self) -> Any:
-        parameters = [p for p in self.parameters() if p.requires_grad]
+        return self.optimizer_and_scheduler([p for p in self.parameters() if p.requires_grad])
+
+    def optimizer_and_scheduler(self, parameters: list[nn.Parameter]) -> Any:
+        """What ``configure_optimizers`` returns for these parameters, from the factories."""
         if self.optimizer_factory is None:
             optimizer: torch.optim.Optimizer = torch.optim.SGD(parameters, lr=0.05, momentum=0.9, weight_decay=5e-4)
         else:
             optimizer = self.optimizer_factory(parameters)
         if self.lr_scheduler_factory is None:
-            return optimizer
+            return optimizer if self.automatic_optimization else {"optimizer": optimizer}
         scheduler = {"scheduler": self.lr_scheduler_factory(optimizer), "interval": self.lr_interval}
         if isinstance(scheduler["scheduler"], torch.optim.lr_scheduler.ReduceLROnPlateau):
             scheduler["monitor"] = getattr(scheduler["scheduler"], "monitor", self.monitor)
@@ -228,14 +249,22 @@ class Task(L.LightningModule):
 
     # -- evaluation --------------------------------------------------------------------------------------------------
 
+    def answer(self, image: Tensor) -> tuple[Tensor, Tensor]:
+        """What is evaluated: scores whose largest is the prediction, and probabilities, both float32 ``[B, C]``.
+
+        By default the logits and their softmax.
+        """
+        logits = self(image).float()
+        return logits, logits.softmax(1)
+
     def _evaluate(self, batch: Any, metrics: MetricCollection) -> None:
         batch = as_batch(batch)
-        logits = self(batch.image).float()
-        metrics["loss"].update(F.cross_entropy(logits, batch.target), len(logits))
-        probabilities = logits.softmax(1)
+        scores, probabilities = self.answer(batch.image)
+        tiny = torch.finfo(probabilities.dtype).tiny
+        metrics["loss"].update(F.nll_loss(probabilities.clamp_min(tiny).log(), batch.target), len(scores))
         for name, metric in metrics.items(keep_base=True):
             if name != "loss":
-                metric.update(probabilities, batch.target)
+                metric.update(probabilities if name == "ece" else scores, batch.target)
 
     def validation_step(self, batch: Any, batch_idx: int) -> None:
         self._evaluate(batch, self.val_metrics)
@@ -265,9 +294,9 @@ class Task(L.LightningModule):
     def predict_step(self, batch: Any, batch_idx: int) -> dict[str, Tensor]:
         """``prediction`` int64 ``[B]``, ``probabilities`` float32 ``[B, C]`` and, where the batch has it, ``index``."""
         batch = as_batch(batch)
-        probabilities = self(batch.image).float().softmax(1)
+        scores, probabilities = self.answer(batch.image)
         index = {} if batch.index is None else {"index": batch.index}
-        return {**index, "prediction": probabilities.argmax(1), "probabilities": probabilities}
+        return {**index, "prediction": scores.argmax(1), "probabilities": probabilities}
 
 
 def _plain(value: Any) -> Any:

@@ -1,3 +1,6 @@
 """Metrics that torchmetrics lacks."""
 
-__all__: list[str] = []
+from lightning_kd.metrics.calibration import Reliability, reliability
+from lightning_kd.metrics.label_noise import memorisation, selection_metrics
+
+__all__ = ["Reliability", "memorisation", "reliability", "selection_metrics"]

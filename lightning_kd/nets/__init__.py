@@ -1,4 +1,4 @@
-"""Networks by name: the CIFAR families of the distillation papers, small ones, ``timm/NAME`` and ``torchvision/NAME``.
+"""Networks by name: the CIFAR families of the papers, small ones, ``timm/NAME`` and ``torchvision/NAME``.
 
 Every network takes a batch and returns plain logits ``[N, num_classes]``; the input of its last ``nn.Linear`` is the
 pooled feature, and its stages are submodules (``layer1``, ``block1``, ``blocks.0`` ...) that hooks can be put on. No
@@ -15,8 +15,10 @@ from functools import partial
 from torch import nn
 
 from lightning_kd.nets.cifar_resnet import CifarResNet, ResNet
+from lightning_kd.nets.cnn9 import CNN9
 from lightning_kd.nets.libraries import timm_network, torchvision_network, unknown_network
 from lightning_kd.nets.mobilenet import MobileNetV1, MobileNetV2
+from lightning_kd.nets.preact_resnet import PreActResNet18
 from lightning_kd.nets.shufflenet import ShuffleNetV1, ShuffleNetV2
 from lightning_kd.nets.simple import CNN, MLP
 from lightning_kd.nets.vgg import VGG
@@ -32,12 +34,14 @@ _NETWORKS: dict[str, Callable[[int, int], nn.Module]] = {
     **{f"resnet{depth}": partial(CifarResNet, depth, _NARROW) for depth in (8, 14, 20, 32, 44, 56, 110)},
     **{f"resnet{depth}x4": partial(CifarResNet, depth, _WIDE) for depth in (8, 32)},
     **{f"resnet{depth}": partial(ResNet, depth) for depth in (18, 34, 50)},
+    "preact_resnet18": PreActResNet18,
     **{f"wrn_{depth}_{width}": partial(WideResNet, depth, width) for depth in (16, 40) for width in (1, 2)},
     **{f"vgg{depth}": partial(VGG, depth) for depth in (8, 11, 13, 16, 19)},
     "mobilenetv1": MobileNetV1,
     "mobilenetv2": MobileNetV2,
     "shufflenetv1": ShuffleNetV1,
     "shufflenetv2": ShuffleNetV2,
+    "cnn9": CNN9,
     "cnn": partial(CNN, (32, 64, 128)),
     "cnn_tiny": partial(CNN, (8, 16, 32)),
 }

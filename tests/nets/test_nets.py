@@ -34,6 +34,7 @@ PUBLISHED = {
     "resnet18": Published(11_220_132, "bad0f3c079fb7576", (-0.186473, 0.157989, 0.588078)),
     "resnet34": Published(21_328_292, "1fac94b56aadea3f", (0.999774, -0.531971, 0.831977)),
     "resnet50": Published(23_705_252, "74254a6e49746cd1", (-0.0403248, -1.33701, 0.802043)),
+    "preact_resnet18": Published(11_217_444, "539224a831563dc9", (-0.477177, -0.202904, 0.530396)),
     "wrn_16_1": Published(180_916, "ae038b3a5a5d794f", (0.62809, -0.556671, 0.359082)),
     "wrn_16_2": Published(703_284, "ea6f5696b4b89500", (0.449341, -0.434699, 0.327676)),
     "wrn_40_1": Published(569_780, "ba38642fd19d1689", (-0.308508, -0.329223, 0.359381)),
@@ -48,7 +49,7 @@ PUBLISHED = {
     "shufflenetv2": Published(1_355_528, "b7a1d5223ee3e848", (-0.119736, 0.130081, 0.363927)),
     "mobilenetv1": Published(3_309_476, "", (-1.62642, -0.624472, 0.54513)),
 }
-OTHERS = ["cnn", "cnn_tiny", "wrn_28_1"]
+OTHERS = ["cnn", "cnn9", "cnn_tiny", "wrn_28_1"]
 
 
 def pseudo(shape: tuple[int, ...], position: int) -> Tensor:
@@ -73,7 +74,7 @@ def pseudo_weights(network: nn.Module) -> dict[str, Tensor]:
 
 def side(name: str) -> int:
     """The smallest images with which normalisation by the batch still has enough values in the last stage."""
-    return {"mobilenetv1": 64, "mobilenetv2": 32}.get(name, 16)
+    return {"mobilenetv1": 64, "mobilenetv2": 32, "cnn9": 32}.get(name, 16)
 
 
 def last_linear(network: nn.Module) -> nn.Linear:
@@ -174,7 +175,7 @@ def test_pooled_feature_is_the_mean_of_the_last_stage() -> None:
     [(name, (1, 28, 28)) for name in ("resnet8", "resnet18", "wrn_16_1", "vgg8", "mobilenetv2", "shufflenetv1")]
     + [(name, (1, 8, 8)) for name in ("resnet8", "resnet18", "wrn_16_1", "vgg8", "mobilenetv2", "shufflenetv2", "cnn")]
     + [(name, (4, 64, 48)) for name in ("resnet8x4", "wrn_16_2", "vgg8", "mobilenetv2", "shufflenetv2", "cnn_tiny")]
-    + [("mobilenetv1", (1, 96, 96))],
+    + [("mobilenetv1", (1, 96, 96)), ("cnn9", (1, 28, 28)), ("cnn9", (4, 64, 48)), ("preact_resnet18", (1, 8, 8))],
 )
 @torch.no_grad()
 def test_other_channels_and_sizes(name: str, shape: tuple[int, int, int]) -> None:
@@ -213,6 +214,7 @@ def test_names_of_public_checkpoints() -> None:
     some = {
         "resnet20": ("layer2.0.downsample.0.weight", (32, 16, 1, 1)),
         "resnet50": ("layer1.0.shortcut.0.weight", (256, 64, 1, 1)),
+        "preact_resnet18": ("layer2.0.shortcut.0.weight", (128, 64, 1, 1)),
         "wrn_40_2": ("block1.layer.0.convShortcut.weight", (32, 16, 1, 1)),
         "vgg8": ("block4.1.running_var", (512,)),
         "mobilenetv2": ("classifier.weight", (100, 1280)),
@@ -224,10 +226,56 @@ def test_names_of_public_checkpoints() -> None:
         assert build_network(name, 100).state_dict()[key].shape == shape
 
 
+def test_parameters_with_the_two_heads_of_noisy_label_methods() -> None:
+    """A second head of one hidden layer of 1024 beside the classifier: the published totals."""
+    for name, classes, total in (
+        ("preact_resnet18", 10, 11_706_836),
+        ("preact_resnet18", 100, 11_845_256),
+        ("resnet34", 10, 21_817_684),
+    ):
+        head = 512 * 1024 + 1024 + 1024 * classes + classes
+        assert sum(parameter.numel() for parameter in build_network(name, classes).parameters()) + head == total
+
+
+@torch.no_grad()
+def test_cnn9_layer_by_layer() -> None:
+    network = build_network("cnn9", 10)
+    assert sum(parameter.numel() for parameter in network.parameters()) == 4_434_570
+    network.train()(torch.randn(2, 3, 32, 32))  # running statistics of its own
+    weights = network.eval().state_dict()
+    x = images = torch.randn(2, 3, 32, 32)
+    for stage, padding in ((1, 1), (2, 1), (3, 0)):
+        for k in (0, 3, 6):
+            conv, norm = f"layer{stage}.{k}", f"layer{stage}.{k + 1}"
+            x = nn.functional.conv2d(x, weights[f"{conv}.weight"], weights[f"{conv}.bias"], padding=padding)
+            x = nn.functional.batch_norm(
+                x, *(weights[f"{norm}.{part}"] for part in ("running_mean", "running_var", "weight", "bias"))
+            )
+            x = torch.where(x > 0, x, 0.01 * x)
+        if stage < 3:
+            x = nn.functional.max_pool2d(x, 2)
+    assert x.shape == (2, 128, 2, 2)
+    expected = x.mean((2, 3)) @ weights["linear.weight"].T + weights["linear.bias"]
+    torch.testing.assert_close(network(images), expected)
+
+
+def test_cnn9_drops_whole_channels_in_training_only() -> None:
+    network = build_network("cnn9", 10)
+    kept: list[Tensor] = []
+    network.get_submodule("dropout2").register_forward_hook(lambda _, __, output: kept.append(output))
+    images = torch.randn(4, 3, 28, 28)
+    network.train()(images)
+    network.eval()(images)
+    off = [(output == 0).all(dim=(2, 3)).float().mean().item() for output in kept]
+    assert off == pytest.approx([0.25, 0], abs=0.06)
+    with pytest.raises(ValueError, match=r"^cnn9 takes images of at least 28x28, got 32x8: use cnn instead$"):
+        network(torch.randn(2, 3, 32, 8))
+
+
 def test_every_listed_name_builds() -> None:
     names = network_names()
     assert names == sorted(set(names))
-    assert set(PUBLISHED) | {"cnn", "cnn_tiny", "mlp"} == set(names)
+    assert set(PUBLISHED) | {"cnn", "cnn_tiny", "cnn9", "mlp"} == set(names)
 
 
 @pytest.mark.parametrize(

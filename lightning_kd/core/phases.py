@@ -1,0 +1,71 @@
+"""An epoch of several phases: each network in turn, on its own labelled and unlabelled streams."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from itertools import chain, repeat
+from typing import Any, NamedTuple
+
+from lightning_kd.core.batch import Batch
+
+
+class PhaseBatch(NamedTuple):
+    """One step of a phase.
+
+    Attributes:
+        network: number of the network that is trained.
+        labelled: the batch whose targets count.
+        unlabelled: the batch whose targets do not; ``None`` in a phase without.
+        progress: share of the phase that was done before this step, in [0, 1).
+    """
+
+    network: int
+    labelled: Batch
+    unlabelled: Batch | None = None
+    progress: float = 0.0
+
+
+class Phase(NamedTuple):
+    """One network's pass over ``labelled``; ``unlabelled`` starts anew as often as it ends."""
+
+    network: int
+    labelled: Any
+    unlabelled: Any = None
+
+
+class PhasedLoader:
+    """The phases of one epoch, one after the other, as one loader of ``PhaseBatch``.
+
+    Lightning finds ``set_epoch`` through ``sampler``; the loaders inside shard themselves.
+
+    Args:
+        phases: at least one; their loaders have a length and ``set_epoch``.
+    """
+
+    def __init__(self, phases: Sequence[Phase]) -> None:
+        self.phases = list(phases)
+
+    @property
+    def sampler(self) -> PhasedLoader:
+        return self
+
+    @property
+    def batch_sampler(self) -> PhasedLoader:
+        return self
+
+    def set_epoch(self, epoch: int) -> None:
+        for phase in self.phases:
+            for loader in phase[1:]:
+                if loader is not None:
+                    loader.set_epoch(epoch)
+
+    def __len__(self) -> int:
+        return sum(len(phase.labelled) for phase in self.phases)
+
+    def __iter__(self) -> Iterator[PhaseBatch]:
+        for network, labelled, unlabelled in self.phases:
+            others: Iterator[Any] = repeat(None)
+            if unlabelled is not None:
+                others = chain.from_iterable(repeat(unlabelled))  # each turn is a new pass with a new order
+            for step, (batch, other) in enumerate(zip(labelled, others, strict=False)):
+                yield PhaseBatch(network, batch, other, step / len(labelled))

@@ -1,0 +1,83 @@
+"""How well the confidence of predictions matches their accuracy."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+
+class Reliability(NamedTuple):
+    """Calibration by bins of equal width; ``confidence`` and ``accuracy`` of an empty bin are NaN.
+
+    Attributes:
+        share: float64 ``[bins]``, samples in the bin, sum 1.
+        confidence: float64 ``[bins]``, their mean largest probability.
+        accuracy: float64 ``[bins]``, the share of them that is predicted rightly.
+        ece: the expected calibration error, the mean of ``|accuracy - confidence|`` over samples.
+    """
+
+    share: Tensor
+    confidence: Tensor
+    accuracy: Tensor
+    ece: float
+
+    @classmethod
+    def from_sums(cls, sums: Tensor) -> Reliability:
+        """From the :func:`reliability_sums` of any number of batches and processes, added up.
+
+        Raises:
+            ValueError: where they are of no sample.
+        """
+        count, confidence, correct = sums.detach().to("cpu", torch.float64)
+        if not count.sum() > 0:
+            raise ValueError("reliability of no sample is not defined: give at least one prediction")
+        ece = float((correct - confidence).abs().sum() / count.sum())
+        return cls(count / count.sum(), confidence / count, correct / count, ece)
+
+
+def reliability(probabilities: Tensor, target: Tensor, bins: int = 15) -> Reliability:
+    """The reliability diagram of predictions and its expected calibration error.
+
+    Guo et al., arXiv:1706.04599, section 2. A bin holds the samples whose largest probability is in
+    ``(lo, hi]``; torchmetrics' ``MulticlassCalibrationError(norm="l1")`` takes ``[lo, hi)``, which differs only for
+    values on a border, such as 1.
+
+    Args:
+        probabilities: ``[N, C]``, rows sum to 1.
+        target: int64 ``[N]``.
+        bins: number of bins, at least 1.
+
+    Raises:
+        ValueError: for other shapes, no sample, or ``bins`` below 1.
+    """
+    return Reliability.from_sums(reliability_sums(probabilities, target, bins))
+
+
+def reliability_sums(probabilities: Tensor, target: Tensor, bins: int = 15) -> Tensor:
+    """Count, summed confidence and number of right predictions of each bin: what batches and processes add up.
+
+    Args:
+        probabilities: ``[N, C]``.
+        target: int64 ``[N]``.
+        bins: number of bins.
+
+    Returns:
+        float64 (float32 on devices without it) ``[3, bins]`` on the device of ``probabilities``.
+
+    Raises:
+        ValueError: for other shapes, or ``bins`` below 1.
+    """
+    if probabilities.ndim != 2 or target.shape != probabilities.shape[:1]:
+        raise ValueError(
+            f"probabilities must be [N, C] and target [N], got {list(probabilities.shape)} and {list(target.shape)}"
+        )
+    if bins < 1:
+        raise ValueError(f"bins must be at least 1, got {bins}")
+    confidence, predicted = probabilities.detach().float().max(1)
+    borders = torch.linspace(0, 1, bins + 1, device=confidence.device)
+    where = (torch.bucketize(confidence, borders) - 1).clamp(0, bins - 1)
+    rows = torch.stack([torch.ones_like(confidence), confidence, (predicted == target).float()])
+    sums = rows.new_zeros(3, bins, dtype=torch.float32 if rows.device.type == "mps" else torch.float64)
+    return sums.index_add_(1, where, rows.to(sums.dtype))
