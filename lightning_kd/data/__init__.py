@@ -4,27 +4,47 @@ from lightning_kd.data.arrays import ArrayDataModule
 from lightning_kd.data.augment import CropFlip, Normalize
 from lightning_kd.data.base import ClassificationDataModule
 from lightning_kd.data.cifar import CIFAR10DataModule, CIFAR100DataModule
+from lightning_kd.data.cifar_n import CIFARN
 from lightning_kd.data.digits import DigitsDataModule
 from lightning_kd.data.fashion_mnist import FashionMNISTDataModule
 from lightning_kd.data.files import Arrays
 from lightning_kd.data.image_folder import ImageFolderDataModule
-from lightning_kd.data.resident import ResidentLoader
+from lightning_kd.data.instance_noise import InstanceDependentNoise
+from lightning_kd.data.label_files import LabelFile
+from lightning_kd.data.label_noise import CleanLabels, LabelNoise
+from lightning_kd.data.noise import (
+    AsymmetricNoise,
+    PairFlipNoise,
+    SymmetricNoise,
+    TransitionNoise,
+)
+from lightning_kd.data.resident import ResidentLoader, StoredImages
 from lightning_kd.data.sampling import BatchLoader, ShardedSampler
 from lightning_kd.data.streaming import StreamingLoader
 
 __all__ = [
+    "CIFARN",
     "ArrayDataModule",
     "Arrays",
+    "AsymmetricNoise",
     "BatchLoader",
     "CIFAR10DataModule",
     "CIFAR100DataModule",
     "ClassificationDataModule",
+    "CleanLabels",
     "CropFlip",
     "DigitsDataModule",
     "FashionMNISTDataModule",
     "ImageFolderDataModule",
+    "InstanceDependentNoise",
+    "LabelFile",
+    "LabelNoise",
     "Normalize",
+    "PairFlipNoise",
     "ResidentLoader",
     "ShardedSampler",
+    "StoredImages",
     "StreamingLoader",
+    "SymmetricNoise",
+    "TransitionNoise",
 ]

@@ -20,6 +20,7 @@ from lightning_kd.data.files import (
     to_image,
     to_target,
 )
+from lightning_kd.data.label_noise import LabelNoise
 from lightning_kd.data.splits import take_fraction, without
 
 
@@ -53,6 +54,7 @@ class ArrayDataModule(ClassificationDataModule):
             and the augmentation.
         fake: use a small made-up data set instead, of the shape of the file if there is one, else of 10 classes of
             32 x 32 colour images.
+        noise: gives the training samples wrong labels, see ``LabelNoise``; ``None`` keeps the data set's own.
 
     Raises:
         ValueError: for an argument out of its range, and for arrays that are damaged or do not fit together.
@@ -78,6 +80,7 @@ class ArrayDataModule(ClassificationDataModule):
         std: list[float] | None = None,
         seed: int = 0,
         fake: bool = False,
+        noise: LabelNoise | None = None,
     ) -> None:
         if not 0 < test_fraction < 1:
             raise ValueError(f"test_fraction must be above 0 and below 1, got {test_fraction}: give a share")
@@ -110,6 +113,7 @@ class ArrayDataModule(ClassificationDataModule):
             cutout=cutout,
             seed=seed,
             fake=fake,
+            noise=noise,
         )
         self.augment = augment
         self.crop_padding = crop_padding

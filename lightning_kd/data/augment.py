@@ -2,12 +2,39 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from lightning_kd.core.seeding import numpy_generator
+from lightning_kd.core.seeding import derive_seed, numpy_generator
+
+VIEWS = ("plain", "weak", "strong")
+
+
+def check_views(views: str | Sequence[str], shape: tuple[int, ...]) -> tuple[str, ...]:
+    """The names as a tuple, checked against samples of ``shape``.
+
+    Raises:
+        ValueError: for no view, an unknown one, and strong views of what is no image of 1 or 3 channels.
+    """
+    names = (views,) if isinstance(views, str) else tuple(views)
+    if not names or any(name not in VIEWS for name in names):
+        raise ValueError(
+            f"views must name at least one of 'plain', 'weak' and 'strong', got {views!r}: give such names"
+        )
+    if "strong" in names and (len(shape) != 3 or shape[0] not in (1, 3)):
+        raise ValueError(
+            f"views={views!r} needs images of 1 or 3 channels for 'strong', got samples of shape {tuple(shape)}: "
+            "use 'weak' or 'plain' views"
+        )
+    return names
+
+
+def view_seed(seed: int, view: int) -> int:
+    """The seed of the ``view``-th view of each sample; that of the first one is ``seed`` itself."""
+    return derive_seed(seed, f"view/{view}") if view else seed
 
 
 @dataclass(frozen=True)

@@ -3,19 +3,26 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 import lightning as L
 import numpy as np
 import torch
 from torch import Tensor
+from torchvision.transforms import AutoAugmentPolicy
 
-from lightning_kd.core.seeding import numpy_generator, stream_seed
-from lightning_kd.data.augment import CropFlip, Normalize
+from lightning_kd.core.run import RunFolder, run_folder_of
+from lightning_kd.core.seeding import derive_seed, numpy_generator, stream_seed
+from lightning_kd.data.augment import CropFlip, Normalize, check_views
 from lightning_kd.data.files import Arrays, fake_arrays
-from lightning_kd.data.resident import ResidentLoader
+from lightning_kd.data.label_noise import CleanLabels, LabelNoise
+from lightning_kd.data.label_record import check_no_noise, settle_labels
+from lightning_kd.data.resident import ResidentLoader, StoredImages
 from lightning_kd.data.sampling import BatchLoader, ShardedSampler
 from lightning_kd.data.splits import take_fraction, take_per_class, without
+from lightning_kd.data.strong import BatchedAutoAugment
 
 
 class ClassificationDataModule(L.LightningDataModule, ABC):
@@ -29,6 +36,11 @@ class ClassificationDataModule(L.LightningDataModule, ABC):
     uint8 ``[N, C, H, W]``, features float32 ``[N, D]``, targets int64 ``[N]``), and ``train_indices``,
     ``val_indices`` and ``test_indices`` (int64 arrays, ascending) the positions in them that are used. Validation
     samples come out of the training array, unless the data set has its own ``val_image`` and ``val_target``.
+
+    With ``noise``, ``train_target`` are the given labels, splits and validation samples of the training array
+    included, and ``train_clean`` (int64 ``[N]``, else ``None``) the data set's own; its own validation and test labels
+    are never changed. The labels are drawn before anything is split. Under a Trainer with a run folder they are kept
+    there in ``noise.npz``, and taken from it by later commands. A fit prints how many are wrong.
 
     Loaders yield ``Batch`` with ``index`` the position in the full array. With ``val_fraction=0`` there is no
     validation loader, so that nothing is selected on the test set. The prediction set is the test set.
@@ -54,13 +66,18 @@ class ClassificationDataModule(L.LightningDataModule, ABC):
             and the augmentation; 0 or more.
         fake: use a small made-up data set of the same shape and classes, without any file; all of it, where it is too
             small for the subset asked for.
+        noise: gives the training samples wrong labels; ``None`` keeps the data set's own.
 
     Raises:
         ValueError: for an argument out of its range, and for both ``train_fraction`` and ``train_per_class``.
     """
 
+    #: what strong views start with
+    strong_policy = AutoAugmentPolicy.CIFAR10
+
     train_image: Any
     train_target: Tensor
+    train_clean: Tensor | None
     val_image: Any
     val_target: Tensor
     test_image: Any
@@ -85,6 +102,7 @@ class ClassificationDataModule(L.LightningDataModule, ABC):
         cutout: int = 0,
         seed: int = 0,
         fake: bool = False,
+        noise: LabelNoise | None = None,
     ) -> None:
         super().__init__()
         check_at_least("batch_size", batch_size, 1)
@@ -121,8 +139,12 @@ class ClassificationDataModule(L.LightningDataModule, ABC):
         self.cutout = cutout
         self.seed = seed
         self.fake = fake
+        self.noise = noise
+        self.train_clean = None
         self._val_source = "train"
         self._ready = False
+        self._stored: dict[str, StoredImages] = {}
+        self._noise_folder: Path | None = None
 
     def __str__(self) -> str:
         sizes = f", {self.train_size} + {self.val_size} + {self.test_size} samples" if self._ready else ""
@@ -138,10 +160,28 @@ class ClassificationDataModule(L.LightningDataModule, ABC):
 
     def setup(self, stage: str | None = None) -> None:
         """Load and split the data, once, whatever the stage."""
-        if self._ready:
-            return
+        folder = run_folder_of(self.trainer)
+        if getattr(self.trainer, "fast_dev_run", 0):
+            folder = None
+        if self.noise is None and stage == "fit":
+            check_no_noise(folder, self.trainer)
+        # labels drawn before there was a run folder must be those recorded in it
+        unrecorded = self.noise is not None and folder is not None and folder.path != self._noise_folder
+        if not self._ready or unrecorded:
+            self._load(folder)
+        if self.noise is not None and stage == "fit" and self.trainer is not None and self._process()[0] == 0:
+            assert self.train_clean is not None
+            wrong, count = int((self.train_target != self.train_clean).sum()), len(self.train_target)
+            print(f"label noise: {wrong} of {count} labels are wrong ({wrong / count:.2%}), by {self._noise}")
+
+    def _load(self, folder: RunFolder | None) -> None:
+        self._ready = False  # until all of it has worked
         arrays = self.fake_arrays() if self.fake else self.load_arrays()
         self.train_image, self.train_target, self.test_image, self.test_target, val_image, val_target = arrays
+        if self.noise is not None:
+            self.train_clean = self.train_target
+            self.train_target = self._given_labels(folder)
+            self._noise_folder = None if folder is None else folder.path
         self.test_indices = np.arange(len(self.test_target))
         target = self.train_target.numpy()
         if val_target is not None:
@@ -158,6 +198,19 @@ class ClassificationDataModule(L.LightningDataModule, ABC):
             rest = without(len(target), self.val_indices)
         self.train_indices = rest[self._subset(target[rest], np.bincount(target, minlength=self.num_classes))]
         self._ready = True
+
+    @property
+    def _noise(self) -> LabelNoise | None:
+        return self.noise.without_files() if self.fake and self.noise is not None else self.noise
+
+    def _given_labels(self, folder: RunFolder | None) -> Tensor:
+        noise = self._noise
+        assert noise is not None
+        path = getattr(self, "path", None)  # of those modules that read one file
+        clean = CleanLabels(
+            self.train_target.numpy(), self.class_names, self.train_image, None if path is None else Path(path)
+        )
+        return torch.from_numpy(settle_labels(noise, clean, folder, self.trainer))
 
     def _subset(self, target: np.ndarray, whole: np.ndarray) -> np.ndarray:
         """The positions in ``target`` to train on; ``whole`` counts each class in the full training array."""
@@ -214,21 +267,43 @@ class ClassificationDataModule(L.LightningDataModule, ABC):
         shuffle: bool = False,
         augment: bool = False,
         batch_size: int | None = None,
+        views: str | Sequence[str] | None = None,
+        stream: str = "",
+        drop_last: bool = False,
     ) -> BatchLoader:
-        """A loader over any samples of a split, for this process.
+        """A loader over any samples of a split, for this process. Making one is cheap, however often.
+
+        ``Batch.image`` is a tensor, or with several ``views`` a tuple of them, each drawn on its own for each sample:
+
+        - ``"plain"``: the image as an evaluation sees it;
+        - ``"weak"``: the augmentation and the cutout of this module;
+        - ``"strong"``: AutoAugment, then the augmentation of this module, then a cutout of half the shorter side.
+
+        ``Batch.extras`` holds ``clean_target`` (int64 ``[B]``) for samples of the training array where ``noise`` is
+        given.
 
         Args:
             split: ``"train"``, ``"val"`` or ``"test"``.
             indices: positions in the full array of the split (``"val"``: in the array it is taken from, mostly the
                 training one); by default those in use.
             shuffle: a new order each epoch, and the training rule for the last batch.
-            augment: apply the augmentation and the cutout of this module.
+            augment: a weak view rather than a plain one; of no account where ``views`` is given.
             batch_size: samples a batch and process; by default ``batch_size`` with ``shuffle``, else
                 ``eval_batch_size``.
+            views: names of the views; a sequence gives a tuple of tensors, a name alone one tensor.
+            stream: a name; each gives another order and other views from the same seed.
+            drop_last: with ``shuffle``, leave out a last batch that is smaller than the others, unless it is the only
+                one.
+
+        Raises:
+            ValueError: for an unknown split or view, indices out of range, and strong views of features.
         """
         self.setup()
         if split not in ("train", "val", "test"):
             raise ValueError(f"split must be 'train', 'val' or 'test', got {split!r}: give one of them")
+        if views is None:
+            views = "weak" if augment else "plain"
+        check_views(views, self.input_shape)
         chosen = np.asarray(getattr(self, f"{split}_indices") if indices is None else indices, dtype=np.int64)
         source = self._val_source if split == "val" else split
         count = len(getattr(self, f"{source}_target"))
@@ -239,28 +314,38 @@ class ClassificationDataModule(L.LightningDataModule, ABC):
             )
         rank, world_size, _ = self._process()
         default = self.batch_size if shuffle else self.eval_batch_size
+        seed = stream_seed(self.seed)
         sampler = ShardedSampler(
             chosen,
             default if batch_size is None else batch_size,
             shuffle=shuffle,
-            seed=stream_seed(self.seed),
+            seed=derive_seed(seed, f"loader/{stream}") if stream else seed,
             rank=rank,
             world_size=world_size,
+            drop_last=drop_last,
         )
-        return self._make_loader(source, sampler, augment)
+        return self._make_loader(source, sampler, views)
 
-    def _make_loader(self, source: str, sampler: ShardedSampler, augment: bool) -> BatchLoader:
-        image, target = getattr(self, f"{source}_image"), getattr(self, f"{source}_target")
-        full_scale = 255.0 if image.dtype == torch.uint8 else 1.0
+    def _make_loader(self, source: str, sampler: ShardedSampler, views: str | Sequence[str]) -> BatchLoader:
+        image, device = getattr(self, f"{source}_image"), self._process()[2]
+        stored = self._stored.get(source)
+        if stored is None or stored.source is not image or stored.device != device:
+            stored = self._stored[source] = StoredImages(image, device)
         return ResidentLoader(
-            image,
-            target,
+            stored,
+            getattr(self, f"{source}_target"),
             sampler,
-            Normalize(self.mean, self.std, self.input_shape, full_scale),
-            augment=self.crop_flip if augment else None,
-            cutout=self.cutout if augment else 0,
-            device=self._process()[2],
+            Normalize(self.mean, self.std, self.input_shape, 255.0 if image.dtype == torch.uint8 else 1.0),
+            augment=self.crop_flip,
+            cutout=self.cutout,
+            views=views,
+            policy=BatchedAutoAugment(self.strong_policy),
+            extras=self._extras(source),
         )
+
+    def _extras(self, source: str) -> dict[str, Tensor]:
+        """What else is known about each sample of a full array."""
+        return {"clean_target": self.train_clean} if source == "train" and self.train_clean is not None else {}
 
     def _process(self) -> tuple[int, int, torch.device]:
         """Rank, number of processes and device of the trainer; one process on the CPU without one."""
@@ -268,7 +353,11 @@ class ClassificationDataModule(L.LightningDataModule, ABC):
             return 0, 1, torch.device("cpu")
         return self.trainer.global_rank, self.trainer.world_size, self.trainer.strategy.root_device
 
-    def train_dataloader(self) -> BatchLoader:
+    def train_dataloader(self) -> Any:
+        """What the task asks for in its ``train_loader(data)``; by default all training samples, augmented."""
+        task: Any = getattr(self.trainer, "lightning_module", None)
+        if hasattr(task, "train_loader"):
+            return task.train_loader(self)
         # Trainer(overfit_batches=...) promises the same batches each epoch, but cannot change this loader itself.
         overfit = getattr(self.trainer, "overfit_batches", 0) > 0
         return self.loader("train", shuffle=not overfit, augment=True, batch_size=self.batch_size)

@@ -10,6 +10,7 @@ import numpy as np
 from torchvision import datasets
 
 from lightning_kd.data.augment import CropFlip
+from lightning_kd.data.label_noise import LabelNoise
 from lightning_kd.data.official import OfficialDataModule
 
 CIFAR10_CLASSES = ["airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck"]
@@ -29,6 +30,13 @@ aquatic_mammals fish flowers food_containers fruit_and_vegetables household_elec
 insects large_carnivores large_man-made_outdoor_things large_natural_outdoor_scenes large_omnivores_and_herbivores
 medium_mammals non-insect_invertebrates people reptiles small_mammals trees vehicles_1 vehicles_2
 """.split()  # noqa: SIM905
+
+CIFAR100_COARSE = [  # of each fine class
+    *(4, 1, 14, 8, 0, 6, 7, 7, 18, 3, 3, 14, 9, 18, 7, 11, 3, 9, 7, 11, 6, 11, 5, 10, 7),
+    *(6, 13, 15, 3, 15, 0, 11, 1, 10, 12, 14, 16, 9, 11, 5, 5, 19, 8, 8, 15, 13, 14, 17, 18, 10),
+    *(16, 4, 17, 4, 2, 0, 17, 4, 18, 17, 10, 3, 2, 12, 12, 16, 12, 1, 9, 19, 2, 10, 0, 1, 16),
+    *(12, 9, 13, 15, 13, 16, 19, 2, 4, 6, 19, 5, 5, 8, 19, 18, 1, 2, 15, 6, 0, 17, 8, 14, 13),
+]
 
 
 class CIFAR10DataModule(OfficialDataModule):
@@ -54,6 +62,7 @@ class CIFAR10DataModule(OfficialDataModule):
             and the augmentation.
         download: fetch the official files where they are missing.
         fake: use a small made-up data set instead, without any file.
+        noise: gives the training samples wrong labels, see ``LabelNoise``; ``None`` keeps the data set's own.
 
     Raises:
         ValueError: for an argument out of its range, and for a damaged file or a wrong checksum.
@@ -78,6 +87,7 @@ class CIFAR10DataModule(OfficialDataModule):
         seed: int = 0,
         download: bool = False,
         fake: bool = False,
+        noise: LabelNoise | None = None,
     ) -> None:
         super().__init__(
             root,
@@ -96,6 +106,7 @@ class CIFAR10DataModule(OfficialDataModule):
             cutout=cutout,
             seed=seed,
             fake=fake,
+            noise=noise,
         )
 
     def open_official(self, root: str, train: bool, download: bool) -> dict[str, np.ndarray]:
@@ -128,6 +139,7 @@ class CIFAR100DataModule(OfficialDataModule):
             and the augmentation.
         download: fetch the official files where they are missing.
         fake: use a small made-up data set instead, without any file.
+        noise: gives the training samples wrong labels, see ``LabelNoise``; ``None`` keeps the data set's own.
 
     Raises:
         ValueError: for an argument out of its range, and for a damaged file or a wrong checksum.
@@ -153,6 +165,7 @@ class CIFAR100DataModule(OfficialDataModule):
         seed: int = 0,
         download: bool = False,
         fake: bool = False,
+        noise: LabelNoise | None = None,
     ) -> None:
         if labels not in ("fine", "coarse"):
             raise ValueError(f"labels must be 'fine' or 'coarse', got {labels!r}: give one of them")
@@ -173,6 +186,7 @@ class CIFAR100DataModule(OfficialDataModule):
             cutout=cutout,
             seed=seed,
             fake=fake,
+            noise=noise,
         )
         self.labels = labels
         self.target_key = "target" if labels == "fine" else "coarse"

@@ -8,6 +8,7 @@ from lightning_kd.core.seeding import numpy_generator
 from lightning_kd.data.augment import CropFlip
 from lightning_kd.data.base import ClassificationDataModule
 from lightning_kd.data.files import Arrays, to_image, to_target
+from lightning_kd.data.label_noise import LabelNoise
 from lightning_kd.data.splits import take_fraction, without
 
 
@@ -30,6 +31,7 @@ class DigitsDataModule(ClassificationDataModule):
         seed: fixes the validation split and the subset; together with ``seed_everything`` also the order of the batches
             and the augmentation.
         fake: use a small made-up data set of the same shape instead.
+        noise: gives the training samples wrong labels, see ``LabelNoise``; ``None`` keeps the data set's own.
 
     Raises:
         ValueError: for an argument out of its range.
@@ -48,6 +50,7 @@ class DigitsDataModule(ClassificationDataModule):
         std: list[float] | None = None,
         seed: int = 0,
         fake: bool = False,
+        noise: LabelNoise | None = None,
     ) -> None:
         super().__init__(
             class_names=[str(digit) for digit in range(10)],
@@ -63,6 +66,7 @@ class DigitsDataModule(ClassificationDataModule):
             cutout=cutout,
             seed=seed,
             fake=fake,
+            noise=noise,
         )
         self.augment = augment
 

@@ -9,6 +9,7 @@ from torchvision import datasets
 from torchvision.datasets.utils import check_integrity
 
 from lightning_kd.data.augment import CropFlip
+from lightning_kd.data.label_noise import LabelNoise
 from lightning_kd.data.official import OfficialDataModule
 
 FASHION_MNIST_CLASSES = [
@@ -55,6 +56,7 @@ class FashionMNISTDataModule(OfficialDataModule):
             and the augmentation.
         download: fetch the official files where they are missing, and unpack them.
         fake: use a small made-up data set instead, without any file.
+        noise: gives the training samples wrong labels, see ``LabelNoise``; ``None`` keeps the data set's own.
 
     Raises:
         ValueError: for an argument out of its range, and for a damaged file or a wrong checksum.
@@ -79,6 +81,7 @@ class FashionMNISTDataModule(OfficialDataModule):
         seed: int = 0,
         download: bool = False,
         fake: bool = False,
+        noise: LabelNoise | None = None,
     ) -> None:
         super().__init__(
             root,
@@ -97,6 +100,7 @@ class FashionMNISTDataModule(OfficialDataModule):
             cutout=cutout,
             seed=seed,
             fake=fake,
+            noise=noise,
         )
 
     def open_official(self, root: str, train: bool, download: bool) -> dict[str, np.ndarray]:

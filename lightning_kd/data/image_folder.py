@@ -3,17 +3,19 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
 from torch import Tensor
 from torchvision.datasets.folder import IMG_EXTENSIONS
-from torchvision.transforms import v2
+from torchvision.transforms import AutoAugmentPolicy, v2
 
 from lightning_kd.core.seeding import numpy_generator
 from lightning_kd.data.augment import CropFlip, cut_out_
 from lightning_kd.data.base import ClassificationDataModule, check_at_least
 from lightning_kd.data.files import Arrays
+from lightning_kd.data.label_noise import LabelNoise
 from lightning_kd.data.sampling import BatchLoader, ShardedSampler
 from lightning_kd.data.splits import take_fraction, without
 from lightning_kd.data.streaming import ImageFiles, StreamingLoader
@@ -55,11 +57,14 @@ class ImageFolderDataModule(ClassificationDataModule):
             and the augmentation.
         fake: use a small made-up data set in memory instead, of the classes of ``root`` if there is such a folder,
             else of 10 classes.
+        noise: gives the training samples wrong labels, see ``LabelNoise``; ``None`` keeps the data set's own.
 
     Raises:
         ValueError: for an argument out of its range, a root without class folders, and a class without an image.
         FileNotFoundError, PermissionError: where ``root`` does not exist or may not be read.
     """
+
+    strong_policy = AutoAugmentPolicy.IMAGENET
 
     def __init__(
         self,
@@ -80,6 +85,7 @@ class ImageFolderDataModule(ClassificationDataModule):
         std: list[float] | None = None,
         seed: int = 0,
         fake: bool = False,
+        noise: LabelNoise | None = None,
     ) -> None:
         check_at_least("image_size", image_size, 1)
         check_at_least("num_workers", num_workers, 0)
@@ -113,6 +119,7 @@ class ImageFolderDataModule(ClassificationDataModule):
             cutout=cutout,
             seed=seed,
             fake=fake,
+            noise=noise,
         )
 
     def _split_root(self, split: str) -> Path | None:
@@ -138,28 +145,38 @@ class ImageFolderDataModule(ClassificationDataModule):
         rest = without(len(paths), chosen)
         return Arrays([paths[i] for i in rest], target[rest], [paths[i] for i in chosen], target[chosen])
 
-    def _make_loader(self, source: str, sampler: ShardedSampler, augment: bool) -> BatchLoader:
+    def _make_loader(self, source: str, sampler: ShardedSampler, views: str | Sequence[str]) -> BatchLoader:
         if self.fake:
-            return super()._make_loader(source, sampler, augment)
-        files = ImageFiles(
-            getattr(self, f"{source}_image"), getattr(self, f"{source}_target"), self.transform(augment), sampler.seed
+            return super()._make_loader(source, sampler, views)
+        transform = self.transform(views) if isinstance(views, str) else [self.transform(view) for view in views]
+        files = ImageFiles(getattr(self, f"{source}_image"), getattr(self, f"{source}_target"), transform, sampler.seed)
+        return StreamingLoader(
+            files,
+            sampler,
+            num_workers=self.num_workers,
+            pin_memory=self._process()[2].type == "cuda",
+            extras=self._extras(source),
         )
-        pin_memory = self._process()[2].type == "cuda"
-        return StreamingLoader(files, sampler, num_workers=self.num_workers, pin_memory=pin_memory)
 
-    def transform(self, augment: bool) -> v2.Compose:
-        """From a PIL image in RGB to a normalised float32 ``[3, S, S]``; ``augment`` for training images."""
+    def transform(self, view: str) -> v2.Compose:
+        """From a PIL image in RGB to a normalised float32 ``[3, S, S]``: ``"plain"``, ``"weak"`` or ``"strong"``.
+
+        See ``loader``. AutoAugment comes after crop and flip, on the small image.
+        """
         size = self.image_size
-        if augment and self.augment:
+        if view != "plain" and self.augment:
             steps: list[torch.nn.Module] = [
                 v2.RandomResizedCrop(size, scale=self.scale, ratio=self.ratio),
                 v2.RandomHorizontalFlip(),
             ]
         else:
             steps = [v2.Resize(round(size * 256 / 224)), v2.CenterCrop(size)]
+        if view == "strong":
+            steps.append(v2.AutoAugment(self.strong_policy))
         steps += [v2.PILToTensor(), v2.ToDtype(torch.float32, scale=True), v2.Normalize(self.mean, self.std)]
-        if augment and self.cutout:
-            steps.append(RandomCutout(self.cutout))
+        cutout = {"plain": 0, "weak": self.cutout, "strong": size // 2}[view]
+        if cutout:
+            steps.append(RandomCutout(cutout))
         return v2.Compose(steps)
 
 

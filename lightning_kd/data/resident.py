@@ -2,38 +2,74 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from lightning_kd.core.batch import Batch
-from lightning_kd.data.augment import CropFlip, Normalize, cut_out_, draw_centres
+from lightning_kd.data.augment import CropFlip, Normalize, check_views, cut_out_, draw_centres, view_seed
 from lightning_kd.data.sampling import BatchLoader, ShardedSampler
+from lightning_kd.data.strong import BatchedAutoAugment
+
+# AutoAugment works on several batches at once: the more images, the more of them share an operation.
+STRONG_BYTES = 8 << 20
+
+
+class StoredImages:
+    """The samples of one array on one device, and copies of them with a border, each made when first asked for.
+
+    Loaders that share one share its memory. Copies do not follow later changes of ``source`` in place.
+
+    Args:
+        source: uint8 ``[N, C, H, W]``, or float features ``[N, D]``.
+        device: where the copies lie.
+    """
+
+    def __init__(self, source: Tensor, device: str | torch.device = "cpu") -> None:
+        self.source = source
+        self.device = torch.device(device)
+        self._copies: dict[int | None, Tensor] = {}
+
+    def get(self, crop_flip: CropFlip | None = None) -> Tensor:
+        """The samples, with the border that ``crop_flip`` wants."""
+        key = None if crop_flip is None else crop_flip.padding
+        if key not in self._copies:
+            image = self.source if crop_flip is None else crop_flip.pad(self.source)
+            self._copies[key] = image.to(self.device)
+        return self._copies[key]
 
 
 class ResidentLoader(BatchLoader):
     """Batches from tensors that stay in memory, on the device of the training.
 
-    The stored samples are moved to ``device`` when the loader is made, and crop, flip, normalisation and cutout run
-    there. Random views are drawn on the CPU for all samples of the array at once from the stream (seed, epoch, pass)
-    and looked up by index, so they do not depend on the batch size, the device or the number of processes. Yields
-    ``Batch`` with ``image`` float32, ``target`` int64, ``index`` int64 and no extras, all on ``device``.
+    The stored samples are moved to ``device`` once, and all augmentation runs there. Random views are drawn on the CPU
+    for all samples of the array at once from the stream (seed, epoch, pass) and looked up by index, so they do not
+    depend on the batch size, the device or the number of processes. Yields ``Batch`` with ``image`` float32, ``target``
+    int64 and ``index`` int64, all on ``device``.
 
     Args:
-        image: uint8 ``[N, C, H, W]``, or float features ``[N, D]``: the full array of the split.
+        image: uint8 ``[N, C, H, W]``, or float features ``[N, D]``: the full array of the split, or a ``StoredImages``
+            of it, whose device is then the one.
         target: int64 ``[N]``.
         sampler: which samples form the batches of this process.
         normalize: brings stored samples to float32.
-        augment: the random view of each image; ``None`` takes images as they are.
-        cutout: the side of the cutout box in pixels; 0 is off.
+        augment: the random crop and flip of weak and strong views; ``None`` takes images as they are.
+        cutout: the side of the cutout box of weak views in pixels; 0 is off.
         device: where the batches are made.
+        views: ``"plain"``, ``"weak"`` or ``"strong"``, or a sequence of them, which makes ``image`` a tuple.
+        policy: what strong views start with; by default the one for CIFAR-10. A cutout of half the shorter side ends
+            them.
+        extras: further tensors by name, first dimension ``N``, whose rows each batch has in ``extras``.
+
+    Raises:
+        ValueError: for an unknown view, and strong views of what is no image of 1 or 3 channels.
     """
 
     def __init__(
         self,
-        image: Tensor,
+        image: Tensor | StoredImages,
         target: Tensor,
         sampler: ShardedSampler,
         normalize: Normalize,
@@ -41,32 +77,73 @@ class ResidentLoader(BatchLoader):
         augment: CropFlip | None = None,
         cutout: int = 0,
         device: str | torch.device = "cpu",
+        views: str | Sequence[str] = "weak",
+        policy: BatchedAutoAugment | None = None,
+        extras: dict[str, Tensor] | None = None,
     ) -> None:
         super().__init__(sampler)
+        self._stored = image if isinstance(image, StoredImages) else StoredImages(image, device)
+        shape = self._stored.source.shape
+        self.views = check_views(views, tuple(shape[1:]))
         self.augment = augment
         self.cutout = cutout
-        self.device = torch.device(device)
-        self._size = (image.shape[-2], image.shape[-1]) if image.ndim == 4 else (1, 1)
-        self._image = (image if augment is None else augment.pad(image)).to(self.device)
+        self.device = self._stored.device
+        self._single = isinstance(views, str)
+        self._size = (shape[-2], shape[-1]) if len(shape) == 4 else (1, 1)
         self._target = target.to(self.device)
         self._normalize = normalize.to(self.device)
+        self._policy = policy or BatchedAutoAugment()
+        self._extras = {name: value.to(self.device) for name, value in (extras or {}).items()}
 
     def __iter__(self) -> Iterator[Batch]:
         epoch, pass_, batches = self.sampler.next_pass()
         order = torch.from_numpy(np.concatenate(batches)).to(self.device)
-        count, seed = len(self._target), self.sampler.seed
-        view = centre = torch.empty(0)
-        if self.augment is not None:
-            view = self.augment.draw(count, seed, epoch, pass_).to(self.device)
-        if self.cutout:
-            centre = draw_centres(count, self._size, seed, epoch, pass_).to(self.device)
-        for part in order.split([len(batch) for batch in batches]):
+        parts = order.split([len(batch) for batch in batches])
+        makers = {"plain": self._plain, "weak": self._weak, "strong": self._strong}
+        images = [
+            makers[name](batches, parts, view_seed(self.sampler.seed, k), epoch, pass_)
+            for k, name in enumerate(self.views)
+        ]
+        for part, *views in zip(parts, *images, strict=True):
             index = part.clone()  # a slice would drag the whole order along when it is saved or sent
+            extras = {name: value.index_select(0, index) for name, value in self._extras.items()}
+            yield Batch(views[0] if self._single else tuple(views), self._target.index_select(0, index), index, extras)
+
+    def _plain(self, batches: list[np.ndarray], parts: tuple[Tensor, ...], *stream: int) -> Iterator[Tensor]:
+        stored = self._stored.get()
+        for index in parts:
+            yield self._normalize(stored.index_select(0, index))
+
+    def _weak(self, batches: list[np.ndarray], parts: tuple[Tensor, ...], *stream: int) -> Iterator[Tensor]:
+        view, centre = self._draw(self.cutout, *stream)
+        stored = self._stored.get(self.augment)
+        for index in parts:
+            yield self._view(stored, index, view[index], centre[index], self.cutout)
+
+    def _strong(self, batches: list[np.ndarray], parts: tuple[Tensor, ...], *stream: int) -> Iterator[Tensor]:
+        cutout = min(self._size) // 2
+        view, centre = self._draw(cutout, *stream)
+        choice = self._policy.draw(len(self._target), *stream)
+        stored = self._stored.get()
+        together = max(1, STRONG_BYTES // (stored[0].numel() * self.batch_size))
+        for start in range(0, len(parts), together):
+            some = parts[start : start + together]
+            image = stored.index_select(0, torch.cat(some))
+            image = self._policy.apply(image, choice[np.concatenate(batches[start : start + together])])
             if self.augment is not None:
-                image = self.augment.gather(self._image, index, view[index])
-            else:
-                image = self._image.index_select(0, index)
-            image = self._normalize(image)
-            if self.cutout:
-                cut_out_(image, centre[index], self.cutout)
-            yield Batch(image, self._target.index_select(0, index), index, {})
+                image = self.augment.pad(image)
+            rows = torch.arange(len(image), device=self.device).split([len(index) for index in some])
+            for index, row in zip(some, rows, strict=True):
+                yield self._view(image, row, view[index], centre[index], cutout)
+
+    def _draw(self, cutout: int, *stream: int) -> tuple[Tensor, Tensor]:
+        """The crop and flip, and the centre of the cutout box, of each sample."""
+        count = len(self._target)
+        view = torch.zeros(count, dtype=torch.int64) if self.augment is None else self.augment.draw(count, *stream)
+        centre = draw_centres(count, self._size, *stream) if cutout else torch.zeros(count, 2, dtype=torch.int64)
+        return view.to(self.device), centre.to(self.device)
+
+    def _view(self, image: Tensor, rows: Tensor, view: Tensor, centre: Tensor, cutout: int) -> Tensor:
+        cropped = image.index_select(0, rows) if self.augment is None else self.augment.gather(image, rows, view)
+        normal = self._normalize(cropped)
+        return cut_out_(normal, centre, cutout) if cutout else normal

@@ -19,7 +19,8 @@ class ShardedSampler:
     that the ranks together see the joint batches of one process with ``world_size`` times the batch size. The last,
     partial global batch is shared evenly (a few samples from the start of the order fill it up to a multiple of
     ``world_size``); it is dropped where it would leave a rank fewer than 2 samples, because BatchNorm cannot train on
-    one, unless it is the only one. Every rank has the same number of batches of the same sizes.
+    one, unless it is the only one. With ``drop_last`` it is always dropped, unless it is the only one. Every rank has
+    the same number of batches of the same sizes.
 
     Without ``shuffle`` (evaluation) the order is that of ``indices``, no sample comes twice over all ranks, every rank
     has the same number of batches, and the sizes of all batches differ by at most one. They are at most
@@ -32,6 +33,7 @@ class ShardedSampler:
         seed: the seed of the order.
         rank: this process.
         world_size: the number of processes.
+        drop_last: with ``shuffle``, leave out a partial last batch.
 
     Raises:
         ValueError: if ``indices`` is empty, ``batch_size`` is below 1, or an evaluation set has fewer samples than
@@ -47,6 +49,7 @@ class ShardedSampler:
         seed: int = 0,
         rank: int = 0,
         world_size: int = 1,
+        drop_last: bool = False,
     ) -> None:
         self.indices = np.asarray(indices, dtype=np.int64)
         if len(self.indices) == 0:
@@ -63,6 +66,7 @@ class ShardedSampler:
         self.seed = seed
         self.rank = rank
         self.world_size = world_size
+        self.drop_last = drop_last
         self.epoch = 0
         self._passes = 0
 
@@ -99,7 +103,8 @@ class ShardedSampler:
         """The number of full global batches, and each rank's share of the partial one (0: none, or dropped)."""
         full, rest = divmod(len(self.indices), self.batch_size * self.world_size)
         share = -(-rest // self.world_size)
-        return full, 0 if full and share < 2 <= self.batch_size else share
+        too_few = self.drop_last or share < 2 <= self.batch_size
+        return full, 0 if full and too_few else share
 
     def __len__(self) -> int:
         """Batches a pass, the same on every rank."""

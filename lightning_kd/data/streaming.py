@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -12,26 +12,30 @@ from torch.utils.data import DataLoader, Dataset
 
 from lightning_kd.core.batch import Batch
 from lightning_kd.core.seeding import derive_seed, torch_generator
+from lightning_kd.data.augment import view_seed
 from lightning_kd.data.sampling import BatchLoader, ShardedSampler
 
 Key = tuple[int, int, int]
 
 
-class ImageFiles(Dataset[tuple[Tensor, int, int]]):
+Transform = Callable[[Image.Image], Tensor]
+
+
+class ImageFiles(Dataset[tuple[Any, int, int]]):
     """Images read from files, each with random numbers of its own.
 
     ``[epoch, pass, index]`` gives ``(image, target, index)``. While an image is transformed, torch's CPU generator is
     seeded from ``(seed, "augment", epoch, pass, index)``, and restored afterwards, so that the result does not depend
-    on workers or on what was drawn before.
+    on workers or on what was drawn before. Several views of an image are seeded each on its own.
 
     Args:
         paths: the files.
         target: int64 ``[N]``.
-        transform: from a PIL image in RGB to a tensor.
+        transform: from a PIL image in RGB to a tensor; a sequence makes ``image`` a tuple with the result of each.
         seed: the seed of the random numbers.
     """
 
-    def __init__(self, paths: list[str], target: Tensor, transform: Callable[[Image.Image], Tensor], seed: int) -> None:
+    def __init__(self, paths: list[str], target: Tensor, transform: Transform | Sequence[Transform], seed: int) -> None:
         self.paths = paths
         self.target = target
         self.transform = transform
@@ -40,7 +44,7 @@ class ImageFiles(Dataset[tuple[Tensor, int, int]]):
     def __len__(self) -> int:
         return len(self.paths)
 
-    def __getitem__(self, key: Key) -> tuple[Tensor, int, int]:
+    def __getitem__(self, key: Key) -> tuple[Any, int, int]:
         epoch, pass_, index = key
         try:
             with Image.open(self.paths[index]) as file:
@@ -49,10 +53,16 @@ class ImageFiles(Dataset[tuple[Tensor, int, int]]):
             raise ValueError(
                 f"the image {self.paths[index]!r} cannot be read ({error}): replace or remove it"
             ) from error
+        transforms = self.transform if isinstance(self.transform, Sequence) else [self.transform]
+        views = []
         with torch.random.fork_rng(devices=[]):
-            # this generator alone: torch.manual_seed would reseed the accelerators of this process too
-            torch.default_generator.manual_seed(derive_seed(self.seed, "augment", epoch, pass_, index))
-            return self.transform(image), int(self.target[index]), index
+            for k, transform in enumerate(transforms):
+                # this generator alone: torch.manual_seed would reseed the accelerators of this process too
+                torch.default_generator.manual_seed(
+                    derive_seed(view_seed(self.seed, k), "augment", epoch, pass_, index)
+                )
+                views.append(transform(image))
+        return tuple(views) if isinstance(self.transform, Sequence) else views[0], int(self.target[index]), index
 
 
 class _KeyedBatches:
@@ -70,10 +80,12 @@ class _KeyedBatches:
             yield [(epoch, pass_, index) for index in batch.tolist()]
 
 
-def collate(samples: list[tuple[Tensor, int, int]]) -> Batch:
+def collate(samples: list[tuple[Any, int, int]]) -> Batch:
     """``(image, target, index)`` of each sample to one ``Batch``."""
     image, target, index = zip(*samples, strict=True)
-    return Batch(torch.stack(image), torch.tensor(target), torch.tensor(index), {})
+    several = isinstance(image[0], tuple)
+    stacked = tuple(torch.stack(view) for view in zip(*image, strict=True)) if several else torch.stack(image)
+    return Batch(stacked, torch.tensor(target), torch.tensor(index), {})
 
 
 class StreamingLoader(BatchLoader):
@@ -87,13 +99,21 @@ class StreamingLoader(BatchLoader):
         sampler: which samples form the batches of this process.
         num_workers: worker processes, kept over the epochs; 0 decodes in this process.
         pin_memory: whether the batches go to a CUDA device.
+        extras: further tensors by name, first dimension ``N``, whose rows each batch has in ``extras``.
     """
 
     def __init__(
-        self, dataset: ImageFiles, sampler: ShardedSampler, *, num_workers: int = 0, pin_memory: bool = False
+        self,
+        dataset: ImageFiles,
+        sampler: ShardedSampler,
+        *,
+        num_workers: int = 0,
+        pin_memory: bool = False,
+        extras: dict[str, Tensor] | None = None,
     ) -> None:
         super().__init__(sampler)
-        self._loader: DataLoader[tuple[Tensor, int, int]] = DataLoader(
+        self._extras = extras or {}
+        self._loader: DataLoader[tuple[Any, int, int]] = DataLoader(
             dataset,
             batch_sampler=_KeyedBatches(sampler),  # type: ignore[arg-type]
             num_workers=num_workers,
@@ -113,4 +133,5 @@ class StreamingLoader(BatchLoader):
         self._loader._iterator = iterator
 
     def __iter__(self) -> Iterator[Batch]:
-        yield from self._loader
+        for batch in self._loader:
+            yield batch._replace(extras={name: value[batch.index] for name, value in self._extras.items()})

@@ -1,0 +1,427 @@
+"""Labels from files, and the record of a run's labels."""
+
+import hashlib
+import pickle
+import warnings
+import zipfile
+from pathlib import Path
+
+import lightning as L
+import numpy as np
+import pytest
+import torch
+
+from lightning_kd.cli import main
+from lightning_kd.core.run import RunFolder, RunRecorder, run_folder_of
+from lightning_kd.data import (
+    CIFARN,
+    ArrayDataModule,
+    CIFAR10DataModule,
+    CIFAR100DataModule,
+    DigitsDataModule,
+    LabelFile,
+    LabelNoise,
+    SymmetricNoise,
+)
+from lightning_kd.data.cifar import CIFAR100_COARSE
+from tests.data.test_fit import Recorder
+from tests.two_processes import on_two_ranks
+
+NAMES = ["ant", "bee", "cow"]
+CLEAN = np.array([0, 1, 2, 0, 1])
+GIVEN = np.array([0, 2, 2, 1, 1])
+TEXTS = {
+    "plain": "0\n2\n2\n1\n1\n",
+    "names": "ant\ncow\ncow\nbee\nbee\n",
+    "headed": "label\n0\n2\n2\n1\n1\n",
+    "indexed": "index,label\n3,1\n0,0\n1,2\n4,1\n2,2\n",
+    "one_of_many": "index,given,predicted,clean_probability\n3,1,0,.9\n0,0,1,.8\n1,2,2,.7\n4,1,1,.6\n2,2,2,.5\n",
+    "relabelled": "index,given,label\n0,1,ant\n1,1,cow\n2,1,cow\n3,1,bee\n4,1,bee\n",
+    "of_windows": "\ufefflabel\r\n0\r\n2\r\n2\r\n1\r\n1\r\n",
+}
+
+
+@pytest.mark.parametrize("name", TEXTS)
+def test_csv(name):
+    Path("labels.csv").write_text(TEXTS[name], newline="")
+    given = LabelFile("labels.csv").corrupt(CLEAN, NAMES)
+    assert given.dtype == np.int64
+    assert given.tolist() == GIVEN.tolist()
+
+
+def test_columns_and_arrays_by_name():
+    Path("labels.csv").write_text("index,one,two\n0,1,0\n1,1,2\n2,1,2\n3,1,1\n4,1,1\n")
+    np.savez("labels.npz", one=np.ones(5, int), two=GIVEN)
+    for path in ("labels.csv", "labels.npz"):
+        assert LabelFile(path, "two").corrupt(CLEAN, NAMES).tolist() == GIVEN.tolist()
+        with pytest.raises(ValueError, match=f"key=None is none of '{path}', which holds one, two: give one"):
+            LabelFile(path).corrupt(CLEAN, NAMES)
+        with pytest.raises(ValueError, match="key='three' is none of"):
+            LabelFile(path, "three").corrupt(CLEAN, NAMES)
+
+
+def test_npy_and_npz():
+    np.save("labels.npy", GIVEN.astype(np.uint8))
+    np.save("names.npy", np.array(NAMES)[GIVEN])
+    np.savez("labels.npz", given=GIVEN, clean=CLEAN, other=np.arange(3))
+    for path in ("labels.npy", "names.npy", "labels.npz"):
+        assert LabelFile(path).corrupt(CLEAN, NAMES).tolist() == GIVEN.tolist()
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("", "holds no label"),
+        ("label\n", "holds no label"),
+        ("0\n1\n2\n", "has 3 labels, got 5 samples"),
+        ("0\n1\n2\n3\n0\n", "between 0 and 2, got 3 at position 3"),
+        ("0\n1\n-1\n0\n0\n", "between 0 and 2, got -1 at position 2"),
+        ("ant\nbee\ndog\nant\nant\n", "holds the label 'ant', neither"),
+        ("0\n1\n1.5\n0\n0\n", "holds the label '1.5', neither a class nor a whole number"),
+        ("index,label\n0,0\n1\n", "must have 2 cells in each line, got"),
+        ("index,label\n0,0\n1,0\n1,0\n2,0\n3,0\n", "each of 0 to 4 once, got 5 lines with 4 of them"),
+        ("index,label\n0,0\n1,0\n", "each of 0 to 4 once, got 2 lines with 2 of them"),
+        ("index,label\n1,0\n2,0\n3,0\n4,0\n5,0\n", "each of 0 to 4 once"),
+        ("index,label\na,0\n", "must hold whole numbers"),
+    ],
+)
+def test_csv_that_does_not_fit(text, message):
+    Path("labels.csv").write_text(text)
+    with pytest.raises(ValueError, match=message):
+        LabelFile("labels.csv").corrupt(CLEAN, NAMES)
+
+
+def test_files_that_do_not_fit():
+    np.savez("labels.npz", given=GIVEN, clean=np.array([0, 1, 2, 1, 0]))
+    with pytest.raises(ValueError, match="differ from those of the data set at 2 of 5 samples"):
+        LabelFile("labels.npz").corrupt(CLEAN, NAMES)
+    np.save("float.npy", GIVEN / 2)
+    with pytest.raises(ValueError, match="must hold integers"):
+        LabelFile("float.npy").corrupt(CLEAN, NAMES)
+    np.save("objects.npy", np.array([{}], dtype=object), allow_pickle=True)
+    with pytest.raises(ValueError, match="damaged, or no"):
+        LabelFile("objects.npy").corrupt(CLEAN, NAMES)
+    Path("bytes.csv").write_bytes(b"\xff\xfe\x00")
+    with pytest.raises(ValueError, match=r"no .csv file in UTF-8"):
+        LabelFile("bytes.csv").corrupt(CLEAN, NAMES)
+    for path in ("none.csv", "none.npy"):
+        with pytest.raises(FileNotFoundError, match="does not exist"):
+            LabelFile(path).corrupt(CLEAN, NAMES)
+    with pytest.raises(ValueError, match=r"must end in .npy, .npz or .csv, got 'labels.txt'"):
+        LabelFile("labels.txt")
+
+
+def test_synthetic_labels_with_the_same_transition():
+    clean = np.arange(20_000) % 4
+    given = np.where((clean == 1) & (np.arange(20_000) < 8_000), 3, clean)  # 40 % of class 1, in one place
+    np.save("labels.npy", given)
+    drawn = LabelFile("labels.npy", synthetic=True).corrupt(clean, 5)  # the fifth class has no sample
+    assert (drawn[clean != 1] == clean[clean != 1]).all()
+    assert (drawn[clean == 1] == 3).mean() == pytest.approx(0.4, abs=0.03)
+    assert (drawn[12_000:][clean[12_000:] == 1] == 3).mean() == pytest.approx(0.4, abs=0.05)
+    assert (drawn == LabelFile("labels.npy", synthetic=True).corrupt(clean, 5)).all()
+    assert (drawn != LabelFile("labels.npy", synthetic=True, seed=1).corrupt(clean, 5)).any()
+
+
+# -- human labels ------------------------------------------------------------------------------------------------------
+
+FINE = np.arange(300) % 100
+NOISY = (FINE * 7 + 3) % 100
+MAP = np.array(CIFAR100_COARSE)
+HUMAN = {k: (np.arange(300) * i) % 10 for i, k in enumerate(("aggre", "worse", "random1", "random2", "random3"), 3)}
+TEN = np.arange(300) % 10
+
+
+def data_set(root, name, target, **more):
+    image = np.zeros((len(target), 32, 32, 3), dtype=np.uint8)
+    arrays = {"train_image": image, "train_target": target, "test_image": image[:40], "test_target": target[:40]}
+    np.savez(Path(root) / f"{name}.npz", **arrays, **more)
+
+
+def old_pt(path, entries):
+    """As the official file: pickled arrays that name NumPy's function as NumPy 1 did."""
+    torch.save(entries, "new.pt")
+    with zipfile.ZipFile("new.pt") as source, zipfile.ZipFile(path, "w", zipfile.ZIP_STORED) as out:
+        for info in source.infolist():
+            content = source.read(info)
+            if info.filename.endswith("data.pkl"):
+                content = content.replace(b"cnumpy._core.multiarray\n", b"cnumpy.core.multiarray\n")
+                assert b"numpy.core.multiarray\n_reconstruct" in content
+            out.writestr(info.filename, content)
+
+
+@pytest.fixture
+def cifar(tmp_path):
+    data_set(tmp_path, "cifar10", TEN, **HUMAN)
+    coarse = {"train_coarse": MAP[FINE], "test_coarse": MAP[FINE[:40]]}
+    data_set(tmp_path, "cifar100", FINE, noisy=NOISY, noisy_coarse=MAP[NOISY], **coarse)
+    keys = ("aggre_label", "worse_label", "random_label1", "random_label2", "random_label3")
+    old_pt("ten.pt", {"clean_label": TEN, **dict(zip(keys, HUMAN.values(), strict=True))})
+    wrong = (MAP[NOISY] + 1) % 20  # some copies have such coarse labels
+    lists = {"clean_coarse_label": ((MAP[FINE] + 1) % 20).tolist(), "noisy_coarse_label": wrong.tolist()}
+    old_pt("hundred.pt", {"clean_label": FINE, "noisy_label": NOISY, **lists})
+    return str(tmp_path)
+
+
+@pytest.mark.parametrize("path", [None, "ten.pt", "cifar10.npz"])
+@pytest.mark.parametrize(
+    ("labels", "key"), [("aggre", "aggre"), ("worst", "worse"), *((f"random{k}", f"random{k}") for k in (1, 2, 3))]
+)
+def test_human_labels_of_cifar10(cifar, labels, key, path):
+    data = CIFAR10DataModule(cifar, noise=CIFARN(labels, path))
+    data.setup()
+    assert data.train_target.tolist() == HUMAN[key].tolist()
+    assert data.train_clean.tolist() == TEN.tolist()
+
+
+@pytest.mark.parametrize("path", [None, "hundred.pt"])
+def test_human_labels_of_cifar100(cifar, path):
+    fine = CIFAR100DataModule(cifar, noise=CIFARN("noisy100", path))
+    fine.setup()
+    assert fine.train_target.tolist() == NOISY.tolist()
+    coarse = CIFAR100DataModule(cifar, "coarse", noise=CIFARN("noisy100_coarse", path))
+    coarse.setup()
+    assert coarse.train_target.tolist() == MAP[NOISY].tolist()
+    assert coarse.train_clean.tolist() == MAP[FINE].tolist()
+
+
+def test_human_labels_with_other_names_of_numpys_function(cifar):
+    torch.save({"clean_label": TEN, "worse_label": HUMAN["worse"]}, "mine.pt")
+    data = CIFAR10DataModule(cifar, noise=CIFARN("worst", "mine.pt"))
+    data.setup()
+    assert data.train_target.tolist() == HUMAN["worse"].tolist()
+
+
+def test_human_labels_in_another_order(cifar):
+    old_pt("other.pt", {"clean_label": np.roll(TEN, 1), "worse_label": TEN})
+    with pytest.raises(ValueError, match="differ from those of the data set at 300 of 300 samples"):
+        CIFAR10DataModule(cifar, noise=CIFARN("worst", "other.pt")).setup()
+    old_pt("short.pt", {"clean_label": TEN[:100], "worse_label": TEN})
+    with pytest.raises(ValueError, match="at 300 of 300 samples"):
+        CIFAR10DataModule(cifar, noise=CIFARN("worst", "short.pt")).setup()
+    swapped = FINE.copy()
+    swapped[[0, 1]] = swapped[[1, 0]]
+    old_pt("hundred.pt", {"clean_label": swapped, "noisy_label": NOISY})
+    with pytest.raises(ValueError, match="at 2 of 300 samples"):
+        CIFAR100DataModule(cifar, "coarse", noise=CIFARN("noisy100_coarse", "hundred.pt")).setup()
+
+
+def test_no_human_labels(cifar, tmp_path):
+    data_set(tmp_path, "cifar10", TEN)
+    with pytest.raises(ValueError, match=r"lacks worse.*CIFAR-\*_human.pt"):
+        CIFAR10DataModule(cifar, noise=CIFARN("worst")).setup()
+    with pytest.raises(FileNotFoundError, match=r"'none.pt' does not exist"):
+        CIFAR10DataModule(cifar, noise=CIFARN("worst", "none.pt")).setup()
+    with pytest.raises(FileNotFoundError, match="got path=None and a data set without one"):
+        CIFARN("worst").corrupt(TEN, CIFAR10DataModule("x", fake=True).class_names)
+    with pytest.raises(
+        ValueError, match=r"are for the 10 classes airplane, automobile, .*got a data set of 100, apple"
+    ):
+        CIFAR100DataModule(cifar, noise=CIFARN("worst", "ten.pt")).setup()
+    with pytest.raises(ValueError, match="labels='noisy100' are for the 100 classes"):
+        CIFAR100DataModule(cifar, "coarse", noise=CIFARN("noisy100")).setup()
+    with pytest.raises(ValueError, match="labels must be one of aggre, worst"):
+        CIFARN("clean")
+    with pytest.raises(ValueError, match="other forms are in another order"):
+        CIFARN("worst", "CIFAR-10_human_ordered.npy")
+
+
+class Evil:
+    def __reduce__(self):
+        return Path.touch, (Path("touched"),)
+
+
+def test_nothing_else_is_unpickled(cifar):
+    torch.save({"clean_label": TEN, "worse_label": Evil()}, "evil.pt")
+    Path("plain.pt").write_bytes(pickle.dumps({"clean_label": TEN, "worse_label": Evil()}, protocol=2))
+    Path("text.pt").write_text("no")
+    Path("empty.pt").write_bytes(b"")
+    for path in ("evil.pt", "plain.pt", "text.pt", "empty.pt"):
+        with pytest.raises(ValueError, match=f"'{path}' is damaged, or holds more than arrays of integers") as caught:
+            CIFAR10DataModule(cifar, noise=CIFARN("worst", path)).setup()
+        assert "weights_only" not in str(caught.value)
+    assert not Path("touched").exists()
+    torch.save([TEN], "list.pt")
+    with pytest.raises(ValueError, match="must hold a dict of labels, got list"):
+        CIFAR10DataModule(cifar, noise=CIFARN("worst", "list.pt")).setup()
+
+
+# -- the record --------------------------------------------------------------------------------------------------------
+
+
+class Counted(LabelNoise):
+    """Other labels at each call, so that only a record can make them equal."""
+
+    calls = 0
+
+    def draw(self, clean, generator):
+        Counted.calls += 1
+        return (clean.target + Counted.calls) % clean.num_classes
+
+
+def fit(data, folder="run", **options):
+    quiet = {"logger": False, "enable_checkpointing": False, "enable_progress_bar": False, "accelerator": "cpu"}
+    recorder = [RunRecorder(RunFolder(folder))]
+    run = L.Trainer(**{**quiet, "enable_model_summary": False, "max_epochs": 1, "callbacks": recorder, **options})
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        run.fit(Recorder(64), data)
+    return data
+
+
+def read(path="run/noise.npz"):
+    with np.load(path) as arrays:
+        return dict(arrays)
+
+
+def pretend_checkpoint(folder="run"):
+    RunFolder(folder).last.parent.mkdir(parents=True, exist_ok=True)
+    RunFolder(folder).last.write_bytes(b"")
+
+
+def test_record(capsys):
+    data = fit(DigitsDataModule(noise=SymmetricNoise(0.5, "exclusive", seed=3)))
+    record = read()
+    assert record["given"].tolist() == data.train_target.tolist()
+    assert record["clean"].tolist() == data.train_clean.tolist()
+    assert record["given"].dtype == record["clean"].dtype == np.int64
+    assert str(record["generator"]) == "SymmetricNoise(rate=0.5, kind='exclusive', seed=3)"
+    assert record["rate"] == 0.5
+    assert record["seed"] == 3
+    assert str(record["sha256"]) == hashlib.sha256(data.train_target.numpy().astype("<i8").tobytes()).hexdigest()
+    wrong = int((data.train_target != data.train_clean).sum())
+    line = f"label noise: {wrong} of 1438 labels are wrong ({wrong / 1438:.2%}), by SymmetricNoise(rate=0.5, "
+    assert capsys.readouterr().out.count(line) == 1
+    # another method takes the same labels, on the same data only
+    other = DigitsDataModule(noise=LabelFile("run/noise.npz"))
+    other.setup()
+    assert torch.equal(other.train_target, data.train_target)
+    with pytest.raises(ValueError, match="labels"):
+        DigitsDataModule(fake=True, noise=SymmetricNoise(0.5)).noise.corrupt([0], 0)
+    with pytest.raises(ValueError, match="has 1438 labels, got 1000 samples"):
+        LabelFile("run/noise.npz").corrupt(data.train_clean[:1000], 10)
+
+
+def test_recorded_labels_are_used_again():
+    first = fit(DigitsDataModule(noise=Counted()))
+    again = DigitsDataModule(noise=Counted())
+    again.setup()
+    assert not torch.equal(again.train_target, first.train_target)
+    fit(again)  # set up before it had a run folder
+    assert torch.equal(again.train_target, first.train_target)
+    assert fit(again).train_target is again.train_target
+    pretend_checkpoint()
+    assert torch.equal(fit(DigitsDataModule(noise=Counted())).train_target, first.train_target)
+    elsewhere = fit(DigitsDataModule(noise=Counted()), "elsewhere")
+    assert not torch.equal(elsewhere.train_target, first.train_target)
+
+
+def test_other_labels_are_refused_only_where_there_is_a_checkpoint():
+    first = fit(DigitsDataModule(noise=SymmetricNoise(0.2)))
+    RunFolder("run").last.unlink(missing_ok=True)
+    second = fit(DigitsDataModule(noise=SymmetricNoise(0.4)))
+    assert read()["rate"] == 0.4
+    assert not torch.equal(first.train_target, second.train_target)
+    pretend_checkpoint()
+    with pytest.raises(ValueError, match=r"belongs to the checkpoint .*was drawn by SymmetricNoise\(rate=0.4"):
+        fit(DigitsDataModule(noise=SymmetricNoise(0.2)))
+    with pytest.raises(ValueError, match="its clean labels are not those of the data set"):
+        fit(DigitsDataModule(noise=SymmetricNoise(0.4), fake=True))
+    with pytest.raises(ValueError, match="noise=None would train on clean labels"):
+        fit(DigitsDataModule())
+    np.savez("run/noise.npz", **{**read(), "given": first.train_target.numpy()})
+    with pytest.raises(ValueError, match="its labels do not match its sha256"):
+        fit(DigitsDataModule(noise=SymmetricNoise(0.4)))
+    assert read()["given"].tolist() == first.train_target.tolist()
+
+
+def test_a_fit_on_clean_labels_leaves_no_record():
+    fit(DigitsDataModule(noise=SymmetricNoise(0.2)))
+    RunFolder("run").clear()
+    assert not Path("run/noise.npz").exists()
+    fit(DigitsDataModule(noise=SymmetricNoise(0.2)))
+    RunFolder("run").last.unlink(missing_ok=True)
+    fit(DigitsDataModule())
+    assert not Path("run/noise.npz").exists()
+    fit(DigitsDataModule(noise=SymmetricNoise(0.2)), fast_dev_run=True)
+    assert not Path("run/noise.npz").exists()
+
+
+def test_run_folder_of_a_trainer():
+    assert run_folder_of(None) is None
+    assert run_folder_of(L.Trainer(logger=False, enable_checkpointing=False, accelerator="cpu")) is None
+
+
+def test_made_up_data_record_what_they_drew(capsys):
+    fit(DigitsDataModule(fake=True, noise=LabelFile("missing.npy")))
+    assert str(read()["generator"]) == "SymmetricNoise(rate=0.4, kind='exclusive', seed=0)"
+    assert "by SymmetricNoise(rate=0.4, kind='exclusive'" in capsys.readouterr().out
+
+
+def test_own_validation_and_test_labels_are_never_changed(tmp_path):
+    from PIL import Image
+
+    from lightning_kd.data import ImageFolderDataModule
+
+    for split, count in (("train", 20), ("val", 5), ("test", 5)):
+        for name in "ab":
+            folder = tmp_path / split / name
+            folder.mkdir(parents=True)
+            for i in range(count):
+                Image.new("RGB", (8, 8)).save(folder / f"{i}.png")
+    data = ImageFolderDataModule(str(tmp_path), 8, noise=SymmetricNoise(1.0, "exclusive"))
+    data.setup()
+    assert data.train_target.tolist() == [1] * 20 + [0] * 20
+    assert data.val_target.tolist() == data.test_target.tolist() == [0] * 5 + [1] * 5
+
+
+def test_a_class_may_be_absent_from_the_given_labels():
+    given = np.arange(300) % 3
+    image = np.zeros((300, 4, 4), dtype=np.uint8)
+    np.savez("mine.npz", train_image=image, train_target=np.arange(300) % 4, test_image=image, test_target=given)
+    np.save("given.npy", given)
+    for options in ({}, {"train_fraction": 0.5}, {"train_per_class": 5}):
+        data = ArrayDataModule("mine.npz", noise=LabelFile("given.npy"), **options)
+        data.setup()
+        assert data.num_classes == 4
+        assert set(data.train_target[data.train_indices].tolist()) == {0, 1, 2}
+
+
+def _ranks(folder, refuse):
+    Counted.calls = int(torch.randint(100, (1,)))  # nothing that both ranks would draw alike
+    data = DigitsDataModule(noise=SymmetricNoise(0.1) if refuse else Counted())
+    try:
+        fit(data, folder, strategy="ddp", devices=2)
+    except ValueError as error:
+        return str(error)
+    return data.train_target.tolist()
+
+
+def test_two_processes_train_on_the_same_labels(tmp_path):
+    one, two = on_two_ranks(_ranks, str(tmp_path / "run"), False)
+    assert one == two == read(tmp_path / "run" / "noise.npz")["given"].tolist()
+
+
+def test_two_processes_refuse_together(tmp_path):
+    folder = tmp_path / "run"
+    fit(DigitsDataModule(noise=SymmetricNoise(0.2)), str(folder))
+    pretend_checkpoint(folder)
+    one, two = on_two_ranks(_ranks, str(folder), True)
+    assert one == two
+    assert "was drawn by SymmetricNoise(rate=0.2" in one
+
+
+def test_from_the_command_line(capsys):
+    args = ["--model", "Classification", "--model.network", "mlp", "--data", "DigitsDataModule", "--run", "out"]
+    args += ["--trainer.accelerator", "cpu", "--trainer.enable_progress_bar", "false"]
+    noise = ["--data.noise", "SymmetricNoise", "--data.noise.rate", "0.5"]
+    main(["fit", *args, *noise, "--trainer.max_epochs", "1"])
+    drawn = read("out/noise.npz")
+    assert "label noise: " in capsys.readouterr().out
+    with pytest.raises(SystemExit):
+        main(["fit", *args, *noise, "--data.noise.seed", "1", "--trainer.max_epochs", "3", "--ckpt_path", "last"])
+    assert "was drawn by SymmetricNoise(rate=0.5, kind='inclusive', seed=0), not by" in capsys.readouterr().err
+    assert str(read("out/noise.npz")["sha256"]) == str(drawn["sha256"])
+    main(["test", "--config", "out/config.yaml", "--ckpt_path", "last", "--trainer.enable_progress_bar", "false"])
+    main(["fit", *args, *noise, "--data.noise.seed", "1", "--trainer.max_epochs", "1", "--overwrite"])
+    assert str(read("out/noise.npz")["sha256"]) != str(drawn["sha256"])
