@@ -1,3 +1,7 @@
 """Callbacks that can be added to any method from YAML."""
 
-__all__: list[str] = []
+from lightning_kd.callbacks.curve import TestCurve
+from lightning_kd.callbacks.figures import label_score_figure, reliability_figure
+from lightning_kd.callbacks.pictures import LabelPictures
+
+__all__ = ["LabelPictures", "TestCurve", "label_score_figure", "reliability_figure"]

@@ -1,0 +1,54 @@
+"""The test accuracy of every epoch."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import lightning as L
+
+from lightning_kd.callbacks._evaluation import evaluate
+
+
+class TestCurve(L.Callback):
+    """Evaluate the test set after each training epoch, for reports of "the last" and "the mean of the last ten" epochs.
+
+    Logs ``curve/acc``, ``curve/ece`` (15 bins) and ``curve/acc_last``, the mean accuracy of the last epochs so far.
+    It only watches: nothing may be selected on these numbers, neither a checkpoint nor an epoch nor a setting. The
+    accuracies it averages are in checkpoints, so that a resumed run logs what the undisturbed one would have.
+
+    Several processes: each evaluates its share of the test set, and the sums are added up.
+
+    Args:
+        last: how many epochs ``curve/acc_last`` averages over.
+
+    Raises:
+        ValueError: where ``last`` is below 1, or a fit has no data module with a test set.
+    """
+
+    def __init__(self, last: int = 10) -> None:
+        if last < 1:
+            raise ValueError(f"last must be at least 1, got {last}: give a number of epochs")
+        self.last = last
+        self._accuracies: list[float] = []
+        self._loader: Any = None
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"accuracies": list(self._accuracies)}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        self._accuracies = list(state_dict["accuracies"])[-self.last :]
+
+    def on_fit_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        data = getattr(trainer, "datamodule", None)
+        if data is None:
+            raise ValueError(
+                "TestCurve takes the test set from a data module, got a fit without one: give datamodule=..."
+            )
+        self._loader = data.test_dataloader()
+
+    def on_train_epoch_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        limit = trainer.limit_test_batches  # type: ignore[attr-defined]
+        accuracy, found = evaluate(trainer, pl_module, self._loader, limit)
+        self._accuracies = [*self._accuracies, accuracy][-self.last :]
+        mean = sum(self._accuracies) / len(self._accuracies)
+        pl_module.log_dict({"curve/acc": accuracy, "curve/ece": found.ece, "curve/acc_last": mean})
