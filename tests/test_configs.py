@@ -21,7 +21,13 @@ def method_of(name):
 
 COMPLETE = [name for name in config_names() if method_of(name)]
 PAIRS = [name for name in config_names() if "/pairs/" in name]
-DISTILLING = [name for name in COMPLETE if method_of(name) != "Classification"]
+DISTILLING = [name for name in COMPLETE if name.startswith("distillation/") and method_of(name) != "Classification"]
+OVERLAYS = [name for name in config_names() if name.startswith(("noisy_labels/noise/", "noisy_labels/settings/"))]
+# every argument named: the defaults of another class would leak
+OPTIMIZER_ARGUMENTS = {
+    "torch.optim.SGD": {"lr", "momentum", "weight_decay", "dampening", "nesterov"},
+    "torch.optim.Adam": {"lr", "betas", "eps", "weight_decay", "amsgrad"},
+}
 
 
 def arguments(name):
@@ -33,8 +39,8 @@ def test_each_is_named_and_described():
     for name in config_names():
         assert (config_folder() / f"{name}.yaml").read_text().startswith("# "), name
         optimizer = content(name).get("model", {}).get("init_args", {}).get("optimizer")
-        if name in COMPLETE:  # every argument named: the defaults of another class would leak
-            assert {"lr", "momentum", "weight_decay", "dampening", "nesterov"} <= optimizer["init_args"].keys(), name
+        if name in COMPLETE:
+            assert OPTIMIZER_ARGUMENTS[optimizer["class_path"]] <= optimizer["init_args"].keys(), name
             assert "ReduceLROnPlateau" not in str(content(name))
 
 
@@ -44,13 +50,31 @@ def test_parses_and_builds_what_it_says(name):
     cli = get_cli([*arguments(name), *extra])
     given = content(name)["model"]["init_args"]
     assert type(cli.model).__name__ == method_of(name)
-    for key in ("ce_weight", "kd_weight", "temperature", "heads", "loss", "alpha", "beta", "stop_epoch"):
-        if key in given:
-            assert getattr(cli.model, key) == given[key], key
+    for key, value in given.items():
+        if isinstance(value, (int, float)) and isinstance(getattr(cli.model, key, None), (int, float)):
+            assert getattr(cli.model, key) == value, key
     configured = cli.model.configure_optimizers()
-    for key, value in given["optimizer"]["init_args"].items():
-        assert configured["optimizer"].defaults[key] == value, key
-    assert configured["lr_scheduler"]["interval"] == "epoch"
+    for one in configured if isinstance(configured, list) else [configured]:
+        for key, value in given["optimizer"]["init_args"].items():
+            expected = tuple(value) if isinstance(value, list) else value
+            assert one["optimizer"].defaults[key] == expected, key
+        assert one["lr_scheduler"]["interval"] == "epoch"
+
+
+@pytest.mark.parametrize("name", OVERLAYS)
+def test_noise_overlays_compose(name):
+    part = name.rpartition("/")[2]
+    dataset = "cifar100" if part.startswith("cifar100") else "cifar10"
+    method = "dpc" if "/settings/" in name else "ce"
+    cli = get_cli([*arguments(f"noisy_labels/{method}_{dataset}"), "--config", name, "--model.network", "cnn_tiny"])
+    noise = content(name)["data"]["init_args"]["noise"]
+    assert type(cli.datamodule.noise).__name__ == noise["class_path"].rpartition(".")[2]
+    for key, value in noise["init_args"].items():
+        assert getattr(cli.datamodule.noise, key) == value
+    for key, value in content(name).get("model", {}).get("init_args", {}).items():
+        assert getattr(cli.model, key) == value
+    cli.datamodule.setup()
+    assert (cli.datamodule.train_target != cli.datamodule.train_clean).any()
 
 
 @pytest.mark.parametrize("pair", PAIRS)
@@ -95,10 +119,12 @@ def test_overlays_compose(overlay):
             assert str(cli.trainer.precision) in (value, "bf16-mixed")  # Lightning has no 16-mixed on a CPU
 
 
-@pytest.mark.parametrize("method", ["Classification", "KD", "DKD", "DHKD"])
+@pytest.mark.parametrize("method", sorted({method_of(name) for name in COMPLETE}))
 def test_fit_test_resume(method, tmp_path):
     name = next(n for n in COMPLETE if method_of(n) == method and "digits" in n)
-    extra = ["--model.teacher_weights", "random"] if method != "Classification" else []
+    extra = ["--model.teacher_weights", "random"] if name in DISTILLING else []
+    if "warmup_epochs" in content(name)["model"]["init_args"]:
+        extra += ["--model.warmup_epochs", "1"]
     run = ["--run", "run", *extra]
     main(["fit", *arguments(name), *run])
     main(["test", *arguments(name), *run, "--ckpt_path", "last"])

@@ -15,6 +15,7 @@ import torch
 import torch.nn.functional as F
 from lightning.pytorch.callbacks import RichProgressBar
 from measure import Clock, Settings, Variant, compare, now
+from noisy import dpc, margins
 from plain import DualHeadLoop, PictureDataset, train_classifier
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
@@ -43,7 +44,7 @@ def sgd(parameters: Any) -> torch.optim.SGD:
 
 
 def data(settings: Settings, device: torch.device = CPU) -> None:
-    """Images a second: crop, flip and normalise 32x32 images, without training."""
+    """Images a second: crop, flip and normalise 32x32 images, without training; then two views of each."""
     count = settings.size(50_000, 10_000)
     generator = np.random.default_rng(0)
     pixels = generator.integers(0, 256, (count, 32, 32, 3), dtype=np.uint8)
@@ -87,6 +88,28 @@ def data(settings: Settings, device: torch.device = CPU) -> None:
             Variant("ResidentLoader", lambda loader=loader: resident(loader), ">= 20"),
         ]
         compare(f"data: images, batch {batch_size}", variants, settings.rounds, show="1/s")
+
+    weak = transform.transforms
+    strong = [*weak[:2], transforms.AutoAugment(transforms.AutoAugmentPolicy.CIFAR10), *weak[2:]]
+    strong.append(transforms.RandomErasing(1.0, (0.25, 0.25), (1.0, 1.0)))  # much as long as a cutout takes
+    aims = {("weak", "weak"): ">= 20", ("weak", "strong"): ">= 10"}
+    for views, aim in aims.items():
+        steps = [transforms.Compose(strong if view == "strong" else weak) for view in views]
+        pictures.transform = lambda picture, steps=steps: torch.stack([step(picture) for step in steps])
+        loader = ResidentLoader(
+            stored,
+            torch.from_numpy(labels),
+            ShardedSampler(np.arange(settings.size(50_000, 5_000)), 128, shuffle=True),
+            Normalize(MEAN, STD, (3, 32, 32)),
+            augment=CropFlip(padding=4),
+            device=device,
+            views=views,
+        )
+        variants = [
+            Variant("PIL images and transforms, 0 workers", lambda: one_by_one(128)),
+            Variant("ResidentLoader", lambda loader=loader: resident(loader), aim),
+        ]
+        compare(f"data: {' + '.join(views)}, batch 128", variants, settings.rounds, show="1/s")
 
 
 # -- trainer -------------------------------------------------------------------------------------------------------
@@ -306,4 +329,12 @@ def gpu_steps(settings: Settings, device: torch.device, pairs: Sequence[tuple[st
             compare(title, variants, settings.rounds)
 
 
-BENCHES = {"data": data, "trainer": trainer, "step": step, "align": align, "cuda": cuda}
+BENCHES = {
+    "data": data,
+    "trainer": trainer,
+    "step": step,
+    "align": align,
+    "margins": margins,
+    "dpc": dpc,
+    "cuda": cuda,
+}

@@ -1,0 +1,156 @@
+"""From logits to a verdict on each given label: margins, the mixture over them, and what is told about it."""
+
+from __future__ import annotations
+
+import csv
+from io import StringIO
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from lightning.pytorch.utilities import rank_zero_warn
+from torch import Tensor
+
+from lightning_kd.core.losses import at_least_float32
+from lightning_kd.core.mixture import Mixture, fit_mixture
+from lightning_kd.core.run import write_text
+from lightning_kd.metrics import memorisation, selection_metrics
+
+
+def logit_margin(logits: Tensor, target: Tensor) -> Tensor:
+    """The logit of the given label minus the largest of the others: above 0 where the label is also the prediction.
+
+    Args:
+        logits: ``[B, C]``, at least 2 classes; half precision is computed in float32.
+        target: int64 ``[B]``.
+
+    Returns:
+        ``[B]``, float32 or float64.
+
+    Source: DPC, arXiv 2401.07062, large-margin sample selection.
+    """
+    (logits,) = at_least_float32(logits)
+    own = logits.gather(1, target[:, None])
+    others = logits.scatter(1, target[:, None], float("-inf"))
+    return own.squeeze(1) - others.amax(1)
+
+
+def min_max(scores: Tensor, clip: float = 0.0) -> Tensor:
+    """Scores ``[N]`` scaled to [0, 1] in float64; all 1 where they are all equal.
+
+    Args:
+        scores: finite ``[N]``.
+        clip: this share at either end is cut off first, so that outliers do not squeeze the rest together.
+
+    Raises:
+        ValueError: if there are none, one is not finite, or ``clip`` is not in [0, 0.5).
+    """
+    if scores.ndim != 1 or len(scores) == 0:
+        raise ValueError(f"scores must be [N] with N above 0, got shape {tuple(scores.shape)}: give one a sample")
+    if not 0 <= clip < 0.5:
+        raise ValueError(f"clip must be in [0, 0.5), got {clip}: give the share to cut off at either end")
+    scores = scores.detach().double().cpu()
+    if not scores.isfinite().all():
+        at = int((~scores.isfinite()).nonzero()[0])
+        raise ValueError(f"scores must be finite, got {float(scores[at])} at position {at}: lower the learning rate")
+    if clip:
+        ends = torch.quantile(scores, torch.tensor([clip, 1 - clip], dtype=torch.float64))
+        scores = scores.clamp(ends[0], ends[1])
+    low, high = scores.min(), scores.max()
+    return (scores - low) / (high - low) if high > low else torch.ones_like(scores)
+
+
+def split_scaled(
+    unit: Tensor, max_iter: int = 10, tol: float = 1e-2, variance_floor: float = 5e-4
+) -> tuple[Tensor, Mixture | None]:
+    """``clean_probability`` of scores scaled by ``min_max``, and the mixture behind it; none where all are equal."""
+    if bool((unit == unit[0]).all()):
+        rank_zero_warn("all samples have the same score: every label is taken for clean")
+        return torch.ones_like(unit), None
+    mixture = fit_mixture(unit, 2, max_iter=max_iter, tol=tol, variance_floor=variance_floor)
+    return mixture.posterior(unit)[:, 1], mixture
+
+
+def clean_probability(
+    scores: Tensor, max_iter: int = 10, tol: float = 1e-2, variance_floor: float = 5e-4, clip: float = 0.0
+) -> Tensor:
+    """How probably each label is clean: the posterior of the higher of two Gaussians fitted to the scaled scores.
+
+    Not always monotone in the score: a wide low component can win again at the far end. Where all scores are equal
+    every label is taken for clean.
+
+    Args:
+        scores: ``[N]``, larger for cleaner: margins, or negative losses. Scaled to [0, 1] by their extremes.
+        max_iter: most EM steps.
+        tol: EM stops when the mean log-likelihood changes by less.
+        variance_floor: added to each variance.
+        clip: share cut off at either end before scaling; one outlier can otherwise take the higher component alone.
+
+    Returns:
+        float64 ``[N]`` in [0, 1], on the CPU.
+
+    Raises:
+        ValueError: for no scores, scores that are not finite, and a ``clip`` outside [0, 0.5).
+
+    Source: DPC, arXiv 2401.07062; the same mixture on losses in DivideMix, arXiv 2002.07394, section 3.1.
+    """
+    return split_scaled(min_max(scores, clip), max_iter, tol, variance_floor)[0]
+
+
+class LabelScores(NamedTuple):
+    """What a method thinks of each training label; all on the CPU, sorted by index.
+
+    Attributes:
+        index: int64 ``[n]``, positions in the training array.
+        given: int64 ``[n]``, the labels trained on.
+        predicted: int64 ``[n]``, what the network says.
+        margin: ``[n]``, the margin of the given label.
+        score: ``[n]`` in [0, 1], larger for cleaner: what the method judges by, scaled as its mixture sees it.
+        clean_probability: float64 ``[n]``.
+        mixture: over ``score``, behind the probabilities; ``None`` where there is none.
+        clean: int64 ``[n]``, the true labels where they are known.
+    """
+
+    index: Tensor  # type: ignore[assignment]  # tuple.index gives way
+    given: Tensor
+    predicted: Tensor
+    margin: Tensor
+    score: Tensor
+    clean_probability: Tensor
+    mixture: Mixture | None = None
+    clean: Tensor | None = None
+
+    def metrics(self, threshold: float = 0.5) -> dict[str, float]:
+        """What is logged of them; more where the clean labels are known."""
+        selected = self.clean_probability > threshold
+        values = {"clean_fraction": float(selected.double().mean())}
+        if self.mixture is not None:
+            for k, name in enumerate(("low", "high")):
+                values[f"mixture_mean_{name}"] = float(self.mixture.mean[k])
+                values[f"mixture_weight_{name}"] = float(self.mixture.weight[k])
+        if self.clean is not None:
+            found = selection_metrics(self.clean_probability, selected, self.given, self.clean)
+            values.update({f"clean_{name}": found[name] for name in ("precision", "recall", "auc")})
+            values["pure_ratio"] = found["precision"]
+            values.update(memorisation(self.predicted, self.given, self.clean))
+        return values
+
+    def write(self, path: Path, file_names: list[str] | None = None) -> None:
+        """Write them as CSV, the labels that are most probably wrong first.
+
+        Args:
+            path: the file.
+            file_names: of all training images, for one more column.
+        """
+        order = np.lexsort((self.margin.numpy(), self.clean_probability.numpy())).tolist()
+        text = StringIO()
+        writer = csv.writer(text, lineterminator="\n")
+        extra = [] if file_names is None else ["path"]
+        writer.writerow(["index", "given", "predicted", "clean_probability", "margin", *extra])
+        for i in order:
+            index = int(self.index[i])
+            row = [index, int(self.given[i]), int(self.predicted[i])]
+            numbers = [f"{float(self.clean_probability[i]):.6g}", f"{float(self.margin[i]):.6g}"]
+            writer.writerow([*row, *numbers, *([] if file_names is None else [file_names[index]])])
+        write_text(path, text.getvalue())

@@ -1,0 +1,188 @@
+"""Co-teaching: two networks choose the training samples for each other.
+
+Bo Han, Quanming Yao, Xingrui Yu, Gang Niu, Miao Xu, Weihua Hu, Ivor Tsang, Masashi Sugiyama. Co-teaching: Robust
+Training of Deep Neural Networks with Extremely Noisy Labels. NeurIPS 2018, arXiv 1804.06872.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from lightning_kd.core.batch import as_batch
+from lightning_kd.core.losses import at_least_float32
+from lightning_kd.noisy_labels._scores import LabelScores
+from lightning_kd.noisy_labels.base import NoisyLabelTask
+from lightning_kd.noisy_labels.two_networks import TwoNetworkTask
+
+__all__ = ["CoTeaching", "LateLinearLR", "coteaching_losses", "forget_rate"]
+
+
+def forget_rate(epoch: int, noise_rate: float, ramp_epochs: int = 10, exponent: float = 1.0) -> float:
+    """The share of each batch that is dropped: rises from 0 to ``noise_rate^exponent``, then is ``noise_rate``.
+
+    Args:
+        epoch: counted from 0.
+        noise_rate: tau, at least 0 and below 1.
+        ramp_epochs: T_k, the epochs of the rise, at least 1.
+        exponent: c, above 0.
+
+    Returns:
+        ``noise_rate^exponent * epoch / (ramp_epochs - 1)`` for epochs below ``ramp_epochs``, else ``noise_rate``.
+
+    Raises:
+        ValueError: for an argument out of its range.
+
+    Source: arXiv 1804.06872, section 4, as in the paper's code.
+    """
+    if not 0 <= noise_rate < 1:
+        raise ValueError(f"noise_rate must be at least 0 and below 1, got {noise_rate}: give the share of wrong labels")
+    if ramp_epochs < 1:
+        raise ValueError(f"ramp_epochs must be at least 1, got {ramp_epochs}: give a whole number of epochs")
+    if not exponent > 0:
+        raise ValueError(f"exponent must be above 0, got {exponent}: 1 is usual")
+    if epoch >= ramp_epochs:
+        return noise_rate
+    return noise_rate**exponent * epoch / max(ramp_epochs - 1, 1)
+
+
+def coteaching_losses(logits_1: Tensor, logits_2: Tensor, target: Tensor, forget_rate: float) -> tuple[Tensor, Tensor]:
+    """Each network's mean cross-entropy over the samples that the other one finds easiest.
+
+    A network keeps its ``floor((1 - forget_rate) B)`` smallest losses, of equal ones the first. Selection has no
+    gradient. Where nothing is kept both losses are 0.
+
+    Args:
+        logits_1: ``[B, C]`` of the first network; half precision is computed in float32, float64 stays.
+        logits_2: ``[B, C]`` of the second.
+        target: int64 ``[B]``.
+        forget_rate: the share that is dropped, in [0, 1].
+
+    Returns:
+        ``(loss_1, loss_2)``, scalars.
+
+    Raises:
+        ValueError: for logits of two shapes, and for ``forget_rate`` out of range.
+
+    Source: arXiv 1804.06872, algorithm 1.
+    """
+    if logits_1.shape != logits_2.shape:
+        raise ValueError(
+            f"logits_1 {tuple(logits_1.shape)} and logits_2 {tuple(logits_2.shape)} must both be [B, C]: give both "
+            "networks the same batch"
+        )
+    losses, _ = _exchange((logits_1, logits_2), target, forget_rate)
+    return losses[0], losses[1]
+
+
+def _exchange(logits: Sequence[Tensor], target: Tensor, forget_rate: float) -> tuple[list[Tensor], list[Tensor]]:
+    """The losses of ``coteaching_losses``, and the positions that each network chose, int64 ``[n]``."""
+    if not 0 <= forget_rate <= 1:
+        raise ValueError(f"forget_rate must be in [0, 1], got {forget_rate}: give the share to drop")
+    kept = math.floor((1 - forget_rate) * len(target) + 1e-9)  # (1 - 0.9) * 10 is a little below 1
+    each = [F.cross_entropy(z, target, reduction="none") for z in at_least_float32(*logits)]
+    chosen = [loss.detach().argsort(stable=True)[:kept] for loss in each]
+    return [loss[other].sum() / max(kept, 1) for loss, other in zip(each, reversed(chosen), strict=True)], chosen
+
+
+class CoTeaching(TwoNetworkTask):
+    """Co-teaching (Han et al., NeurIPS 2018, arXiv 1804.06872), algorithm 1.
+
+    Both networks see the same batches, and each learns from the samples that the other one finds easiest
+    (``coteaching_losses``), fewer from epoch to epoch (``forget_rate``). A batch of which nothing is kept trains
+    nothing. ``train/pure_ratio`` is the share of clean labels among the kept samples, mean over batches and networks.
+    The verdict of each epoch is by the networks' mean, from the training steps.
+
+    Several processes: each selects within its own batch.
+
+    Args:
+        network: see ``TwoNetworkTask``.
+        num_classes: see ``Task``.
+        input_shape: see ``Task``.
+        noise_rate: the share of wrong labels, known or guessed, at least 0 and below 1. Must be given.
+        ramp_epochs: epochs in which the dropped share rises (T_k in the paper).
+        exponent: c of ``forget_rate``.
+        kwargs: ``gradient_clip_val`` of ``TwoNetworkTask``; ``optimizer``, ``lr_scheduler``, ``lr_interval``,
+            ``channels_last``, ``compile`` of ``Task``.
+    """
+
+    def __init__(
+        self,
+        network: str | nn.Module,
+        num_classes: int,
+        input_shape: Sequence[int] = (3, 32, 32),
+        noise_rate: float | None = None,
+        ramp_epochs: int = 10,
+        exponent: float = 1.0,
+        **kwargs: Any,
+    ) -> None:
+        super().__init__(network, num_classes, input_shape, **kwargs)
+        if noise_rate is None:
+            raise ValueError(
+                "noise_rate must be given, got None: Co-teaching drops this share of each batch, so say which share of "
+                "the labels is wrong, 0.2 if you do not know"
+            )
+        forget_rate(0, noise_rate, ramp_epochs, exponent)  # checks them
+        self.noise_rate, self.ramp_epochs, self.exponent = noise_rate, ramp_epochs, exponent
+
+    def train_loader(self, data: Any) -> Any:
+        return NoisyLabelTask.train_loader(self, data)  # one stream for both networks
+
+    def training_step(self, batch: Any, batch_idx: int) -> None:
+        batch = as_batch(batch)
+        logits = [self.logits_of(k, batch.image) for k in range(2)]
+        self.note(batch, (logits[0] + logits[1]) / 2)
+        rate = forget_rate(self.current_epoch, self.noise_rate, self.ramp_epochs, self.exponent)
+        losses, chosen = _exchange(logits, batch.target, rate)
+        if len(chosen[0]) == 0:  # on every process, as their batches are of one size
+            return
+        if "clean_target" in batch.extras:
+            right = (batch.extras["clean_target"] == batch.target).float()
+            self.accumulate(("pure_ratio",), torch.stack([right[kept] for kept in chosen]).mean()[None], 1)
+        for k, loss in enumerate(losses):
+            self.optimize(k, {"ce": loss}, logits[k], batch.target)
+
+    def log_scores(self, *scores: LabelScores, without: Sequence[str] = ()) -> None:
+        super().log_scores(*scores, without=[*without, "pure_ratio"])  # that of the selection is logged instead
+
+
+class LateLinearLR(torch.optim.lr_scheduler.LRScheduler):
+    """A constant learning rate up to ``start_epoch``, then linear to 0 at ``epochs``, as in Co-teaching's code.
+
+    Args:
+        optimizer: whose rate is set.
+        start_epoch: the first epoch, counted from 0, that may have a lower rate.
+        epochs: of the run, above ``start_epoch``.
+        late_beta1: what Adam's first beta becomes at ``start_epoch``. Default: it stays.
+        last_epoch: see ``torch.optim.lr_scheduler.LRScheduler``.
+
+    Raises:
+        ValueError: if ``epochs`` is not above ``start_epoch``.
+
+    Source: arXiv 1804.06872, as in the paper's code: start 80, 200 epochs, beta1 0.1.
+    """
+
+    def __init__(
+        self,
+        optimizer: torch.optim.Optimizer,
+        start_epoch: int,
+        epochs: int,
+        late_beta1: float | None = None,
+        last_epoch: int = -1,
+    ) -> None:
+        if not 0 <= start_epoch < epochs:
+            raise ValueError(f"start_epoch must be at least 0 and below epochs={epochs}, got {start_epoch}")
+        self.start_epoch, self.epochs, self.late_beta1 = start_epoch, epochs, late_beta1
+        super().__init__(optimizer, last_epoch)
+
+    def get_lr(self) -> list[Any]:
+        if self.late_beta1 is not None and self.last_epoch >= self.start_epoch:
+            for group in self.optimizer.param_groups:
+                group["betas"] = (self.late_beta1, group["betas"][1])
+        left = (self.epochs - self.last_epoch) / (self.epochs - self.start_epoch)
+        return [base * min(max(left, 0.0), 1.0) for base in self.base_lrs]

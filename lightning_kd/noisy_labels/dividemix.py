@@ -1,0 +1,301 @@
+"""DivideMix: two networks divide the training set for each other and learn the rest semi-supervised.
+
+Junnan Li, Richard Socher, Steven C. H. Hoi. DivideMix: Learning with Noisy Labels as Semi-supervised Learning. ICLR
+2020, arXiv 2002.07394.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from lightning.pytorch.utilities import rank_zero_info
+from torch import Tensor, nn
+
+from lightning_kd.core.batch import Batch
+from lightning_kd.core.losses import at_least_float32
+from lightning_kd.core.mixture import Mixture
+from lightning_kd.core.phases import Phase, PhaseBatch
+from lightning_kd.noisy_labels._scores import LabelScores, logit_margin, min_max, split_scaled
+from lightning_kd.noisy_labels.two_networks import TwoNetworkTask
+
+__all__ = ["DivideMix", "linear_ramp", "prior_penalty", "sharpen"]
+
+
+def sharpen(probabilities: Tensor, temperature: float) -> Tensor:
+    """``p^(1 / temperature)``, normalised again over classes.
+
+    Args:
+        probabilities: ``[B, C]``, non-negative.
+        temperature: positive; below 1 it sharpens.
+
+    Returns:
+        ``[B, C]``.
+
+    Source: arXiv 2002.07394, equation 7.
+    """
+    powered = (probabilities / probabilities.amax(1, keepdim=True)) ** (1 / temperature)
+    return powered / powered.sum(1, keepdim=True)
+
+
+def prior_penalty(probabilities: Tensor) -> Tensor:
+    """``sum_c (1/C) log((1/C) / mean_i p_ic)``: how far the batch's mean prediction is from uniform, a scalar >= 0.
+
+    Args:
+        probabilities: ``[B, C]``; half precision is computed in float32.
+
+    Source: arXiv 2002.07394, equation 11.
+    """
+    (probabilities,) = at_least_float32(probabilities)
+    classes = probabilities.shape[1]
+    mean = probabilities.mean(0).clamp_min(torch.finfo(probabilities.dtype).tiny)
+    return -(mean * classes).log().mean()
+
+
+def linear_ramp(epoch: float, start: float, length: float) -> float:
+    """0 up to ``start``, then linear to 1 at ``start + length``; ``epoch`` may be fractional."""
+    return min(max((epoch - start) / length, 0.0), 1.0) if length > 0 else float(epoch >= start)
+
+
+class DivideMix(TwoNetworkTask):
+    """Warm-up, then in each epoch a split of the training set by loss, and MixMatch on its two parts.
+
+    At the end of every epoch both networks score all labels (eval mode, no augmentation) by their loss, two Gaussians
+    are fitted to the scaled scores, and a label counts as clean where the posterior of the better one is above
+    ``threshold``. In the next epoch each network trains on the split made by the other: labels of the clean part are
+    refined by its own predictions, those of the rest guessed by both networks, and everything is mixed.
+
+    A split with fewer than 2 clean or 2 other samples falls back to a warm-up epoch for that network; a clean part
+    smaller than a batch is one batch. Both are said in one line.
+
+    Predictions: sum of logits; probabilities: mean of the two softmaxes. Several processes: the pass over the training
+    set is shared and its result gathered by index, so that all have the same split; mixing weights and partners are
+    drawn for each process.
+
+    Args:
+        network: see ``TwoNetworkTask``.
+        num_classes: see ``Task``.
+        input_shape: see ``Task``.
+        warmup_epochs: epochs of plain training at the start, at least 1; batches are twice ``data.batch_size``.
+        lambda_u: weight of the unsupervised loss after its ramp.
+        ramp_epochs: length of that ramp after the warm-up.
+        temperature: of the sharpening.
+        threshold: labels with a larger clean probability are kept.
+        mixup_alpha: both parameters of the Beta distribution of the mixing weight.
+        confidence_penalty: add the negative entropy of the predictions in the warm-up; for asymmetric and human noise.
+        loss_history: epochs over which the scaled scores are averaged before the split; 5 at 90 % symmetric noise.
+        clip: share of the scores cut off at either end before scaling, against outliers.
+        kwargs: ``gradient_clip_val`` of ``TwoNetworkTask``; ``optimizer``, ``lr_scheduler``, ``lr_interval``,
+            ``channels_last``, ``compile`` of ``Task``.
+
+    Source: arXiv 2002.07394, algorithm 1.
+    """
+
+    keep_last_labelled = True
+    views: tuple[str, ...] = ("weak", "weak")
+
+    def __init__(
+        self,
+        network: str | nn.Module,
+        num_classes: int,
+        input_shape: Sequence[int] = (3, 32, 32),
+        warmup_epochs: int = 10,
+        lambda_u: float = 25.0,
+        ramp_epochs: float = 16.0,
+        temperature: float = 0.5,
+        threshold: float = 0.5,
+        mixup_alpha: float = 4.0,
+        confidence_penalty: bool = False,
+        loss_history: int = 1,
+        clip: float = 0.0,
+        **kwargs: Any,
+    ) -> None:
+        super().__init__(network, num_classes, input_shape, **kwargs)
+        for name, value, least in (("warmup_epochs", warmup_epochs, 1), ("loss_history", loss_history, 1)):
+            if value < least:
+                raise ValueError(f"{name} must be at least {least}, got {value}: give a whole number of epochs")
+        for name, number in (("lambda_u", lambda_u), ("ramp_epochs", ramp_epochs)):
+            if not number >= 0:
+                raise ValueError(f"{name} must be 0 or more, got {number}")
+        for name, number in (("temperature", temperature), ("mixup_alpha", mixup_alpha)):
+            if not number > 0:
+                raise ValueError(f"{name} must be above 0, got {number}")
+        if not 0 < threshold < 1:
+            raise ValueError(f"threshold must be above 0 and below 1, got {threshold}: give a probability")
+        if not 0 <= clip < 0.5:
+            raise ValueError(f"clip must be in [0, 0.5), got {clip}: give the share to cut off at either end")
+        self.warmup_epochs = warmup_epochs
+        self.lambda_u = lambda_u
+        self.ramp_epochs = ramp_epochs
+        self.temperature = temperature
+        self.threshold = threshold
+        self.mixup_alpha = mixup_alpha
+        self.confidence_penalty = confidence_penalty
+        self.loss_history = loss_history
+        self.clip = clip
+        self.clean = self.remember("clean_probability", (2,), fill=1.0)  # as each network sees it
+        if loss_history > 1:
+            self.remember("scores", (2, loss_history), fill=-1.0)  # scaled, latest first; -1: none yet
+        self._verdicts: list[LabelScores] = []
+        self._streams: dict[str, Any] = {}
+
+    # -- what a method on the same machinery changes -----------------------------------------------------------------
+
+    def warmup_terms(self, logits: Tensor, target: Tensor) -> dict[str, Tensor]:
+        """The loss of a warm-up step on ``[B, C]`` logits and given labels."""
+        terms = {"warmup": F.cross_entropy(logits, target)}
+        if self.confidence_penalty:
+            terms["confidence"] = (logits.softmax(1) * logits.log_softmax(1)).sum(1).mean()
+        return terms
+
+    def sample_scores(self, logits: Tensor, target: Tensor) -> Tensor:
+        """What the labels are judged by, ``[B]``, larger for cleaner."""
+        return -F.cross_entropy(logits, target, reduction="none")
+
+    def split(self, scores: Tensor) -> tuple[Tensor, Mixture | None]:
+        """Clean probabilities ``[N]`` from scaled scores ``[N]``, and the mixture behind them."""
+        return split_scaled(scores)
+
+    def mixed_logits(self, k: int, image: Tensor, second: bool) -> tuple[Tensor, Tensor]:
+        """Logits of network ``k`` for the supervised and (needed only if ``second``) for the unsupervised loss."""
+        logits = self.logits_of(k, image)
+        return logits, logits
+
+    def supervised_terms(self, logits: Tensor, target: Tensor, partner: Tensor, weight: float) -> dict[str, Tensor]:
+        """The loss on mixed labelled images: ``weight`` of ``target`` and the rest of ``partner``, both ``[n, C]``."""
+        mixed = weight * target + (1 - weight) * partner
+        return {"x": -(mixed * logits.log_softmax(1)).sum(1).mean()}
+
+    def consistency_terms(self, k: int, logits: Tensor, images: Sequence[Tensor], mix: Any) -> dict[str, Tensor]:
+        """Further loss terms on the other views of all samples, mixed by ``mix`` as the first ones; here none."""
+        return {}
+
+    # -- streams -----------------------------------------------------------------------------------------------------
+
+    def phases(self, data: Any) -> list[Phase]:
+        return [self._phase(data, k) for k in range(2)]
+
+    def _phase(self, data: Any, k: int) -> Phase:
+        stream = f"network_{k}"
+        if self.current_epoch >= self.warmup_epochs:
+            clean = self.clean.rows[:, 1 - k].cpu().numpy()[data.train_indices] > self.threshold
+            labelled, unlabelled = data.train_indices[clean], data.train_indices[~clean]
+            if min(len(labelled), len(unlabelled)) >= 2:
+                if len(labelled) < data.batch_size * self.trainer.world_size:
+                    rank_zero_info(f"network {k + 1}: only {len(labelled)} clean samples, taken as one batch")
+                shared: dict[str, Any] = {"shuffle": True, "batch_size": data.batch_size, "views": self.views}
+                drop_last = not self.keep_last_labelled
+                return Phase(
+                    k,
+                    data.loader("train", labelled, stream=stream, drop_last=drop_last, **shared),
+                    data.loader("train", unlabelled, stream=f"{stream}_unlabelled", **shared),
+                )
+            rank_zero_info(
+                f"network {k + 1}: {len(labelled)} samples taken for clean, {len(unlabelled)} not: an epoch of warm-up"
+            )
+        return Phase(k, data.loader("train", shuffle=True, augment=True, batch_size=2 * data.batch_size, stream=stream))
+
+    def on_train_epoch_start(self) -> None:
+        super().on_train_epoch_start()
+        self._mixing = [self.generator("mix", k) for k in range(2)]
+
+    # -- training ----------------------------------------------------------------------------------------------------
+
+    def network_step(self, k: int, batch: PhaseBatch) -> tuple[dict[str, Tensor], Tensor, Tensor]:
+        if batch.unlabelled is None:
+            logits = self.logits_of(k, batch.labelled.image)
+            return self.warmup_terms(logits, batch.labelled.target), logits, batch.labelled.target
+        return self.semi_supervised_step(k, batch.labelled, batch.unlabelled, self.current_epoch + batch.progress)
+
+    def semi_supervised_step(
+        self, k: int, labelled: Batch, unlabelled: Batch, epoch: float
+    ) -> tuple[dict[str, Tensor], Tensor, Tensor]:
+        """Guess, refine, mix and score; ``epoch`` may be fractional."""
+        x, u = labelled.image, unlabelled.image
+        with torch.no_grad():
+            guessed, refined = self.guess(k, u[:2]), self.refine(k, x[:2], labelled)
+            target = torch.cat([refined, refined, guessed, guessed])
+            mix = self._mix(k, len(target), target.device)
+            partner = target[mix[1]]
+        logits, second = self.mixed_logits(k, mixed(torch.cat([*x[:2], *u[:2]]), *mix), True)
+        count = 2 * len(labelled.target)
+        terms = self.supervised_terms(logits[:count], target[:count], partner[:count], mix[0])
+        weight = self.lambda_u * linear_ramp(epoch, self.warmup_epochs, self.ramp_epochs)
+        if weight > 0:
+            soft = mix[0] * target[count:] + (1 - mix[0]) * partner[count:]
+            terms["u"] = weight * (self.probabilities(second[count:]) - soft).square().mean()
+        terms["prior"] = prior_penalty(self.probabilities(logits))
+        terms |= self.consistency_terms(k, logits, [*x[2:], *u[2:]], mix)
+        return terms, logits[:count], target[:count].argmax(1)
+
+    def guess(self, k: int, views: Sequence[Tensor]) -> Tensor:
+        """Sharpened mean prediction of both networks over the views, ``[B, C]``; network ``k`` is in train mode."""
+        own = sum(self.probabilities(self.logits_of(k, view)) for view in views)
+        other = self.probabilities(self.logits_of(1 - k, torch.cat(list(views)))).unflatten(0, (len(views), -1))
+        return sharpen((own + other.sum(0)) / (2 * len(views)), self.temperature)
+
+    def refine(self, k: int, views: Sequence[Tensor], labelled: Batch) -> Tensor:
+        """The given labels, weighted by their clean probability, mixed with the network's own prediction, sharpened."""
+        own = sum(self.probabilities(self.logits_of(k, view)) for view in views) / len(views)
+        weight = self.clean.rows[labelled.index, 1 - k][:, None].to(own.dtype)  # type: ignore[union-attr]
+        given = F.one_hot(labelled.target, self.num_classes).to(own.dtype)  # type: ignore[union-attr]
+        return sharpen(weight * given + (1 - weight) * own, self.temperature)
+
+    def _mix(self, k: int, count: int, device: torch.device) -> tuple[float, Tensor]:
+        """One mixing weight, at least 1/2, and a partner for each of ``count`` samples."""
+        drawn = float(self._mixing[k].beta(self.mixup_alpha, self.mixup_alpha))
+        return max(drawn, 1 - drawn), torch.from_numpy(self._mixing[k].permutation(count)).to(device)
+
+    # -- the split ---------------------------------------------------------------------------------------------------
+
+    def on_train_epoch_end(self) -> None:
+        super().on_train_epoch_end()
+        self.label_scores()
+        self.log_scores(*self._verdicts)
+
+    def judge_training_set(self) -> LabelScores:
+        """Judge all labels with both networks and keep the split for the next epoch.
+
+        Returns:
+            the verdict of both: mean margin, score and clean probability.
+        """
+
+        def measure(batch: Batch) -> list[Tensor]:
+            both = [self.logits_of(k, batch.image) for k in range(2)]
+            columns = [torch.stack([f(z, batch.target) for z in both], 1) for f in (self.sample_scores, logit_margin)]
+            return [*columns, torch.stack([z.argmax(1) for z in (*both, both[0] + both[1])], 1)]
+
+        index, given, clean, scores, margin, predicted = self.over_training_set(measure)
+        known = clean if bool((clean >= 0).all()) else None
+        units = [min_max(scores[:, k], self.clip) for k in range(2)]
+        if self.loss_history > 1:
+            units = self._averaged(index, units)
+        self._verdicts = []
+        for k, unit in enumerate(units):
+            probability, mixture = self.split(unit)
+            probability = self.trainer.strategy.broadcast(probability)
+            verdict = LabelScores(index, given, predicted[:, k], margin[:, k], unit, probability, mixture, known)
+            self._verdicts.append(verdict)
+        at = index.to(self.clean.rows.device)
+        self.clean.write(at, torch.stack([v.clean_probability for v in self._verdicts], 1).to(at.device))
+        joint = (self._verdicts[0].clean_probability + self._verdicts[1].clean_probability) / 2
+        unit = min_max(units[0] + units[1])
+        mixture = self.split(unit)[1]
+        return LabelScores(index, given, predicted[:, 2], margin.mean(1), unit, joint, mixture, known)
+
+    def _averaged(self, index: Tensor, units: list[Tensor]) -> list[Tensor]:
+        """Each network's scaled scores, averaged with those of the epochs before."""
+        memory = self.memories["scores"]
+        at = index.to(memory.rows.device)
+        latest = torch.stack(units, 1)[:, :, None].float()
+        history = torch.cat([latest, memory.rows[at].cpu()[:, :, :-1]], 2)
+        memory.write(at, history.to(at.device))
+        filled = history >= 0
+        return list(((history.double() * filled).sum(2) / filled.sum(2)).unbind(1))
+
+
+def mixed(tensor: Tensor, weight: float, partner: Tensor) -> Tensor:
+    """``weight * tensor + (1 - weight) * tensor[partner]``."""
+    return torch.lerp(tensor[partner], tensor, weight)

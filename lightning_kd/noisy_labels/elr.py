@@ -1,0 +1,253 @@
+"""Early-learning regularization: ELR, and ELR+ with two networks, averaged weights and MixUp.
+
+Sheng Liu, Jonathan Niles-Weed, Narges Razavian, Carlos Fernandez-Granda. Early-Learning Regularization Prevents
+Memorization of Noisy Labels. NeurIPS 2020, arXiv 2007.00151.
+"""
+
+from __future__ import annotations
+
+import math
+import warnings
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from typing_extensions import Self
+
+from lightning_kd.core.averaging import averaged_copy, update_average
+from lightning_kd.core.batch import Batch
+from lightning_kd.core.losses import at_least_float32, check_positive
+from lightning_kd.core.memory import SampleMemory
+from lightning_kd.core.phases import Phase, PhaseBatch
+from lightning_kd.noisy_labels.base import SingleNetworkTask
+from lightning_kd.noisy_labels.mixup import draw_mix, mix
+from lightning_kd.noisy_labels.two_networks import TwoNetworkTask
+
+__all__ = ["ELR", "ELRPlus", "elr_regularizer"]
+
+
+def elr_regularizer(logits: Tensor, memory_rows: Tensor) -> Tensor:
+    """``log(1 - <t, p>)``, mean over the batch; never positive, and lower the better prediction and memory agree.
+
+    ``p`` is the softmax, clamped to [1e-4, 1 - 1e-4], which bounds the logarithm. Gradient through ``p`` only.
+
+    Args:
+        logits: ``[B, C]``; half precision is computed in float32, float64 stays.
+        memory_rows: ``t``, ``[B, C]``, what is remembered of each sample's predictions.
+
+    Returns:
+        Scalar.
+
+    Raises:
+        ValueError: for other shapes.
+
+    Source: arXiv 2007.00151, equation 6.
+    """
+    if logits.ndim != 2 or logits.shape != memory_rows.shape:
+        raise ValueError(
+            f"logits {tuple(logits.shape)} and memory_rows {tuple(memory_rows.shape)} must both be [B, C]: give the "
+            "rows of the batch's samples"
+        )
+    agreement = (memory_rows.detach() * _clamped(logits)).sum(1)
+    return (-agreement).log1p().mean()
+
+
+def _clamped(logits: Tensor) -> Tensor:
+    (logits,) = at_least_float32(logits)
+    return logits.softmax(1).clamp(1e-4, 1 - 1e-4)
+
+
+def _remember(memory: SampleMemory, index: Tensor, probabilities: Tensor, momentum: float) -> Tensor:
+    """Move the rows of ``index`` towards ``probabilities``, normalised, and return them: ``[B, C]``."""
+    seen = probabilities.detach()
+    rows = momentum * memory.rows[index] + (1 - momentum) * seen / seen.sum(1, keepdim=True)
+    memory.write(index, rows)
+    return memory.rows[index]
+
+
+def _check(momentum: float, weight: float) -> None:
+    if not 0 <= momentum < 1:
+        raise ValueError(f"momentum must be at least 0 and below 1, got {momentum}: 0.7 or 0.9 in the paper")
+    if not weight >= 0:
+        raise ValueError(f"weight must be 0 or more, got {weight}: 3 on CIFAR-10 and 7 on CIFAR-100 in the paper")
+
+
+def ramp(step: int, length: int) -> float:
+    """``exp(-5 (1 - step / length)^2)``, 1 from ``length`` on and where it is 0."""
+    return math.exp(-5 * (1 - min(step / length, 1.0)) ** 2) if length else 1.0
+
+
+class ELR(SingleNetworkTask):
+    """Early-learning regularization (Liu et al., NeurIPS 2020, arXiv 2007.00151), equations 6 and 9.
+
+    A memory holds the moving average of each sample's predictions: of what the network believed before it learned the
+    wrong labels by heart. It is updated before it is used, and the regularizer pulls the prediction towards it.
+
+    Several processes: a sample is on one process an epoch, and memories are put together at its end.
+
+    Args:
+        network: see ``SingleNetworkTask``.
+        num_classes: see ``Task``.
+        input_shape: see ``Task``.
+        momentum: what stays of the memory at each visit (beta in the paper), at least 0 and below 1: 0.7 on CIFAR-10
+            with symmetric noise, 0.9 with asymmetric noise and on CIFAR-100.
+        weight: of the regularizer (lambda): 3, 1 and 7 in these cases.
+        kwargs: ``weights`` of ``SingleNetworkTask``; ``optimizer``, ``lr_scheduler``, ``lr_interval``,
+            ``channels_last``, ``compile`` of ``Task``.
+    """
+
+    def __init__(
+        self,
+        network: str | nn.Module,
+        num_classes: int,
+        input_shape: Sequence[int] = (3, 32, 32),
+        momentum: float = 0.7,
+        weight: float = 3.0,
+        **kwargs: Any,
+    ) -> None:
+        super().__init__(network, num_classes, input_shape, **kwargs)
+        _check(momentum, weight)
+        self.momentum, self.weight = momentum, weight
+        self.memory = self.remember("predictions", (num_classes,))
+
+    def noisy_loss(self, logits: Tensor, batch: Batch) -> dict[str, Tensor]:
+        rows = _remember(self.memory, self.index_of(batch), _clamped(logits), self.momentum)
+        return {"ce": F.cross_entropy(logits, batch.target), "elr": self.weight * elr_regularizer(logits, rows)}
+
+
+class ELRPlus(TwoNetworkTask):
+    """ELR+ (Liu et al., NeurIPS 2020, arXiv 2007.00151): two networks, averaged copies of both, and MixUp.
+
+    In each epoch network 1 and then network 2 passes over the whole training set in an order of its own. A step of
+    network ``k`` puts the unmixed images through the averaged copy of the other network (eval mode, no gradient) and
+    updates the memory of ``k`` with the result; network ``k`` learns from mixed images, labels and memory rows. Its
+    copy follows after each step: weights by a moving average whose rate rises from near 0 to ``average_rate`` over
+    ``average_steps`` steps, running statistics of batch normalisation as they are.
+
+    Predictions: mean of the logits of network 1 and of the averaged copy of network 2. The verdict logged each epoch
+    is by the averaged copies, on the augmented training images.
+
+    Several processes: mixing is drawn for each process; memories are put together at the end of each epoch.
+
+    Args:
+        network: see ``TwoNetworkTask``.
+        num_classes: see ``Task``.
+        input_shape: see ``Task``.
+        momentum: see ``ELR``: 0.7 on CIFAR-10, 0.9 on CIFAR-100.
+        weight: see ``ELR``: 3 on CIFAR-10, 7 on CIFAR-100.
+        ramp_steps: steps of a network over which the regularizer rises; 0 for all of it at once, 40000 on CIFAR-100.
+        refine_labels: multiply the mixed labels by the mixed memory rows and normalise them: on CIFAR-100.
+        mixup_alpha: both parameters of the Beta distribution of the mixing weight, above 0.
+        average_rate: what stays of the averaged copy at each step in the end, at least 0 and below 1.
+        average_steps: steps of a network over which that rate rises; 0 for all of it at once.
+        kwargs: ``gradient_clip_val`` of ``TwoNetworkTask``; ``optimizer``, ``lr_scheduler``, ``lr_interval``,
+            ``channels_last``, ``compile`` of ``Task``.
+    """
+
+    def __init__(
+        self,
+        network: str | nn.Module,
+        num_classes: int,
+        input_shape: Sequence[int] = (3, 32, 32),
+        momentum: float = 0.7,
+        weight: float = 3.0,
+        ramp_steps: int = 0,
+        refine_labels: bool = False,
+        mixup_alpha: float = 1.0,
+        average_rate: float = 0.997,
+        average_steps: int = 40000,
+        **kwargs: Any,
+    ) -> None:
+        super().__init__(network, num_classes, input_shape, **kwargs)
+        _check(momentum, weight)
+        check_positive(mixup_alpha=mixup_alpha)
+        for name, steps in (("ramp_steps", ramp_steps), ("average_steps", average_steps)):
+            if steps < 0:
+                raise ValueError(f"{name} must be at least 0, got {steps}: give a number of steps, 0 for no ramp")
+        if not 0 <= average_rate < 1:
+            raise ValueError(f"average_rate must be at least 0 and below 1, got {average_rate}: 0.997 in the paper")
+        self.momentum, self.weight, self.ramp_steps = momentum, weight, ramp_steps
+        self.refine_labels, self.mixup_alpha = refine_labels, mixup_alpha
+        self.average_rate, self.average_steps = average_rate, average_steps
+        self.averages = nn.ModuleList(averaged_copy(net) for net in self.networks).eval()
+        for k in range(2):  # not one of two columns: a sample's two passes may be on two processes
+            self.remember(f"predictions_{k + 1}", (num_classes,))
+        self.steps_done = [0, 0]
+
+    def train(self, mode: bool = True) -> Self:
+        super().train(mode)
+        self.averages.eval()
+        return self
+
+    def setup(self, stage: str) -> None:
+        super().setup(stage)
+        resting = sum(1 for _ in self.averages.modules())
+        if stage == "fit" and resting == sum(not module.training for module in self.modules()):
+            warnings.filterwarnings("ignore", f"Found {resting} module\\(s\\) in eval mode")
+
+    # -- answers -----------------------------------------------------------------------------------------------------
+
+    def averaged_logits(self, k: int, image: Tensor) -> Tensor:
+        """Logits ``[B, C]`` of the averaged copy of network ``k``, float32 or wider."""
+        (logits,) = at_least_float32(self.averages[k](self.format_image(image)))
+        return logits
+
+    def forward(self, image: Tensor) -> Tensor:
+        """The mean of the logits of network 1 and of the averaged copy of network 2, ``[B, C]``."""
+        return (self.logits_of(0, image) + self.averaged_logits(1, image)) / 2
+
+    def answer(self, image: Tensor) -> tuple[Tensor, Tensor]:
+        logits = self(image)
+        return logits, self.probabilities(logits)
+
+    def exports(self) -> dict[str, nn.Module]:
+        averages = {f"network_{k + 1}_averaged": average for k, average in enumerate(self.averages)}
+        return {**super().exports(), **averages}
+
+    # -- training ----------------------------------------------------------------------------------------------------
+
+    def phases(self, data: Any) -> list[Phase]:
+        return [
+            Phase(
+                k, data.loader("train", shuffle=True, augment=True, batch_size=data.batch_size, stream=f"network_{k}")
+            )
+            for k in range(2)
+        ]
+
+    def on_train_epoch_start(self) -> None:
+        super().on_train_epoch_start()
+        self._draws = [self.generator("mix", k) for k in range(2)]
+
+    def network_step(self, k: int, batch: PhaseBatch) -> tuple[dict[str, Tensor], Tensor, Tensor]:
+        labelled = batch.labelled
+        image, target = labelled.image, labelled.target
+        with torch.no_grad():
+            other = self.averaged_logits(1 - k, image)
+            self.note(labelled, other, 1 - k)
+            memory = self.memories[f"predictions_{k + 1}"]
+            rows = _remember(memory, self.index_of(labelled), other.softmax(1), self.momentum)
+            weight, partner = draw_mix(self._draws[k], self.mixup_alpha, len(target), target.device)
+            rows = mix(rows, partner, weight)
+            label = mix(F.one_hot(target, self.num_classes).to(rows.dtype), partner, weight)
+            if self.refine_labels:
+                label = label * rows.clamp_min(1e-12)  # or a label whose rows are all 0 would be lost
+                label = label / label.sum(1, keepdim=True)
+        logits = self.logits_of(k, mix(image, partner, weight))
+        regularizer = ramp(self.steps_done[k] + 1, self.ramp_steps) * self.weight * elr_regularizer(logits, rows)
+        return {"ce": F.cross_entropy(logits, label.to(logits.dtype)), "elr": regularizer}, logits, target
+
+    def optimize(self, k: int, terms: dict[str, Tensor], logits: Tensor, target: Tensor) -> None:
+        super().optimize(k, terms, logits, target)
+        self.steps_done[k] += 1
+        rate = self.average_rate * ramp(self.steps_done[k], self.average_steps)
+        update_average(self.averages[k], self.networks[k], rate)
+
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        super().on_save_checkpoint(checkpoint)
+        checkpoint["steps_done"] = list(self.steps_done)
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        super().on_load_checkpoint(checkpoint)
+        self.steps_done = list(checkpoint["steps_done"])

@@ -1,0 +1,126 @@
+"""Generalized cross-entropy, plain and truncated.
+
+Zhilu Zhang, Mert R. Sabuncu. Generalized Cross Entropy Loss for Training Deep Neural Networks with Noisy Labels.
+NeurIPS 2018, arXiv 1805.07836.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import Any
+
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from lightning_kd.core.batch import Batch
+from lightning_kd.core.losses import at_least_float32
+from lightning_kd.noisy_labels.base import SingleNetworkTask
+
+__all__ = ["GCE", "gce_loss"]
+
+
+def gce_loss(logits: Tensor, target: Tensor, q: float) -> Tensor:
+    """``(1 - p_y^q) / q``, mean over the batch: cross-entropy as ``q`` goes to 0, ``1 - p_y`` at ``q = 1``.
+
+    Its gradient is that of the cross-entropy times ``p_y^q``: the less a label is believed, the less it teaches.
+
+    Args:
+        logits: ``[B, C]``; half precision is computed in float32, float64 stays.
+        target: int64 ``[B]``.
+        q: above 0, at most 1.
+
+    Returns:
+        Scalar.
+
+    Raises:
+        ValueError: for ``q`` out of range.
+
+    Source: arXiv 1805.07836, equation 6.
+    """
+    return _gce_losses(logits, target, q).mean()
+
+
+def _gce_losses(logits: Tensor, target: Tensor, q: float) -> Tensor:
+    """``gce_loss`` of each sample, ``[B]``."""
+    if not 0 < q <= 1:
+        raise ValueError(f"q must be above 0 and at most 1, got {q}: 0.7 is usual, and 1 gives 1 - p_y")
+    (logits,) = at_least_float32(logits)
+    log_p = -F.cross_entropy(logits, target, reduction="none")
+    return -(q * log_p).expm1() / q  # from log p: a power of p has infinite slope where p is rounded to 0
+
+
+class GCE(SingleNetworkTask):
+    """Generalized cross-entropy (Zhang and Sabuncu, NeurIPS 2018, arXiv 1805.07836), equations 6 and 9.
+
+    With ``truncation=k`` every sample has an indicator ``w_i``, 1 at the start. At the start of epoch ``start_epoch``
+    and of every ``refresh_every``-th epoch after it, a pass over the training set (eval mode, no augmentation) sets it
+    to 1 where ``L_q(p_y) < L_q(k)``, else 0. The loss is the mean of ``w_i (L_q(p_y) - L_q(k))``, so it may be
+    negative, and a sample with ``w_i = 0`` teaches nothing. Indicators are kept in checkpoints.
+
+    Several processes: the pass is shared, and all have the same indicators.
+
+    Args:
+        network: see ``SingleNetworkTask``.
+        num_classes: see ``Task``.
+        input_shape: see ``Task``.
+        q: above 0, at most 1.
+        truncation: ``k``, above 0 and below 1; 0.5 in the paper. Default: the plain loss.
+        start_epoch: first epoch, counted from 0, with an indicator other than 1: 40 on CIFAR-10, 80 on CIFAR-100.
+        refresh_every: epochs between two passes.
+        kwargs: ``weights`` of ``SingleNetworkTask``; ``optimizer``, ``lr_scheduler``, ``lr_interval``,
+            ``channels_last``, ``compile`` of ``Task``.
+    """
+
+    def __init__(
+        self,
+        network: str | nn.Module,
+        num_classes: int,
+        input_shape: Sequence[int] = (3, 32, 32),
+        q: float = 0.7,
+        truncation: float | None = None,
+        start_epoch: int = 40,
+        refresh_every: int = 10,
+        **kwargs: Any,
+    ) -> None:
+        super().__init__(network, num_classes, input_shape, **kwargs)
+        if not 0 < q <= 1:
+            raise ValueError(f"q must be above 0 and at most 1, got {q}: 0.7 is usual, and 1 gives 1 - p_y")
+        if truncation is not None and not 0 < truncation < 1:
+            raise ValueError(f"truncation must be above 0 and below 1, got {truncation}: leave it out for none")
+        if start_epoch < 0:
+            raise ValueError(f"start_epoch must be at least 0, got {start_epoch}: epochs count from 0")
+        if refresh_every < 1:
+            raise ValueError(f"refresh_every must be at least 1, got {refresh_every}: give a whole number of epochs")
+        self.q, self.truncation = q, truncation
+        self.start_epoch, self.refresh_every = start_epoch, refresh_every
+        if truncation is not None:
+            self.bound = -math.expm1(q * math.log(truncation)) / q
+            self.kept = self.remember("kept", fill=1.0)
+
+    def noisy_loss(self, logits: Tensor, batch: Batch) -> Tensor:
+        losses = _gce_losses(logits, batch.target, self.q)
+        if self.truncation is None:
+            return losses.mean()
+        return (self.kept.rows[self.index_of(batch)] * (losses - self.bound)).mean()
+
+    def on_train_start(self) -> None:
+        super().on_train_start()
+        if self.truncation is not None:
+            _ = self.data  # that there is none should not show only at start_epoch
+
+    def on_train_epoch_start(self) -> None:
+        super().on_train_epoch_start()
+        since = self.current_epoch - self.start_epoch
+        if self.truncation is not None and since >= 0 and since % self.refresh_every == 0:
+            self.refresh()
+
+    def refresh(self) -> None:
+        """Set every sample's indicator by the network as it is; collective."""
+
+        def measure(batch: Batch) -> list[Tensor]:
+            return [_gce_losses(self(batch.image), batch.target, self.q)]
+
+        index, _, _, losses = self.over_training_set(measure)
+        device = self.kept.rows.device
+        self.kept.write(index.to(device), (losses < self.bound).to(device))

@@ -1,0 +1,104 @@
+"""MixUp: training on mixtures of two images and their labels.
+
+Hongyi Zhang, Moustapha Cisse, Yann N. Dauphin, David Lopez-Paz. mixup: Beyond Empirical Risk Minimization. ICLR 2018,
+arXiv 1710.09412.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from lightning_kd.core.batch import Batch, as_batch
+from lightning_kd.core.losses import at_least_float32, check_positive
+from lightning_kd.noisy_labels.base import SingleNetworkTask
+
+__all__ = ["Mixup", "mixup_loss"]
+
+
+def mixup_loss(logits: Tensor, target: Tensor, partner_target: Tensor, weight: float) -> Tensor:
+    """``weight`` times the cross-entropy with ``target``, and the rest with ``partner_target``.
+
+    The same as the cross-entropy with the labels mixed in these parts.
+
+    Args:
+        logits: ``[B, C]`` of the mixed images; half precision is computed in float32, float64 stays.
+        target: int64 ``[B]``.
+        partner_target: int64 ``[B]``, labels of the images that were mixed in.
+        weight: share of the first images, in [0, 1].
+
+    Returns:
+        Scalar, mean over the batch.
+
+    Raises:
+        ValueError: for ``weight`` out of range.
+
+    Source: arXiv 1710.09412, equation 1.
+    """
+    if not 0 <= weight <= 1:
+        raise ValueError(f"weight must be in [0, 1], got {weight}: give the share of the first images")
+    (logits,) = at_least_float32(logits)
+    return weight * F.cross_entropy(logits, target) + (1 - weight) * F.cross_entropy(logits, partner_target)
+
+
+def draw_mix(
+    generator: np.random.Generator, alpha: float, count: int, device: torch.device | str = "cpu"
+) -> tuple[float, Tensor]:
+    """One mixing weight from Beta(alpha, alpha), taken to be at least 1/2, and a permutation of ``count`` partners.
+
+    To replace a weight by its complement swaps the two images of every pair, whose order is random anyway: a sum over
+    the batch has the same distribution, and the first image is always the dominant one.
+    """
+    weight = float(generator.beta(alpha, alpha))
+    return max(weight, 1 - weight), torch.from_numpy(generator.permutation(count)).to(device)
+
+
+def mix(tensor: Tensor, partner: Tensor, weight: float) -> Tensor:
+    """``weight * tensor + (1 - weight) * tensor[partner]``, over the first dimension."""
+    return torch.lerp(tensor[partner], tensor, weight)
+
+
+class Mixup(SingleNetworkTask):
+    """MixUp (Zhang et al., ICLR 2018, arXiv 1710.09412), equation 1, on the given labels.
+
+    One weight a batch. ``train/acc`` and the verdict of each epoch are about the dominant image of each pair.
+
+    Several processes: weight and partners are drawn for each process, within its own batch.
+
+    Args:
+        network: see ``SingleNetworkTask``.
+        num_classes: see ``Task``.
+        input_shape: see ``Task``.
+        alpha: both parameters of the Beta distribution of the weight, above 0.
+        kwargs: ``weights`` of ``SingleNetworkTask``; ``optimizer``, ``lr_scheduler``, ``lr_interval``,
+            ``channels_last``, ``compile`` of ``Task``.
+    """
+
+    def __init__(
+        self,
+        network: str | nn.Module,
+        num_classes: int,
+        input_shape: Sequence[int] = (3, 32, 32),
+        alpha: float = 1.0,
+        **kwargs: Any,
+    ) -> None:
+        super().__init__(network, num_classes, input_shape, **kwargs)
+        check_positive(alpha=alpha)
+        self.alpha = alpha
+
+    def on_train_epoch_start(self) -> None:
+        super().on_train_epoch_start()
+        self._draws = self.generator("mix")
+
+    def training_step(self, batch: Any, batch_idx: int) -> Tensor:
+        batch = as_batch(batch)
+        self._weight, self._partner = draw_mix(self._draws, self.alpha, len(batch.target), batch.target.device)
+        return super().training_step(batch._replace(image=mix(batch.image, self._partner, self._weight)), batch_idx)
+
+    def noisy_loss(self, logits: Tensor, batch: Batch) -> Tensor:
+        return mixup_loss(logits, batch.target, batch.target[self._partner], self._weight)

@@ -1,0 +1,103 @@
+"""Negative learning: each image is told a class that it is not.
+
+Youngdong Kim, Junho Yim, Juseung Yun, Junmo Kim. NLNL: Negative Learning for Noisy Labels. ICCV 2019, arXiv 1908.07387.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from lightning_kd.core import losses
+from lightning_kd.core.batch import Batch
+from lightning_kd.noisy_labels.base import SingleNetworkTask
+
+__all__ = ["NegativeLearning", "negative_learning_loss"]
+
+
+def negative_learning_loss(logits: Tensor, complementary_target: Tensor, eps: float = 1e-5) -> Tensor:
+    """``-log(1 - p_k)`` with ``1 - p_k`` clamped to at least ``eps``, mean over samples and complementary classes.
+
+    ``lightning_kd.core.losses.negative_learning_loss`` with the clamp of the paper's code: the loss is at most
+    ``-log(eps)``, and a sample beyond that has no gradient.
+
+    Args:
+        logits: ``[B, C]``; half precision is computed in float32, float64 stays.
+        complementary_target: int64 ``[B]``, or ``[B, M]`` for several classes of each sample, repeats counted.
+        eps: in [0, 1); 0 for the exact loss.
+
+    Returns:
+        Scalar.
+
+    Raises:
+        ValueError: for another shape or dtype, an empty batch, or ``eps`` out of range.
+
+    Source: arXiv 1908.07387, equation 2.
+    """
+    return losses.negative_learning_loss(logits, complementary_target, eps)
+
+
+class NegativeLearning(SingleNetworkTask):
+    """The first stage of NLNL (Kim et al., ICCV 2019, arXiv 1908.07387): negative learning alone.
+
+    In each step every image gets fresh complementary classes, uniform among those other than its given label and drawn
+    with replacement. A wrong label seldom makes such a class wrong. The selective stages and the pseudo-labels of the
+    paper are left out.
+
+    Several processes: complementary classes are drawn for each process.
+
+    Args:
+        network: see ``SingleNetworkTask``.
+        num_classes: see ``Task``.
+        input_shape: see ``Task``.
+        complementary_labels: classes drawn for each image: 1 with 10 classes, about 110 with 100.
+        balanced: weight each sample by (size of the largest class) / (size of its own), by given labels, as the paper's
+            code does. Needs a data module of this package.
+        eps: see ``negative_learning_loss``.
+        kwargs: ``weights`` of ``SingleNetworkTask``; ``optimizer``, ``lr_scheduler``, ``lr_interval``,
+            ``channels_last``, ``compile`` of ``Task``.
+    """
+
+    def __init__(
+        self,
+        network: str | nn.Module,
+        num_classes: int,
+        input_shape: Sequence[int] = (3, 32, 32),
+        complementary_labels: int = 1,
+        balanced: bool = True,
+        eps: float = 1e-5,
+        **kwargs: Any,
+    ) -> None:
+        super().__init__(network, num_classes, input_shape, **kwargs)
+        if complementary_labels < 1:
+            raise ValueError(f"complementary_labels must be at least 1, got {complementary_labels}: 1 is usual")
+        if not 0 <= eps < 1:
+            raise ValueError(f"eps must be in [0, 1), got {eps}: give 0 for no clamp")
+        self.complementary_labels, self.balanced, self.eps = complementary_labels, balanced, eps
+        self._class_weight: Tensor | None = None
+
+    def on_train_start(self) -> None:
+        super().on_train_start()
+        if self.balanced:
+            given = self.data.train_target[torch.from_numpy(self.data.train_indices)]
+            count = given.bincount(minlength=self.num_classes).clamp_min(1)  # an absent class is never looked up
+            self._class_weight = (count.max() / count).to(self.device, torch.float32)
+
+    def on_train_epoch_start(self) -> None:
+        super().on_train_epoch_start()
+        self._draws = self.generator("complementary")
+
+    def noisy_loss(self, logits: Tensor, batch: Batch) -> Tensor:
+        chosen = draw_complementary(batch.target, self.num_classes, self.complementary_labels, self._draws)
+        weight = None if self._class_weight is None else self._class_weight[batch.target]
+        return losses.negative_learning_loss(logits, chosen, self.eps, weight)
+
+
+def draw_complementary(target: Tensor, num_classes: int, count: int, generator: np.random.Generator) -> Tensor:
+    """``count`` classes for each sample that are not its label, uniform and with replacement: int64 ``[B, count]``."""
+    step = torch.from_numpy(generator.integers(1, num_classes, (len(target), count))).to(target.device)
+    return (target[:, None] + step) % num_classes

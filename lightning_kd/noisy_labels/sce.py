@@ -1,0 +1,93 @@
+"""Symmetric cross-entropy.
+
+Yisen Wang, Xingjun Ma, Zaiyi Chen, Yuan Luo, Jinfeng Yi, James Bailey. Symmetric Cross Entropy for Robust Learning
+with Noisy Labels. ICCV 2019, arXiv 1908.06112.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import Any
+
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from lightning_kd.core.batch import Batch
+from lightning_kd.core.losses import at_least_float32
+from lightning_kd.noisy_labels.base import SingleNetworkTask
+
+__all__ = ["SCE", "sce_loss"]
+
+LOG_ZERO = math.log(1e-4)
+
+
+def sce_loss(logits: Tensor, target: Tensor, alpha: float, beta: float, log_zero: float = LOG_ZERO) -> Tensor:
+    """``alpha`` times the cross-entropy plus ``beta`` times the reverse one, which swaps label and prediction.
+
+    The reverse cross-entropy is ``-log_zero`` times the probability outside the given label: at most ``-log_zero``
+    (up to rounding), so a wrong label has bounded influence on it. Probabilities are clamped to at least 1e-7, below
+    which they have no gradient.
+
+    Args:
+        logits: ``[B, C]``; half precision is computed in float32, float64 stays.
+        target: int64 ``[B]``.
+        alpha: weight of the cross-entropy, 0 or more.
+        beta: weight of the reverse cross-entropy, 0 or more.
+        log_zero: what the logarithm of a label's zeros is taken for (``A`` in the paper, where it is -4), below 0.
+            Default: ``ln 1e-4`` = -9.2103.
+
+    Returns:
+        Scalar, mean over the batch.
+
+    Raises:
+        ValueError: for a negative weight, and for ``log_zero`` that is not below 0.
+
+    Source: arXiv 1908.06112, equations 5 to 7.
+    """
+    _check(alpha, beta, log_zero)
+    (logits,) = at_least_float32(logits)
+    others = logits.softmax(1).clamp_min(1e-7).scatter(1, target[:, None], 0.0)
+    return alpha * F.cross_entropy(logits, target) - beta * log_zero * others.sum(1).mean()
+
+
+def _check(alpha: float, beta: float, log_zero: float) -> None:
+    for name, value in (("alpha", alpha), ("beta", beta)):
+        if not value >= 0:
+            raise ValueError(f"{name} must be 0 or more, got {value}: give the weight of a loss term")
+    if not log_zero < 0:
+        raise ValueError(f"log_zero must be below 0, got {log_zero}: -4 in the paper, ln 1e-4 by default")
+
+
+class SCE(SingleNetworkTask):
+    """Symmetric cross-entropy (Wang et al., ICCV 2019, arXiv 1908.06112), equation 7.
+
+    Several processes: nothing but gradients is shared.
+
+    Args:
+        network: see ``SingleNetworkTask``.
+        num_classes: see ``Task``.
+        input_shape: see ``Task``.
+        alpha: weight of the cross-entropy: 0.1 on CIFAR-10, 6 on CIFAR-100.
+        beta: weight of the reverse cross-entropy.
+        log_zero: see ``sce_loss``.
+        kwargs: ``weights`` of ``SingleNetworkTask``; ``optimizer``, ``lr_scheduler``, ``lr_interval``,
+            ``channels_last``, ``compile`` of ``Task``.
+    """
+
+    def __init__(
+        self,
+        network: str | nn.Module,
+        num_classes: int,
+        input_shape: Sequence[int] = (3, 32, 32),
+        alpha: float = 0.1,
+        beta: float = 1.0,
+        log_zero: float = LOG_ZERO,
+        **kwargs: Any,
+    ) -> None:
+        super().__init__(network, num_classes, input_shape, **kwargs)
+        _check(alpha, beta, log_zero)
+        self.alpha, self.beta, self.log_zero = alpha, beta, log_zero
+
+    def noisy_loss(self, logits: Tensor, batch: Batch) -> Tensor:
+        return sce_loss(logits, batch.target, self.alpha, self.beta, self.log_zero)

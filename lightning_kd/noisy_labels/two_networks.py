@@ -1,0 +1,198 @@
+"""The base of the methods that train two networks, which judge the labels for each other."""
+
+from __future__ import annotations
+
+import copy
+from abc import ABC
+from collections.abc import Iterator, Sequence
+from contextlib import nullcontext
+from itertools import chain
+from typing import Any
+
+import lightning as L
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from lightning_kd.core.phases import Phase, PhaseBatch, PhasedLoader
+from lightning_kd.noisy_labels.base import NoisyLabelTask
+
+__all__ = ["TwoNetworkTask"]
+
+
+class TwoNetworkTask(NoisyLabelTask, ABC):
+    """Two networks of one architecture with different starts, each with its own optimizer and scheduler.
+
+    In every epoch each network in turn makes a pass over its own stream (``phases``); a step trains one of them
+    (``network_step``). Predictions are by the sum of both networks' logits, probabilities the mean of theirs.
+
+    The optimization is manual: clip with ``gradient_clip_val`` here, not in the Trainer; accumulation is refused.
+    Schedulers step as ``lr_interval`` says, a network's own steps counting; precision plugins work as ever.
+
+    Several processes: batches are shared out, gradients are averaged over the processes after each backward pass
+    (also those that DDP would miss, as one network at a time is trained), the number of steps is the same on all.
+
+    Args:
+        network: a network's name, built twice, or an ``nn.Module`` that gives logits ``[B, C]``; its twin is a copy
+            with every layer initialised anew.
+        num_classes: see ``Task``.
+        input_shape: see ``Task``.
+        gradient_clip_val: largest norm of one network's gradient. Default: none.
+        kwargs: ``optimizer``, ``lr_scheduler``, ``lr_interval``, ``channels_last``, ``compile`` of ``Task``.
+    """
+
+    def __init__(
+        self,
+        network: str | nn.Module,
+        num_classes: int,
+        input_shape: Sequence[int] = (3, 32, 32),
+        gradient_clip_val: float | None = None,
+        **kwargs: Any,
+    ) -> None:
+        super().__init__(num_classes, input_shape, **kwargs)
+        if gradient_clip_val is not None and not gradient_clip_val > 0:
+            raise ValueError(f"gradient_clip_val must be above 0, got {gradient_clip_val}: leave it out for none")
+        self.automatic_optimization = False
+        self.gradient_clip_val = gradient_clip_val
+        first = self.build(network)
+        self.networks = nn.ModuleList([first, self.build(network if isinstance(network, str) else twin(network))])
+        self._active: int | None = None
+
+    def phases(self, data: Any) -> list[Phase]:
+        """What the networks are trained on in the current epoch, in this order."""
+        raise NotImplementedError(f"{type(self).__name__} says neither its phases nor its own train_loader")
+
+    def network_step(self, k: int, batch: PhaseBatch) -> tuple[dict[str, Tensor], Tensor, Tensor]:
+        """One step of network ``k``: its loss terms, its logits on some samples, and their targets."""
+        raise NotImplementedError(f"{type(self).__name__} has neither network_step nor a training_step of its own")
+
+    def parts(self, k: int) -> list[nn.Module]:
+        """The modules that are trained with network ``k``."""
+        return [self.networks[k]]
+
+    # -- answers -----------------------------------------------------------------------------------------------------
+
+    @property
+    def main_network(self) -> nn.Module:
+        return self.networks[0]
+
+    def exports(self) -> dict[str, nn.Module]:
+        return {f"network_{k + 1}": network for k, network in enumerate(self.networks)}
+
+    def logits_of(self, k: int, image: Tensor) -> Tensor:
+        """Logits ``[B, C]`` of network ``k``, float32 or wider."""
+        logits = self.networks[k](self.format_image(image))
+        if logits.ndim != 2 or logits.shape[1] != self.num_classes:
+            raise ValueError(f"network gives {list(logits.shape)}, expected [B, {self.num_classes}]: one logit a class")
+        return logits if logits.dtype == torch.float64 else logits.float()
+
+    def probabilities(self, logits: Tensor) -> Tensor:
+        """From one network's logits to probabilities, ``[B, C]``."""
+        return logits.softmax(1)
+
+    def forward(self, image: Tensor) -> Tensor:
+        """The sum of both networks' logits, ``[B, C]``."""
+        return self.logits_of(0, image) + self.logits_of(1, image)
+
+    def answer(self, image: Tensor) -> tuple[Tensor, Tensor]:
+        first, second = (self.logits_of(k, image) for k in range(2))
+        return first + second, (self.probabilities(first) + self.probabilities(second)) / 2
+
+    # -- optimization ------------------------------------------------------------------------------------------------
+
+    def configure_callbacks(self) -> list[L.Callback]:
+        trainer: Any = self.trainer
+        if trainer.state.fn == "fit":  # before Lightning's own check, which does not say what to do
+            if trainer.gradient_clip_val:
+                raise ValueError(
+                    f"{type(self).__name__} clips each network by itself, got Trainer gradient_clip_val="
+                    f"{trainer.gradient_clip_val}: set model.gradient_clip_val instead"
+                )
+            if trainer.accumulate_grad_batches != 1:
+                raise ValueError(
+                    f"{type(self).__name__} cannot accumulate gradients, got accumulate_grad_batches="
+                    f"{trainer.accumulate_grad_batches}: raise data.batch_size instead"
+                )
+        return super().configure_callbacks()
+
+    def configure_optimizers(self) -> Any:
+        configured = []
+        for k in range(2):
+            parameters = [p for part in self.parts(k) for p in part.parameters() if p.requires_grad]
+            configured.append(self.optimizer_and_scheduler(parameters))
+        return configured
+
+    def setup(self, stage: str) -> None:
+        super().setup(stage)
+        if stage == "fit":
+            for memory in self.memories.values():  # the streams of the first epoch ask for them
+                memory.allocate(len(self.data.train_target), self.trainer.strategy.root_device)
+            self.trainer.reload_dataloaders_every_n_epochs = 1  # type: ignore[attr-defined]  # streams change
+
+    def train_loader(self, data: Any) -> Any:
+        return PhasedLoader(self.phases(data))
+
+    def on_train_epoch_start(self) -> None:
+        super().on_train_epoch_start()
+        self._active = None
+
+    def training_step(self, batch: PhaseBatch, batch_idx: int) -> None:
+        k = batch.network
+        if self._active != k:
+            self._active = k
+            for other in range(2):
+                for part in self.parts(other):
+                    part.train(other == k)
+        self.optimize(k, *self.network_step(k, batch))
+
+    def optimize(self, k: int, terms: dict[str, Tensor], logits: Tensor, target: Tensor) -> None:
+        """One step of network ``k`` down the sum of ``terms``."""
+        optimizer: Any = self.optimizers()[k]  # type: ignore[index]
+        optimizer.zero_grad()
+        loss = self.step_loss(terms, logits, target)
+        parallel: Any = getattr(self.trainer.strategy, "model", None)
+        unsynchronised = parallel.no_sync if dist.is_initialized() and hasattr(parallel, "no_sync") else nullcontext
+        with unsynchronised():  # DDP waits for every parameter, but one network rests
+            self.manual_backward(loss)
+        _average_gradients(p for part in self.parts(k) for p in part.parameters())
+        optimizer.step()
+        if self.lr_interval == "step":
+            self._scheduler_step(k)
+
+    def on_before_optimizer_step(self, optimizer: torch.optim.Optimizer) -> None:
+        if self.gradient_clip_val is not None:  # here gradients are unscaled, whatever the precision
+            parameters = chain.from_iterable(group["params"] for group in optimizer.param_groups)
+            torch.nn.utils.clip_grad_norm_(parameters, self.gradient_clip_val)
+
+    def on_train_epoch_end(self) -> None:
+        super().on_train_epoch_end()
+        if self.lr_interval == "epoch":
+            for k in range(2):
+                self._scheduler_step(k)
+
+    def _scheduler_step(self, k: int) -> None:
+        schedulers: Any = self.lr_schedulers()
+        if schedulers:
+            schedulers[k].step()
+
+
+def twin(network: nn.Module) -> nn.Module:
+    """A copy of a network with every layer that knows how to initialised anew."""
+    other = copy.deepcopy(network)
+    for module in other.modules():
+        reset = getattr(module, "reset_parameters", None)
+        if callable(reset):
+            reset()
+    return other
+
+
+def _average_gradients(parameters: Iterator[nn.Parameter]) -> None:
+    """The mean of each gradient over all processes; a parameter without gradient on this one stays so."""
+    if not dist.is_initialized() or dist.get_world_size() == 1:
+        return
+    gradients = [p.grad for p in parameters if p.grad is not None]
+    joint = torch.cat([g.flatten() for g in gradients])
+    dist.all_reduce(joint)
+    joint /= dist.get_world_size()
+    for gradient, part in zip(gradients, joint.split([g.numel() for g in gradients]), strict=True):
+        gradient.copy_(part.view_as(gradient))

@@ -1,0 +1,361 @@
+"""DivideMix and DPC as tasks: the split, the step, the fall-backs, resume, two processes."""
+
+import warnings
+from itertools import pairwise
+
+import lightning as L
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+
+from lightning_kd.core.batch import Batch
+from lightning_kd.core.phases import Phase, PhasedLoader
+from lightning_kd.data import DigitsDataModule, SymmetricNoise
+from lightning_kd.noisy_labels import DPC, DivideMix, linear_ramp, prior_penalty, sharpen
+from lightning_kd.noisy_labels.dpc import calibrated_softmax, dirichlet_kl, dirichlet_nll
+from tests.two_processes import on_two_ranks
+
+METHODS = [DivideMix, DPC]
+
+
+def data_module(**kwargs):
+    return DigitsDataModule(
+        **{"fake": True, "batch_size": 32, "val_fraction": 0.0, "noise": SymmetricNoise(0.4, "exclusive"), **kwargs}
+    )
+
+
+def task_of(method, **kwargs):
+    arguments = {"warmup_epochs": 1, "lambda_u": 5.0, "ramp_epochs": 2.0, "channels_last": False, **kwargs}
+    if method is DPC:
+        arguments.setdefault("head_width", 16)
+    return method("cnn_tiny", 10, (1, 8, 8), **arguments)
+
+
+def trainer_of(**kwargs):
+    quiet = {"logger": False, "enable_progress_bar": False, "enable_model_summary": False, "accelerator": "cpu"}
+    return L.Trainer(**{**quiet, "enable_checkpointing": False, "max_epochs": 2, **kwargs})
+
+
+def fitted(method, epochs=2, data=None, seed=0, trainer=None, **kwargs):
+    L.seed_everything(seed, verbose=False)
+    task = task_of(method, **kwargs)
+    trainer = trainer or trainer_of(max_epochs=epochs)
+    trainer.fit(task, datamodule=data or data_module())
+    return task, trainer
+
+
+# -- functions -------------------------------------------------------------------------------------------------------
+
+
+def test_sharpen():
+    p = torch.tensor([[0.5, 0.3, 0.2]], dtype=torch.float64)
+    expected = torch.tensor([[0.657895, 0.236842, 0.105263]], dtype=torch.float64)
+    torch.testing.assert_close(sharpen(p, 0.5), expected, atol=1e-6, rtol=0)
+    torch.testing.assert_close(sharpen(p, 1.0), p)
+    assert sharpen(torch.tensor([[1.0, 0.0]]), 0.1).tolist() == [[1.0, 0.0]]
+
+
+def test_prior_penalty():
+    assert prior_penalty(torch.eye(4)).item() == pytest.approx(0, abs=1e-7)
+    p = torch.tensor([[0.7, 0.1, 0.2]], dtype=torch.float64)
+    expected = sum(1 / 3 * np.log(1 / 3 / q) for q in (0.7, 0.1, 0.2))
+    assert prior_penalty(p).item() == pytest.approx(expected)
+    assert prior_penalty(torch.tensor([[1.0, 0.0]])).isfinite()
+
+
+def test_ramp():
+    values = [25 * linear_ramp(t, 10, 16) for t in (3, 10, 10.25, 14, 18, 26, 40)]
+    assert values == [0, 0, 0.390625, 6.25, 12.5, 25, 25]
+    assert linear_ramp(10, 10, 0) == 1.0
+
+
+def test_phased_loader_cycles_the_unlabelled_stream():
+    class Loader(list):
+        epoch = None
+
+        def set_epoch(self, epoch):
+            self.epoch = epoch
+
+    first, second, other = Loader("abcd"), Loader("xy"), Loader("12")
+    loader = PhasedLoader([Phase(0, first, other), Phase(1, second)])
+    assert len(loader) == 6
+    loader.set_epoch(3)
+    assert (first.epoch, second.epoch, other.epoch) == (3, 3, 3)
+    assert [tuple(b) for b in loader] == [
+        (0, "a", "1", 0.0),
+        (0, "b", "2", 0.25),
+        (0, "c", "1", 0.5),
+        (0, "d", "2", 0.75),
+        (1, "x", None, 0.0),
+        (1, "y", None, 0.5),
+    ]
+
+
+# -- one step --------------------------------------------------------------------------------------------------------
+
+
+class Fixed:
+    """Stands for the generator of the mixing: weight 0.8, partners in reverse order."""
+
+    def beta(self, a, b):
+        return 0.2
+
+    def permutation(self, count):
+        return np.arange(count)[::-1].copy()
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_step_against_a_plain_form(method):
+    """In eval mode (no dropout, no batch statistics), with every part written out again."""
+    torch.manual_seed(0)
+    task = task_of(method).double().eval()
+    task._mixing = [Fixed(), Fixed()]
+    images = torch.randn(4, 6, 1, 8, 8, dtype=torch.float64)
+    target = torch.randint(0, 10, (6,))
+    task.clean.allocate(20, torch.device("cpu"))
+    task.clean.rows[:, 0] = torch.linspace(0, 1, 20)
+    index = torch.arange(6) + 7
+    labelled = Batch((images[0], images[1]), target, index, {})
+    unlabelled = Batch((images[2], images[3]), target, index, {})
+    terms, logits, shown = task.semi_supervised_step(1, labelled, unlabelled, 2.0)
+
+    probability = (lambda z: z.softmax(1)) if method is DivideMix else (lambda z: calibrated_softmax(z, 1.0))
+    p = [[probability(net(x)) for x in images] for net in task.networks]
+    guess = ((p[0][2] + p[0][3] + p[1][2] + p[1][3]) / 4).square()
+    guess = guess / guess.sum(1, keepdim=True)
+    w = torch.linspace(0, 1, 20)[index].double()[:, None]
+    refined = (w * F.one_hot(target, 10) + (1 - w) * (p[1][0] + p[1][1]) / 2).square()
+    refined = refined / refined.sum(1, keepdim=True)
+    all_targets = torch.cat([refined, refined, guess, guess])
+    all_images = images.flatten(0, 1)
+    mixed_image = 0.8 * all_images + 0.2 * all_images.flip(0)
+    mixed_target = 0.8 * all_targets + 0.2 * all_targets.flip(0)
+    z = task.networks[1](mixed_image)
+    torch.testing.assert_close(logits, z[:12])
+    assert shown.tolist() == all_targets[:12].argmax(1).tolist()
+    if method is DivideMix:
+        torch.testing.assert_close(terms["x"], F.cross_entropy(z[:12], mixed_target[:12]))
+        second = z.softmax(1)
+    else:
+        a, b = all_targets.argmax(1)[:12], all_targets.flip(0).argmax(1)[:12]
+        nll = 0.8 * dirichlet_nll(z[:12], a, 1.0) + 0.2 * dirichlet_nll(z[:12], b, 1.0)
+        kl = 0.8 * dirichlet_kl(z[:12], a, 1.0) + 0.2 * dirichlet_kl(z[:12], b, 1.0)
+        torch.testing.assert_close(terms["nll"], nll.mean())
+        torch.testing.assert_close(terms["kl"], 0.05 * kl.mean())
+        feature = []
+        task.networks[1].fc.register_forward_pre_hook(lambda m, x: feature.append(x[0]))
+        task.networks[1](mixed_image)
+        second = calibrated_softmax(task.heads[1](feature[0]), 1.0)
+    weight = 5.0 * 0.5  # half-way up the ramp of 2 epochs that starts after epoch 1
+    torch.testing.assert_close(terms["u"], weight * F.mse_loss(second[12:], mixed_target[12:]))
+    mean = probability(z).mean(0)
+    torch.testing.assert_close(terms["prior"], (0.1 * torch.log(0.1 / mean)).sum())
+    assert sum(terms.values()).isfinite()
+
+
+def test_head_2_learns_only_from_the_unsupervised_loss():
+    torch.manual_seed(0)
+    index = torch.arange(4)
+    image = torch.randn(4, 4, 1, 8, 8)
+    batch = Batch((image[0], image[1]), torch.tensor([0, 1, 2, 3]), index, {})
+    gradients = {}
+    task = task_of(DPC)
+    for weight in (0.0, 5.0):
+        task.lambda_u = weight
+        task.eval()
+        task.zero_grad()
+        task._mixing = [Fixed(), Fixed()]
+        task.clean.allocate(4, torch.device("cpu"))
+        terms, _, _ = task.semi_supervised_step(0, batch, batch, 9.0)
+        torch.stack([v for k, v in terms.items() if k != "u"]).sum().backward(retain_graph=weight > 0)
+        assert all(p.grad is None for p in task.heads.parameters())
+        gradients[weight] = task.networks[0].fc.weight.grad.clone()
+        if weight:
+            terms["u"].backward()
+            assert all(p.grad is not None for p in task.heads[0].parameters())
+            torch.testing.assert_close(task.networks[0].fc.weight.grad, gradients[weight])  # head 1 has no part in it
+    torch.testing.assert_close(gradients[0.0], gradients[5.0])
+
+
+# -- training --------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_fit_logs_and_writes_the_verdict(method, tmp_path):
+    data = data_module()
+    task, trainer = fitted(method, 3, data)
+    logged = {k.removeprefix("train/"): float(v) for k, v in trainer.callback_metrics.items()}
+    names = {"loss", "acc", "clean_fraction", "clean_precision", "clean_recall", "clean_auc", "pure_ratio"}
+    names |= {"memorised_wrong", "fitted_clean", "mixture_mean_low", "mixture_mean_high", "loss_u", "loss_prior"}
+    assert names <= logged.keys()
+    assert logged["clean_auc"] > 0.8
+    task.write_results(tmp_path)
+    lines = (tmp_path / "noisy_labels.csv").read_text().splitlines()
+    assert lines[0] == "index,given,predicted,clean_probability,margin"
+    rows = np.array([[float(v) for v in line.split(",")] for line in lines[1:]])
+    assert sorted(rows[:, 0]) == data.train_indices.tolist()
+    assert (np.diff(rows[:, 3]) >= -1e-6).all()  # most probably wrong first
+    given = data.train_target.numpy()[rows[:, 0].astype(int)]
+    assert (rows[:, 1] == given).all()
+    wrong = given != data.train_clean.numpy()[rows[:, 0].astype(int)]
+    assert wrong[: len(wrong) // 4].mean() > wrong[-len(wrong) // 4 :].mean() + 0.3
+    scores = task.label_scores()
+    assert 0 <= float(scores.score.min()) <= float(scores.score.max()) <= 1
+
+
+def test_each_network_uses_the_split_of_the_other():
+    data = data_module()
+    task = task_of(DPC)
+    trainer = trainer_of(max_epochs=1)
+    trainer.fit(task, datamodule=data)
+    task.clean.rows[:, 0], task.clean.rows[:, 1] = 0.9, 0.1
+    task.clean.rows[data.train_indices[:80], 0] = 0.2  # as network 1 sees them
+    task.clean.rows[data.train_indices[:50], 1] = 0.7
+    first, second = task.phases(data)
+    assert sorted(first.labelled.sampler.indices) == data.train_indices[:50].tolist()
+    assert sorted(second.unlabelled.sampler.indices) == data.train_indices[:80].tolist()
+
+
+@pytest.mark.parametrize(
+    ("low", "clean", "unlabelled"), [(0.0, 0, False), (1.0, 256, False), (0.0, 1, False), (0.0, 5, True)]
+)
+def test_degenerate_splits_fall_back(low, clean, unlabelled):
+    data = data_module(noise=None)
+    task = task_of(DivideMix)
+    trainer = trainer_of(max_epochs=1)
+    trainer.fit(task, datamodule=data)
+    task.clean.rows.fill_(low)
+    task.clean.rows[data.train_indices[:clean]] = 1.0
+    phases = task.phases(data)
+    assert [phase.unlabelled is not None for phase in phases] == [unlabelled] * 2
+    assert all(len(phase.labelled) >= 1 for phase in phases)
+    state = task.clean.state_dict()
+    trainer = trainer_of(max_epochs=2)
+    task.on_train_start = lambda: task.clean.load_state_dict(state)  # nothing crashes on it, nothing is NaN
+    trainer.fit(task, datamodule=data)
+    assert task.clean.rows.isfinite().all()
+
+
+def test_strong_views_and_one_head():
+    task, trainer = fitted(DPC, 2, strong_weight=1.0, heads=1, split="margin")
+    assert "train/loss_strong" in trainer.callback_metrics
+    assert not task.heads
+    verdict = task._verdicts[0]
+    assert verdict.mixture is None
+    torch.testing.assert_close(verdict.clean_probability, verdict.score)
+
+
+def test_history_averages_the_scores():
+    task, _ = fitted(DivideMix, 3, loss_history=2)
+    rows = task.memories["scores"].rows[task._verdicts[0].index]
+    assert (rows >= 0).all()
+    torch.testing.assert_close(task._verdicts[1].score, rows[:, 1].double().mean(1), atol=1e-6, rtol=0)
+
+
+def test_partner_keeps_its_statistics():
+    task = task_of(DPC)
+    statistics = []
+
+    class Watch(L.Callback):
+        def on_train_batch_end(self, trainer, pl_module, outputs, batch, batch_idx):
+            statistics.append((batch.network, [net.layer1[1].running_mean.clone() for net in pl_module.networks]))
+
+    trainer_of(max_epochs=2, callbacks=[Watch()]).fit(task, datamodule=data_module())
+    for (before, old), (now, new) in pairwise(statistics):
+        if before == now:
+            assert (old[now] != new[now]).any()
+            assert (old[1 - now] == new[1 - now]).all()
+
+
+def test_refusals():
+    with pytest.raises(ValueError, match=r"model\.gradient_clip_val"):
+        trainer_of(gradient_clip_val=1.0).fit(task_of(DPC), datamodule=data_module())
+    with pytest.raises(ValueError, match=r"raise data\.batch_size"):
+        trainer_of(accumulate_grad_batches=2).fit(task_of(DPC), datamodule=data_module())
+    loader = [(torch.randn(4, 1, 8, 8), torch.arange(4))]
+    with pytest.raises(ValueError, match="data module"):
+        trainer_of().fit(task_of(DPC), loader)
+    for arguments in ({"warmup_epochs": 0}, {"threshold": 1.0}, {"clip": 0.5}, {"temperature": 0.0}, {"lambda_u": -1}):
+        with pytest.raises(ValueError, match=next(iter(arguments))):
+            task_of(DPC, **arguments)
+    for arguments in ({"split": "x"}, {"heads": 3}, {"gamma": 0.0}, {"beta": -1.0}):
+        with pytest.raises(ValueError, match=next(iter(arguments))):
+            task_of(DPC, **arguments)
+
+
+def test_clipping_bounds_the_step():
+    moved = []
+    for clip in (None, 1e-3):
+        L.seed_everything(0, verbose=False)
+        task = task_of(DPC, gradient_clip_val=clip, optimizer=lambda p: torch.optim.SGD(p, lr=1.0))
+        before = [p.detach().clone() for p in task.parameters()]
+        trainer_of(max_epochs=1, limit_train_batches=1).fit(task, datamodule=data_module())
+        change = [(p.detach() - q).square().sum() for p, q in zip(task.parameters(), before, strict=True)]
+        moved.append(float(torch.stack(change).sum().sqrt()))
+    assert moved[0] > 0.01
+    assert moved[1] == pytest.approx(1e-3, rel=1e-3)
+
+
+@pytest.mark.parametrize("precision", ["bf16-mixed", "64-true"])
+def test_other_precisions(precision):
+    _, trainer = fitted(DPC, 2, trainer=trainer_of(precision=precision))
+    assert torch.isfinite(trainer.callback_metrics["train/loss"])
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_resume_is_exact(method, tmp_path):
+    def run(epochs, folder, resume=None):
+        L.seed_everything(1, verbose=False)
+        task = task_of(method, lr_scheduler=lambda o: torch.optim.lr_scheduler.StepLR(o, 2, 0.5))
+        trainer = trainer_of(max_epochs=epochs)
+        trainer.fit(task, datamodule=data_module(augment=True), ckpt_path=resume, weights_only=True)
+        trainer.save_checkpoint(folder / "end.ckpt")
+        return task
+
+    whole = run(4, tmp_path)
+    run(2, tmp_path)
+    torch.manual_seed(99)
+    again = run(4, tmp_path, tmp_path / "end.ckpt")
+    assert torch.load(tmp_path / "end.ckpt", weights_only=True)["epoch"] == 4
+    for a, b in zip(whole.state_dict().values(), again.state_dict().values(), strict=True):
+        assert torch.equal(a, b)
+    assert torch.equal(whole.clean.rows, again.clean.rows)
+    for a, b in zip(whole.optimizers(), again.optimizers(), strict=True):
+        assert a.param_groups[0]["lr"] == b.param_groups[0]["lr"] == 0.0125
+
+
+def _split_on_two(state):
+    warnings.simplefilter("ignore")
+    L.seed_everything(0, verbose=False)
+    task = task_of(DPC)
+    task.load_state_dict(state)
+    trainer = trainer_of(max_epochs=1, strategy="ddp", devices=2, limit_train_batches=1)
+    task.optimize = lambda *args: None  # the weights stay as they are
+    for network in task.networks:
+        network.eval()
+        network.train = lambda mode=True: None
+    trainer.fit(task, datamodule=data_module())
+    return task.clean.rows.tolist()
+
+
+def _train_on_two():
+    warnings.simplefilter("ignore")
+    L.seed_everything(0, verbose=False)
+    task = task_of(DPC)
+    trainer = trainer_of(max_epochs=3, strategy="ddp", devices=2)
+    trainer.fit(task, datamodule=data_module(batch_size=16))
+    return trainer.global_step, [p.double().sum().item() for p in task.parameters()], task.clean.rows.tolist()
+
+
+def test_two_processes_make_the_split_of_one():
+    task, _ = fitted(DPC, 1)
+    state = {name: value.clone() for name, value in task.state_dict().items()}
+    ranks = on_two_ranks(_split_on_two, state)
+    assert ranks[0] == ranks[1]
+    torch.testing.assert_close(torch.tensor(ranks[0]), task.clean.rows, atol=1e-5, rtol=0)
+
+
+def test_two_processes_stay_together():
+    first, second = on_two_ranks(_train_on_two)
+    assert first == second
