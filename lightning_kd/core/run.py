@@ -69,8 +69,9 @@ class RunFolder:
 
     def clear(self) -> None:
         """Remove what an earlier fit left: checkpoints, exported networks (``*.pt``), metrics, predictions, labels."""
-        shutil.rmtree(self.path / "checkpoints", ignore_errors=True)
-        names = ("metrics.csv", "predictions.csv", "noise.npz", "traceback.txt")
+        for name in ("checkpoints", "pictures"):
+            shutil.rmtree(self.path / name, ignore_errors=True)
+        names = ("metrics.csv", "predictions.csv", "noisy_labels.csv", "wrong_labels.csv", "noise.npz", "traceback.txt")
         for path in [*self.path.glob("*.pt"), *(self.path / name for name in names)]:
             path.unlink(missing_ok=True)
 

@@ -94,7 +94,7 @@ class NoisyLabelTask(Task, ABC):
         """The batch's indices.
 
         Raises:
-            ValueError: if there are none, or one is out of range.
+            ValueError: if there are none.
         """
         if batch.index is None:
             raise ValueError(

@@ -15,7 +15,7 @@ import torch
 import torch.nn.functional as F
 from lightning.pytorch.callbacks import RichProgressBar
 from measure import Clock, Settings, Variant, compare, now
-from noisy import dpc, margins
+from noisy import dpc, margins, rows
 from plain import DualHeadLoop, PictureDataset, train_classifier
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
@@ -336,5 +336,6 @@ BENCHES = {
     "align": align,
     "margins": margins,
     "dpc": dpc,
+    "rows": rows,
     "cuda": cuda,
 }

@@ -12,10 +12,11 @@ from measure import Clock, Settings, Variant, compare, now
 from torch import Tensor
 
 from lightning_kd.core.batch import Batch
+from lightning_kd.core.memory import SampleMemory
 from lightning_kd.core.phases import Phase, PhasedLoader
 from lightning_kd.data import ArrayDataModule
 from lightning_kd.data.files import Arrays
-from lightning_kd.noisy_labels import DPC
+from lightning_kd.noisy_labels import DPC, update_rows
 
 
 class RandomImages(ArrayDataModule):
@@ -122,6 +123,28 @@ class BareStep:
         second = self.heads[0](self.taps[0].take())
         (F.cross_entropy(logits, labelled.target.repeat(4)) + second.square().mean()).backward()
         self.optimizer.step()
+
+
+def rows(settings: Settings) -> None:
+    """The update of BLDR's u and v for a batch, for training sets of several sizes."""
+    batch_size, classes, times = 256, 100, settings.size(200, 50)
+    variants = []
+    for count in (1_000, 50_000, 1_000_000):
+        memory = SampleMemory((classes,))
+        memory.allocate(count, torch.device("cpu"))
+        batches = torch.randint(0, count, (times, batch_size), generator=torch.Generator().manual_seed(0))
+
+        def turn(memory: SampleMemory = memory, batches: Tensor = batches) -> float:
+            with Clock() as clock:
+                for index in batches:
+                    leaf = memory.rows[index].requires_grad_()
+                    leaf.square().sum().backward()
+                    assert leaf.grad is not None
+                    update_rows(memory.rows, index, leaf.grad, 10.0)
+            return clock.seconds / times
+
+        variants.append(Variant(f"{count:,} samples", turn, "" if count == 1_000 else "about 1"))
+    compare(f"rows: u of a batch of {batch_size}, {classes} classes", variants, settings.rounds, show="us")
 
 
 def dpc(settings: Settings) -> None:

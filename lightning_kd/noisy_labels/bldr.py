@@ -1,0 +1,420 @@
+"""Bidirectional learning with dynamic sample reweighting (BLDR).
+
+Chen-Chen Zong, Zheng-Tao Cao, Hong-Tao Guo, Yun Du, Ming-Kun Xie, Shao-Yuan Li, Sheng-Jun Huang. Noise-Robust
+Bidirectional Learning with Dynamic Sample Reweighting. 2022, arXiv 2209.01334.
+"""
+
+from __future__ import annotations
+
+import csv
+import math
+from collections.abc import Sequence
+from io import StringIO
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
+from torch import Tensor, nn
+
+from lightning_kd.core.averaging import averaged_copy, update_average
+from lightning_kd.core.batch import Batch, as_batch
+from lightning_kd.core.distributed import gather_by_index
+from lightning_kd.core.losses import at_least_float32, check_positive
+from lightning_kd.core.run import write_text
+from lightning_kd.core.taps import penultimate_tap
+from lightning_kd.core.weights import load_weights
+from lightning_kd.metrics import selection_metrics
+from lightning_kd.noisy_labels._bidirectional import (
+    agreement_loss,
+    average_decay,
+    balance_loss,
+    complementary_loss,
+    consistency_loss,
+    corrected_cross_entropy,
+    corrected_probabilities,
+    exit_distillation_loss,
+    exit_feature_loss,
+    flag_wrong,
+    negative_loss,
+    positive_loss,
+    reweight,
+    separation_loss,
+    update_rows,
+)
+from lightning_kd.noisy_labels._exits import Exits, find_stages
+from lightning_kd.noisy_labels._scores import LabelScores, logit_margin
+from lightning_kd.noisy_labels.base import NoisyLabelTask
+
+__all__ = [
+    "BLDR",
+    "agreement_loss",
+    "average_decay",
+    "balance_loss",
+    "complementary_loss",
+    "consistency_loss",
+    "corrected_cross_entropy",
+    "corrected_probabilities",
+    "exit_distillation_loss",
+    "exit_feature_loss",
+    "find_stages",
+    "flag_wrong",
+    "negative_loss",
+    "positive_loss",
+    "reweight",
+    "separation_loss",
+    "update_rows",
+]
+
+
+class _Outputs(NamedTuple):
+    """Logits of both heads and of the exits, the pooled feature and those of the exits; first dimension the batch."""
+
+    positive: Tensor
+    negative: Tensor
+    exits: list[Tensor]
+    feature: Tensor
+    exit_features: list[Tensor]
+
+    def first(self, count: int) -> _Outputs:
+        """Those of the first ``count`` images."""
+        exits, features = ([t[:count] for t in ts] for ts in (self.exits, self.exit_features))
+        return _Outputs(self.positive[:count], self.negative[:count], exits, self.feature[:count], features)
+
+
+class BLDR(NoisyLabelTask):
+    """Noise-robust bidirectional learning with dynamic sample reweighting (Zong et al., arXiv 2209.01334).
+
+    One head learns the given labels, corrected by two trained numbers per sample and class (``u``, ``v``); a second one
+    on the same feature learns what a sample is *not*, which wrong labels hardly disturb. How much the second head
+    believes a given label weights the sample. Small classifiers on the earlier stages (exits) learn like the first
+    head, and from both. Each epoch's weights enter a moving average, which is what is evaluated: the mean of both
+    heads' probabilities. A batch is a weak and a strong view of each image.
+
+    Logged each epoch: ``train/rho`` (share of labels taken for wrong, which scales the loss that separates them), what
+    ``NoisyLabelTask`` logs, by the second head in the training steps, and, where clean labels are known,
+    ``train/wrong_precision``, ``wrong_recall`` and ``wrong_f1`` of the wrong labels found.
+
+    After ``fit`` the run folder holds ``noisy_labels.csv``, its clean probability that of the given label by the second
+    head (as trained, not averaged), and ``wrong_labels.csv``: index, given, probability and suggested label (the best
+    of the others by the averaged network) of those below ``detection_threshold``, the most certain first.
+    ``network.pt`` is the averaged network with its first head.
+
+    Several processes: gradients of ``u`` and ``v`` are those of the joint batch, their rows are exchanged at the end of
+    each epoch, weights and ``rho`` come from the probabilities of all. The mean prediction in the balance loss is that
+    of each process's batch. With accumulation ``u`` and ``v`` move with each batch.
+
+    Args:
+        network: a network's name (``lightning-kd list``) or any ``nn.Module`` with stages and a linear classifier on a
+            pooled feature. In the paper: ``resnet34``.
+        num_classes: see ``Task``.
+        input_shape: see ``Task``.
+        weights: checkpoint or ``state_dict`` file to start from. Default: train from scratch.
+        warmup_epochs: from the end of this epoch (counted from 0) on, samples are weighted. In the paper 20 for
+            CIFAR-10N and 40 for CIFAR-100N, the learning rate constant as long.
+        stages: module paths of the network's stages in order, the last one included; exits come after each but the
+            last. Default: found by name.
+        classifier: module path of the network's classifier. Default: its last ``nn.Linear``.
+        row_lr: learning rate of ``u`` and ``v``; plain gradient descent.
+        consistency_weight: of the loss between weak and strong view; with 0 there is no strong view.
+        balance_weight: of the loss that spreads the mean prediction over the classes.
+        separation_weight: of the loss that separates wrong labels, before ``rho^2``.
+        kd_weight: of the distillation to the exits.
+        feature_weight: of the squared difference of the exits' features, summed over the batch.
+        temperature: of the distillation.
+        agreement_weight: of the divergence between both heads. Default: 10 with 100 classes, else 0, as in the paper.
+        rho_threshold: probability below which a label counts for ``rho``.
+        detection_threshold: probability below which a label is reported as wrong.
+        reuse_forward: take what needs the weak views alone from the pass over both views: a third cheaper, with other
+            statistics of batch normalisation. The official code passes the weak views twice.
+        average_buffers: also average running statistics; ``False`` takes those of the last epoch, as the official code.
+        kwargs: ``optimizer``, ``lr_scheduler``, ``lr_interval``, ``channels_last``, ``compile`` of ``Task``.
+
+    Raises:
+        ValueError: for an argument out of its range, and a network without stages or classifier.
+    """
+
+    needs_index = True
+    rho: Tensor
+
+    def __init__(
+        self,
+        network: str | nn.Module,
+        num_classes: int,
+        input_shape: Sequence[int] = (3, 32, 32),
+        weights: str | None = None,
+        warmup_epochs: int = 20,
+        stages: list[str] | None = None,
+        classifier: str | None = None,
+        row_lr: float = 10.0,
+        consistency_weight: float = 0.9,
+        balance_weight: float = 0.1,
+        separation_weight: float = 50.0,
+        kd_weight: float = 0.1,
+        feature_weight: float = 1e-6,
+        temperature: float = 3.0,
+        agreement_weight: float | None = None,
+        rho_threshold: float = 0.3,
+        detection_threshold: float = 0.05,
+        reuse_forward: bool = False,
+        average_buffers: bool = True,
+        **kwargs: Any,
+    ) -> None:
+        super().__init__(num_classes, input_shape, **kwargs)
+        check_positive(temperature=temperature)
+        if agreement_weight is None:
+            agreement_weight = 10.0 if num_classes == 100 else 0.0
+        not_negative = {
+            "warmup_epochs": warmup_epochs,
+            "row_lr": row_lr,
+            "consistency_weight": consistency_weight,
+            "balance_weight": balance_weight,
+            "separation_weight": separation_weight,
+            "kd_weight": kd_weight,
+            "feature_weight": feature_weight,
+            "agreement_weight": agreement_weight,
+        }
+        for name, value in not_negative.items():
+            if not value >= 0:
+                raise ValueError(f"{name} must be at least 0, got {value}: give 0 to leave it out")
+        for name, value in (("rho_threshold", rho_threshold), ("detection_threshold", detection_threshold)):
+            if not 0 < value < 1:
+                raise ValueError(f"{name} must be between 0 and 1, got {value}: give a probability")
+        self.network = self.build(network)
+        if weights is not None:
+            load_weights(self.network, weights, num_classes)
+        self.warmup_epochs, self.row_lr, self.temperature = warmup_epochs, row_lr, temperature
+        self.consistency_weight, self.balance_weight = consistency_weight, balance_weight
+        self.separation_weight, self.agreement_weight = separation_weight, agreement_weight
+        self.kd_weight, self.feature_weight = kd_weight, feature_weight
+        self.rho_threshold, self.detection_threshold = rho_threshold, detection_threshold
+        self.reuse_forward, self.average_buffers = reuse_forward, average_buffers
+        self._feature, linear = penultimate_tap(self.network, classifier)
+        self.negative_head = nn.Linear(linear.in_features, num_classes)
+        # copied before there are exits: only training needs them, and their taps hold on to large maps
+        self.average = averaged_copy(self._parts())
+        self.exits = Exits(self.network, linear.in_features, num_classes, input_shape, stages)
+        if self.channels_last:
+            self.exits.to(memory_format=torch.channels_last)
+        self.register_buffer("rho", torch.tensor(0.1))
+        for name in ("u", "v"):
+            self.remember(name, (num_classes,))
+        self.remember("weight", fill=1.0)
+        self._used: tuple[Tensor, Tensor, Tensor] | None = None
+        self._epoch: list[tuple[Tensor, ...]] = []
+        self._averaged = self._checked = False
+        self._suggested = torch.empty(0)
+
+    def _parts(self) -> nn.ModuleDict:
+        return nn.ModuleDict({"network": self.network, "negative_head": self.negative_head})
+
+    # -- answers -----------------------------------------------------------------------------------------------------
+
+    @property
+    def main_network(self) -> nn.Module:
+        return self.average["network"]
+
+    def _heads(self, parts: nn.ModuleDict, image: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Logits of both heads and the feature that they stand on."""
+        logits = parts["network"](self.format_image(image))
+        if logits.ndim != 2 or logits.shape[1] != self.num_classes:
+            raise ValueError(f"network gives {list(logits.shape)}, expected [B, {self.num_classes}]: one logit a class")
+        feature = self._feature.take()
+        negative = parts["negative_head"](feature)
+        return (*at_least_float32(logits, negative), feature)  # type: ignore[return-value]
+
+    def forward(self, image: Tensor) -> Tensor:
+        """Logits ``[B, C]`` of the averaged network: logarithms of the mean of both heads' probabilities."""
+        positive, negative, _ = self._heads(self.average, image)
+        return _log_mean(positive, negative)
+
+    def _outputs(self, image: Tensor) -> _Outputs:
+        positive, negative, feature = self._heads(self._parts(), image)
+        exits, features = self.exits()
+        return _Outputs(positive, negative, list(at_least_float32(*exits)), feature, features)
+
+    # -- training ----------------------------------------------------------------------------------------------------
+
+    def train_loader(self, data: Any) -> Any:
+        views = ("weak", "strong") if self.consistency_weight > 0 else ("weak",)
+        overfit = self.trainer.overfit_batches > 0  # type: ignore[attr-defined]
+        return data.loader("train", shuffle=not overfit, batch_size=data.batch_size, views=views)
+
+    def on_train_start(self) -> None:
+        fresh = [name for name in ("u", "v") if not len(self.memories[name].rows)]
+        super().on_train_start()
+        for name in fresh:
+            rows = self.memories[name].rows
+            # in float64 on the CPU: the same on every device; from rank 0: the same on all
+            start = torch.from_numpy(self.generator(f"bldr_{name}").standard_normal(tuple(rows.shape)) * 1e-8)
+            rows.copy_(self.trainer.strategy.broadcast(start))
+
+    def _views(self, batch: Batch) -> tuple[Tensor, Tensor | None]:
+        views = tuple(batch.image) if isinstance(batch.image, tuple | list) else (batch.image,)
+        if self.consistency_weight == 0:
+            return views[0], None
+        if len(views) != 2:
+            raise ValueError(
+                f"BLDR with consistency_weight={self.consistency_weight} needs a weak and a strong view of each image, "
+                f"got {len(views)} view(s): use one of our data modules, or let your loader yield "
+                "((weak, strong), target, index), or set consistency_weight to 0"
+            )
+        return views[0], views[1]
+
+    def _check(self, index: Tensor, target: Tensor) -> None:
+        count = len(self.memories["u"].rows)
+        for name, values, end in (("index", index, count), ("target", target, self.num_classes)):
+            low, high = int(values.min()), int(values.max())
+            if low < 0 or high >= end:
+                raise ValueError(f"{name} must be between 0 and {end - 1}, got {low} to {high}: check your loader")
+
+    def training_step(self, batch: Any, batch_idx: int) -> Tensor:
+        batch = as_batch(batch)
+        weak, strong = self._views(batch)
+        index, target, count = self.index_of(batch), batch.target, len(batch.target)
+        if not self._checked:  # in the first epoch only: it makes a GPU wait
+            self._check(index, target)
+        joint = self._outputs(weak if strong is None else torch.cat([weak, strong]))
+        alone = joint.first(count) if self.reuse_forward or strong is None else self._outputs(weak)
+        u, v = (self.memories[name].rows[index].requires_grad_() for name in ("u", "v"))
+        self._used = (index, u, v)
+        weight = self.memories["weight"].rows[index]
+        weights = (self.consistency_weight, self.balance_weight)
+        positive, *exits = (
+            positive_loss(logits, target, u, v, weight, self.rho, *weights, self.separation_weight)
+            for logits in (joint.positive, *joint.exits)
+        )
+        teacher = (alone.positive + alone.negative) / 2
+        kd = [exit_distillation_loss(logits, teacher, self.temperature) for logits in alone.exits]
+        difference = [exit_feature_loss(feature, alone.feature) for feature in alone.exit_features]
+        terms = {
+            "negative": negative_loss(joint.negative, target, alone.negative.argmax(1), weight, *weights),
+            "positive": positive,
+            "exits": torch.stack(exits).sum(),
+            "kd": self.kd_weight * torch.stack(kd).sum(),
+            # gradients are averaged over processes, but this is a sum over the joint batch
+            "feature": self.feature_weight * self.trainer.world_size * torch.stack(difference).sum(),
+        }
+        if self.agreement_weight:
+            terms["agreement"] = self.agreement_weight * agreement_loss(alone.positive, alone.negative)
+        self._note_batch(batch, alone)
+        return self.step_loss(terms, alone.positive, target)
+
+    @torch.no_grad()
+    def _note_batch(self, batch: Batch, outputs: _Outputs) -> None:
+        """Keep what the negative head says of the given labels, for the weights of the next epoch."""
+        target = batch.target
+        clean = batch.extras.get("clean_target", torch.full_like(target, -1))
+        scores = _log_mean(outputs.positive, outputs.negative)
+        believed = outputs.negative.softmax(1).gather(1, target[:, None]).squeeze(1)
+        margin, predicted = logit_margin(scores, target), scores.argmax(1)
+        self._epoch.append((self.index_of(batch), target, clean, believed, margin, predicted))
+
+    def on_after_backward(self) -> None:
+        if self._used is None:
+            return
+        index, u, v = self._used
+        self._used = None
+        # the loss is scaled in 16-mixed, and a mean over this process's batch alone
+        scaler = getattr(self.trainer.precision_plugin, "scaler", None)
+        scale = torch.tensor(float(self.trainer.world_size), device=u.device)
+        scale = scale if scaler is None else scaler.scale(scale)
+        for name, rows in (("u", u), ("v", v)):
+            if rows.grad is not None:
+                update_rows(self.memories[name].rows, index, rows.grad / scale, self.row_lr)
+                self.memories[name].seen[index] = True
+
+    # -- the end of an epoch -----------------------------------------------------------------------------------------
+
+    def on_train_epoch_start(self) -> None:
+        super().on_train_epoch_start()
+        self._epoch.clear()
+        self._used, self._averaged = None, False
+
+    def on_train_batch_end(self, outputs: Any, batch: Any, batch_idx: int) -> None:
+        if self.trainer.is_last_batch:  # before the validation that follows
+            self._update_average()
+
+    def _update_average(self) -> None:
+        if not self._averaged:
+            self._averaged = True
+            decay = average_decay(self.current_epoch) if self.current_epoch else 0.0
+            update_average(self.average, self._parts(), decay, "average" if self.average_buffers else "copy")
+
+    def on_train_epoch_end(self) -> None:
+        super().on_train_epoch_end()
+        self._update_average()
+        self._checked = True
+        if self._epoch:
+            columns = [torch.cat(column) for column in zip(*self._epoch, strict=True)]
+            self._epoch.clear()
+            index, given, clean, believed, margin, predicted = gather_by_index(*columns)
+            self._log_verdict(_scores(index, given, clean, believed, margin, predicted))
+            if self.current_epoch >= self.warmup_epochs:
+                weight, rho = reweight(believed, self.rho_threshold)
+                self.rho.fill_(rho)
+                rows = self.memories["weight"].rows
+                if weight is None:
+                    rank_zero_warn("the negative head believes all labels equally: samples keep their weights")
+                else:  # samples that were not seen keep theirs
+                    rows[index.to(rows.device)] = weight.to(rows)
+        self.log("train/rho", float(self.rho))
+
+    def _log_verdict(self, scores: LabelScores) -> None:
+        values = scores.metrics(self.detection_threshold)
+        values.update({f"wrong_{name}": value for name, value in self._detection(scores).items() if name != "auc"})
+        self.log_dict({f"train/{name}": value for name, value in values.items()})
+
+    def _detection(self, scores: LabelScores) -> dict[str, float]:
+        """Precision, recall, F1 and AUC of the wrong labels found; nothing where the clean ones are not known."""
+        if scores.clean is None:
+            return {}
+        kept = ~flag_wrong(scores.clean_probability, self.detection_threshold)
+        return selection_metrics(scores.clean_probability, kept, scores.given, scores.clean, "wrong")
+
+    # -- the verdict -------------------------------------------------------------------------------------------------
+
+    def judge_training_set(self) -> LabelScores:
+        def measure(batch: Batch) -> tuple[Tensor, ...]:
+            scores, _ = self.answer(batch.image)
+            _, negative, _ = self._heads(self._parts(), batch.image)
+            own = batch.target[:, None]
+            suggested = scores.scatter(1, own, float("-inf")).argmax(1)
+            believed = negative.softmax(1).gather(1, own).squeeze(1)
+            return believed, logit_margin(scores, batch.target), scores.argmax(1), suggested
+
+        *columns, self._suggested = self.over_training_set(measure)
+        return _scores(*columns)
+
+    def write_results(self, folder: Path) -> None:
+        super().write_results(folder)
+        if not hasattr(getattr(self.trainer, "datamodule", None), "train_indices"):
+            return
+        scores = self.label_scores()
+        if not self.trainer.is_global_zero:
+            return
+        probability = scores.clean_probability
+        order = probability.argsort(stable=True)
+        order = order[flag_wrong(probability[order], self.detection_threshold)]
+        text = StringIO()
+        writer = csv.writer(text, lineterminator="\n")
+        writer.writerow(["index", "given", "probability", "suggested"])
+        for i in order.tolist():
+            row = [int(scores.index[i]), int(scores.given[i]), f"{float(probability[i]):.6g}", int(self._suggested[i])]
+            writer.writerow(row)
+        write_text(folder / "wrong_labels.csv", text.getvalue())
+        found = ", ".join(f"{name} {value:.3f}" for name, value in self._detection(scores).items())
+        rank_zero_info(f"{len(order)} of {len(probability)} labels look wrong ({found or 'see wrong_labels.csv'})")
+
+
+def _log_mean(positive: Tensor, negative: Tensor) -> Tensor:
+    """Logarithm of the mean of both softmaxes, finite for any logits."""
+    return torch.logaddexp(positive.log_softmax(1), negative.log_softmax(1)) - math.log(2)
+
+
+def _scores(
+    index: Tensor, given: Tensor, clean: Tensor, believed: Tensor, margin: Tensor, predicted: Tensor
+) -> LabelScores:
+    """The verdict by the negative head; ``clean`` is -1 where it is not known."""
+    known = clean if bool((clean >= 0).all()) else None
+    return LabelScores(index, given, predicted, margin, believed, believed.double(), None, known)
