@@ -22,7 +22,7 @@ def label_score_figure(scores: Any, title: str = "Scores of the given labels", b
 
     Args:
         scores: with ``score`` ``[N]`` (larger for cleaner), ``given`` int64 ``[N]``, ``clean`` (int64 ``[N]`` or
-            ``None``), ``mixture`` (over the scores, or ``None``) and ``clean_probability`` ``[N]``.
+            ``None``), ``mixture`` (over the scores, or ``None``), ``clean_probability`` ``[N]`` and ``threshold``.
         title: above the picture.
         bins: of the histogram.
     """
@@ -60,7 +60,7 @@ def label_score_figure(scores: Any, title: str = "Scores of the given labels", b
         for k, place in enumerate(grid[1:][is_clean[1:] != is_clean[:-1]].tolist()):
             axes.axvline(place, color=_DARK, linestyle=":", linewidth=1, label="" if k else "clean probability 1/2")
         top = max(top, 1.05 * float(joint.exp().max()))
-    share = float((scores.clean_probability > 0.5).double().mean())
+    share = float((scores.clean_probability > scores.threshold).double().mean())
     axes.set(xlim=(low, high), ylim=(0, top), xlabel="score of the given label (larger is cleaner)", ylabel="density")
     axes.set_title(f"{title}: {share:.1%} taken for clean")
     axes.grid(alpha=0.3)

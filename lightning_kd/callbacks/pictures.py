@@ -50,7 +50,8 @@ class LabelPictures(L.Callback):
         if self.every is not None and epochs % self.every == 0:
             self._draw(trainer, pl_module, epochs, f"_epoch{epochs:03d}")
 
-    def on_fit_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+    def on_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        # not on_fit_end: by then the module has left the device
         self._draw(trainer, pl_module, trainer.current_epoch, "")
 
     def _draw(self, trainer: L.Trainer, pl_module: Any, epochs: int, suffix: str) -> None:

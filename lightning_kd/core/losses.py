@@ -23,6 +23,23 @@ def check_logits(student_logits: Tensor, teacher_logits: Tensor) -> None:
         )
 
 
+def check_target(logits: Tensor, target: Tensor) -> None:
+    """Raise ``ValueError`` unless ``logits`` are ``[B, C]`` of 2 classes or more and ``target`` is int64 ``[B]``.
+
+    Whether labels are out of range is looked at on a CPU only: a GPU would have to wait.
+    """
+    if logits.ndim != 2 or logits.shape[1] < 2:
+        raise ValueError(f"logits must be [B, C] with at least 2 classes, got {list(logits.shape)}: one logit a class")
+    if target.shape != logits.shape[:1] or target.dtype != torch.int64:
+        raise ValueError(
+            f"target must be int64 [{len(logits)}], got {target.dtype} {list(target.shape)}: give one class a sample"
+        )
+    if target.device.type == "cpu" and len(target):
+        low, high, most = int(target.min()), int(target.max()), logits.shape[1] - 1
+        if low < 0 or high > most:
+            raise ValueError(f"target must be between 0 and {most}, got {low} to {high}: correct labels or num_classes")
+
+
 def check_positive(**values: float) -> None:
     """Raise ``ValueError`` naming the first argument that is not above 0."""
     for name, value in values.items():

@@ -63,7 +63,7 @@ class SampleMemory:
 
     def state_dict(self) -> dict[str, Any]:
         """The rows, on the CPU."""
-        return {"rows": self.rows.cpu()}
+        return {"rows": self.rows.detach().cpu().clone()}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Take the rows of a checkpoint.

@@ -40,10 +40,12 @@ class PhasedLoader:
 
     Args:
         phases: at least one; their loaders have a length and ``set_epoch``.
+        alternate: take a step of each in turn, as far as all go, so that a few steps reach all of them.
     """
 
-    def __init__(self, phases: Sequence[Phase]) -> None:
+    def __init__(self, phases: Sequence[Phase], alternate: bool = False) -> None:
         self.phases = list(phases)
+        self.alternate = alternate
 
     @property
     def sampler(self) -> PhasedLoader:
@@ -63,9 +65,17 @@ class PhasedLoader:
         return sum(len(phase.labelled) for phase in self.phases)
 
     def __iter__(self) -> Iterator[PhaseBatch]:
-        for network, labelled, unlabelled in self.phases:
-            others: Iterator[Any] = repeat(None)
-            if unlabelled is not None:
-                others = chain.from_iterable(repeat(unlabelled))  # each turn is a new pass with a new order
-            for step, (batch, other) in enumerate(zip(labelled, others, strict=False)):
-                yield PhaseBatch(network, batch, other, step / len(labelled))
+        steps = [_steps(phase) for phase in self.phases]
+        if self.alternate:
+            for turn in zip(*steps, strict=False):
+                yield from turn
+        yield from chain(*steps)
+
+
+def _steps(phase: Phase) -> Iterator[PhaseBatch]:
+    network, labelled, unlabelled = phase
+    others: Iterator[Any] = repeat(None)
+    if unlabelled is not None:
+        others = chain.from_iterable(repeat(unlabelled))  # each turn is a new pass with a new order
+    for step, (batch, other) in enumerate(zip(labelled, others, strict=False)):
+        yield PhaseBatch(network, batch, other, step / len(labelled))

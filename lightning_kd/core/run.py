@@ -240,6 +240,11 @@ class RunRecorder(L.Callback):
     def on_test_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         self._note_evaluated(trainer, pl_module)
 
+    def on_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        # not on_fit_end: by then the module has left the device
+        if isinstance(pl_module, Task) and not getattr(trainer, "fast_dev_run", 0):
+            pl_module.write_results(self.run.path)
+
     def on_fit_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         if isinstance(pl_module, Task) and trainer.is_global_zero and not getattr(trainer, "fast_dev_run", 0):
             for name, network in pl_module.exports().items():
@@ -247,8 +252,6 @@ class RunRecorder(L.Callback):
                 partial = path.with_suffix(".partial")
                 torch.save({k: v.detach().cpu().contiguous() for k, v in network.state_dict().items()}, partial)
                 os.replace(partial, path)
-        if isinstance(pl_module, Task) and not getattr(trainer, "fast_dev_run", 0):
-            pl_module.write_results(self.run.path)
 
     def on_predict_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         self._parts: list[dict[str, torch.Tensor]] = []

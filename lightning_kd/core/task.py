@@ -133,7 +133,7 @@ class Task(L.LightningModule):
         return data.loader("train", shuffle=not overfit, augment=True, batch_size=data.batch_size)
 
     def write_results(self, folder: Path) -> None:
-        """Called on every process after ``fit``, to leave a method's own files in the run folder; by default none."""
+        """Called on every process at the end of training, to leave further files in ``folder``; by default none."""
 
     def generator(self, stream: str, pass_: int = 0) -> np.random.Generator:
         """The random stream ``(seed, stream, current epoch, pass, rank)`` of this run."""
@@ -241,10 +241,14 @@ class Task(L.LightningModule):
 
     def on_train_epoch_end(self) -> None:
         self._finite.check(wait=True)
+        joint: dict[str, list[float]] = {}
         for names, (sums, weight) in self._sums.items():
-            total = self.trainer.strategy.reduce(torch.cat([sums, sums.new_tensor([weight])]), reduce_op="sum")
-            means = (total[:-1] / total[-1]).tolist()
-            self.log_dict({f"train/{name}": mean for name, mean in zip(names, means, strict=True)})
+            total = self.trainer.strategy.reduce(torch.cat([sums, sums.new_tensor([weight])]), reduce_op="sum").tolist()
+            for name, value in zip(names, total[:-1], strict=True):  # a term may be there in some steps only
+                entry = joint.setdefault(name, [0.0, 0.0])
+                entry[0] += value
+                entry[1] += total[-1]
+        self.log_dict({f"train/{name}": value / weight for name, (value, weight) in joint.items()})
         self._sums.clear()
 
     # -- evaluation --------------------------------------------------------------------------------------------------
@@ -260,8 +264,12 @@ class Task(L.LightningModule):
     def _evaluate(self, batch: Any, metrics: MetricCollection) -> None:
         batch = as_batch(batch)
         scores, probabilities = self.answer(batch.image)
-        tiny = torch.finfo(probabilities.dtype).tiny
-        metrics["loss"].update(F.nll_loss(probabilities.clamp_min(tiny).log(), batch.target), len(scores))
+        if type(self).answer is Task.answer:
+            loss = F.cross_entropy(scores, batch.target)
+        else:
+            tiny = torch.finfo(probabilities.dtype).tiny
+            loss = F.nll_loss(probabilities.clamp_min(tiny).log(), batch.target)
+        metrics["loss"].update(loss, len(scores))
         for name, metric in metrics.items(keep_base=True):
             if name != "loss":
                 metric.update(probabilities if name == "ece" else scores, batch.target)

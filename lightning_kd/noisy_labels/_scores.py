@@ -12,7 +12,7 @@ import torch
 from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor
 
-from lightning_kd.core.losses import at_least_float32
+from lightning_kd.core.losses import at_least_float32, check_target
 from lightning_kd.core.mixture import Mixture, fit_mixture
 from lightning_kd.core.run import write_text
 from lightning_kd.metrics import memorisation, selection_metrics
@@ -28,8 +28,12 @@ def logit_margin(logits: Tensor, target: Tensor) -> Tensor:
     Returns:
         ``[B]``, float32 or float64.
 
+    Raises:
+        ValueError: for other shapes or dtypes, and for labels out of range (which only a CPU is asked for).
+
     Source: DPC, arXiv 2401.07062, large-margin sample selection.
     """
+    check_target(logits, target)
     (logits,) = at_least_float32(logits)
     own = logits.gather(1, target[:, None])
     others = logits.scatter(1, target[:, None], float("-inf"))
@@ -110,6 +114,7 @@ class LabelScores(NamedTuple):
         clean_probability: float64 ``[n]``.
         mixture: over ``score``, behind the probabilities; ``None`` where there is none.
         clean: int64 ``[n]``, the true labels where they are known.
+        threshold: labels with a larger clean probability are taken for clean.
     """
 
     index: Tensor  # type: ignore[assignment]  # tuple.index gives way
@@ -120,10 +125,11 @@ class LabelScores(NamedTuple):
     clean_probability: Tensor
     mixture: Mixture | None = None
     clean: Tensor | None = None
+    threshold: float = 0.5
 
-    def metrics(self, threshold: float = 0.5) -> dict[str, float]:
+    def metrics(self) -> dict[str, float]:
         """What is logged of them; more where the clean labels are known."""
-        selected = self.clean_probability > threshold
+        selected = self.clean_probability > self.threshold
         values = {"clean_fraction": float(selected.double().mean())}
         if self.mixture is not None:
             for k, name in enumerate(("low", "high")):

@@ -94,16 +94,23 @@ class NoisyLabelTask(Task, ABC):
         """The batch's indices.
 
         Raises:
-            ValueError: if there are none.
+            ValueError: if there are none, or one is out of range (which only a CPU is asked for).
         """
         if batch.index is None:
             raise ValueError(
                 f"{type(self).__name__} remembers every sample, but the batch has no index: use one of our data "
                 "modules, or let your DataLoader yield (image, target, index)"
             )
+        count = min((len(memory.rows) for memory in self.memories.values()), default=0)
+        if count and batch.index.device.type == "cpu" and int(batch.index.max()) >= count:
+            raise ValueError(
+                f"index must be below {count}, the size of the training set, got {int(batch.index.max())}: let the "
+                "loader yield positions in the data set that it was made from"
+            )
         return batch.index
 
     def on_train_start(self) -> None:
+        self._judged = None  # a second fit may have other labels
         for memory in self.memories.values():  # a checkpoint's rows are here already
             memory.allocate(self.sample_count(), self.device)
 

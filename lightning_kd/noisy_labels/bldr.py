@@ -349,7 +349,8 @@ class BLDR(NoisyLabelTask):
             columns = [torch.cat(column) for column in zip(*self._epoch, strict=True)]
             self._epoch.clear()
             index, given, clean, believed, margin, predicted = gather_by_index(*columns)
-            self._log_verdict(_scores(index, given, clean, believed, margin, predicted))
+            verdict = _scores(index, given, clean, believed, margin, predicted, threshold=self.detection_threshold)
+            self._log_verdict(verdict)
             if self.current_epoch >= self.warmup_epochs:
                 weight, rho = reweight(believed, self.rho_threshold)
                 self.rho.fill_(rho)
@@ -361,7 +362,7 @@ class BLDR(NoisyLabelTask):
         self.log("train/rho", float(self.rho))
 
     def _log_verdict(self, scores: LabelScores) -> None:
-        values = scores.metrics(self.detection_threshold)
+        values = scores.metrics()
         values.update({f"wrong_{name}": value for name, value in self._detection(scores).items() if name != "auc"})
         self.log_dict({f"train/{name}": value for name, value in values.items()})
 
@@ -384,7 +385,7 @@ class BLDR(NoisyLabelTask):
             return believed, logit_margin(scores, batch.target), scores.argmax(1), suggested
 
         *columns, self._suggested = self.over_training_set(measure)
-        return _scores(*columns)
+        return _scores(*columns, threshold=self.detection_threshold)
 
     def write_results(self, folder: Path) -> None:
         super().write_results(folder)
@@ -413,8 +414,15 @@ def _log_mean(positive: Tensor, negative: Tensor) -> Tensor:
 
 
 def _scores(
-    index: Tensor, given: Tensor, clean: Tensor, believed: Tensor, margin: Tensor, predicted: Tensor
+    index: Tensor,
+    given: Tensor,
+    clean: Tensor,
+    believed: Tensor,
+    margin: Tensor,
+    predicted: Tensor,
+    *,
+    threshold: float,
 ) -> LabelScores:
     """The verdict by the negative head; ``clean`` is -1 where it is not known."""
     known = clean if bool((clean >= 0).all()) else None
-    return LabelScores(index, given, predicted, margin, believed, believed.double(), None, known)
+    return LabelScores(index, given, predicted, margin, believed, believed.double(), None, known, threshold)

@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from lightning.pytorch.utilities import rank_zero_info
+from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 from torch import Tensor, nn
 
 from lightning_kd.core.batch import Batch
@@ -19,6 +19,7 @@ from lightning_kd.core.losses import at_least_float32
 from lightning_kd.core.mixture import Mixture
 from lightning_kd.core.phases import Phase, PhaseBatch
 from lightning_kd.noisy_labels._scores import LabelScores, logit_margin, min_max, split_scaled
+from lightning_kd.noisy_labels.mixup import draw_mix, mix
 from lightning_kd.noisy_labels.two_networks import TwoNetworkTask
 
 __all__ = ["DivideMix", "linear_ramp", "prior_penalty", "sharpen"]
@@ -84,6 +85,8 @@ class DivideMix(TwoNetworkTask):
         temperature: of the sharpening.
         threshold: labels with a larger clean probability are kept.
         mixup_alpha: both parameters of the Beta distribution of the mixing weight.
+        labelled_anchors: mix only the labelled images with others, so that a step is half as large; where ``lambda_u``
+            is 0 (WebVision).
         confidence_penalty: add the negative entropy of the predictions in the warm-up; for asymmetric and human noise.
         loss_history: epochs over which the scaled scores are averaged before the split; 5 at 90 % symmetric noise.
         clip: share of the scores cut off at either end before scaling, against outliers.
@@ -107,6 +110,7 @@ class DivideMix(TwoNetworkTask):
         temperature: float = 0.5,
         threshold: float = 0.5,
         mixup_alpha: float = 4.0,
+        labelled_anchors: bool = False,
         confidence_penalty: bool = False,
         loss_history: int = 1,
         clip: float = 0.0,
@@ -132,6 +136,9 @@ class DivideMix(TwoNetworkTask):
         self.temperature = temperature
         self.threshold = threshold
         self.mixup_alpha = mixup_alpha
+        if labelled_anchors and lambda_u > 0:
+            raise ValueError(f"labelled_anchors needs lambda_u=0, got {lambda_u}: the unsupervised loss has no images")
+        self.labelled_anchors = labelled_anchors
         self.confidence_penalty = confidence_penalty
         self.loss_history = loss_history
         self.clip = clip
@@ -139,7 +146,7 @@ class DivideMix(TwoNetworkTask):
         if loss_history > 1:
             self.remember("scores", (2, loss_history), fill=-1.0)  # scaled, latest first; -1: none yet
         self._verdicts: list[LabelScores] = []
-        self._streams: dict[str, Any] = {}
+        self._history = torch.empty(0)
 
     # -- what a method on the same machinery changes -----------------------------------------------------------------
 
@@ -168,8 +175,10 @@ class DivideMix(TwoNetworkTask):
         mixed = weight * target + (1 - weight) * partner
         return {"x": -(mixed * logits.log_softmax(1)).sum(1).mean()}
 
-    def consistency_terms(self, k: int, logits: Tensor, images: Sequence[Tensor], mix: Any) -> dict[str, Tensor]:
-        """Further loss terms on the other views of all samples, mixed by ``mix`` as the first ones; here none."""
+    def consistency_terms(
+        self, k: int, logits: Tensor, images: Sequence[Tensor], partner: Tensor, share: float
+    ) -> dict[str, Tensor]:
+        """Further loss terms on the other views of all samples, to be mixed as the first ones; here none."""
         return {}
 
     # -- streams -----------------------------------------------------------------------------------------------------
@@ -182,8 +191,14 @@ class DivideMix(TwoNetworkTask):
         if self.current_epoch >= self.warmup_epochs:
             clean = self.clean.rows[:, 1 - k].cpu().numpy()[data.train_indices] > self.threshold
             labelled, unlabelled = data.train_indices[clean], data.train_indices[~clean]
-            if min(len(labelled), len(unlabelled)) >= 2:
-                if len(labelled) < data.batch_size * self.trainer.world_size:
+            # batch normalisation needs two samples on each process
+            if min(len(labelled), len(unlabelled)) >= 2 * self.trainer.world_size:
+                if not 0.01 <= len(labelled) / len(data.train_indices) <= 0.99:
+                    rank_zero_info(
+                        f"network {k + 1}: {len(labelled)} of {len(data.train_indices)} labels taken for clean, an "
+                        "extreme split: look at the margins (LabelPictures), or set clip"
+                    )
+                elif len(labelled) < data.batch_size * self.trainer.world_size:
                     rank_zero_info(f"network {k + 1}: only {len(labelled)} clean samples, taken as one batch")
                 shared: dict[str, Any] = {"shuffle": True, "batch_size": data.batch_size, "views": self.views}
                 drop_last = not self.keep_last_labelled
@@ -199,7 +214,7 @@ class DivideMix(TwoNetworkTask):
 
     def on_train_epoch_start(self) -> None:
         super().on_train_epoch_start()
-        self._mixing = [self.generator("mix", k) for k in range(2)]
+        self._draws = [self.generator("mix", k) for k in range(2)]
 
     # -- training ----------------------------------------------------------------------------------------------------
 
@@ -217,17 +232,18 @@ class DivideMix(TwoNetworkTask):
         with torch.no_grad():
             guessed, refined = self.guess(k, u[:2]), self.refine(k, x[:2], labelled)
             target = torch.cat([refined, refined, guessed, guessed])
-            mix = self._mix(k, len(target), target.device)
-            partner = target[mix[1]]
-        logits, second = self.mixed_logits(k, mixed(torch.cat([*x[:2], *u[:2]]), *mix), True)
-        count = 2 * len(labelled.target)
-        terms = self.supervised_terms(logits[:count], target[:count], partner[:count], mix[0])
+            share, partner = draw_mix(self._draws[k], self.mixup_alpha, len(target), target.device)
+            count = 2 * len(labelled.target)
+            anchors = count if self.labelled_anchors else len(target)
+            partner, theirs = partner[:anchors], target[partner[:anchors]]
         weight = self.lambda_u * linear_ramp(epoch, self.warmup_epochs, self.ramp_epochs)
+        logits, second = self.mixed_logits(k, mix(torch.cat([*x[:2], *u[:2]]), partner, share), weight > 0)
+        terms = self.supervised_terms(logits[:count], target[:count], theirs[:count], share)
         if weight > 0:
-            soft = mix[0] * target[count:] + (1 - mix[0]) * partner[count:]
+            soft = share * target[count:] + (1 - share) * theirs[count:]
             terms["u"] = weight * (self.probabilities(second[count:]) - soft).square().mean()
         terms["prior"] = prior_penalty(self.probabilities(logits))
-        terms |= self.consistency_terms(k, logits, [*x[2:], *u[2:]], mix)
+        terms |= self.consistency_terms(k, logits, [*x[2:], *u[2:]], partner, share)
         return terms, logits[:count], target[:count].argmax(1)
 
     def guess(self, k: int, views: Sequence[Tensor]) -> Tensor:
@@ -243,23 +259,30 @@ class DivideMix(TwoNetworkTask):
         given = F.one_hot(labelled.target, self.num_classes).to(own.dtype)  # type: ignore[union-attr]
         return sharpen(weight * given + (1 - weight) * own, self.temperature)
 
-    def _mix(self, k: int, count: int, device: torch.device) -> tuple[float, Tensor]:
-        """One mixing weight, at least 1/2, and a partner for each of ``count`` samples."""
-        drawn = float(self._mixing[k].beta(self.mixup_alpha, self.mixup_alpha))
-        return max(drawn, 1 - drawn), torch.from_numpy(self._mixing[k].permutation(count)).to(device)
-
     # -- the split ---------------------------------------------------------------------------------------------------
+
+    def setup(self, stage: str) -> None:
+        super().setup(stage)
+        epochs = self.trainer.max_epochs
+        if stage == "fit" and epochs is not None and 0 < epochs <= self.warmup_epochs:
+            rank_zero_warn(
+                f"all {epochs} epochs are warm-up, as warmup_epochs={self.warmup_epochs}: lower it, or raise max_epochs"
+            )
 
     def on_train_epoch_end(self) -> None:
         super().on_train_epoch_end()
         self.label_scores()
         self.log_scores(*self._verdicts)
+        device = self.clean.rows.device
+        index = self._verdicts[0].index.to(device)
+        self.clean.write(index, torch.stack([v.clean_probability for v in self._verdicts], 1).to(device))
+        if self.loss_history > 1:
+            self.memories["scores"].write(index, self._history.to(device))
 
     def judge_training_set(self) -> LabelScores:
-        """Judge all labels with both networks and keep the split for the next epoch.
+        """The verdict of both networks: mean margin and score, and the clean probability by these.
 
-        Returns:
-            the verdict of both: mean margin, score and clean probability.
+        Leaves that of each network, which the next epoch's split is made of, in ``self._verdicts``.
         """
 
         def measure(batch: Batch) -> list[Tensor]:
@@ -272,30 +295,19 @@ class DivideMix(TwoNetworkTask):
         units = [min_max(scores[:, k], self.clip) for k in range(2)]
         if self.loss_history > 1:
             units = self._averaged(index, units)
-        self._verdicts = []
-        for k, unit in enumerate(units):
-            probability, mixture = self.split(unit)
-            probability = self.trainer.strategy.broadcast(probability)
-            verdict = LabelScores(index, given, predicted[:, k], margin[:, k], unit, probability, mixture, known)
-            self._verdicts.append(verdict)
-        at = index.to(self.clean.rows.device)
-        self.clean.write(at, torch.stack([v.clean_probability for v in self._verdicts], 1).to(at.device))
-        joint = (self._verdicts[0].clean_probability + self._verdicts[1].clean_probability) / 2
-        unit = min_max(units[0] + units[1])
-        mixture = self.split(unit)[1]
-        return LabelScores(index, given, predicted[:, 2], margin.mean(1), unit, joint, mixture, known)
+
+        def verdict(predicted: Tensor, margin: Tensor, unit: Tensor) -> LabelScores:
+            probability, mixture = self.trainer.strategy.broadcast(self.split(unit))
+            return LabelScores(index, given, predicted, margin, unit, probability, mixture, known, self.threshold)
+
+        self._verdicts = [verdict(predicted[:, k], margin[:, k], unit) for k, unit in enumerate(units)]
+        return verdict(predicted[:, 2], margin.mean(1), min_max(units[0] + units[1]))
 
     def _averaged(self, index: Tensor, units: list[Tensor]) -> list[Tensor]:
         """Each network's scaled scores, averaged with those of the epochs before."""
         memory = self.memories["scores"]
-        at = index.to(memory.rows.device)
         latest = torch.stack(units, 1)[:, :, None].float()
-        history = torch.cat([latest, memory.rows[at].cpu()[:, :, :-1]], 2)
-        memory.write(at, history.to(at.device))
-        filled = history >= 0
-        return list(((history.double() * filled).sum(2) / filled.sum(2)).unbind(1))
-
-
-def mixed(tensor: Tensor, weight: float, partner: Tensor) -> Tensor:
-    """``weight * tensor + (1 - weight) * tensor[partner]``."""
-    return torch.lerp(tensor[partner], tensor, weight)
+        earlier = memory.rows[index.to(memory.rows.device)].cpu()[:, :, :-1]
+        self._history = torch.cat([latest, earlier], 2)
+        filled = self._history >= 0
+        return list(((self._history.double() * filled).sum(2) / filled.sum(2)).unbind(1))

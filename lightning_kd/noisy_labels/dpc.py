@@ -13,16 +13,17 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from lightning_kd.core.losses import at_least_float32, check_positive
+from lightning_kd.core.losses import at_least_float32, check_positive, check_target
 from lightning_kd.core.mixture import Mixture
 from lightning_kd.core.taps import penultimate_tap
 from lightning_kd.noisy_labels._scores import clean_probability, logit_margin, split_scaled
-from lightning_kd.noisy_labels.dividemix import DivideMix, mixed
+from lightning_kd.noisy_labels.dividemix import DivideMix
+from lightning_kd.noisy_labels.mixup import mix
 
 __all__ = ["DPC", "calibrated_softmax", "clean_probability", "dirichlet_kl", "dirichlet_nll", "logit_margin"]
 
-# From here on the series of the gamma functions is exact to 1e-11 in float64; below, cancellation costs less than that.
-_SERIES_FROM = 1000.0
+# From here on the series of the gamma functions is exact to 1e-11 (1e-6); below, cancellation costs less than that.
+_SERIES_FROM = {torch.float64: 1000.0, torch.float32: 30.0}
 
 
 def _log_alpha(logits: Tensor, gamma: float) -> Tensor:
@@ -67,6 +68,7 @@ def dirichlet_nll(logits: Tensor, target: Tensor, gamma: float) -> Tensor:
 
     Source: arXiv 2401.07062, evidential deep learning loss, first term.
     """
+    check_target(logits, target)
     return -log_calibrated_softmax(logits, gamma).gather(1, target[:, None]).squeeze(1)
 
 
@@ -75,7 +77,7 @@ def dirichlet_kl(logits: Tensor, target: Tensor, gamma: float) -> Tensor:
 
     Never negative; 0 where the wrong classes have no evidence; no gradient at the target's logit. Computed in float64
     through log alpha, with the series of the gamma functions for large alpha: as written it is wrong in float32 for
-    logits above 12 and not finite above 88.
+    logits above 12 and not finite above 88. (On MPS, which has no float64, in float32: to 2e-5.)
 
     Args:
         logits: ``[B, C]``.
@@ -88,6 +90,7 @@ def dirichlet_kl(logits: Tensor, target: Tensor, gamma: float) -> Tensor:
     Source: arXiv 2401.07062, evidential deep learning loss, second term.
     """
     check_positive(gamma=gamma)
+    check_target(logits, target)
     (logits,) = at_least_float32(logits)
     classes = logits.shape[1]
     wide = logits if logits.device.type == "mps" else logits.double()  # no float64 there
@@ -99,7 +102,7 @@ def dirichlet_kl(logits: Tensor, target: Tensor, gamma: float) -> Tensor:
 
 def _small(log_t: Tensor) -> tuple[Tensor, Tensor]:
     """Where the series is not used yet, and t there, capped elsewhere (an overflow would poison the gradient)."""
-    small = log_t < math.log(_SERIES_FROM)
+    small = log_t < math.log(_SERIES_FROM[log_t.dtype])
     return small, torch.where(small, log_t, 0.0).exp()
 
 
@@ -169,6 +172,10 @@ class DPC(DivideMix):
         super().__init__(network, num_classes, input_shape, **kwargs)
         if split not in ("gmm", "margin", "auto"):
             raise ValueError(f"split must be 'gmm', 'margin' or 'auto', got {split!r}: give one of them")
+        if strong_weight and len(self.input_shape) != 3:
+            raise ValueError(
+                f"strong_weight={strong_weight} needs images, got input_shape {self.input_shape}: set it to 0"
+            )
         if heads not in (1, 2):
             raise ValueError(f"heads must be 1 or 2, got {heads}")
         for name, value in (("beta", beta), ("strong_weight", strong_weight)):
@@ -223,10 +230,12 @@ class DPC(DivideMix):
         )
         return {"nll": nll, "kl": self.beta / self.num_classes * kl}
 
-    def consistency_terms(self, k: int, logits: Tensor, images: Sequence[Tensor], mix: Any) -> dict[str, Tensor]:
+    def consistency_terms(
+        self, k: int, logits: Tensor, images: Sequence[Tensor], partner: Tensor, share: float
+    ) -> dict[str, Tensor]:
         if not self.strong_weight:
             return {}
-        strong, _ = self.mixed_logits(k, mixed(torch.cat(list(images)), *mix), False)
+        strong, _ = self.mixed_logits(k, mix(torch.cat(list(images)), partner, share), False)
         return {"strong": self.strong_weight * consistency_loss(strong, logits, self.gamma)}
 
 

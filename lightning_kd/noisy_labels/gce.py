@@ -10,7 +10,9 @@ import math
 from collections.abc import Sequence
 from typing import Any
 
+import torch
 import torch.nn.functional as F
+from lightning.pytorch.utilities import rank_zero_info
 from torch import Tensor, nn
 
 from lightning_kd.core.batch import Batch
@@ -123,4 +125,8 @@ class GCE(SingleNetworkTask):
 
         index, _, _, losses = self.over_training_set(measure)
         device = self.kept.rows.device
-        self.kept.write(index.to(device), (losses < self.bound).to(device))
+        kept = losses < self.bound
+        if not bool(kept.any()):
+            rank_zero_info(f"no label is more probable than truncation={self.truncation} yet: all samples are kept")
+            kept = torch.ones_like(kept)
+        self.kept.write(index.to(device), kept.to(device))

@@ -59,8 +59,8 @@ def draw_mix(
 
 
 def mix(tensor: Tensor, partner: Tensor, weight: float) -> Tensor:
-    """``weight * tensor + (1 - weight) * tensor[partner]``, over the first dimension."""
-    return torch.lerp(tensor[partner], tensor, weight)
+    """``weight * tensor + (1 - weight) * tensor[partner]``, over the first dimension, for the first ``len(partner)``."""
+    return torch.lerp(tensor[partner], tensor[: len(partner)], weight)
 
 
 class Mixup(SingleNetworkTask):

@@ -12,8 +12,10 @@ from typing import Any
 import lightning as L
 import torch
 import torch.distributed as dist
+from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor, nn
 
+from lightning_kd.core.losses import at_least_float32
 from lightning_kd.core.phases import Phase, PhaseBatch, PhasedLoader
 from lightning_kd.noisy_labels.base import NoisyLabelTask
 
@@ -27,14 +29,16 @@ class TwoNetworkTask(NoisyLabelTask, ABC):
     (``network_step``). Predictions are by the sum of both networks' logits, probabilities the mean of theirs.
 
     The optimization is manual: clip with ``gradient_clip_val`` here, not in the Trainer; accumulation is refused.
-    Schedulers step as ``lr_interval`` says, a network's own steps counting; precision plugins work as ever.
+    Schedulers step as ``lr_interval`` says, a network's own steps counting; precision plugins work as ever. With
+    ``limit_train_batches`` or ``fast_dev_run`` the networks take turns step by step, so that both are trained;
+    ``overfit_batches`` is refused.
 
     Several processes: batches are shared out, gradients are averaged over the processes after each backward pass
     (also those that DDP would miss, as one network at a time is trained), the number of steps is the same on all.
 
     Args:
         network: a network's name, built twice, or an ``nn.Module`` that gives logits ``[B, C]``; its twin is a copy
-            with every layer initialised anew.
+            with every layer initialised anew, so it must not hold trained weights.
         num_classes: see ``Task``.
         input_shape: see ``Task``.
         gradient_clip_val: largest norm of one network's gradient. Default: none.
@@ -81,10 +85,10 @@ class TwoNetworkTask(NoisyLabelTask, ABC):
 
     def logits_of(self, k: int, image: Tensor) -> Tensor:
         """Logits ``[B, C]`` of network ``k``, float32 or wider."""
-        logits = self.networks[k](self.format_image(image))
+        (logits,) = at_least_float32(self.networks[k](self.format_image(image)))
         if logits.ndim != 2 or logits.shape[1] != self.num_classes:
             raise ValueError(f"network gives {list(logits.shape)}, expected [B, {self.num_classes}]: one logit a class")
-        return logits if logits.dtype == torch.float64 else logits.float()
+        return logits
 
     def probabilities(self, logits: Tensor) -> Tensor:
         """From one network's logits to probabilities, ``[B, C]``."""
@@ -113,6 +117,11 @@ class TwoNetworkTask(NoisyLabelTask, ABC):
                     f"{type(self).__name__} cannot accumulate gradients, got accumulate_grad_batches="
                     f"{trainer.accumulate_grad_batches}: raise data.batch_size instead"
                 )
+            if trainer.overfit_batches:
+                raise ValueError(
+                    f"{type(self).__name__} gives each network its own batches, got overfit_batches="
+                    f"{trainer.overfit_batches}: train on a few samples with data.train_per_class instead"
+                )
         return super().configure_callbacks()
 
     def configure_optimizers(self) -> Any:
@@ -130,7 +139,8 @@ class TwoNetworkTask(NoisyLabelTask, ABC):
             self.trainer.reload_dataloaders_every_n_epochs = 1  # type: ignore[attr-defined]  # streams change
 
     def train_loader(self, data: Any) -> Any:
-        return PhasedLoader(self.phases(data))
+        trainer: Any = self.trainer
+        return PhasedLoader(self.phases(data), alternate=trainer.limit_train_batches != 1.0)
 
     def on_train_epoch_start(self) -> None:
         super().on_train_epoch_start()
@@ -172,7 +182,16 @@ class TwoNetworkTask(NoisyLabelTask, ABC):
 
     def _scheduler_step(self, k: int) -> None:
         schedulers: Any = self.lr_schedulers()
-        if schedulers:
+        if not schedulers:
+            return
+        if isinstance(schedulers[k], torch.optim.lr_scheduler.ReduceLROnPlateau):
+            monitor = getattr(schedulers[k], "monitor", self.monitor)
+            metrics = self.trainer.callback_metrics
+            if monitor not in metrics:
+                known = ", ".join(sorted(metrics))
+                raise ValueError(f"ReduceLROnPlateau has no {monitor!r} to go by, logged are {known}: set its monitor")
+            schedulers[k].step(metrics[monitor])
+        else:
             schedulers[k].step()
 
 
@@ -180,9 +199,13 @@ def twin(network: nn.Module) -> nn.Module:
     """A copy of a network with every layer that knows how to initialised anew."""
     other = copy.deepcopy(network)
     for module in other.modules():
-        reset = getattr(module, "reset_parameters", None)
+        reset = getattr(module, "reset_parameters", None) or getattr(module, "_reset_parameters", None)
         if callable(reset):
             reset()
+    pairs = zip(network.named_parameters(), other.parameters(), strict=True)
+    equal = [name for (name, p), q in pairs if torch.equal(p, q) and bool((p != p.flatten()[0]).any())]
+    if equal:
+        rank_zero_warn(f"both networks start with the same {', '.join(equal)}: name the network instead of giving it")
     return other
 
 

@@ -445,7 +445,7 @@ def test_equal_probabilities_keep_the_weights():
 def test_bad_batches_are_named():
     for pairs, message in (
         (Pairs(views=1), "needs a weak and a strong view of each image, got 1"),
-        (Pairs(shift=5), "index must be between 0 and 23, got 5 to 28"),
+        (Pairs(shift=5), "index must be below 24, the size of the training set, got 28"),
         (Pairs(classes=12), "target must be between 0 and 9, got 0 to 11"),
     ):
         with pytest.raises(ValueError, match=message):

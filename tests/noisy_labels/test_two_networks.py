@@ -110,7 +110,7 @@ def test_step_against_a_plain_form(method):
     """In eval mode (no dropout, no batch statistics), with every part written out again."""
     torch.manual_seed(0)
     task = task_of(method).double().eval()
-    task._mixing = [Fixed(), Fixed()]
+    task._draws = [Fixed(), Fixed()]
     images = torch.randn(4, 6, 1, 8, 8, dtype=torch.float64)
     target = torch.randint(0, 10, (6,))
     task.clean.allocate(20, torch.device("cpu"))
@@ -165,7 +165,7 @@ def test_head_2_learns_only_from_the_unsupervised_loss():
         task.lambda_u = weight
         task.eval()
         task.zero_grad()
-        task._mixing = [Fixed(), Fixed()]
+        task._draws = [Fixed(), Fixed()]
         task.clean.allocate(4, torch.device("cpu"))
         terms, _, _ = task.semi_supervised_step(0, batch, batch, 9.0)
         torch.stack([v for k, v in terms.items() if k != "u"]).sum().backward(retain_graph=weight > 0)
@@ -223,18 +223,25 @@ def test_each_network_uses_the_split_of_the_other():
 def test_degenerate_splits_fall_back(low, clean, unlabelled):
     data = data_module(noise=None)
     task = task_of(DivideMix)
-    trainer = trainer_of(max_epochs=1)
+
+    def planted(scores):
+        probability = torch.full_like(scores, low)
+        probability[:clean] = 1.0
+        return probability, None
+
+    task.split = planted
+    seen = []
+
+    class Watch(L.Callback):
+        def on_train_batch_end(self, trainer, pl_module, outputs, batch, batch_idx):
+            seen.append((trainer.current_epoch, batch.unlabelled is not None))
+
+    trainer = trainer_of(max_epochs=3, callbacks=[Watch()])
     trainer.fit(task, datamodule=data)
-    task.clean.rows.fill_(low)
-    task.clean.rows[data.train_indices[:clean]] = 1.0
-    phases = task.phases(data)
-    assert [phase.unlabelled is not None for phase in phases] == [unlabelled] * 2
-    assert all(len(phase.labelled) >= 1 for phase in phases)
-    state = task.clean.state_dict()
-    trainer = trainer_of(max_epochs=2)
-    task.on_train_start = lambda: task.clean.load_state_dict(state)  # nothing crashes on it, nothing is NaN
-    trainer.fit(task, datamodule=data)
-    assert task.clean.rows.isfinite().all()
+    assert {epoch for epoch, _ in seen} == {0, 1, 2}
+    assert {mixed for epoch, mixed in seen if epoch} == {unlabelled}
+    assert all(parameter.isfinite().all() for parameter in task.parameters())
+    assert (task.clean.rows == 1).sum() == 2 * (clean if low == 0 else len(task.clean.rows))
 
 
 def test_strong_views_and_one_head():
@@ -359,3 +366,92 @@ def test_two_processes_make_the_split_of_one():
 def test_two_processes_stay_together():
     first, second = on_two_ranks(_train_on_two)
     assert first == second
+
+
+def test_a_limited_epoch_trains_both_networks():
+    seen = []
+
+    class Watch(L.Callback):
+        def on_train_batch_end(self, trainer, pl_module, outputs, batch, batch_idx):
+            seen.append(batch.network)
+
+    trainer_of(max_epochs=1, limit_train_batches=4, callbacks=[Watch()]).fit(task_of(DPC), datamodule=data_module())
+    assert seen == [0, 1, 0, 1]
+    with pytest.raises(ValueError, match=r"overfit_batches=2: train on a few samples with data\.train_per_class"):
+        trainer_of(overfit_batches=2).fit(task_of(DPC), datamodule=data_module())
+
+
+def test_a_second_fit_judges_anew_and_looking_changes_nothing():
+    task = task_of(DivideMix, loss_history=3)
+    for noise in (None, SymmetricNoise(0.4, "exclusive")):
+        data = data_module(noise=noise)
+        trainer_of(max_epochs=1).fit(task, datamodule=data)
+        scores = task.label_scores()
+        assert torch.equal(scores.given, data.train_target[scores.index])
+    rows = [memory.rows.clone() for memory in task.memories.values()]
+    task._judged = None
+    task.label_scores()
+    assert all(torch.equal(a, memory.rows) for a, memory in zip(rows, task.memories.values(), strict=True))
+
+
+def test_the_verdict_is_that_of_its_mixture_and_threshold():
+    task, trainer = fitted(DPC, 2, threshold=0.9)
+    scores = task.label_scores()
+    torch.testing.assert_close(scores.clean_probability, scores.mixture.posterior(scores.score)[:, 1])
+    used = torch.stack([(v.clean_probability > 0.9).double().mean() for v in task._verdicts]).mean()
+    assert float(trainer.callback_metrics["train/clean_fraction"]) == pytest.approx(float(used), abs=1e-6)
+
+
+def test_means_weigh_each_step_alike():
+    """A term that is missing in some steps, as the unsupervised one at the start of its ramp."""
+    L.seed_everything(0, verbose=False)
+    task, values = task_of(DPC), []
+    real = task.step_loss
+
+    def noted(terms, logits, target):
+        values.append((float(sum(terms.values())), len(target)))
+        return real(terms, logits, target)
+
+    task.step_loss = noted
+    trainer = trainer_of(max_epochs=2)
+    trainer.fit(task, datamodule=data_module())
+    second = values[-trainer.num_training_batches :]
+    expected = sum(loss * count for loss, count in second) / sum(count for _, count in second)
+    assert float(trainer.callback_metrics["train/loss"]) == pytest.approx(expected, rel=1e-5)
+
+
+def test_plateau_gets_its_metric_and_labelled_anchors_halve_the_step():
+    def plateau(optimizer):
+        scheduler = torch.optim.lr_scheduler.ReduceLROnPlateau(optimizer, patience=0, threshold=10.0)
+        scheduler.monitor = "train/loss"
+        return scheduler
+
+    task, _ = fitted(DPC, 4, lr_scheduler=plateau)
+    assert task.optimizers()[0].param_groups[0]["lr"] < 0.05
+    task = task_of(DPC, lambda_u=0.0, labelled_anchors=True)
+    sizes = []
+    task.networks[0].register_forward_pre_hook(
+        lambda m, x: sizes.append(len(x[0])) if torch.is_grad_enabled() else None
+    )
+    trainer_of(max_epochs=2).fit(task, datamodule=data_module())
+    assert sizes[-1] == 2 * 32
+    with pytest.raises(ValueError, match="labelled_anchors needs lambda_u=0, got 5"):
+        task_of(DPC, labelled_anchors=True)
+
+
+def test_a_twin_starts_elsewhere():
+    network = torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(64, 16), torch.nn.ReLU(), torch.nn.Linear(16, 10))
+    task = DivideMix(network, 10, (1, 8, 8))
+    first, second = (net[1].weight for net in task.networks)
+    assert (first != second).float().mean() > 0.99
+
+    class Bare(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.scale, self.fc = torch.nn.Parameter(torch.randn(64)), torch.nn.Linear(64, 10)
+
+        def forward(self, x):
+            return self.fc(x.flatten(1) * self.scale)
+
+    with pytest.warns(UserWarning, match="both networks start with the same scale"):
+        DivideMix(Bare(), 10, (1, 8, 8))
