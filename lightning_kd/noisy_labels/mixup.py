@@ -59,7 +59,7 @@ def draw_mix(
 
 
 def mix(tensor: Tensor, partner: Tensor, weight: float) -> Tensor:
-    """``weight * tensor + (1 - weight) * tensor[partner]``, over the first dimension, for the first ``len(partner)``."""
+    """``weight * tensor + (1 - weight) * tensor[partner]``, for the first ``len(partner)`` rows."""
     return torch.lerp(tensor[partner], tensor[: len(partner)], weight)
 
 
