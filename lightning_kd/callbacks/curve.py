@@ -14,7 +14,8 @@ class TestCurve(L.Callback):
 
     Logs ``curve/acc``, ``curve/ece`` (15 bins) and ``curve/acc_last``, the mean accuracy of the last epochs so far.
     It only watches: nothing may be selected on these numbers, neither a checkpoint nor an epoch nor a setting. The
-    accuracies it averages are in checkpoints, so that a resumed run logs what the undisturbed one would have.
+    accuracies it averages are in checkpoints, so that a resumed run logs what the undisturbed one would have. With
+    ``Trainer(limit_test_batches=0)`` it does nothing.
 
     Several processes: each evaluates its share of the test set, and the sums are added up.
 
@@ -38,16 +39,28 @@ class TestCurve(L.Callback):
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         self._accuracies = list(state_dict["accuracies"])[-self.last :]
 
+    def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
+        if stage == "fit" and trainer.current_epoch == 0:  # before a checkpoint brings its own
+            self._accuracies = []
+
     def on_fit_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        if trainer.limit_test_batches == 0:  # type: ignore[attr-defined]
+            return
         data = getattr(trainer, "datamodule", None)
         if data is None:
             raise ValueError(
                 "TestCurve takes the test set from a data module, got a fit without one: give datamodule=..."
             )
+        data.setup("test")  # Lightning has set a user's own module up for the fit alone
         self._loader = data.test_dataloader()
+
+    def on_fit_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        self._loader = None
 
     def on_train_epoch_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         limit = trainer.limit_test_batches  # type: ignore[attr-defined]
+        if limit == 0:
+            return
         accuracy, found = evaluate(trainer, pl_module, self._loader, limit)
         self._accuracies = [*self._accuracies, accuracy][-self.last :]
         mean = sum(self._accuracies) / len(self._accuracies)

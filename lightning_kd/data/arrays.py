@@ -50,8 +50,8 @@ class ArrayDataModule(ClassificationDataModule):
         cutout: the side in pixels of a box set to the mean colour in each training image; 0 is off.
         mean: subtracted from each channel (0 to 1) or feature; by default that of the training images, for features 0.
         std: divides each channel or feature; by default that of the training images, for features 1.
-        seed: fixes the validation split and the subset; together with ``seed_everything`` also the order of the batches
-            and the augmentation.
+        seed: fixes the validation split and the subset, for the same given labels (both are stratified by them);
+            together with ``seed_everything`` also the order of the batches and the augmentation.
         fake: use a small made-up data set instead, of the shape of the file if there is one, else of 10 classes of
             32 x 32 colour images.
         noise: gives the training samples wrong labels, see ``LabelNoise``; ``None`` keeps the data set's own.

@@ -15,10 +15,11 @@ from torchvision.transforms import AutoAugmentPolicy
 
 from lightning_kd.core.run import RunFolder, run_folder_of
 from lightning_kd.core.seeding import derive_seed, numpy_generator, stream_seed
+from lightning_kd.core.task import Task
 from lightning_kd.data.augment import CropFlip, Normalize, check_views
 from lightning_kd.data.files import Arrays, fake_arrays
 from lightning_kd.data.label_noise import CleanLabels, LabelNoise
-from lightning_kd.data.label_record import check_no_noise, settle_labels
+from lightning_kd.data.label_record import check_no_noise, digest, settle_labels
 from lightning_kd.data.resident import ResidentLoader, StoredImages
 from lightning_kd.data.sampling import BatchLoader, ShardedSampler
 from lightning_kd.data.splits import take_fraction, take_per_class, without
@@ -40,7 +41,8 @@ class ClassificationDataModule(L.LightningDataModule, ABC):
     With ``noise``, ``train_target`` are the given labels, splits and validation samples of the training array
     included, and ``train_clean`` (int64 ``[N]``, else ``None``) the data set's own; its own validation and test labels
     are never changed. The labels are drawn before anything is split. Under a Trainer with a run folder they are kept
-    there in ``noise.npz``, and taken from it by later commands. A fit prints how many are wrong.
+    there in ``noise.npz``, and taken from it where a run is resumed or evaluated. Checkpoints hold their sha256, and a
+    fit does not go on from one that was trained on other labels. A fit prints how many are wrong.
 
     Loaders yield ``Batch`` with ``index`` the position in the full array. With ``val_fraction=0`` there is no
     validation loader, so that nothing is selected on the test set. The prediction set is the test set.
@@ -62,8 +64,8 @@ class ClassificationDataModule(L.LightningDataModule, ABC):
         train_per_class: train on this many samples of each class instead.
         crop_flip: the random view of each training image; ``None`` for none.
         cutout: the side in pixels of a box set to the mean colour in each training image; 0 is off.
-        seed: fixes the validation split and the subset; together with ``seed_everything`` also the order of the batches
-            and the augmentation; 0 or more.
+        seed: fixes the validation split and the subset, for the same given labels (both are stratified by them);
+            together with ``seed_everything`` also the order of the batches and the augmentation; 0 or more.
         fake: use a small made-up data set of the same shape and classes, without any file; all of it, where it is too
             small for the subset asked for.
         noise: gives the training samples wrong labels; ``None`` keeps the data set's own.
@@ -170,9 +172,35 @@ class ClassificationDataModule(L.LightningDataModule, ABC):
         if not self._ready or unrecorded:
             self._load(folder)
         if self.noise is not None and stage == "fit" and self.trainer is not None and self._process()[0] == 0:
-            assert self.train_clean is not None
-            wrong, count = int((self.train_target != self.train_clean).sum()), len(self.train_target)
-            print(f"label noise: {wrong} of {count} labels are wrong ({wrong / count:.2%}), by {self._noise}")
+            self._print_rate()
+
+    def _print_rate(self) -> None:
+        assert self.train_clean is not None
+        is_wrong = (self.train_target != self.train_clean).numpy()
+        wrong, count = int(is_wrong[self.train_indices].sum()), len(self.train_indices)
+        whole = ""
+        if count < len(is_wrong):
+            whole = f"; in the whole array {is_wrong.sum()} of {len(is_wrong)}, {is_wrong.mean():.2%}"
+        print(
+            f"label noise: {wrong} of {count} training labels are wrong ({wrong / count:.2%}{whole}), by {self._noise}"
+        )
+
+    def state_dict(self) -> dict[str, Any]:
+        """With ``noise``, what checkpoints remember the given labels by: their sha256."""
+        return {"labels_sha256": digest(self.train_target.numpy())} if self.noise is not None and self._ready else {}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Before a fit goes on from a checkpoint.
+
+        Raises:
+            ValueError: where that was trained on other labels.
+        """
+        fitting = self.trainer is not None and self.trainer.state.fn == "fit"
+        if fitting and state_dict.get("labels_sha256") != digest(self.train_target.numpy()):
+            raise ValueError(
+                f"the checkpoint was trained on other labels than those of noise={self._noise}: give the data and the "
+                "noise of that run, or start anew without it"
+            )
 
     def _load(self, folder: RunFolder | None) -> None:
         self._ready = False  # until all of it has worked
@@ -277,7 +305,8 @@ class ClassificationDataModule(L.LightningDataModule, ABC):
 
         - ``"plain"``: the image as an evaluation sees it;
         - ``"weak"``: the augmentation and the cutout of this module;
-        - ``"strong"``: AutoAugment, then the augmentation of this module, then a cutout of half the shorter side.
+        - ``"strong"``: AutoAugment, then the augmentation of this module, then a cutout of half the shorter side. (With
+          ``ImageFolderDataModule``, the augmentation of the module, then AutoAugment, on the small image.)
 
         ``Batch.extras`` holds ``clean_target`` (int64 ``[B]``) for samples of the training array where ``noise`` is
         given.
@@ -356,11 +385,10 @@ class ClassificationDataModule(L.LightningDataModule, ABC):
     def train_dataloader(self) -> Any:
         """What the task asks for in its ``train_loader(data)``; by default all training samples, augmented."""
         task: Any = getattr(self.trainer, "lightning_module", None)
-        if hasattr(task, "train_loader"):
-            return task.train_loader(self)
-        # Trainer(overfit_batches=...) promises the same batches each epoch, but cannot change this loader itself.
-        overfit = getattr(self.trainer, "overfit_batches", 0) > 0
-        return self.loader("train", shuffle=not overfit, augment=True, batch_size=self.batch_size)
+        if task is None:
+            return self.loader("train", shuffle=True, augment=True)
+        # a task that is not one of ours gets what ours get by default
+        return task.train_loader(self) if hasattr(task, "train_loader") else Task.train_loader(task, self)
 
     def val_dataloader(self) -> BatchLoader | list[BatchLoader]:
         self.setup()

@@ -58,8 +58,8 @@ class CIFAR10DataModule(OfficialDataModule):
         cutout: the side in pixels of a box set to the mean colour in each training image; 0 is off.
         mean: subtracted from each channel (0 to 1); by default the published 0.4914, 0.4822, 0.4465.
         std: divides each channel; by default the published 0.2470, 0.2435, 0.2616.
-        seed: fixes the validation split and the subset; together with ``seed_everything`` also the order of the batches
-            and the augmentation.
+        seed: fixes the validation split and the subset, for the same given labels (both are stratified by them);
+            together with ``seed_everything`` also the order of the batches and the augmentation.
         download: fetch the official files where they are missing.
         fake: use a small made-up data set instead, without any file.
         noise: gives the training samples wrong labels, see ``LabelNoise``; ``None`` keeps the data set's own.
@@ -135,8 +135,8 @@ class CIFAR100DataModule(OfficialDataModule):
         cutout: the side in pixels of a box set to the mean colour in each training image; 0 is off.
         mean: subtracted from each channel (0 to 1); by default the published 0.5071, 0.4867, 0.4408.
         std: divides each channel; by default the published 0.2675, 0.2565, 0.2761.
-        seed: fixes the validation split and the subset; together with ``seed_everything`` also the order of the batches
-            and the augmentation.
+        seed: fixes the validation split and the subset, for the same given labels (both are stratified by them);
+            together with ``seed_everything`` also the order of the batches and the augmentation.
         download: fetch the official files where they are missing.
         fake: use a small made-up data set instead, without any file.
         noise: gives the training samples wrong labels, see ``LabelNoise``; ``None`` keeps the data set's own.

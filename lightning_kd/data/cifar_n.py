@@ -39,7 +39,8 @@ class CIFARN(StoredNoise):
     ``random1`` to ``random3`` are those of one annotator each, ``aggre`` their majority (9 % wrong), ``worst`` a wrong
     one wherever one of the three is (40 %); ``noisy100`` those of one annotator for CIFAR-100 (40 %), and
     ``noisy100_coarse`` the superclasses of these (26 %). The clean labels of the file must equal the data set's at
-    every sample. Coarse labels are those of the fine ones, where the file holds these.
+    every sample, and of 50,000 labels as many must be wrong as published. Coarse labels are those of the fine ones,
+    where the file holds these.
 
     Args:
         labels: which ones.
@@ -51,7 +52,7 @@ class CIFARN(StoredNoise):
 
     Raises:
         ValueError: for an argument out of its range; when read, for another data set, a damaged file, missing labels,
-            and clean labels other than the data set's.
+            clean labels other than the data set's, and labels in another order than the clean ones.
         FileNotFoundError: when read, where there is no such file.
     """
 
@@ -101,10 +102,19 @@ class CIFARN(StoredNoise):
         except ValueError as error:
             raise ValueError(f"labels={self.labels!r}: {error}; or give the path of CIFAR-*_human.pt") from None
         given, stored = arrays[fine_key if fine else key], arrays[clean_key]
-        if not coarse:
-            return given, stored
-        stored = arrays["train_coarse"] if "train_coarse" in arrays else coarse_labels(stored, path)
-        return coarse_labels(given, path) if fine else given, stored
+        if coarse:
+            stored = arrays["train_coarse"] if "train_coarse" in arrays else coarse_labels(stored, path)
+            given = coarse_labels(given, path) if fine else given
+        if len(given) == len(stored) == 50_000:
+            # clean labels in the file of the data set are always right, and tell nothing about the order of these
+            rate = float((given != stored).mean())
+            if abs(rate - wanted.rate) > 1e-3:
+                raise ValueError(
+                    f"labels={self.labels!r} of {str(path)!r} differ from the clean ones at {rate:.2%} of 50000 "
+                    f"samples, published are {wanted.rate:.2%}: they are probably in another order, give the path of "
+                    "CIFAR-*_human.pt"
+                )
+        return given, stored
 
 
 def coarse_labels(fine: np.ndarray, path: Path) -> np.ndarray:

@@ -28,8 +28,8 @@ class DigitsDataModule(ClassificationDataModule):
         cutout: the side in pixels of a box set to the mean grey in each training image; 0 is off.
         mean: subtracted (0 to 1); by default that of the training images, 0.3050.
         std: divides; by default that of the training images, 0.3756.
-        seed: fixes the validation split and the subset; together with ``seed_everything`` also the order of the batches
-            and the augmentation.
+        seed: fixes the validation split and the subset, for the same given labels (both are stratified by them);
+            together with ``seed_everything`` also the order of the batches and the augmentation.
         fake: use a small made-up data set of the same shape instead.
         noise: gives the training samples wrong labels, see ``LabelNoise``; ``None`` keeps the data set's own.
 

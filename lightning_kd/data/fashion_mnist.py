@@ -52,8 +52,8 @@ class FashionMNISTDataModule(OfficialDataModule):
         cutout: the side in pixels of a box set to the mean grey in each training image; 0 is off.
         mean: subtracted (0 to 1); by default the published 0.2860.
         std: divides; by default the published 0.3530.
-        seed: fixes the validation split and the subset; together with ``seed_everything`` also the order of the batches
-            and the augmentation.
+        seed: fixes the validation split and the subset, for the same given labels (both are stratified by them);
+            together with ``seed_everything`` also the order of the batches and the augmentation.
         download: fetch the official files where they are missing, and unpack them.
         fake: use a small made-up data set instead, without any file.
         noise: gives the training samples wrong labels, see ``LabelNoise``; ``None`` keeps the data set's own.

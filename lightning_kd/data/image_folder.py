@@ -53,8 +53,8 @@ class ImageFolderDataModule(ClassificationDataModule):
         cutout: the side in pixels of a box set to the mean colour in each training image; 0 is off.
         mean: subtracted from each channel (0 to 1); by default that of ImageNet, 0.485, 0.456, 0.406.
         std: divides each channel; by default that of ImageNet, 0.229, 0.224, 0.225.
-        seed: fixes the validation split and the subset; together with ``seed_everything`` also the order of the batches
-            and the augmentation.
+        seed: fixes the validation split and the subset, for the same given labels (both are stratified by them);
+            together with ``seed_everything`` also the order of the batches and the augmentation.
         fake: use a small made-up data set in memory instead, of the classes of ``root`` if there is such a folder,
             else of 10 classes.
         noise: gives the training samples wrong labels, see ``LabelNoise``; ``None`` keeps the data set's own.

@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
+from lightning.pytorch.utilities import rank_zero_info
 
 from lightning_kd.data.files import read_arrays, to_target
 from lightning_kd.data.label_noise import CleanLabels, LabelNoise, estimate_transition, sample_transition
@@ -54,13 +55,15 @@ class StoredNoise(LabelNoise):
 class LabelFile(StoredNoise):
     """The given labels are in a file, one for each sample of the training array, in its order.
 
-    Labels are integers from 0 on, or names of classes. A file may be
+    Labels are numbers of classes, from 0 on, or names of classes. Where all are whole numbers they are never taken for
+    names, whatever the classes are called. A file may be
 
     - ``.npy``: one array ``[N]``;
     - ``.npz``: the array ``key``. Clean labels under ``clean`` are compared with the data set's. The ``noise.npz`` of
       another run is such a file, so that two methods can be trained on the same labels;
-    - ``.csv``: one label a line; or with a header, the column ``key``. With a column ``index`` the lines may come in
-      any order, but each sample must be there once.
+    - ``.csv``: one label a line; or with a header (a single cell must be ``key``, ``label`` or ``given``), the column
+      ``key``. With a column ``index`` each line is for that sample, in any order, and samples without a line keep the
+      data set's own label: so a file may hold corrections alone. How many labels it holds is then printed.
 
     Args:
         path: the file.
@@ -70,7 +73,7 @@ class LabelFile(StoredNoise):
 
     Raises:
         ValueError: for a suffix that is none of these; when read, for a damaged file, a label out of range, a wrong
-            number of labels, and for clean labels other than the data set's.
+            number of labels, a sample with two lines, and for clean labels other than the data set's.
         FileNotFoundError: when read, where there is no such file.
     """
 
@@ -83,11 +86,12 @@ class LabelFile(StoredNoise):
 
     def read(self, clean: CleanLabels) -> tuple[np.ndarray, np.ndarray | None]:
         if Path(self.path).suffix == ".csv":
-            columns = read_columns(Path(self.path))
+            columns = read_columns(Path(self.path), self.key)
             labels = columns[self._choose([name for name in columns if name != "index"])]
+            labels = class_indices(labels, clean.class_names, repr(self.path))
             if "index" in columns:
-                labels = _in_order(columns["index"], labels, len(clean.target), self.path)
-            return class_indices(labels, clean.class_names, repr(self.path)), None
+                labels = _corrected(clean.target, columns["index"], labels, self.path)
+            return labels, None
         arrays = read_arrays(Path(self.path))
         labels = arrays[self._choose(list(arrays))]
         return class_indices(labels, clean.class_names, repr(self.path)), arrays.get("clean")
@@ -104,14 +108,14 @@ class LabelFile(StoredNoise):
         raise ValueError(f"key={self.key!r} is none of {self.path!r}, which holds {', '.join(names)}: give one of them")
 
 
-def read_columns(path: Path) -> dict[str, np.ndarray]:
+def read_columns(path: Path, key: str | None = None) -> dict[str, np.ndarray]:
     """The columns of a ``.csv`` as text, by the names in its header; without a header the one column is ``""``.
 
-    The first line is a header where it has several cells, or the one cell ``given`` or ``label``.
+    The first line is a header where it has several cells, or the one cell ``given``, ``label`` or ``key``.
 
     Raises:
         FileNotFoundError, PermissionError: if there is no such file, or it may not be read.
-        ValueError: if it is empty or not text, or its lines are not equally long.
+        ValueError: if it is empty or not text, two columns have one name, or its lines are not equally long.
     """
     try:
         with open(path, newline="", encoding="utf-8-sig") as stream:
@@ -122,10 +126,12 @@ def read_columns(path: Path) -> dict[str, np.ndarray]:
         raise PermissionError(f"{str(path)!r} may not be read: check the permissions of the file") from None
     except (UnicodeDecodeError, csv.Error) as error:
         raise ValueError(f"{str(path)!r} is no .csv file in UTF-8 ({error}): write it again") from error
-    header = rows[0] if rows and (len(rows[0]) > 1 or rows[0][0] in ("given", "label")) else [""]
+    header = rows[0] if rows and (len(rows[0]) > 1 or rows[0][0] in ("given", "label", key)) else [""]
     lines = rows if header == [""] else rows[1:]
     if not lines:
         raise ValueError(f"{str(path)!r} holds no label: give one for each sample")
+    if twice := [name for name in header if header.count(name) > 1]:
+        raise ValueError(f"{str(path)!r} names the column {twice[0]!r} twice in its first line: rename or remove one")
     for line in lines:
         if len(line) != len(header):
             raise ValueError(f"{str(path)!r} must have {len(header)} cells in each line, got {line}: correct that line")
@@ -133,34 +139,44 @@ def read_columns(path: Path) -> dict[str, np.ndarray]:
 
 
 def class_indices(labels: np.ndarray, class_names: Sequence[str], where: str) -> np.ndarray:
-    """Labels that are integers, texts of integers, or names of classes, as integers; other arrays are left alone.
+    """Texts of labels as int64: whole numbers where all are, else names of classes; other arrays are left alone.
 
     Raises:
-        ValueError: for a text that is neither.
+        ValueError: for a text that is none of these.
     """
     if labels.dtype.kind != "U":
         return labels
     values, inverse = np.unique(labels, return_inverse=True)
-    index = {name: c for c, name in enumerate(class_names)}
-    if not all(value in index for value in values):
-        # all or none: a number that happens to be a class's name is still a number
-        index = {value: int(value) for value in values if value.removeprefix("-").isdecimal()}
-    for value in values:
+    # 18 digits at most: longer ones do not fit into int64
+    number = {v: int(v) for v in values if len(v) <= 18 and v.removeprefix("-").isdecimal()}
+    index = number if len(number) == len(values) else {name: c for c, name in enumerate(class_names)}
+    for value in sorted(values, key=number.__contains__):  # rather what is no number, where they are mixed
         if value not in index:
-            raise ValueError(f"{where} holds the label {str(value)!r}, neither a class nor a whole number: correct it")
+            raise ValueError(
+                f"{where} holds the label {str(value)!r}: all labels must be numbers of classes, or all names of them; "
+                "correct it"
+            )
     return np.array([index[value] for value in values], dtype=np.int64)[inverse]
 
 
-def _in_order(index: np.ndarray, labels: np.ndarray, count: int, path: str) -> np.ndarray:
-    """``labels`` sorted by ``index``, which must hold 0 to ``count - 1`` once each."""
+def _corrected(own: np.ndarray, index: np.ndarray, labels: np.ndarray, path: str) -> np.ndarray:
+    """A copy of the labels ``own`` with ``labels`` at the positions that the texts in ``index`` say."""
     try:
         place = index.astype(np.int64)
-    except ValueError as error:
+    except (ValueError, OverflowError) as error:
         raise ValueError(f"the column index of {path!r} must hold whole numbers ({error}): correct it") from None
-    found = np.unique(place[(place >= 0) & (place < count)])
-    if len(found) != count or len(place) != count:
+    outside = place[(place < 0) | (place >= len(own))]
+    if len(outside):
         raise ValueError(
-            f"the column index of {path!r} must hold each of 0 to {count - 1} once, got {len(place)} lines with "
-            f"{len(found)} of them: add or remove lines"
+            f"the column index of {path!r} must be from 0 to {len(own) - 1}, got {outside[0]}: is it for this data set?"
         )
-    return labels[np.argsort(place)]
+    values, count = np.unique(place, return_counts=True)
+    if len(values) < len(place):
+        raise ValueError(
+            f"the column index of {path!r} holds {values[count > 1][0]} more than once: keep one line for each sample"
+        )
+    if len(place) < len(own):
+        rank_zero_info(f"{path!r} holds {len(place)} of {len(own)} labels: the other samples keep the data set's own")
+    given = own.copy()
+    given[place] = labels
+    return given

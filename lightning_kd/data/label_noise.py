@@ -41,7 +41,8 @@ class LabelNoise(ABC):
     """Turns a data set's own labels into the given labels that a method is trained on.
 
     A subclass implements ``draw``, keeps its arguments as attributes of the same names, and calls
-    ``super().__init__(seed)``. Its public attributes are what a run folder remembers it by.
+    ``super().__init__(seed)``. Its public attributes are what a run folder remembers it by; one that reads a file also
+    overrides ``without_files``, and then a resumed run asks whether the file still holds the same labels.
 
     Args:
         seed: fixes the labels, together with nothing else; 0 or more.

@@ -17,9 +17,12 @@ from lightning_kd.data.label_noise import CleanLabels, LabelNoise
 def settle_labels(
     noise: LabelNoise, clean: CleanLabels, folder: RunFolder | None, trainer: L.Trainer | None
 ) -> np.ndarray:
-    """The given labels, those of ``folder`` where they are recorded, else drawn and, in a folder, recorded.
+    """The given labels: those recorded in ``folder`` where it holds a checkpoint that was trained on them, or where
+    they are evaluated on; else drawn and, in a folder, recorded.
 
-    The first process does it and tells the others.
+    The labels that a file or an array holds now must be the recorded ones. Labels that are made up by numbers alone are
+    not compared: the record stays, should they be drawn otherwise some day. The first process does all this and tells
+    the others.
 
     Args:
         noise: what draws them.
@@ -33,12 +36,13 @@ def settle_labels(
     Raises:
         ValueError: where the folder holds a checkpoint of a run with other labels, and what ``noise`` raises.
     """
+    fitting = trainer is None or trainer.state.fn == "fit"
     if trainer is None or trainer.world_size == 1:
-        return _settle(noise, clean, folder)
+        return _settle(noise, clean, folder, fitting)
     answer: np.ndarray | Exception | None = None
     if trainer.global_rank == 0:
         try:
-            answer = _settle(noise, clean, folder)
+            answer = _settle(noise, clean, folder, fitting)
         except Exception as error:  # told to the others, who would wait for ever
             answer = error
     answer = trainer.strategy.broadcast(answer)
@@ -70,21 +74,27 @@ def digest(given: np.ndarray) -> str:
     return hashlib.sha256(given.astype("<i8").tobytes()).hexdigest()
 
 
-def _settle(noise: LabelNoise, clean: CleanLabels, folder: RunFolder | None) -> np.ndarray:
-    if folder is not None and folder.noise.is_file():
+def _settle(noise: LabelNoise, clean: CleanLabels, folder: RunFolder | None, fitting: bool) -> np.ndarray:
+    trained = folder is not None and folder.last.is_file()
+    recorded = folder is not None and folder.noise.is_file()
+    if folder is not None and recorded and (trained or not fitting):
         record = _read(folder.noise)
-        reason = _objection(record, noise, clean)
+        reason = _objection(record, noise, clean, fitting)
         if reason is None:
             return record["given"]
-        if folder.last.is_file():
+        if trained:
             raise ValueError(
                 f"{folder.noise} belongs to the checkpoint in that folder, but {reason}: go on with the data and noise "
                 "of that run, add --overwrite to start anew, or name another --run folder"
             )
-    given = noise.corrupt(clean.target, clean.class_names, clean.image, clean.file)
-    if folder is not None:
+    given = _draw(noise, clean)
+    if folder is not None and (fitting or not (trained or recorded)):
         _write(folder.noise, noise, clean.target, given)
     return given
+
+
+def _draw(noise: LabelNoise, clean: CleanLabels) -> np.ndarray:
+    return noise.corrupt(clean.target, clean.class_names, clean.image, clean.file)
 
 
 def _read(path: Path) -> dict[str, np.ndarray]:
@@ -93,14 +103,31 @@ def _read(path: Path) -> dict[str, np.ndarray]:
     return arrays
 
 
-def _objection(record: dict[str, np.ndarray], noise: LabelNoise, clean: CleanLabels) -> str | None:
+def _objection(record: dict[str, np.ndarray], noise: LabelNoise, clean: CleanLabels, fitting: bool) -> str | None:
+    """Why the recorded labels are not those to go on with; ``None`` where they are."""
     if str(record["sha256"]) != digest(record["given"]):
         return "its labels do not match its sha256"
-    if str(record["generator"]) != repr(noise):
-        return f"was drawn by {record['generator']}, not by {noise}"
     if not np.array_equal(record["clean"], clean.target):
         return "its clean labels are not those of the data set"
-    return None
+    same_text = str(record["generator"]) == repr(noise)
+    if same_text and (not fitting or _is_made_up(noise)):
+        return None
+    if str(record["sha256"]) == digest(_draw(noise, clean)):
+        return None
+    if same_text:
+        return f"its labels are no longer those of {noise}"
+    return f"was drawn by {record['generator']}, not by {noise}"
+
+
+def _is_made_up(noise: LabelNoise) -> bool:
+    """Whether the text of a noise says all about it: it reads no file and holds no array, which a text cuts short."""
+    return noise.without_files() is noise and all(_is_plain(value) for value in vars(noise).values())
+
+
+def _is_plain(value: Any) -> bool:
+    if isinstance(value, list | tuple):
+        return all(_is_plain(item) for item in value)
+    return value is None or isinstance(value, str | int | float)
 
 
 def _write(path: Path, noise: LabelNoise, clean: np.ndarray, given: np.ndarray) -> None:

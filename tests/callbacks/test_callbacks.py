@@ -29,6 +29,7 @@ class Scores(NamedTuple):
     clean_probability: Tensor
     given: Tensor
     clean: Tensor | None
+    threshold: float = 0.5
 
 
 def scores(known: bool = True) -> Scores:
@@ -131,6 +132,50 @@ def test_curve_respects_the_limit_of_test_batches(tmp_path: Path, limit: float, 
     with torch.no_grad():
         right = torch.cat([method.eval()(batch.image).argmax(1) == batch.target for batch in some])
     assert curve.state_dict()["accuracies"] == pytest.approx([right.double().mean().item()])
+
+
+def test_curve_without_test_batches(tmp_path: Path) -> None:
+    curve = callbacks.TestCurve()
+    fitter = trainer(tmp_path, curve, max_epochs=1, limit_test_batches=0)
+    fitter.fit(Method(), data())
+    assert curve.state_dict()["accuracies"] == []
+    assert not [name for name in fitter.callback_metrics if name.startswith("curve/")]
+
+
+class OwnData(L.LightningDataModule):
+    """A user's own, whose test set is there after ``setup("test")``."""
+
+    def setup(self, stage: str) -> None:
+        made = data()
+        made.setup()
+        self.train = made.loader("train", batch_size=64) if stage == "fit" else self.train
+        if stage == "test":
+            self.test = made.loader("test")
+
+    def train_dataloader(self) -> Any:
+        return self.train
+
+    def test_dataloader(self) -> Any:
+        return self.test
+
+
+def test_curve_of_a_users_own_data_module(tmp_path: Path) -> None:
+    curve = callbacks.TestCurve()
+    trainer(tmp_path, curve, max_epochs=1).fit(Method(), OwnData())
+    assert len(curve.state_dict()["accuracies"]) == 1
+
+
+def test_curve_starts_anew_with_each_fit(tmp_path: Path) -> None:
+    curve = callbacks.TestCurve(last=5)
+    fitter = trainer(tmp_path, curve)
+    fitter.fit(Method(), data())
+    first = curve.state_dict()["accuracies"]
+    assert curve._loader is None  # or the test set would stay in memory
+    fitter.fit_loop.max_epochs = 3
+    fitter.fit(Method(), data())  # the same fit goes on
+    assert curve.state_dict()["accuracies"][:2] == first
+    trainer(tmp_path, curve).fit(Method(), data())
+    assert len(curve.state_dict()["accuracies"]) == 2
 
 
 def _curve_on_two_ranks(folder: str) -> list[float]:

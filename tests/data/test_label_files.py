@@ -1,6 +1,7 @@
 """Labels from files, and the record of a run's labels."""
 
 import hashlib
+import os
 import pickle
 import warnings
 import zipfile
@@ -22,8 +23,10 @@ from lightning_kd.data import (
     LabelFile,
     LabelNoise,
     SymmetricNoise,
+    label_files,
 )
-from lightning_kd.data.cifar import CIFAR100_COARSE
+from lightning_kd.data.cifar import CIFAR10_CLASSES, CIFAR100_COARSE
+from lightning_kd.noisy_labels._scores import LabelScores
 from tests.data.test_fit import Recorder
 from tests.two_processes import on_two_ranks
 
@@ -47,6 +50,36 @@ def test_csv(name):
     given = LabelFile("labels.csv").corrupt(CLEAN, NAMES)
     assert given.dtype == np.int64
     assert given.tolist() == GIVEN.tolist()
+
+
+def test_whole_numbers_are_indices_whatever_the_classes_are_called():
+    names = sorted(str(c) for c in range(12))  # folders: 0, 1, 10, 11, 2, ...
+    clean = torch.arange(48) % 12
+    scores = LabelScores(torch.arange(48), clean, clean, torch.zeros(48), torch.zeros(48), torch.ones(48).double())
+    scores.write(Path("noisy_labels.csv"))
+    np.save("labels.npy", clean.numpy().astype(str))
+    for path in ("noisy_labels.csv", "labels.npy"):
+        assert LabelFile(path).corrupt((clean + 1) % 12, names).tolist() == clean.tolist()
+    Path("names.csv").write_text("11\nten\n11\n")
+    assert LabelFile("names.csv").corrupt([0, 0, 0], ["0", "11", "ten"]).tolist() == [1, 2, 1]
+
+
+def test_corrections_of_some_samples(monkeypatch):
+    lines = []
+    monkeypatch.setattr(label_files, "rank_zero_info", lines.append)
+    Path("labels.csv").write_text("index,given,label\n3,0,bee\n1,1,cow\n")
+    assert LabelFile("labels.csv").corrupt(CLEAN, NAMES).tolist() == [0, 2, 2, 1, 1]
+    assert lines == ["'labels.csv' holds 2 of 5 labels: the other samples keep the data set's own"]
+    Path("labels.csv").write_text(TEXTS["indexed"])
+    LabelFile("labels.csv").corrupt(CLEAN, NAMES)
+    assert len(lines) == 1
+
+
+def test_a_header_of_one_cell():
+    Path("labels.csv").write_text("target\n0\n2\n2\n1\n1\n")
+    assert LabelFile("labels.csv", "target").corrupt(CLEAN, NAMES).tolist() == GIVEN.tolist()
+    with pytest.raises(ValueError, match="holds the label 'target': all labels must be"):
+        LabelFile("labels.csv").corrupt(CLEAN, NAMES)
 
 
 def test_columns_and_arrays_by_name():
@@ -76,13 +109,19 @@ def test_npy_and_npz():
         ("0\n1\n2\n", "has 3 labels, got 5 samples"),
         ("0\n1\n2\n3\n0\n", "between 0 and 2, got 3 at position 3"),
         ("0\n1\n-1\n0\n0\n", "between 0 and 2, got -1 at position 2"),
-        ("ant\nbee\ndog\nant\nant\n", "holds the label 'ant', neither"),
-        ("0\n1\n1.5\n0\n0\n", "holds the label '1.5', neither a class nor a whole number"),
+        ("ant\nbee\ndog\nant\nant\n", "holds the label 'dog': all labels must be numbers of classes, or all names"),
+        ("0\n1\n1.5\n0\n0\n", "holds the label '1.5': all labels must be"),
+        ("ant\nbee\n1\nant\nant\n", "holds the label '1': all labels must be"),
+        ("0\n" * 4 + "9" * 30 + "\n", "holds the label '9+': all labels must be"),
+        ("0\n" * 4 + "9" * 5000 + "\n", "holds the label '9+': all labels must be"),
+        ("label,label\n0,1\n", "names the column 'label' twice"),
         ("index,label\n0,0\n1\n", "must have 2 cells in each line, got"),
-        ("index,label\n0,0\n1,0\n1,0\n2,0\n3,0\n", "each of 0 to 4 once, got 5 lines with 4 of them"),
-        ("index,label\n0,0\n1,0\n", "each of 0 to 4 once, got 2 lines with 2 of them"),
-        ("index,label\n1,0\n2,0\n3,0\n4,0\n5,0\n", "each of 0 to 4 once"),
+        ("index,label\n0,0\n1,0\n1,0\n2,0\n3,0\n", "holds 1 more than once: keep one line"),
+        ("index,label\n1,0\n5,0\n", "must be from 0 to 4, got 5"),
+        ("index,label\n1,0\n-1,0\n", "must be from 0 to 4, got -1"),
+        ("index,label\n1,0\n2,3\n", "between 0 and 2, got 3 at position 2"),
         ("index,label\na,0\n", "must hold whole numbers"),
+        ("index,label\n" + "9" * 30 + ",0\n", "must hold whole numbers"),
     ],
 )
 def test_csv_that_does_not_fit(text, message):
@@ -206,6 +245,24 @@ def test_human_labels_in_another_order(cifar):
         CIFAR100DataModule(cifar, "coarse", noise=CIFARN("noisy100_coarse", "hundred.pt")).setup()
 
 
+def test_human_labels_in_an_order_that_clean_labels_cannot_tell():
+    rng = np.random.default_rng(0)
+    clean = rng.permutation(np.arange(50_000) % 10)
+    worse = clean.copy()
+    worse[: int(0.40208 * 50_000)] += 1
+    worse %= 10
+    np.savez("human.npz", train_target=clean, worse=worse)
+    assert CIFARN("worst", "human.npz").corrupt(clean, CIFAR10_CLASSES).tolist() == worse.tolist()
+    np.savez("human.npz", train_target=clean, worse=rng.permutation(worse))
+    with pytest.raises(
+        ValueError, match=r"differ from the clean ones at (89|90).\d+% of 50000 samples, published are 40.21%"
+    ):
+        CIFARN("worst", "human.npz").corrupt(clean, CIFAR10_CLASSES)
+    old_pt("human.pt", {"clean_label": clean, "worse_label": np.roll(worse, 1)})
+    with pytest.raises(ValueError, match="probably in another order"):
+        CIFARN("worst", "human.pt", synthetic=True).corrupt(clean, CIFAR10_CLASSES)
+
+
 def test_no_human_labels(cifar, tmp_path):
     data_set(tmp_path, "cifar10", TEN)
     with pytest.raises(ValueError, match=r"lacks worse.*CIFAR-\*_human.pt"):
@@ -290,30 +347,128 @@ def test_record(capsys):
     assert record["seed"] == 3
     assert str(record["sha256"]) == hashlib.sha256(data.train_target.numpy().astype("<i8").tobytes()).hexdigest()
     wrong = int((data.train_target != data.train_clean).sum())
-    line = f"label noise: {wrong} of 1438 labels are wrong ({wrong / 1438:.2%}), by SymmetricNoise(rate=0.5, "
+    used = data.train_indices
+    wrong_used = int((data.train_target[used] != data.train_clean[used]).sum())
+    line = f"label noise: {wrong_used} of {len(used)} training labels are wrong ({wrong_used / len(used):.2%}; "
+    line += f"in the whole array {wrong} of 1438, {wrong / 1438:.2%}), by SymmetricNoise(rate=0.5, "
+    assert len(used) == 1294
     assert capsys.readouterr().out.count(line) == 1
     # another method takes the same labels, on the same data only
-    other = DigitsDataModule(noise=LabelFile("run/noise.npz"))
+    other = DigitsDataModule(noise=LabelFile("run/noise.npz"), val_fraction=0)
     other.setup()
     assert torch.equal(other.train_target, data.train_target)
-    with pytest.raises(ValueError, match="labels"):
-        DigitsDataModule(fake=True, noise=SymmetricNoise(0.5)).noise.corrupt([0], 0)
+    fit(other, "other")
+    line = f"label noise: {wrong} of 1438 training labels are wrong ({wrong / 1438:.2%}), by LabelFile("
+    assert capsys.readouterr().out.count(line) == 1
     with pytest.raises(ValueError, match="has 1438 labels, got 1000 samples"):
         LabelFile("run/noise.npz").corrupt(data.train_clean[:1000], 10)
+    moved = data.train_clean.clone()
+    moved[[0, 1]] = moved[[1, 0]]
+    assert moved[0] != moved[1]
+    with pytest.raises(ValueError, match="clean labels of its file differ from those of the data set at 2 of 1438"):
+        LabelFile("run/noise.npz").corrupt(moved, 10)
 
 
 def test_recorded_labels_are_used_again():
     first = fit(DigitsDataModule(noise=Counted()))
+    pretend_checkpoint()
     again = DigitsDataModule(noise=Counted())
     again.setup()
     assert not torch.equal(again.train_target, first.train_target)
     fit(again)  # set up before it had a run folder
     assert torch.equal(again.train_target, first.train_target)
     assert fit(again).train_target is again.train_target
-    pretend_checkpoint()
-    assert torch.equal(fit(DigitsDataModule(noise=Counted())).train_target, first.train_target)
     elsewhere = fit(DigitsDataModule(noise=Counted()), "elsewhere")
     assert not torch.equal(elsewhere.train_target, first.train_target)
+
+
+def test_labels_are_drawn_anew_where_there_is_no_checkpoint():
+    first = fit(DigitsDataModule(noise=Counted()))
+    tested = DigitsDataModule(noise=Counted())
+    quiet = {"logger": False, "enable_progress_bar": False, "enable_checkpointing": False, "accelerator": "cpu"}
+    L.Trainer(**quiet, callbacks=[RunRecorder(RunFolder("run"))]).test(Recorder(64), tested, verbose=False)
+    assert torch.equal(tested.train_target, first.train_target)
+    second = fit(DigitsDataModule(noise=Counted()))
+    assert not torch.equal(second.train_target, first.train_target)
+    assert read()["given"].tolist() == second.train_target.tolist()
+
+
+def own_labels():
+    data = DigitsDataModule()
+    data.setup()
+    return data.train_target.numpy()
+
+
+class Fixed(LabelNoise):
+    """Labels of one's own in an array, of which a text shows only the ends."""
+
+    def __init__(self, given):
+        self.given = given
+        super().__init__()
+
+    def draw(self, clean, generator):
+        return self.given
+
+
+def test_stored_labels_are_compared_by_their_content():
+    given = own_labels()
+    np.save("one.npy", given)
+    assert fit(DigitsDataModule(noise=LabelFile("one.npy"))).train_target.tolist() == given.tolist()
+    other = given.copy()
+    other[700] = (other[700] + 1) % 10
+    np.save("one.npy", other)
+    assert fit(DigitsDataModule(noise=LabelFile("one.npy"))).train_target.tolist() == other.tolist()
+    assert read()["given"].tolist() == other.tolist()
+    pretend_checkpoint()
+    Path("one.npy").rename("two.npy")
+    for same in (LabelFile("two.npy"), LabelFile("run/noise.npz"), Fixed(other)):
+        assert fit(DigitsDataModule(noise=same)).train_target.tolist() == other.tolist()
+    np.save("one.npy", given)
+    with pytest.raises(ValueError, match=r"labels are no longer those of LabelFile\(path='one.npy'"):
+        fit(DigitsDataModule(noise=LabelFile("one.npy")))
+    with pytest.raises(ValueError, match=r"was drawn by LabelFile\(path='one.npy'.* not by Fixed"):
+        fit(DigitsDataModule(noise=Fixed(given)))
+    assert read()["given"].tolist() == other.tolist()
+
+
+def test_arrays_in_a_noise_of_ones_own_are_compared_whole():
+    given = own_labels()
+    other = given.copy()
+    other[700] = (other[700] + 1) % 10
+    assert repr(Fixed(given)) == repr(Fixed(other))
+    fit(DigitsDataModule(noise=Fixed(given)))
+    pretend_checkpoint()
+    fit(DigitsDataModule(noise=Fixed(given.copy())))
+    with pytest.raises(ValueError, match="labels are no longer those of Fixed"):
+        fit(DigitsDataModule(noise=Fixed(other)))
+
+
+def test_checkpoints_know_their_labels(tmp_path):
+    noise = SymmetricNoise(0.4)
+    data = DigitsDataModule(noise=noise)
+    assert data.state_dict() == {}
+    quiet = {"logger": False, "enable_progress_bar": False, "enable_model_summary": False, "accelerator": "cpu"}
+    quiet |= {"default_root_dir": tmp_path, "enable_checkpointing": False}
+    run = L.Trainer(**quiet, max_epochs=1)
+    run.fit(Recorder(64), data)
+    run.save_checkpoint("one.ckpt")
+    stored = torch.load("one.ckpt", weights_only=True)["DigitsDataModule"]
+    assert stored == {"labels_sha256": hashlib.sha256(data.train_target.numpy().astype("<i8").tobytes()).hexdigest()}
+
+    def resume(data):
+        L.Trainer(**quiet, max_epochs=2).fit(Recorder(64), data, ckpt_path="one.ckpt", weights_only=True)
+
+    resume(DigitsDataModule(noise=SymmetricNoise(0.4)))
+    for other in (None, SymmetricNoise(0.4, seed=1)):
+        with pytest.raises(ValueError, match=r"the checkpoint was trained on other labels than those of noise="):
+            resume(DigitsDataModule(noise=other))
+        evaluation = L.Trainer(**quiet)
+        evaluation.test(Recorder(64), DigitsDataModule(noise=other), ckpt_path="one.ckpt", verbose=False)
+        evaluation.predict(Recorder(64), DigitsDataModule(noise=other), ckpt_path="one.ckpt")
+    run = L.Trainer(**quiet, max_epochs=1)
+    run.fit(Recorder(64), DigitsDataModule())
+    run.save_checkpoint("clean.ckpt")
+    assert "DigitsDataModule" not in torch.load("clean.ckpt", weights_only=True)
 
 
 def test_other_labels_are_refused_only_where_there_is_a_checkpoint():
@@ -388,7 +543,7 @@ def test_a_class_may_be_absent_from_the_given_labels():
 
 
 def _ranks(folder, refuse):
-    Counted.calls = int(torch.randint(100, (1,)))  # nothing that both ranks would draw alike
+    Counted.calls = int(os.environ["LOCAL_RANK"])  # each would draw labels of its own
     data = DigitsDataModule(noise=SymmetricNoise(0.1) if refuse else Counted())
     try:
         fit(data, folder, strategy="ddp", devices=2)
@@ -399,6 +554,7 @@ def _ranks(folder, refuse):
 
 def test_two_processes_train_on_the_same_labels(tmp_path):
     one, two = on_two_ranks(_ranks, str(tmp_path / "run"), False)
+    assert one == ((own_labels() + 1) % 10).tolist()  # those of the first process
     assert one == two == read(tmp_path / "run" / "noise.npz")["given"].tolist()
 
 

@@ -26,6 +26,7 @@ from lightning_kd.data import (
     TransitionNoise,
 )
 from lightning_kd.data.cifar import CIFAR10_CLASSES, CIFAR100_CLASSES, CIFAR100_COARSE
+from lightning_kd.data.instance_noise import _truncated_normal
 from lightning_kd.data.label_noise import check_transition, estimate_transition, sample_transition
 from lightning_kd.data.noise import next_in_group
 
@@ -174,11 +175,18 @@ def test_instance_dependent_noise_on_features_and_constant_ones():
     assert (given == noise.corrupt(clean, 3, feature * 10 + 2)).mean() > 0.99  # standardised
 
 
-@pytest.mark.parametrize("rate", [0.05, 0.9])
-def test_instance_rates_stay_between_0_and_1(rate):
-    clean = TEN[:4000]
-    given = InstanceDependentNoise(rate).corrupt(clean, 10, GREY.repeat(2, 1, 1, 1))
-    assert abs(wrong(given, clean) - rate) < 0.08
+@pytest.mark.parametrize(
+    ("rate", "actual"), [(0.01, 0.084), (0.05, 0.101), (0.1, 0.129), (0.2, 0.206), (0.4, 0.4), (0.9, 0.871), (1, 0.920)]
+)
+def test_instance_rates_are_a_normal_distribution_cut_off_at_0_and_1(rate, actual):
+    drawn = _truncated_normal(rate, 0.1, N, np.random.default_rng(0))
+    assert drawn.shape == (N,)
+    assert 0 < drawn.min() < drawn.max() < 1
+    assert drawn.mean() == pytest.approx(actual, abs=0.002)
+    # drawn again, not clipped
+    assert len(np.unique(drawn)) == N
+    given = InstanceDependentNoise(rate).corrupt(TEN[:4000], 10, GREY.repeat(2, 1, 1, 1))
+    assert wrong(given, TEN[:4000]) == pytest.approx(actual, abs=0.03)
 
 
 @pytest.mark.parametrize("name", EVERY)
