@@ -61,7 +61,7 @@ def linear_ramp(epoch: float, start: float, length: float) -> float:
 
 
 class DivideMix(TwoNetworkTask):
-    """Warm-up, then in each epoch a split of the training set by loss, and MixMatch on its two parts.
+    """DivideMix (Li et al., ICLR 2020, arXiv 2002.07394), algorithm 1: a split by loss, and MixMatch on its two parts.
 
     At the end of every epoch both networks score all labels (eval mode, no augmentation) by their loss, two Gaussians
     are fitted to the scaled scores, and a label counts as clean where the posterior of the better one is above
@@ -92,8 +92,6 @@ class DivideMix(TwoNetworkTask):
         clip: share of the scores cut off at either end before scaling, against outliers.
         kwargs: ``gradient_clip_val`` of ``TwoNetworkTask``; ``optimizer``, ``lr_scheduler``, ``lr_interval``,
             ``channels_last``, ``compile`` of ``Task``.
-
-    Source: arXiv 2002.07394, algorithm 1.
     """
 
     keep_last_labelled = True

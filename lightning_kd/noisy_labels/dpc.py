@@ -126,8 +126,9 @@ def evidence_mlp(features: int, hidden: int, num_classes: int) -> nn.Sequential:
 
 
 class DPC(DivideMix):
-    """DivideMix's machinery with calibrated softmax, evidential loss, a split by logit margin and a second head.
+    """DPC (Zong et al., AAAI 2024, arXiv 2401.07062), algorithm 1: calibrated outputs, and a split by logit margin.
 
+    DivideMix's machinery with calibrated softmax, an evidential loss and a second head.
     The classifier of ``network`` is head 1: it learns from labels, guesses, splits and answers. Head 2, an MLP on the
     feature that enters the classifier, takes the unsupervised loss alone. Probabilities are the mean of both networks'
     calibrated softmax.
@@ -148,8 +149,6 @@ class DPC(DivideMix):
         classifier: module path of the classifier.
         kwargs: of ``DivideMix``: ``warmup_epochs``, ``lambda_u``, ``ramp_epochs``, ``temperature``, ``threshold``,
             ``mixup_alpha``, ``confidence_penalty``, ``loss_history``, ``clip``; and those it takes.
-
-    Source: arXiv 2401.07062, algorithm 1.
     """
 
     keep_last_labelled = False
