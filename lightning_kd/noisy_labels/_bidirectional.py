@@ -241,8 +241,8 @@ def update_rows(rows: Tensor, index: Tensor, gradient: Tensor, lr: float) -> Non
     Args:
         rows: ``[N, C]``.
         index: int64 ``[B]``, the rows that the gradients belong to; those of one row add up.
-        gradient: ``[B, C]``; entries that are not finite are left out.
+        gradient: ``[B, C]``; nothing is done where one entry is not finite, as a scaler skips the network's step then.
         lr: learning rate.
     """
-    finite = torch.where(gradient.isfinite(), gradient, 0.0)
+    finite = torch.where(gradient.isfinite().all(), gradient, 0.0)
     rows.index_add_(0, index, finite.to(rows.dtype), alpha=-lr)

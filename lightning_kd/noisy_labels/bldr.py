@@ -102,7 +102,7 @@ class BLDR(NoisyLabelTask):
 
     Several processes: gradients of ``u`` and ``v`` are those of the joint batch, their rows are exchanged at the end of
     each epoch, weights and ``rho`` come from the probabilities of all. The mean prediction in the balance loss is that
-    of each process's batch. With accumulation ``u`` and ``v`` move with each batch.
+    of each process's batch. With accumulation ``u`` and ``v`` move with each batch, by its part of the gradient.
 
     Args:
         network: a network's name (``lightning-kd list``) or any ``nn.Module`` with stages and a linear classifier on a
@@ -111,7 +111,9 @@ class BLDR(NoisyLabelTask):
         input_shape: see ``Task``.
         weights: checkpoint or ``state_dict`` file to start from. Default: train from scratch.
         warmup_epochs: from the end of this epoch (counted from 0) on, samples are weighted. In the paper 20 for
-            CIFAR-10N and 40 for CIFAR-100N, the learning rate constant as long.
+            CIFAR-10N and 40 for CIFAR-100N, the learning rate constant as long. The second head starts by believing in
+            one class or two and needs some thousand steps to leave that; weights from it before would shut out whole
+            classes, of which there is a warning.
         stages: module paths of the network's stages in order, the last one included; exits come after each but the
             last. Default: found by name.
         classifier: module path of the network's classifier. Default: its last ``nn.Linear``.
@@ -126,7 +128,8 @@ class BLDR(NoisyLabelTask):
         rho_threshold: probability below which a label counts for ``rho``.
         detection_threshold: probability below which a label is reported as wrong.
         reuse_forward: take what needs the weak views alone from the pass over both views: a third cheaper, with other
-            statistics of batch normalisation. The official code passes the weak views twice.
+            statistics of batch normalisation. The official code passes the weak views twice. Without strong views there
+            is one pass.
         average_buffers: also average running statistics; ``False`` takes those of the last epoch, as the official code.
         kwargs: ``optimizer``, ``lr_scheduler``, ``lr_interval``, ``channels_last``, ``compile`` of ``Task``.
 
@@ -359,7 +362,18 @@ class BLDR(NoisyLabelTask):
                     rank_zero_warn("the negative head believes all labels equally: samples keep their weights")
                 else:  # samples that were not seen keep theirs
                     rows[index.to(rows.device)] = weight.to(rows)
+                    self._warn_of_lost_classes(weight, given)
         self.log("train/rho", float(self.rho))
+
+    def _warn_of_lost_classes(self, weight: Tensor, given: Tensor) -> None:
+        count = torch.bincount(given, minlength=self.num_classes)
+        mean = torch.bincount(given, weight.double(), minlength=self.num_classes) / count.clamp(min=1)
+        lost = ((mean < 0.1) & (count > 0)).nonzero().flatten().tolist()
+        if lost:
+            rank_zero_warn(
+                f"the samples of the given classes {lost} have almost no weight: the negative head believes in few "
+                f"classes yet; start anew with warmup_epochs above {self.warmup_epochs}"
+            )
 
     def _log_verdict(self, scores: LabelScores) -> None:
         values = scores.metrics()
