@@ -172,9 +172,12 @@ class RunLogger(Logger):
         if not values:
             return
         row = {"epoch": int(metrics.get("epoch", self.epoch)), "step": int(step or 0)}
-        if self.evaluated is not None:
-            row = {"epoch": self.evaluated[0], "step": self.evaluated[1] - 1}
         last = self.rows[-1] if self.rows else {}
+        if self.evaluated is not None:
+            epoch, steps = self.evaluated
+            # Lightning counts batches in a fit, but steps in its checkpoints: two networks may take two a batch
+            same_epoch = str(last.get("epoch")) == str(epoch)
+            row = {"epoch": epoch, "step": int(float(last["step"])) if same_epoch else steps - 1}
         same = all(str(last.get(k)) == str(v) for k, v in row.items()) and not values.keys() & last.keys()
         if same:
             last.update(values)
