@@ -195,7 +195,8 @@ class Task(L.LightningModule):
         if self.lr_scheduler_factory is None:
             return optimizer if self.automatic_optimization else {"optimizer": optimizer}
         scheduler = {"scheduler": self.lr_scheduler_factory(optimizer), "interval": self.lr_interval}
-        if isinstance(scheduler["scheduler"], torch.optim.lr_scheduler.ReduceLROnPlateau):
+        plateau = isinstance(scheduler["scheduler"], torch.optim.lr_scheduler.ReduceLROnPlateau)
+        if plateau and self.automatic_optimization:
             scheduler["monitor"] = getattr(scheduler["scheduler"], "monitor", self.monitor)
             scheduler["frequency"] = self.trainer.check_val_every_n_epoch or 1  # type: ignore[attr-defined]
         return {"optimizer": optimizer, "lr_scheduler": scheduler}

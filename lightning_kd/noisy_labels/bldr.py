@@ -205,7 +205,7 @@ class BLDR(NoisyLabelTask):
         self.remember("weight", fill=1.0)
         self._used: tuple[Tensor, Tensor, Tensor] | None = None
         self._epoch: list[tuple[Tensor, ...]] = []
-        self._averaged = self._checked = False
+        self._averaged = self._checked = self._told = False
         self._suggested = torch.empty(0)
 
     def _parts(self) -> nn.ModuleDict:
@@ -369,7 +369,8 @@ class BLDR(NoisyLabelTask):
         count = torch.bincount(given, minlength=self.num_classes)
         mean = torch.bincount(given, weight.double(), minlength=self.num_classes) / count.clamp(min=1)
         lost = ((mean < 0.1) & (count > 0)).nonzero().flatten().tolist()
-        if lost:
+        if lost and not self._told:
+            self._told = True
             rank_zero_warn(
                 f"the samples of the given classes {lost} have almost no weight: the negative head believes in few "
                 f"classes yet; start anew with warmup_epochs above {self.warmup_epochs}"
