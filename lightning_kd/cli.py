@@ -1,6 +1,6 @@
-"""The door: ``lightning-kd fit | validate | test | predict | list | compare``.
+"""The door: ``lightning-kd fit | validate | test | predict | query | label | active | list | compare``.
 
-Only light modules are imported before the verb is known: ``compare`` and ``--version`` start at once.
+Only light modules are imported before the verb is known: ``compare``, ``label`` and ``--version`` start at once.
 """
 
 from __future__ import annotations
@@ -28,6 +28,9 @@ USAGE = """usage: lightning-kd VERB [--config NAME_OR_PATH ...] [--run FOLDER] [
   validate  evaluate on the validation split, test on the test split, with --ckpt_path last | best | PATH
   test
   predict   write predictions.csv into the run folder
+  query     what to label next, from a pool: query_ROUND.csv in the run folder
+  label     take the answers in:     lightning-kd label FOLDER/query_00.csv
+  active    a whole active learning benchmark with an oracle: lightning-kd active --config active_learning/lfosa_digits
   list      methods, data modules, networks and shipped configs
   compare   mean and std over seeds of finished runs: lightning-kd compare RUN...
 
@@ -54,6 +57,14 @@ def main(args: Sequence[str] | None = None) -> None:
 
         try:
             compare.main(argv[1:])
+        except (ValueError, OSError) as error:
+            print(f"error: {error}", file=sys.stderr)
+            sys.exit(1)
+    elif verb == "label":
+        from lightning_kd.pool import label
+
+        try:
+            label.main(argv[1:])
         except (ValueError, OSError) as error:
             print(f"error: {error}", file=sys.stderr)
             sys.exit(1)

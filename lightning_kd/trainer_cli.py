@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import shlex
+import shutil
 import sys
 import traceback
 import warnings
@@ -18,12 +19,32 @@ from lightning.pytorch.utilities import rank_zero_only
 
 import lightning_kd.callbacks
 import lightning_kd.data  # noqa: F401  (classes are found by name once they are imported)
+from lightning_kd.active_learning.base import PoolTask
+from lightning_kd.active_learning.rounds import ask, run_rounds
 from lightning_kd.cli import default_run_folder
 from lightning_kd.core.registry import family_packages
 from lightning_kd.core.run import RunFolder, RunLogger, run_callbacks, write_text
 from lightning_kd.core.task import Task
+from lightning_kd.pool import PoolRecord
+from lightning_kd.pool.curves import table
 
 family_packages()
+
+
+class RunTrainer(L.Trainer):
+    """A Trainer with the verbs of pools, done by ``RunCLI``. They take what the ``config.yaml`` of a fit holds."""
+
+    def query(
+        self, model: Any, datamodule: Any, ckpt_path: str | None = None, weights_only: bool | None = None
+    ) -> None:
+        """Choose what to label next, with the weights of last.ckpt unless told otherwise: query_ROUND.csv."""
+        raise NotImplementedError("query is a command: lightning-kd query")
+
+    def active(
+        self, model: Any, datamodule: Any, ckpt_path: str | None = None, weights_only: bool | None = None
+    ) -> None:
+        """The whole active learning benchmark: train, test, query, ask the oracle, until the budget is spent."""
+        raise NotImplementedError("active is a command: lightning-kd active")
 
 
 class SaveRunConfig(SaveConfigCallback):
@@ -31,13 +52,16 @@ class SaveRunConfig(SaveConfigCallback):
 
     def save_config(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
         if stage == "fit":
-            config = self.config.clone()
-            for key, value in (("ckpt_path", None), ("overwrite", False), ("run", None)):
-                if key in config:
-                    config[key] = value
-            path = Path(trainer.default_root_dir) / "config.yaml"
-            path.parent.mkdir(parents=True, exist_ok=True)
-            self.parser.save(config, path, skip_none=False, overwrite=True, multifile=False)
+            self.write(Path(trainer.default_root_dir))
+
+    def write(self, folder: Path) -> None:
+        """Write the file into ``folder``."""
+        config = self.config.clone()
+        for key, value in (("ckpt_path", None), ("overwrite", False), ("run", None)):
+            if key in config:
+                config[key] = value
+        folder.mkdir(parents=True, exist_ok=True)
+        self.parser.save(config, folder / "config.yaml", skip_none=False, overwrite=True, multifile=False)
 
 
 class RunCLI(LightningCLI):
@@ -53,7 +77,10 @@ class RunCLI(LightningCLI):
         self.config_paths = list(config_paths)
         self.command = command
         self.run_folder: RunFolder | None = None
+        self._later_round = False
+        self._query_file: Path | None = None
         defaults: dict[str, Any] = {
+            "trainer_class": RunTrainer,
             "model_class": Task,
             "datamodule_class": L.LightningDataModule,
             "subclass_mode_model": True,
@@ -73,6 +100,10 @@ class RunCLI(LightningCLI):
         if self.run_folder is not None and self.run_folder.record:
             self._report(None)
 
+    @staticmethod
+    def subcommands() -> dict[str, set[str]]:
+        return {**LightningCLI.subcommands(), "query": {"model", "datamodule"}, "active": {"model", "datamodule"}}
+
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
         parser.usage = "lightning-kd VERB [--config NAME_OR_PATH ...] [--run FOLDER] [options]"
         parser.add_argument(
@@ -87,7 +118,7 @@ class RunCLI(LightningCLI):
             nargs="?",
             const=True,
             default=False,
-            help="Start anew in a folder that holds a last.ckpt.",
+            help="Start anew in a folder that holds a last.ckpt (active: a pool.json).",
         )
         for name in ("num_classes", "input_shape"):
             parser.link_arguments(f"data.{name}", f"model.init_args.{name}", apply_on="instantiate")
@@ -102,12 +133,17 @@ class RunCLI(LightningCLI):
         config["run"] = str(folder.path)
         if self.subcommand is None or config.trainer.get("fast_dev_run"):
             return
+        if self.subcommand == "query" and not config.get("ckpt_path"):
+            config["ckpt_path"] = "last"
+        if self.subcommand == "active":
+            self._before_active(config)
         # only here: LightningCLI merges the hyperparameters of a checkpoint given by path over the command line
         if config.get("ckpt_path") in ("last", "best"):
             config["ckpt_path"] = str(folder.checkpoint(config["ckpt_path"]))
         config["weights_only"] = True
         anew = self.subcommand == "fit" and not config.get("ckpt_path")
-        if self.subcommand != "fit" and not config.get("ckpt_path") and folder.last.is_file():
+        evaluates = self.subcommand not in ("fit", "active")
+        if evaluates and not config.get("ckpt_path") and folder.last.is_file():
             raise ValueError(
                 f"{self.subcommand} without --ckpt_path would take untrained weights, and {folder.path} holds trained "
                 "ones: add --ckpt_path last or best, or name another --run folder"
@@ -127,11 +163,71 @@ class RunCLI(LightningCLI):
         if config["overwrite"] and self.run_folder.record and not config.get("ckpt_path"):
             self.run_folder.clear()
 
+    # -- the verbs of pools ------------------------------------------------------------------------------------------
+
+    def _before_active(self, config: Any) -> None:
+        assert self.run_folder is not None
+        if config.get("ckpt_path"):
+            raise ValueError(f"active goes on by itself, got ckpt_path={config['ckpt_path']}: leave it out")
+        if type(config.get("seed_everything")) is not int:
+            raise ValueError(f"active needs a seed, got seed_everything={config.get('seed_everything')}: give a number")
+
+    def _check_pool(self, verb: str) -> None:
+        if not isinstance(self.model, PoolTask) or not hasattr(self.datamodule, "unlabelled_indices"):
+            raise ValueError(
+                f"{verb} needs a method for pools on an OpenSetDataModule, got {type(self.model).__name__} on "
+                f"{type(self.datamodule).__name__}: see the configs active_learning/... of lightning-kd list"
+            )
+
+    def query(self, model: PoolTask, datamodule: Any, ckpt_path: str | None = None, **kwargs: Any) -> None:
+        """Write ``query_ROUND.csv``."""
+        assert self.run_folder is not None
+        self._check_pool("query")
+        self._query_file = ask(self.trainer, model, datamodule, self.run_folder.path, ckpt_path)
+
+    def active(self, model: PoolTask, datamodule: Any, **kwargs: Any) -> None:
+        """Run all rounds, each with objects of its own."""
+        assert self.run_folder is not None
+        self._check_pool("active")
+        whole, config = self.run_folder, self.config["active"]
+        seed = config["seed_everything"]
+        if _is_rank_zero():
+            if config["overwrite"]:
+                _forget_rounds(whole)
+            SaveRunConfig(self._parser("active"), config, overwrite=True).write(whole.path)
+
+        def enter(folder: RunFolder, seed: int, outcome: str) -> None:
+            assert self.run_folder is not None
+            if self.run_folder is not whole and self.run_folder.record:
+                self.run_folder.end(outcome)
+            self.run_folder = folder
+            config["seed_everything"], config["run"] = seed, str(folder.path)
+
+        def start(number: int, path: Path) -> tuple[L.Trainer, PoolTask, Any]:
+            folder = RunFolder(path)
+            enter(folder, seed + number, "finished")
+            if _is_rank_zero() and not folder.record_file.is_file():
+                folder.begin("fit", self.command, seed + number)
+            self.instantiate_classes()
+            self._later_round = True
+            return self.trainer, self.model, self.datamodule
+
+        outcome = "failed"
+        try:
+            rows = run_rounds(start, whole.path, seed)
+            outcome = "finished"
+        finally:
+            enter(whole, seed, outcome)
+        if _is_rank_zero():
+            print(f"\n{table(rows)}")
+
     def instantiate_trainer(self, **kwargs: Any) -> L.Trainer:
         assert self.run_folder is not None
         config = self.config_init[self.subcommand] if self.subcommand else self.config_init
         given = config.get("trainer", {})
         kwargs["default_root_dir"] = str(self.run_folder.path)
+        if self._later_round:  # once is enough
+            kwargs["enable_model_summary"] = False
         if given.get("barebones"):
             return super().instantiate_trainer(**kwargs)
         callbacks = given.get("callbacks") or []
@@ -186,18 +282,45 @@ class RunCLI(LightningCLI):
         folder = self.run_folder
         assert folder is not None
         trained = self.subcommand == "fit" and folder.last.is_file()
+        config = shlex.quote(f"{folder.path}/config.yaml")
         if outcome == "finished":
-            test = f"lightning-kd test --config {shlex.quote(f'{folder.path}/config.yaml')} --ckpt_path last"
-            return f"next: {test}" if trained else "next: lightning-kd compare RUN..."
+            if self.subcommand == "query":
+                path = shlex.quote(str(self._query_file))
+                return f"next: fill in the column label of {path}, then lightning-kd label {path}"
+            if trained and getattr(self.datamodule, "pool_path", None) is not None:
+                return f"next: lightning-kd query --config {config}"
+            return (
+                f"next: lightning-kd test --config {config} --ckpt_path last"
+                if trained
+                else "next: lightning-kd compare RUN..."
+            )
+        if self.subcommand == "active":
+            return f"go on with: {resume_command(self.command, None)}"
         return f"go on with: {resume_command(self.command) if trained else self.command}"
+
+
+def _forget_rounds(folder: RunFolder) -> None:
+    """Remove the rounds of an earlier ``active``.
+
+    Raises:
+        FileExistsError: where a person gave some of the answers.
+    """
+    if folder.pool.is_file() and any(row.get("by") == "person" for row in PoolRecord.load(folder.pool).queries):
+        raise FileExistsError(
+            f"{folder.pool} holds answers of a person, which --overwrite would lose: name another --run"
+        )
+    for path in folder.path.glob("round_[0-9]*"):
+        shutil.rmtree(path, ignore_errors=True)
+    for name in ("pool.json", "metrics.csv", "curves.png"):
+        (folder.path / name).unlink(missing_ok=True)
 
 
 def _is_rank_zero() -> bool:
     return getattr(rank_zero_only, "rank", 0) == 0
 
 
-def resume_command(command: str) -> str:
-    """The command that goes on where ``command`` stopped."""
+def resume_command(command: str, ckpt_path: str | None = "last") -> str:
+    """The command that goes on where ``command`` stopped; ``active`` knows by itself from where."""
     kept: list[str] = []
     previous = ""
     for word in shlex.split(command):
@@ -205,7 +328,7 @@ def resume_command(command: str) -> str:
         if not value and word.partition("=")[0] not in ("--ckpt_path", "--overwrite"):
             kept.append(word)
         previous = word
-    return shlex.join([*kept, "--ckpt_path", "last"])
+    return shlex.join([*kept, *(["--ckpt_path", ckpt_path] if ckpt_path else [])])
 
 
 def quiet() -> None:

@@ -13,10 +13,12 @@ MAY_IMPORT = {
     "nets": set(),
     "compare": set(),
     "metrics": set(),
+    "pool": set(),
     "core": {"nets", "metrics"},
-    "data": {"core"},
+    "data": {"core", "pool"},
     "callbacks": {"core", "metrics"},
     **{family: {"core", "nets", "metrics"} for family in FAMILIES},
+    "active_learning": {"core", "nets", "metrics", "pool"},
 }
 
 

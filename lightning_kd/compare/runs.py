@@ -27,7 +27,7 @@ class Run:
 
     path: Path
     seed: int | None
-    outcome: str  # of the last fit
+    outcome: str  # of the last fit, or active
     settings: dict[str, Any]  # the config without its seeds, flat: "model.init_args.heads" -> 2
     seeds: tuple[str, ...]  # everything that was dropped as a seed; equal means the same run again
     series: dict[str, dict[int, float]]  # metric -> epoch -> value; of a test/... only the value recorded last
@@ -102,7 +102,8 @@ def read_run(path: Path) -> Run:
     seed = config.get("seed_everything")
     seed = seed if type(seed) is int else None
     record = _load(path / "run.json", json.loads) if (path / "run.json").is_file() else {}
-    fits = [entry.get("outcome") for entry in [*record.get("history", []), record] if entry.get("verb") == "fit"]
+    entries = [*record.get("history", []), record]
+    fits = [entry.get("outcome") for entry in entries if entry.get("verb") in ("fit", "active")]
     settings, seeds = _settings(config, path, ())
     series = _read_metrics(path / "metrics.csv")
     epochs = max((max(values) + 1 for name, values in series.items() if not name.startswith("test/")), default=0)
@@ -156,7 +157,7 @@ def _settings(config: dict[str, Any], path: Path, students: tuple[Path, ...]) ->
     for key, value in _flat(config).items():
         if f"{key}.".startswith(tuple(f"{name}." for name in _NOT_COMPARED)):
             continue
-        if key.startswith("data.") and key.endswith(".seed"):
+        if key.startswith("data.") and key.endswith((".seed", ".split_seed")):
             seeds.append(str(value))
         elif not isinstance(value, str):
             kept[key] = value

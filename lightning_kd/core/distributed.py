@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+
 import numpy as np
 import torch
 import torch.distributed as dist
-from torch import Tensor
+from torch import Tensor, nn
 
 
 def gather_by_index(index: Tensor, *values: Tensor) -> tuple[Tensor, ...]:
@@ -25,3 +27,15 @@ def gather_by_index(index: Tensor, *values: Tensor) -> tuple[Tensor, ...]:
         parts = [torch.cat(columns) for columns in zip(*gathered, strict=True)]
     order = torch.from_numpy(np.unique(parts[0].numpy(), return_index=True)[1])
     return tuple(part[order] for part in parts)
+
+
+def average_gradients(parameters: Iterable[nn.Parameter]) -> None:
+    """The mean of each gradient over all processes; a parameter without gradient, on all of them, stays so."""
+    if not dist.is_available() or not dist.is_initialized() or dist.get_world_size() == 1:
+        return
+    gradients = [p.grad for p in parameters if p.grad is not None]
+    joint = torch.cat([gradient.flatten() for gradient in gradients])
+    dist.all_reduce(joint)
+    joint /= dist.get_world_size()
+    for gradient, part in zip(gradients, joint.split([g.numel() for g in gradients]), strict=True):
+        gradient.copy_(part.view_as(gradient))

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from typing import NamedTuple
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -78,14 +79,9 @@ def fit_mixture(
     """
     if values.ndim != 1 or not len(values):
         raise ValueError(f"values must be [N] with N at least 1, got {list(values.shape)}: give one number a sample")
-    for name, least, number in (("components", 1, components), ("max_iter", 1, max_iter)):
-        if number < least:
-            raise ValueError(f"{name} must be at least {least}, got {number}")
-    if not variance_floor > 0:
-        raise ValueError(f"variance_floor must be above 0, got {variance_floor}: equal values have no variance")
-    x = values.detach().to("cpu", torch.float64)
-    if not x.isfinite().all():
-        raise ValueError(f"values must be finite, got {int((~x.isfinite()).sum())} of {len(x)} that are not")
+    if components < 1:
+        raise ValueError(f"components must be at least 1, got {components}")
+    x = _checked(values, max_iter, variance_floor)
 
     responsibility = _kmeans_start(x, components)
     mixture = _maximise(x, responsibility, variance_floor)
@@ -102,6 +98,174 @@ def fit_mixture(
         previous = likelihood
     order = mixture.mean.argsort(stable=True)
     return Mixture(mixture.mean[order], mixture.variance[order], mixture.weight[order], iterations)
+
+
+class Mixtures(NamedTuple):
+    """Mixtures of two Gaussians, one for each group of values; the second component has the larger mean.
+
+    Attributes:
+        mean: float64 ``[G, 2]``; NaN, like the others, in the rows of groups that were not fitted.
+        variance: float64 ``[G, 2]``, the floor included.
+        weight: float64 ``[G, 2]``, rows sum to 1.
+        iterations: int64 ``[G]``, EM iterations done.
+        fitted: bool ``[G]``.
+    """
+
+    mean: Tensor
+    variance: Tensor
+    weight: Tensor
+    iterations: Tensor
+    fitted: Tensor
+
+    def log_odds(self, values: Tensor, group: Tensor) -> Tensor:
+        """The log-odds of the larger component in each value's own group, float64 ``[N]``.
+
+        Their sigmoid is the posterior; unlike that they still differ where both are certain.
+
+        Args:
+            values: ``[N]``.
+            group: int64 ``[N]``.
+        """
+        parameters = torch.stack(self[:3]).transpose(1, 2)
+        low, high = _group_log_joint(parameters, values.detach().to("cpu", torch.float64), group.cpu())
+        return high - low
+
+
+def fit_mixtures(
+    values: Tensor, group: Tensor, num_groups: int, max_iter: int = 10, tol: float = 1e-2, variance_floor: float = 5e-4
+) -> Mixtures:
+    """``fit_mixture`` with two components for every group of values, all groups in one EM.
+
+    Each group starts and stops as if it were alone. A group of fewer than 2 values is not fitted.
+
+    Args:
+        values: ``[N]``, any real dtype and device, finite; may be empty.
+        group: int64 ``[N]``, 0 to ``num_groups - 1``.
+        num_groups: ``G``.
+        max_iter: the most EM iterations, at least 1.
+        tol: a group stops when its mean log-likelihood changes by less.
+        variance_floor: added to each variance, above 0.
+
+    Returns:
+        The mixtures, on the CPU.
+
+    Raises:
+        ValueError: where ``values`` is not one-dimensional or not finite, ``group`` does not belong to it, or another
+            argument is out of range.
+    """
+    if values.ndim != 1 or group.shape != values.shape or group.dtype != torch.int64:
+        raise ValueError(
+            f"values must be [N] and group int64 [N], got {list(values.shape)} and {group.dtype} {list(group.shape)}: "
+            "give one number and one group a sample"
+        )
+    x, group = _checked(values, max_iter, variance_floor), group.cpu()
+    if len(group) and not 0 <= int(group.min()) <= int(group.max()) < num_groups:
+        raise ValueError(
+            f"group must be between 0 and {num_groups - 1}, got {int(group.min())} to {int(group.max())}: raise "
+            "num_groups"
+        )
+    size = group.bincount(minlength=num_groups)
+    fitted = size >= 2
+    iterations = torch.zeros_like(size)
+    parameters = torch.full((3, num_groups, 2), math.nan, dtype=torch.float64)
+    if fitted.any():
+        order = torch.from_numpy(x.numpy().argsort())
+        order = order[group[order].argsort(stable=True)]  # by group, then by value
+        order = order[fitted[group[order]]]
+        number = fitted.cumsum(0) - 1
+        found, iterations[fitted] = _fit_sorted(
+            x[order], number[group[order]], size[fitted], max_iter, tol, variance_floor
+        )
+        rank = found[0].argsort(dim=0, stable=True).expand(3, 2, -1)
+        parameters[:, fitted] = found.gather(1, rank).transpose(1, 2)
+    mean, variance, weight = parameters
+    return Mixtures(mean, variance, weight, iterations, fitted)
+
+
+def _fit_sorted(
+    x: Tensor, group: Tensor, size: Tensor, max_iter: int, tol: float, variance_floor: float
+) -> tuple[Tensor, Tensor]:
+    """Parameters ``[3, 2, G]`` and iterations ``[G]``; ``x`` is sorted by group, then by value."""
+    low = _kmeans_low(x, group, size)
+    current = _maximise_groups(x, group, torch.stack([low, 1 - low]), size, variance_floor)
+    iterations = torch.zeros_like(size)
+    previous = torch.full(size.shape, -math.inf, dtype=x.dtype)
+    running = torch.ones_like(size, dtype=torch.bool)
+    for _ in range(max_iter):
+        joint = _group_log_joint(current, x, group)
+        log_density = torch.logaddexp(joint[0], joint[1])
+        likelihood = group.bincount(log_density, len(size)) / size
+        updated = _maximise_groups(x, group, (joint - log_density).exp_(), size, variance_floor)
+        current = torch.where(running, updated, current)
+        iterations += running
+        running = running & ~((likelihood - previous).abs() < tol)
+        previous = likelihood
+        left = running[group]
+        x, group = x[left], group[left]
+        if not len(x):
+            break
+    return current, iterations
+
+
+def _kmeans_low(x: Tensor, group: Tensor, size: Tensor) -> Tensor:
+    """The first column of ``_kmeans_start`` for two components in every group, ``[N]``."""
+    end = size.cumsum(0)
+    first = end - size
+    rises = torch.cat([x[1:] > x[:-1], torch.tensor([False])])
+    x = x - (group.bincount(x) / size)[group]
+    # groups of any scale share one running sum: each is brought to 1 first
+    x = x / x[first].abs().maximum(x[end - 1].abs()).clamp_min(torch.finfo(x.dtype).tiny)[group]
+    position = torch.arange(len(x))
+    count, rest = position - first[group] + 1, end[group] - position - 1
+    total = x.cumsum(0)
+    left = total - (total - x)[first][group]
+    right = left[end - 1][group] - left
+    score = torch.where(rises & (rest > 0), left.square() / count + right.square() / rest, -1.0)
+    best = torch.from_numpy(np.maximum.reduceat(score.numpy(), first.numpy()))
+    chosen = torch.where(score >= _all_but(best)[group], position, len(x))
+    split = torch.from_numpy(np.minimum.reduceat(chosen.numpy(), first.numpy()))
+    return torch.where((best < 0)[group], 0.5, (position <= split[group]).double())
+
+
+def _all_but(best: Tensor) -> Tensor:
+    """The least score that counts as ``best``: of equal splits the first is taken, however sums were rounded."""
+    return best - 1e-12 * best.abs()
+
+
+def _checked(values: Tensor, max_iter: int, variance_floor: float) -> Tensor:
+    """``values`` in float64 on the CPU, if all is as it must be."""
+    if max_iter < 1:
+        raise ValueError(f"max_iter must be at least 1, got {max_iter}")
+    if not variance_floor > 0:
+        raise ValueError(f"variance_floor must be above 0, got {variance_floor}: equal values have no variance")
+    x = values.detach().to("cpu", torch.float64)
+    if not x.isfinite().all():
+        raise ValueError(f"values must be finite, got {int((~x.isfinite()).sum())} of {len(x)} that are not")
+    return x
+
+
+def _group_log_joint(parameters: Tensor, x: Tensor, group: Tensor) -> Tensor:
+    """``log(weight_j N(x; mean_j, variance_j))``, ``[2, N]``; ``parameters`` ``[3, 2, G]``: mean, variance, weight."""
+    mean, variance, weight = parameters
+    constant = weight.log() - 0.5 * (2 * math.pi * variance).log()
+    return _spread(constant, group) - (x - _spread(mean, group)).square_() * _spread(0.5 / variance, group)
+
+
+def _spread(parts: Tensor, group: Tensor) -> Tensor:
+    """From ``[2, G]`` to ``[2, N]``."""
+    return torch.stack([part.index_select(0, group) for part in parts])  # faster than along the second dimension
+
+
+def _maximise_groups(x: Tensor, group: Tensor, responsibility: Tensor, size: Tensor, variance_floor: float) -> Tensor:
+    """The M-step of every group, from ``responsibility`` ``[2, N]``: ``[3, 2, G]``, mean, variance and weight."""
+
+    def sums(parts: Tensor) -> Tensor:
+        return torch.stack([group.bincount(part, len(size)) for part in parts])
+
+    count = sums(responsibility) + 10 * torch.finfo(torch.float64).eps
+    mean = sums(x * responsibility) / count
+    variance = sums((x - _spread(mean, group)).square_() * responsibility) / count + variance_floor
+    return torch.stack([mean, variance, count / count.sum(0)])
 
 
 def _maximise(x: Tensor, responsibility: Tensor, variance_floor: float) -> Mixture:
@@ -128,7 +292,8 @@ def _best_split(x: Tensor, weight: Tensor) -> Tensor:
     """Where the second of two clusters starts in the sorted ``x``: int64 ``[1]``."""
     w, s = weight.cumsum(0), (weight * x).cumsum(0)
     left, right = s[:-1].square() / w[:-1], (s[-1] - s[:-1]).square() / (w[-1] - w[:-1])
-    return (left + right).argmax()[None] + 1  # the largest sum between is the smallest sum within
+    between = left + right  # the largest sum between is the smallest sum within
+    return (between >= _all_but(between.max())).byte().argmax()[None] + 1
 
 
 def _best_partition(x: Tensor, weight: Tensor, clusters: int) -> Tensor:

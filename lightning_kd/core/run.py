@@ -50,6 +50,7 @@ class RunFolder:
         self.best = self.path / "checkpoints" / "best.ckpt"
         self.metrics = self.path / "metrics.csv"
         self.noise = self.path / "noise.npz"
+        self.pool = self.path / "pool.json"
         self.record_file = self.path / "run.json"
         self.record: dict[str, Any] = {}
 
@@ -210,10 +211,14 @@ class RunRecorder(L.Callback):
 
     Args:
         run: the run folder.
+
+    Attributes:
+        predictions: whether to write ``predictions.csv``; a pass that is made for something else turns it off.
     """
 
     def __init__(self, run: RunFolder) -> None:
         self.run = run
+        self.predictions = True
 
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         for logger in trainer.loggers:
@@ -262,11 +267,15 @@ class RunRecorder(L.Callback):
     def on_predict_batch_end(
         self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, batch: Any, *args: Any
     ) -> None:
+        if not self.predictions:
+            return
         if "index" not in outputs:
             raise ValueError("predictions.csv needs each sample's index: predict on a lightning_kd data module")
-        self._parts.append({name: value.cpu() for name, value in outputs.items()})
+        self._parts.append({name: outputs[name].cpu() for name in ("index", "prediction", "probabilities")})
 
     def on_predict_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        if not self.predictions:
+            return
         index, prediction, probabilities = (
             torch.cat([part[name] for part in self._parts]) for name in ("index", "prediction", "probabilities")
         )

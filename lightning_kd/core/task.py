@@ -201,13 +201,22 @@ class Task(L.LightningModule):
             scheduler["frequency"] = self.trainer.check_val_every_n_epoch or 1  # type: ignore[attr-defined]
         return {"optimizer": optimizer, "lr_scheduler": scheduler}
 
-    def step_loss(self, terms: dict[str, Tensor], logits: Tensor, target: Tensor) -> Tensor:
+    def step_loss(
+        self,
+        terms: dict[str, Tensor],
+        logits: Tensor,
+        target: Tensor,
+        prefix: str = "",
+        counted: Tensor | None = None,
+    ) -> Tensor:
         """The sum of the loss terms, after noting them, the accuracy and whether all is finite.
 
         Args:
             terms: scalar losses by name, weighted as they enter the sum; logged as ``train/loss_NAME``.
             logits: ``[B, C]`` of the main network.
             target: int64 ``[B]``.
+            prefix: put before the names, as in ``train/detector_loss``, where another network is trained.
+            counted: bool ``[B]``, the samples that the accuracy is of. Default: all.
 
         Raises:
             RuntimeError: if the sum is not finite. On a GPU one or two steps later: the values are fetched while it
@@ -216,26 +225,37 @@ class Task(L.LightningModule):
         parts = list(terms.values())
         loss = parts[0] if len(parts) == 1 else torch.stack(parts).sum()
         names = ("loss",) if len(parts) == 1 else ("loss", *(f"loss_{name}" for name in terms))
+        names = tuple(f"{prefix}{name}" for name in names)
         step = self.trainer.global_step
         with torch.no_grad():
             values = torch.stack([loss.detach(), *(part.detach() for part in (parts if len(parts) > 1 else ()))])
             self._finite.note(names, values, logits.detach(), step, self.current_epoch)
-            accuracy = (logits.argmax(1) == target).to(values.dtype).mean()
-            self.accumulate((*names, "acc"), torch.cat([values, accuracy[None]]), len(target))
+            right = logits.argmax(1) == target
+            if counted is None:
+                accuracy = right.to(values.dtype).mean()
+                self.accumulate((*names, f"{prefix}acc"), torch.cat([values, accuracy[None]]), len(target))
+            else:
+                self.accumulate(names, values, len(target))
+                count = counted.sum()
+                accuracy = (right & counted).sum().to(values.dtype) / count.clamp(min=1)
+                self.accumulate((f"{prefix}acc",), accuracy[None], count)
         every = self.trainer.log_every_n_steps  # type: ignore[attr-defined]  # 0 with barebones
-        if every and step % every == 0:
+        if every and step % every == 0 and not prefix:
             # on the CPU: the bar reads it again in every step
             self.log("loss", loss.detach().cpu(), prog_bar=True, logger=False)
         return loss
 
-    def accumulate(self, names: tuple[str, ...], values: Tensor, weight: int) -> None:
+    def accumulate(self, names: tuple[str, ...], values: Tensor, weight: int | Tensor) -> None:
         """Add ``values`` ``[len(names)]`` to the epoch's means, logged as ``train/NAME``; nothing leaves the device."""
         entry = self._sums.get(names)
         if entry is None:  # terms may come and go between epochs
             wide = torch.float32 if values.device.type == "mps" else torch.float64
             self._sums[names] = entry = [torch.zeros_like(values, dtype=wide), 0]
-        entry[0].add_(values, alpha=weight)
-        entry[1] += weight
+        if isinstance(weight, int):
+            entry[0].add_(values, alpha=weight)
+        else:
+            entry[0].add_(values * weight)
+        entry[1] = entry[1] + weight
 
     def on_train_epoch_start(self) -> None:
         self._sums.clear()
@@ -249,7 +269,7 @@ class Task(L.LightningModule):
                 entry = joint.setdefault(name, [0.0, 0.0])
                 entry[0] += value
                 entry[1] += total[-1]
-        self.log_dict({f"train/{name}": value / weight for name, (value, weight) in joint.items()})
+        self.log_dict({f"train/{name}": value / weight for name, (value, weight) in joint.items() if weight})
         self._sums.clear()
 
     # -- evaluation --------------------------------------------------------------------------------------------------

@@ -18,6 +18,7 @@ from lightning_kd.data.noise import (
     SymmetricNoise,
     TransitionNoise,
 )
+from lightning_kd.data.pool import OpenSetDataModule
 from lightning_kd.data.resident import ResidentLoader, StoredImages
 from lightning_kd.data.sampling import BatchLoader, ShardedSampler
 from lightning_kd.data.streaming import StreamingLoader
@@ -40,6 +41,7 @@ __all__ = [
     "LabelFile",
     "LabelNoise",
     "Normalize",
+    "OpenSetDataModule",
     "PairFlipNoise",
     "ResidentLoader",
     "ShardedSampler",

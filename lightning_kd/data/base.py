@@ -384,11 +384,7 @@ class ClassificationDataModule(L.LightningDataModule, ABC):
 
     def train_dataloader(self) -> Any:
         """What the task asks for in its ``train_loader(data)``; by default all training samples, augmented."""
-        task: Any = getattr(self.trainer, "lightning_module", None)
-        if task is None:
-            return self.loader("train", shuffle=True, augment=True)
-        # a task that is not one of ours gets what ours get by default
-        return task.train_loader(self) if hasattr(task, "train_loader") else Task.train_loader(task, self)
+        return train_loader_of(self)
 
     def val_dataloader(self) -> BatchLoader | list[BatchLoader]:
         self.setup()
@@ -399,6 +395,15 @@ class ClassificationDataModule(L.LightningDataModule, ABC):
 
     def predict_dataloader(self) -> BatchLoader:
         return self.loader("test")
+
+
+def train_loader_of(data: Any) -> Any:
+    """What the task that ``data`` is fitted with asks for, and without one all training samples, augmented."""
+    task: Any = getattr(data.trainer, "lightning_module", None)
+    if task is None:
+        return data.loader("train", shuffle=True, augment=True)
+    # a task that is not one of ours gets what ours get by default
+    return task.train_loader(data) if hasattr(task, "train_loader") else Task.train_loader(task, data)
 
 
 def check_at_least(name: str, value: int, least: int) -> None:

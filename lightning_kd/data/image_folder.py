@@ -217,24 +217,36 @@ def find_images(root: Path, class_names: list[str]) -> tuple[list[str], Tensor]:
         ValueError: where a folder is none of the classes, or holds no image.
     """
 
-    def refuse(error: OSError) -> None:
-        raise PermissionError(f"folder {error.filename!r} cannot be read ({error}): check its permissions") from error
-
     paths: list[str] = []
     target: list[int] = []
     for name in class_folders(root):
         if name not in class_names:
             raise ValueError(f"{str(root)!r} holds {name!r}, which is no class folder of train: remove or rename it")
-        found = [
-            os.path.join(folder, file)
-            for folder, _, files in os.walk(root / name, onerror=refuse, followlinks=True)
-            for file in files
-            if file.lower().endswith(IMG_EXTENSIONS) and not file.startswith(".")
-        ]
+        found = images_below(root / name)
         if not found:
             raise ValueError(
                 f"class folder {str(root / name)!r} holds no image ({', '.join(IMG_EXTENSIONS)}): add some or remove it"
             )
-        paths += sorted(found)
+        paths += found
         target += [class_names.index(name)] * len(found)
     return paths, torch.tensor(target)
+
+
+def images_below(root: Path) -> list[str]:
+    """The image files anywhere below ``root``, sorted; those that start with a dot are left alone.
+
+    Raises:
+        FileNotFoundError, PermissionError: where there is no such folder, or one cannot be read.
+    """
+    if not root.is_dir():
+        raise FileNotFoundError(f"{str(root)!r} is no folder: name the one that holds the images")
+
+    def refuse(error: OSError) -> None:
+        raise PermissionError(f"folder {error.filename!r} cannot be read ({error}): check its permissions") from error
+
+    return sorted(
+        os.path.join(folder, file)
+        for folder, _, files in os.walk(root, onerror=refuse, followlinks=True)
+        for file in files
+        if file.lower().endswith(IMG_EXTENSIONS) and not file.startswith(".")
+    )

@@ -3,19 +3,18 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
-import torch.distributed as dist
 from torch import Tensor, nn
 
 from lightning_kd.core.batch import Batch, as_batch
 from lightning_kd.core.distributed import gather_by_index
 from lightning_kd.core.losses import at_least_float32
 from lightning_kd.core.memory import SampleMemory
+from lightning_kd.core.passes import ordered_pass
 from lightning_kd.core.task import Task
 from lightning_kd.core.weights import load_weights
 from lightning_kd.noisy_labels._scores import LabelScores, logit_margin, min_max, split_scaled
@@ -126,18 +125,6 @@ class NoisyLabelTask(Task, ABC):
 
     # -- the verdict -------------------------------------------------------------------------------------------------
 
-    @contextmanager
-    def evaluating(self) -> Iterator[None]:
-        """Eval mode without gradient, in the run's precision; afterwards every module is in its mode again."""
-        training = [module for module in self.modules() if module.training]
-        self.eval()
-        try:
-            with torch.no_grad(), self.trainer.precision_plugin.val_step_context():
-                yield
-        finally:
-            for module in training:
-                module.training = True
-
     def over_training_set(self, measure: Callable[[Batch], Sequence[Tensor]]) -> tuple[Tensor, ...]:
         """``measure`` on every training sample, in eval mode and without augmentation.
 
@@ -147,17 +134,12 @@ class NoisyLabelTask(Task, ABC):
         Returns:
             ``(index, given, clean or -1, *measured)`` of all processes, sorted by index, on the CPU.
         """
-        parts: list[tuple[Tensor, ...]] = []
-        if self.trainer.world_size > 1:
-            for buffer in self.buffers():  # running statistics differ between processes
-                dist.broadcast(buffer, 0)
-        with self.evaluating():
-            for batch in self.data.loader("train"):
-                batch = self.trainer.precision_plugin.convert_input(self.trainer.strategy.batch_to_device(batch))
-                clean = batch.extras.get("clean_target", torch.full_like(batch.target, -1))
-                parts.append((batch.index, batch.target, clean, *measure(batch)))
-        columns = [torch.cat(column) for column in zip(*parts, strict=True)]
-        return gather_by_index(*columns)
+
+        def with_labels(batch: Batch) -> tuple[Tensor, ...]:
+            clean = batch.extras.get("clean_target", torch.full_like(batch.target, -1))
+            return (batch.target, clean, *measure(batch))
+
+        return ordered_pass(self, self.data.loader("train"), with_labels)
 
     def label_scores(self) -> LabelScores:
         """The verdict of the network as it is, from one ordered pass over the training set; collective.

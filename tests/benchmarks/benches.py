@@ -17,6 +17,7 @@ from lightning.pytorch.callbacks import RichProgressBar
 from measure import Clock, Settings, Variant, compare, now
 from noisy import dpc, margins, rows
 from plain import DualHeadLoop, PictureDataset, train_classifier
+from pool import badge, k_center, posterior
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 from torchvision import transforms
@@ -337,5 +338,8 @@ BENCHES = {
     "margins": margins,
     "dpc": dpc,
     "rows": rows,
+    "k_center": k_center,
+    "badge": badge,
+    "posterior": posterior,
     "cuda": cuda,
 }

@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from lightning_kd.core.mixture import Mixture, _kmeans_start, fit_mixture
+from lightning_kd.core.mixture import Mixture, Mixtures, _kmeans_start, fit_mixture, fit_mixtures
 
 WORKED = torch.tensor([0, 0.2, 0.3, 0.5, 4, 4.4, 4.5, 5.1])
 
@@ -136,3 +136,84 @@ def test_wrong_arguments() -> None:
             fit_mixture(WORKED, **{argument: 0})
     with pytest.raises(ValueError, match=r"^variance_floor must be above 0, got 0"):
         fit_mixture(WORKED, variance_floor=0)
+
+
+# -- many groups at once ---------------------------------------------------------------------------------------------
+
+
+def uneven_groups() -> tuple[Tensor, Tensor]:
+    """Groups of all sizes in mixed order: 0 and 5 are empty, 1 has one value, 6 equal ones, 7 ones far away."""
+    parts = {1: WORKED[:1], 2: WORKED[3:5], 3: two_modes(700), 4: two_modes(5, 1), 6: torch.full((9,), 0.1)}
+    parts |= {7: 1e4 * two_modes(300, 2) - 1e6, 8: WORKED, 9: torch.tensor([0.0, 0.1, 0.2]), 10: two_modes(80, 3)}
+    values = torch.cat([part.double() for part in parts.values()])
+    group = torch.cat([torch.full((len(part),), k) for k, part in parts.items()])
+    order = torch.randperm(len(values), generator=torch.Generator().manual_seed(4))
+    return values[order], group[order]
+
+
+@pytest.mark.parametrize("settings", [{}, {"max_iter": 1}, {"tol": 1e-5, "variance_floor": 1e-3, "max_iter": 30}])
+def test_groups_equal_mixtures_of_their_own(settings: dict[str, float]) -> None:
+    values, group = uneven_groups()
+    mixtures = fit_mixtures(values, group, 12, **settings)
+    assert mixtures.fitted.nonzero().flatten().tolist() == [2, 3, 4, 6, 7, 8, 9, 10]
+    log_odds = mixtures.log_odds(values, group)
+    for k in range(12):
+        if not mixtures.fitted[k]:
+            assert all(part[k].isnan().all() for part in mixtures[:3])
+            assert mixtures.iterations[k] == 0
+            continue
+        alone = fit_mixture(values[group == k], 2, **settings)
+        assert mixtures.iterations[k] == alone.iterations
+        for mine, theirs in zip(mixtures[:3], alone[:3], strict=True):
+            torch.testing.assert_close(mine[k], theirs, rtol=1e-9, atol=1e-9)
+        posterior = alone.posterior(values[group == k])[:, 1]
+        torch.testing.assert_close(log_odds[group == k].sigmoid(), posterior, rtol=1e-7, atol=1e-9)
+    if "tol" in settings:
+        assert len(mixtures.iterations.unique()) > 3  # they did stop one by one
+
+
+def test_order_and_dtype_do_not_matter_to_groups() -> None:
+    values, group = uneven_groups()
+    mixtures, other = fit_mixtures(values, group, 11), fit_mixtures(values.flip(0).requires_grad_(), group.flip(0), 11)
+    for mine, theirs in zip(mixtures[:3], other[:3], strict=True):
+        torch.testing.assert_close(mine, theirs, rtol=1e-9, atol=1e-9, equal_nan=True)
+        assert not theirs.requires_grad
+    half = fit_mixtures(torch.tensor([1, 2, 9, 10]).half(), torch.zeros(4, dtype=torch.int64), 1)
+    assert half.mean.tolist() == [pytest.approx([1.5, 9.5])]
+
+
+def test_log_odds_do_not_saturate() -> None:
+    row = [torch.tensor([v], dtype=torch.float64) for v in ([0.0, 5.0], [1.0, 1.0], [0.5, 0.5])]
+    mixtures = Mixtures(*row, torch.ones(1, dtype=torch.int64), torch.ones(1, dtype=torch.bool))
+    log_odds = mixtures.log_odds(torch.tensor([2.5, 50.0, 60.0, -1e6]), torch.zeros(4, dtype=torch.int64))
+    assert log_odds.tolist() == pytest.approx([0.0, 237.5, 287.5, -5e6 - 12.5])
+
+
+@pytest.mark.parametrize("first", torch.linspace(-3, 3, 14).tolist())
+def test_equal_splits_take_the_first_in_any_order_and_company(first: float) -> None:
+    x = first + torch.tensor([0.0, 0.3, 0.6], dtype=torch.float64)  # both splits are equally good but for rounding
+    for order in itertools.permutations(range(3)):
+        mixtures = fit_mixtures(torch.cat([x[list(order)], two_modes(50)]), torch.tensor([0] * 3 + [1] * 50), 2)
+        assert mixtures.weight[0].tolist() == pytest.approx([1 / 3, 2 / 3], abs=0.05)
+        torch.testing.assert_close(fit_mixture(x[list(order)]).mean, mixtures.mean[0])
+
+
+def test_no_values_and_no_groups() -> None:
+    nothing = fit_mixtures(torch.zeros(0), torch.zeros(0, dtype=torch.int64), 3)
+    assert nothing.fitted.tolist() == [False] * 3
+    assert nothing.log_odds(torch.zeros(0), torch.zeros(0, dtype=torch.int64)).shape == (0,)
+
+
+def test_wrong_arguments_of_groups() -> None:
+    group = torch.zeros(8, dtype=torch.int64)
+    for values, numbers in ((WORKED[:, None], group), (WORKED, group[:7]), (WORKED, group.float())):
+        with pytest.raises(ValueError, match=r"^values must be \[N\] and group int64 \[N\], got \["):
+            fit_mixtures(values, numbers, 1)
+    with pytest.raises(ValueError, match=r"^group must be between 0 and 0, got 0 to 1: raise num_groups"):
+        fit_mixtures(WORKED, torch.tensor([0] * 7 + [1]), 1)
+    with pytest.raises(ValueError, match=r"^values must be finite, got 8 of 8"):
+        fit_mixtures(WORKED / 0 - 1, group, 1)
+    with pytest.raises(ValueError, match=r"^max_iter must be at least 1, got 0"):
+        fit_mixtures(WORKED, group, 1, max_iter=0)
+    with pytest.raises(ValueError, match=r"^variance_floor must be above 0, got 0"):
+        fit_mixtures(WORKED, group, 1, variance_floor=0)

@@ -1,0 +1,323 @@
+"""BUAL: two heads, one trained on what samples are not, whose confidence tells known from unknown classes.
+
+Chen-Chen Zong, Ye-Wen Wang, Kun-Peng Ning, Hai-Bo Ye, Sheng-Jun Huang. Bidirectional Uncertainty-Based Active Learning
+for Open-Set Annotation. ECCV 2024, arXiv 2402.15198.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, Literal
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from lightning_kd.active_learning._bidirectional import (
+    Combine,
+    Uncertainty,
+    bidirectional_score,
+    complementary_labels,
+    not_unknown,
+    rank,
+)
+from lightning_kd.active_learning._in_turn import InTurnTask
+from lightning_kd.active_learning.base import check_outputs
+from lightning_kd.core.batch import Batch
+from lightning_kd.core.losses import at_least_float32, negative_learning_loss
+from lightning_kd.core.memory import SampleMemory
+from lightning_kd.core.passes import ordered_pass
+from lightning_kd.core.phases import Phase, PhaseBatch
+from lightning_kd.core.seeding import EpochSeeding, numpy_generator
+from lightning_kd.core.taps import find_classifier
+from lightning_kd.pool import PoolView, Query
+
+__all__ = ["BUAL", "bidirectional_score", "complementary_labels"]
+
+POSITIVE, AUXILIARY, NEGATIVE = range(3)  # numbers of the networks
+
+
+class BUAL(InTurnTask):
+    """BUAL (Zong et al., ECCV 2024, arXiv 2402.15198, algorithm 1).
+
+    A fit has two stages. In the positive stage the network that is tested and reported learns the labelled samples of
+    known classes and, once there are answers "unknown", an auxiliary network of K+1 outputs learns both, in turn within
+    each epoch. In the last ``negative_epochs`` epochs a second copy of the network goes on from the backbone of the
+    first one, with a classifier of its own, and learns from classes that samples are not: the labelled ones and a
+    random subset of the pool, each with one newly drawn class an epoch. The predictions of this copy for the pool are
+    averaged over snapshots. The reported network is not trained, nor its running statistics moved, in this stage. The
+    optimizer and the learning rate schedule start anew with it, so a schedule counts the epochs of its stage.
+
+    The choice leaves out what the auxiliary network takes for unknown and queries the smallest
+    ``bidirectional_score`` (the largest with ``combine="paper"``), balanced by the share of known classes in the latest
+    answers; among equal ones the sample that the positive network is least sure of. Candidates too few for the budget
+    are filled up by the samples with the smallest probability of being unknown, which have no score; where there is no
+    candidate at all, the whole pool is ranked by that probability, then by score.
+
+    No label of the pool is read, for the subset, for stopping, or for anything else.
+
+    Logged: ``train/loss`` and ``train/acc`` of the positive network, ``train/auxiliary_loss``, ``auxiliary_acc`` and
+    ``negative_loss``.
+
+    Several processes: see ``InTurnTask``; the subset and the complementary classes are the same on all, snapshots are
+    gathered by index.
+
+    Args:
+        network: a network's name (``lightning-kd list``), built three times, or an ``nn.Module`` that gives logits
+            ``[B, K]``; the others are then copies of it with new classifiers.
+        num_classes: number of known classes ``K``. From the command line it comes from the data module.
+        input_shape: see ``Task``.
+        negative_epochs: epochs of the negative stage, 1 or more; the Trainer's ``max_epochs`` must be above it, and
+            what is left are the epochs of the positive stage.
+        subset_size: samples of the pool in the negative stage, all where there are fewer; 10000 for Tiny-ImageNet.
+        snapshot_interval: epochs of the negative stage between snapshots, from 1 to ``negative_epochs``.
+        include_initial_snapshot: take a snapshot before the negative stage too, with an untrained classifier, as the
+            official code does.
+        uncertainty: ``"least_confidence"``, ``"margin"`` or ``"entropy"``.
+        combine: ``"code"`` or ``"paper"``, see ``bidirectional_score``.
+        exact: the negative learning loss as it is. Otherwise, as the official code does, 1 - p is clamped to at least
+            1e-5, which leaves no gradient where p is nearly 1.
+        subset: where the subset comes from: the ``"candidates"``, which the auxiliary network does not take for
+            unknown, or the whole ``"pool"``, as in the official code.
+        normalize_aux: see ``bidirectional_score``.
+        kwargs: ``warm_start`` of ``PoolTask``; ``optimizer``, ``lr_scheduler``, ``lr_interval``, ``channels_last``,
+            ``compile`` of ``Task``. The paper's optimizer is SGD with learning rate 0.01, momentum 0.9 and weight decay
+            1e-4.
+
+    Raises:
+        ValueError: for an argument out of its range; at the start of a fit, for too few epochs.
+    """
+
+    def __init__(
+        self,
+        network: str | nn.Module,
+        num_classes: int,
+        input_shape: Sequence[int] = (3, 32, 32),
+        negative_epochs: int = 100,
+        subset_size: int = 5000,
+        snapshot_interval: int = 5,
+        include_initial_snapshot: bool = True,
+        uncertainty: Uncertainty = "least_confidence",
+        combine: Combine = "code",
+        exact: bool = True,
+        subset: Literal["candidates", "pool"] = "candidates",
+        normalize_aux: bool = True,
+        **kwargs: Any,
+    ) -> None:
+        super().__init__(num_classes, input_shape, **kwargs)
+        for name, count in (("negative_epochs", negative_epochs), ("subset_size", subset_size)):
+            if count < 1:
+                raise ValueError(f"{name} must be at least 1, got {count}: give a whole number from 1 on")
+        if not 1 <= snapshot_interval <= negative_epochs:
+            raise ValueError(
+                f"snapshot_interval must be from 1 to negative_epochs={negative_epochs}, got {snapshot_interval}: "
+                "lower it, or there is no snapshot of a trained head"
+            )
+        if uncertainty not in ("least_confidence", "margin", "entropy"):
+            raise ValueError(f"uncertainty must be 'least_confidence', 'margin' or 'entropy', got {uncertainty!r}")
+        if combine not in ("code", "paper"):
+            raise ValueError(f"combine must be 'code' or 'paper', got {combine!r}")
+        if subset not in ("candidates", "pool"):
+            raise ValueError(f"subset must be 'candidates' or 'pool', got {subset!r}")
+        self.negative_epochs = negative_epochs
+        self.subset_size = subset_size
+        self.snapshot_interval = snapshot_interval
+        self.include_initial_snapshot = include_initial_snapshot
+        self.uncertainty: Uncertainty = uncertainty
+        self.combine: Combine = combine
+        self.exact = exact
+        self.subset = subset
+        self.normalize_aux = normalize_aux
+        self.network = self.build(network)
+        self.auxiliary = self.build_for(network, num_classes + 1)
+        self.negative = self.build_for(network, num_classes)
+        self._begin(auxiliary=False)
+
+    def _begin(self, auxiliary: bool) -> None:
+        """A new round: nothing is known yet."""
+        self.auxiliary_trained = auxiliary
+        self.negative_start: int | None = None  # first epoch of the negative stage, once it is reached
+        self.subset_indices = np.empty(0, dtype=np.int64)
+        self.snapshots = 0
+        self.negative_sum = SampleMemory((self.num_classes,))  # of the probabilities in all snapshots
+        self._complementary = torch.empty(0, dtype=torch.int64)
+
+    @property
+    def main_network(self) -> nn.Module:
+        return self.network
+
+    # -- training ----------------------------------------------------------------------------------------------------
+
+    def setup(self, stage: str) -> None:
+        super().setup(stage)
+        if stage != "fit":
+            return
+        trainer: Any = self.trainer
+        epochs = trainer.max_epochs
+        if not trainer.fast_dev_run and (epochs is None or epochs <= self.negative_epochs):
+            raise ValueError(
+                f"max_epochs must be above negative_epochs={self.negative_epochs}, got {epochs}: raise "
+                "trainer.max_epochs, or lower model.negative_epochs; what is left are the epochs of the positive stage"
+            )
+        self._begin(auxiliary=len(self.pool.unknown_indices) > 0)
+        trainer.reload_dataloaders_every_n_epochs = 1  # the stages have different streams
+
+    def phases(self, data: Any) -> list[Phase]:
+        known = data.known_indices
+        if self.negative_start is not None:
+            both = np.union1d(known, self.subset_indices)
+            return [Phase(NEGATIVE, self.labelled_loader(data, both, "negative"))]
+        phases = [Phase(POSITIVE, self.labelled_loader(data, known, ""))]
+        if self.auxiliary_trained:
+            both = np.union1d(known, data.unknown_indices)
+            phases.append(Phase(AUXILIARY, self.labelled_loader(data, both, "auxiliary")))
+        return phases
+
+    def on_train_epoch_start(self) -> None:
+        super().on_train_epoch_start()
+        if self.negative_start is not None:
+            # for all samples at once and looked up by index: no matter how they are batched and shared out
+            target = self.pool.train_target
+            chosen = torch.from_numpy(np.union1d(self.pool.known_indices, self.subset_indices))
+            stream = self._stream("complementary", self.current_epoch)
+            labels = torch.zeros(len(target), dtype=torch.int64)
+            labels[chosen] = complementary_labels(target[chosen].cpu(), self.num_classes, stream)
+            self._complementary = labels.to(self.device)
+
+    def network_loss(self, batch: PhaseBatch) -> Tensor:
+        image, target = batch.labelled.image, batch.labelled.target
+        if batch.network == POSITIVE:
+            (logits,) = at_least_float32(self(image))
+            return self.step_loss({"positive": F.cross_entropy(logits, target)}, logits, target)
+        if batch.network == AUXILIARY:
+            logits = self._logits(self.auxiliary, image, self.num_classes + 1)
+            terms = {"auxiliary": F.cross_entropy(logits, target)}
+            return self.step_loss(terms, logits, target, prefix="auxiliary_")
+        logits = self._logits(self.negative, image, self.num_classes)
+        loss = negative_learning_loss(logits, self._complementary[batch.labelled.index], 0.0 if self.exact else 1e-5)
+        names, values = ("negative_loss",), loss.detach()[None]
+        self._finite.note(names, values, logits.detach(), self.trainer.global_step, self.current_epoch)
+        self.accumulate(names, values, len(target))
+        return loss
+
+    def _logits(self, network: nn.Module, image: Tensor, outputs: int) -> Tensor:
+        return check_outputs(network, network(self.format_image(image)), outputs)
+
+    def on_train_epoch_end(self) -> None:
+        super().on_train_epoch_end()
+        done = self.current_epoch + 1
+        if self.negative_start is not None:
+            if (done - self.negative_start) % self.snapshot_interval == 0:
+                self._take_snapshot()
+        elif done >= (self.trainer.max_epochs or 0) - self.negative_epochs:
+            # here, not at the next epoch's start: its loader is made before, and the checkpoint of this epoch has it
+            self._begin_negative_stage(done)
+
+    def _begin_negative_stage(self, epoch: int) -> None:
+        self.negative_start = epoch
+        candidates = self.pool.unlabelled_indices
+        if self.auxiliary_trained and self.subset == "candidates" and len(candidates):
+            index, is_candidate = self._over_pool(lambda batch: [not_unknown(self._unknown_probs(batch.image))])
+            # where all look unknown, the choice falls back to the whole pool as well
+            candidates = index[is_candidate].numpy() if bool(is_candidate.any()) else candidates
+        size = min(self.subset_size, len(candidates))
+        self.subset_indices = np.sort(self._stream("rlnl_subset").choice(candidates, size, replace=False))
+        path, _ = find_classifier(self.network)
+        backbone = {k: v for k, v in self.network.state_dict().items() if not k.startswith(f"{path}.")}
+        self.negative.load_state_dict(backbone, strict=False)
+        self._restart_optimizer()
+        if self.include_initial_snapshot:
+            self._take_snapshot()
+
+    def _restart_optimizer(self) -> None:
+        """Bring optimizer and scheduler to where they were at the start of the fit."""
+        fresh = self.configure_optimizers()
+        scheduler = fresh.get("lr_scheduler") if isinstance(fresh, dict) else None
+        optimizer = fresh["optimizer"] if isinstance(fresh, dict) else fresh
+        self.trainer.optimizers[0].load_state_dict(optimizer.state_dict())
+        if scheduler is not None:
+            self.trainer.lr_scheduler_configs[0].scheduler.load_state_dict(scheduler["scheduler"].state_dict())
+
+    def _take_snapshot(self) -> None:
+        """Add the negative head's predictions for the pool to what is remembered."""
+        if len(self.pool.unlabelled_indices):
+            self.negative_sum.allocate(len(self.pool.train_target), torch.device("cpu"))
+            index, probabilities = self._over_pool(
+                lambda batch: [self._logits(self.negative, batch.image, self.num_classes).softmax(1)]
+            )
+            self.negative_sum.rows[index] += probabilities.to(self.negative_sum.dtype)
+            self.snapshots += 1
+
+    def _over_pool(self, measure: Callable[[Batch], Sequence[Tensor]]) -> tuple[Tensor, ...]:
+        data = self.pool
+        loader = data.loader("train", data.unlabelled_indices, augment=data.score_with_train_augmentation)
+        loader.set_epoch(self.current_epoch)
+        return ordered_pass(self, loader, measure)
+
+    def _stream(self, name: str, epoch: int = 0) -> np.random.Generator:
+        """A random stream that is the same on every process."""
+        callbacks = self.trainer.callbacks  # type: ignore[attr-defined]
+        seed = next(c.seed for c in callbacks if isinstance(c, EpochSeeding) and c.seed is not None)
+        return numpy_generator(seed, name, epoch)
+
+    # -- checkpoints -------------------------------------------------------------------------------------------------
+
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        super().on_save_checkpoint(checkpoint)
+        checkpoint["negative_stage"] = {
+            "auxiliary_trained": self.auxiliary_trained,
+            "start": self.negative_start,
+            "subset": torch.from_numpy(self.subset_indices),
+            "snapshots": self.snapshots,
+            "sum": self.negative_sum.state_dict(),
+        }
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        super().on_load_checkpoint(checkpoint)
+        state = checkpoint.get("negative_stage")
+        if state is not None:
+            self.auxiliary_trained, self.negative_start = state["auxiliary_trained"], state["start"]
+            self.subset_indices, self.snapshots = state["subset"].numpy(), state["snapshots"]
+            self.negative_sum.load_state_dict(state["sum"])
+
+    # -- scoring and choosing ----------------------------------------------------------------------------------------
+
+    def _unknown_probs(self, image: Tensor) -> Tensor:
+        return self._logits(self.auxiliary, image, self.num_classes + 1).softmax(1)
+
+    def pool_scores(self, image: Tensor, index: Tensor | None) -> tuple[Tensor, dict[str, Tensor]]:
+        """``positive_probs`` ``[B, K]``, ``negative_probs`` ``[B, K]`` (the mean over snapshots; NaN for a sample that
+        was in none) and, where the auxiliary network was trained, ``unknown_probs`` ``[B, K+1]``.
+
+        Raises:
+            ValueError: before the first snapshot, and without ``index``.
+        """
+        if not self.snapshots:
+            raise ValueError(
+                f"no snapshot of the negative head yet: train on, through the last negative_epochs="
+                f"{self.negative_epochs} epochs of the fit"
+            )
+        if index is None:
+            raise ValueError("BUAL remembers the pool by index, got a batch without: use a loader of the data module")
+        self.negative_sum.rows = rows = self.negative_sum.rows.to(image.device)  # moved once
+        negative = rows[index.clamp(max=len(rows) - 1)] / self.snapshots
+        there = (index < len(rows)) & (negative.sum(1) > 0)
+        positive = self.answer(image)[1]
+        scores = {"positive_probs": positive, "negative_probs": negative.masked_fill(~there[:, None], torch.nan)}
+        if self.auxiliary_trained:
+            scores["unknown_probs"] = self._unknown_probs(image)
+        return positive, scores
+
+    def select(
+        self, scores: Mapping[str, Tensor], pool: PoolView, budget: int, generator: np.random.Generator
+    ) -> Query:
+        """See ``PoolTask.select`` and the class; nothing is left to chance. Scores are NaN where there is none."""
+        missing = int(scores["negative_probs"].isnan().any(1).sum())
+        if missing:
+            raise ValueError(
+                f"negative_probs is missing for {missing} of {len(pool.unlabelled)} samples: they were not in the pool "
+                "when this round was trained, so train it again"
+            )
+        order, value = rank(scores, pool.precision, self.uncertainty, self.combine, self.normalize_aux)
+        return Query(pool.unlabelled[order[:budget]], value[order[:budget]])

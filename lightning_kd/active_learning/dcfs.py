@@ -1,0 +1,244 @@
+"""DCFS: from coarse to fine by evidential uncertainties and the discrepancy of two heads.
+
+Ye-Wen Wang, Chen-Chen Zong, Ming-Kun Xie, Sheng-Jun Huang. Dirichlet-Based Coarse-to-Fine Example Selection For
+Open-Set Annotation. 2024, arXiv 2409.17607. Equations, settings and code were not at hand: see ``DCFS`` for what is a
+reconstruction.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any, Literal, get_args
+
+import numpy as np
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from lightning_kd.active_learning._coarse_to_fine import Coarse, coarse_to_fine, uncertainty_score
+from lightning_kd.active_learning._evidential import (
+    DirichletUncertainties,
+    Discrepancy,
+    dirichlet_mean,
+    dirichlet_uncertainties,
+    evidence_alpha,
+    evidential_kl,
+    evidential_nll,
+    head_discrepancy,
+    wide,
+)
+from lightning_kd.active_learning.base import PoolTask
+from lightning_kd.core.batch import as_batch
+from lightning_kd.core.losses import at_least_float32, check_positive
+from lightning_kd.core.taps import penultimate_tap
+from lightning_kd.pool import PoolView, Query
+
+__all__ = [
+    "DCFS",
+    "DirichletUncertainties",
+    "coarse_to_fine",
+    "dirichlet_uncertainties",
+    "discrepancy_loss",
+    "evidential_kl",
+    "evidential_nll",
+    "head_discrepancy",
+]
+
+Fine = Literal["discrepancy", "total", "none"]
+
+
+def discrepancy_loss(
+    first_logits: Tensor, second_logits: Tensor, target: Tensor, gamma: float = 1.0, measure: Discrepancy = "l1"
+) -> Tensor:
+    """The mean discrepancy of two heads over known samples, less that over unknown ones.
+
+    Args:
+        first_logits: ``[B, K]``.
+        second_logits: ``[B, K]``.
+        target: int64 ``[B]``: 0 to K-1, or K for unknown samples. A part that has no sample counts as 0.
+        gamma: see ``evidential_nll``.
+        measure: see ``head_discrepancy``.
+
+    Returns:
+        Scalar; every logit within the clamp gets gradient.
+    """
+    first, second = (dirichlet_mean(evidence_alpha(logits, gamma)) for logits in (first_logits, second_logits))
+    known, unknown = _shares(target < first.shape[1])
+    value = (head_discrepancy(first, second, measure) * (known - unknown)).sum()
+    return value.to(at_least_float32(first_logits)[0].dtype)
+
+
+def _shares(known: Tensor) -> tuple[Tensor, Tensor]:
+    """Weights ``[B]`` that make sums over this process's samples the means over the known, and the unknown, of all.
+
+    They count for the average of the processes' gradients, which DDP takes.
+    """
+    masks = torch.stack([known, ~known])
+    count, processes = masks.sum(1), 1
+    if dist.is_available() and dist.is_initialized():
+        dist.all_reduce(count)
+        processes = dist.get_world_size()
+    shares = wide(masks) * processes / count.clamp(min=1)[:, None]
+    return shares[0], shares[1]
+
+
+class DCFS(PoolTask):
+    """DCFS (Wang et al., 2024, arXiv 2409.17607), reconstructed: sure to be known first, then where two heads differ.
+
+    One network with two linear heads on the feature that enters its classifier; the classifier itself is the first.
+    Each head's logits are the logarithms of evidence, ``alpha = exp(logits) / gamma + 1``. Known samples train both by
+    the evidential loss, with the heads' discrepancy reduced; unknown ones raise it. Of the pool, ``coarse_factor``
+    times the budget with the least data and distribution uncertainty are kept, and of these the ones with the largest
+    discrepancy are bought. Reported is the mean of both heads' expected probabilities; ``forward`` gives its logarithm.
+
+    **What is known and what is not.** From the abstract: evidence in place of softmax, data and distribution
+    uncertainty together, two heads whose discrepancy is raised for unknown and reduced for known classes, and a coarse,
+    then a fine selection. The formulas of the uncertainties and of the evidential loss are exact. A reconstruction from
+    related work is how the parts are put together: ``K`` outputs a head (a head of ``K + 1`` is not offered), the form
+    and weight of the discrepancy, the coarse and the fine score, ``coarse_factor``, the weight and annealing of the
+    divergence, and the average over the heads. No results of this class are those of the paper.
+
+    ``train/acc`` is of the known samples alone. Several processes: means are over the known, or the unknown, samples of
+    the joint batch.
+
+    Args:
+        network: a network's name, or an ``nn.Module`` that gives ``K`` logits.
+        num_classes: number of known classes ``K``.
+        input_shape: see ``Task``.
+        gamma: see above; 1 here, and 10 / K in DPC's code.
+        kl_weight: weight of the divergence over K.
+        annealing_epochs: epochs in which that weight rises from 0; 0 for none.
+        discrepancy_weight: of the mean discrepancy of the known less that of the unknown samples.
+        discrepancy: ``"l1"`` or ``"js"``, see ``head_discrepancy``.
+        unknown_evidence_weight: of the divergence over K of unknown samples: they should give no evidence.
+        coarse_score: ``"sum"`` of both uncertainties, each scaled to [0, 1] over the pool; ``"mixture"``: two Gaussians
+            each, and the product of the lower ones' posteriors; ``"data"`` or ``"distribution"`` alone; ``"none"`` for
+            no coarse step.
+        coarse_factor: at least 1.
+        fine_score: ``"discrepancy"``; ``"total"``, the entropy of the expected probabilities; or ``"none"`` for the
+            least coarse score.
+        classifier: module path of the classifier, where it is not the last ``nn.Linear``.
+        kwargs: ``warm_start`` of ``PoolTask``, and ``optimizer``, ``lr_scheduler``, ``lr_interval``,
+            ``channels_last``, ``compile`` of ``Task``.
+
+    Raises:
+        ValueError: for an argument out of range.
+    """
+
+    def __init__(
+        self,
+        network: str | nn.Module,
+        num_classes: int,
+        input_shape: Sequence[int] = (3, 32, 32),
+        gamma: float = 1.0,
+        kl_weight: float = 1.0,
+        annealing_epochs: int = 10,
+        discrepancy_weight: float = 1.0,
+        discrepancy: Discrepancy = "l1",
+        unknown_evidence_weight: float = 0.0,
+        coarse_score: Coarse = "sum",
+        coarse_factor: float = 3.0,
+        fine_score: Fine = "discrepancy",
+        classifier: str | None = None,
+        **kwargs: Any,
+    ) -> None:
+        super().__init__(num_classes, input_shape, **kwargs)
+        check_positive(gamma=gamma)
+        least = {"kl_weight": kl_weight, "annealing_epochs": annealing_epochs, "discrepancy_weight": discrepancy_weight}
+        for name, value in (least | {"unknown_evidence_weight": unknown_evidence_weight}).items():
+            if not value >= 0:
+                raise ValueError(f"{name} must be 0 or more, got {value}: give 0 for none")
+        if not coarse_factor >= 1:
+            raise ValueError(f"coarse_factor must be at least 1, got {coarse_factor}: it multiplies the budget")
+        choices = {"discrepancy": (discrepancy, Discrepancy), "coarse_score": (coarse_score, Coarse)}
+        for name, (choice, known) in (choices | {"fine_score": (fine_score, Fine)}).items():
+            if choice not in get_args(known):
+                raise ValueError(f"{name} must be one of {list(get_args(known))}, got {choice!r}")
+        if coarse_score == fine_score == "none":
+            raise ValueError("coarse_score and fine_score are both 'none': give one of them, or nothing is chosen by")
+        self.gamma = gamma
+        self.kl_weight = kl_weight
+        self.annealing_epochs = annealing_epochs
+        self.discrepancy_weight = discrepancy_weight
+        self.discrepancy: Discrepancy = discrepancy
+        self.unknown_evidence_weight = unknown_evidence_weight
+        self.coarse_score: Coarse = coarse_score
+        self.coarse_factor = coarse_factor
+        self.fine_score: Fine = fine_score
+        self.network = self.build(network)
+        self._feature, layer = penultimate_tap(self.network, classifier)
+        self.second_head = nn.Linear(layer.in_features, num_classes)
+
+    @property
+    def main_network(self) -> nn.Module:
+        return self.network
+
+    def exports(self) -> dict[str, nn.Module]:
+        """The network, which answers as its first head alone, and the second head."""
+        return {"network": self.network, "second_head": self.second_head}
+
+    def heads(self, image: Tensor) -> tuple[Tensor, Tensor]:
+        """Logits ``[B, K]`` of both heads, float32 or wider."""
+        first = super().forward(image)
+        second = self.second_head(self._feature.take())
+        return at_least_float32(first, second)  # type: ignore[return-value]
+
+    def forward(self, image: Tensor) -> Tensor:
+        """The logarithm ``[B, K]`` of the mean of both heads' expected probabilities."""
+        return self._log_mean(*self.heads(image))
+
+    def _log_mean(self, first: Tensor, second: Tensor) -> Tensor:
+        one, other = (dirichlet_mean(evidence_alpha(logits, self.gamma)) for logits in (first, second))
+        return ((one + other) / 2).log().to(first.dtype)
+
+    # -- training ----------------------------------------------------------------------------------------------------
+
+    def train_loader(self, data: Any) -> Any:
+        data = self.pool
+        answered = np.sort(np.concatenate([data.known_indices, data.unknown_indices]))
+        overfit = self.trainer.overfit_batches > 0  # type: ignore[attr-defined]
+        return data.loader("train", answered, shuffle=not overfit, augment=True, batch_size=data.batch_size)
+
+    def training_step(self, batch: Any, batch_idx: int) -> Tensor:
+        batch = as_batch(batch)
+        heads = self.heads(batch.image)
+        is_known = batch.target < self.num_classes
+        known, unknown = _shares(is_known)
+        target = batch.target.clamp(max=self.num_classes - 1)  # of unknown samples nothing is left but their shares
+        first, second = (dirichlet_mean(evidence_alpha(logits, self.gamma)) for logits in heads)
+        apart = head_discrepancy(first, second, self.discrepancy)
+        rise = min(1.0, self.current_epoch / self.annealing_epochs) if self.annealing_epochs else 1.0
+        nll = sum((known * evidential_nll(logits, target, self.gamma)).sum() for logits in heads)
+        kl = sum((known * evidential_kl(logits, target, self.gamma)).sum() for logits in heads)
+        terms = {
+            "nll": nll,
+            "kl": self.kl_weight * rise / self.num_classes * kl,
+            "discrepancy": self.discrepancy_weight * (apart * (known - unknown)).sum(),
+        }
+        if self.unknown_evidence_weight:
+            evidence = sum((unknown * evidential_kl(logits, None, self.gamma)).sum() for logits in heads)
+            terms["evidence"] = self.unknown_evidence_weight / self.num_classes * evidence
+        return self.step_loss(terms, first + second, batch.target, counted=is_known)  # type: ignore[arg-type]
+
+    # -- scoring and choosing ----------------------------------------------------------------------------------------
+
+    def pool_scores(self, image: Tensor, index: Tensor | None) -> tuple[Tensor, dict[str, Tensor]]:
+        """``total``, ``data`` and ``distribution`` uncertainty, averaged over the heads, and their ``discrepancy``;
+        float64 ``[B]`` each."""
+        heads = self.heads(image)
+        alphas = [evidence_alpha(logits, self.gamma) for logits in heads]
+        first, second = (dirichlet_uncertainties(alpha) for alpha in alphas)
+        scores = {
+            name: (getattr(first, name) + getattr(second, name)) / 2 for name in ("total", "data", "distribution")
+        }
+        scores["discrepancy"] = head_discrepancy(dirichlet_mean(alphas[0]), dirichlet_mean(alphas[1]), self.discrepancy)
+        return self._log_mean(*heads).float().softmax(1), scores
+
+    def select(
+        self, scores: Mapping[str, Tensor], pool: PoolView, budget: int, generator: np.random.Generator
+    ) -> Query:
+        coarse = uncertainty_score(scores["data"], scores["distribution"], self.coarse_score)
+        fine = -coarse if self.fine_score == "none" else scores[self.fine_score].double()
+        factor = np.inf if self.coarse_score == "none" else self.coarse_factor
+        position = coarse_to_fine(coarse, fine, budget, factor).numpy()
+        return Query(pool.unlabelled[position], fine.numpy()[position])

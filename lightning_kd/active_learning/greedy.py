@@ -1,0 +1,260 @@
+"""Choosing a batch that is spread out: k-center greedy and BADGE, in O(N D) memory.
+
+Ozan Sener, Silvio Savarese. Active Learning for Convolutional Neural Networks: A Core-Set Approach. ICLR 2018, arXiv
+1708.00489. Jordan T. Ash, Chicheng Zhang, Akshay Krishnamurthy, John Langford, Alekh Agarwal. Deep Batch Active
+Learning by Diverse, Uncertain Gradient Lower Bounds. ICLR 2020, arXiv 1906.03671.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+
+__all__ = ["badge_select", "k_center_greedy"]
+
+BLOCK = 1024  # candidates that are kept up to date after each pick
+CHUNK = 2**22  # distances that are held at once
+
+
+class Picks(NamedTuple):
+    """What was picked, in order.
+
+    Attributes:
+        row: int64 ``[n]``, rows of the pool, each once.
+        score: float64 ``[n]``: for k-center the distance to the nearest centre, for BADGE the squared distance to the
+            nearest pick (of the first: its squared norm), each at the moment of the pick.
+    """
+
+    row: Tensor
+    score: Tensor
+
+
+def k_center_greedy(pool: Tensor, labelled: Tensor, budget: int) -> Tensor:
+    """The rows that the plain k-center greedy picks: each time the one farthest from all centres, which then is one.
+
+    The largest distance left is at most twice the smallest that any choice could reach. Equal distances: the smaller
+    index. No row is picked twice, however many are equal.
+
+    Distances only fall, so old ones are upper bounds: a block of the farthest rows alone is kept up to date, until a
+    row outside could be farther than the best in it. Products of float32 rows are float32; among rows that are too
+    close to tell by them, differences in float64 decide.
+
+    Args:
+        pool: ``[N, D]``, float32 or float64; half precision is computed in float32.
+        labelled: ``[L, D]``, the centres at the start; with ``L = 0`` row 0 is picked first.
+        budget: how many, 0 or more; more than ``N`` gives all.
+
+    Returns:
+        int64 ``[min(budget, N)]``, the best first.
+
+    Raises:
+        ValueError: for other shapes, values that are not finite, or a negative budget.
+
+    Source: arXiv 1708.00489, algorithm 1.
+    """
+    return k_center_picks(pool, labelled, budget).row
+
+
+def k_center_picks(pool: Tensor, labelled: Tensor, budget: int) -> Picks:
+    """``k_center_greedy`` with the distance of every pick to its nearest centre (infinite for a first without any).
+
+    Args:
+        pool: see ``k_center_greedy``.
+        labelled: likewise.
+        budget: likewise.
+    """
+    pool, budget = _rows("pool", pool), _count(budget, len(pool))
+    labelled = _rows("labelled", labelled) if labelled.numel() else pool.new_empty(0, pool.shape[1])
+    if labelled.shape[1] != pool.shape[1]:
+        raise ValueError(
+            f"labelled has {labelled.shape[1]} features a row, expected {pool.shape[1]} as pool has: take both from "
+            "one layer of one network"
+        )
+    wide = torch.promote_types(pool.dtype, labelled.dtype)
+    return _FarthestFirst(pool.to(wide), labelled.to(wide), budget).run()
+
+
+class _FarthestFirst:
+    """The state of one k-center greedy; ``near`` are squared distances to the nearest centre, by products."""
+
+    def __init__(self, pool: Tensor, labelled: Tensor, budget: int) -> None:
+        # far from the origin the products would cancel; whole numbers stay whole
+        shift = pool.mean(0).round() if len(pool) else pool.new_zeros(pool.shape[1])
+        self.pool = pool - shift if bool(shift.any()) else pool
+        self.norm = _square_norms(self.pool)
+        self.budget, self.known, self.seen = budget, len(labelled), 0
+        self.centre = torch.cat([labelled - shift, pool.new_empty(budget, pool.shape[1])])
+        self.near = torch.full_like(self.norm, torch.inf)
+        self.which = torch.zeros_like(self.norm, dtype=torch.int64)  # number of the nearest centre
+        self.slack = 16 * torch.finfo(pool.dtype).eps  # bounds the rounding of a product, relative to the norms
+        self.index: list[int] = []
+        self.score: list[float] = []
+
+    def run(self) -> Picks:
+        if self.budget and not self.known:
+            self.pick(0, torch.inf)
+        size = BLOCK
+        while len(self.index) < self.budget:
+            self.refresh()
+            before = len(self.index)
+            self.pick_within(min(size, len(self.pool)))
+            size *= 2 if len(self.index) == before else 1  # so many are equally far
+        return Picks(torch.tensor(self.index, dtype=torch.int64), torch.tensor(self.score, dtype=torch.float64))
+
+    def pick(self, row: int, score: float) -> None:
+        self.centre[self.known + len(self.index)] = self.pool[row]
+        self.near[row] = -torch.inf
+        self.index.append(row)
+        self.score.append(score)
+
+    def refresh(self) -> None:
+        """Measure all rows against the centres that they have not met."""
+        end = self.known + len(self.index)
+        centre = self.centre[self.seen : end]
+        step = max(1, CHUNK // max(1, len(centre)))
+        norm = _square_norms(centre)
+        for start in range(0, len(self.pool) if len(centre) else 0, step):
+            part = slice(start, start + step)
+            value, which = torch.addmm(norm, self.pool[part], centre.T, alpha=-2).min(1)
+            value = (value + self.norm[part]).clamp_min_(0)
+            closer = value < self.near[part]
+            self.near[part] = torch.where(closer, value, self.near[part])
+            self.which[part] = torch.where(closer, which + self.seen, self.which[part])
+        self.seen = end
+
+    def pick_within(self, size: int) -> None:
+        """Pick as long as the farthest of all rows is sure to be among the ``size`` that are farthest now."""
+        upper = self.near + self.slack * (self.near.clamp_min(0) + self.norm)
+        values, block = upper.topk(min(size + 1, len(upper)))
+        outside = values[size].item() if size < len(upper) else -torch.inf
+        block = block[:size].sort().values
+        rows, norm, near, which = self.pool[block], self.norm[block], self.near[block], self.which[block]
+        exact = torch.full_like(near, torch.nan, dtype=torch.float64)  # kept as long as the nearest centre is the same
+        while len(self.index) < self.budget:
+            slack = self.slack * (near.clamp_min(0) + norm)
+            least = (near - slack).max()
+            if least.item() <= outside:
+                return
+            close = (near + slack >= least).nonzero()[:, 0]
+            new = close[exact[close].isnan()]
+            exact[new] = (rows[new].double() - self.centre[which[new]].double()).square_().sum(1)
+            spot = int(close[int(exact[close].numpy().argmax())])  # the first of equal ones
+            if exact[spot] == 0 and outside == -torch.inf:  # all that are left are copies
+                rest = block[near > -torch.inf][: self.budget - len(self.index)].tolist()
+                self.index += rest
+                self.score += [0.0] * len(rest)
+                return
+            number = self.known + len(self.index)
+            self.pick(int(block[spot]), float(exact[spot]) ** 0.5)
+            value = torch.addmv(norm + norm[spot], rows, rows[spot], alpha=-2).clamp_min_(0)
+            closer = value < near
+            near.copy_(torch.where(closer, value, near))
+            which.masked_fill_(closer, number)
+            exact.masked_fill_(closer, torch.nan)
+            near[spot] = -torch.inf
+
+
+def badge_select(probabilities: Tensor, feature: Tensor, budget: int, generator: np.random.Generator) -> Tensor:
+    """BADGE: k-means++ seeding on the gradients that the samples would give the classifier's weights.
+
+    The gradient embedding of a sample is ``outer(onehot(argmax p) - p, feature)``, minus the gradient of the
+    cross-entropy at the predicted class. The largest is picked first; then each is drawn with a probability
+    proportional to its squared distance to the nearest pick, without replacement. Distances come from the two factors,
+    in float64; no ``K * D`` vector exists.
+
+    A sample that the network is sure of (``p`` one-hot to float32's resolution) has no gradient and is drawn only when
+    nothing else is left. Where all distances are 0, the rest is drawn uniformly.
+
+    Args:
+        probabilities: ``[N, K]``.
+        feature: ``[N, D]``, the input of the classifier.
+        budget: how many, 0 or more; more than ``N`` gives all.
+        generator: gives one number for each pick after the first.
+
+    Returns:
+        int64 ``[min(budget, N)]``, in the order of picking.
+
+    Raises:
+        ValueError: for other shapes, values that are not finite, or a negative budget.
+
+    Source: arXiv 1906.03671, algorithm 1.
+    """
+    return badge_picks(probabilities, feature, budget, generator).row
+
+
+def badge_picks(probabilities: Tensor, feature: Tensor, budget: int, generator: np.random.Generator) -> Picks:
+    """``badge_select`` with the squared distance of every pick to the nearest before it (the first: squared norm).
+
+    Args:
+        probabilities: see ``badge_select``.
+        feature: likewise.
+        budget: likewise.
+        generator: likewise.
+    """
+    residual, feature = _residual(_rows("probabilities", probabilities)), _rows("feature", feature).double()
+    if len(residual) != len(feature):
+        raise ValueError(f"feature must have a row for each of the {len(residual)} probabilities, got {len(feature)}")
+    budget = _count(budget, len(feature))
+    norm = _square_norms(residual) * _square_norms(feature)
+    index: list[int] = []
+    score: list[float] = []
+    left = torch.ones(len(norm), dtype=torch.bool)
+    near = norm
+    for k in range(budget):
+        row = _draw(near, left, generator) if k else int(norm.numpy().argmax())
+        index.append(row)
+        score.append(float(near[row]))
+        distance = _gradient_distance(residual, feature, norm, row)
+        near = torch.minimum(near, distance) if k else distance
+        # without a gradient there is nothing to learn from, however far it is from the others
+        near.masked_fill_(norm == 0, 0)
+        near[row], left[row] = 0, False
+    return Picks(torch.tensor(index, dtype=torch.int64), torch.tensor(score, dtype=torch.float64))
+
+
+def _residual(probabilities: Tensor) -> Tensor:
+    """``onehot(argmax p) - p``, float64 ``[N, K]``; 0 where that is below float32's resolution."""
+    residual = -probabilities.double()
+    residual[torch.arange(len(residual)), probabilities.argmax(1)] += 1
+    sure = residual.abs().amax(1, keepdim=True) < torch.finfo(torch.float32).eps / 2
+    return residual.masked_fill_(sure, 0)
+
+
+def _gradient_distance(residual: Tensor, feature: Tensor, norm: Tensor, row: int) -> Tensor:
+    """Squared distance ``[N]`` of all gradient embeddings ``outer(residual, feature)`` to that of one row."""
+    both = norm + norm[row]
+    distance = torch.addcmul(both, residual @ residual[row], feature @ feature[row], value=-2)
+    return distance.masked_fill_(distance <= 8 * torch.finfo(distance.dtype).eps * both, 0)  # rounding, or below 0
+
+
+def _draw(weight: Tensor, left: Tensor, generator: np.random.Generator) -> int:
+    """One of ``left`` with a probability proportional to ``weight``; uniformly where that is 0 throughout."""
+    total = weight.numpy().cumsum()
+    if total[-1] <= 0:
+        total = left.numpy().astype(np.float64).cumsum()
+    place = int(total.searchsorted(generator.random() * total[-1], side="right"))
+    return min(place, int(total.searchsorted(total[-1])))  # rounding may reach the very end
+
+
+def _square_norms(rows: Tensor) -> Tensor:
+    return torch.einsum("nd,nd->n", rows, rows)
+
+
+def _rows(name: str, rows: Tensor) -> Tensor:
+    """``rows`` on the CPU as float32 or wider."""
+    if rows.ndim != 2:
+        raise ValueError(f"{name} must be [N, D], got {list(rows.shape)}: give one row a sample")
+    rows = rows.detach().cpu()
+    rows = rows if rows.dtype == torch.float64 else rows.double() if not rows.is_floating_point() else rows.float()
+    if not bool(_square_norms(rows).isfinite().all()):
+        raise ValueError(f"{name} must be finite, got NaN or infinite values, or overflowing squares: look at training")
+    return rows
+
+
+def _count(budget: int, most: int) -> int:
+    if budget < 0:
+        raise ValueError(f"budget must be at least 0, got {budget}: say how many samples to pick")
+    return min(budget, most)

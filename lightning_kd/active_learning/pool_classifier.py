@@ -1,0 +1,97 @@
+"""One classifier of the known classes, and any strategy that chooses by what it gives."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from lightning_kd.active_learning.base import PoolTask
+from lightning_kd.active_learning.baselines import STRATEGIES
+from lightning_kd.active_learning.strategies import Strategy
+from lightning_kd.core.batch import as_batch
+from lightning_kd.core.losses import at_least_float32
+from lightning_kd.core.taps import penultimate_tap
+from lightning_kd.core.weights import load_weights
+from lightning_kd.pool import PoolView, Query
+
+__all__ = ["PoolClassifier"]
+
+
+class PoolClassifier(PoolTask):
+    """Train one network with cross-entropy on the labelled samples of known classes; a strategy chooses.
+
+    What was asked for and belongs to no known class leaves the pool and is used for nothing.
+
+    ``predict_step`` gives ``logits`` (float32 ``[B, K]``) beside the probabilities and, where the strategy needs it,
+    ``feature`` (``[B, D]``, float32 or wider), the input of the classifier.
+
+    Several processes: nothing but gradients is shared.
+
+    Args:
+        network: a network's name (``lightning-kd list``) or any ``nn.Module`` that gives logits ``[B, K]``.
+        num_classes: see ``PoolTask``.
+        input_shape: see ``Task``.
+        strategy: ``"random"``, ``"least_confidence"``, ``"margin"``, ``"entropy"``, ``"certainty"``, ``"k_center"``,
+            ``"badge"``, or a ``Strategy``. The latter is not in checkpoints: give it again to
+            ``load_from_checkpoint``.
+        weights: checkpoint or ``state_dict`` file to start from. Default: train from scratch.
+        classifier: module path of the layer whose input is the feature, where it is not the last ``nn.Linear``.
+        kwargs: ``warm_start`` of ``PoolTask``; ``optimizer``, ``lr_scheduler``, ``lr_interval``, ``channels_last``,
+            ``compile`` of ``Task``.
+
+    Raises:
+        ValueError: for a strategy of another name.
+    """
+
+    def __init__(
+        self,
+        network: str | nn.Module,
+        num_classes: int,
+        input_shape: Sequence[int] = (3, 32, 32),
+        strategy: str | Strategy = "entropy",
+        weights: str | None = None,
+        classifier: str | None = None,
+        **kwargs: Any,
+    ) -> None:
+        super().__init__(num_classes, input_shape, **kwargs)
+        if isinstance(strategy, str) and strategy not in STRATEGIES:
+            raise ValueError(f"strategy must be one of {', '.join(STRATEGIES)} or a Strategy, got {strategy!r}")
+        self._strategy_name = strategy if isinstance(strategy, str) else type(strategy).__name__
+        self.strategy = STRATEGIES[strategy]() if isinstance(strategy, str) else strategy
+        self.network = self.build(network)
+        if weights is not None:
+            load_weights(self.network, weights, num_classes)
+        self._tap = penultimate_tap(self.network, classifier)[0] if self.strategy.needs_features else None
+
+    @property
+    def main_network(self) -> nn.Module:
+        return self.network
+
+    @property
+    def strategy_name(self) -> str:
+        return self._strategy_name
+
+    @property
+    def needs_labelled(self) -> bool:
+        return self.strategy.needs_labelled
+
+    def training_step(self, batch: Any, batch_idx: int) -> Tensor:
+        batch = as_batch(batch)
+        (logits,) = at_least_float32(self(batch.image))
+        return self.step_loss({"ce": F.cross_entropy(logits, batch.target)}, logits, batch.target)
+
+    def pool_scores(self, image: Tensor, index: Tensor | None) -> tuple[Tensor, dict[str, Tensor]]:
+        logits, probabilities = self.answer(image)
+        scores = {"logits": logits}
+        if self._tap is not None:
+            (scores["feature"],) = at_least_float32(self._tap.take())
+        return probabilities, scores
+
+    def select(
+        self, scores: Mapping[str, Tensor], pool: PoolView, budget: int, generator: np.random.Generator
+    ) -> Query | Tensor | np.ndarray:
+        return self.strategy.select(scores, pool, budget, generator)

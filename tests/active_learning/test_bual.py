@@ -1,0 +1,577 @@
+"""BUAL: losses, labels and scores with worked numbers; the two stages, resume, two processes."""
+
+import lightning as L
+import numpy as np
+import pytest
+import torch
+from lightning.pytorch.callbacks import ModelCheckpoint
+from torch import nn
+
+from lightning_kd.active_learning import BUAL, bidirectional_score, complementary_labels
+from lightning_kd.core.losses import negative_learning_loss
+from lightning_kd.core.seeding import numpy_generator
+from lightning_kd.data import DigitsDataModule, OpenSetDataModule
+from lightning_kd.pool import UNKNOWN, PoolRecord, PoolView
+from tests.two_processes import on_two_ranks
+
+NEGATIVE = torch.tensor([[0.9, 0.1], [0.6, 0.4], [0.55, 0.45], [0.8, 0.2]], dtype=torch.float64)
+POSITIVE = torch.tensor([[0.7, 0.3], [0.95, 0.05], [0.6, 0.4], [0.5, 0.5]], dtype=torch.float64)
+UNKNOWNNESS = torch.tensor([0.1, 0.4, 0.3, 0.2], dtype=torch.float64)
+
+
+def generator(seed=0):
+    return np.random.default_rng(seed)
+
+
+# -- functions -------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("k", "loss", "gradient"),
+    [
+        (0, 1.856584, (0.843795, -0.616863, -0.226931)),
+        (1, 0.121259, (-0.108779, 0.114195, -0.005416)),
+        (2, 0.042918, (-0.037002, -0.005008, 0.042010)),
+    ],
+)
+@pytest.mark.parametrize("eps", [0.0, 1e-5])
+def test_negative_learning_loss(k, loss, gradient, eps):
+    logits = torch.tensor([[2.0, 0.0, -1.0]], dtype=torch.float64, requires_grad=True)
+    value = negative_learning_loss(logits, torch.tensor([k]), eps)
+    value.backward()
+    assert value.item() == pytest.approx(loss, abs=1e-6)
+    torch.testing.assert_close(logits.grad[0], torch.tensor(gradient, dtype=torch.float64), atol=1e-6, rtol=0)
+    assert logits.grad.sum().item() == pytest.approx(0, abs=1e-12)
+
+
+def test_only_the_exact_loss_has_a_gradient_at_a_large_lead():
+    for eps, slope in ((0.0, 1.0), (1e-5, 0.0)):
+        logits = torch.tensor([[30.0, 0.0, 0.0]], requires_grad=True)
+        negative_learning_loss(logits, torch.tensor([0]), eps).backward()
+        assert logits.grad[0, 0].item() == pytest.approx(slope)
+
+
+def test_law_of_complementary_labels():
+    draws = 60_000
+    of_class_2 = complementary_labels(torch.full((draws,), 2), 4, generator())
+    of_pool = complementary_labels(torch.full((draws,), -1), 4, generator())
+    assert of_class_2.dtype == of_pool.dtype == torch.int64
+    frequency = [x.bincount(minlength=4) / draws for x in (of_class_2, of_pool)]
+    assert frequency[0][2] == 0
+    torch.testing.assert_close(frequency[0], torch.tensor([1 / 3, 1 / 3, 0, 1 / 3]), atol=0.01, rtol=0)
+    torch.testing.assert_close(frequency[1], torch.full((4,), 0.25), atol=0.01, rtol=0)
+    mixed = complementary_labels(torch.tensor([0, 1, 0, 1]), 2, generator())
+    assert mixed.tolist() == [1, 0, 1, 0]  # two classes leave no choice
+    assert complementary_labels(torch.empty(0, dtype=torch.int64), 3, generator()).shape == (0,)
+
+
+def test_complementary_labels_refuse_what_has_none():
+    with pytest.raises(ValueError, match="num_known must be at least 2, got 1"):
+        complementary_labels(torch.tensor([0]), 1, generator())
+    with pytest.raises(ValueError, match=r"between -1 .no label. and 2, got 0 to 3"):
+        complementary_labels(torch.tensor([0, 3]), 3, generator())
+
+
+def test_score_by_the_rule_of_the_code():
+    score = bidirectional_score(NEGATIVE, POSITIVE, UNKNOWNNESS, 0.5)
+    expected = torch.tensor([0.222222, 0.142857, 0.037037, 0.238095], dtype=torch.float64)
+    torch.testing.assert_close(score, expected, atol=1e-6, rtol=0)
+    assert score.argsort().tolist() == [2, 1, 0, 3]
+    # from single precision it is computed in double all the same
+    assert bidirectional_score(NEGATIVE.float(), POSITIVE.float(), UNKNOWNNESS.float(), 0.5).dtype == torch.float64
+
+
+def test_score_by_the_rule_of_the_paper():
+    score = bidirectional_score(NEGATIVE, POSITIVE, UNKNOWNNESS, 0.5, combine="paper")
+    torch.testing.assert_close(score, torch.tensor([0.145, 0.175, 0.275, 0.24], dtype=torch.float64))
+    assert score.argsort(descending=True).tolist() == [2, 3, 1, 0]
+
+
+@pytest.mark.parametrize("uncertainty", ["least_confidence", "margin", "entropy"])
+def test_every_measure_against_a_plain_form(uncertainty):
+    rng = generator()
+    negative, positive = (torch.from_numpy(rng.dirichlet(np.ones(4), 9)) for _ in range(2))
+    a = torch.from_numpy(rng.random(9))
+
+    def confidence(p):
+        first, second = sorted(p.tolist())[:-3:-1]
+        plain = {"least_confidence": first, "margin": first - second, "entropy": float((p * p.log()).sum())}
+        return plain[uncertainty]
+
+    def scaled(values):
+        return [(v - min(values)) / (max(values) - min(values)) for v in values]
+
+    cn, cp, w = (scaled(v) for v in (list(map(confidence, negative)), list(map(confidence, positive)), a.tolist()))
+    code = [x * y + 0.3 * (1 - x) * z for x, y, z in zip(w, cn, cp, strict=True)]
+    assert bidirectional_score(negative, positive, a, 0.3, uncertainty).tolist() == pytest.approx(code)
+    raw = [x * y + 0.3 * (1 - x) * z for x, y, z in zip(a.tolist(), cn, cp, strict=True)]
+    ours = bidirectional_score(negative, positive, a, 0.3, uncertainty, normalize_aux=False)
+    assert ours.tolist() == pytest.approx(raw)
+    top = 0 if uncertainty == "entropy" else 1
+    un, up = ([top - confidence(p) for p in probs] for probs in (negative, positive))
+    paper = [x * y + 0.3 * (1 - x) * z for x, y, z in zip(a.tolist(), un, up, strict=True)]
+    assert bidirectional_score(negative, positive, a, 0.3, uncertainty, "paper").tolist() == pytest.approx(paper)
+
+
+@pytest.mark.parametrize("uncertainty", ["least_confidence", "margin"])
+def test_sum_and_mean_of_snapshots_give_the_same_score(uncertainty):
+    a = bidirectional_score(NEGATIVE, POSITIVE, UNKNOWNNESS, 0.5, uncertainty)
+    b = bidirectional_score(NEGATIVE * 21, POSITIVE, UNKNOWNNESS, 0.5, uncertainty)
+    torch.testing.assert_close(a, b)
+
+
+def test_without_an_auxiliary_the_negative_head_alone_decides():
+    score = bidirectional_score(NEGATIVE, POSITIVE)
+    assert score.argsort().tolist() == NEGATIVE.amax(1).argsort().tolist() == [2, 1, 3, 0]
+    both = bidirectional_score(NEGATIVE, POSITIVE, balance=1.0)  # every answer was a known class
+    assert (both - score).tolist() == pytest.approx([4 / 9, 1, 2 / 9, 0])
+
+
+def test_equal_values_scale_to_zero():
+    same = torch.full((3, 2), 0.5)
+    assert bidirectional_score(same, same, torch.full((3,), 0.2), 0.7).tolist() == [0, 0, 0]
+    assert bidirectional_score(NEGATIVE[:1], POSITIVE[:1], UNKNOWNNESS[:1], 0.5).tolist() == [0]
+    assert bidirectional_score(NEGATIVE[:0], POSITIVE[:0], UNKNOWNNESS[:0]).shape == (0,)
+    certain = torch.tensor([[1.0, 0.0], [0.5, 0.5]])
+    assert bidirectional_score(certain, certain, uncertainty="entropy").tolist() == [1, 0]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ((NEGATIVE, POSITIVE[:3]), "negative_probs"),
+        ((NEGATIVE, POSITIVE, UNKNOWNNESS[:3]), "unknown_probability must be .4., got .3."),
+        ((NEGATIVE, POSITIVE, None, 1.5), "balance"),
+        ((NEGATIVE, POSITIVE, None, 0.5, "sure"), "uncertainty must be"),
+        ((NEGATIVE, POSITIVE, None, 0.5, "margin", "both"), "combine must be"),
+    ],
+)
+def test_score_refuses(arguments, message):
+    with pytest.raises(ValueError, match=message):
+        bidirectional_score(*arguments)
+
+
+# -- the choice ------------------------------------------------------------------------------------------------------
+
+
+def view_of(count, precision=0.5):
+    empty = np.empty(0, np.int64)
+    return PoolView(np.arange(count) * 10 + 5, empty, empty, empty, 2, 1, precision)
+
+
+def unknown_probs(a):
+    """Probabilities of two known classes and "unknown"."""
+    a = torch.as_tensor(a)
+    return torch.stack([1 - a, torch.zeros_like(a), a], 1)
+
+
+def chosen(budget, a=None, precision=0.5, task=None, **scores):
+    task = task or BUAL("mlp", 2, (3,))
+    scores = {"negative_probs": NEGATIVE, "positive_probs": POSITIVE, **scores}
+    if a is not None:
+        scores["unknown_probs"] = unknown_probs(a)
+    query = task.select(scores, view_of(len(scores["negative_probs"]), precision), budget, generator())
+    return ((query.index - 5) // 10).tolist(), query.score.tolist()
+
+
+def test_select_takes_the_smallest_scores():
+    index, score = chosen(3, UNKNOWNNESS)
+    assert index == [2, 1, 0]
+    assert score == pytest.approx([0.037037, 0.142857, 0.222222], abs=1e-6)
+    assert chosen(4, UNKNOWNNESS, task=BUAL("mlp", 2, (3,), combine="paper"))[0] == [2, 3, 1, 0]
+    assert chosen(4, None, 0.0)[0] == [2, 1, 3, 0]  # the first round
+    assert chosen(9, UNKNOWNNESS)[0] == [2, 1, 0, 3]  # more than there are
+
+
+def test_select_leaves_out_what_looks_unknown_and_scales_without_it():
+    index, score = chosen(2, [0.1, 0.9, 0.3, 0.2])
+    kept = [0, 2, 3]
+    expected = bidirectional_score(NEGATIVE[kept], POSITIVE[kept], UNKNOWNNESS[kept], 0.5)
+    order = expected.argsort()[:2]
+    assert index == [kept[i] for i in order]
+    assert score == pytest.approx(expected[order].tolist())
+
+
+def test_select_fills_up_with_the_least_unknown_of_the_rejected():
+    index, score = chosen(4, [0.9, 0.2, 0.7, 0.8])
+    assert index == [1, 2, 3, 0]
+    assert score[0] == 0
+    assert np.isnan(score[1:]).all()
+
+
+def test_select_where_all_look_unknown():
+    a = [0.7, 0.8, 0.9, 0.8]
+    index, score = chosen(4, a)
+    assert index == [0, 1, 3, 2]  # by score alone: 2, 0, 1, 3
+    assert score == pytest.approx(bidirectional_score(NEGATIVE, POSITIVE, torch.tensor(a), 0.5)[index].tolist())
+    assert chosen(4, a, task=BUAL("mlp", 2, (3,), combine="paper"))[0] == [0, 1, 3, 2]
+
+
+def test_ties_go_to_the_less_certain_then_to_the_first():
+    # nothing known in the latest answers: every sample with w = 0 has score 0
+    positive = torch.tensor([[0.9, 0.1], [0.6, 0.4], [0.6, 0.4], [0.5, 0.5]])
+    assert chosen(4, [0.1, 0.1, 0.1, 0.4], 0.0, positive_probs=positive, negative_probs=NEGATIVE)[0] == [1, 2, 0, 3]
+
+
+def test_select_refuses_samples_without_a_snapshot():
+    negative = NEGATIVE.clone()
+    negative[1] = torch.nan
+    with pytest.raises(ValueError, match="missing for 1 of 4 samples"):
+        chosen(2, negative_probs=negative)
+
+
+# -- fits ------------------------------------------------------------------------------------------------------------
+
+
+def data_of(unknown=6, known=4, hidden=None, **kwargs):
+    """Made-up digits of which 4 classes are known, after a round of answers."""
+    source = DigitsDataModule(fake=True, batch_size=16, val_fraction=0.0, augment=True)
+    data = OpenSetDataModule(source, 4, initial_count=24, budget=10, **kwargs)
+    data.setup()
+    truth = data.oracle(data.unlabelled_indices)
+    bought = [data.unlabelled_indices[truth == 4][:unknown], data.unlabelled_indices[truth < 4][:known]]
+    if unknown or known:
+        record = PoolRecord("pool.json")
+        record.ask(np.concatenate(bought), np.zeros(unknown + known), ["0"] * (unknown + known))
+        answers = {int(i): UNKNOWN for i in bought[0]}
+        record.answer(answers | {int(i): data.class_names[data.oracle(i)] for i in bought[1]}, "oracle")
+        data.use(record)
+    if hidden is not None:
+        data._truth = hidden.integers(0, 5, len(data._truth))
+    return data
+
+
+def task_of(**kwargs):
+    settings = {"negative_epochs": 2, "subset_size": 40, "snapshot_interval": 1, "channels_last": False}
+    return BUAL("cnn_tiny", 4, (1, 8, 8), **{**settings, **kwargs})
+
+
+def trainer_of(**kwargs):
+    quiet = {"logger": False, "enable_progress_bar": False, "enable_model_summary": False, "accelerator": "cpu"}
+    return L.Trainer(**{**quiet, "enable_checkpointing": False, "max_epochs": 4, **kwargs})
+
+
+def fitted(data=None, trainer=None, ckpt_path=None, **kwargs):
+    L.seed_everything(0, verbose=False)
+    task, trainer = task_of(**kwargs), trainer or trainer_of()
+    trainer.fit(task, datamodule=data or data_of(), ckpt_path=ckpt_path, weights_only=True)
+    return task, trainer
+
+
+def weights(module):
+    return {name: value.clone() for name, value in module.state_dict().items()}
+
+
+def equal(a, b):
+    return a.keys() == b.keys() and all(torch.equal(a[name], b[name]) for name in a)
+
+
+class Spy(L.Callback):
+    """What is trained, with which labels, and the weights before and after each epoch."""
+
+    def __init__(self):
+        self.networks, self.batches, self.complementary, self.lr, self.momenta = [], [], [], [], []
+        self.before, self.after = [], []
+
+    def on_train_batch_start(self, trainer, task, batch, batch_idx):
+        self.networks.append((trainer.current_epoch, batch.network))
+        self.batches.append((trainer.current_epoch, batch.network, batch.labelled.index, batch.labelled.target))
+
+    def on_train_epoch_start(self, trainer, task):
+        self.lr.append(trainer.optimizers[0].param_groups[0]["lr"])
+        self.momenta.append(len(trainer.optimizers[0].state))
+        self.before.append(weights(task))
+
+    def on_train_batch_end(self, trainer, task, *args):
+        if task.negative_start is not None:
+            self.complementary.append(task._complementary.clone())
+
+    def on_train_epoch_end(self, trainer, task):
+        self.after.append(weights(task))
+
+
+@pytest.fixture(scope="module")
+def run():
+    """One fit of two epochs a stage, watched."""
+    torch.manual_seed(0)
+    spy, data = Spy(), data_of()
+    factory = {
+        "optimizer": lambda p: torch.optim.SGD(p, lr=0.05, momentum=0.9, weight_decay=1e-2),
+        "lr_scheduler": lambda o: torch.optim.lr_scheduler.StepLR(o, 1, 0.5),
+    }
+    task, trainer = fitted(data, trainer_of(callbacks=[spy]), **factory)
+    return task, trainer, data, spy
+
+
+def test_which_network_learns_when_and_from_what(run):
+    task, _, data, spy = run
+    assert list(dict.fromkeys(spy.networks)) == [(0, 0), (0, 1), (1, 0), (1, 1), (2, 2), (3, 2)]
+    seen = {
+        n: set(torch.cat([index for _, network, index, _ in spy.batches if network == n]).tolist()) for n in range(3)
+    }
+    known, unknown = set(data.known_indices.tolist()), set(data.unknown_indices.tolist())
+    assert seen[0] == known
+    assert seen[1] == known | unknown
+    assert seen[2] <= known | set(task.subset_indices.tolist())
+    assert len(task.subset_indices) == 40
+    assert set(task.subset_indices) <= set(data.unlabelled_indices)
+    for _, network, index, target in spy.batches:
+        assert torch.equal(target, data.train_target[index])
+        assert int(target.max()) <= (4 if network == 1 else 3)
+        assert int(target.min()) >= (-1 if network == 2 else 0)
+
+
+def test_the_stage_changes_only_its_own_networks(run):
+    task, _, _, spy = run
+    first, second, third, fourth = spy.after
+
+    def part(state, name):
+        return {k: v for k, v in state.items() if k.startswith(f"{name}.")}
+
+    for name in ("network", "auxiliary"):
+        assert not equal(part(first, name), part(second, name))
+        # neither weights (by decay or momentum) nor running statistics move afterwards
+        assert equal(part(second, name), part(third, name))
+        assert equal(part(third, name), part(fourth, name))
+    assert equal(part(first, "negative"), part(second, "negative"))
+    assert not equal(part(second, "negative"), part(third, "negative"))
+    assert equal(weights(task.network), {k[len("network.") :]: v for k, v in part(second, "network").items()})
+
+
+def test_the_negative_stage_starts_from_the_backbone_with_a_fresh_optimizer(run):
+    _, _, _, spy = run
+    assert spy.lr == [0.05, 0.025, 0.05, 0.025]  # the schedule starts anew
+    assert spy.momenta[1] > 0
+    assert spy.momenta[2] == 0
+    head = {"negative.fc.weight", "negative.fc.bias"}
+    start = {name: value for name, value in spy.before[2].items() if name.startswith("negative.")}
+    assert head < start.keys()
+    for name, value in start.items():
+        origin = spy.before[0][name] if name in head else spy.after[1][name.replace("negative.", "network.", 1)]
+        assert torch.equal(value, origin), name
+
+
+def test_complementary_labels_are_drawn_once_an_epoch_and_are_wrong_for_known(run):
+    task, _, data, spy = run
+    first, last = spy.complementary[0], spy.complementary[-1]
+    known, subset = torch.from_numpy(data.known_indices), torch.from_numpy(task.subset_indices)
+    assert not torch.equal(first[subset], last[subset])
+    assert (first[known] != data.train_target[known]).all()
+    assert int(first.max()) <= 3
+    both = np.union1d(data.known_indices, task.subset_indices)
+    draws = complementary_labels(data.train_target[torch.from_numpy(both)], 4, numpy_generator(0, "complementary", 2))
+    assert torch.equal(first[torch.from_numpy(both)], draws)
+
+
+def test_snapshots_are_averaged_by_index(run):
+    task, trainer, data, _ = run
+    assert task.snapshots == 3  # the untrained head, and after each epoch
+    rows = task.negative_sum.rows
+    pool = torch.from_numpy(data.unlabelled_indices)
+    torch.testing.assert_close(rows[pool].sum(1), torch.full((len(pool),), 3.0))
+    assert int((rows.sum(1) > 0).sum()) == len(pool)
+    outputs = trainer.predict(task, datamodule=data)
+    got = {name: torch.cat([o[name] for o in outputs]) for name in outputs[0]}
+    assert got["index"].tolist() == pool.tolist()
+    torch.testing.assert_close(got["negative_probs"], rows[pool] / 3)
+    assert torch.equal(got["positive_probs"], got["probabilities"])
+    assert got["unknown_probs"].shape == (len(pool), 5)
+    torch.testing.assert_close(got["unknown_probs"].sum(1), torch.ones(len(pool)))
+    query = task.select(got, data.view(), 7, generator())
+    assert len(set(query.index)) == 7
+    assert set(query.index) <= set(data.unlabelled_indices)
+
+
+def test_metrics_are_those_of_the_positive_network(run):
+    task, trainer, data, spy = run
+    metrics = trainer.test(task, datamodule=data, verbose=False)[0]
+    other = task_of()
+    other.load_state_dict(spy.after[1])  # as the positive stage left it
+    assert trainer_of().test(other, datamodule=data, verbose=False)[0] == metrics
+    assert task.exports()["network"] is task.network
+
+
+def test_only_the_snapshots_asked_for():
+    task, _ = fitted(
+        trainer=trainer_of(max_epochs=6), negative_epochs=5, snapshot_interval=2, include_initial_snapshot=False
+    )
+    assert (task.negative_start, task.snapshots) == (1, 2)
+
+
+def test_the_first_round_has_no_auxiliary():
+    spy = Spy()
+    data = data_of(unknown=0, known=0)
+    task, trainer = fitted(data, trainer_of(callbacks=[spy]))
+    assert {network for _, network in spy.networks} == {0, 2}
+    outputs = trainer.predict(task, datamodule=data)
+    assert "unknown_probs" not in outputs[0]
+    got = {name: torch.cat([o[name] for o in outputs]) for name in outputs[0]}
+    query = task.select(got, data.view(), 5, generator())
+    least = got["negative_probs"].double().amax(1).argsort(stable=True)[:5]
+    assert query.index.tolist() == data.unlabelled_indices[least].tolist()
+
+
+def test_logged_names(tmp_path):
+    from lightning_kd.core.run import RunLogger
+
+    fitted(trainer=trainer_of(logger=RunLogger(tmp_path)))
+    header, *rows = (tmp_path / "metrics.csv").read_text().splitlines()
+    names = {"train/loss", "train/acc", "train/auxiliary_loss", "train/auxiliary_acc", "train/negative_loss"}
+    assert names <= set(header.split(","))
+    column = header.split(",").index("train/negative_loss")
+    assert [bool(row.split(",")[column]) for row in rows] == [False, False, True, True]
+
+
+@pytest.mark.parametrize("stop", [0, 1, 2])
+def test_resume_equals_an_undisturbed_run(tmp_path, stop):
+    """After the first epoch, exactly at the switch, and inside the negative stage."""
+    factory = {"lr_scheduler": lambda o: torch.optim.lr_scheduler.CosineAnnealingLR(o, 2)}
+    every = ModelCheckpoint(
+        tmp_path, "{epoch}", save_top_k=-1, every_n_epochs=1, save_on_train_epoch_end=True, auto_insert_metric_name=True
+    )
+    whole, _ = fitted(trainer=trainer_of(enable_checkpointing=True, callbacks=[every]), **factory)
+    L.seed_everything(1, verbose=False)  # nothing may hang on the state of a generator
+    spy = Spy()
+    again, _ = fitted(trainer=trainer_of(callbacks=[spy]), ckpt_path=tmp_path / f"epoch={stop}.ckpt", **factory)
+    assert spy.networks[0][0] == stop + 1
+    assert equal(weights(whole), weights(again))
+    assert torch.equal(whole.negative_sum.rows, again.negative_sum.rows)
+    assert again.snapshots == 3
+    assert np.array_equal(whole.subset_indices, again.subset_indices)
+
+
+def test_a_checkpoint_scores_like_the_task(tmp_path):
+    data = data_of()
+    task, trainer = fitted(data)
+    trainer.save_checkpoint(tmp_path / "last.ckpt")
+    loaded = BUAL.load_from_checkpoint(tmp_path / "last.ckpt")
+    a, b = (trainer_of().predict(t, datamodule=data) for t in (task, loaded))
+    assert all(torch.equal(x[name], y[name]) for x, y in zip(a, b, strict=True) for name in x)
+
+
+def picks(data):
+    task, trainer = fitted(data)
+    outputs = trainer.predict(task, datamodule=data)
+    got = {name: torch.cat([o[name] for o in outputs]) for name in outputs[0]}
+    return task.select(got, data.view(), 10, generator()).index.tolist()
+
+
+def test_hidden_labels_change_nothing():
+    assert picks(data_of()) == picks(data_of(hidden=generator(3)))
+
+
+def test_a_second_fit_starts_anew():
+    data = data_of()
+    task, _ = fitted(data)
+    trainer_of(max_epochs=3).fit(task, datamodule=data)
+    assert (task.negative_start, task.snapshots) == (1, 3)
+
+
+def test_scores_before_the_negative_stage_are_refused():
+    data = data_of()
+    with pytest.raises(ValueError, match=r"no snapshot of the negative head yet: .* negative_epochs=2"):
+        trainer_of().predict(task_of(), datamodule=data)
+
+
+def test_samples_unknown_to_the_memory_are_marked(run):
+    task, _, data, _ = run
+    index = torch.tensor([int(data.unlabelled_indices[0]), int(data.known_indices[0]), len(data.train_target) + 3])
+    task.eval()
+    negative = task.pool_scores(torch.zeros(3, 1, 8, 8), index)[1]["negative_probs"]
+    assert negative.isnan().any(1).tolist() == [False, True, True]
+
+
+@pytest.mark.parametrize("epochs", [1, 2, -1])
+def test_too_few_epochs_are_refused_before_training(epochs):
+    with pytest.raises(ValueError, match=f"max_epochs must be above negative_epochs=2, got {epochs}"):
+        fitted(trainer=trainer_of(max_epochs=epochs))
+
+
+def test_a_dry_run_works():
+    fitted(trainer=trainer_of(fast_dev_run=True))
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"negative_epochs": 0}, "negative_epochs must be at least 1"),
+        ({"subset_size": 0}, "subset_size must be at least 1"),
+        ({"snapshot_interval": 3}, "snapshot_interval must be from 1 to negative_epochs=2, got 3"),
+        ({"uncertainty": "sure"}, "uncertainty must be"),
+        ({"combine": "both"}, "combine must be"),
+        ({"subset": "all"}, "subset must be"),
+    ],
+)
+def test_arguments(arguments, message):
+    with pytest.raises(ValueError, match=message):
+        task_of(**arguments)
+
+
+def test_the_subset_comes_from_the_candidates_or_from_the_pool():
+    """An auxiliary network that takes a known half of the pool for unknown."""
+
+    class Half(nn.Linear):
+        def forward(self, image):
+            unknown = image.flatten(1).mean(1) > 0
+            return super().forward(image.flatten(1)) * 0 + nn.functional.one_hot(unknown * 4, 5)
+
+    seen = {}
+    for subset in ("candidates", "pool"):
+        data = data_of()
+        L.seed_everything(0, verbose=False)
+        task = task_of(subset=subset, subset_size=10**6)
+        task.auxiliary = Half(64, 5)
+        trainer_of().fit(task, datamodule=data)
+        seen[subset] = set(task.subset_indices.tolist())
+    image = torch.cat([batch.image for batch in data.loader("train", data.unlabelled_indices)])
+    bright = (image.flatten(1).mean(1) > 0).numpy()
+    assert seen["pool"] == set(data.unlabelled_indices.tolist())
+    assert seen["candidates"] == set(data.unlabelled_indices[~bright].tolist()) < seen["pool"]
+
+
+def test_a_network_of_ones_own():
+    L.seed_everything(0, verbose=False)
+    network = nn.Sequential(nn.Flatten(), nn.Linear(64, 8), nn.ReLU(), nn.Linear(8, 4))
+    data = data_of()
+    task = BUAL(network, 4, (1, 8, 8), negative_epochs=1, snapshot_interval=1)
+    assert task.network is network
+    trainer_of(max_epochs=2).fit(task, datamodule=data)
+    assert task.snapshots == 2
+    assert task.auxiliary(torch.zeros(2, 1, 8, 8)).shape == (2, 5)
+
+
+def test_nothing_left_in_the_pool():
+    data = data_of()
+    rest = data.unlabelled_indices
+    names = [*data.class_names, UNKNOWN]
+    data.record.ask(rest, np.zeros(len(rest)), ["0"] * len(rest))
+    data.record.answer({int(i): names[data.oracle(i)] for i in rest}, "oracle")
+    data.use(data.record)
+    assert len(data.unlabelled_indices) == 0
+    task, _ = fitted(data)
+    assert task.snapshots == 0
+    assert len(task.subset_indices) == 0
+
+
+def rank_result():
+    L.seed_everything(0, verbose=False)
+    spy, task = Spy(), task_of()
+    trainer = trainer_of(devices=2, strategy="ddp", callbacks=[spy])
+    trainer.fit(task, datamodule=data_of())
+    moved = [k for k, v in spy.after[1].items() if k.startswith("network.") and not torch.equal(v, spy.after[3][k])]
+    return {
+        "subset": task.subset_indices.tolist(),
+        "complementary": spy.complementary[-1].tolist(),
+        "sum": task.negative_sum.rows.tolist(),
+        "snapshots": task.snapshots,
+        "weights": [p.sum().item() for p in task.parameters()],
+        "moved": [k for k in moved if "running" not in k and "num_batches" not in k],
+    }
+
+
+def test_two_processes_agree():
+    first, second = on_two_ranks(rank_result)
+    assert first == second
+    assert first["moved"] == []
+    assert first["snapshots"] == 3
+    assert len(first["subset"]) == 40

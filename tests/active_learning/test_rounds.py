@@ -1,0 +1,264 @@
+"""Rounds: train, test, ask, answer; what breaks starts again where it was."""
+
+import shutil
+
+import numpy as np
+import pytest
+import torch
+
+from lightning_kd.active_learning import ask, choose, run_rounds
+from lightning_kd.active_learning import rounds as module
+from lightning_kd.pool import PoolRecord, Query
+from tests.active_learning.runs import Greedy, pool_data, starter, trainer_of
+from tests.two_processes import on_two_ranks
+
+
+def outcome(folder):
+    """All that must be equal: the pool but for times, and the curves."""
+    record = PoolRecord.load(folder / "pool.json")
+    results = [{k: v for k, v in row.items() if k != "seconds"} for row in record.results]
+    return record.settings, record.queries, results, (folder / "metrics.csv").read_text()
+
+
+def test_a_whole_run_keeps_the_books(tmp_path):
+    said = []
+    rows = run_rounds(starter(), tmp_path, say=said.append)
+    assert [row["labels"] for row in rows] == [0, 30, 60]
+    assert len(said) == 3
+    assert "round 0 of 2: 0 labels bought" in said[0]
+    assert (tmp_path / "curves.png").is_file()
+    data = pool_data()
+    data.setup()
+    record = PoolRecord.load(tmp_path / "pool.json")
+    for number, row in enumerate(rows):
+        known, unknown = row["known"], row["unknown"]
+        assert known + unknown == 40 + row["labels"]
+        assert record.results[number]["unlabelled"] == len(data._universe) - known - unknown
+        if number < 2:
+            valid = round(row["query/precision"] * 30)
+            assert rows[number + 1]["known"] == known + valid
+            assert row["query/recall"] == (known + valid) / data.known_total
+    truth = [data.oracle(np.array([row["index"]]))[0] for row in record.queries]
+    names = [*data.class_names, "unknown"]
+    assert [row["answer"] for row in record.queries] == [names[k] for k in truth]
+    assert len({row["index"] for row in record.queries}) == 60
+
+
+def test_same_seed_same_run_whatever_the_batch_size_of_the_scores(tmp_path):
+    for name, seed, size in (("a", 0, 256), ("b", 0, 7), ("c", 1, 256)):
+        run_rounds(starter(data={"eval_batch_size": size}), tmp_path / name, seed, say=str)
+    chosen = [[row["index"] for row in PoolRecord.load(tmp_path / n / "pool.json").queries] for n in "abc"]
+    assert chosen[0] == chosen[1]
+    assert chosen[0] != chosen[2]
+
+
+def test_hidden_labels_change_nothing(tmp_path):
+    class Noisy:
+        def __init__(self, data):
+            self.data = data
+
+        def __call__(self, number, folder):
+            trainer, task, data = starter()(number, folder)
+            data.setup()
+            data._truth = np.where(data.train_target.numpy() >= 0, data._truth, (data._truth * 3 + 1) % 5)
+            return trainer, task, data
+
+    for name, start in (("a", starter(data={"rounds": 1})), ("b", Noisy(None))):
+        run_rounds(start, tmp_path / name, say=str)
+    a, b = (PoolRecord.load(tmp_path / n / "pool.json").queries for n in "ab")
+    assert [row["index"] for row in a[:30]] == [row["index"] for row in b[:30]]
+    assert [row["score"] for row in a[:30]] == [row["score"] for row in b[:30]]
+    assert [row["answer"] for row in a[:30]] != [row["answer"] for row in b[:30]]
+
+
+POINTS = ["fit", "predict", "select", "save 1", "save 2", "save 3", "save 4", "metrics"]
+
+
+class Stop(Exception):
+    pass
+
+
+@pytest.mark.parametrize("point", POINTS)
+def test_broken_anywhere_and_started_again(tmp_path, monkeypatch, point):
+    run_rounds(starter(), tmp_path / "whole", say=str)
+    with monkeypatch.context() as patch:
+        calls = {"n": 0}
+
+        def at(n, original, after=True):
+            def broken(*args, **kwargs):
+                calls["n"] += 1
+                if calls["n"] == n and not after:
+                    raise Stop
+                value = original(*args, **kwargs)
+                if calls["n"] == n:
+                    raise Stop
+                return value
+
+            return broken
+
+        if point == "fit":
+            patch.setattr(Greedy, "training_step", at(9, Greedy.training_step))
+        elif point == "predict":
+            patch.setattr(Greedy, "predict_step", at(12, Greedy.predict_step))
+        elif point == "select":
+            patch.setattr(Greedy, "select", at(2, Greedy.select))
+        elif point == "metrics":
+            patch.setattr(module, "write_metrics", at(2, module.write_metrics, after=False))
+        else:  # round copy, round and question, answers, and again
+            patch.setattr(PoolRecord, "save", at(int(point[-1]) + 1, PoolRecord.save))
+        with pytest.raises(Stop):
+            run_rounds(starter(), tmp_path / "broken", say=str)
+    run_rounds(starter(), tmp_path / "broken", say=str)
+    assert outcome(tmp_path / "broken") == outcome(tmp_path / "whole")
+    run_rounds(starter(), tmp_path / "broken", say=str)  # once more changes nothing
+    assert outcome(tmp_path / "broken") == outcome(tmp_path / "whole")
+
+
+def test_more_rounds_go_on_from_fewer(tmp_path):
+    run_rounds(starter(data={"rounds": 2}), tmp_path / "whole", say=str)
+    for rounds in (1, 2):
+        run_rounds(starter(data={"rounds": rounds}), tmp_path / "grown", say=str)
+    assert outcome(tmp_path / "grown") == outcome(tmp_path / "whole")
+
+
+def test_another_strategy_or_seed_in_the_same_folder_is_refused(tmp_path):
+    class Other(Greedy):
+        pass
+
+    run_rounds(starter(data={"rounds": 1}), tmp_path, say=str)
+    for start, seed in ((starter(Other), 0), (starter(), 1)):
+        with pytest.raises(ValueError, match="name another --run folder"):
+            run_rounds(start, tmp_path, seed, say=str)
+
+
+def test_the_last_round_takes_what_is_left(tmp_path):
+    data = {"budget": 900, "rounds": 5}
+    rows = run_rounds(starter(data=data, trainer={"max_epochs": 1}), tmp_path, say=str)
+    assert rows[-1]["labels"] == len(PoolRecord.load(tmp_path / "pool.json").queries)
+    assert rows[-1]["known"] + rows[-1]["unknown"] == 1438
+    assert len(rows) == 3
+    assert rows[1]["query/recall"] == 1
+
+
+@pytest.mark.parametrize("classes", [[0, 1, 2, 3, 4, 5, 6, 7, 8, 9], [0, 1, 2, 3]])
+def test_a_round_without_unknown_or_without_known_answers(tmp_path, classes):
+    def of_one_kind(pool, budget):
+        data = pool_data(known_classes=classes, initial_count=100)
+        data.setup()
+        kind = data.oracle(pool.unlabelled) == data.num_classes
+        return pool.unlabelled[kind if len(classes) < 10 else ~kind][:budget]
+
+    settings = {"chosen": of_one_kind, "num_classes": len(classes)}
+    rows = run_rounds(starter(data={"known_classes": classes, "initial_count": 100}, **settings), tmp_path, say=str)
+    assert {row["query/precision"] for row in rows[:-1]} == {0.0 if len(classes) < 10 else 1.0}
+
+
+@pytest.mark.parametrize(
+    ("chosen", "message"),
+    [
+        (lambda pool, budget: pool.unlabelled[[0, 0]], "each index once"),
+        (lambda pool, budget: pool.unlabelled[: budget + 1], "1 to 30 indices, got 31"),
+        (lambda pool, budget: pool.unlabelled[:0], "got 0"),
+        (lambda pool, budget: pool.known[:1], "indices of pool.unlabelled"),
+        (lambda pool, budget: pool.unlabelled[:1] / 2, r"must return indices \[n\]"),
+    ],
+)
+def test_what_a_strategy_may_return(tmp_path, chosen, message):
+    with pytest.raises(ValueError, match=message):
+        run_rounds(starter(chosen=chosen), tmp_path, say=str)
+    assert not (tmp_path / "pool.json").exists()
+
+
+def test_bare_indices_and_queries(tmp_path):
+    trainer, task, data = starter(chosen=lambda pool, budget: torch.from_numpy(pool.unlabelled[5:8]))(0, tmp_path)
+    query, predicted = choose(trainer, task, data)
+    assert query.index.tolist() == data.unlabelled_indices[5:8].tolist()
+    assert np.isnan(query.score).all()
+    assert list(predicted) == query.index.tolist()
+
+
+def test_scores_come_in_the_order_of_the_view(tmp_path):
+    seen = {}
+
+    class Looking(Greedy):
+        needs_labelled = True
+
+        def pool_scores(self, image, index):
+            return self.answer(image)[1], {"copy": index.float()[:, None].expand(-1, 3)}
+
+        def select(self, scores, pool, budget, generator):
+            seen.update(scores=scores, pool=pool)
+            return Query(pool.unlabelled[:1], np.zeros(1))
+
+    trainer, task, data = starter(Looking)(0, tmp_path)
+    choose(trainer, task, data)
+    pool = seen["pool"]
+    assert np.array_equal(seen["scores"]["copy"][:, 1].numpy(), pool.unlabelled)
+    assert np.array_equal(pool.labelled_scores["copy"][:, 2].numpy(), pool.known)
+    assert not hasattr(pool, "target")
+
+
+def test_asking_a_person(tmp_path):
+    trainer, task, data = starter()(0, tmp_path)
+    path = ask(trainer, task, data, tmp_path)
+    lines = path.read_text().splitlines()
+    assert path.name == "query_00.csv"
+    assert lines[0] == "index,score,predicted,label"
+    assert len(lines) == 31
+    scores = [float(line.split(",")[1]) for line in lines[1:]]
+    assert scores == sorted(scores, reverse=True)
+    assert all(line.endswith(",") for line in lines[1:])
+    assert len(PoolRecord.load(tmp_path / "pool.json").pending) == 30
+    trainer, task, data = starter()(0, tmp_path)
+    data.setup()
+    data.use(PoolRecord.load(tmp_path / "pool.json"))
+    with pytest.raises(ValueError, match=r"30 samples of query_00\.csv wait for an answer"):
+        ask(trainer, task, data, tmp_path)
+
+
+def test_warm_start_goes_on_from_the_round_before(tmp_path):
+    started = []
+
+    class Watching(Greedy):
+        def on_fit_start(self):
+            started.append(self.network.state_dict()["layers.0.weight"].clone() if hasattr(self.network, "layers")
+                           else next(self.parameters()).detach().clone())  # fmt: skip
+
+    ended = []
+
+    def start(number, folder):
+        trainer, task, data = starter(Watching, warm_start=True, trainer={"enable_checkpointing": True})(number, folder)
+        trainer.callbacks[-1].dirpath = str(folder / "checkpoints")
+        trainer.callbacks[-1].filename = "last"
+        return trainer, task, data
+
+    rows = run_rounds(start, tmp_path, say=str)
+    assert len(rows) == 3
+    for number in (0, 1):
+        state = torch.load(tmp_path / f"round_0{number}/checkpoints/last.ckpt", weights_only=True)["state_dict"]
+        ended.append(next(iter(state.values())))
+    assert torch.equal(started[1], ended[0])
+    assert torch.equal(started[2], ended[1])
+    assert not torch.equal(started[0], started[1])
+
+
+def _two_ranks(folder):
+    def start(number, round_folder):
+        trainer = trainer_of(round_folder, strategy="ddp", devices=2, num_sanity_val_steps=0)
+        return trainer, Greedy(), pool_data(batch_size=16)
+
+    run_rounds(start, folder, say=str)
+    return [row["index"] for row in PoolRecord.load(f"{folder}/pool.json").queries]
+
+
+def test_two_processes_buy_what_one_buys(tmp_path):
+    one, other = on_two_ranks(_two_ranks, str(tmp_path / "two"))
+    assert one == other
+    run_rounds(starter(), tmp_path / "one", say=str)
+    alone = PoolRecord.load(tmp_path / "one/pool.json")
+    two = PoolRecord.load(tmp_path / "two/pool.json")
+    assert len(set(one)) == 60
+    # the same joint batches: the weights differ by rounding alone
+    assert [row["index"] for row in alone.queries] == one
+    assert [row["known"] for row in alone.results] == [row["known"] for row in two.results]
+    shutil.rmtree(tmp_path / "two")

@@ -1,0 +1,149 @@
+"""The benches of choosing from a pool: 50,000 samples, 512 features, 100 classes."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import numpy as np
+import torch
+from measure import Clock, Settings, Variant, compare
+from sklearn.metrics import pairwise_distances
+from sklearn.mixture import GaussianMixture
+from torch import Tensor
+
+from lightning_kd.active_learning import badge_select, k_center_greedy, known_posterior
+
+FEATURES, CLASSES = 512, 100
+
+
+def clustered(count: int, generator: torch.Generator) -> tuple[Tensor, Tensor]:
+    """Features of ``CLASSES`` clusters, ``[count, FEATURES]``, none negative, as after a ReLU; and their clusters."""
+    centre = torch.randn(CLASSES, FEATURES, generator=generator)
+    cluster = torch.randint(CLASSES, (count,), generator=generator)
+    return (centre[cluster] + 0.7 * torch.randn(count, FEATURES, generator=generator)).relu(), cluster
+
+
+def plain_k_center(pool: np.ndarray, labelled: np.ndarray) -> Iterator[int]:
+    """Pick after pick: the distances of the whole pool to the latest one, and running minima."""
+    nearest = pairwise_distances(pool, labelled).min(axis=1)
+    while True:
+        chosen = int(np.argmax(nearest))
+        yield chosen
+        nearest = np.minimum(nearest, pairwise_distances(pool, pool[[chosen]])[:, 0])
+
+
+def k_center(settings: Settings) -> None:
+    """A pick of k-center greedy out of a query of 1,500, the first distances to 1,000 labelled samples aside."""
+    count, budget, turn = settings.size(50_000, 5_000), settings.size(1_500, 300), settings.size(50, 20)
+    features, _ = clustered(count + 1_000, torch.Generator().manual_seed(0))
+    pool, labelled = features[:count], features[count:]
+    one_by_one = plain_k_center(pool.numpy(), labelled.numpy())
+    found = [next(one_by_one)]
+    ours: list[int] = []
+
+    def plain() -> float:
+        with Clock() as clock:
+            found.extend(next(one_by_one) for _ in range(turn))  # goes on where the last turn ended
+        return clock.seconds / turn
+
+    def lazy() -> float:
+        with Clock() as start:
+            k_center_greedy(pool, labelled, 1)
+        with Clock() as clock:
+            ours[:] = k_center_greedy(pool, labelled, budget).tolist()
+        return (clock.seconds - start.seconds) / (budget - 1)
+
+    variants = [
+        Variant("pairwise_distances for each pick", plain),
+        Variant(f"k_center_greedy, {budget:,} picks", lazy, ">= 60"),
+    ]
+    compare(f"k-center: a pick of {count:,} x {FEATURES}", variants, settings.rounds)
+    shared = min(len(found), budget)
+    same = sum(a == b for a, b in zip(found, ours, strict=False))
+    print(f"the same in {same} of the {shared} picks that both made\n", flush=True)
+
+
+def plain_badge(probabilities: Tensor, feature: Tensor, budget: int, generator: np.random.Generator) -> list[int]:
+    """k-means++ seeding on the whole gradient embeddings, ``[N, CLASSES * FEATURES]`` in memory."""
+    residual = -probabilities.clone()
+    residual[torch.arange(len(residual)), probabilities.argmax(1)] += 1
+    embedding = (residual[:, :, None] * feature[:, None, :]).flatten(1).numpy()
+    picks = [int((embedding**2).sum(axis=1).argmax())]
+    nearest = np.full(len(embedding), np.inf)
+    while len(picks) < budget:
+        nearest = np.minimum(nearest, pairwise_distances(embedding, embedding[picks[-1:]])[:, 0])
+        weight = nearest.astype(np.float64) ** 2
+        weight[picks] = 0
+        picks.append(int(generator.choice(len(weight), p=weight / weight.sum())))
+    return picks
+
+
+def badge(settings: Settings) -> None:
+    """A query of BADGE; whole embeddings of 50,000 samples would be 10 GB, so that few samples are compared."""
+    few, many, picks = settings.size(2_000, 500), settings.size(50_000, 5_000), settings.size(10, 5)
+    generator = torch.Generator().manual_seed(0)
+    feature, _ = clustered(many, generator)
+    probabilities = (3 * torch.randn(many, CLASSES, generator=generator)).softmax(1)
+
+    def plain() -> float:
+        with Clock() as clock:
+            plain_badge(probabilities[:few], feature[:few], picks, np.random.default_rng(0))
+        return clock.seconds / (picks * few)
+
+    def ours(count: int, picks: int) -> float:
+        with Clock() as clock:
+            badge_select(probabilities[:count], feature[:count], picks, np.random.default_rng(0))
+        return clock.seconds / (picks * count)
+
+    variants = [
+        Variant(f"{few:,} whole embeddings, {picks} picks", plain),
+        Variant(f"badge_select, the same {few:,}, {picks} picks", lambda: ours(few, picks), ">= 10"),
+        Variant(f"badge_select, {many:,}, {5 * picks} picks", lambda: ours(many, 5 * picks), ">= 10"),
+    ]
+    compare(f"badge: a pick, of a sample of {CLASSES} x {FEATURES}", variants, settings.rounds, show="us")
+
+
+def plain_posterior(logits: Tensor) -> dict[int, float]:
+    """Sample after sample into lists, a mixture for each predicted class, and a dictionary of posteriors."""
+    values: dict[int, list[float]] = {c: [] for c in range(CLASSES)}
+    members: dict[int, list[int]] = {c: [] for c in range(CLASSES)}
+    for start in range(0, len(logits), 128):
+        largest, predicted = logits[start : start + 128].max(1)
+        for i in range(len(predicted)):
+            c = predicted[i].item()
+            if c < CLASSES:
+                values[c].append(largest[i].item())
+                members[c].append(start + i)
+    found: dict[int, float] = {}
+    for c, activations in values.items():
+        if len(activations) > 1:
+            column = np.array(activations)[:, None]
+            mixture = GaussianMixture(2, max_iter=10, tol=1e-2, reg_covar=5e-4, random_state=0).fit(column)
+            posterior = mixture.predict_proba(column)[:, mixture.means_.argmax()]
+            found.update(zip(members[c], posterior.tolist(), strict=True))
+    return found
+
+
+def posterior(settings: Settings) -> None:
+    """LfOSA: from the logits of the pool to a posterior for each sample."""
+    count = settings.size(50_000, 5_000)
+    generator = torch.Generator().manual_seed(0)
+    logits = torch.randn(count, CLASSES + 1, generator=generator)
+    certain = 4 + 4 * torch.randint(2, (count,), generator=generator) + torch.randn(count, generator=generator)
+    logits[torch.arange(count), torch.randint(CLASSES + 1, (count,), generator=generator)] += certain
+
+    def plain() -> float:
+        with Clock() as clock:
+            plain_posterior(logits)
+        return clock.seconds
+
+    def ours() -> float:
+        with Clock() as clock:
+            known_posterior(logits, CLASSES)
+        return clock.seconds
+
+    variants = [
+        Variant("a loop over samples, sklearn mixtures", plain),
+        Variant("known_posterior", ours, ">= 25"),
+    ]
+    compare(f"posterior: {count:,} samples, {CLASSES} classes", variants, settings.rounds)

@@ -1,0 +1,303 @@
+"""The pool: who is known, who is labelled, who may look, and what the oracle says."""
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from lightning_kd.data import (
+    ArrayDataModule,
+    CIFAR100DataModule,
+    DigitsDataModule,
+    ImageFolderDataModule,
+    OpenSetDataModule,
+    SymmetricNoise,
+)
+from lightning_kd.pool import PoolRecord
+
+
+def digits(**kwargs):
+    return DigitsDataModule(**{"val_fraction": 0.0, **kwargs})
+
+
+def pool_of(source=None, **kwargs):
+    given = {"known_classes": 4, "initial_count": 40, "budget": 30, "rounds": 3, **kwargs}
+    return OpenSetDataModule(source or digits(), **given)
+
+
+def ready(*args, **kwargs):
+    data = pool_of(*args, **kwargs)
+    data.setup()
+    return data
+
+
+def check_partition(data):
+    parts = [data.known_indices, data.unknown_indices, data.unlabelled_indices]
+    joint = np.concatenate(parts)
+    assert np.array_equal(np.sort(joint), data.source.train_indices)
+    target = data.train_target.numpy()
+    assert ((target[parts[0]] >= 0) & (target[parts[0]] < data.num_classes)).all()
+    assert (target[parts[1]] == data.num_classes).all()
+    assert (target[parts[2]] == -1).all()
+
+
+@pytest.mark.parametrize(
+    ("known", "order", "ids"),
+    [
+        (4, "first", [0, 1, 2, 3]),
+        (3, [8, 2, 7, 4, 3], [2, 7, 8]),
+        ([5, 1], "first", [1, 5]),
+        (["9", 0, "4"], "first", [0, 4, 9]),
+        (10, "first", list(range(10))),
+    ],
+)
+def test_known_classes(known, order, ids):
+    data = ready(known_classes=known, class_order=order, initial_count=150)
+    assert data.known_ids == ids
+    assert data.num_classes == len(ids)
+    assert data.class_names == [str(c) for c in ids]
+    original = digits()
+    original.setup()
+    truth = original.train_target.numpy()[data.known_indices]
+    assert np.array_equal(np.array(ids)[data.train_target.numpy()[data.known_indices]], truth)
+
+
+def test_random_classes_follow_the_split_seed():
+    chosen = [pool_of(class_order="random", split_seed=seed).known_ids for seed in (0, 0, 1, 2)]
+    assert chosen[0] == chosen[1]
+    assert len({tuple(ids) for ids in chosen}) == 3
+
+
+def test_sizes_of_the_protocol():
+    class Fifty(CIFAR100DataModule):
+        def load_arrays(self):
+            arrays = self.fake_arrays()
+            return arrays._replace(
+                train_image=torch.zeros(50_000, 3, 1, 1, dtype=torch.uint8).expand(-1, -1, 32, 32),
+                train_target=torch.arange(50_000) % 100,
+                test_image=torch.zeros(10_000, 3, 1, 1, dtype=torch.uint8).expand(-1, -1, 32, 32),
+                test_target=torch.arange(10_000) % 100,
+            )
+
+    data = OpenSetDataModule(Fifty(val_fraction=0.0), 20, initial_fraction=0.08)
+    data.setup()
+    assert (len(data.known_indices), len(data.unlabelled_indices)) == (800, 49_200)
+    assert len(data.test_indices) == 2000
+    assert data.known_total == 10_000
+    check_partition(data)
+
+
+def test_split_is_seeded_and_not_stratified():
+    a, b, c = (ready(split_seed=seed) for seed in (0, 0, 1))
+    assert np.array_equal(a.known_indices, b.known_indices)
+    assert not np.array_equal(a.known_indices, c.known_indices)
+    assert len(set(np.bincount(a.train_target.numpy()[a.known_indices]))) > 1
+
+
+def test_targets_of_loaders_are_those_of_the_pool():
+    data = ready()
+    labelled = [batch.target for batch in data.loader("train")]
+    assert len(torch.cat(labelled)) == 40
+    assert int(torch.cat(labelled).max()) < 4
+    hidden = torch.cat([batch.target for batch in data.loader("train", data.unlabelled_indices)])
+    assert (hidden == -1).all()
+    for name in ("test", "train"):
+        targets = torch.cat([batch.target for batch in data.loader(name)])
+        assert int(targets.max()) == 3
+    assert len(data.predict_dataloader().sampler.indices) == len(data.unlabelled_indices)
+
+
+def test_validation_samples_are_of_known_classes_and_not_in_the_pool():
+    data = ready(digits(val_fraction=0.2))
+    targets = torch.cat([batch.target for batch in data.val_dataloader()])
+    assert sorted(set(targets.tolist())) == [0, 1, 2, 3]
+    assert not np.isin(data.val_indices, data.unlabelled_indices).any()
+    check_partition(data)
+
+
+def answered(data, tmp_path, indices):
+    record = PoolRecord(tmp_path / "pool.json")
+    data.use(record)
+    record.ask(indices, np.zeros(len(indices)), ["0"] * len(indices))
+    names = [*data.class_names, "unknown"]
+    record.answer({int(i): names[a] for i, a in zip(indices, data.oracle(indices), strict=True)}, "oracle")
+    record.save()
+    return record
+
+
+def test_answers_move_samples(tmp_path):
+    data = ready()
+    before = len(data.unlabelled_indices)
+    asked = data.unlabelled_indices[::7]
+    record = answered(data, tmp_path, asked)
+    data.use(record)
+    check_partition(data)
+    assert len(data.unlabelled_indices) == before - len(asked)
+    truth = data.oracle(asked)
+    assert np.array_equal(data.train_target.numpy()[asked], truth)
+    assert data.precision == (truth < 4).mean()
+    assert data.round == 1
+    again = ready()
+    again.use(PoolRecord.load(tmp_path / "pool.json"))
+    assert np.array_equal(again.known_indices, data.known_indices)
+
+
+def test_an_open_question_is_no_label(tmp_path):
+    data = ready()
+    record = PoolRecord(tmp_path / "pool.json")
+    record.ask([int(data.unlabelled_indices[0])], [0.0], ["0"])
+    data.use(record)
+    assert len(data.known_indices) == 40
+    assert data.precision == 0
+
+
+@pytest.mark.parametrize("change", [{"split_seed": 1}, {"known_classes": 5}, {"initial_count": 41}])
+def test_the_record_of_another_pool_is_refused(tmp_path, change):
+    answered(ready(), tmp_path, np.array([0]))
+    with pytest.raises(ValueError, match=r"pool.json was begun with"):
+        ready(**change).use(PoolRecord.load(tmp_path / "pool.json"))
+
+
+def test_a_view_holds_no_hidden_label():
+    data = ready()
+    view = data.view()
+    assert np.array_equal(view.known_target, data.train_target.numpy()[data.known_indices])
+    view.unlabelled[:] = 0  # a strategy may do what it likes
+    assert data.unlabelled_indices[-1] != 0
+    reachable = [value for value in vars(data).values() if isinstance(value, np.ndarray)]
+    assert sum(np.array_equal(value, data._truth) for value in reachable) == 1
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"known_classes": 1}, "known_classes must be at least 2, got 1"),
+        ({"known_classes": 11}, "known_classes must be at most the 10 classes"),
+        ({"known_classes": None}, "known_classes must be given"),
+        ({"known_classes": [1, 1]}, "known_classes holds class 1 more than once"),
+        ({"known_classes": [0, 10]}, "known_classes holds 10"),
+        ({"known_classes": [0, -1]}, "known_classes holds -1"),
+        ({"known_classes": ["0", "ten"]}, "known_classes holds 'ten'"),
+        ({"known_classes": [0, 1], "class_order": "random"}, "class_order goes with a number"),
+        ({"class_order": "last"}, "class_order must be"),
+        ({"class_order": [1, 2, 1, 3]}, "class_order holds class 1 more than once"),
+        ({"class_order": [1, 2]}, "class_order names 2 classes"),
+        ({"budget": 0}, "budget must be at least 1"),
+        ({"rounds": 0}, "rounds must be at least 1"),
+        ({"budget": 2000}, "budget=2000 is more than the"),
+        ({"initial_count": None}, "give one of them"),
+        ({"initial_fraction": 0.1}, "give one of them"),
+        ({"initial_count": None, "initial_fraction": 1.5}, "initial_fraction must be above 0"),
+        ({"initial_count": None, "initial_fraction": 0.0001}, "initial_fraction=0.0001"),
+        ({"initial_count": 5000}, "initial_count=5000"),
+        ({"initial_count": 3}, "has none of class"),
+        ({"pool": "x"}, "go without pool"),
+        ({"source": digits(noise=SymmetricNoise(0.2))}, "source must have no noise"),
+    ],
+)
+def test_bad_arguments(change, message):
+    with pytest.raises(ValueError, match=message):
+        ready(**change)
+
+
+def test_a_class_named_unknown_is_refused(tmp_path):
+    np.savez(tmp_path / "a.npz", feature=np.zeros((20, 3), np.float32), target=np.arange(20) % 2)
+    with pytest.raises(ValueError, match="may not be named 'unknown'"):
+        pool_of(ArrayDataModule(str(tmp_path / "a.npz"), class_names=["known", "unknown"]), known_classes=2)
+
+
+def test_a_million_samples(tmp_path):
+    features = np.zeros((1_000_000, 1), np.float32)
+    np.savez(tmp_path / "a.npz", train_feature=features, train_target=np.arange(1_000_000) % 10,
+             test_feature=features[:10], test_target=np.arange(10))  # fmt: skip
+    data = ready(ArrayDataModule(str(tmp_path / "a.npz"), val_fraction=0.0), initial_fraction=0.01, initial_count=None)
+    asked = data.unlabelled_indices[:10_000]
+    data.use(answered(data, tmp_path, asked))
+    check_partition(data)
+
+
+# -- a project of one's own ------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def folders(tmp_path):
+    generator = np.random.default_rng(0)
+
+    def save(path):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        Image.fromarray(generator.integers(0, 255, (10, 10, 3), dtype=np.uint8)).save(path)
+
+    for split in ("train", "test"):
+        for name in ("cat", "dog"):
+            for k in range(3):
+                save(tmp_path / split / name / f"{k}.png")
+    for k in range(6):
+        save(tmp_path / "web" / f"{k % 2}" / f"{k}.png")
+    return tmp_path
+
+
+def own_project(folders, **kwargs):
+    source = ImageFolderDataModule(str(folders), image_size=8, val_fraction=0.0)
+    data = OpenSetDataModule(source, pool=str(folders / "web"), budget=2, **kwargs)
+    data.setup()
+    return data
+
+
+def test_a_folder_without_labels(folders):
+    data = own_project(folders)
+    assert data.class_names == ["cat", "dog"]
+    assert (len(data.known_indices), len(data.unlabelled_indices)) == (6, 6)
+    assert [data.path_of(i) for i in data.unlabelled_indices[:2]] == ["0/0.png", "0/2.png"]
+    batches = list(data.loader("train", data.unlabelled_indices))
+    assert sum(len(batch.image) for batch in batches) == 6
+    with pytest.raises(ValueError, match="no labels that an oracle could give"):
+        data.oracle(np.array([0]))
+
+
+def test_files_may_come_and_go(folders):
+    data = own_project(folders)
+    record = PoolRecord(folders / "pool.json")
+    data.use(record)
+    asked = data.unlabelled_indices[[1, 4]]
+    record.ask(asked, [0.0, 0.0], ["cat", "cat"], [data.path_of(i) for i in asked])
+    record.answer({int(asked[0]): "dog", int(asked[1]): "unknown"}, "person")
+    record.save()
+    (folders / "web/0/0.png").rename(folders / "web/a.png")
+    Image.new("RGB", (9, 9)).save(folders / "web/0/1.png")
+    again = own_project(folders)
+    again.use(PoolRecord.load(folders / "pool.json"))
+    labelled = {again.path_of(i): int(again.train_target[i]) for i in [*again.known_indices, *again.unknown_indices]}
+    assert {path: t for path, t in labelled.items() if not path.startswith("..")} == {"0/2.png": 1, "1/3.png": 2}
+    assert len(again.unlabelled_indices) == 5
+    (folders / "web/0/2.png").unlink()
+    with pytest.warns(UserWarning, match="1 images asked for are no longer"):
+        own_project(folders).use(PoolRecord.load(folders / "pool.json"))
+
+
+def test_arrays_without_labels(tmp_path):
+    generator = np.random.default_rng(0)
+    feature = generator.normal(size=(40, 5)).astype(np.float32)
+    np.savez(tmp_path / "known.npz", feature=feature, target=np.arange(40) % 4)
+    np.save(tmp_path / "pool.npy", feature[:30] + 1)
+    source = ArrayDataModule(str(tmp_path / "known.npz"), val_fraction=0.0)
+    data = OpenSetDataModule(source, known_classes=3, pool=str(tmp_path / "pool.npy"), budget=5)
+    data.setup()
+    assert len(data.unlabelled_indices) == 30
+    assert len(data.unknown_indices) == 8  # the labelled samples of the class nobody asked for
+    check_set = np.concatenate([data.known_indices, data.unknown_indices, data.unlabelled_indices])
+    assert len(np.unique(check_set)) == 32 + 30
+    np.save(tmp_path / "pool.npy", feature[:, :3])
+    with pytest.raises(ValueError, match="must be like those of the source"):
+        OpenSetDataModule(ArrayDataModule(str(tmp_path / "known.npz")), pool=str(tmp_path / "pool.npy")).setup()
+
+
+def test_fake_pools_are_small(folders):
+    for data in (
+        ready(digits(), fake=True, budget=1500),
+        ready(CIFAR100DataModule(), fake=True, initial_count=None, initial_fraction=0.08),
+    ):
+        assert data.budget <= len(data.unlabelled_indices)
+        assert np.bincount(data.train_target.numpy()[data.known_indices]).tolist() == [2] * 4
+    data = OpenSetDataModule(ImageFolderDataModule(str(folders)), pool="none", fake=True)
+    data.setup()
+    assert len(data.unlabelled_indices) > data.budget
