@@ -7,7 +7,8 @@ from typing import Literal, NamedTuple
 import torch
 from torch import Tensor
 
-from lightning_kd.core.losses import at_least_float32, check_positive
+from lightning_kd.core.dirichlet import dirichlet_kl, dirichlet_nll
+from lightning_kd.core.losses import check_positive
 
 Discrepancy = Literal["l1", "js"]
 LOGIT_LIMIT = 10.0
@@ -71,53 +72,34 @@ def dirichlet_uncertainties(alpha: Tensor) -> DirichletUncertainties:
 def evidence_alpha(logits: Tensor, gamma: float = 1.0) -> Tensor:
     """``exp(logits) / gamma + 1``, float64 (float32 on MPS); logits are clamped to [-10, 10]."""
     check_positive(gamma=gamma)
-    return wide(logits).clamp(-LOGIT_LIMIT, LOGIT_LIMIT).exp() / gamma + 1
+    return clamped(wide(logits)).exp() / gamma + 1
+
+
+def clamped(logits: Tensor) -> Tensor:
+    """Within [-10, 10]; what was outside gets no gradient."""
+    return logits.clamp(-LOGIT_LIMIT, LOGIT_LIMIT)
 
 
 def evidential_nll(logits: Tensor, target: Tensor, gamma: float = 1.0) -> Tensor:
-    """``log(sum_c alpha_c) - log alpha_target``: minus the logarithm of the Dirichlet's mean for the target.
+    """``core.dirichlet.dirichlet_nll`` of logits clamped to [-10, 10], ``[B]``.
 
     Args:
-        logits: ``[B, K]`` of one head, clamped to [-10, 10]; half precision is computed in float32 or wider.
+        logits: ``[B, K]`` of one head.
         target: int64 ``[B]``, 0 to K-1.
         gamma: ``alpha = exp(logits) / gamma + 1``; above 0.
-
-    Returns:
-        ``[B]``, float32 or float64.
-
-    Source: evidential loss as in DPC, arXiv 2401.07062.
     """
-    alpha = evidence_alpha(logits, gamma)
-    value = alpha.sum(1).log() - alpha.gather(1, target[:, None]).squeeze(1).log()
-    return value.to(at_least_float32(logits)[0].dtype)
+    return dirichlet_nll(clamped(logits), target, gamma)
 
 
 def evidential_kl(logits: Tensor, target: Tensor | None, gamma: float = 1.0) -> Tensor:
-    """Divergence of the Dirichlet distribution from the uniform one, the target's evidence left out.
-
-    Never negative; 0 where no other class has evidence; no gradient at the target's logit. Computed in float64.
+    """``core.dirichlet.dirichlet_kl`` of logits clamped to [-10, 10], ``[B]``; not yet divided by K.
 
     Args:
-        logits: ``[B, K]`` of one head, clamped to [-10, 10].
-        target: int64 ``[B]``, 0 to K-1; ``None`` leaves no class out, for samples of none of them.
+        logits: ``[B, K]`` of one head.
+        target: int64 ``[B]``, 0 to K-1, whose evidence is left out; ``None`` leaves none out, for samples of no class.
         gamma: ``alpha = exp(logits) / gamma + 1``; above 0.
-
-    Returns:
-        ``[B]``, float32 or float64; not yet divided by K.
-
-    Source: Sensoy et al., arXiv 1806.01768; weighted as in arXiv 2401.07062.
     """
-    alpha = evidence_alpha(logits, gamma)
-    if target is not None:
-        alpha = alpha.scatter(1, target[:, None], 1.0)
-    strength = alpha.sum(1)
-    value = (
-        torch.lgamma(strength)
-        - torch.lgamma(strength.new_tensor(float(alpha.shape[1])))
-        - torch.lgamma(alpha).sum(1)
-        + ((alpha - 1) * (torch.digamma(alpha) - torch.digamma(strength)[:, None])).sum(1)
-    )
-    return value.to(at_least_float32(logits)[0].dtype)
+    return dirichlet_kl(clamped(logits), target, gamma)
 
 
 def head_discrepancy(first: Tensor, second: Tensor, measure: Discrepancy = "l1") -> Tensor:

@@ -17,7 +17,7 @@ from lightning.pytorch.callbacks import RichProgressBar
 from measure import Clock, Settings, Variant, compare, now
 from noisy import dpc, margins, rows
 from plain import DualHeadLoop, PictureDataset, train_classifier
-from pool import badge, k_center, posterior
+from pool import badge, books, k_center, posterior, score
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 from torchvision import transforms
@@ -341,5 +341,7 @@ BENCHES = {
     "k_center": k_center,
     "badge": badge,
     "posterior": posterior,
+    "score": score,
+    "books": books,
     "cuda": cuda,
 }

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from pathlib import Path
 
+import lightning as L
 import numpy as np
 import torch
 from measure import Clock, Settings, Variant, compare
@@ -11,7 +13,9 @@ from sklearn.metrics import pairwise_distances
 from sklearn.mixture import GaussianMixture
 from torch import Tensor
 
-from lightning_kd.active_learning import badge_select, k_center_greedy, known_posterior
+from lightning_kd.active_learning import PoolClassifier, badge_select, choose, k_center_greedy, known_posterior
+from lightning_kd.data import Arrays, ClassificationDataModule, OpenSetDataModule
+from lightning_kd.pool import UNKNOWN, PoolRecord
 
 FEATURES, CLASSES = 512, 100
 
@@ -147,3 +151,72 @@ def posterior(settings: Settings) -> None:
         Variant("known_posterior", ours, ">= 25"),
     ]
     compare(f"posterior: {count:,} samples, {CLASSES} classes", variants, settings.rounds)
+
+
+class MadePool(ClassificationDataModule):
+    """Made-up images, or features that are nothing but a number."""
+
+    def __init__(self, count: int, shape: tuple[int, ...]) -> None:
+        names = [str(c) for c in range(10)]
+        super().__init__(
+            class_names=names, input_shape=shape, mean=[0.0] * shape[0], std=[1.0] * shape[0], val_fraction=0.0
+        )
+        self.count = count
+
+    def load_arrays(self) -> Arrays:
+        generator = torch.Generator().manual_seed(0)
+        shape = (self.count, *self.input_shape)
+        image = (
+            torch.randint(256, shape, dtype=torch.uint8, generator=generator) if len(shape) == 4 else torch.rand(shape)
+        )
+        target = torch.arange(self.count) % 10
+        return Arrays(image, target, image[:1_000], target[:1_000])
+
+
+def score(settings: Settings) -> None:
+    """Scoring a pool and choosing from it, an image, against a bare prediction of the same images."""
+    data = OpenSetDataModule(MadePool(settings.size(20_000, 4_000), (3, 32, 32)), 4, initial_count=400, budget=300)
+    data.setup()
+    count = len(data.unlabelled_indices)
+    task = PoolClassifier("cnn", 4, strategy="entropy")
+
+    def trainer() -> L.Trainer:
+        return L.Trainer(accelerator="cpu", logger=False, enable_progress_bar=False, enable_checkpointing=False)
+
+    def plain() -> float:
+        with Clock() as clock:
+            trainer().predict(task, dataloaders=data.loader("train", data.unlabelled_indices))
+        return clock.seconds / count
+
+    def ours() -> float:
+        with Clock() as clock:
+            choose(trainer(), task, data)
+        return clock.seconds / count
+
+    variants = [Variant("trainer.predict", plain), Variant("choose", ours, ">= 0.95")]
+    compare(f"score: one of {count:,} images, cnn", variants, settings.rounds, show="us")
+
+
+def books(settings: Settings) -> None:
+    """Taking 10,000 answers into a pool, a round: new index sets, and a view for a strategy."""
+    sizes = [settings.size(n, n // 10) for n in (50_000, 1_000_000)]
+
+    def turn(count: int) -> Callable[[], float]:
+        data = OpenSetDataModule(MadePool(count, (1,)), 4, initial_count=400, budget=300)
+        data.setup()
+        record = PoolRecord(Path("pool.json"))
+        asked = data.unlabelled_indices[:10_000]
+        record.ask(asked, np.zeros(len(asked)), ["0"] * len(asked))
+        names = [*data.class_names, UNKNOWN]
+        record.answer({int(i): names[a] for i, a in zip(asked, data.oracle(asked), strict=True)}, "oracle")
+
+        def take() -> float:
+            with Clock() as clock:
+                data.use(record)
+                data.view()
+            return clock.seconds
+
+        return take
+
+    variants = [Variant(f"{count:,} samples", turn(count)) for count in sizes]
+    compare("books: 10,000 answers taken, well under 1,000 ms", variants, settings.rounds)
