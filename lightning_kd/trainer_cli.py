@@ -4,29 +4,32 @@ from __future__ import annotations
 
 import logging
 import shlex
-import shutil
 import sys
 import traceback
 import warnings
 from collections.abc import Sequence
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import Any
 
 import lightning as L
+import yaml
 from lightning.pytorch.callbacks import ModelCheckpoint, ProgressBar, RichProgressBar
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, SaveConfigCallback
 from lightning.pytorch.utilities import rank_zero_only
 
-import lightning_kd.callbacks
-import lightning_kd.data  # noqa: F401  (classes are found by name once they are imported)
+import lightning_kd.callbacks  # noqa: F401  (classes are found by name once they are imported)
 from lightning_kd.active_learning.base import PoolTask
-from lightning_kd.active_learning.rounds import ask, run_rounds
+from lightning_kd.active_learning.rounds import ask, forget_rounds, run_rounds
 from lightning_kd.cli import default_run_folder
+from lightning_kd.compare.runs import flat
 from lightning_kd.core.registry import family_packages
 from lightning_kd.core.run import RunFolder, RunLogger, run_callbacks, write_text
 from lightning_kd.core.task import Task
+from lightning_kd.data import OpenSetDataModule
 from lightning_kd.pool import PoolRecord
 from lightning_kd.pool.curves import table
+from lightning_kd.pool.record import alone
 
 family_packages()
 
@@ -56,12 +59,15 @@ class SaveRunConfig(SaveConfigCallback):
 
     def write(self, folder: Path) -> None:
         """Write the file into ``folder``."""
+        write_text(folder / "config.yaml", self.dump())
+
+    def dump(self) -> str:
+        """The text of the file."""
         config = self.config.clone()
         for key, value in (("ckpt_path", None), ("overwrite", False), ("run", None)):
             if key in config:
                 config[key] = value
-        folder.mkdir(parents=True, exist_ok=True)
-        self.parser.save(config, folder / "config.yaml", skip_none=False, overwrite=True, multifile=False)
+        return self.parser.dump(config, skip_none=False)
 
 
 class RunCLI(LightningCLI):
@@ -131,12 +137,10 @@ class RunCLI(LightningCLI):
         folder = RunFolder(config.get("run") or default_run_folder(self.config_paths, fallback))
         self.run_folder = folder
         config["run"] = str(folder.path)
+        if self.subcommand in ("query", "active"):
+            self._before_pool_verb(config)
         if self.subcommand is None or config.trainer.get("fast_dev_run"):
             return
-        if self.subcommand == "query" and not config.get("ckpt_path"):
-            config["ckpt_path"] = "last"
-        if self.subcommand == "active":
-            self._before_active(config)
         # only here: LightningCLI merges the hyperparameters of a checkpoint given by path over the command line
         if config.get("ckpt_path") in ("last", "best"):
             config["ckpt_path"] = str(folder.checkpoint(config["ckpt_path"]))
@@ -161,40 +165,71 @@ class RunCLI(LightningCLI):
         assert self.run_folder is not None
         config = self.config["fit"]
         if config["overwrite"] and self.run_folder.record and not config.get("ckpt_path"):
+            if isinstance(self.datamodule, OpenSetDataModule) and self.run_folder.pool.is_file():
+                self.datamodule.setup()
+                self.datamodule.use(PoolRecord.load(self.run_folder.pool))  # or it is another pool
             self.run_folder.clear()
 
     # -- the verbs of pools ------------------------------------------------------------------------------------------
 
-    def _before_active(self, config: Any) -> None:
+    def _before_pool_verb(self, config: Any) -> None:
         assert self.run_folder is not None
+        if config.trainer.get("fast_dev_run"):
+            raise ValueError(
+                f"{self.subcommand} keeps what it finds, got fast_dev_run={config.trainer.fast_dev_run}: try --trainer."
+                "max_epochs 1 with another --run folder instead"
+            )
+        if self.subcommand == "query":
+            config["ckpt_path"] = config.get("ckpt_path") or "last"
+            return
         if config.get("ckpt_path"):
             raise ValueError(f"active goes on by itself, got ckpt_path={config['ckpt_path']}: leave it out")
         if type(config.get("seed_everything")) is not int:
             raise ValueError(f"active needs a seed, got seed_everything={config.get('seed_everything')}: give a number")
+        if self.run_folder.last.is_file():
+            raise FileExistsError(f"{self.run_folder.path} holds a single fit: name another --run folder for active")
 
-    def _check_pool(self, verb: str) -> None:
-        if not isinstance(self.model, PoolTask) or not hasattr(self.datamodule, "unlabelled_indices"):
+    def _check_pool(self) -> Any:
+        """The data module, set up, if this is a method for pools on a pool."""
+        assert self.run_folder is not None
+        if not isinstance(self.model, PoolTask) or not isinstance(self.datamodule, OpenSetDataModule):
             raise ValueError(
-                f"{verb} needs a method for pools on an OpenSetDataModule, got {type(self.model).__name__} on "
-                f"{type(self.datamodule).__name__}: see the configs active_learning/... of lightning-kd list"
+                f"{self.subcommand} needs a method for pools on an OpenSetDataModule, got {type(self.model).__name__} "
+                f"on {type(self.datamodule).__name__}: see the configs active_learning/... of lightning-kd list"
             )
+        self.datamodule.setup()
+        return self.datamodule
+
+    def _alone(self) -> AbstractContextManager[None]:
+        assert self.run_folder is not None
+        return alone(self.run_folder.path) if _is_rank_zero() else nullcontext()
 
     def query(self, model: PoolTask, datamodule: Any, ckpt_path: str | None = None, **kwargs: Any) -> None:
         """Write ``query_ROUND.csv``."""
         assert self.run_folder is not None
-        self._check_pool("query")
-        self._query_file = ask(self.trainer, model, datamodule, self.run_folder.path, ckpt_path)
+        data = self._check_pool()
+        with self._alone():
+            self._query_file = ask(self.trainer, model, data, self.run_folder.path, ckpt_path)
 
     def active(self, model: PoolTask, datamodule: Any, **kwargs: Any) -> None:
         """Run all rounds, each with objects of its own."""
         assert self.run_folder is not None
-        self._check_pool("active")
+        self._check_pool().oracle([])  # or there is none
+        with self._alone():
+            self._run_rounds()
+
+    def _run_rounds(self) -> None:
+        assert self.run_folder is not None
         whole, config = self.run_folder, self.config["active"]
         seed = config["seed_everything"]
         if _is_rank_zero():
             if config["overwrite"]:
-                _forget_rounds(whole)
-            SaveRunConfig(self._parser("active"), config, overwrite=True).write(whole.path)
+                forget_rounds(whole.path)
+            saved = SaveRunConfig(self._parser("active"), config, overwrite=True)
+            if whole.pool.is_file():
+                _check_same_recipe(saved.dump(), whole.path / "config.yaml")
+                self.datamodule.use(PoolRecord.load(whole.pool))
+            saved.write(whole.path)
 
         def enter(folder: RunFolder, seed: int, outcome: str) -> None:
             assert self.run_folder is not None
@@ -299,20 +334,26 @@ class RunCLI(LightningCLI):
         return f"go on with: {resume_command(self.command) if trained else self.command}"
 
 
-def _forget_rounds(folder: RunFolder) -> None:
-    """Remove the rounds of an earlier ``active``.
+# what may change while a benchmark goes on: more rounds, another machine, another look
+_FREE = ("data.init_args.rounds", "run", "overwrite", "ckpt_path", "weights_only")
+_FREE_OF_TRAINER = (
+    *("accelerator", "devices", "num_nodes", "strategy", "logger", "callbacks", "profiler", "default_root_dir"),
+    *("log_every_n_steps", "plugins", "benchmark", "deterministic", "check_val_every_n_epoch"),
+)
 
-    Raises:
-        FileExistsError: where a person gave some of the answers.
-    """
-    if folder.pool.is_file() and any(row.get("by") == "person" for row in PoolRecord.load(folder.pool).queries):
-        raise FileExistsError(
-            f"{folder.pool} holds answers of a person, which --overwrite would lose: name another --run"
-        )
-    for path in folder.path.glob("round_[0-9]*"):
-        shutil.rmtree(path, ignore_errors=True)
-    for name in ("pool.json", "metrics.csv", "curves.png"):
-        (folder.path / name).unlink(missing_ok=True)
+
+def _check_same_recipe(text: str, path: Path) -> None:
+    """Raise a ``ValueError`` where the rounds in the folder of ``path`` were made with other settings."""
+    if not path.is_file():
+        return
+    old, new = (flat(yaml.safe_load(content)) for content in (path.read_text(), text))
+    free = (*_FREE, *(f"trainer.{name}" for name in _FREE_OF_TRAINER), "trainer.enable_")
+    for key in sorted(old.keys() | new.keys()):
+        if old.get(key) != new.get(key) and not key.startswith(free):
+            raise ValueError(
+                f"the rounds in {path.parent} were made with {key}={old.get(key)}, got {new.get(key)}: keep it, name "
+                "another --run folder, or add --overwrite to lose them"
+            )
 
 
 def _is_rank_zero() -> bool:

@@ -1,4 +1,4 @@
-"""The parts of BUAL that work without Lightning: complementary labels and the score from two heads."""
+"""The parts of BUAL that work without Lightning: labels, a copied backbone, and the score from two heads."""
 
 from __future__ import annotations
 
@@ -7,7 +7,9 @@ from typing import Literal
 
 import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
+
+from lightning_kd.active_learning._evidential import wide
 
 Uncertainty = Literal["least_confidence", "margin", "entropy"]
 Combine = Literal["code", "paper"]
@@ -41,6 +43,40 @@ def complementary_labels(target: Tensor, num_known: int, generator: np.random.Ge
     hidden = given == -1
     draw = generator.integers(0, np.where(hidden, num_known, num_known - 1))
     return torch.from_numpy(np.where(hidden, draw, (given + 1 + draw) % num_known)).to(target)
+
+
+def copy_backbone(source: nn.Module, target: nn.Module, classifier: str) -> None:
+    """Give ``target`` the weights and statistics of ``source``, but for those of the module ``classifier``.
+
+    Raises:
+        ValueError: if anything else differs.
+    """
+    head = f"{classifier}."
+    backbone = {name: value for name, value in source.state_dict().items() if not name.startswith(head)}
+    missing, unexpected = target.load_state_dict(backbone, strict=False)
+    strange = [name for name in missing if not name.startswith(head)] + unexpected
+    if strange:
+        raise ValueError(
+            f"the networks must be alike but for classifier {classifier!r}, got a difference in {strange[:4]}: build "
+            "both from the same network"
+        )
+
+
+def unknown_lead(logits: Tensor) -> Tensor:
+    """The log-odds ``[B]`` of the last of ``[B, K+1]`` logits, which go on where probabilities are all 1; float64."""
+    logits = wide(logits)
+    return logits[:, -1] - logits[:, :-1].logsumexp(1)
+
+
+def check_finite(**values: Tensor) -> None:
+    """Raise a ``ValueError`` that names the first of ``values`` in which a sample has something not finite."""
+    for name, value in values.items():
+        bad = int((~value.isfinite()).reshape(len(value), -1).any(1).sum()) if len(value) else 0
+        if bad:
+            raise ValueError(
+                f"{name} must be finite, got {bad} of {len(value)} samples that are not: train with a lower learning "
+                "rate"
+            )
 
 
 def confidence(probabilities: Tensor, uncertainty: Uncertainty) -> Tensor:
@@ -99,7 +135,7 @@ def bidirectional_score(
         float64 ``[N]``. It depends on which samples are given: give all candidates at once.
 
     Raises:
-        ValueError: for another shape, or an argument out of its range.
+        ValueError: for another shape, values that are not finite, or an argument out of its range.
 
     Source: arXiv 2402.15198, equations 3 to 6.
     """
@@ -117,6 +153,9 @@ def bidirectional_score(
         raise ValueError(f"balance must be in [0, 1], got {balance}: give the share of known classes in the answers")
     if combine not in ("code", "paper"):
         raise ValueError(f"combine must be 'code' or 'paper', got {combine!r}")
+    check_finite(negative_probs=negative_probs, positive_probs=positive_probs)  # one NaN would scale all to 0
+    if unknown_probability is not None:
+        check_finite(unknown_probability=unknown_probability)
     negative, positive = confidence(negative_probs, uncertainty), confidence(positive_probs, uncertainty)
     a = None if unknown_probability is None else unknown_probability.double()
     if combine == "code":
@@ -142,21 +181,32 @@ def rank(
     """The samples in the order to query them, int64 ``[U]``, and their ``bidirectional_score``, float64 ``[U]``.
 
     First those that ``unknown_probs`` does not take for unknown, by score; then the others, which have none (NaN), by
-    the probability of being unknown. Where there are only others, all are scored, and ranked by that probability, then
-    by score. Ties: the lower confidence of ``positive_probs``, then the earlier sample.
+    ``unknown_lead``, which orders them as the probability of being unknown does, but never saturates. Where there are
+    only others, all are scored, and ranked by that lead, then by score. Ties: the lower confidence of
+    ``positive_probs``, then the earlier sample.
+
+    Raises:
+        ValueError: for a sample without ``negative_probs`` (-1), and for values that are not finite.
     """
     negative, positive = scores["negative_probs"], scores["positive_probs"]
-    candidate, a = torch.ones(len(negative), dtype=torch.bool), None
+    missing = int((negative < 0).any(1).sum())
+    if missing:
+        raise ValueError(
+            f"negative_probs is missing for {missing} of {len(negative)} samples: they were not in the pool when this "
+            "round was trained, so train it again"
+        )
+    candidate, lead = torch.ones(len(negative), dtype=torch.bool), None
     if "unknown_probs" in scores:
-        candidate, a = not_unknown(scores["unknown_probs"]), scores["unknown_probs"][:, -1].double()
+        candidate, lead = not_unknown(scores["unknown_probs"]), scores["unknown_lead"].double()
+        check_finite(unknown_probs=scores["unknown_probs"], unknown_lead=lead)
     nobody = not bool(candidate.any())
     scored = ~candidate if nobody else candidate
-    unknown = None if a is None else a[scored]
+    a = None if lead is None else lead[scored].sigmoid()
     value = torch.full((len(negative),), torch.nan, dtype=torch.float64)
     value[scored] = bidirectional_score(
-        negative[scored], positive[scored], unknown, balance, uncertainty, combine, normalize_aux
+        negative[scored], positive[scored], a, balance, uncertainty, combine, normalize_aux
     )
     keys = [value if combine == "code" else -value, confidence(positive, uncertainty)]
-    if a is not None:
-        keys = [a, *keys] if nobody else [(~candidate).double(), torch.where(candidate, keys[0], a), keys[1]]
+    if lead is not None:
+        keys = [lead, *keys] if nobody else [(~candidate).double(), torch.where(candidate, keys[0], lead), keys[1]]
     return np.lexsort([key.numpy() for key in reversed(keys)]), value.numpy()

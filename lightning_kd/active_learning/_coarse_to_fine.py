@@ -56,6 +56,7 @@ def coarse_to_fine(coarse: Tensor, fine: Tensor, budget: int, factor: float = 3.
     Returns:
         int64 positions ``[min(budget, N)]`` on the CPU, the largest ``fine`` first.
     """
-    count = len(coarse) if math.isinf(factor) else min(len(coarse), math.ceil(factor * budget))
+    # less a hair: 1.1 * 100 is a little above 110
+    count = len(coarse) if math.isinf(factor) else min(len(coarse), math.ceil(factor * budget - 1e-9))
     kept = coarse.cpu().argsort(stable=True)[:count]
     return kept[fine.cpu()[kept].argsort(descending=True, stable=True)[:budget]]

@@ -61,8 +61,11 @@ class PoolTask(Task, ABC):
             )
         return data
 
-    def build_for(self, network: str | nn.Module, outputs: int) -> nn.Module:
-        """One more network like ``network``, with ``outputs`` logits: by name, or a copy with a new classifier."""
+    def build_for(self, network: str | nn.Module, outputs: int, classifier: str | None = None) -> nn.Module:
+        """One more network like ``network``, with ``outputs`` logits: by name, or a copy with a new classifier.
+
+        ``classifier`` is the module path of the old one where it is not the last ``nn.Linear``.
+        """
         if isinstance(network, str):
             known, self.num_classes = self.num_classes, outputs
             try:
@@ -70,7 +73,7 @@ class PoolTask(Task, ABC):
             finally:
                 self.num_classes = known
         other = copy.deepcopy(network)
-        path, old = find_classifier(other)
+        path, old = find_classifier(other, classifier)
         parent, _, name = path.rpartition(".")
         setattr(other.get_submodule(parent), name, nn.Linear(old.in_features, outputs, bias=old.bias is not None))
         return self.build(other)
@@ -125,7 +128,7 @@ def check_outputs(network: nn.Module, logits: Tensor, outputs: int) -> Tensor:
     """
     if logits.ndim != 2 or logits.shape[1] != outputs:
         raise ValueError(
-            f"{type(network).__name__} gives {list(logits.shape)}, expected [B, {outputs}]: one logit for each known "
-            "class and one for all others"
+            f"{type(network).__name__} gives {list(logits.shape)}, expected [B, {outputs}]: give a network with as "
+            "many logits, or name its last layer by classifier"
         )
     return logits.float() if logits.dtype in (torch.float16, torch.bfloat16) else logits

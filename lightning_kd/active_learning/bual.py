@@ -12,6 +12,7 @@ from typing import Any, Literal
 import numpy as np
 import torch
 import torch.nn.functional as F
+from lightning.pytorch.callbacks import EarlyStopping
 from torch import Tensor, nn
 
 from lightning_kd.active_learning._bidirectional import (
@@ -19,8 +20,10 @@ from lightning_kd.active_learning._bidirectional import (
     Uncertainty,
     bidirectional_score,
     complementary_labels,
+    copy_backbone,
     not_unknown,
     rank,
+    unknown_lead,
 )
 from lightning_kd.active_learning._in_turn import InTurnTask
 from lightning_kd.active_learning.base import check_outputs
@@ -81,12 +84,14 @@ class BUAL(InTurnTask):
         subset: where the subset comes from: the ``"candidates"``, which the auxiliary network does not take for
             unknown, or the whole ``"pool"``, as in the official code.
         normalize_aux: see ``bidirectional_score``.
+        classifier: module path of the network's classifier, where it is not the last ``nn.Linear``.
         kwargs: ``warm_start`` of ``PoolTask``; ``optimizer``, ``lr_scheduler``, ``lr_interval``, ``channels_last``,
             ``compile`` of ``Task``. The paper's optimizer is SGD with learning rate 0.01, momentum 0.9 and weight decay
             1e-4.
 
     Raises:
-        ValueError: for an argument out of its range; at the start of a fit, for too few epochs.
+        ValueError: for an argument out of its range; at the start of a fit, for too few epochs, and for
+            ``EarlyStopping``.
     """
 
     def __init__(
@@ -103,6 +108,7 @@ class BUAL(InTurnTask):
         exact: bool = True,
         subset: Literal["candidates", "pool"] = "candidates",
         normalize_aux: bool = True,
+        classifier: str | None = None,
         **kwargs: Any,
     ) -> None:
         super().__init__(num_classes, input_shape, **kwargs)
@@ -130,8 +136,10 @@ class BUAL(InTurnTask):
         self.subset = subset
         self.normalize_aux = normalize_aux
         self.network = self.build(network)
-        self.auxiliary = self.build_for(network, num_classes + 1)
-        self.negative = self.build_for(network, num_classes)
+        self.classifier_path, _ = find_classifier(self.network, classifier)
+        self.auxiliary = self.build_for(network, num_classes + 1, classifier)
+        self.negative = self.build_for(network, num_classes, classifier)
+        self._dry_run = False
         self._begin(auxiliary=False)
 
     def _begin(self, auxiliary: bool) -> None:
@@ -141,7 +149,7 @@ class BUAL(InTurnTask):
         self.subset_indices = np.empty(0, dtype=np.int64)
         self.snapshots = 0
         self.negative_sum = SampleMemory((self.num_classes,))  # of the probabilities in all snapshots
-        self._complementary = torch.empty(0, dtype=torch.int64)
+        self._complementary: tuple[int, Tensor] | None = None  # of which epoch, and by index
 
     @property
     def main_network(self) -> nn.Module:
@@ -151,11 +159,17 @@ class BUAL(InTurnTask):
 
     def setup(self, stage: str) -> None:
         super().setup(stage)
+        trainer: Any = self.trainer
+        self._dry_run = bool(trainer.fast_dev_run)
         if stage != "fit":
             return
-        trainer: Any = self.trainer
+        if any(isinstance(callback, EarlyStopping) for callback in trainer.callbacks):
+            raise ValueError(
+                "BUAL must train through all its epochs, got EarlyStopping, to which the negative stage looks like no "
+                "progress: take it out of trainer.callbacks"
+            )
         epochs = trainer.max_epochs
-        if not trainer.fast_dev_run and (epochs is None or epochs <= self.negative_epochs):
+        if not self._dry_run and (epochs is None or epochs <= self.negative_epochs):
             raise ValueError(
                 f"max_epochs must be above negative_epochs={self.negative_epochs}, got {epochs}: raise "
                 "trainer.max_epochs, or lower model.negative_epochs; what is left are the epochs of the positive stage"
@@ -174,16 +188,17 @@ class BUAL(InTurnTask):
             phases.append(Phase(AUXILIARY, self.labelled_loader(data, both, "auxiliary")))
         return phases
 
-    def on_train_epoch_start(self) -> None:
-        super().on_train_epoch_start()
-        if self.negative_start is not None:
+    def _labels_of_epoch(self) -> Tensor:
+        """Complementary labels int64 ``[N]``, drawn where first asked for: a fit may go on in the midst of an epoch."""
+        if self._complementary is None or self._complementary[0] != self.current_epoch:
             # for all samples at once and looked up by index: no matter how they are batched and shared out
             target = self.pool.train_target
             chosen = torch.from_numpy(np.union1d(self.pool.known_indices, self.subset_indices))
             stream = self._stream("complementary", self.current_epoch)
             labels = torch.zeros(len(target), dtype=torch.int64)
             labels[chosen] = complementary_labels(target[chosen].cpu(), self.num_classes, stream)
-            self._complementary = labels.to(self.device)
+            self._complementary = self.current_epoch, labels.to(self.device)
+        return self._complementary[1]
 
     def network_loss(self, batch: PhaseBatch) -> Tensor:
         image, target = batch.labelled.image, batch.labelled.target
@@ -195,7 +210,8 @@ class BUAL(InTurnTask):
             terms = {"auxiliary": F.cross_entropy(logits, target)}
             return self.step_loss(terms, logits, target, prefix="auxiliary_")
         logits = self._logits(self.negative, image, self.num_classes)
-        loss = negative_learning_loss(logits, self._complementary[batch.labelled.index], 0.0 if self.exact else 1e-5)
+        wrong = self._labels_of_epoch()[batch.labelled.index]
+        loss = negative_learning_loss(logits, wrong, 0.0 if self.exact else 1e-5)
         names, values = ("negative_loss",), loss.detach()[None]
         self._finite.note(names, values, logits.detach(), self.trainer.global_step, self.current_epoch)
         self.accumulate(names, values, len(target))
@@ -218,16 +234,14 @@ class BUAL(InTurnTask):
         self.negative_start = epoch
         candidates = self.pool.unlabelled_indices
         if self.auxiliary_trained and self.subset == "candidates" and len(candidates):
-            index, is_candidate = self._over_pool(lambda batch: [not_unknown(self._unknown_probs(batch.image))])
+            index, is_candidate = self._over_pool(lambda batch: [not_unknown(self._unknown(batch.image).softmax(1))])
             # where all look unknown, the choice falls back to the whole pool as well
             candidates = index[is_candidate].numpy() if bool(is_candidate.any()) else candidates
         size = min(self.subset_size, len(candidates))
         self.subset_indices = np.sort(self._stream("rlnl_subset").choice(candidates, size, replace=False))
-        path, _ = find_classifier(self.network)
-        backbone = {k: v for k, v in self.network.state_dict().items() if not k.startswith(f"{path}.")}
-        self.negative.load_state_dict(backbone, strict=False)
+        copy_backbone(self.network, self.negative, self.classifier_path)
         self._restart_optimizer()
-        if self.include_initial_snapshot:
+        if self.include_initial_snapshot or self._dry_run:  # which trains no further
             self._take_snapshot()
 
     def _restart_optimizer(self) -> None:
@@ -283,41 +297,38 @@ class BUAL(InTurnTask):
 
     # -- scoring and choosing ----------------------------------------------------------------------------------------
 
-    def _unknown_probs(self, image: Tensor) -> Tensor:
-        return self._logits(self.auxiliary, image, self.num_classes + 1).softmax(1)
+    def _unknown(self, image: Tensor) -> Tensor:
+        return self._logits(self.auxiliary, image, self.num_classes + 1)
 
     def pool_scores(self, image: Tensor, index: Tensor | None) -> tuple[Tensor, dict[str, Tensor]]:
-        """``positive_probs`` ``[B, K]``, ``negative_probs`` ``[B, K]`` (the mean over snapshots; NaN for a sample that
-        was in none) and, where the auxiliary network was trained, ``unknown_probs`` ``[B, K+1]``.
+        """``positive_probs`` ``[B, K]``, ``negative_probs`` ``[B, K]`` (the mean over snapshots; -1 for a sample that
+        was in none) and, where the auxiliary network was trained, ``unknown_probs`` ``[B, K+1]`` and ``unknown_lead``
+        float64 ``[B]``, the log-odds of being unknown.
 
         Raises:
-            ValueError: before the first snapshot, and without ``index``.
+            ValueError: before the last snapshot, and without ``index``.
         """
-        if not self.snapshots:
+        due = 1 if self._dry_run else self.negative_epochs // self.snapshot_interval + self.include_initial_snapshot
+        if self.snapshots < due:
             raise ValueError(
-                f"no snapshot of the negative head yet: train on, through the last negative_epochs="
-                f"{self.negative_epochs} epochs of the fit"
+                f"the negative head has {self.snapshots} of {due} snapshots: train through all of the last "
+                f"negative_epochs={self.negative_epochs} epochs, without an early end by max_time or max_steps"
             )
         if index is None:
             raise ValueError("BUAL remembers the pool by index, got a batch without: use a loader of the data module")
         self.negative_sum.rows = rows = self.negative_sum.rows.to(image.device)  # moved once
         negative = rows[index.clamp(max=len(rows) - 1)] / self.snapshots
-        there = (index < len(rows)) & (negative.sum(1) > 0)
+        there = (index < len(rows)) & (negative.sum(1) != 0)
         positive = self.answer(image)[1]
-        scores = {"positive_probs": positive, "negative_probs": negative.masked_fill(~there[:, None], torch.nan)}
+        scores = {"positive_probs": positive, "negative_probs": negative.masked_fill(~there[:, None], -1)}
         if self.auxiliary_trained:
-            scores["unknown_probs"] = self._unknown_probs(image)
+            logits = self._unknown(image)
+            scores |= {"unknown_probs": logits.softmax(1), "unknown_lead": unknown_lead(logits)}
         return positive, scores
 
     def select(
         self, scores: Mapping[str, Tensor], pool: PoolView, budget: int, generator: np.random.Generator
     ) -> Query:
         """See ``PoolTask.select`` and the class; nothing is left to chance. Scores are NaN where there is none."""
-        missing = int(scores["negative_probs"].isnan().any(1).sum())
-        if missing:
-            raise ValueError(
-                f"negative_probs is missing for {missing} of {len(pool.unlabelled)} samples: they were not in the pool "
-                "when this round was trained, so train it again"
-            )
         order, value = rank(scores, pool.precision, self.uncertainty, self.combine, self.normalize_aux)
         return Query(pool.unlabelled[order[:budget]], value[order[:budget]])

@@ -27,7 +27,7 @@ from lightning_kd.active_learning._evidential import (
     head_discrepancy,
     wide,
 )
-from lightning_kd.active_learning.base import PoolTask
+from lightning_kd.active_learning.base import PoolTask, check_outputs
 from lightning_kd.core.batch import as_batch
 from lightning_kd.core.losses import at_least_float32, check_positive
 from lightning_kd.core.taps import penultimate_tap
@@ -45,6 +45,7 @@ __all__ = [
 ]
 
 Fine = Literal["discrepancy", "total", "none"]
+Outputs = Literal["K", "K+1"]
 
 
 def discrepancy_loss(
@@ -63,23 +64,23 @@ def discrepancy_loss(
         Scalar; every logit within the clamp gets gradient.
     """
     first, second = (dirichlet_mean(evidence_alpha(logits, gamma)) for logits in (first_logits, second_logits))
-    known, unknown = _shares(target < first.shape[1])
+    is_known = target < first.shape[1]
+    known, unknown = _shares(is_known, ~is_known)
     value = (head_discrepancy(first, second, measure) * (known - unknown)).sum()
     return value.to(at_least_float32(first_logits)[0].dtype)
 
 
-def _shares(known: Tensor) -> tuple[Tensor, Tensor]:
-    """Weights ``[B]`` that make sums over this process's samples the means over the known, and the unknown, of all.
+def _shares(*parts: Tensor) -> Tensor:
+    """Weights ``[parts, B]`` that make sums over this process's samples the means over each part, bool ``[B]``, of all.
 
     They count for the average of the processes' gradients, which DDP takes.
     """
-    masks = torch.stack([known, ~known])
+    masks = torch.stack(parts)
     count, processes = masks.sum(1), 1
     if dist.is_available() and dist.is_initialized():
         dist.all_reduce(count)
         processes = dist.get_world_size()
-    shares = wide(masks) * processes / count.clamp(min=1)[:, None]
-    return shares[0], shares[1]
+    return wide(masks) * processes / count.clamp(min=1)[:, None]
 
 
 class DCFS(PoolTask):
@@ -94,15 +95,15 @@ class DCFS(PoolTask):
     **What is known and what is not.** From the abstract: evidence in place of softmax, data and distribution
     uncertainty together, two heads whose discrepancy is raised for unknown and reduced for known classes, and a coarse,
     then a fine selection. The formulas of the uncertainties and of the evidential loss are exact. A reconstruction from
-    related work is how the parts are put together: ``K`` outputs a head (a head of ``K + 1`` is not offered), the form
-    and weight of the discrepancy, the coarse and the fine score, ``coarse_factor``, the weight and annealing of the
-    divergence, and the average over the heads. No results of this class are those of the paper.
+    related work is how the parts are put together: the number of outputs of a head, the form and weight of the
+    discrepancy, the coarse and the fine score, ``coarse_factor``, the weight and annealing of the divergence, and the
+    average over the heads. No results of this class are those of the paper.
 
     ``train/acc`` is of the known samples alone. Several processes: means are over the known, or the unknown, samples of
     the joint batch.
 
     Args:
-        network: a network's name, or an ``nn.Module`` that gives ``K`` logits.
+        network: a network's name, or an ``nn.Module`` that gives ``K`` logits, or one more, see ``num_outputs``.
         num_classes: number of known classes ``K``.
         input_shape: see ``Task``.
         gamma: see above; 1 here, and 10 / K in DPC's code.
@@ -110,7 +111,12 @@ class DCFS(PoolTask):
         annealing_epochs: epochs in which that weight rises from 0; 0 for none.
         discrepancy_weight: of the mean discrepancy of the known less that of the unknown samples.
         discrepancy: ``"l1"`` or ``"js"``, see ``head_discrepancy``.
-        unknown_evidence_weight: of the divergence over K of unknown samples: they should give no evidence.
+        unknown_evidence_weight: of the divergence over K of unknown samples: they should give no evidence. Only with
+            ``num_outputs="K"``.
+        num_outputs: ``"K"``, or ``"K+1"`` for heads with one more output, the last, for unknown classes. Unknown
+            samples are then trained by the evidential loss too, with target K, whose means are over all samples and
+            whose divergence is over K + 1; uncertainties and discrepancy are of all outputs; the answer is
+            renormalised over the known ones.
         coarse_score: ``"sum"`` of both uncertainties, each scaled to [0, 1] over the pool; ``"mixture"``: two Gaussians
             each, and the product of the lower ones' posteriors; ``"data"`` or ``"distribution"`` alone; ``"none"`` for
             no coarse step.
@@ -136,6 +142,7 @@ class DCFS(PoolTask):
         discrepancy_weight: float = 1.0,
         discrepancy: Discrepancy = "l1",
         unknown_evidence_weight: float = 0.0,
+        num_outputs: Outputs = "K",
         coarse_score: Coarse = "sum",
         coarse_factor: float = 3.0,
         fine_score: Fine = "discrepancy",
@@ -150,12 +157,22 @@ class DCFS(PoolTask):
                 raise ValueError(f"{name} must be 0 or more, got {value}: give 0 for none")
         if not coarse_factor >= 1:
             raise ValueError(f"coarse_factor must be at least 1, got {coarse_factor}: it multiplies the budget")
-        choices = {"discrepancy": (discrepancy, Discrepancy), "coarse_score": (coarse_score, Coarse)}
-        for name, (choice, known) in (choices | {"fine_score": (fine_score, Fine)}).items():
+        choices: dict[str, tuple[str, Any]] = {
+            "discrepancy": (discrepancy, Discrepancy),
+            "coarse_score": (coarse_score, Coarse),
+            "fine_score": (fine_score, Fine),
+            "num_outputs": (num_outputs, Outputs),
+        }
+        for name, (choice, known) in choices.items():
             if choice not in get_args(known):
                 raise ValueError(f"{name} must be one of {list(get_args(known))}, got {choice!r}")
         if coarse_score == fine_score == "none":
             raise ValueError("coarse_score and fine_score are both 'none': give one of them, or nothing is chosen by")
+        if num_outputs == "K+1" and unknown_evidence_weight:
+            raise ValueError(
+                f"unknown_evidence_weight must be 0 with num_outputs='K+1', got {unknown_evidence_weight}: unknown "
+                "samples have an output of their own there"
+            )
         self.gamma = gamma
         self.kl_weight = kl_weight
         self.annealing_epochs = annealing_epochs
@@ -165,9 +182,10 @@ class DCFS(PoolTask):
         self.coarse_score: Coarse = coarse_score
         self.coarse_factor = coarse_factor
         self.fine_score: Fine = fine_score
-        self.network = self.build(network)
+        self.outputs = num_classes + (num_outputs == "K+1")
+        self.network = self.build_for(network, self.outputs) if isinstance(network, str) else self.build(network)
         self._feature, layer = penultimate_tap(self.network, classifier)
-        self.second_head = nn.Linear(layer.in_features, num_classes)
+        self.second_head = nn.Linear(layer.in_features, self.outputs)
 
     @property
     def main_network(self) -> nn.Module:
@@ -178,18 +196,19 @@ class DCFS(PoolTask):
         return {"network": self.network, "second_head": self.second_head}
 
     def heads(self, image: Tensor) -> tuple[Tensor, Tensor]:
-        """Logits ``[B, K]`` of both heads, float32 or wider."""
-        first = super().forward(image)
+        """Logits ``[B, K]`` or ``[B, K+1]`` of both heads, float32 or wider."""
+        first = check_outputs(self.network, self.network(self.format_image(image)), self.outputs)
         second = self.second_head(self._feature.take())
         return at_least_float32(first, second)  # type: ignore[return-value]
 
     def forward(self, image: Tensor) -> Tensor:
-        """The logarithm ``[B, K]`` of the mean of both heads' expected probabilities."""
+        """The logarithm ``[B, K]`` of the mean of both heads' expected probabilities of known classes."""
         return self._log_mean(*self.heads(image))
 
     def _log_mean(self, first: Tensor, second: Tensor) -> Tensor:
         one, other = (dirichlet_mean(evidence_alpha(logits, self.gamma)) for logits in (first, second))
-        return ((one + other) / 2).log().to(first.dtype)
+        mean = (one + other)[:, : self.num_classes]
+        return (mean / mean.sum(1, keepdim=True)).log().to(first.dtype)
 
     # -- training ----------------------------------------------------------------------------------------------------
 
@@ -203,22 +222,23 @@ class DCFS(PoolTask):
         batch = as_batch(batch)
         heads = self.heads(batch.image)
         is_known = batch.target < self.num_classes
-        known, unknown = _shares(is_known)
-        target = batch.target.clamp(max=self.num_classes - 1)  # of unknown samples nothing is left but their shares
+        known, unknown, learnt = _shares(is_known, ~is_known, batch.target < self.outputs)
+        target = batch.target.clamp(max=self.outputs - 1)  # of what is not learnt nothing is left but its shares
         first, second = (dirichlet_mean(evidence_alpha(logits, self.gamma)) for logits in heads)
         apart = head_discrepancy(first, second, self.discrepancy)
         rise = min(1.0, self.current_epoch / self.annealing_epochs) if self.annealing_epochs else 1.0
-        nll = sum((known * evidential_nll(logits, target, self.gamma)).sum() for logits in heads)
-        kl = sum((known * evidential_kl(logits, target, self.gamma)).sum() for logits in heads)
+        nll = sum((learnt * evidential_nll(logits, target, self.gamma)).sum() for logits in heads)
+        kl = sum((learnt * evidential_kl(logits, target, self.gamma)).sum() for logits in heads)
         terms = {
             "nll": nll,
-            "kl": self.kl_weight * rise / self.num_classes * kl,
+            "kl": self.kl_weight * rise / self.outputs * kl,
             "discrepancy": self.discrepancy_weight * (apart * (known - unknown)).sum(),
         }
         if self.unknown_evidence_weight:
             evidence = sum((unknown * evidential_kl(logits, None, self.gamma)).sum() for logits in heads)
             terms["evidence"] = self.unknown_evidence_weight / self.num_classes * evidence
-        return self.step_loss(terms, first + second, batch.target, counted=is_known)  # type: ignore[arg-type]
+        logits = (first + second)[:, : self.num_classes]
+        return self.step_loss(terms, logits, batch.target, counted=is_known)  # type: ignore[arg-type]
 
     # -- scoring and choosing ----------------------------------------------------------------------------------------
 

@@ -78,18 +78,24 @@ def k_center_picks(pool: Tensor, labelled: Tensor, budget: int) -> Picks:
 
 
 class _FarthestFirst:
-    """The state of one k-center greedy; ``near`` are squared distances to the nearest centre, by products."""
+    """The state of one k-center greedy.
+
+    ``near`` are squared distances to the nearest centre by products of ``moved`` rows; ``pool`` and ``centre`` are as
+    given, for exact differences.
+    """
 
     def __init__(self, pool: Tensor, labelled: Tensor, budget: int) -> None:
-        # far from the origin the products would cancel; whole numbers stay whole
-        shift = pool.mean(0).round() if len(pool) else pool.new_zeros(pool.shape[1])
-        self.pool = pool - shift if bool(shift.any()) else pool
-        self.norm = _square_norms(self.pool)
+        # far from the origin the products would cancel
+        shift = pool.mean(0) if len(pool) else pool.new_zeros(pool.shape[1])
+        self.pool, self.moved = pool, pool - shift
+        self.norm = _square_norms(self.moved)
         self.budget, self.known, self.seen = budget, len(labelled), 0
-        self.centre = torch.cat([labelled - shift, pool.new_empty(budget, pool.shape[1])])
+        self.centre = torch.cat([labelled, pool.new_empty(budget, pool.shape[1])])
+        self.moved_centre = self.centre - shift
+        self.centre_norm = _square_norms(self.moved_centre)
         self.near = torch.full_like(self.norm, torch.inf)
-        self.which = torch.zeros_like(self.norm, dtype=torch.int64)  # number of the nearest centre
-        self.slack = 16 * torch.finfo(pool.dtype).eps  # bounds the rounding of a product, relative to the norms
+        # bounds the rounding of a product, relative to the norms; it grows about as the root of the width
+        self.slack = (16 + pool.shape[1] ** 0.5) * torch.finfo(pool.dtype).eps
         self.index: list[int] = []
         self.score: list[float] = []
 
@@ -105,7 +111,9 @@ class _FarthestFirst:
         return Picks(torch.tensor(self.index, dtype=torch.int64), torch.tensor(self.score, dtype=torch.float64))
 
     def pick(self, row: int, score: float) -> None:
-        self.centre[self.known + len(self.index)] = self.pool[row]
+        place = self.known + len(self.index)
+        self.centre[place], self.moved_centre[place] = self.pool[row], self.moved[row]
+        self.centre_norm[place] = self.norm[row]
         self.near[row] = -torch.inf
         self.index.append(row)
         self.score.append(score)
@@ -113,34 +121,30 @@ class _FarthestFirst:
     def refresh(self) -> None:
         """Measure all rows against the centres that they have not met."""
         end = self.known + len(self.index)
-        centre = self.centre[self.seen : end]
+        centre, norm = self.moved_centre[self.seen : end], self.centre_norm[self.seen : end]
         step = max(1, CHUNK // max(1, len(centre)))
-        norm = _square_norms(centre)
         for start in range(0, len(self.pool) if len(centre) else 0, step):
             part = slice(start, start + step)
-            value, which = torch.addmm(norm, self.pool[part], centre.T, alpha=-2).min(1)
-            value = (value + self.norm[part]).clamp_min_(0)
-            closer = value < self.near[part]
-            self.near[part] = torch.where(closer, value, self.near[part])
-            self.which[part] = torch.where(closer, which + self.seen, self.which[part])
+            value = torch.addmm(norm, self.moved[part], centre.T, alpha=-2).amin(1)
+            self.near[part] = torch.minimum(self.near[part], value.add_(self.norm[part]).clamp_min_(0))
         self.seen = end
 
     def pick_within(self, size: int) -> None:
         """Pick as long as the farthest of all rows is sure to be among the ``size`` that are farthest now."""
-        upper = self.near + self.slack * (self.near.clamp_min(0) + self.norm)
-        values, block = upper.topk(min(size + 1, len(upper)))
-        outside = values[size].item() if size < len(upper) else -torch.inf
+        slack = self.slack * (self.near.clamp_min(0) + self.norm)
+        values, block = (self.near + slack).topk(min(size + 1, len(slack)))
+        outside = values[size].item() if size < len(slack) else -torch.inf
+        if (self.near - slack).max().item() <= outside:
+            return
         block = block[:size].sort().values
-        rows, norm, near, which = self.pool[block], self.norm[block], self.near[block], self.which[block]
-        exact = torch.full_like(near, torch.nan, dtype=torch.float64)  # kept as long as the nearest centre is the same
+        rows, norm, near = self.moved[block], self.norm[block], self.near[block]
+        exact = self.nearest(block)
         while len(self.index) < self.budget:
             slack = self.slack * (near.clamp_min(0) + norm)
             least = (near - slack).max()
             if least.item() <= outside:
                 return
             close = (near + slack >= least).nonzero()[:, 0]
-            new = close[exact[close].isnan()]
-            exact[new] = (rows[new].double() - self.centre[which[new]].double()).square_().sum(1)
             spot = int(close[int(exact[close].numpy().argmax())])  # the first of equal ones
             if exact[spot] == 0 and outside == -torch.inf:  # all that are left are copies
                 rest = block[near > -torch.inf][: self.budget - len(self.index)].tolist()
@@ -150,11 +154,32 @@ class _FarthestFirst:
             number = self.known + len(self.index)
             self.pick(int(block[spot]), float(exact[spot]) ** 0.5)
             value = torch.addmv(norm + norm[spot], rows, rows[spot], alpha=-2).clamp_min_(0)
-            closer = value < near
-            near.copy_(torch.where(closer, value, near))
-            which.masked_fill_(closer, number)
-            exact.masked_fill_(closer, torch.nan)
+            torch.minimum(near, value, out=near)
             near[spot] = -torch.inf
+            closer = (value - self.slack * (value + norm) < exact).nonzero()[:, 0]  # to the pick, perhaps
+            apart = self.apart(block[closer], torch.full_like(closer, number))
+            exact[closer] = torch.minimum(exact[closer], apart)
+
+    def nearest(self, row: Tensor) -> Tensor:
+        """Exact squared distances of rows to their nearest centres: of those that products cannot tell apart."""
+        end = self.known + len(self.index)
+        exact = []
+        for part in row.split(max(1, CHUNK // end)):
+            norm = self.norm[part]
+            value = torch.addmm(self.centre_norm[:end], self.moved[part], self.moved_centre[:end].T, alpha=-2)
+            value = value.add_(norm[:, None]).clamp_min_(0)
+            least = value.amin(1)
+            limit = least + 3 * self.slack * (least + norm)  # the slack of both sides
+            which, centre = (value <= limit[:, None]).nonzero().unbind(1)
+            unmet = torch.full_like(norm, torch.inf, dtype=torch.float64)
+            exact.append(unmet.scatter_reduce_(0, which, self.apart(part[which], centre), "amin"))
+        return torch.cat(exact)
+
+    def apart(self, row: Tensor, centre: Tensor) -> Tensor:
+        """Squared distances of pairs of a row and a centre, by differences in float64."""
+        step = max(1, CHUNK // max(1, self.pool.shape[1]))
+        pairs = zip(row.split(step), centre.split(step), strict=True)
+        return torch.cat([(self.pool[i].double() - self.centre[j].double()).square_().sum(1) for i, j in pairs])
 
 
 def badge_select(probabilities: Tensor, feature: Tensor, budget: int, generator: np.random.Generator) -> Tensor:
@@ -240,7 +265,7 @@ def _draw(weight: Tensor, left: Tensor, generator: np.random.Generator) -> int:
 
 
 def _square_norms(rows: Tensor) -> Tensor:
-    return torch.einsum("nd,nd->n", rows, rows)
+    return torch.cat([part.square().sum(1) for part in rows.split(BLOCK)])  # einsum would round ten times as much
 
 
 def _rows(name: str, rows: Tensor) -> Tensor:

@@ -74,7 +74,7 @@ def known_posterior(
     alone in its class has 1 if its logit is above the median of the classes' larger means, else 0.5.
 
     A posterior need not rise with the logit: far below a narrow lower Gaussian a wide upper one wins again.
-    ``monotone`` sets it to 0 below the smaller mean, and keeps it at its peak where it would fall beyond the larger.
+    ``monotone`` sets it to 0 below the smaller mean; above the larger it may still fall.
 
     Args:
         logits: ``[N, K + 1]`` of the detector, as they are (no temperature), the last one for unknown classes.
@@ -126,16 +126,10 @@ def _read(logits: Tensor, num_known: int, max_iter: int, tol: float, variance_fl
 
 def _log_odds(mixtures: Mixtures, value: Tensor, group: Tensor, monotone: bool) -> Tensor:
     """Log-odds float64 ``[n]`` of the larger Gaussian of each value's group, and what stands for them without one."""
+    log_odds = mixtures.log_odds(value, group)
     if monotone:
         low, high = mixtures.mean.T
-        precision_low, precision_high = 1 / mixtures.variance.T
-        # a parabola: beyond this point the odds of a narrow upper Gaussian would fall again
-        peak = (high * precision_high - low * precision_low) / (precision_high - precision_low)
-        peak = torch.where(precision_high > precision_low, peak, torch.inf)
-        log_odds = mixtures.log_odds(value.minimum(peak[group]), group)
         log_odds = log_odds.masked_fill((value < low[group]) & (low < high)[group], -torch.inf)
-    else:
-        log_odds = mixtures.log_odds(value, group)
     means = mixtures.mean[mixtures.fitted, 1].numpy()
     typical = float(np.median(means)) if len(means) else torch.inf
     alone = torch.where(value > typical, torch.inf, 0.0).double()
@@ -175,6 +169,7 @@ class LfOSA(InTurnTask):
         monotone: see ``known_posterior``.
         bottleneck_dim: put a linear layer of this width before the classifier of both networks; 2 is what the official
             code does. Default: none.
+        classifier: module path of the network's classifier, where it is not the last ``nn.Linear``.
         kwargs: ``warm_start`` of ``PoolTask``, and ``optimizer``, ``lr_scheduler``, ``lr_interval``,
             ``channels_last``, ``compile`` of ``Task``.
 
@@ -194,11 +189,16 @@ class LfOSA(InTurnTask):
         variance_floor: float = 5e-4,
         monotone: bool = False,
         bottleneck_dim: int | None = None,
+        classifier: str | None = None,
         **kwargs: Any,
     ) -> None:
         super().__init__(num_classes, input_shape, **kwargs)
         check_positive(known_temperature=known_temperature, unknown_temperature=unknown_temperature)
-        check_positive(max_iter=max_iter, variance_floor=variance_floor)
+        check_positive(variance_floor=variance_floor)
+        if not isinstance(max_iter, int) or max_iter < 1:
+            raise ValueError(f"max_iter must be a whole number from 1 on, got {max_iter}")
+        if not tol >= 0:
+            raise ValueError(f"tol must be 0 or more, got {tol}: give 0 to go on for all max_iter iterations")
         if bottleneck_dim is not None and bottleneck_dim < 1:
             raise ValueError(f"bottleneck_dim must be at least 1, got {bottleneck_dim}: leave it out for none")
         self.temperatures = (known_temperature, unknown_temperature)
@@ -208,11 +208,13 @@ class LfOSA(InTurnTask):
             "variance_floor": variance_floor,
             "monotone": monotone,
         }
-        self.detector = self.build_for(network, num_classes + 1)
+        self.detector = self.build_for(network, num_classes + 1, classifier)
         self.network = self.build(network)
+        if classifier is not None:
+            find_classifier(self.network, classifier)  # raises where there is none
         if bottleneck_dim is not None:
             for net in (self.detector, self.network):
-                add_bottleneck(net, bottleneck_dim)
+                add_bottleneck(net, bottleneck_dim, classifier)
 
     @property
     def main_network(self) -> nn.Module:
@@ -259,9 +261,9 @@ class LfOSA(InTurnTask):
         return Query(chosen, read.log_odds.sigmoid().numpy()[position])
 
 
-def add_bottleneck(network: nn.Module, width: int) -> None:
+def add_bottleneck(network: nn.Module, width: int, classifier: str | None = None) -> None:
     """Put a linear layer with ``width`` outputs before the classifier, which is made anew."""
-    path, old = find_classifier(network)
+    path, old = find_classifier(network, classifier)
     parent, _, name = path.rpartition(".")
     layers = nn.Sequential(nn.Linear(old.in_features, width), nn.Linear(width, old.out_features))
     setattr(network.get_submodule(parent), name, layers)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import gc
 import io
 import shutil
 import time
@@ -22,7 +23,7 @@ from lightning_kd.core.run import RunRecorder
 from lightning_kd.core.seeding import global_seed, numpy_generator
 from lightning_kd.pool import UNKNOWN, PoolRecord, Query
 from lightning_kd.pool.curves import curves, draw_curves, write_metrics
-from lightning_kd.pool.record import write_durably
+from lightning_kd.pool.record import missing_rows, write_durably
 
 __all__ = ["ask", "choose", "run_rounds"]
 
@@ -89,6 +90,8 @@ def _checked(chosen: Any, pool: np.ndarray, budget: int, strategy: str) -> Query
         wrong = index[~np.isin(index, pool)][0]
         raise ValueError(f"strategy {strategy} must return indices of pool.unlabelled, got {wrong}")
     score = np.full(len(index), np.nan) if score is None else np.asarray(score, dtype=np.float64)
+    if score.shape != index.shape:
+        raise ValueError(f"strategy {strategy} must return a score for each of {len(index)} indices, got {score.shape}")
     return Query(index.astype(np.int64), score)
 
 
@@ -105,10 +108,14 @@ def ask(trainer: L.Trainer, task: PoolTask, data: Any, folder: Path, ckpt_path: 
     file = folder / "pool.json"
     record = PoolRecord.load(file) if file.is_file() else PoolRecord(file)
     if record.pending:
-        number, count = record.pending[0]["round"], len(record.pending)
+        path = folder / f"query_{record.pending[0]['round']:02d}.csv"
+        if not path.is_file():  # it broke between the record and this file
+            if trainer.is_global_zero:
+                write_durably(path, _query_csv(record.pending))
+            return path
         raise ValueError(
-            f"{count} samples of query_{number:02d}.csv wait for an answer: fill in the column label and run "
-            f"lightning-kd label {folder / f'query_{number:02d}.csv'} first"
+            f"{len(record.pending)} samples of {path.name} wait for an answer: fill in the column label and run "
+            f"lightning-kd label {path} first"
         )
     data.use(record)
     query, predicted = choose(trainer, task, data, ckpt_path)
@@ -117,8 +124,8 @@ def ask(trainer: L.Trainer, task: PoolTask, data: Any, folder: Path, ckpt_path: 
     _note(record, data, query, predicted)
     path = folder / f"query_{number:02d}.csv"
     if trainer.is_global_zero:
-        write_durably(path, _query_csv([row for row in record.queries if row["round"] == number]))
         record.save()
+        write_durably(path, _query_csv(record.pending))
     _wait()
     return path
 
@@ -176,47 +183,108 @@ def run_rounds(
         One entry a round, see ``pool.curves.curves``.
 
     Raises:
-        ValueError: where the folder holds rounds of another strategy or seed.
+        ValueError: where the folder holds rounds of another strategy or seed, or what a person did by hand.
     """
     folder = Path(folder)
     file = folder / "pool.json"
     done = len(PoolRecord.load(file).results) if file.is_file() else 0
     number = max(done - 1, 0)  # the last one may have to ask its oracle still, or be the last no more
     while True:
-        round_folder = folder / f"round_{number:02d}"
-        if number >= done and getattr(rank_zero_only, "rank", 0) == 0:
-            shutil.rmtree(round_folder, ignore_errors=True)  # what a broken round left
-        L.seed_everything(seed + number, workers=True, verbose=False)
-        trainer, task, data = start(number, round_folder)
-        record = _settle(trainer, task, data, file, seed)
-        if len(record.results) <= number < done:  # it was the end of a shorter run
+        record = _round(start, folder, number, number >= done, seed, say)
+        gc.collect()  # Trainer, task and data know one another, and would stay with all samples
+        if len(record.results) <= number:  # it was the end of a shorter run: make it anew
             done = number
             continue
-        if len(record.results) <= number:
-            _train(trainer, task, data, record, round_folder, number)
-            if trainer.is_global_zero:
-                record.save()  # from here on the round is done
-            _answer(trainer, data, record)
-            if trainer.is_global_zero:
-                write_metrics(record, folder / "metrics.csv")
-                say(_line(record, number, data.rounds))
         _wait()
         if record.results[number].get("final"):
             break
         number += 1
     rows = curves(record)
-    if trainer.is_global_zero:
+    if _is_first_process():
         write_metrics(record, folder / "metrics.csv")
-        draw_curves(rows, folder / "curves.png", task.strategy_name)
+        draw_curves(rows, folder / "curves.png", record.results[-1]["strategy"])
     return rows
+
+
+def _round(
+    start: Callable[[int, Path], Objects],
+    folder: Path,
+    number: int,
+    new: bool,
+    seed: int,
+    say: Callable[[str], None],
+) -> PoolRecord:
+    """Make a round, unless it is done; the record after it. Where the round has to be made ``new`` and is not asked
+    for as such, nothing is made, and the record ends before it."""
+    round_folder = folder / f"round_{number:02d}"
+    if new and _is_first_process():
+        remove_round(round_folder)  # what a broken one left
+    L.seed_everything(seed + number, workers=True, verbose=False)
+    trainer, task, data = start(number, round_folder)
+    record = _settle(trainer, task, data, folder / "pool.json", seed)
+    if new and len(record.results) <= number:
+        _train(trainer, task, data, record, round_folder, number)
+        if trainer.is_global_zero:
+            record.save()  # from here on the round is done
+        _answer(trainer, data, record)
+        if trainer.is_global_zero:
+            write_metrics(record, folder / "metrics.csv")
+            say(_line(record, number, data.rounds))
+    return record
+
+
+def _is_first_process() -> bool:
+    return getattr(rank_zero_only, "rank", 0) == 0  # also before a Trainer has started the others
+
+
+def _by_hand(record: PoolRecord) -> bool:
+    """Whether some of its questions were for a person."""
+    ours = {row["round"] for row in record.results if "final" in row}
+    return any(row["by"] == "person" or row["round"] not in ours for row in record.queries)
+
+
+def forget_rounds(folder: Path) -> None:
+    """Remove what ``run_rounds`` left in ``folder``.
+
+    Raises:
+        FileExistsError: where a person was asked anything in there; nothing is removed then.
+    """
+    file = folder / "pool.json"
+    rounds = sorted(folder.glob("round_[0-9]*"))
+    for own in [file, *(path / "pool.json" for path in rounds)]:
+        if own.is_file() and _by_hand(PoolRecord.load(own)):
+            raise FileExistsError(f"{own} holds questions to a person, which would be lost: name another --run folder")
+    file.unlink(missing_ok=True)  # first, so that it never tells of rounds that are gone
+    for path in rounds:
+        shutil.rmtree(path)
+    for name in ("metrics.csv", "curves.png"):
+        (folder / name).unlink(missing_ok=True)
+
+
+def remove_round(folder: Path) -> None:
+    """Remove the folder of a round.
+
+    Raises:
+        FileExistsError: where it holds a query that ``active`` did not make.
+    """
+    own, above = folder / "pool.json", folder.parent / "pool.json"
+    if own.is_file():
+        whole = PoolRecord.load(above) if above.is_file() else PoolRecord(above)
+        if any(row["by"] != "oracle" for row in missing_rows(PoolRecord.load(own), whole)):
+            raise FileExistsError(f"{own} holds questions that were asked by hand: move {folder} elsewhere first")
+    shutil.rmtree(folder, ignore_errors=True)
 
 
 def _settle(trainer: L.Trainer, task: PoolTask, data: Any, file: Path, seed: int) -> PoolRecord:
     """The record as it stands, with every question answered and no end too early."""
     data.setup()
     data.oracle(np.empty(0, np.int64))  # or there is none
+    if task.warm_start and trainer.checkpoint_callback is None:
+        raise ValueError("warm_start=True needs the checkpoints of the rounds before: leave enable_checkpointing on")
     record = PoolRecord.load(file) if file.is_file() else PoolRecord(file)
     data.use(record)
+    if _by_hand(record):
+        raise ValueError(f"{file} holds questions to a person, which no oracle answers: name another --run folder")
     for row in record.results:
         if (row["strategy"], row["seed"]) != (task.strategy_name, seed + row["round"]):
             raise ValueError(

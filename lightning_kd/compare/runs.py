@@ -154,7 +154,7 @@ def _settings(config: dict[str, Any], path: Path, students: tuple[Path, ...]) ->
     """The config of the run folder ``path`` without what may differ between seeds, and the data's seeds."""
     kept: dict[str, Any] = {}
     seeds: list[str] = []
-    for key, value in _flat(config).items():
+    for key, value in flat(config).items():
         if f"{key}.".startswith(tuple(f"{name}." for name in _NOT_COMPARED)):
             continue
         if key.startswith("data.") and key.endswith((".seed", ".split_seed")):
@@ -181,12 +181,12 @@ def _teacher(weights: str, path: Path, students: tuple[Path, ...]) -> dict[str, 
     return {"": weights}
 
 
-def _flat(node: Any, prefix: str = "") -> dict[str, Any]:
+def flat(node: Any, prefix: str = "") -> dict[str, Any]:
     """Nested settings as dotted key -> value; a list of plain values is one value."""
     plain = isinstance(node, list) and not any(isinstance(value, dict | list) for value in node)
     if not node or plain or not isinstance(node, dict | list):
         return {prefix: node}
-    flat: dict[str, Any] = {}
+    found: dict[str, Any] = {}
     for key, value in node.items() if isinstance(node, dict) else enumerate(node):
-        flat |= _flat(value, f"{prefix}.{key}" if prefix else str(key))
-    return flat
+        found |= flat(value, f"{prefix}.{key}" if prefix else str(key))
+    return found

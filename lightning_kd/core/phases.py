@@ -67,8 +67,8 @@ class PhasedLoader:
     def __iter__(self) -> Iterator[PhaseBatch]:
         steps = [_steps(phase) for phase in self.phases]
         if self.alternate:
-            for turn in zip(*steps, strict=False):
-                yield from turn
+            for _ in range(min(len(phase.labelled) for phase in self.phases)):
+                yield from map(next, steps)
         yield from chain(*steps)
 
 

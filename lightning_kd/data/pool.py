@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import hashlib
 import os
 import warnings
@@ -48,7 +49,8 @@ class OpenSetDataModule(L.LightningDataModule):
     Several processes: as with ``source``; all read the same record, and only process 0 writes it.
 
     Args:
-        source: where the samples come from; its ``train_indices`` are all that the pool knows of.
+        source: where the samples come from; its ``train_indices`` are all that the pool knows of. It is left as it is:
+            the pool works on a shallow copy.
         known_classes: how many classes of the source are known, or which (numbers or names). Default with ``pool``:
             all.
         class_order: which ones, where ``known_classes`` is a number: the ``"first"``, ``"random"`` ones by
@@ -102,7 +104,8 @@ class OpenSetDataModule(L.LightningDataModule):
             raise ValueError(f"initial_fraction must be above 0 and at most 1, got {initial_fraction}: give a share")
         if initial_count is not None:
             check_at_least("initial_count", initial_count, 1)
-        self.source = source
+        self.source = copy.copy(source)  # whose labels are hidden here, and nowhere else
+        self.source._stored = {}
         self.known_classes = known_classes
         self.class_order = class_order
         self.initial_fraction = initial_fraction
@@ -116,12 +119,17 @@ class OpenSetDataModule(L.LightningDataModule):
         self.known_ids = self._resolve_classes()
         self.class_names = [source.class_names[c] for c in self.known_ids]
         if UNKNOWN in self.class_names:
-            raise ValueError(f"a known class may not be named {UNKNOWN!r}, got {self.class_names}: rename it")
+            raise ValueError(
+                f"a known class may not be named {UNKNOWN!r}, which is the answer for all others, got "
+                f"{self.class_names}: name the known_classes without it"
+            )
         if fake:
-            source.fake = True
+            self.source.fake = True
         self.record: PoolRecord | None = None
         self._truth: np.ndarray | None = None  # 0..K of every training sample; only the oracle looks at it
         self._initial = self._universe = np.empty(0, np.int64)
+        self._own_count = 0  # samples of the source; what comes after are those of ``pool``
+        self._identity: dict[str, Any] = {}
         self.known_indices = self.unknown_indices = self.unlabelled_indices = np.empty(0, np.int64)
         self._ready = False
 
@@ -215,47 +223,49 @@ class OpenSetDataModule(L.LightningDataModule):
             self.use(PoolRecord.load(folder.pool) if folder.pool.is_file() else PoolRecord(folder.pool))
 
     def _load(self) -> None:
+        """Nothing is changed before all has been looked at."""
         source, k = self.source, self.num_classes
         internal = np.full(source.num_classes, k)
         internal[self.known_ids] = np.arange(k)
         truth = internal[source.train_target.numpy()]
-        self.test_indices = _of_known(source.test_indices, internal[source.test_target.numpy()], k, "test")
-        val = source.val_target if source._val_source == "val" else source.train_target
-        self.val_indices = source.val_indices[internal[val.numpy()][source.val_indices] < k]
-        universe = source.train_indices
+        test_target = internal[source.test_target.numpy()]
+        own_val = source._val_source == "val"
+        val_target = internal[source.val_target.numpy()] if own_val else truth
+        test_indices = _of_known(source.test_indices, test_target, k, "test")
+        val_indices = source.val_indices[val_target[source.val_indices] < k]
+        universe, image = source.train_indices, source.train_image
         label = np.full(len(truth), UNLABELLED)
         if self.pool_path is not None:
             label[universe] = truth[universe]
-            self._initial = universe
-            image, count = self._unlabelled_samples()
+            initial = universe
+            image, count = self._with_unlabelled(image)
             universe = np.concatenate([universe, np.arange(len(truth), len(truth) + count)])
             label = np.concatenate([label, np.full(count, UNLABELLED)])
-            whole = source.train_image
-            source.train_image = [*whole, *image] if isinstance(whole, list) else torch.cat([whole, image])
         else:
-            self._truth = truth
-            self._initial = self._draw_initial(universe, truth)
-            label[self._initial] = truth[self._initial]
-        missing = np.flatnonzero(np.bincount(label[self._initial], minlength=k + 1)[:k] == 0)
+            initial = self._draw_initial(universe, truth)
+            label[initial] = truth[initial]
+        missing = np.flatnonzero(np.bincount(label[initial], minlength=k + 1)[:k] == 0)
         if len(missing):
             raise ValueError(
-                f"the initial set of {len(self._initial)} samples has none of class {self.class_names[missing[0]]!r}: "
+                f"the initial set of {len(initial)} samples has none of class {self.class_names[missing[0]]!r}: "
                 "raise initial_fraction or initial_count, or take another split_seed"
             )
-        source.test_target = torch.from_numpy(internal[source.test_target.numpy()])
-        if source._val_source == "val":
-            source.val_target = torch.from_numpy(internal[source.val_target.numpy()])
-        else:
-            label[self.val_indices] = truth[self.val_indices]
-        self._universe = universe
-        self._initial_label = label
-        self._apply(label)
+        unlabelled = int((label[universe] == UNLABELLED).sum())
         if self.fake:
-            self.budget = min(self.budget, max(1, len(self.unlabelled_indices) // (2 * self.rounds)))
-        if self.budget > len(self.unlabelled_indices):
-            raise ValueError(
-                f"budget={self.budget} is more than the {len(self.unlabelled_indices)} samples of the pool: lower it"
-            )
+            self.budget = min(self.budget, max(1, unlabelled // (2 * self.rounds)))
+        if self.budget > unlabelled:
+            raise ValueError(f"budget={self.budget} is more than the {unlabelled} samples of the pool: lower it")
+        if not own_val:
+            label[val_indices] = truth[val_indices]
+        source.train_image, source.test_target = image, torch.from_numpy(test_target)
+        if own_val:
+            source.val_target = torch.from_numpy(val_target)
+        self.test_indices, self.val_indices = test_indices, val_indices
+        self._truth = truth if self.pool_path is None else None
+        self._own_count = len(truth)
+        self._universe, self._initial, self._initial_label = universe, initial, label
+        self._identity = self._settings()
+        self._apply(label)
         self._ready = True
 
     def _draw_initial(self, universe: np.ndarray, truth: np.ndarray) -> np.ndarray:
@@ -274,28 +284,38 @@ class OpenSetDataModule(L.LightningDataModule):
             )
         return np.sort(order[:count])
 
-    def _unlabelled_samples(self) -> tuple[Any, int]:
+    def _with_unlabelled(self, image: Any) -> tuple[Any, int]:
+        """The training samples and after them those of the pool; how many these are."""
         assert self.pool_path is not None
         source = self.source
         if self.fake:  # as good as any
-            return source.test_image, len(source.test_image)
-        if isinstance(source.train_image, list):
+            return torch.cat([image, source.test_image]), len(source.test_image)
+        if isinstance(image, list):
             paths = images_below(Path(self.pool_path))
             if not paths:
                 raise ValueError(f"pool {self.pool_path!r} holds no image: name the folder of the unlabelled ones")
-            return paths, len(paths)
+            val = source.val_image if source._val_source == "val" else []
+            twice = {os.path.realpath(p) for p in paths} & {
+                os.path.realpath(p) for p in [*image, *source.test_image, *val]
+            }
+            if twice:
+                raise ValueError(
+                    f"pool {self.pool_path!r} holds images that source takes for labelled ones, such as "
+                    f"{min(twice)!r}: keep the pool outside of the class folders"
+                )
+            return [*image, *paths], len(paths)
         arrays = read_arrays(Path(self.pool_path))
         key = next((name for name in ("image", "feature", "") if name in arrays), None)
         if key is None:
             raise ValueError(f"pool {self.pool_path!r} must hold the array 'image' or 'feature', got {sorted(arrays)}")
         what = f"{key or 'the array'} of {self.pool_path!r}"
-        image = (to_feature if arrays[key].ndim == 2 else to_image)(arrays[key], what)
-        if image.shape[1:] != source.train_image.shape[1:] or image.dtype != source.train_image.dtype:
+        pool = (to_feature if arrays[key].ndim == 2 else to_image)(arrays[key], what)
+        if pool.shape[1:] != image.shape[1:] or pool.dtype != image.dtype:
             raise ValueError(
-                f"samples of pool {self.pool_path!r} must be like those of the source "
-                f"{tuple(source.train_image.shape[1:])}, got {tuple(image.shape[1:])}: give both in one shape and dtype"
+                f"samples of pool {self.pool_path!r} must be like those of the source {tuple(image.shape[1:])}, got "
+                f"{tuple(pool.shape[1:])}: give both in one shape and dtype"
             )
-        return image, len(image)
+        return torch.cat([image, pool]), len(pool)
 
     def _apply(self, label: np.ndarray) -> None:
         """Make ``label`` the labels known now."""
@@ -314,7 +334,7 @@ class OpenSetDataModule(L.LightningDataModule):
         Raises:
             ValueError: where it is the record of another pool.
         """
-        settings = self._settings()
+        settings = self._identity
         for name in settings.keys() & record.settings.keys():
             if settings[name] != record.settings[name]:
                 raise ValueError(
@@ -322,16 +342,15 @@ class OpenSetDataModule(L.LightningDataModule):
                     "settings of that run, or name another --run folder"
                 )
         record.settings = {**record.settings, **settings}
-        paths = self.source.train_image
-        if self.pool_path is not None and isinstance(paths, list):
-            place = {os.path.relpath(path, self.pool_path): i for i, path in enumerate(paths)}
-            gone = [row for row in record.queries if row.get("path") is not None and row["path"] not in place]
+        if record.queries and self._has_files:
+            place = {self.path_of(i): i for i in range(self._own_count, len(self.source.train_image))}
+            gone = [row for row in record.queries if row.get("path") not in place]
             for row in record.queries:  # files may have come or gone since
-                row["index"] = place.get(str(row.get("path")), UNLABELLED)
+                row["index"] = place.get(row.get("path"), UNLABELLED)
             if gone:
                 warnings.warn(
-                    f"{len(gone)} images asked for are no longer in {self.pool_path!r}, such as {gone[0]['path']!r}: "
-                    "training goes on without them",
+                    f"{len(gone)} images asked for are no longer in {self.pool_path!r}, such as "
+                    f"{gone[0].get('path')!r}: training goes on without them",
                     stacklevel=2,
                 )
         number = {name: k for k, name in enumerate(self.class_names)} | {UNKNOWN: self.num_classes}
@@ -347,24 +366,37 @@ class OpenSetDataModule(L.LightningDataModule):
 
     def _settings(self) -> dict[str, Any]:
         """What must not change as long as a record is in use."""
+        if self._has_files:
+            return {"classes": self.class_names}  # answers are found by the names of files
         if self.pool_path is not None:
-            files = isinstance(self.source.train_image, list)
-            return {"classes": self.class_names, **({} if files else {"samples": len(self.source.train_target)})}
-        digest = hashlib.sha256(self._initial.astype("<i8").tobytes()).hexdigest()
+            own, pool = self.source.train_target, self.source.train_image[self._own_count :]
+            return {
+                "classes": self.class_names,
+                "labelled": self._own_count,
+                "labelled_sha256": _sha256(own.numpy()),
+                "pool_sha256": _sha256(pool.numpy()),
+            }
         return {
             "classes": self.class_names,
             "samples": len(self._universe),
             "initial": len(self._initial),
-            "initial_sha256": digest,
+            "initial_sha256": _sha256(self._initial),
             "split_seed": self.split_seed,
         }
 
+    @property
+    def _has_files(self) -> bool:
+        """Whether the pool is a folder of images, known by their names."""
+        return self.pool_path is not None and isinstance(self.source.train_image, list)
+
     def path_of(self, index: int) -> str | None:
-        """The image file of a training sample, relative to ``pool`` where there is one; ``None`` for arrays."""
+        """The image file of a training sample, relative to ``pool`` where it is in there; ``None`` for arrays."""
         paths = self.source.train_image
         if not isinstance(paths, list):
             return None
-        return os.path.relpath(paths[index], self.pool_path) if self.pool_path is not None else str(paths[index])
+        if self._has_files and index >= self._own_count:
+            return str(paths[index])[len(str(Path(str(self.pool_path)))) :].lstrip(os.sep)
+        return str(paths[index])
 
     def oracle(self, indices: np.ndarray) -> np.ndarray:
         """The hidden labels of some samples, 0 to ``K``. For ``lightning-kd active`` alone.
@@ -447,7 +479,14 @@ class OpenSetDataModule(L.LightningDataModule):
             warnings.warn("answers have come in since this checkpoint was trained: fit again first", stacklevel=2)
 
     def _digest(self) -> str:
-        return hashlib.sha256(self.train_target.numpy().astype("<i8").tobytes()).hexdigest()
+        """Of the labels that there are, and what they belong to."""
+        label = self.train_target.numpy()
+        index = np.flatnonzero(label >= 0)
+        if not self._has_files:
+            return _sha256(np.stack([index, label[index]]))
+        own, added = index[index < self._own_count], index[index >= self._own_count]
+        names = "\n".join(f"{self.path_of(i)} {label[i]}" for i in added.tolist())
+        return hashlib.sha256((_sha256(np.stack([own, label[own]])) + names).encode()).hexdigest()
 
     def loader(self, split: str = "train", indices: Any = None, **kwargs: Any) -> BatchLoader:
         """``ClassificationDataModule.loader`` with the targets of the pool; by default over ``known_indices`` for
@@ -482,3 +521,7 @@ def _of_known(indices: np.ndarray, target: np.ndarray, num_known: int, split: st
     if not len(kept):
         raise ValueError(f"the {split} set has no sample of the known classes: choose others")
     return kept
+
+
+def _sha256(array: np.ndarray) -> str:
+    return hashlib.sha256(np.ascontiguousarray(array).astype(array.dtype.newbyteorder("<")).tobytes()).hexdigest()

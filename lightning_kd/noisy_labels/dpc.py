@@ -22,6 +22,7 @@ from lightning_kd.noisy_labels.mixup import mix
 
 __all__ = ["DPC", "calibrated_softmax", "clean_probability", "dirichlet_kl", "dirichlet_nll", "logit_margin"]
 
+
 def evidence_mlp(features: int, hidden: int, num_classes: int) -> nn.Sequential:
     """The second head."""
     return nn.Sequential(nn.Linear(features, hidden), nn.ReLU(), nn.Dropout(0.5), nn.Linear(hidden, num_classes))

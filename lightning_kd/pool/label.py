@@ -7,7 +7,7 @@ import csv
 from collections.abc import Sequence
 from pathlib import Path
 
-from lightning_kd.pool.record import UNKNOWN, PoolRecord
+from lightning_kd.pool.record import UNKNOWN, PoolRecord, alone
 
 __all__ = ["main", "take_answers"]
 
@@ -26,7 +26,10 @@ def main(args: Sequence[str]) -> None:
     given = parser.parse_args(args)
     path = Path(given.answers)
     folder = Path(given.run) if given.run is not None else path.parent
-    print(take_answers(path, folder))
+    if not (folder / "pool.json").is_file():
+        raise FileNotFoundError(f"there is no {folder / 'pool.json'}: name the folder of the run with --run")
+    with alone(folder):
+        print(take_answers(path, folder))
 
 
 def take_answers(path: Path, folder: Path) -> str:
@@ -40,7 +43,7 @@ def take_answers(path: Path, folder: Path) -> str:
         FileNotFoundError: where a file does not exist.
     """
     record = PoolRecord.load(folder / "pool.json")
-    classes = [*record.settings["classes"], UNKNOWN]
+    classes = [*record.settings.get("classes", []), UNKNOWN]
     asked = {row["index"]: row for row in record.queries}
     answers: dict[int, str] = {}
     repeated = 0

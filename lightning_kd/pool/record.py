@@ -5,14 +5,15 @@ from __future__ import annotations
 import json
 import math
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
 
-__all__ = ["UNKNOWN", "PoolRecord", "PoolView", "Query", "write_durably"]
+__all__ = ["UNKNOWN", "PoolRecord", "PoolView", "Query", "alone", "missing_rows", "write_durably"]
 
 UNKNOWN = "unknown"  # the answer for a sample of none of the known classes
 VERSION = 1
@@ -85,14 +86,16 @@ class PoolRecord:
         """
         path = Path(path)
         try:
-            content = json.loads(path.read_text())
+            content = json.loads(path.read_text(encoding="utf-8"))
             record = cls(path, content["settings"], content["queries"], content["results"])
             if content["version"] != VERSION:
                 raise ValueError(f"its version is {content['version']}, expected {VERSION}")
             for row in record.queries:
                 row["round"], row["index"], row["answer"]  # or a KeyError tells that it is damaged
         except FileNotFoundError:
-            raise FileNotFoundError(f"{path} does not exist: ask for labels first, with lightning-kd query") from None
+            raise FileNotFoundError(
+                f"{path} does not exist: ask for labels first, with lightning-kd query, or name the run's folder"
+            ) from None
         except (json.JSONDecodeError, KeyError, TypeError, ValueError) as error:
             raise ValueError(
                 f"{path}, which holds the answers given so far, is damaged ({error}): bring back a copy of it"
@@ -103,14 +106,18 @@ class PoolRecord:
         """Write the file, so that it is whole and on the disk when this returns.
 
         Raises:
-            ValueError: where the file holds an answer that this record lacks: no answer is ever lost.
+            ValueError: where the file holds a question or an answer that this record lacks: none is ever lost.
         """
         if self.path.is_file():
-            here = {_key(row) for row in self.queries}
-            lost = [_key(row) for row in PoolRecord.load(self.path).queries if _key(row) not in here]
-            if any(answer is not None for *_, answer in lost):
-                raise ValueError(f"{self.path} has answers that would be lost, such as {lost[0]}: read it again first")
-        lines = ["{", f'"version": {VERSION},', f'"settings": {json.dumps(self.settings)},', '"results": [']
+            lost = missing_rows(PoolRecord.load(self.path), self)
+            if lost:
+                raise ValueError(f"{self.path} has rows that would be lost, such as {lost[0]}: read it again first")
+        lines = [
+            "{",
+            f'"version": {VERSION},',
+            f'"settings": {json.dumps(self.settings, ensure_ascii=False)},',
+            '"results": [',
+        ]
         lines += _rows(self.results)
         lines += ["],", '"queries": [']
         lines += _rows(self.queries)
@@ -171,19 +178,46 @@ class PoolRecord:
                 row |= {"answer": answers[row["index"]], "by": by}
 
 
-def _key(row: dict[str, Any]) -> tuple[Any, ...]:
-    return row["round"], row.get("path", row["index"]), row["answer"]
+def missing_rows(record: PoolRecord, other: PoolRecord) -> list[dict[str, Any]]:
+    """The rows of ``record`` that ``other`` lacks, or has another answer to."""
+
+    def key(row: dict[str, Any]) -> tuple[Any, ...]:
+        return row["round"], row.get("path", row["index"])
+
+    there = {key(row): row["answer"] for row in other.queries}
+    return [row for row in record.queries if key(row) not in there or row["answer"] not in (None, there[key(row)])]
+
+
+@contextmanager
+def alone(folder: Path) -> Iterator[None]:
+    """Keep other commands from the pool in ``folder``; a process that dies lets go of it.
+
+    Raises:
+        ValueError: where another command works on it.
+    """
+    try:
+        import fcntl
+    except ImportError:  # there is no such thing on Windows
+        yield
+        return
+    folder.mkdir(parents=True, exist_ok=True)
+    with (folder / ".pool.lock").open("w") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:
+            raise ValueError(f"another command works on the pool in {folder}: wait until it has ended") from None
+        yield
 
 
 def _rows(rows: list[dict[str, Any]]) -> list[str]:
-    return [json.dumps(row) + ("," if k + 1 < len(rows) else "") for k, row in enumerate(rows)]
+    return [json.dumps(row, ensure_ascii=False) + ("," if k + 1 < len(rows) else "") for k, row in enumerate(rows)]
 
 
 def write_durably(path: Path, text: str) -> None:
     """Write all or nothing, and only return when the disk has it."""
     path.parent.mkdir(parents=True, exist_ok=True)
     partial = path.with_name(f"{path.name}.partial")
-    with partial.open("w") as file:
+    with partial.open("w", encoding="utf-8") as file:
         file.write(text)
         file.flush()
         os.fsync(file.fileno())

@@ -4,10 +4,11 @@ import lightning as L
 import numpy as np
 import pytest
 import torch
-from lightning.pytorch.callbacks import ModelCheckpoint
+from lightning.pytorch.callbacks import EarlyStopping, ModelCheckpoint
 from torch import nn
 
 from lightning_kd.active_learning import BUAL, bidirectional_score, complementary_labels
+from lightning_kd.active_learning._bidirectional import unknown_lead
 from lightning_kd.core.losses import negative_learning_loss
 from lightning_kd.core.seeding import numpy_generator
 from lightning_kd.data import DigitsDataModule, OpenSetDataModule
@@ -144,6 +145,9 @@ def test_equal_values_scale_to_zero():
         ((NEGATIVE, POSITIVE, None, 1.5), "balance"),
         ((NEGATIVE, POSITIVE, None, 0.5, "sure"), "uncertainty must be"),
         ((NEGATIVE, POSITIVE, None, 0.5, "margin", "both"), "combine must be"),
+        ((NEGATIVE / 0, POSITIVE), "^negative_probs must be finite, got 4 of 4"),
+        ((NEGATIVE, POSITIVE.index_fill(0, torch.tensor(2), torch.nan)), "^positive_probs must be finite, got 1 of 4"),
+        ((NEGATIVE, POSITIVE, UNKNOWNNESS * torch.inf), "^unknown_probability must be finite, got 4 of 4"),
     ],
 )
 def test_score_refuses(arguments, message):
@@ -165,11 +169,15 @@ def unknown_probs(a):
     return torch.stack([1 - a, torch.zeros_like(a), a], 1)
 
 
+def task_of_two():
+    return BUAL("mlp", 2, (3,))
+
+
 def chosen(budget, a=None, precision=0.5, task=None, **scores):
-    task = task or BUAL("mlp", 2, (3,))
+    task = task or task_of_two()
     scores = {"negative_probs": NEGATIVE, "positive_probs": POSITIVE, **scores}
     if a is not None:
-        scores["unknown_probs"] = unknown_probs(a)
+        scores |= {"unknown_probs": unknown_probs(a), "unknown_lead": torch.as_tensor(a).double().logit()}
     query = task.select(scores, view_of(len(scores["negative_probs"]), precision), budget, generator())
     return ((query.index - 5) // 10).tolist(), query.score.tolist()
 
@@ -207,6 +215,26 @@ def test_select_where_all_look_unknown():
     assert chosen(4, a, task=BUAL("mlp", 2, (3,), combine="paper"))[0] == [0, 1, 3, 2]
 
 
+@pytest.mark.parametrize("candidates", [0, 1])
+def test_what_looks_unknown_is_ranked_where_all_probabilities_are_one(candidates):
+    logits = torch.zeros(5 + candidates, 3)
+    logits[:5, 2] = torch.tensor([60.0, 40, 20, 25, 18])
+    logits[5:, 0] = 4
+    probabilities, lead = logits.softmax(1), unknown_lead(logits)
+    assert lead.dtype == torch.float64
+    assert lead[:5].tolist() == pytest.approx((logits[:5, 2] - np.log(2)).tolist())
+    assert (probabilities[:5, 2] == 1).all()
+    positive = torch.tensor([[0.8, 0.2], [0.9, 0.1], [0.7, 0.3], [0.6, 0.4], [0.95, 0.05], [0.6, 0.4]])
+    scores = {
+        "negative_probs": torch.full_like(positive, 0.5)[: len(logits)],
+        "positive_probs": positive[: len(logits)],
+        "unknown_probs": probabilities,
+        "unknown_lead": lead,
+    }
+    query = task_of_two().select(scores, view_of(len(logits)), len(logits), generator())
+    assert ((query.index - 5) // 10).tolist() == [5] * candidates + [4, 2, 3, 1, 0]
+
+
 def test_ties_go_to_the_less_certain_then_to_the_first():
     # nothing known in the latest answers: every sample with w = 0 has score 0
     positive = torch.tensor([[0.9, 0.1], [0.6, 0.4], [0.6, 0.4], [0.5, 0.5]])
@@ -215,9 +243,15 @@ def test_ties_go_to_the_less_certain_then_to_the_first():
 
 def test_select_refuses_samples_without_a_snapshot():
     negative = NEGATIVE.clone()
-    negative[1] = torch.nan
+    negative[1] = -1
     with pytest.raises(ValueError, match="missing for 1 of 4 samples"):
         chosen(2, negative_probs=negative)
+    negative[1] = torch.nan
+    with pytest.raises(ValueError, match=r"^negative_probs must be finite, got 1 of 4"):
+        chosen(2, negative_probs=negative)
+    # even where it would have no score
+    with pytest.raises(ValueError, match=r"^unknown_lead must be finite, got 1 of 4"):
+        chosen(2, [0.1, 1.0, 0.2, 0.3])
 
 
 # -- fits ------------------------------------------------------------------------------------------------------------
@@ -284,7 +318,7 @@ class Spy(L.Callback):
 
     def on_train_batch_end(self, trainer, task, *args):
         if task.negative_start is not None:
-            self.complementary.append(task._complementary.clone())
+            self.complementary.append(task._labels_of_epoch().clone())
 
     def on_train_epoch_end(self, trainer, task):
         self.after.append(weights(task))
@@ -377,6 +411,8 @@ def test_snapshots_are_averaged_by_index(run):
     assert torch.equal(got["positive_probs"], got["probabilities"])
     assert got["unknown_probs"].shape == (len(pool), 5)
     torch.testing.assert_close(got["unknown_probs"].sum(1), torch.ones(len(pool)))
+    assert got["unknown_lead"].dtype == torch.float64
+    torch.testing.assert_close(got["unknown_lead"].sigmoid().float(), got["unknown_probs"][:, 4])
     query = task.select(got, data.view(), 7, generator())
     assert len(set(query.index)) == 7
     assert set(query.index) <= set(data.unlabelled_indices)
@@ -440,6 +476,23 @@ def test_resume_equals_an_undisturbed_run(tmp_path, stop):
     assert np.array_equal(whole.subset_indices, again.subset_indices)
 
 
+@pytest.mark.filterwarnings("ignore:You're resuming from a checkpoint that ended before")
+def test_resume_in_the_midst_of_a_negative_epoch(tmp_path, run):
+    _, _, _, watched = run
+    networks = [network for _, network in watched.networks]
+    step = networks.index(2) + 1  # one step into the negative stage
+    every = ModelCheckpoint(tmp_path, "{step}", save_top_k=-1, every_n_train_steps=step)
+    fitted(trainer=trainer_of(enable_checkpointing=True, callbacks=[every], max_epochs=3), negative_epochs=1)
+    spy = Spy()
+    again, _ = fitted(
+        trainer=trainer_of(callbacks=[spy], max_epochs=3), ckpt_path=tmp_path / f"step={step}.ckpt", negative_epochs=1
+    )
+    assert set(spy.networks) == {(2, 2)}
+    assert len(spy.networks) == networks[step - 1 :].count(2) // 2 - 1
+    assert torch.equal(spy.complementary[0], watched.complementary[0])
+    assert again.snapshots == 2
+
+
 def test_a_checkpoint_scores_like_the_task(tmp_path):
     data = data_of()
     task, trainer = fitted(data)
@@ -469,8 +522,22 @@ def test_a_second_fit_starts_anew():
 
 def test_scores_before_the_negative_stage_are_refused():
     data = data_of()
-    with pytest.raises(ValueError, match=r"no snapshot of the negative head yet: .* negative_epochs=2"):
+    with pytest.raises(ValueError, match=r"the negative head has 0 of 3 snapshots: .* negative_epochs=2"):
         trainer_of().predict(task_of(), datamodule=data)
+
+
+@pytest.mark.filterwarnings("ignore:.*max_epochs")
+def test_scores_after_an_early_end_are_refused(run):
+    task, trainer, data, spy = run
+    steps = sum(epoch < 3 for epoch, _ in spy.networks)  # of all epochs but the last
+    task, trainer = fitted(data, trainer_of(max_steps=steps))
+    with pytest.raises(ValueError, match=r"has 2 of 3 snapshots: .* without an early end by max_time or max_steps"):
+        trainer.predict(task, datamodule=data)
+
+
+def test_early_stopping_is_refused():
+    with pytest.raises(ValueError, match=r"got EarlyStopping, .*: take it out of trainer.callbacks"):
+        fitted(trainer=trainer_of(callbacks=[EarlyStopping("val/acc")]))
 
 
 def test_samples_unknown_to_the_memory_are_marked(run):
@@ -478,7 +545,14 @@ def test_samples_unknown_to_the_memory_are_marked(run):
     index = torch.tensor([int(data.unlabelled_indices[0]), int(data.known_indices[0]), len(data.train_target) + 3])
     task.eval()
     negative = task.pool_scores(torch.zeros(3, 1, 8, 8), index)[1]["negative_probs"]
-    assert negative.isnan().any(1).tolist() == [False, True, True]
+    assert (negative == -1).all(1).tolist() == [False, True, True]
+    rows = task.negative_sum.rows
+    try:
+        task.negative_sum.rows = rows.index_fill(0, index[:1], torch.nan)
+        negative = task.pool_scores(torch.zeros(3, 1, 8, 8), index)[1]["negative_probs"]
+    finally:
+        task.negative_sum.rows = rows
+    assert negative.isnan().any(1).tolist() == [True, False, False]  # not taken for a sample that is not there
 
 
 @pytest.mark.parametrize("epochs", [1, 2, -1])
@@ -487,8 +561,12 @@ def test_too_few_epochs_are_refused_before_training(epochs):
         fitted(trainer=trainer_of(max_epochs=epochs))
 
 
-def test_a_dry_run_works():
-    fitted(trainer=trainer_of(fast_dev_run=True))
+@pytest.mark.parametrize("initial", [True, False])
+def test_a_dry_run_works(initial):
+    data = data_of()
+    task, trainer = fitted(data, trainer_of(fast_dev_run=True), include_initial_snapshot=initial)
+    scores = trainer.predict(task, datamodule=data)[0]
+    assert task.select(scores, view_of(len(scores["index"])), 2, generator()).index.shape == (2,)
 
 
 @pytest.mark.parametrize(
@@ -538,6 +616,38 @@ def test_a_network_of_ones_own():
     trainer_of(max_epochs=2).fit(task, datamodule=data)
     assert task.snapshots == 2
     assert task.auxiliary(torch.zeros(2, 1, 8, 8)).shape == (2, 5)
+
+
+class TwoHeads(nn.Module):
+    """Its classifier is not the last linear layer."""
+
+    def __init__(self):
+        super().__init__()
+        self.hidden, self.top, self.unused = nn.Linear(64, 8), nn.Linear(8, 4), nn.Linear(8, 4)
+
+    def forward(self, image):
+        return self.top(self.hidden(image.flatten(1)).relu())
+
+
+def test_the_classifier_can_be_named():
+    L.seed_everything(0, verbose=False)
+    task = BUAL(TwoHeads(), 4, (1, 8, 8), negative_epochs=1, snapshot_interval=1, classifier="top")
+    spy = Spy()
+    trainer_of(max_epochs=2, callbacks=[spy]).fit(task, datamodule=data_of())
+    assert task.auxiliary.top.out_features == 5
+    start, positive = spy.before[1], spy.after[0]
+    for name in ("hidden.weight", "hidden.bias", "unused.weight", "unused.bias"):
+        assert torch.equal(start[f"negative.{name}"], positive[f"network.{name}"])
+    assert torch.equal(start["negative.top.weight"], spy.before[0]["negative.top.weight"])
+    with pytest.raises(ValueError, match="classifier path 'flop' is nothing in TwoHeads"):
+        BUAL(TwoHeads(), 4, (1, 8, 8), classifier="flop")
+
+
+def test_networks_that_differ_in_more_than_the_classifier_are_refused():
+    task = task_of()
+    task.negative = nn.Sequential(task.negative, nn.BatchNorm1d(4))
+    with pytest.raises(ValueError, match="must be alike but for classifier 'fc', got a difference in"):
+        trainer_of(max_epochs=3).fit(task, datamodule=data_of())
 
 
 def test_nothing_left_in_the_pool():

@@ -6,12 +6,16 @@ import signal
 import subprocess
 import sys
 
+import numpy as np
 import pytest
 import torch
 import yaml
+from PIL import Image
 
 from lightning_kd.cli import main
+from lightning_kd.configs_by_name import config_folder
 from lightning_kd.pool import PoolRecord
+from lightning_kd.pool.record import alone
 from tests.active_learning.test_rounds import outcome
 
 QUIET = ["--trainer.enable_progress_bar", "false", "--trainer.enable_model_summary", "false"]
@@ -100,8 +104,115 @@ def test_overwrite_begins_anew_but_never_loses_a_person(capsys):
     record.save()
     with pytest.raises(SystemExit):
         main([*ACTIVE, "--overwrite"])
-    assert "answers of a person" in capsys.readouterr().err
+    assert "questions to a person" in capsys.readouterr().err
     assert len(PoolRecord.load("r/pool.json").queries) == 80
+
+
+def files(folder):
+    return {path: path.stat().st_mtime_ns for path in folder.rglob("*") if path.name not in BOOKKEEPING}
+
+
+BOOKKEEPING = ("run.json", "traceback.txt", ".pool.lock")
+
+
+@pytest.mark.parametrize(
+    ("extra", "message"),
+    [
+        (["--overwrite", "--data.budget", "100000"], "budget=100000 is more than"),
+        (["--overwrite", "--data.known_classes", "1"], "known_classes must be at least 2"),
+        (["--trainer.max_epochs", "3"], "were made with trainer.max_epochs=1, got 3"),
+        (["--model.strategy", "random"], "were made with model.init_args.strategy=entropy, got random"),
+        (["--data.split_seed", "3"], "were made with data.init_args.split_seed=0, got 3"),
+        (["--seed_everything", "3"], "were made with seed_everything=0, got 3"),
+        (["--trainer.fast_dev_run", "1"], "got fast_dev_run=1"),
+        (["--overwrite", "--trainer.fast_dev_run", "1"], "got fast_dev_run=1"),
+    ],
+)
+def test_what_is_refused_changes_nothing(capsys, tmp_path, extra, message):
+    short = [*ACTIVE, "--data.rounds", "1", "--trainer.max_epochs", "1"]
+    main(short)
+    before = files(tmp_path / "r")
+    with pytest.raises(SystemExit):
+        main([*short, *extra])
+    assert message in capsys.readouterr().err
+    assert files(tmp_path / "r") == before
+
+
+def test_active_keeps_off_what_was_done_by_hand(capsys, tmp_path):
+    short = [*CONFIG, *SHORT, "--data.rounds", "1", "--run"]
+    main(["active", *short, "r"])
+    # go on by hand in the last round's folder
+    main(["query", "--config", "r/round_01/config.yaml", *QUIET])
+    fill("r/round_01/query_01.csv", lambda row: "unknown")
+    main(["label", "r/round_01/query_01.csv"])
+    before = files(tmp_path / "r")
+    for extra in (["--data.rounds", "2"], ["--overwrite"]):
+        with pytest.raises(SystemExit):
+            main(["active", *short, "r", *extra])
+        assert "r/round_01/pool.json holds questions" in capsys.readouterr().err
+        assert files(tmp_path / "r").items() >= {k: v for k, v in before.items() if k.name != "config.yaml"}.items()
+    # and a folder of single fits is no place for rounds
+    main(["fit", *short, "h"])
+    main(["query", "--config", "h/config.yaml", *QUIET])
+    before = files(tmp_path / "h")
+    for extra in ([], ["--overwrite"]):
+        with pytest.raises(SystemExit):
+            main(["active", *short, "h", *extra])
+        assert "h holds a single fit" in capsys.readouterr().err
+    with pytest.raises(SystemExit):
+        main(["fit", *short, "h", "--overwrite", "--data.split_seed", "3"])
+    assert "was begun with" in capsys.readouterr().err
+    assert files(tmp_path / "h") == before
+
+
+def test_one_command_at_a_time(capsys, tmp_path):
+    main(["fit", *CONFIG, *SHORT, "--run", "r"])
+    main(["query", "--config", "r/config.yaml", *QUIET])
+    fill("r/query_00.csv", lambda row: "unknown")
+    with alone(tmp_path / "r"):
+        for args in (["query", "--config", "r/config.yaml", *QUIET], ["label", "r/query_00.csv"]):
+            with pytest.raises(SystemExit):
+                main(args)
+            assert "another command works on the pool" in capsys.readouterr().err
+    (tmp_path / "r/query_00.csv").unlink()
+    main(["query", "--config", "r/config.yaml", *QUIET])  # brings the lost file back
+    assert len((tmp_path / "r/query_00.csv").read_text().splitlines()) == 41
+    assert PoolRecord.load("r/pool.json").round == 1
+
+
+def test_a_project_without_labels(capsys, tmp_path):
+    generator = np.random.default_rng(0)
+    for place in ("train/cat", "train/dög", "test/cat", "test/dög", "unlabelled/a", "unlabelled/b"):
+        folder = tmp_path / "photos" / place
+        folder.mkdir(parents=True)
+        for k in range(6):
+            pixels = generator.integers(0, 255, (12, 12, 3), dtype=np.uint8)
+            Image.fromarray(pixels).save(folder / f"{k} é.png")
+    config = yaml.safe_load((config_folder() / "active_learning/lfosa_digits.yaml").read_text())
+    config["data"]["init_args"] = {
+        "source": {
+            "class_path": "lightning_kd.data.ImageFolderDataModule",
+            "init_args": {"root": "photos", "image_size": 8, "batch_size": 4, "val_fraction": 0.0},
+        },
+        "pool": "photos/unlabelled",
+        "budget": 3,
+    }
+    (tmp_path / "my_pool.yaml").write_text(yaml.safe_dump(config))
+    main(["fit", "--config", "my_pool.yaml", "--run", "r", *SHORT])
+    assert "next: lightning-kd query" in capsys.readouterr().out
+    main(["query", "--config", "r/config.yaml", *QUIET])
+    rows = fill("r/query_00.csv", lambda row: "dög" if row["path"].startswith("a") else "unknown")
+    assert list(rows[0]) == ["index", "path", "score", "predicted", "label"]
+    assert {row["predicted"] for row in rows} <= {"cat", "dög"}
+    assert all((tmp_path / "photos/unlabelled" / row["path"]).is_file() for row in rows)
+    main(["label", "r/query_00.csv"])
+    main(["fit", "--config", "r/config.yaml", "--overwrite"])
+    main(["test", "--config", "r/config.yaml", "--ckpt_path", "last"])
+    with pytest.raises(SystemExit):
+        main(["active", "--config", "my_pool.yaml", "--run", "other", *SHORT])
+    assert "no labels that an oracle could give" in capsys.readouterr().err
+    answers = {row["path"]: row["answer"] for row in PoolRecord.load("r/pool.json").queries}
+    assert answers == {row["path"]: row["label"] for row in rows}
 
 
 @pytest.mark.parametrize(

@@ -240,6 +240,12 @@ def test_coarse_to_fine():
     assert coarse_to_fine(torch.zeros(0), torch.zeros(0), 2).tolist() == []
 
 
+def test_the_coarse_step_keeps_no_sample_too_many():
+    coarse = torch.arange(150.0)
+    assert coarse_to_fine(coarse, coarse, 100, 1.1).tolist() == list(range(109, 9, -1))  # 1.1 * 100 > 110
+    assert coarse_to_fine(coarse, coarse, 5, 1.1).tolist() == [5, 4, 3, 2, 1]  # 5.5 is rounded up
+
+
 def test_uncertainty_score():
     data, distribution = torch.tensor([1.0, 2, 3, 5]), torch.tensor([0.3, 0.1, 0.2, 0.2])
     assert uncertainty_score(data, distribution).tolist() == pytest.approx([1.0, 0.25, 1.0, 1.5])
@@ -348,6 +354,43 @@ def test_step_against_a_plain_form(epoch, rise, monkeypatch):
     torch.testing.assert_close(seen["evidence"], 0.3 / 4 * evidence)
 
 
+def test_an_output_for_unknown_classes(monkeypatch):
+    task = task_of(num_outputs="K+1", annealing_epochs=0, kl_weight=0.8, discrepancy_weight=0.7).double()
+    assert task.network.fc.out_features == task.second_head.out_features == 5
+    image = torch.rand(6, 1, 8, 8, dtype=torch.float64)
+    target = torch.tensor([0, 4, 3, 1, 4, 2])
+    heads = task.heads(image)
+    p = [(z.exp() + 1) / (z.exp() + 1).sum(1, keepdim=True) for z in heads]
+    known = (p[0] + p[1])[:, :4]
+    probabilities, scores = task.pool_scores(image, None)
+    expected = known / known.sum(1, keepdim=True)
+    torch.testing.assert_close(probabilities, expected.float())
+    torch.testing.assert_close(task(image), expected.log())
+    assert task.answer(image)[1].shape == (6, 4)
+    apart = (p[0] - p[1]).abs().mean(1)
+    torch.testing.assert_close(scores["discrepancy"], apart)
+    data = [dirichlet_uncertainties(z.detach().exp() + 1).data for z in heads]
+    torch.testing.assert_close(scores["data"], (data[0] + data[1]) / 2)
+
+    seen = {}
+    monkeypatch.setattr(DCFS, "current_epoch", 3)
+    monkeypatch.setattr(task, "step_loss", lambda terms, logits, *rest, **more: seen.update(terms, logits=logits))
+    task.training_step((image, target), 0)
+    torch.testing.assert_close(seen["nll"], sum(-q.gather(1, target[:, None]).log().mean() for q in p))
+    torch.testing.assert_close(seen["kl"], 0.8 / 5 * sum(evidential_kl(z, target).mean() for z in heads))
+    torch.testing.assert_close(seen["discrepancy"], 0.7 * (apart[target < 4].mean() - apart[target == 4].mean()))
+    assert seen["logits"].shape == (6, 4)
+
+
+def test_a_fit_with_an_output_for_unknown_classes(tmp_path):
+    data = with_answers(tmp_path)
+    task, trainer = fitted(trainer_of(max_epochs=20), data=data, num_outputs="K+1")
+    batch = next(iter(data.loader("train", data.unknown_indices)))
+    with torch.no_grad():
+        assert (task.heads(batch.image)[0].argmax(1) == 4).float().mean() > 0.7
+    assert trainer.predict(task, datamodule=data)[0]["probabilities"].shape[1] == 4
+
+
 def test_a_fit_with_answers(tmp_path):
     data = with_answers(tmp_path)
     task, trainer = fitted(data=data, unknown_evidence_weight=0.1)
@@ -410,11 +453,15 @@ def test_wrong_arguments():
             task_of(**{name: -1})
     with pytest.raises(ValueError, match=r"^coarse_factor must be at least 1, got 0.5"):
         task_of(coarse_factor=0.5)
-    for name in ("discrepancy", "coarse_score", "fine_score"):
+    for name in ("discrepancy", "coarse_score", "fine_score", "num_outputs"):
         with pytest.raises(ValueError, match=rf"^{name} must be one of \[.*\], got 'x'"):
             task_of(**{name: "x"})
     with pytest.raises(ValueError, match=r"^coarse_score and fine_score are both 'none'"):
         task_of(coarse_score="none", fine_score="none")
+    with pytest.raises(ValueError, match=r"^unknown_evidence_weight must be 0 with num_outputs='K\+1', got 0.2"):
+        task_of(num_outputs="K+1", unknown_evidence_weight=0.2)
+    with pytest.raises(ValueError, match=r"^MLP gives \[2, 4\], expected \[B, 5\]: give a network"):
+        DCFS(task_of().network, 4, (1, 8, 8), num_outputs="K+1")(torch.rand(2, 1, 8, 8))
     with pytest.raises(ValueError, match=r"DCFS needs a pool, got DigitsDataModule: wrap your data module"):
         trainer_of().fit(DCFS("mlp_8", 10, (1, 8, 8)), datamodule=DigitsDataModule(fake=True))
 
@@ -428,22 +475,28 @@ def test_rounds(tmp_path):
 
 # -- several processes -----------------------------------------------------------------------------------------------
 
-SETTINGS = {"unknown_evidence_weight": 0.5, "annealing_epochs": 0}
+SETTINGS = (
+    {"unknown_evidence_weight": 0.5, "annealing_epochs": 0},
+    {"num_outputs": "K+1", "annealing_epochs": 0},
+)
 
 
 def _two_ranks(folder):
     data = with_answers(folder, batch_size=3)  # so few that a process often has no unknown sample, or none but such
-    trainer = trainer_of(strategy="ddp", devices=2, precision="64-true", num_sanity_val_steps=0)
-    task, _ = fitted(trainer, data, **SETTINGS)
-    logged = {k: v.item() for k, v in trainer.callback_metrics.items() if k.startswith("train/")}
-    return {name: value.tolist() for name, value in task.state_dict().items()}, logged
+    results = []
+    for settings in SETTINGS:
+        trainer = trainer_of(strategy="ddp", devices=2, precision="64-true", num_sanity_val_steps=0)
+        task, _ = fitted(trainer, data, **settings)
+        logged = {k: v.item() for k, v in trainer.callback_metrics.items() if k.startswith("train/")}
+        results.append(({name: value.tolist() for name, value in task.state_dict().items()}, logged))
+    return results
 
 
 def test_two_processes_train_as_one(tmp_path):
-    (first, logged), (second, _) = on_two_ranks(_two_ranks, tmp_path)
-    assert first == second
-    task, trainer = fitted(trainer_of(precision="64-true"), with_answers(tmp_path, batch_size=6), **SETTINGS)
-    for name, value in task.state_dict().items():
-        torch.testing.assert_close(torch.tensor(first[name], dtype=value.dtype), value, atol=1e-9, rtol=1e-9)
-    for name, value in logged.items():
-        assert trainer.callback_metrics[name].item() == pytest.approx(value, rel=1e-5)
+    for (first, logged), (second, _), settings in zip(*on_two_ranks(_two_ranks, tmp_path), SETTINGS, strict=True):
+        assert first == second
+        task, trainer = fitted(trainer_of(precision="64-true"), with_answers(tmp_path, batch_size=6), **settings)
+        for name, value in task.state_dict().items():
+            torch.testing.assert_close(torch.tensor(first[name], dtype=value.dtype), value, atol=1e-9, rtol=1e-9)
+        for name, value in logged.items():
+            assert trainer.callback_metrics[name].item() == pytest.approx(value, rel=1e-5)

@@ -101,6 +101,44 @@ def test_k_center_tells_rows_apart_that_float32_products_do_not():
     assert k_center_greedy(pool, labelled, 20).tolist() == plain_k_center(pool, labelled, 20)
 
 
+def close_family(name):
+    """Float32 rows whose distances are small against their norms, as trained features are within a class."""
+    if name.startswith("clusters"):
+        spread, width = float(name.split()[1]), 64
+        return (normal(20, width, stream="centres").repeat(20, 1) + spread * normal(400, width)).float()
+    if name == "offset":
+        offset = 100 * torch.rand(512, generator=torch_generator(0, "offset"), dtype=torch.float64)
+        return (offset + 1e-3 * normal(400, 512)).float()
+    assert name == "near copies"
+    return (normal(300, 16, stream="centres").repeat(4, 1) + 2e-4 * normal(1200, 16)).float()
+
+
+@pytest.mark.parametrize("block", [16, 1024])
+@pytest.mark.parametrize("name", ["clusters 1e-5", "clusters 1e-4", "clusters 1e-3", "offset", "near copies"])
+def test_k_center_picks_what_float64_picks_where_float32_products_are_blurred(name, block, monkeypatch):
+    """By products alone a wrong centre may be the nearest: the least of the differences counts."""
+    monkeypatch.setattr(greedy, "BLOCK", block)
+    rows = close_family(name)
+    pool, labelled, budget = (rows[3:], rows[:3], 120) if name != "near copies" else (rows[290:], rows[:290], 200)
+    assert k_center_greedy(pool, labelled, budget).tolist() == plain_k_center(pool, labelled, budget)
+
+
+@pytest.mark.parametrize("block", [16, 1024])
+def test_k_center_on_a_grid_of_tenths_has_the_radii_of_float64(block, monkeypatch):
+    """Distances are all but equal: which row is first depends on the last bit, how far it is does not."""
+    monkeypatch.setattr(greedy, "BLOCK", block)
+    tenths = torch.arange(8, dtype=torch.float32) * 0.1
+    grid = torch.cartesian_prod(tenths, tenths, tenths)[torch.randperm(512, generator=torch_generator(0, "p"))]
+    pool, labelled = grid[10:], grid[:10]
+    picks = k_center_picks(pool, labelled, 300)
+    assert bool((picks.score.diff() <= 1e-9).all())
+    near = torch.cdist(pool.double(), labelled.double(), compute_mode="donot_use_mm_for_euclid_dist").amin(1)
+    for row, score in zip(picks.row.tolist(), picks.score.tolist(), strict=True):
+        assert score == pytest.approx(near[row].item(), abs=1e-9)
+        assert score == pytest.approx(near.max().item(), abs=1e-9)
+        near = torch.minimum(near, (pool.double() - pool[row].double()).norm(dim=1))
+
+
 @pytest.mark.parametrize("budget", [0, 5, 9])
 def test_budgets(budget):
     pool = normal(5, 3)

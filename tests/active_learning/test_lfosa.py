@@ -7,8 +7,9 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from torch import nn
 
-from lightning_kd.active_learning import LfOSA, known_posterior, run_rounds, temperature_cross_entropy
+from lightning_kd.active_learning import LfOSA, choose, known_posterior, run_rounds, temperature_cross_entropy
 from lightning_kd.active_learning.lfosa import _log_odds
 from lightning_kd.core.mixture import Mixtures, fit_mixture
 from lightning_kd.core.taps import find_classifier
@@ -152,16 +153,14 @@ def test_posterior_of_unequal_variances_is_kept_unless_monotone():
     assert rising.tolist() == pytest.approx([0, 0, 0, 0.040, 0.336, 0.997, 1.000], abs=5e-4)
 
 
-def test_monotone_rises_for_any_variances():
+def test_monotone_changes_nothing_but_what_is_below_the_smaller_mean():
     value = torch.linspace(-30, 40, 701, dtype=torch.float64)
     group = torch.zeros(701, dtype=torch.int64)
     for variance in ([0.25, 9.0], [9.0, 0.25], [1.0, 1.0]):
         mixtures = EXAMPLE._replace(variance=torch.tensor([variance], dtype=torch.float64))
         log_odds = _log_odds(mixtures, value, group, monotone=True)
-        assert (log_odds[1:] >= log_odds[:-1]).all()
         plain = _log_odds(mixtures, value, group, monotone=False)
-        between = (value >= 4) & (value <= 9)
-        torch.testing.assert_close(log_odds[between], plain[between])
+        assert torch.equal(log_odds, plain.where(value >= 4, -torch.inf))
 
 
 def test_alone_in_a_class():
@@ -197,7 +196,7 @@ def test_wrong_arguments_of_the_posterior():
 # -- the choice ------------------------------------------------------------------------------------------------------
 
 
-def test_separated_activations_are_chosen_in_any_order_and_batches():
+def test_separated_activations_are_chosen_in_any_order():
     logits, high, _ = pool_logits()
     budget = int(high.sum())
     index, score = selected(logits, budget)
@@ -206,6 +205,29 @@ def test_separated_activations_are_chosen_in_any_order_and_batches():
     order = torch.randperm(len(logits), generator=torch.Generator().manual_seed(1))
     again, _ = selected(logits[order], budget // 2)
     assert set(order[again].tolist()) == set(index[: budget // 2].tolist())
+
+
+def test_batches_and_their_order_are_of_no_account_to_the_choice(monkeypatch):
+    """The same logits, gathered by ``choose`` from batches of other sizes, in another order."""
+    queries = []
+    for batch_size, backwards in ((1000, False), (7, False), (64, True)):
+        data = pool_data(eval_batch_size=batch_size)
+        data.setup()
+        logits, high, _ = pool_logits(len(data.train_target))
+        loader = data.loader("train", data.unlabelled_indices, batch_size=batch_size)
+        batches = [torch.as_tensor(batch.index) for batch in loader]
+        assert len(batches) == -(-len(data.unlabelled_indices) // batch_size)
+        outputs = [
+            {"index": index, "prediction": logits[index, :4].argmax(1), "detector_logits": logits[index]}
+            for index in (reversed(batches) if backwards else batches)
+        ]
+        trainer = trainer_of()
+        monkeypatch.setattr(trainer, "predict", lambda *args, outputs=outputs, **kwargs: outputs)
+        queries.append(choose(trainer, task_of(), data)[0])
+    assert high[torch.from_numpy(queries[0].index)].all()
+    for query in queries[1:]:
+        assert query.index.tolist() == queries[0].index.tolist()
+        assert query.score.tolist() == queries[0].score.tolist()
 
 
 def test_ties_of_the_posterior_go_by_log_odds_then_activation_then_index():
@@ -370,6 +392,25 @@ def test_bottleneck(as_module):
         assert find_classifier(net)[1].in_features == 2
 
 
+def test_the_classifier_can_be_named():
+    class TwoHeads(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.hidden, self.top, self.unused = nn.Linear(64, 8), nn.Linear(8, 4), nn.Linear(8, 4)
+
+        def forward(self, image):
+            return self.top(self.hidden(image.flatten(1)).relu())
+
+    task = LfOSA(TwoHeads(), 4, (1, 8, 8), classifier="top")
+    assert task.detector_logits(torch.rand(2, 1, 8, 8)).shape == (2, 5)
+    task = LfOSA(TwoHeads(), 4, (1, 8, 8), bottleneck_dim=2, classifier="top")
+    for net, outputs in ((task.network, 4), (task.detector, 5)):
+        assert [layer.weight.shape for layer in net.top] == [(2, 8), (outputs, 2)]
+        assert net.unused.weight.shape == (4, 8)
+    with pytest.raises(ValueError, match="classifier path 'flop' is nothing in MLP"):
+        task_of(classifier="flop")
+
+
 def test_a_module_is_copied_for_the_detector():
     network = task_of().network
     before = copy.deepcopy(network.state_dict())
@@ -383,6 +424,12 @@ def test_wrong_arguments():
     for name in ("known_temperature", "unknown_temperature", "variance_floor"):
         with pytest.raises(ValueError, match=f"^{name} must be above 0, got 0"):
             task_of(**{name: 0})
+    for value in (0, 2.5, float("nan")):
+        with pytest.raises(ValueError, match=f"^max_iter must be a whole number from 1 on, got {value}"):
+            task_of(max_iter=value)
+    for value in (-1, float("nan")):
+        with pytest.raises(ValueError, match=f"^tol must be 0 or more, got {value}"):
+            task_of(tol=value)
     with pytest.raises(ValueError, match=r"^bottleneck_dim must be at least 1, got 0"):
         task_of(bottleneck_dim=0)
     with pytest.raises(ValueError, match=r"LfOSA needs a pool, got DigitsDataModule: wrap your data module"):

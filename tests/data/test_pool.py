@@ -267,9 +267,10 @@ def test_files_may_come_and_go(folders):
     again = own_project(folders)
     again.use(PoolRecord.load(folders / "pool.json"))
     labelled = {again.path_of(i): int(again.train_target[i]) for i in [*again.known_indices, *again.unknown_indices]}
-    assert {path: t for path, t in labelled.items() if not path.startswith("..")} == {"0/2.png": 1, "1/3.png": 2}
+    assert {path: t for path, t in labelled.items() if path[1] == "/"} == {"0/2.png": 1, "1/3.png": 2}
     assert len(again.unlabelled_indices) == 5
     (folders / "web/0/2.png").unlink()
+    assert not np.array_equal(again._digest(), own_project(folders)._digest())
     with pytest.warns(UserWarning, match="1 images asked for are no longer"):
         own_project(folders).use(PoolRecord.load(folders / "pool.json"))
 
@@ -289,6 +290,59 @@ def test_arrays_without_labels(tmp_path):
     np.save(tmp_path / "pool.npy", feature[:, :3])
     with pytest.raises(ValueError, match="must be like those of the source"):
         OpenSetDataModule(ArrayDataModule(str(tmp_path / "known.npz")), pool=str(tmp_path / "pool.npy")).setup()
+
+
+def test_an_array_pool_is_known_by_its_content(tmp_path):
+    feature = np.random.default_rng(0).normal(size=(40, 5)).astype(np.float32)
+    np.savez(tmp_path / "known.npz", feature=feature, target=np.arange(40) % 4)
+
+    def made(pool):
+        np.save(tmp_path / "pool.npy", pool)
+        source = ArrayDataModule(str(tmp_path / "known.npz"), val_fraction=0.0)
+        data = OpenSetDataModule(source, pool=str(tmp_path / "pool.npy"), budget=5)
+        data.setup()
+        return data
+
+    data = made(feature[:30] + 1)
+    record = PoolRecord(tmp_path / "pool.json")
+    data.use(record)
+    record.ask(data.unlabelled_indices[:1], [0.0], ["0"])
+    record.save()
+    with pytest.raises(ValueError, match="begun with pool_sha256"):
+        made(feature[:30][::-1] + 1).use(PoolRecord.load(tmp_path / "pool.json"))
+
+
+def test_new_files_are_no_new_labels(folders):
+    data = own_project(folders)
+    before = data.state_dict()
+    Image.new("RGB", (9, 9)).save(folders / "web/0/0a.png")
+    again = own_project(folders)
+    assert len(again.unlabelled_indices) == 7
+    assert again.state_dict() == before
+
+
+def test_a_pool_inside_the_class_folders_is_refused(folders):
+    source = ImageFolderDataModule(str(folders / "train"), image_size=8, val_fraction=0.0)
+    with pytest.raises(ValueError, match="keep the pool outside"):
+        OpenSetDataModule(source, pool=str(folders / "train/cat"), budget=1).setup()
+
+
+def test_a_source_can_be_shared_and_an_error_changes_nothing():
+    source = digits()
+    source.setup()
+    one, other = ready(source), ready(source, known_classes=[7, 8, 9])
+    again = ready(source)
+    assert np.array_equal(one.known_indices, again.known_indices)
+    assert np.array_equal(one.train_target, again.train_target)
+    assert one.known_total == again.known_total != other.known_total
+    assert int(source.train_target.max()) == 9
+    data = pool_of(budget=5000)
+    for _ in range(2):
+        with pytest.raises(ValueError, match="budget=5000 is more than the 1398 samples"):
+            data.setup()
+    data.budget = 30
+    data.setup()
+    assert np.array_equal(data.known_indices, one.known_indices)
 
 
 def test_fake_pools_are_small(folders):

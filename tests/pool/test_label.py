@@ -66,10 +66,13 @@ def test_files_without_answers(pool, tmp_path, capsys, text, message):
 
 
 def test_missing_files(tmp_path, capsys):
-    for args in (["label", "none.csv"], ["label", "none.csv", "--run", str(tmp_path)]):
-        with pytest.raises(SystemExit):
-            main(args)
-        assert "does not exist" in capsys.readouterr().err
+    with pytest.raises(SystemExit):
+        main(["label", "none.csv"])
+    assert "there is no pool.json: name the folder of the run with --run" in capsys.readouterr().err
+    PoolRecord(tmp_path / "pool.json", {"classes": ["cat"]}).save()
+    with pytest.raises(SystemExit):
+        main(["label", "none.csv", "--run", str(tmp_path)])
+    assert "none.csv does not exist" in capsys.readouterr().err
 
 
 def test_as_a_spreadsheet_saves_it(pool, tmp_path):
