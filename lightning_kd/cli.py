@@ -5,6 +5,7 @@ Only light modules are imported before the verb is known: ``compare``, ``label``
 
 from __future__ import annotations
 
+import importlib
 import inspect
 import os
 import shlex
@@ -52,19 +53,10 @@ def main(args: Sequence[str] | None = None) -> None:
         print(USAGE)
     elif verb == "--version":
         print(f"lightning-kd {__version__}")
-    elif verb == "compare":
-        from lightning_kd import compare
-
+    elif verb in ("compare", "label"):
+        light = importlib.import_module(f"lightning_kd.{'compare' if verb == 'compare' else 'pool.label'}")
         try:
-            compare.main(argv[1:])
-        except (ValueError, OSError) as error:
-            print(f"error: {error}", file=sys.stderr)
-            sys.exit(1)
-    elif verb == "label":
-        from lightning_kd.pool import label
-
-        try:
-            label.main(argv[1:])
+            light.main(argv[1:])
         except (ValueError, OSError) as error:
             print(f"error: {error}", file=sys.stderr)
             sys.exit(1)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 from abc import ABC
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from contextlib import nullcontext
 from itertools import chain
 from typing import Any
@@ -15,6 +15,7 @@ import torch.distributed as dist
 from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor, nn
 
+from lightning_kd.core.distributed import average_gradients
 from lightning_kd.core.losses import at_least_float32
 from lightning_kd.core.phases import Phase, PhaseBatch, PhasedLoader
 from lightning_kd.noisy_labels.base import NoisyLabelTask
@@ -164,7 +165,7 @@ class TwoNetworkTask(NoisyLabelTask, ABC):
         unsynchronised = parallel.no_sync if dist.is_initialized() and hasattr(parallel, "no_sync") else nullcontext
         with unsynchronised():  # DDP waits for every parameter, but one network rests
             self.manual_backward(loss)
-        _average_gradients(p for part in self.parts(k) for p in part.parameters())
+        average_gradients(p for part in self.parts(k) for p in part.parameters())
         optimizer.step()
         if self.lr_interval == "step":
             self._scheduler_step(k)
@@ -207,15 +208,3 @@ def twin(network: nn.Module) -> nn.Module:
     if equal:
         rank_zero_warn(f"both networks start with the same {', '.join(equal)}: name the network instead of giving it")
     return other
-
-
-def _average_gradients(parameters: Iterator[nn.Parameter]) -> None:
-    """The mean of each gradient over all processes; a parameter without gradient on this one stays so."""
-    if not dist.is_initialized() or dist.get_world_size() == 1:
-        return
-    gradients = [p.grad for p in parameters if p.grad is not None]
-    joint = torch.cat([g.flatten() for g in gradients])
-    dist.all_reduce(joint)
-    joint /= dist.get_world_size()
-    for gradient, part in zip(gradients, joint.split([g.numel() for g in gradients]), strict=True):
-        gradient.copy_(part.view_as(gradient))
