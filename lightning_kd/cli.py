@@ -1,4 +1,4 @@
-"""The door: ``lightning-kd fit | validate | test | predict | query | label | active | list | compare``.
+"""The door: ``lightning-kd fit | validate | test | predict | shift | sharpness | query | label | active | ...``.
 
 Only light modules are imported before the verb is known: ``compare``, ``label`` and ``--version`` start at once.
 """
@@ -29,6 +29,8 @@ USAGE = """usage: lightning-kd VERB [--config NAME_OR_PATH ...] [--run FOLDER] [
   validate  evaluate on the validation split, test on the test split, with --ckpt_path last | best | PATH
   test
   predict   write predictions.csv into the run folder
+  shift     optimum shifting of a finished checkpoint:  lightning-kd shift --ckpt_path RUN/checkpoints/last.ckpt
+  sharpness how flat it is: table and pictures:         lightning-kd sharpness --ckpt_path RUN/checkpoints/last.ckpt
   query     what to label next, from a pool: query_ROUND.csv in the run folder
   label     take the answers in:     lightning-kd label FOLDER/query_00.csv
   active    a whole active learning benchmark with an oracle: lightning-kd active --config active_learning/lfosa_digits
@@ -87,7 +89,7 @@ def _run(argv: list[str]) -> None:
     if "" not in sys.path and os.getcwd() not in sys.path:
         sys.path.insert(0, os.getcwd())  # a user's own classes, as with python -m
     try:
-        resolved, paths = with_config_paths(argv)
+        resolved, paths = with_config_paths(with_config_of_run(argv))
         from lightning_kd.trainer_cli import RunCLI, quiet
 
         quiet()
@@ -127,6 +129,28 @@ def _listing() -> str:
         first = (config_folder() / f"{name}.yaml").read_text().partition("\n")[0]
         lines.append(f"  {name:<48} {first.lstrip('# ') if first.startswith('#') else ''}")
     return "\n".join(lines)
+
+
+def with_config_of_run(argv: list[str]) -> list[str]:
+    """``argv`` with the ``config.yaml`` of the run, where ``shift`` or ``sharpness`` is given a checkpoint alone."""
+    if argv[0] not in ("shift", "sharpness"):
+        return argv
+    given = {word.partition("=")[0] for word in argv}
+    if given & {"--config", "-c", "--help", "-h"} or not given & {"--ckpt_path", "--run"}:
+        return argv
+
+    def value(name: str) -> str:
+        for word, following in zip(argv, [*argv[1:], ""], strict=True):
+            if word.partition("=")[0] == name:
+                return word.partition("=")[2] or following
+        return ""
+
+    ckpt_path = value("--ckpt_path")
+    run = Path(value("--run")) if ckpt_path in ("", "last", "best") else Path(ckpt_path).parent.parent
+    config = run / "config.yaml"
+    if not config.is_file():
+        raise ValueError(f"{argv[0]} needs the config of the checkpoint's run, and there is no {config}: add --config")
+    return [argv[0], "--config", str(config), *argv[1:]]
 
 
 def default_run_folder(config_paths: Sequence[str], fallback: str) -> str:

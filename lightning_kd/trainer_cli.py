@@ -21,6 +21,7 @@ from lightning.pytorch.utilities import rank_zero_only
 import lightning_kd.callbacks  # noqa: F401  (classes are found by name once they are imported)
 from lightning_kd.active_learning.base import PoolTask
 from lightning_kd.active_learning.rounds import ask, forget_rounds, run_rounds
+from lightning_kd.checkpoint_verbs import measure_checkpoint, shift_checkpoint
 from lightning_kd.cli import default_run_folder
 from lightning_kd.compare.runs import flat
 from lightning_kd.core.registry import family_packages
@@ -35,7 +36,63 @@ family_packages()
 
 
 class RunTrainer(L.Trainer):
-    """A Trainer with the verbs of pools, done by ``RunCLI``. They take what the ``config.yaml`` of a fit holds."""
+    """A Trainer with further verbs, done by ``RunCLI``. They take what the ``config.yaml`` of a fit holds."""
+
+    def shift(
+        self,
+        model: Any,
+        datamodule: Any,
+        ckpt_path: str | None = None,
+        weights_only: bool | None = None,
+        layers: list[str] | None = None,
+        mode: str = "fixed",
+        selection: str = "class_balanced",
+        samples: int | None = None,
+        held_out: int = 1000,
+        guard: float | None = 0.05,
+        rtol: float | None = None,
+        force: bool = False,
+        seed: int = 0,
+        output: str | None = None,
+    ) -> None:
+        """Shift layers of last.ckpt, unless told otherwise, and write the result beside it, with shift.json.
+
+        Args:
+            ckpt_path: last, best or a path.
+            layers: module paths inside the network. Default: its classifier.
+            mode: fixed, joint or free: what becomes of the bias.
+            selection: the samples whose outputs stay: class_balanced, random, class_means, or all of the training set.
+            samples: how many. Default: 3 a class and at least 100, fewer than the layer has inputs.
+            held_out: training samples beside them, on which the loss is watched.
+            guard: undo the shift where that loss rises by more than this share; null for never.
+            rtol: singular values up to this share of the largest count as 0. Default: by the precision.
+            force: shift even if classes are missing among the samples.
+            seed: of the draw of the samples.
+            output: the new checkpoint. Default: shifted.ckpt beside the old one.
+        """
+        raise NotImplementedError("shift is a command: lightning-kd shift")
+
+    def sharpness(
+        self,
+        model: Any,
+        datamodule: Any,
+        ckpt_path: str | None = None,
+        weights_only: bool | None = None,
+        samples: int = 1000,
+        slices: str = "1d",
+        points: int | None = None,
+        seed: int = 0,
+    ) -> None:
+        """Measure how flat last.ckpt is, unless told otherwise: a table, sharpness.json, pictures of the loss.
+
+        Args:
+            ckpt_path: last, best or a path.
+            samples: training samples, without augmentation, that the loss is the mean over.
+            slices: pictures of the loss around the weights: 1d, 2d, both or none.
+            points: of a slice along each direction. Default: 51 in 1d, 21 in 2d.
+            seed: of the samples, the probes and the directions.
+        """
+        raise NotImplementedError("sharpness is a command: lightning-kd sharpness")
 
     def query(
         self, model: Any, datamodule: Any, ckpt_path: str | None = None, weights_only: bool | None = None
@@ -85,6 +142,7 @@ class RunCLI(LightningCLI):
         self.run_folder: RunFolder | None = None
         self._later_round = False
         self._query_file: Path | None = None
+        self._shifted: Path | None = None
         defaults: dict[str, Any] = {
             "trainer_class": RunTrainer,
             "model_class": Task,
@@ -108,7 +166,8 @@ class RunCLI(LightningCLI):
 
     @staticmethod
     def subcommands() -> dict[str, set[str]]:
-        return {**LightningCLI.subcommands(), "query": {"model", "datamodule"}, "active": {"model", "datamodule"}}
+        verbs = ("shift", "sharpness", "query", "active")
+        return {**LightningCLI.subcommands(), **{verb: {"model", "datamodule"} for verb in verbs}}
 
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
         parser.usage = "lightning-kd VERB [--config NAME_OR_PATH ...] [--run FOLDER] [options]"
@@ -139,6 +198,8 @@ class RunCLI(LightningCLI):
         config["run"] = str(folder.path)
         if self.subcommand in ("query", "active"):
             self._before_pool_verb(config)
+        elif self.subcommand in ("shift", "sharpness"):
+            config["ckpt_path"] = config.get("ckpt_path") or "last"
         if self.subcommand is None or config.trainer.get("fast_dev_run"):
             return
         # only here: LightningCLI merges the hyperparameters of a checkpoint given by path over the command line
@@ -169,6 +230,20 @@ class RunCLI(LightningCLI):
                 self.datamodule.setup()
                 self.datamodule.use(PoolRecord.load(self.run_folder.pool))  # or it is another pool
             self.run_folder.clear()
+
+    # -- the verbs of checkpoints ------------------------------------------------------------------------------------
+
+    def shift(self, model: Task, datamodule: Any, ckpt_path: str, weights_only: Any, **options: Any) -> None:
+        """Write a checkpoint with shifted layers."""
+        assert self.run_folder is not None
+        self._shifted = shift_checkpoint(self.trainer, model, datamodule, self.run_folder, ckpt_path, **options)
+
+    def sharpness(
+        self, model: Task, datamodule: Any, ckpt_path: str, weights_only: bool | None, **options: Any
+    ) -> None:
+        """Measure a checkpoint."""
+        assert self.run_folder is not None
+        measure_checkpoint(self.trainer, model, datamodule, self.run_folder, ckpt_path, **options)
 
     # -- the verbs of pools ------------------------------------------------------------------------------------------
 
@@ -322,6 +397,8 @@ class RunCLI(LightningCLI):
             if self.subcommand == "query":
                 path = shlex.quote(str(self._query_file))
                 return f"next: fill in the column label of {path}, then lightning-kd label {path}"
+            if self.subcommand == "shift":
+                return f"next: lightning-kd test --config {config} --ckpt_path {shlex.quote(str(self._shifted))}"
             if trained and getattr(self.datamodule, "pool_path", None) is not None:
                 return f"next: lightning-kd query --config {config}"
             return (

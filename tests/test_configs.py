@@ -30,6 +30,17 @@ OPENNESS = [name for name in config_names() if name.startswith("active_learning/
 OPTIMIZER_ARGUMENTS = {
     "torch.optim.SGD": {"lr", "momentum", "weight_decay", "dampening", "nesterov"},
     "torch.optim.Adam": {"lr", "betas", "eps", "weight_decay", "amsgrad"},
+    "timm.optim.Lion": {
+        "lr",
+        "betas",
+        "weight_decay",
+        "caution",
+        "corrected_weight_decay",
+        "maximize",
+        "foreach",
+    },
+    "lightning_kd.flatness.SAM": {"rho", "average_first_pass", "base_optimizer"},
+    "lightning_kd.flatness.ASAM": {"rho", "eta", "elementwise", "average_first_pass", "base_optimizer"},
 }
 
 
@@ -47,7 +58,8 @@ def test_each_is_named_and_described():
         assert (config_folder() / f"{name}.yaml").read_text().startswith("# "), name
         optimizer = content(name).get("model", {}).get("init_args", {}).get("optimizer")
         if name in COMPLETE:
-            assert OPTIMIZER_ARGUMENTS[optimizer["class_path"]] <= optimizer["init_args"].keys(), name
+            for one in (optimizer, optimizer["init_args"].get("base_optimizer", optimizer)):
+                assert OPTIMIZER_ARGUMENTS[one["class_path"]] <= one["init_args"].keys(), name
             assert "ReduceLROnPlateau" not in str(content(name))
 
 
@@ -65,9 +77,14 @@ def test_parses_and_builds_what_it_says(name):
     configured = cli.model.configure_optimizers()
     configured = {"optimizer": configured} if isinstance(configured, torch.optim.Optimizer) else configured
     for one in configured if isinstance(configured, list) else [configured]:
-        for key, value in given["optimizer"]["init_args"].items():
+        said = dict(given["optimizer"]["init_args"])
+        base = said.pop("base_optimizer", None)  # whose settings SAM has among its own
+        for key, value in {**said, **(base["init_args"] if base else {})}.items():
             expected = tuple(value) if isinstance(value, list) else value
-            assert one["optimizer"].defaults[key] == expected, key
+            known = one["optimizer"].defaults
+            assert (known[key] if key in known else getattr(one["optimizer"], key)) == expected, key
+        if base:
+            assert type(one["optimizer"].base_optimizer).__name__ == base["class_path"].rpartition(".")[2]
         if "lr_scheduler" in given:
             assert one["lr_scheduler"]["interval"] == "epoch"
         else:
@@ -88,6 +105,30 @@ def test_noise_overlays_compose(name):
         assert getattr(cli.model, key) == value
     cli.datamodule.setup()
     assert (cli.datamodule.train_target != cli.datamodule.train_clean).any()
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        pytest.param(n, marks=[pytest.mark.slow] if "vgg" in n else [])  # 134 million parameters
+        for n in config_names()
+        if n.startswith(("flatness/nets/", "flatness/with_"))
+    ],
+)
+def test_flatness_overlays_compose(name):
+    method = ("sam", "sos")["nets" in name]
+    cli = get_cli([*arguments(f"flatness/{method}_cifar10"), "--config", name])
+    network = content(name).get("model", {}).get("init_args", {}).get("network")
+    assert network is None or cli.model.hparams.network == network
+    added = [entry["class_path"].rpartition(".")[2] for entry in content(name).get("trainer", {}).get("callbacks+", [])]
+    assert {*added} <= {type(callback).__name__ for callback in cli.trainer.callbacks}
+
+
+def test_the_measured_flatness_setting_composes():
+    for method in ("sgd", "sam"):
+        cli = get_cli([*arguments(f"flatness/{method}_cifar10"), "--config", "flatness/cifar10_10k"])
+        assert (cli.datamodule.batch_size, cli.datamodule.crop_flip) == (128, None)
+        assert cli.model.configure_optimizers()["lr_scheduler"]["scheduler"].T_max == cli.trainer.max_epochs == 30
 
 
 @pytest.mark.parametrize("name", OPENNESS)

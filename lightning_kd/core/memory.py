@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from lightning_kd.core.distributed import gather_by_index
+from lightning_kd.core.second_pass import second_pass
 
 
 class SampleMemory:
@@ -50,7 +51,12 @@ class SampleMemory:
         self.seen = torch.zeros(count, dtype=torch.bool, device=device)
 
     def write(self, index: Tensor, rows: Tensor) -> None:
-        """Replace the rows of ``index`` int64 ``[B]`` by ``rows`` ``[B, *shape]``, without gradient."""
+        """Replace the rows of ``index`` int64 ``[B]`` by ``rows`` ``[B, *shape]``, without gradient.
+
+        Nothing is written in the second evaluation of a batch by an optimizer such as SAM.
+        """
+        if second_pass():
+            return
         self.rows[index] = rows.detach().to(self.rows.dtype)
         self.seen[index] = True
 

@@ -69,10 +69,11 @@ class RunFolder:
         return path
 
     def clear(self) -> None:
-        """Remove what an earlier fit left: checkpoints, exported networks (``*.pt``), metrics, predictions, labels."""
+        """Remove what an earlier fit left: checkpoints, exported networks (``*.pt``), metrics, predictions, reports."""
         for name in ("checkpoints", "pictures"):
             shutil.rmtree(self.path / name, ignore_errors=True)
-        names = ("metrics.csv", "predictions.csv", "noisy_labels.csv", "wrong_labels.csv", "noise.npz", "traceback.txt")
+        names = ["metrics.csv", "predictions.csv", "noisy_labels.csv", "wrong_labels.csv", "noise.npz", "traceback.txt"]
+        names += ["shifts.json", "shift.json", "sharpness.json"]
         for path in [*self.path.glob("*.pt"), *(self.path / name for name in names)]:
             path.unlink(missing_ok=True)
 

@@ -18,6 +18,7 @@ from torchmetrics.classification import MulticlassAccuracy, MulticlassCalibratio
 
 from lightning_kd.core.batch import as_batch
 from lightning_kd.core.finite import FiniteGuard
+from lightning_kd.core.second_pass import second_pass
 from lightning_kd.core.seeding import EpochSeeding, global_seed, numpy_generator
 from lightning_kd.nets import network_for
 
@@ -230,6 +231,8 @@ class Task(L.LightningModule):
         with torch.no_grad():
             values = torch.stack([loss.detach(), *(part.detach() for part in (parts if len(parts) > 1 else ()))])
             self._finite.note(names, values, logits.detach(), step, self.current_epoch)
+            if second_pass():
+                return loss
             right = logits.argmax(1) == target
             if counted is None:
                 accuracy = right.to(values.dtype).mean()
@@ -246,7 +249,12 @@ class Task(L.LightningModule):
         return loss
 
     def accumulate(self, names: tuple[str, ...], values: Tensor, weight: int | Tensor) -> None:
-        """Add ``values`` ``[len(names)]`` to the epoch's means, logged as ``train/NAME``; nothing leaves the device."""
+        """Add ``values`` ``[len(names)]`` to the epoch's means, logged as ``train/NAME``; nothing leaves the device.
+
+        An optimizer that evaluates the batch twice counts once.
+        """
+        if second_pass():
+            return
         entry = self._sums.get(names)
         if entry is None:  # terms may come and go between epochs
             wide = torch.float32 if values.device.type == "mps" else torch.float64

@@ -15,6 +15,7 @@ from lightning_kd.core.distributed import gather_by_index
 from lightning_kd.core.losses import at_least_float32
 from lightning_kd.core.memory import SampleMemory
 from lightning_kd.core.passes import ordered_pass
+from lightning_kd.core.second_pass import second_pass
 from lightning_kd.core.task import Task
 from lightning_kd.core.weights import load_weights
 from lightning_kd.noisy_labels._scores import LabelScores, logit_margin, min_max, split_scaled
@@ -169,7 +170,7 @@ class NoisyLabelTask(Task, ABC):
 
     def note(self, batch: Batch, logits: Tensor, network: int = 0) -> None:
         """Keep margin and prediction of a training batch for the verdict (one of each network) logged this epoch."""
-        if batch.index is not None:
+        if batch.index is not None and not second_pass():
             with torch.no_grad():
                 clean = batch.extras.get("clean_target", torch.full_like(batch.target, -1))
                 margin, predicted = logit_margin(logits, batch.target), logits.argmax(1)

@@ -22,6 +22,7 @@ from lightning_kd.core.batch import Batch, as_batch
 from lightning_kd.core.distributed import gather_by_index
 from lightning_kd.core.losses import at_least_float32, check_positive
 from lightning_kd.core.run import write_text
+from lightning_kd.core.second_pass import second_pass
 from lightning_kd.core.taps import penultimate_tap
 from lightning_kd.core.weights import load_weights
 from lightning_kd.metrics import selection_metrics
@@ -306,6 +307,8 @@ class BLDR(NoisyLabelTask):
     @torch.no_grad()
     def _note_batch(self, batch: Batch, outputs: _Outputs) -> None:
         """Keep what the negative head says of the given labels, for the weights of the next epoch."""
+        if second_pass():
+            return
         target = batch.target
         clean = batch.extras.get("clean_target", torch.full_like(target, -1))
         scores = _log_mean(outputs.positive, outputs.negative)
@@ -314,7 +317,7 @@ class BLDR(NoisyLabelTask):
         self._epoch.append((self.index_of(batch), target, clean, believed, margin, predicted))
 
     def on_after_backward(self) -> None:
-        if self._used is None:
+        if self._used is None or second_pass():
             return
         index, u, v = self._used
         self._used = None

@@ -1,0 +1,164 @@
+"""Training samples as they are, for what looks at a network from outside: weight shifts, sharpness."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Sized
+from typing import Any, NamedTuple
+
+import lightning as L
+import numpy as np
+import torch
+import torch.distributed as dist
+from torch.utils.data import DataLoader, default_collate
+
+from lightning_kd.core.batch import Batch, as_batch
+from lightning_kd.core.seeding import numpy_generator
+
+
+class Samples(NamedTuple):
+    """Some training samples.
+
+    Attributes:
+        indices: int64 ``[n]``, ascending: positions in the full training array, those of all processes.
+        loader: the ``Batch`` es of this process's share, without augmentation, the same in every pass; no sample comes
+            twice over all processes.
+    """
+
+    indices: np.ndarray
+    loader: Iterable[Batch]
+
+
+def sample_source(trainer: L.Trainer) -> Any:
+    """Where the training samples of a fit come from: its data module if it is one of ours, else its training loader.
+
+    Raises:
+        ValueError: where it has neither.
+    """
+    data = getattr(trainer, "datamodule", None)
+    if hasattr(data, "loader") and hasattr(data, "train_target"):
+        return data
+    loader = trainer.train_dataloader
+    if isinstance(loader, DataLoader):
+        return loader
+    raise ValueError(
+        f"training samples are drawn from a data module of this package or a torch DataLoader, got "
+        f"{type(loader).__name__}: give the fit one of them"
+    )
+
+
+def training_samples(
+    source: Any,
+    count: int | None = None,
+    *,
+    seed: int = 0,
+    stream: str = "samples",
+    balanced: bool = False,
+    num_classes: int | None = None,
+    exclude: np.ndarray | None = None,
+) -> Samples:
+    """Draw training samples, the same for every process and every call with the same arguments.
+
+    From a data module of this package they come without augmentation. From a user's ``DataLoader`` they come as its
+    dataset gives them, read once and kept, so that random transforms are at least the same in each pass.
+
+    Args:
+        source: from ``sample_source``, or a data module that is set up, or a ``DataLoader`` over a map-style dataset.
+        count: how many; all where there are fewer. Default: all.
+        seed: with ``stream``, fixes the draw.
+        stream: a name; each gives another draw.
+        balanced: as many of each class as there are, up to a difference of one.
+        num_classes: with ``balanced``, needed for a ``DataLoader`` alone.
+        exclude: positions that are not drawn.
+
+    Raises:
+        ValueError: where no sample is left, or a ``DataLoader`` has no map-style dataset.
+        TypeError: where its items are no ``(image, target)``.
+    """
+    if count is not None and count < 1:
+        raise ValueError(f"count must be at least 1, got {count}: give a number of samples")
+    generator = numpy_generator(seed, stream)
+    if isinstance(source, DataLoader):
+        return _from_dataset(source, count, generator, balanced, num_classes, exclude)
+    indices = _without(np.asarray(source.train_indices), exclude)
+    target = source.train_target.numpy()[indices]
+    order = generator.permutation(len(indices))
+    if count is not None:
+        order = order[_in_turn(target[order], source.num_classes)[:count]] if balanced else order[:count]
+    chosen = np.sort(indices[order])
+    return Samples(chosen, source.loader("train", chosen))
+
+
+def _without(indices: np.ndarray, exclude: np.ndarray | None) -> np.ndarray:
+    left = indices if exclude is None else np.setdiff1d(indices, exclude)
+    if not len(left):
+        raise ValueError(
+            f"there is no training sample left beside the {len(indices)} already taken: take fewer, or give more data"
+        )
+    return left
+
+
+def _in_turn(target: np.ndarray, num_classes: int) -> np.ndarray:
+    """Positions in ``target``, one of each class in turn; within a class in their order."""
+    rank = np.empty(len(target), dtype=np.int64)
+    for c in range(num_classes):
+        of_class = target == c
+        rank[of_class] = np.arange(of_class.sum())
+    return np.lexsort((np.arange(len(target)), rank))
+
+
+class _Kept:
+    """Batches of items that were read once."""
+
+    def __init__(self, items: list[Any], indices: np.ndarray, batch_size: int, collate: Any) -> None:
+        self.items, self.indices, self.batch_size, self.collate = items, indices, batch_size, collate
+
+    def __len__(self) -> int:
+        return -(-len(self.items) // self.batch_size)
+
+    def __iter__(self) -> Iterator[Batch]:
+        for start in range(0, len(self.items), self.batch_size):
+            batch = as_batch(self.collate(self.items[start : start + self.batch_size]))
+            yield batch._replace(index=torch.from_numpy(self.indices[start : start + self.batch_size]))
+
+
+def _from_dataset(
+    loader: DataLoader,
+    count: int | None,
+    generator: np.random.Generator,
+    balanced: bool,
+    num_classes: int | None,
+    exclude: np.ndarray | None,
+) -> Samples:
+    dataset = loader.dataset
+    if not isinstance(dataset, Sized):
+        raise ValueError(f"training samples need a dataset with a length, got {type(dataset).__name__}: give one")
+    order = generator.permutation(_without(np.arange(len(dataset)), exclude))
+    chosen = order if count is None else order[:count]
+    kept: dict[int, Any] = {}
+    if balanced and count is not None:
+        if num_classes is None:
+            raise ValueError("num_classes is needed to draw balanced samples from a DataLoader: give it")
+        # labels are known only by reading: until each class has its share, or all is read
+        share, room = -(-count // num_classes), np.full(num_classes, -(-count // num_classes))
+        taken: list[int] = []
+        labels: list[int] = []
+        for position in order.tolist():
+            item = dataset[position]
+            label = int(as_batch(item).target)
+            if room[label] > 0:
+                room[label] -= 1
+                kept[position] = item
+                taken.append(position)
+                labels.append(label)
+                if len(taken) == share * num_classes:
+                    break
+        chosen = np.asarray(taken)[_in_turn(np.asarray(labels), num_classes)[:count]]
+    chosen = np.sort(chosen)
+    rank, world_size = (dist.get_rank(), dist.get_world_size()) if _distributed() else (0, 1)
+    mine = chosen[rank::world_size]
+    items = [kept[p] if p in kept else dataset[p] for p in mine.tolist()]
+    return Samples(chosen, _Kept(items, mine, loader.batch_size or 1, loader.collate_fn or default_collate))
+
+
+def _distributed() -> bool:
+    return dist.is_available() and dist.is_initialized()

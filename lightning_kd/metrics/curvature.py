@@ -1,0 +1,238 @@
+"""The Hessian of a network's mean loss by products with vectors: the products and the eigenvalues.
+
+Every function takes a network, a loss and data, in this order, and leaves the network as it was: mode, parameters,
+buffers, gradients and random state. The Hessian is that of the network in eval mode, in float32 (float64 where the
+network is), without autocast and TF32. Raw eigenvalues and traces change when the weights of a network are rescaled so
+that its function stays (as two layers around a ReLU, or a convolution before batch normalisation), and they shrink with
+the loss: compare networks at equal data and loss, and look at ``layer_relative_flatness`` beside them.
+
+Yao et al., PyHessian, arXiv 1912.07145; Petzka et al., Relative Flatness and Generalization, arXiv 2001.00939.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from lightning_kd.metrics._inputs import generator
+from lightning_kd.metrics._objective import LossFn, Measured, Objective, objective
+
+
+@dataclass(frozen=True)
+class HessianEigenvalues(Measured):
+    """Ends of the spectrum of a Hessian.
+
+    Attributes:
+        values: the largest ``k`` eigenvalues (not magnitudes), descending.
+        smallest: the smallest eigenvalue; negative away from a minimum.
+        error: how far the worst of these is from an eigenvalue at most, in exact arithmetic.
+        alpha: diagonal of the tridiagonal matrix, one entry a step.
+        beta: its off-diagonal, one entry less.
+    """
+
+    values: list[float]
+    smallest: float
+    error: float
+    alpha: list[float]
+    beta: list[float]
+
+
+@dataclass(frozen=True)
+class PowerIteration(Measured):
+    """The eigenvalue of largest magnitude.
+
+    Attributes:
+        value: the last quotient.
+        quotients: ``v^T H v`` of each unit vector in turn.
+    """
+
+    value: float
+    quotients: list[float]
+
+
+def hessian_vector_product(
+    model: nn.Module,
+    loss_fn: LossFn | None,
+    loader: Any,
+    vector: Tensor,
+    *,
+    parameters: Sequence[str] | None = None,
+    l2: float = 0.0,
+) -> Tensor:
+    """The Hessian of the mean loss times a vector.
+
+    Several processes: each gives its share of the data, no sample twice, and the same vector; all get the product with
+    the Hessian of all samples. A parameter that the loss does not depend on has second derivative 0.
+
+    Args:
+        model: a network.
+        loss_fn: ``loss_fn(model, batch)``, the mean loss of a batch as a scalar. Default: cross-entropy of
+            ``model(batch[0])`` on ``batch[1]``.
+        loader: one batch, a list of batches, or a loader that gives the same samples in every pass. Batches count by
+            their size; tensors are moved to the model's device and type.
+        vector: ``[P]``, all chosen parameters flattened, in the order of ``model.named_parameters()``.
+        parameters: names of parameters, or of modules for all of theirs. Default: all trainable ones.
+        l2: adds ``l2 / 2`` times the squared norm of the chosen parameters to the loss.
+
+    Returns:
+        ``[P]``, in the type of the computation.
+
+    Raises:
+        ValueError: for no sample, no parameter, a loss that is not finite, or a vector of another length.
+        TypeError: for a loader that can be read only once.
+        RuntimeError: where an operation has no second derivative.
+    """
+    with objective(model, loss_fn, loader, parameters=parameters, l2=l2) as found:
+        return found.hvp(found.check(vector, "vector"))
+
+
+def hessian_eigenvalues(
+    model: nn.Module,
+    loss_fn: LossFn | None,
+    loader: Any,
+    k: int = 1,
+    steps: int = 30,
+    *,
+    start: Tensor | None = None,
+    seed: int = 0,
+    offload: bool = False,
+    parameters: Sequence[str] | None = None,
+    l2: float = 0.0,
+) -> HessianEigenvalues:
+    """The largest eigenvalues of the Hessian and the smallest, by the Lanczos iteration.
+
+    Each new vector is made orthogonal to all before it, twice. The loader must give the same samples in every pass;
+    one that does not is an error.
+
+    Args:
+        model: see ``hessian_vector_product``, as ``loss_fn``, ``loader``, ``parameters`` and ``l2``.
+        loss_fn: the loss.
+        loader: the data.
+        k: how many of the largest.
+        steps: Hessian-vector products at most; eigenvalues at the ends converge first.
+        start: ``[P]``, the first vector, of any length but 0. Default: normal from ``seed``.
+        seed: of the start.
+        offload: keep the ``steps`` vectors on the CPU.
+
+    Raises:
+        ValueError: where ``k`` is below 1, above ``steps`` or above the number of parameters.
+    """
+    with objective(model, loss_fn, loader, parameters=parameters, l2=l2) as found:
+        return lanczos(found, k, steps, start, seed, offload)
+
+
+def lanczos(
+    found: Objective, k: int = 1, steps: int = 30, start: Tensor | None = None, seed: int = 0, offload: bool = False
+) -> HessianEigenvalues:
+    """``hessian_eigenvalues`` of an objective."""
+    size = len(found.weights)
+    steps = min(steps, size)
+    if not 1 <= k <= steps:
+        raise ValueError(f"k must be between 1 and the steps and parameters, {steps}, got {k}: take more steps")
+    place = torch.device("cpu") if offload else found.device
+    basis = torch.zeros(steps, size, dtype=found.dtype, device=place)
+    alpha: list[float] = []
+    beta: list[float] = []
+    vector = _start(found, start, seed).to(place)
+    rest = 0.0
+    for i in range(steps):
+        basis[i] = vector
+        product = found.hvp(vector.to(found.device)).to(place)
+        alpha.append(float(vector @ product))
+        product -= alpha[-1] * vector
+        if i:
+            product -= beta[-1] * basis[i - 1]
+        product = _orthogonal(product, basis[: i + 1])
+        rest = float(product.norm())
+        if i == steps - 1:
+            break
+        scale = max(map(abs, [*alpha, *beta]))
+        if rest <= 10 * torch.finfo(found.dtype).eps * scale:
+            rest = 0.0
+            if i + 1 >= k:
+                break  # the vectors span all that the start has a part in
+            vector = _orthogonal(_start(found, None, seed + i + 1).to(place), basis[: i + 1])
+            vector /= vector.norm()
+        else:
+            vector = product / rest
+        beta.append(rest)
+    matrix = torch.diag(torch.tensor(alpha, dtype=torch.float64))
+    off = torch.tensor(beta, dtype=torch.float64)
+    values, vectors = torch.linalg.eigh(matrix + torch.diag(off, 1) + torch.diag(off, -1))
+    bounds = rest * vectors[-1].abs()
+    return HessianEigenvalues(
+        **found.measured(),
+        values=values.flip(0)[:k].tolist(),
+        smallest=float(values[0]),
+        error=float(torch.cat([bounds[:1], bounds[-k:]]).max()),
+        alpha=alpha,
+        beta=beta,
+    )
+
+
+def power_iteration(
+    model: nn.Module,
+    loss_fn: LossFn | None,
+    loader: Any,
+    *,
+    steps: int = 100,
+    tolerance: float = 1e-3,
+    start: Tensor | None = None,
+    seed: int = 0,
+    parameters: Sequence[str] | None = None,
+    l2: float = 0.0,
+) -> PowerIteration:
+    """The eigenvalue of largest magnitude, which may be negative, by repeated multiplication.
+
+    ``hessian_eigenvalues`` finds both ends of the spectrum in fewer products; this is what others report.
+
+    Args:
+        model: see ``hessian_vector_product``, as ``loss_fn``, ``loader``, ``parameters`` and ``l2``.
+        loss_fn: the loss.
+        loader: the data.
+        steps: at most.
+        tolerance: stop once the quotient changes by less than this share; 0 for all steps.
+        start: ``[P]``. Default: normal from ``seed``.
+        seed: of the start.
+
+    Raises:
+        ValueError: where ``steps`` is below 1.
+    """
+    if steps < 1:
+        raise ValueError(f"steps must be at least 1, got {steps}")
+    with objective(model, loss_fn, loader, parameters=parameters, l2=l2) as found:
+        vector = _start(found, start, seed)
+        quotients: list[float] = []
+        for _ in range(steps):
+            product = found.hvp(vector)
+            quotients.append(float(vector @ product))
+            length = float(product.norm())
+            if length == 0:
+                break
+            vector = product / length
+            if len(quotients) > 1 and abs(quotients[-1] - quotients[-2]) < tolerance * abs(quotients[-2]):
+                break
+        return PowerIteration(**found.measured(), value=quotients[-1], quotients=quotients)
+
+
+def _start(found: Objective, start: Tensor | None, seed: int) -> Tensor:
+    """The given vector or a random one, of length 1."""
+    if start is None:
+        start = torch.randn(len(found.weights), generator=generator(seed, "start", 0), dtype=torch.float64)
+    vector = found.check(start, "start")
+    length = float(vector.norm())
+    if not 0 < length < math.inf:
+        raise ValueError(f"start must have a finite length above 0, got {length}")
+    return vector / length
+
+
+def _orthogonal(vector: Tensor, basis: Tensor) -> Tensor:
+    """``vector`` less its part in the span of orthonormal ``basis`` rows; twice, for rounding."""
+    for _ in range(2):
+        vector = vector - basis.T @ (basis @ vector)
+    return vector

@@ -1,0 +1,220 @@
+"""Traces of the Hessian of a network's mean loss, and relative flatness, by random probes.
+
+What ``lightning_kd.metrics.curvature`` says of the network, the data and of rescaling holds here too.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from lightning_kd.metrics._inputs import generator
+from lightning_kd.metrics._objective import LossFn, Measured, Objective, objective
+
+_PROBES_AT_ONCE = 10
+
+
+@dataclass(frozen=True)
+class HessianTrace(Measured):
+    """An estimated trace.
+
+    Attributes:
+        value: the mean of the quadratic forms of all probes.
+        standard_error: of ``value``; NaN with one probe.
+        probes: how many there were.
+        quadratic_forms: of each probe.
+        per_parameter: the part of each parameter tensor by its name; they sum up to ``value``.
+    """
+
+    value: float
+    standard_error: float
+    probes: int
+    quadratic_forms: list[float]
+    per_parameter: dict[str, float]
+
+    @property
+    def per_layer(self) -> dict[str, float]:
+        """The part of each module by its path: weight and bias together."""
+        layers: dict[str, float] = {}
+        for name, value in self.per_parameter.items():
+            layer = name.rpartition(".")[0]
+            layers[layer] = layers.get(layer, 0.0) + value
+        return layers
+
+
+def hessian_trace(
+    model: nn.Module,
+    loss_fn: LossFn | None,
+    loader: Any,
+    *,
+    min_probes: int = 30,
+    max_probes: int = 200,
+    tolerance: float = 0.02,
+    vectors: Tensor | None = None,
+    seed: int = 0,
+    parameters: Sequence[str] | None = None,
+    l2: float = 0.0,
+) -> HessianTrace:
+    """The trace of the Hessian and of its blocks, by Hutchinson's estimator.
+
+    The mean of ``z^T H z`` over vectors ``z`` of random signs, each from a generator of its own. Probes are added until
+    the standard error is small enough; ten at a time share the graph of a batch.
+
+    Args:
+        model: see ``hessian_vector_product``, as ``loss_fn``, ``loader``, ``parameters`` and ``l2``.
+        loss_fn: the loss.
+        loader: the data.
+        min_probes: at least so many.
+        max_probes: at most so many.
+        tolerance: stop once the standard error is at most this share of the estimate.
+        vectors: ``[k, P]``, these probes and no others.
+        seed: of the probes.
+    """
+    with objective(model, loss_fn, loader, parameters=parameters, l2=l2) as found:
+        return hutchinson(found, min_probes, max_probes, tolerance, vectors, seed)
+
+
+def hutchinson(
+    found: Objective,
+    min_probes: int = 30,
+    max_probes: int = 200,
+    tolerance: float = 0.02,
+    vectors: Tensor | None = None,
+    seed: int = 0,
+) -> HessianTrace:
+    """``hessian_trace`` of an objective."""
+    size = len(found.weights)
+    if vectors is not None:
+        if vectors.ndim != 2 or vectors.shape[1] != size or not len(vectors):
+            raise ValueError(f"vectors must be [k, {size}], one probe a row, got {list(vectors.shape)}")
+        return _mean_form(found, _forms(found, lambda i: vectors[i]), len(vectors), len(vectors), tolerance)
+    return _mean_form(found, _forms(found, lambda i: _signs(size, seed, i)), min_probes, max_probes, tolerance)
+
+
+def layer_relative_flatness(
+    model: nn.Module,
+    loss_fn: LossFn | None,
+    loader: Any,
+    layer: str,
+    *,
+    min_probes: int = 30,
+    max_probes: int = 200,
+    tolerance: float = 0.02,
+    seed: int = 0,
+) -> HessianTrace:
+    """Relative flatness ``kappa`` of one layer, ``sum_{s,t} <w_s, w_t> tr(H_st)`` over pairs of its outputs.
+
+    ``H_st`` are the blocks of the Hessian in the rows ``w_s`` of the weight ``W`` ``[K, D]`` (a filter of a
+    convolution, flattened, is a row). Estimated by ``u = W z`` with random signs ``z`` ``[D, D]``: ``kappa`` is the
+    mean of ``u^T H u``. Rescaling the layers of a ReLU network so that its function stays does not change it. For the
+    classifier ``lightning_kd.metrics.relative_flatness`` has the exact value without any derivative.
+
+    Args:
+        model: see ``hessian_vector_product``, as ``loss_fn`` and ``loader``.
+        loss_fn: the loss.
+        loader: the data.
+        layer: path of a module whose ``weight`` has at least 2 dimensions.
+        min_probes: see ``hessian_trace``, as ``max_probes``, ``tolerance`` and ``seed``.
+
+    Raises:
+        ValueError: where ``layer`` is no such module.
+
+    Source: Petzka et al., arXiv 2001.00939, definition 3.
+    """
+    module = dict(model.named_modules()).get(layer)
+    weight = getattr(module, "weight", None)
+    name = f"{layer}.weight" if layer else "weight"
+    if not isinstance(weight, nn.Parameter) or weight.ndim < 2 or name not in dict(model.named_parameters()):
+        raise ValueError(
+            f"layer {layer!r} of {type(model).__name__} has no weight with rows: name a Linear or Conv module"
+        )
+    with objective(model, loss_fn, loader, parameters=[name]) as found:
+        rows = found.weights.view(weight.shape[0], -1)
+        width = rows.shape[1]
+
+        def probe(i: int) -> Tensor:
+            signs = _signs(width * width, seed, i).view(width, width)
+            return (rows @ signs.to(rows)).reshape(-1)
+
+        return _mean_form(found, _forms(found, probe), min_probes, max_probes, tolerance)
+
+
+def gauss_newton_trace(
+    model: nn.Module,
+    loader: Any,
+    *,
+    min_probes: int = 30,
+    max_probes: int = 200,
+    tolerance: float = 0.02,
+    seed: int = 0,
+    parameters: Sequence[str] | None = None,
+) -> HessianTrace:
+    """Trace of the Gauss-Newton matrix of softmax cross-entropy, ``mean_n tr(J_n^T (diag(p_n) - p_n p_n^T) J_n)``.
+
+    At least 0, and the trace of the Hessian itself where each weight enters the logits piecewise linearly, as in ReLU
+    networks without batch normalisation. A probe costs one backward pass: with a factor ``L L^T = diag(p) - p p^T`` and
+    random signs ``z`` for each logit of each sample it is the squared norm of the gradient of ``<logits, L z>``.
+
+    Args:
+        model: gives logits ``[B, C]`` for ``batch[0]``; see ``hessian_vector_product``, as ``loader`` and
+            ``parameters``.
+        loader: the data, with targets ``batch[1]`` for the loss.
+        min_probes: see ``hessian_trace``, as ``max_probes``, ``tolerance`` and ``seed``.
+
+    Returns:
+        The estimate, with 0 Hessian-vector products.
+    """
+    with objective(model, None, loader, parameters=parameters) as found:
+        rank = dist.get_rank() if dist.is_available() and dist.is_initialized() else 0
+
+        def cotangent(probe: int, batch: int, logits: Tensor) -> Tensor:
+            signs = torch.randint(0, 2, logits.shape, generator=generator(seed, "logits", probe, batch, rank)) * 2 - 1
+            p = logits.detach().softmax(1)
+            root = p.sqrt() * signs.to(p)
+            return root - p * root.sum(1, keepdim=True)
+
+        def forms(start: int, end: int) -> Tensor:
+            return found.gradient_forms(cotangent, range(start, end))
+
+        return _mean_form(found, forms, min_probes, max_probes, tolerance)
+
+
+def _forms(found: Objective, probe: Callable[[int], Tensor]) -> Callable[[int, int], Tensor]:
+    return lambda start, end: found.quadratic_forms([probe(i) for i in range(start, end)])
+
+
+def _mean_form(
+    found: Objective, of_probes: Callable[[int, int], Tensor], least: int, most: int, tolerance: float
+) -> HessianTrace:
+    """The mean of the forms of probes 0, 1, ..., as many as it takes; ``of_probes(start, end)`` gives some."""
+    if not 1 <= least <= most:
+        raise ValueError(f"min_probes must be between 1 and max_probes, got {least} and {most}")
+    forms = torch.zeros(0, len(found.names), dtype=torch.float64)
+    error = math.nan
+    while len(forms) < most:
+        end = min(len(forms) + _PROBES_AT_ONCE, most)
+        forms = torch.cat([forms, of_probes(len(forms), end)])
+        total = forms.sum(1)
+        error = float(total.std()) / math.sqrt(len(total)) if len(total) > 1 else math.nan
+        if len(forms) >= least and error <= tolerance * abs(float(total.mean())):
+            break
+    total = forms.sum(1)
+    return HessianTrace(
+        **found.measured(),
+        value=float(total.mean()),
+        standard_error=error,
+        probes=len(forms),
+        quadratic_forms=total.tolist(),
+        per_parameter=dict(zip(found.names, forms.mean(0).tolist(), strict=True)),
+    )
+
+
+def _signs(size: int, seed: int, number: int) -> Tensor:
+    """Random signs, int8 ``[size]``: on the CPU, so that every process and device sees the same."""
+    return torch.randint(0, 2, (size,), dtype=torch.int8, generator=generator(seed, "probe", number)) * 2 - 1

@@ -1,0 +1,72 @@
+"""Fixed training samples from a data module and from a user's loader."""
+
+import numpy as np
+import pytest
+import torch
+from torch.utils.data import DataLoader, IterableDataset, TensorDataset
+
+from lightning_kd.core.samples import training_samples
+from lightning_kd.data import DigitsDataModule
+
+
+def digits():
+    data = DigitsDataModule(fake=True, batch_size=16)
+    data.setup()
+    return data
+
+
+def dataset():
+    target = torch.arange(90) % 9 // 4  # classes 0, 1, 2 with 40, 40, 10 samples
+    return TensorDataset(torch.randn(90, 4), target)
+
+
+def all_of(samples):
+    batches = list(samples.loader)
+    return torch.cat([b.image for b in batches]), torch.cat([b.target for b in batches])
+
+
+@pytest.mark.parametrize("make", [digits, lambda: DataLoader(dataset(), batch_size=8, shuffle=True)])
+def test_the_same_each_time_and_others_by_stream(make):
+    source = make()
+    first, again = (training_samples(source, 20, seed=1, stream="a") for _ in range(2))
+    other = training_samples(source, 20, seed=1, stream="b")
+    assert len(first.indices) == 20
+    assert (first.indices == again.indices).all()
+    assert (first.indices != other.indices).any()
+    image, target = all_of(first)
+    assert image.equal(all_of(first)[0])  # re-iterable
+    assert len(target) == 20
+    rest = training_samples(source, None, exclude=first.indices)
+    assert not np.isin(rest.indices, first.indices).any()
+    total = len(source.train_indices) if hasattr(source, "train_indices") else len(source.dataset)
+    assert len(rest.indices) == total - 20
+
+
+@pytest.mark.parametrize("make", [digits, lambda: DataLoader(dataset(), batch_size=8)])
+def test_balanced(make):
+    source = make()
+    classes = getattr(source, "num_classes", 3)
+    target = all_of(training_samples(source, 3 * classes + 1, balanced=True, num_classes=classes))[1]
+    assert sorted(torch.bincount(target).tolist()) == [3] * (classes - 1) + [4]
+
+
+def test_a_small_class_gives_all_it_has():
+    samples = training_samples(DataLoader(dataset(), batch_size=8), 60, balanced=True, num_classes=3)
+    assert torch.bincount(all_of(samples)[1]).tolist() == [20, 20, 10]
+
+
+def test_errors():
+    source = DataLoader(dataset(), batch_size=8)
+    with pytest.raises(ValueError, match="no training sample left"):
+        training_samples(source, 5, exclude=np.arange(90))
+    with pytest.raises(ValueError, match="count must be at least 1, got 0"):
+        training_samples(source, 0)
+    with pytest.raises(ValueError, match="num_classes is needed"):
+        training_samples(source, 5, balanced=True)
+
+    class Endless(IterableDataset):
+        def __iter__(self):
+            yield torch.zeros(4), 0
+
+    with pytest.raises(ValueError, match="dataset with a length, got Endless"):
+        training_samples(DataLoader(Endless()), 5)

@@ -1,0 +1,115 @@
+"""The rise of the loss around a minimum, and the report of all measures."""
+
+from __future__ import annotations
+
+import json
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from lightning_kd.metrics import (
+    epsilon_sharpness,
+    hessian_eigenvalues,
+    hessian_trace,
+    measure_sharpness,
+    neural_collapse,
+    relative_flatness,
+)
+from tests.metrics.test_curvature import Quadratic, Rich, first, mlp, parted, samples
+
+
+def test_rise_on_a_quadratic() -> None:
+    # L = (1 + 10) / 2 at (1, 1); the step is 0.1 (1, 10) / |(1, 10)|
+    model = Quadratic(torch.diag(torch.tensor([1.0, 10.0]).double()))
+    model.w.data.fill_(1)
+    found = epsilon_sharpness(model, first, samples(1), rho=0.1)
+    assert found.loss == 5.5
+    expected = ((1 + 0.1 / 101**0.5) ** 2 + 10 * (1 + 1 / 101**0.5) ** 2) / 2
+    assert found.perturbed_loss == pytest.approx(expected, rel=1e-12)
+    assert found.value == pytest.approx(expected - 5.5, rel=1e-7)
+
+
+def linear(model: nn.Module, batch: Any) -> Tensor:
+    return 3 * model.weight.sum() + 4 * model.bias.sum()
+
+
+def test_adaptive_rise_scales_weights_only() -> None:
+    model = nn.Linear(1, 1).double()
+    model.weight.data.fill_(2)
+    model.bias.data.fill_(5)
+    # L = 3 w + 4 b: T = (2.01, 1), e = 0.5 T^2 g / |T g|
+    batch = (torch.ones(1, 1), torch.ones(1))
+    found = epsilon_sharpness(model, linear, batch, rho=0.5, adaptive=True)
+    assert found.value == pytest.approx(0.5 * ((2.01 * 3) ** 2 + 4**2) ** 0.5, rel=1e-12)
+
+
+def test_adaptive_rise_outlives_rescaling() -> None:
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(4, 6, bias=False), nn.ReLU(), nn.Linear(6, 3, bias=False)).double()
+    rises = []
+    for _ in range(2):
+        kinds = {"adaptive": {"adaptive": True, "eta": 0.0}, "plain": {}}
+        rises.append({kind: epsilon_sharpness(model, None, samples(), **o).value for kind, o in kinds.items()})
+        model[0].weight.data *= 4
+        model[2].weight.data /= 4
+    assert rises[1]["adaptive"] == pytest.approx(rises[0]["adaptive"], rel=1e-9)
+    assert rises[1]["plain"] != pytest.approx(rises[0]["plain"], rel=0.1)
+
+
+def test_report_holds_what_the_functions_find() -> None:
+    model, (image, target) = mlp(), samples()
+    found = measure_sharpness(model, None, parted([5, 5, 2]), classifier=model[4], rhos=(0.05,), max_probes=30, seed=4)
+    eigenvalues = hessian_eigenvalues(model, None, samples(), seed=4)
+    trace = hessian_trace(model, None, samples(), max_probes=30, seed=4)
+    feature = model[:4](image).detach()
+    logits = model[4](feature).detach()
+    assert found.loss == pytest.approx(F.cross_entropy(logits, target).item(), rel=1e-12)
+    assert found.accuracy == pytest.approx((logits.argmax(1) == target).double().mean().item())
+    assert (found.samples, found.hvps, found.dtype) == (12, 60, "float64")
+    assert found.top_eigenvalue == pytest.approx(eigenvalues.values[0], rel=1e-9)
+    assert found.smallest_eigenvalue == pytest.approx(eigenvalues.smallest, rel=1e-9)
+    assert (found.trace, found.trace_error) == pytest.approx((trace.value, trace.standard_error), rel=1e-9)
+    assert sum(found.layer_traces.values()) == pytest.approx(found.trace, rel=1e-9)
+    assert found.epsilon_sharpness == {0.05: pytest.approx(epsilon_sharpness(model, None, samples()).value, rel=1e-9)}
+    assert found.kappa == pytest.approx(relative_flatness(feature, model[4].weight, logits), rel=1e-12)
+    assert found.nc1 == pytest.approx(neural_collapse(feature, target, 3), rel=1e-12)
+    norm = torch.cat([p.detach().flatten() for p in model.parameters()]).norm()
+    assert found.weight_norm == pytest.approx(norm.item(), rel=1e-12)
+    lines = str(found).splitlines()
+    assert lines[0].startswith("loss ")
+    assert "12 samples, accuracy" in lines[0]
+    assert len({line.index(line.split()[-1]) >= 20 for line in lines[1:3]}) == 1
+    assert "kappa does not" in lines[-1]
+    plain = json.loads(json.dumps(found.to_dict(), allow_nan=False))
+    assert plain["epsilon_sharpness"] == {"0.05": found.epsilon_sharpness[0.05]}
+    assert plain["layer_traces"].keys() == {"0", "2", "4"}
+
+
+def test_report_measures_what_it_is_asked_for() -> None:
+    model = mlp()
+    found = measure_sharpness(model, lambda m, b: F.cross_entropy(m(b[0]), b[1]), samples(), which=["epsilon"])
+    assert (found.accuracy, found.trace, found.kappa, found.hvps) == (None, None, None, 0)
+    assert list(found.epsilon_sharpness) == [0.01, 0.05, 0.1, 0.5]
+    one = measure_sharpness(model, None, samples(1), classifier=model[4], which=["head"])
+    assert one.nc1 != one.nc1
+    assert one.to_dict()["nc1"] is None
+    with pytest.raises(ValueError, match=r"which must be of .* got \['flatness'\]"):
+        measure_sharpness(model, None, samples(), which=["flatness"])
+    with pytest.raises(ValueError, match="rho must be a positive length"):
+        epsilon_sharpness(model, None, samples(), rho=0.0)
+
+
+def test_report_leaves_the_network_alone() -> None:
+    torch.manual_seed(0)
+    model = Rich()
+    state = {name: value.clone() for name, value in model.state_dict().items()}
+    random = torch.get_rng_state()
+    measure_sharpness(model, None, samples(), classifier=model.frozen, steps=5, max_probes=30)
+    assert all(torch.equal(state[name], value) for name, value in model.state_dict().items())
+    assert all(p.grad is None for p in model.parameters())
+    assert all(module.training for module in model.modules())
+    assert not model.frozen._forward_hooks
+    assert torch.equal(torch.get_rng_state(), random)
