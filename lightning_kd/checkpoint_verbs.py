@@ -14,6 +14,7 @@ from lightning_kd.callbacks import SharpnessReport
 from lightning_kd.callbacks.sharpness import add_entry, keep_slice
 from lightning_kd.core.batch import as_batch
 from lightning_kd.core.run import RunFolder, write_text
+from lightning_kd.core.samples import OnDevice
 from lightning_kd.core.task import Task
 from lightning_kd.flatness.optimum_shifting import shift_network
 from lightning_kd.flatness.shifting import shift_samples
@@ -35,21 +36,21 @@ def shift_checkpoint(
     force: bool,
     output: str | None,
     **options: Any,
-) -> Path:
+) -> Path | None:
     """Shift layers of ``task.main_network``, write the new checkpoint and ``shift.json``, print the report.
 
     The new checkpoint is the old one with other weights, and with the report under ``optimum_shifting``. Its optimizer
     states are those of the old one: it is meant for tests, predictions and as ``weights`` of another training.
 
     Returns:
-        The path of the new checkpoint.
+        The path of the new checkpoint; ``None`` where the guard undid the shift and none is written.
 
     Raises:
-        FileExistsError: where ``output`` is the checkpoint itself.
+        FileExistsError: where there is an ``output`` already, or the default one is the checkpoint itself.
     """
     path = Path(output) if output is not None else Path(ckpt_path).with_name("shifted.ckpt")
-    if path.exists() and path.samefile(ckpt_path):
-        raise FileExistsError(f"output {path} is the checkpoint that is shifted: name another file")
+    if path.exists() and (output is not None or path.samefile(ckpt_path)):
+        raise FileExistsError(f"output {path} exists already: name another file")
     checkpoint = _load(trainer, task, data, ckpt_path)
     network = task.main_network
     chosen, others = shift_samples(
@@ -63,15 +64,11 @@ def shift_checkpoint(
         seed=seed,
         force=force,
     )
-
-    def on_device(loader: Any) -> list[Any]:
-        return [trainer.strategy.batch_to_device(batch) for batch in loader]
-
     report = shift_network(
         network,
         layers,
-        on_device(chosen.loader),
-        held_out=None if others is None else on_device(others.loader),
+        OnDevice(trainer, chosen.loader),
+        held_out=None if others is None else OnDevice(trainer, others.loader),
         selection=selection,
         num_classes=task.num_classes,
         force=force,
@@ -81,7 +78,11 @@ def shift_checkpoint(
     print(f"\n{report}")
     found = {"checkpoint": str(ckpt_path), "selection": selection, "seed": seed, **report.to_dict()}
     write_text(folder.path / "shift.json", json.dumps(found, indent=2) + "\n")
-    checkpoint["state_dict"] = {key: value.cpu() for key, value in task.state_dict().items()}
+    if report.undone:
+        print(f"no {path.name} is written; --guard null would keep the shift")
+        return None
+    state = task.state_dict()
+    checkpoint["state_dict"] = {key: state[key].cpu() for key in checkpoint["state_dict"]}
     checkpoint["optimum_shifting"] = found
     path.parent.mkdir(parents=True, exist_ok=True)
     partial = path.with_suffix(".partial")
@@ -134,7 +135,9 @@ def _load(trainer: L.Trainer, task: Task, data: Any, ckpt_path: str) -> dict[str
     data.trainer = trainer  # its device, and the labels of the run
     data.prepare_data()
     data.setup(None if hasattr(data, "train_target") else "fit")
+    kept = set(checkpoint["state_dict"])
+    task.on_load_checkpoint(checkpoint)  # first, as Lightning does: it may put in what the file leaves out
     task.load_state_dict(checkpoint["state_dict"], strict=task.strict_loading)
-    task.on_load_checkpoint(checkpoint)
+    checkpoint["state_dict"] = {key: value for key, value in checkpoint["state_dict"].items() if key in kept}
     task.to(trainer.strategy.root_device)
     return checkpoint

@@ -68,7 +68,7 @@ class RunTrainer(L.Trainer):
             rtol: singular values up to this share of the largest count as 0. Default: by the precision.
             force: shift even if classes are missing among the samples.
             seed: of the draw of the samples.
-            output: the new checkpoint. Default: shifted.ckpt beside the old one.
+            output: the new checkpoint, no file that exists. Default: shifted.ckpt beside the old one.
         """
         raise NotImplementedError("shift is a command: lightning-kd shift")
 
@@ -79,6 +79,7 @@ class RunTrainer(L.Trainer):
         ckpt_path: str | None = None,
         weights_only: bool | None = None,
         samples: int = 1000,
+        max_probes: int = 200,
         slices: str = "1d",
         points: int | None = None,
         seed: int = 0,
@@ -88,6 +89,7 @@ class RunTrainer(L.Trainer):
         Args:
             ckpt_path: last, best or a path.
             samples: training samples, without augmentation, that the loss is the mean over.
+            max_probes: products with the Hessian for its trace, at most; it stops at a standard error of 2 percent.
             slices: pictures of the loss around the weights: 1d, 2d, both or none.
             points: of a slice along each direction. Default: 51 in 1d, 21 in 2d.
             seed: of the samples, the probes and the directions.
@@ -397,7 +399,7 @@ class RunCLI(LightningCLI):
             if self.subcommand == "query":
                 path = shlex.quote(str(self._query_file))
                 return f"next: fill in the column label of {path}, then lightning-kd label {path}"
-            if self.subcommand == "shift":
+            if self._shifted is not None:
                 return f"next: lightning-kd test --config {config} --ckpt_path {shlex.quote(str(self._shifted))}"
             if trained and getattr(self.datamodule, "pool_path", None) is not None:
                 return f"next: lightning-kd query --config {config}"

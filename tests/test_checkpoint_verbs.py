@@ -1,12 +1,16 @@
 """``lightning-kd shift`` and ``lightning-kd sharpness`` on a finished checkpoint."""
 
 import json
+from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 
+from lightning_kd import checkpoint_verbs
 from lightning_kd.cli import main
+from lightning_kd.flatness import shift_network
 
 QUIET = ["--trainer.enable_progress_bar", "false", "--trainer.enable_model_summary", "false"]
 FIT = ["fit", "--config", "flatness/sgd_digits", "--config", "_overlay/smoke", *QUIET, "--run", "run"]
@@ -50,13 +54,32 @@ def test_a_checkpoint_is_shifted_tested_and_measured(tmp_path, capsys):
         assert saved["loss"][(1,) * len(shape)] == pytest.approx(entry["loss"], rel=1e-5)
 
 
+def test_a_checkpoint_without_its_teacher_is_shifted_and_an_undone_shift_writes_none(capsys, monkeypatch):
+    main(["fit", "--config", "distillation/kd_digits", *FIT[3:], "--model.teacher_weights", "random"])
+    capsys.readouterr()
+    with monkeypatch.context() as patch:
+        undo = lambda *args, **kwargs: replace(shift_network(*args, **kwargs), undone=True)  # noqa: E731
+        patch.setattr(checkpoint_verbs, "shift_network", undo)
+        main(["shift", "--run", "run", "--samples", "12", *QUIET])
+    out = capsys.readouterr().out
+    assert "no shifted.ckpt is written" in out
+    assert "next: lightning-kd test" not in out
+    assert not Path("run/checkpoints/shifted.ckpt").exists()
+    main(["shift", "--run", "run", "--guard", "null", "--samples", "12", *QUIET])
+    assert load("shifted")["state_dict"].keys() == load("last")["state_dict"].keys()
+    assert not any(key.startswith("teacher.") for key in load("shifted")["state_dict"])
+
+
 @pytest.mark.parametrize(
     ("words", "expected"),
     [
         (["shift", "--ckpt_path", "none/checkpoints/last.ckpt"], "there is no none/config.yaml: add --config"),
         (["shift", "--run", "run", "--layers", "[conv]"], "there is no layer 'conv' in CNN"),
         (["shift", "--run", "run", "--samples", "5"], "samples=5 are fewer than the 10 classes"),
-        (["shift", "--run", "run", "--output", "run/checkpoints/last.ckpt"], "is the checkpoint that is shifted"),
+        (
+            ["shift", "--run", "run", "--output", "run/checkpoints/last.ckpt"],
+            "last.ckpt exists already",
+        ),
         (["shift", "--run", "run", "--trainer.devices", "2"], "by one process, got 2: add --trainer.devices 1"),
     ],
 )

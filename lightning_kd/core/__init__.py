@@ -2,6 +2,7 @@
 
 from lightning_kd.core.batch import Batch, as_batch
 from lightning_kd.core.classification import Classification
+from lightning_kd.core.samples import Samples, sample_source, training_samples
 from lightning_kd.core.seeding import EpochSeeding, derive_seed
 from lightning_kd.core.taps import Tap, find_classifier, penultimate_tap
 from lightning_kd.core.task import Task
@@ -10,10 +11,13 @@ __all__ = [
     "Batch",
     "Classification",
     "EpochSeeding",
+    "Samples",
     "Tap",
     "Task",
     "as_batch",
     "derive_seed",
     "find_classifier",
     "penultimate_tap",
+    "sample_source",
+    "training_samples",
 ]

@@ -9,7 +9,15 @@ import lightning as L
 import numpy as np
 import torch
 import torch.distributed as dist
-from torch.utils.data import DataLoader, default_collate
+from torch.utils.data import (
+    DataLoader,
+    DistributedSampler,
+    RandomSampler,
+    SequentialSampler,
+    SubsetRandomSampler,
+    WeightedRandomSampler,
+    default_collate,
+)
 
 from lightning_kd.core.batch import Batch, as_batch
 from lightning_kd.core.seeding import numpy_generator
@@ -20,12 +28,12 @@ class Samples(NamedTuple):
 
     Attributes:
         indices: int64 ``[n]``, ascending: positions in the full training array, those of all processes.
-        loader: the ``Batch`` es of this process's share, without augmentation, the same in every pass; no sample comes
-            twice over all processes.
+        loader: the ``Batch`` es of this process's share (of a user's dataset, what else it may give), without
+            augmentation, the same in every pass; no sample comes twice over all processes.
     """
 
     indices: np.ndarray
-    loader: Iterable[Batch]
+    loader: Iterable[Any]
 
 
 def sample_source(trainer: L.Trainer) -> Any:
@@ -46,6 +54,22 @@ def sample_source(trainer: L.Trainer) -> Any:
     )
 
 
+class OnDevice:
+    """Batches of a loader as a Trainer hands them to a step: on its device, in its precision.
+
+    Args:
+        trainer: with or without a fit.
+        loader: may be iterated again and again.
+    """
+
+    def __init__(self, trainer: L.Trainer, loader: Iterable[Any]) -> None:
+        self.trainer, self.loader = trainer, loader
+
+    def __iter__(self) -> Iterator[Any]:
+        for batch in self.loader:
+            yield self.trainer.strategy.batch_to_device(self.trainer.precision_plugin.convert_input(batch))
+
+
 def training_samples(
     source: Any,
     count: int | None = None,
@@ -59,7 +83,8 @@ def training_samples(
     """Draw training samples, the same for every process and every call with the same arguments.
 
     From a data module of this package they come without augmentation. From a user's ``DataLoader`` they come as its
-    dataset gives them, read once and kept, so that random transforms are at least the same in each pass.
+    dataset gives them, read once and kept, so that random transforms are at least the same in each pass; a
+    ``SubsetRandomSampler`` is heeded.
 
     Args:
         source: from ``sample_source``, or a data module that is set up, or a ``DataLoader`` over a map-style dataset.
@@ -71,8 +96,9 @@ def training_samples(
         exclude: positions that are not drawn.
 
     Raises:
-        ValueError: where no sample is left, or a ``DataLoader`` has no map-style dataset.
-        TypeError: where its items are no ``(image, target)``.
+        ValueError: where no sample is left, or a ``DataLoader`` has no map-style dataset or a sampler of another kind;
+            with ``balanced``, for a label out of range.
+        TypeError: with ``balanced``, where its items are no ``(image, target)``.
     """
     if count is not None and count < 1:
         raise ValueError(f"count must be at least 1, got {count}: give a number of samples")
@@ -98,8 +124,8 @@ def _without(indices: np.ndarray, exclude: np.ndarray | None) -> np.ndarray:
 
 
 def _in_turn(target: np.ndarray, num_classes: int) -> np.ndarray:
-    """Positions in ``target``, one of each class in turn; within a class in their order."""
-    rank = np.empty(len(target), dtype=np.int64)
+    """Positions in ``target``, one of each class in turn, within a class in their order; what has none comes last."""
+    rank = np.full(len(target), len(target), dtype=np.int64)
     for c in range(num_classes):
         of_class = target == c
         rank[of_class] = np.arange(of_class.sum())
@@ -115,10 +141,13 @@ class _Kept:
     def __len__(self) -> int:
         return -(-len(self.items) // self.batch_size)
 
-    def __iter__(self) -> Iterator[Batch]:
+    def __iter__(self) -> Iterator[Any]:
         for start in range(0, len(self.items), self.batch_size):
-            batch = as_batch(self.collate(self.items[start : start + self.batch_size]))
-            yield batch._replace(index=torch.from_numpy(self.indices[start : start + self.batch_size]))
+            batch = self.collate(self.items[start : start + self.batch_size])
+            if isinstance(batch, Batch) or (isinstance(batch, list | tuple) and len(batch) == 2):
+                index = torch.from_numpy(self.indices[start : start + self.batch_size])
+                batch = as_batch(batch)._replace(index=index)
+            yield batch
 
 
 def _from_dataset(
@@ -132,7 +161,7 @@ def _from_dataset(
     dataset = loader.dataset
     if not isinstance(dataset, Sized):
         raise ValueError(f"training samples need a dataset with a length, got {type(dataset).__name__}: give one")
-    order = generator.permutation(_without(np.arange(len(dataset)), exclude))
+    order = generator.permutation(_without(_positions(loader, len(dataset)), exclude))
     chosen = order if count is None else order[:count]
     kept: dict[int, Any] = {}
     if balanced and count is not None:
@@ -145,6 +174,11 @@ def _from_dataset(
         for position in order.tolist():
             item = dataset[position]
             label = int(as_batch(item).target)
+            if not 0 <= label < num_classes:
+                raise ValueError(
+                    f"label {label} of sample {position} is not below num_classes={num_classes}: give the number of "
+                    "classes, or draw samples at random"
+                )
             if room[label] > 0:
                 room[label] -= 1
                 kept[position] = item
@@ -158,6 +192,20 @@ def _from_dataset(
     mine = chosen[rank::world_size]
     items = [kept[p] if p in kept else dataset[p] for p in mine.tolist()]
     return Samples(chosen, _Kept(items, mine, loader.batch_size or 1, loader.collate_fn or default_collate))
+
+
+def _positions(loader: DataLoader, count: int) -> np.ndarray:
+    """The samples of a dataset that a loader trains on."""
+    sampler: Any = loader.sampler
+    sampler = getattr(getattr(sampler, "dataset", None), "_sampler", sampler)  # under Lightning's for several processes
+    if isinstance(sampler, SubsetRandomSampler):
+        return np.unique(np.asarray(sampler.indices, dtype=np.int64))
+    if isinstance(sampler, RandomSampler | SequentialSampler | DistributedSampler | WeightedRandomSampler):
+        return np.arange(count)
+    raise ValueError(
+        f"training samples cannot be told from a loader with a {type(sampler).__name__}: give it a Subset of the "
+        "dataset and a common sampler"
+    )
 
 
 def _distributed() -> bool:

@@ -101,6 +101,8 @@ class GradientNoise(L.Callback):
                 f"GradientNoise needs automatic optimization, got {type(pl_module).__name__} with its own: call "
                 "add_gradient_noise before its optimizer steps"
             )
+        if sum(isinstance(c, GradientNoise) for c in trainer.callbacks) > 1:  # type: ignore[attr-defined]
+            raise RuntimeError("there are two GradientNoise callbacks, whose variances would add up: give one")
         seed, own = stream_seed(self.seed), vars(pl_module).get("configure_gradient_clipping")
         clip = pl_module.configure_gradient_clipping
 

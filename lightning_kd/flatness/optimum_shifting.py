@@ -70,7 +70,8 @@ def shift_linear(
         inputs: ``A``, ``[..., d]``; all leading dimensions are rows, ``n`` of them.
         mode: ``"fixed"``, ``"joint"`` or ``"free"``; the last two need a bias.
         rtol: singular values up to this share of the largest count as 0. Default: ``max(n, d)`` times the resolution
-            of the inputs' dtype for float32 and float64, 1e-3 on CUDA where TF32 is on, 1e-2 in half precision.
+            of the inputs' dtype for float32 and float64, but at most 1e-4; 1e-3 on CUDA where TF32 is on; 1e-2 in half
+            precision.
 
     Returns:
         ``Shift``.

@@ -131,9 +131,16 @@ class SAM(Optimizer):
         if task is not None:
             _check_trainer(task.trainer, task, name)
             module = task
-        first = FirstPass(module, self.param_groups[0]["params"][0].device)
+        device = next((p.device for group in self.param_groups for p in group["params"]), torch.device("cpu"))
+        first = FirstPass(module, device)
+        self.zero_grad()
         with torch.enable_grad(), self._alone(module, task):
             loss = closure()
+        if all(p.grad is None for group in self.param_groups for p in group["params"]):
+            self.base_optimizer.step()  # nothing to climb by, as where SWA gathers statistics without backward
+            return loss
+        if task is not None:
+            _check_accumulation(task.trainer, name)
         inner: Any = closure.args[2] if task is not None else None  # type: ignore[attr-defined]
         result = getattr(inner, "_result", None)
         parameters, kept = self._climb(module)
@@ -278,11 +285,6 @@ def _check_trainer(trainer: Any, task: L.LightningModule, name: str) -> None:
         raise RuntimeError(
             f"{name} needs automatic optimization, got {type(task).__name__} with its own: choose another optimizer"
         )
-    if trainer.accumulate_grad_batches > 1:
-        raise RuntimeError(
-            f"{name} goes up and steps on one batch, got accumulate_grad_batches={trainer.accumulate_grad_batches}: "
-            "set it to 1 and enlarge the batch"
-        )
     if trainer.gradient_clip_val and trainer.gradient_clip_algorithm == "value":
         raise RuntimeError(
             f"clipping by value would turn the way up of {name}, got gradient_clip_algorithm='value': clip by norm"
@@ -291,6 +293,14 @@ def _check_trainer(trainer: Any, task: L.LightningModule, name: str) -> None:
         raise RuntimeError(
             f"{name} needs whole gradients on every process, got {type(trainer.strategy).__name__}: use strategy ddp "
             "or one device"
+        )
+
+
+def _check_accumulation(trainer: Any, name: str) -> None:
+    if trainer.accumulate_grad_batches > 1:
+        raise RuntimeError(
+            f"{name} goes up and steps on one batch, got accumulate_grad_batches={trainer.accumulate_grad_batches}: "
+            "set it to 1 and enlarge the batch"
         )
 
 

@@ -13,6 +13,7 @@ import lightning as L
 import numpy as np
 import torch
 import torch.nn.functional as F
+from flatness import curvature, sam, shift
 from lightning.pytorch.callbacks import RichProgressBar
 from measure import Clock, Settings, Variant, compare, now
 from noisy import dpc, margins, rows
@@ -343,5 +344,8 @@ BENCHES = {
     "posterior": posterior,
     "score": score,
     "books": books,
+    "shift": shift,
+    "sam": sam,
+    "curvature": curvature,
     "cuda": cuda,
 }

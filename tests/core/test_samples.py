@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 import torch
-from torch.utils.data import DataLoader, IterableDataset, TensorDataset
+from torch.utils.data import DataLoader, IterableDataset, SequentialSampler, SubsetRandomSampler, TensorDataset
 
 from lightning_kd.core.samples import training_samples
 from lightning_kd.data import DigitsDataModule
@@ -70,3 +70,30 @@ def test_errors():
 
     with pytest.raises(ValueError, match="dataset with a length, got Endless"):
         training_samples(DataLoader(Endless()), 5)
+
+
+def test_a_sampler_says_what_is_trained_on():
+    half = DataLoader(dataset(), batch_size=8, sampler=SubsetRandomSampler(range(40)))
+    assert training_samples(half, None).indices.tolist() == list(range(40))
+
+    class Mine(SequentialSampler):
+        pass
+
+    class Other(torch.utils.data.Sampler):
+        def __iter__(self):
+            return iter(range(5))
+
+        def __len__(self):
+            return 5
+
+    assert len(training_samples(DataLoader(dataset(), sampler=Mine(dataset())), None).indices) == 90
+    with pytest.raises(ValueError, match="a loader with a Other"):
+        training_samples(DataLoader(dataset(), sampler=Other()), None)
+
+
+def test_batches_of_another_kind_come_as_they_are():
+    items = [{"x": torch.tensor(float(k)), "y": k % 2} for k in range(6)]
+    batches = list(training_samples(DataLoader(items, batch_size=4), 5).loader)
+    assert [sorted(batch) for batch in batches] == [["x", "y"]] * 2
+    with pytest.raises(ValueError, match=r"label 2 of sample .* is not below num_classes=2"):
+        training_samples(DataLoader(dataset(), batch_size=8), 9, balanced=True, num_classes=2)

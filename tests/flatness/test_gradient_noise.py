@@ -111,6 +111,11 @@ def test_it_comes_after_clipping_and_to_the_last_gradient_alone(optimizer, monke
     assert "configure_gradient_clipping" not in vars(task)
 
 
+def test_two_of_them_are_refused():
+    with pytest.raises(RuntimeError, match="two GradientNoise callbacks"):
+        fit([GradientNoise(eta=0.01), GradientNoise(eta=0.01, seed=1)])
+
+
 def test_no_noise_is_no_callback_to_the_bit_and_noise_is():
     assert torch.equal(weights(fit([GradientNoise(eta=0.0)])), weights(fit([])))
     assert not torch.equal(weights(fit([GradientNoise(eta=0.01)])), weights(fit([])))

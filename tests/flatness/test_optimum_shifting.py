@@ -297,3 +297,11 @@ def test_wrong_arguments_of_the_other_forms() -> None:
         shift_conv2d(
             torch.ones(2, 1, 1, 1), None, torch.ones(1, 2, 2, 2) * torch.tensor([1.0, 0])[:, None, None], groups=2
         )
+
+
+def test_many_rows_do_not_make_directions_noise():
+    generator = torch.Generator().manual_seed(0)
+    sizes = torch.logspace(0, -3, 8)
+    inputs = torch.randn(20_000, 8, generator=generator) * sizes  # eight directions, all of them there
+    weight = torch.randn(3, 8, generator=generator)
+    assert shift_linear(weight, None, inputs).status == "identity"

@@ -7,6 +7,7 @@ import lightning as L
 import pytest
 import torch
 import torch.nn.functional as F
+from lightning.pytorch.callbacks import StochasticWeightAveraging
 from lightning.pytorch.plugins import MixedPrecision
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
@@ -405,6 +406,26 @@ def test_what_it_refuses_under_a_trainer(task, settings, message):
     made.automatic_optimization = task is not Manual
     with pytest.raises(RuntimeError, match=message):
         trainer(**settings).fit(made, loader())
+
+
+class Quiet(Plain):
+    def on_train_batch_end(self, outputs, batch, batch_idx):
+        """In the epoch of statistics there are no gradients to look at."""
+
+
+def test_lightnings_weight_averaging_gathers_its_statistics_without_a_step():
+    task = Quiet()
+    fit = trainer(max_epochs=3, callbacks=[StochasticWeightAveraging(swa_lrs=0.01, swa_epoch_start=1)])
+    fit.fit(task, loader())
+    assert fit.current_epoch == 4  # the last one steps no more
+    assert len(task.losses) == 3 * 4 * 2 + 4
+
+
+def test_a_first_group_may_be_empty():
+    p = nn.Parameter(torch.ones(2))
+    optimizer = SAM([{"params": []}, {"params": [p]}], HEAVY, rho=0.1)
+    optimizer.step(closure_of(optimizer, lambda: p.pow(2).sum()))
+    assert (p < 1).all()
 
 
 def test_asam_learns_the_names_from_the_module():
