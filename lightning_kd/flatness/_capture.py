@@ -44,6 +44,21 @@ def _gathered(rows: Tensor, counts: list[int]) -> Tensor:
     return torch.cat([part[:, :n] for part, n in zip(parts, counts, strict=True)], 1)
 
 
+def _of_process_0(projector: Projector, device: torch.device) -> Projector:
+    """One answer for all: near a threshold two processes might find different ranks, and part."""
+    if world_size() == 1:
+        return projector
+    basis = projector.basis
+    sizes = torch.tensor([projector.rank, *((0, 0) if basis is None else basis.shape)], device=device)
+    dist.broadcast(sizes, 0)
+    rank, rows, columns = sizes.tolist()
+    basis = basis if basis is not None and dist.get_rank() == 0 else torch.empty(rows, columns, device=device).double()
+    basis = basis.contiguous()
+    if basis.numel():
+        dist.broadcast(basis, 0)
+    return Projector(basis if rows else None, rank, projector.mode, projector.mean)
+
+
 class LayerInputs:
     """The inputs of one layer: the rows themselves while they are fewer than their dimension, else sums over them.
 
@@ -121,7 +136,7 @@ class LayerInputs:
 
         Raises:
             ValueError: where the layer was never called, or its inputs are not finite, span nothing, or are one row
-                of ``free``.
+                or equal ones of ``free``.
         """
         device = self._total.device
         # few processes: a table of all their counts is one small call
@@ -149,7 +164,8 @@ class LayerInputs:
         if mode == "free" and total == 1:
             raise ValueError(f"mode 'free' on one row would make {self.name!r} 0: give more samples")
         if rtol is None:
-            rtol = default_rtol(total, self.dim, self._dtype, self.module.weight.device)
+            # the pass has TF32 off, so that float32 is on every device what it is on the CPU
+            rtol = default_rtol(total, self.dim, self._dtype, torch.device("cpu"))
         if self._of_class is not None or total <= self.dim:
             found = [projector_of_rows(group, mode, rtol) for group in rows]
         else:
@@ -159,6 +175,7 @@ class LayerInputs:
             summed(self._total)
             groups = zip(self._gram, self._total, strict=True)
             found = [projector_of_gram(gram, sums, total, mode, rtol) for gram, sums in groups]
+        found = [_of_process_0(projector, device) for projector in found]
         if any(p.rank == 0 for p in found):
             raise ValueError(f"inputs of layer {self.name!r} span nothing, which would make its weight 0: give others")
         return found, total

@@ -44,6 +44,9 @@ def shift_network(
     inputs as a layer has weights for each output are kept; beyond that their Gram matrix is added up. The order of the
     layers does not matter: on ``data`` a shift leaves the inputs of all later layers as they are.
 
+    A layer whose output is normalised, directly or after ReLU, dropout or the like as a module, gains nothing from a
+    smaller weight, and a warning says so; what the forward does by functions in between is not seen.
+
     On other samples the loss may rise, and much so where a class is missing in ``data``: give ``held_out`` and a
     ``guard``.
 
@@ -52,9 +55,10 @@ def shift_network(
 
     Args:
         model: any network; for the default ``forward`` one that takes the image of a batch.
-        layers: module paths of ``nn.Linear`` and ``nn.Conv2d`` layers. ``None``: the last ``nn.Linear``.
-        data: the shift set: a ``Batch``, a pair ``(image, target)``, a tensor of images, or batches that can be
-            iterated again and again in one order (no augmentation).
+        layers: module paths of ``nn.Linear`` and ``nn.Conv2d`` layers; a module with several paths is one layer, under
+            the first of them. ``None``: the last ``nn.Linear``.
+        data: the shift set: a ``Batch``, a pair ``(image, target)`` with ``target`` 1-D or of integers, a tensor of
+            images, or batches that can be iterated again and again in one order (no augmentation).
         held_out: further training samples, likewise. Default: none.
         mode: ``"fixed"``, ``"joint"`` or ``"free"``, see ``shift_linear``.
         rtol: see ``shift_linear``, by the dtype of the layer's inputs.
@@ -62,8 +66,8 @@ def shift_network(
             ``[N, d]``); any other on all of ``data``, and says only how that was drawn.
         num_classes: number of classes that must be there.
         force: shift although a class is missing.
-        guard: undo the shift where the loss on ``held_out`` rises by more than this share of it. Default: never. What
-            makes a loss or an output infinite is always undone.
+        guard: undo the shift where the loss on ``held_out`` rises by more than this share of its size. Default: never.
+            What makes a loss or an output infinite is always undone.
         optimizer: whose momentum (``momentum_buffer``, ``exp_avg``) of the layers is adapted. Second moments stay.
         momentum: ``"project"``: drop its part outside the inputs' span, which would let the weights grow back;
             ``"keep"`` or ``"zero"``.
@@ -75,7 +79,8 @@ def shift_network(
 
     Raises:
         ValueError: for layers that cannot be shifted (unknown, another kind, parametrised, tied, never called), inputs
-            that are not finite or span nothing, missing classes, arguments out of range. The network is then as before.
+            that are not finite or span nothing, missing classes, arguments out of range. Inputs that are all equal span
+            nothing with ``"free"``, where ``shift_linear`` returns a weight of 0. The network is then as before.
     """
     if selection not in SELECTIONS:
         raise ValueError(f"selection must be one of {', '.join(SELECTIONS)}, got {selection!r}")
@@ -149,7 +154,7 @@ def _reason(after: Found, held: Found | None, held_after: Found | None, guard: f
     if guard is not None and held is not None and held_after is not None:
         assert held.loss is not None
         assert held_after.loss is not None
-        if held_after.loss > held.loss * (1 + guard):
+        if held_after.loss > held.loss + guard * abs(held.loss):
             return f"the held-out loss rises from {held.loss:.4g} to {held_after.loss:.4g}, more than guard={guard:g}"
     return ""
 
@@ -160,15 +165,16 @@ def _reason(after: Found, held: Found | None, held_after: Found | None, guard: f
 def find_layers(
     model: nn.Module, layers: str | Sequence[str] | None, mode: str = "fixed"
 ) -> dict[str, nn.Linear | nn.Conv2d]:
-    """The layers by module path, after making sure that each can be shifted.
+    """The layers by module path, the first of each, after making sure that each can be shifted.
 
     Raises:
         ValueError: naming the first that cannot.
     """
     names = [find_classifier(model)[0]] if layers is None else [layers] if isinstance(layers, str) else list(layers)
-    modules = dict(model.named_modules())
+    modules = dict(model.named_modules(remove_duplicate=False))
+    first_names = {module: name for name, module in model.named_modules()}
     owners: dict[int, int] = {}
-    for module in modules.values():
+    for module in first_names:
         for parameter in module._parameters.values():
             if parameter is not None:
                 owners[id(parameter)] = owners.get(id(parameter), 0) + 1
@@ -178,7 +184,7 @@ def find_layers(
             known = [n for n, m in modules.items() if isinstance(m, nn.Linear | nn.Conv2d)]
             raise ValueError(f"there is no layer {name!r} in {type(model).__name__}; it has {known[:12]}")
         module = modules[name]
-        found[name] = _plain_layer(name, module, owners)
+        found[first_names[module]] = _plain_layer(name, module, owners)
         check_mode(mode, module.bias is not None, f"at layer {name!r} there")
     if not found:
         raise ValueError("layers is empty: name a layer, or leave it out for the classifier")

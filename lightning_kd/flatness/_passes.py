@@ -18,6 +18,8 @@ from lightning_kd.flatness._capture import LayerInputs, summed, undisturbed
 from lightning_kd.flatness._row_space import wide
 
 _NORMS = (_NormBase, nn.LayerNorm, nn.GroupNorm, nn.RMSNorm, nn.LocalResponseNorm)
+# what a factor on the input passes through
+_HOMOGENEOUS = (nn.ReLU, nn.LeakyReLU, nn.PReLU, nn.Identity, nn.Flatten, nn.Dropout, nn.Dropout1d, nn.Dropout2d)
 
 
 @dataclass
@@ -51,7 +53,7 @@ class Pass:
             self.classifier = find_classifier(model)[0]
         except ValueError:
             self.classifier = ""
-        self._outputs: dict[str, Any] = {}
+        self._outputs: dict[str, list[Any]] = {}
         self._spread: Tensor | None = None
         self._inputs: Mapping[str, LayerInputs] = {}
 
@@ -132,6 +134,8 @@ class Pass:
             handles.append(module.register_forward_hook(self._leaving(name), with_kwargs=True))
         norms = [module for module in self.model.modules() if isinstance(module, _NORMS)]
         handles += [norm.register_forward_pre_hook(self._normalising) for norm in norms]
+        between = [module for module in self.model.modules() if isinstance(module, _HOMOGENEOUS)]
+        handles += [module.register_forward_hook(self._passing) for module in between]
         return handles
 
     def _entering(self, name: str) -> Callable[..., None]:
@@ -143,7 +147,7 @@ class Pass:
 
     def _leaving(self, name: str) -> Callable[..., None]:
         def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Tensor) -> None:
-            self._outputs[name] = output  # kept until the forward ends, so that no other tensor can take its place
+            self._outputs[name] = [output]  # kept until the forward ends, so that no other tensor can take its place
             if self._spread is not None and name == self.classifier and output.ndim == 2:
                 size, p = wide(args[0] if args else kwargs["input"]).square().sum(1), wide(output).softmax(1)
                 self._spread[:, :-1].addmm_((size[:, None] * p).T, p)
@@ -152,7 +156,16 @@ class Pass:
         return hook
 
     def _normalising(self, module: nn.Module, args: tuple[Any, ...]) -> None:
-        self.normalised |= {name for name, output in self._outputs.items() if args and args[0] is output}
+        self.normalised |= {name for name, found in self._outputs.items() if _first_is_in(args, found)}
+
+    def _passing(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
+        for found in self._outputs.values():
+            if _first_is_in(args, found):
+                found.append(output)
+
+
+def _first_is_in(args: tuple[Any, ...], found: list[Any]) -> bool:
+    return bool(args) and any(args[0] is tensor for tensor in found)
 
 
 # -- batches -----------------------------------------------------------------------------------------------------------
@@ -171,8 +184,10 @@ def _batches(data: Any) -> Iterator[Any]:
 
 
 def _is_pair(data: Any) -> bool:
-    """Whether this is ``(image, target)`` and not a list of two such pairs."""
-    return isinstance(data, tuple | list) and len(data) == 2 and all(isinstance(part, Tensor) for part in data)
+    """Whether this is ``(image, target)`` and not two batches: of pairs, or of images without targets."""
+    if not (isinstance(data, tuple | list) and len(data) == 2 and all(isinstance(part, Tensor) for part in data)):
+        return False
+    return data[1].ndim == 1 or not data[1].is_floating_point()
 
 
 def _target(batch: Any) -> Tensor | None:
@@ -184,15 +199,19 @@ def _target(batch: Any) -> Tensor | None:
 
 def _size(batch: Any) -> int:
     """The number of samples in a batch of any kind: the length of its first tensor."""
+    first = _first_tensor(batch)
+    if first is None:
+        raise ValueError(f"a batch of {type(batch).__name__} holds no tensor to count samples by: give tensors")
+    return len(first)
+
+
+def _first_tensor(batch: Any) -> Tensor | None:
     if isinstance(batch, Tensor):
-        return len(batch)
-    if isinstance(batch, Mapping):
-        batch = tuple(batch.values())
-    if isinstance(batch, Sequence):
-        for part in batch:
-            if isinstance(part, Tensor | Sequence | Mapping):
-                return _size(part)
-    raise ValueError(f"a batch of {type(batch).__name__} holds no tensor to count samples by: give tensors")
+        return batch
+    parts = batch.values() if isinstance(batch, Mapping) else batch
+    if not isinstance(batch, Mapping | Sequence) or isinstance(batch, str | bytes):
+        return None
+    return next((found for part in parts if (found := _first_tensor(part)) is not None), None)
 
 
 def _cross_entropy(output: Any, batch: Any) -> Tensor:

@@ -8,93 +8,26 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
 import lightning as L
 import torch.nn.functional as F
 from lightning.pytorch.callbacks import StochasticWeightAveraging, WeightAveraging
 from lightning.pytorch.strategies import DeepSpeedStrategy, FSDPStrategy, ModelParallelStrategy
-from lightning.pytorch.utilities import rank_zero_info
+from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor, nn
 
 from lightning_kd.core.batch import as_batch
 from lightning_kd.core.run import RunCheckpoint, run_folder_of, write_text
-from lightning_kd.core.samples import Samples, sample_source, training_samples
-from lightning_kd.core.taps import find_classifier
+from lightning_kd.core.samples import OnDevice, Samples, sample_source
 from lightning_kd.core.task import Task
 from lightning_kd.flatness._network import MOMENTUM, SELECTIONS, find_layers, shift_network
 from lightning_kd.flatness._report import ShiftReport
 from lightning_kd.flatness._row_space import MODES
+from lightning_kd.flatness._shift_samples import check_all_there, check_targets, network_and_classes, shift_samples
 from lightning_kd.metrics._surroundings import same_random_state
 
 __all__ = ["OptimumShifting", "shift_samples"]
-
-
-def shift_samples(
-    source: Any,
-    network: nn.Module,
-    layers: Sequence[str] | None = None,
-    *,
-    selection: str = "class_balanced",
-    samples: int | None = None,
-    held_out: int = 1000,
-    num_classes: int,
-    seed: int = 0,
-    stream: str = "optimum_shifting",
-    force: bool = False,
-) -> tuple[Samples, Samples | None]:
-    """The training samples to shift ``network`` on, and others to see what the shift does elsewhere.
-
-    Args:
-        source: see ``core.samples.training_samples``.
-        network: whose layers are shifted.
-        layers: module paths of them; ``None`` for the classifier.
-        selection: ``"class_balanced"`` or ``"random"``; ``"all"`` and ``"class_means"`` take the whole training set.
-        samples: how many of the first two. Default: ``min(max(100, 3 K), d - 1)`` for ``K`` classes and ``d`` the least
-            number of inputs of a linear layer among them, because ``d`` samples leave nothing to shift.
-        held_out: how many others; with the whole training set, a random part of it. 0 for none.
-        num_classes: ``K``.
-        seed: fixes the draw, with ``stream``.
-        stream: a name; each gives another draw.
-        force: take fewer samples than classes.
-
-    Returns:
-        The shift set and the held-out samples.
-
-    Raises:
-        ValueError: for fewer samples than classes, or where none are left to hold out.
-    """
-    shift_set: dict[str, Any] = {}
-    if selection in ("class_balanced", "random"):
-        widths = [m.in_features for m in find_layers(network, layers).values() if isinstance(m, nn.Linear)]
-        wanted = max(100, 3 * num_classes)
-        count = samples if samples is not None else min([wanted, *(width - 1 for width in widths)])
-        if count < num_classes and not force:
-            raise ValueError(
-                f"samples={count} are fewer than the {num_classes} classes, so that a shift would destroy predictions: "
-                "take more, or class means; force=True shifts all the same"
-            )
-        shift_set = {"count": max(count, 1), "balanced": selection == "class_balanced", "num_classes": num_classes}
-    elif samples is not None:
-        raise ValueError(f"selection {selection!r} takes the whole training set, got samples={samples}: leave it out")
-    chosen = training_samples(source, seed=seed, stream=stream, **shift_set)
-    others = None
-    if held_out:
-        exclude = chosen.indices if shift_set else None
-        others = training_samples(source, held_out, seed=seed, stream=f"{stream}_held_out", exclude=exclude)
-    return chosen, others
-
-
-class _Moved:
-    """Batches of a loader as the Trainer hands them to a step."""
-
-    def __init__(self, trainer: L.Trainer, loader: Iterable[Any]) -> None:
-        self.trainer, self.loader = trainer, loader
-
-    def __iter__(self) -> Iterator[Any]:
-        for batch in self.loader:
-            yield self.trainer.strategy.batch_to_device(self.trainer.precision_plugin.convert_input(batch))
 
 
 class OptimumShifting(L.Callback):
@@ -102,7 +35,9 @@ class OptimumShifting(L.Callback):
 
     A shift takes place after the last step of an epoch, before its validation and its checkpoint, so that both are of
     the shifted weights. Where a training ends in another way than by ``max_epochs`` or ``max_steps``, as by early
-    stopping, the last shift comes after all epochs, and ``last.ckpt`` of the run folder is written again.
+    stopping, the last shift comes after the last validation: before the checkpoint if the stop is known by then
+    (``EarlyStopping(check_on_train_epoch_end=False)``), else after all. Then ``last.ckpt`` of the run folder is written
+    again, but a ``ModelCheckpoint`` of one's own has files without the shift, and a warning says so.
 
     Of a ``Task`` the layers are those of its ``main_network``, of any other LightningModule its own; the samples come
     from a data module of this package without augmentation, or from the dataset of the training loader. A module
@@ -117,9 +52,14 @@ class OptimumShifting(L.Callback):
 
     With ``WeightAveraging``, ``EMAWeightAveraging`` or ``StochasticWeightAveraging``, which must come before it in the
     list of callbacks, the average alone is shifted, after the training; an average over weights before and after a
-    shift would be a mix of both, so ``every`` is refused.
+    shift would be a mix of both, so ``every`` is refused. The same holds for layers that no optimizer trains, as those
+    of a task whose ``main_network`` is a running average.
 
-    Several processes: all samples count, as on one process. Sharded weights are refused.
+    What cannot be shifted is told at the start of a fit as far as it can be known. A shift that fails later is left
+    out with a warning, and the training goes on.
+
+    Several processes: all samples count, as on one process. Sharded weights are refused, and a shift that fails is an
+    error.
 
     Args:
         layers: module paths of linear and convolution layers. Default: the classifier.
@@ -141,7 +81,9 @@ class OptimumShifting(L.Callback):
         shifts: of each shift so far, ``ShiftReport.to_dict()`` with ``epoch``, ``step`` and ``selection``.
 
     Raises:
-        ValueError: for arguments out of range, and at the start of a fit for what cannot be shifted in it.
+        ValueError: for arguments out of range, and at the start of a fit for what cannot be shifted in it: layers that
+            ``shift_network`` refuses, samples that cannot be drawn or lack a class, targets that are no classes, a
+            second OptimumShifting.
 
     Source: arXiv 2405.14111; it gives no schedule, guard or momentum policy: these are ours.
     """
@@ -186,8 +128,13 @@ class OptimumShifting(L.Callback):
         self.guard, self.held_out, self.rtol, self.seed, self.force = guard, held_out, rtol, seed, force
         self.shifts: list[dict[str, Any]] = []
         self._epoch = 0
+        self._tried = -1
         self._averaged = False
         self._average_shifted = False
+
+    @property
+    def state_key(self) -> str:
+        return type(self).__qualname__ + (f"[{','.join(self.layers)}]" if self.layers else "")
 
     # -- for other kinds of batches ----------------------------------------------------------------------------------
 
@@ -209,13 +156,15 @@ class OptimumShifting(L.Callback):
             return
         if trainer.current_epoch == 0:  # before a checkpoint brings its own
             self.shifts = []
-        self._average_shifted = False
+        self._average_shifted, self._tried = False, -1
         if isinstance(trainer.strategy, FSDPStrategy | DeepSpeedStrategy | ModelParallelStrategy):
             raise ValueError(
                 f"OptimumShifting needs whole weights, got {type(trainer.strategy).__name__}: train with ddp, or shift "
                 "the finished checkpoint"
             )
         callbacks: list[L.Callback] = trainer.callbacks  # type: ignore[attr-defined]
+        if sum(isinstance(c, OptimumShifting) for c in callbacks) > 1:
+            raise ValueError("callbacks hold several OptimumShifting, whose records would mix: give one all the layers")
         averaging = [c for c in callbacks if isinstance(c, WeightAveraging | StochasticWeightAveraging)]
         self._averaged = bool(averaging)
         if averaging:
@@ -234,6 +183,31 @@ class OptimumShifting(L.Callback):
 
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         self._write(trainer)  # of the fit that goes on, or none of an earlier one
+        network, num_classes = network_and_classes(trainer, pl_module)
+        layers = find_layers(network, self.layers, self.mode)
+        trained = {id(p) for o in trainer.optimizers for group in o.param_groups for p in group["params"]}
+        untrained = [name for name, layer in layers.items() if id(layer.weight) not in trained]
+        if untrained and self.every is not None:
+            raise ValueError(
+                f"every={self.every} would make layer {untrained[0]!r} of {type(network).__name__}, which no optimizer "
+                "trains, a mix of weights before and after a shift if it is a running average: leave it out, and it is "
+                "shifted at the end"
+            )
+        self._averaged |= bool(untrained)  # such a layer may move once more after the last step
+        self._check_samples(trainer, pl_module, network, num_classes)
+
+    def _check_samples(
+        self, trainer: L.Trainer, pl_module: L.LightningModule, network: nn.Module, num_classes: int | None
+    ) -> None:
+        """Raise now what the draw of samples would raise after hours."""
+        source, given_loss = sample_source(trainer), type(self).loss is OptimumShifting.loss
+        last, few = max((trainer.max_epochs or 0) - 1, 0), trainer.world_size
+        with same_random_state(pl_module.device):
+            check_targets(source, network, self.selection, given_loss, num_classes, few)
+            if hasattr(source, "train_target") or self.selection not in ("all", "class_means"):  # cheap to draw
+                chosen = self._draw(trainer, network, num_classes, last, min(self.held_out, few))[0]
+                if num_classes is not None and not self.force:
+                    check_all_there(source, chosen, num_classes)
 
     def on_train_batch_end(
         self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, batch: Any, batch_idx: int
@@ -242,9 +216,33 @@ class OptimumShifting(L.Callback):
         most, epochs = trainer.max_steps, trainer.max_epochs
         final = (trainer.is_last_batch and self._epoch + 1 == epochs) or 0 <= most <= trainer.global_step
         if not self._averaged and ((self.at_end and final) or (trainer.is_last_batch and self._due(epochs))):
-            metrics = _metrics(self.shift(trainer, pl_module))
+            self._shift_and_log(trainer, pl_module)
+
+    def on_train_epoch_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        enough = trainer.current_epoch + 1 >= (trainer.min_epochs or 0)
+        enough = enough and trainer.global_step >= (trainer.min_steps or 0)
+        if trainer.should_stop and enough and self.at_end and not self._averaged and not self._done(trainer):
+            self._shift_and_log(trainer, pl_module)
+
+    def _shift_and_log(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        report = self._try(trainer, pl_module)
+        if report is not None:
             several = trainer.world_size > 1
-            pl_module.log_dict(metrics, on_step=False, on_epoch=True, batch_size=1, sync_dist=several)
+            pl_module.log_dict(_metrics(report), on_step=False, on_epoch=True, batch_size=1, sync_dist=several)
+
+    def _try(self, trainer: L.Trainer, pl_module: L.LightningModule) -> ShiftReport | None:
+        self._tried = trainer.global_step
+        try:
+            return self.shift(trainer, pl_module)
+        except ValueError as error:
+            if trainer.world_size > 1:  # one process alone must not go on
+                raise
+            rank_zero_warn(f"no shift after epoch {self._epoch} ({error}); the training goes on")
+            return None
+
+    def _done(self, trainer: L.Trainer) -> bool:
+        """Whether the weights of this step were shifted, or could not be."""
+        return trainer.global_step in (self._tried, *(shift["step"] for shift in self.shifts[-1:]))
 
     def _due(self, epochs: int | None) -> bool:
         if self.every is None:
@@ -253,15 +251,21 @@ class OptimumShifting(L.Callback):
         return after > 0 and after % self.every == 0
 
     def on_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        if not self.at_end or (self.shifts and self.shifts[-1]["step"] == trainer.global_step):
+        report = self._try(trainer, pl_module) if self.at_end and not self._done(trainer) else None
+        if report is None:
             return
-        metrics = _metrics(self.shift(trainer, pl_module))
         self._average_shifted = self._averaged
         for logger in trainer.loggers:  # a module can log no more
-            logger.log_metrics({**metrics, "epoch": self._epoch}, step=trainer.global_step - 1)
-        run = run_folder_of(trainer)
-        if run is not None and any(isinstance(c, RunCheckpoint) for c in trainer.checkpoint_callbacks):
+            logger.log_metrics({**_metrics(report), "epoch": self._epoch}, step=trainer.global_step - 1)
+        run, savers = run_folder_of(trainer), trainer.checkpoint_callbacks
+        if run is not None and any(isinstance(c, RunCheckpoint) for c in savers):
             trainer.save_checkpoint(run.last)
+        others = [type(c).__name__ for c in savers if not isinstance(c, RunCheckpoint)]
+        if others:
+            rank_zero_warn(
+                f"the files of {others[0]} were written before the shift at the end and lack it: save the module by "
+                "trainer.save_checkpoint, or let EarlyStopping decide earlier, by check_on_train_epoch_end=False"
+            )
 
     def on_save_checkpoint(self, trainer: L.Trainer, pl_module: L.LightningModule, checkpoint: dict[str, Any]) -> None:
         if self._average_shifted and "current_model_state" in checkpoint:
@@ -278,32 +282,18 @@ class OptimumShifting(L.Callback):
 
     def shift(self, trainer: L.Trainer, pl_module: L.LightningModule) -> ShiftReport:
         """Shift now, between two steps of a fit, and note it; collective."""
-        network = pl_module.main_network if isinstance(pl_module, Task) else pl_module
-        num_classes = getattr(pl_module, "num_classes", None) or getattr(
-            getattr(trainer, "datamodule", None), "num_classes", None
-        )
+        network, num_classes = network_and_classes(trainer, pl_module)
         with same_random_state(pl_module.device):
-            chosen, others = shift_samples(
-                sample_source(trainer),
-                network,
-                self.layers,
-                selection=self.selection,
-                samples=self.samples,
-                held_out=self.held_out,
-                num_classes=num_classes or find_classifier(network)[1].out_features,
-                seed=self.seed,
-                stream=f"optimum_shifting_{self._epoch}",
-                force=self.force,
-            )
+            chosen, others = self._draw(trainer, network, num_classes, self._epoch, self.held_out)
         report = shift_network(
             network,
             self.layers,
-            _Moved(trainer, chosen.loader),
-            held_out=None if others is None else _Moved(trainer, others.loader),
+            OnDevice(trainer, chosen.loader),
+            held_out=None if others is None else OnDevice(trainer, others.loader),
             mode=self.mode,
             rtol=self.rtol,
             selection=self.selection,
-            num_classes=num_classes or find_classifier(network)[1].out_features,
+            num_classes=num_classes,
             force=self.force,
             guard=self.guard,
             optimizer=trainer.optimizers,
@@ -313,9 +303,26 @@ class OptimumShifting(L.Callback):
         )
         note = {"epoch": self._epoch, "step": trainer.global_step, "selection": self.selection}
         self.shifts.append({**note, **report.to_dict()})
-        rank_zero_info(f"shift after epoch {self._epoch}: {report.summary()}")
+        if trainer.is_global_zero:
+            print(f"shift after epoch {self._epoch}: {report.summary()}")
         self._write(trainer)
         return report
+
+    def _draw(
+        self, trainer: L.Trainer, network: nn.Module, num_classes: int | None, epoch: int, held_out: int
+    ) -> tuple[Samples, Samples | None]:
+        return shift_samples(
+            sample_source(trainer),
+            network,
+            self.layers,
+            selection=self.selection,
+            samples=self.samples,
+            held_out=held_out,
+            num_classes=num_classes,
+            seed=self.seed,
+            stream=f"optimum_shifting_{epoch}",
+            force=self.force,
+        )
 
     def _write(self, trainer: L.Trainer) -> None:
         run = run_folder_of(trainer)

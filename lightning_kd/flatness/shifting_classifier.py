@@ -41,6 +41,9 @@ class OptimumShiftingClassifier(Classification):
         force: shift without samples of all classes.
         kwargs: ``weights``, ``label_smoothing`` of ``Classification``; ``optimizer``, ``lr_scheduler``,
             ``lr_interval``, ``channels_last``, ``compile`` of ``Task``.
+
+    Raises:
+        ValueError: see ``OptimumShifting``; at the start of a fit with another one among its callbacks.
     """
 
     def __init__(
@@ -69,5 +72,10 @@ class OptimumShiftingClassifier(Classification):
         )
 
     def configure_callbacks(self) -> list[L.Callback]:
-        known = any(isinstance(c, OptimumShifting) for c in self.trainer.callbacks)  # type: ignore[attr-defined]
+        known = [c for c in self.trainer.callbacks if isinstance(c, OptimumShifting)]  # type: ignore[attr-defined]
+        if self.trainer.state.fn == "fit" and any(c is not self.shifting for c in known):
+            raise ValueError(
+                "OptimumShiftingClassifier brings its own OptimumShifting, got another in callbacks: leave that out, "
+                "or train a Classification with it"
+            )
         return [*super().configure_callbacks(), *([] if known else [self.shifting])]

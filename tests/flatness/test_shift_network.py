@@ -273,6 +273,16 @@ def test_guard_undoes_everything() -> None:
     assert not shift_network(model, ["conv", "fc"], samples(1), guard=1e6, **arguments).undone
 
 
+def test_guard_of_a_negative_loss() -> None:
+    def loss_fn(output: Tensor, batch: Batch) -> Tensor:
+        return F.cross_entropy(output, batch.target) - 100
+
+    options = {"held_out": samples(30, seed=5), "loss_fn": loss_fn, "guard": 1.0}
+    report = shift_network(net(), None, samples(1), **options)
+    assert report.held_out_before < report.held_out_after < 0  # rises, but by less than 1.0 of it
+    assert not report.undone
+
+
 def test_interrupted_shift_is_undone() -> None:
     model = net()
     state = copy.deepcopy(model.state_dict())
@@ -306,6 +316,48 @@ def test_report() -> None:
         "2",
     ]
     assert report.summary().startswith("shifted: layer 'conv' rank ")
+
+
+def test_a_module_with_two_paths_is_one_layer() -> None:
+    class Twice(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            torch.manual_seed(0)
+            self.a = nn.Linear(6, 6)
+            self.b = self.a
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.b(self.a(x).tanh())
+
+    image = normal(2, 6)
+    for layers in (["b"], ["a", "b"]):
+        model, plain = Twice().double(), Twice().double()
+        report = shift_network(model, layers, image)
+        assert [(layer.name, layer.rows, layer.rank) for layer in report.layers] == [("a", 4, 4)]
+        assert torch.allclose(model(image), plain(image), atol=1e-12)
+
+
+def test_kinds_of_data() -> None:
+    model, image = nn.Linear(6, 3).double(), normal(2, 6)
+    report = shift_network(model, None, [image, normal(2, 6, seed=1)])  # batches of images, no (image, target)
+    assert (report.samples, report.loss_before, report.layers[0].rows) == (4, None, 4)
+    assert shift_network(model, None, (image, torch.arange(2))).loss_before is not None
+    named = [{"name": ["one", "two"], "image": image}]
+    assert shift_network(model, None, named, forward=lambda batch: model(batch["image"])).samples == 2
+    with pytest.raises(ValueError, match=r"^a batch of list holds no tensor"):
+        shift_network(model, None, [["one", "two"]], forward=lambda batch: model(image))
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+def test_small_directions_stay_where_a_fit_uses_tf32() -> None:
+    model, image = nn.Linear(8, 3).cuda(), torch.diag(torch.tensor([1.0] * 6 + [1e-4] + [0.0])).cuda()
+    before = torch.get_float32_matmul_precision()
+    torch.set_float32_matmul_precision("high")
+    try:
+        report = shift_network(model, None, image)  # whose pass has no TF32
+    finally:
+        torch.set_float32_matmul_precision(before)
+    assert report.layers[0].rank == 7
 
 
 class OwnForward(nn.Linear):
@@ -355,6 +407,11 @@ def changed(change: str) -> nn.Module:
         ("", {"mode": "free", "data": samples(1)}, "mode 'free' on one row"),
         ("nan", {}, "inputs of layer 'fc' must be finite"),
         ("dead", {}, "inputs of layer 'fc' span nothing"),
+        (
+            "",
+            {"layers": "conv", "mode": "free", "data": torch.ones(2, 4, 4, 4)[:, :, :1, :1]},
+            "inputs of layer 'conv'",
+        ),
         ("", {"layers": "conv", "data": torch.zeros(2, 4, 2, 2)}, "inputs of layer 'conv' span nothing"),
         ("", {"num_classes": 5}, "the shift set lacks class 3 and 1 more"),
         ("", {"num_classes": 2}, r"target must be in 0\.\.1"),
@@ -385,6 +442,9 @@ def test_warnings() -> None:
     assert any("the output of layer '0' is normalised" in text for text in texts)
     assert any("classifier '3' has 4 classes on 4 features" in text for text in texts)
     assert not any("layer '3' is normalised" in text for text in texts)
+    between = nn.Sequential(nn.Linear(8, 4), nn.ReLU(), nn.Dropout(), nn.LayerNorm(4), nn.Linear(4, 2))
+    with pytest.warns(UserWarning, match="the output of layer '0' is normalised"):
+        shift_network(between.double(), ["0"], Batch(normal(3, 8), torch.arange(3) % 2))
 
 
 def plain_net() -> nn.Module:
@@ -404,9 +464,9 @@ def _shift_share(sizes: list[int], mode: str, selection: str, layers: list[str])
     model = plain_net()
     mine = Batch(batch.image[share], batch.target[share])
     loader = [mine] if sizes[rank] else []
-    report = shift_network(
-        model, layers, loader, held_out=loader, mode=mode, selection=selection, num_classes=3, guard=9.0
-    )
+    options = {"mode": mode, "selection": selection, "num_classes": 3, "guard": 9.0}
+    # as if a second machine rounded otherwise: the first decides
+    report = shift_network(model, layers, loader, held_out=loader, rtol=0.9 if rank else None, **options)
     return [p.tolist() for p in model.parameters()], report.to_dict()
 
 

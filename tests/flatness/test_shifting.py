@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 from pathlib import Path
@@ -11,11 +12,12 @@ import lightning as L
 import pytest
 import torch
 import torch.nn.functional as F
-from lightning.pytorch.callbacks import EarlyStopping, EMAWeightAveraging, StochasticWeightAveraging
+from lightning.pytorch.callbacks import EarlyStopping, EMAWeightAveraging, ModelCheckpoint, StochasticWeightAveraging
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
 
 from lightning_kd.core import Classification
+from lightning_kd.core.averaging import averaged_copy, update_average
 from lightning_kd.core.run import RunFolder, RunLogger, run_callbacks
 from lightning_kd.data import DigitsDataModule
 from lightning_kd.flatness import OptimumShifting, OptimumShiftingClassifier, shift_samples
@@ -162,8 +164,8 @@ def test_run_folder(tmp_path: Path) -> None:
 
 
 class Early(EarlyStopping):
-    def __init__(self) -> None:
-        super().__init__("val/acc", mode="max", patience=1, stopping_threshold=0.0)
+    def __init__(self, **options: Any) -> None:
+        super().__init__("val/acc", mode="max", patience=1, stopping_threshold=0.0, **options)
 
 
 def test_early_stopping(tmp_path: Path) -> None:
@@ -180,6 +182,22 @@ def test_early_stopping(tmp_path: Path) -> None:
     assert fitter.global_step == 8
     assert [(s["epoch"], s["step"]) for s in again.shifts] == [(0, 4), (1, 8)]
     assert again.shifts[0] == shifting.shifts[0]
+
+
+def test_own_checkpoints_hold_the_shift_or_a_warning_says_that_they_do_not(tmp_path: Path) -> None:
+    for early in (True, False):
+        shifting, saving = OptimumShifting(samples=20, guard=None), ModelCheckpoint(tmp_path / str(early))
+        stopping, caught = Early(check_on_train_epoch_end=not early), contextlib.nullcontext()
+        if not early:
+            caught = pytest.warns(
+                UserWarning, match="files of ModelCheckpoint were written before the shift at the end"
+            )
+        with caught:
+            model, fitter = fit(stopping, shifting, saving, max_epochs=9, enable_checkpointing=True)
+        assert [(s["epoch"], s["step"]) for s in shifting.shifts] == [(0, 4)]
+        saved = torch.load(saving.best_model_path, weights_only=True)["state_dict"]["network.1.weight"]
+        assert torch.equal(saved, model.network[1].weight) is early
+        assert ("shift/rank" in fitter.callback_metrics) is early
 
 
 @pytest.mark.parametrize(("options", "where"), [({"max_steps": 6}, (1, 6)), ({"max_steps": 4}, (0, 4))])
@@ -285,6 +303,11 @@ def test_samples_of_a_shift() -> None:
     with pytest.raises(ValueError, match=r"^samples=9 are fewer than the 10 classes"):
         shift_samples(digits, net, samples=9, **common)
     assert len(shift_samples(digits, net, samples=9, force=True, **common)[0].indices) == 9
+    assert len(shift_samples(digits, net, selection="random", held_out=0)[0].indices) == 47
+    with pytest.raises(ValueError, match=r"^selection 'class_balanced' needs the number of classes"):
+        shift_samples(digits, net)
+    with pytest.raises(ValueError, match=r"^layer '1' has 48 inputs for 48 classes, so that no set of samples"):
+        shift_samples(digits, net, num_classes=48)
     with pytest.raises(ValueError, match=r"^selection 'all' takes the whole training set"):
         shift_samples(digits, net, samples=9, selection="all", **common)
 
@@ -306,9 +329,122 @@ def test_wrong_arguments(options: dict, message: str) -> None:
         OptimumShifting(**options)
 
 
-def test_refused_at_the_start_of_a_fit() -> None:
-    with pytest.raises(ValueError, match=r"^start=0\.5 is a share of max_epochs"):
-        fit(OptimumShifting(every=1), max_epochs=-1, max_steps=2)
+class Average(Classification):
+    """What answers is a running average, which moves after the callbacks."""
+
+    def __init__(self) -> None:
+        super().__init__(network(), 10, (1, 8, 8))
+        self.average = averaged_copy(self.network)
+
+    @property
+    def main_network(self) -> nn.Module:
+        return self.average
+
+    def training_step(self, batch: Any, batch_idx: int) -> Tensor:
+        return F.cross_entropy(self.network(batch.image), batch.target)
+
+    def on_train_batch_end(self, *args: Any) -> None:
+        update_average(self.average, self.network, 0.5)
+
+
+def narrow() -> Classification:
+    return Classification(nn.Sequential(nn.Flatten(), nn.Linear(64, 10), nn.ReLU(), nn.Linear(10, 10)), 10, (1, 8, 8))
+
+
+@pytest.mark.parametrize(
+    ("callbacks", "options", "message"),
+    [
+        ([OptimumShifting(every=1)], {"max_epochs": -1, "max_steps": 2}, r"start=0\.5 is a share of max_epochs"),
+        ([OptimumShifting(["2"])], {}, "there is no layer '2' in Sequential"),
+        ([OptimumShifting(["0.2"])], {}, "layer '0.2' is a BatchNorm1d"),
+        ([OptimumShifting(samples=9)], {}, "samples=9 are fewer than the 10 classes"),
+        ([OptimumShifting()], {"model": narrow}, "layer '3' has 10 inputs for 10 classes, so that no set of samples"),
+        ([OptimumShifting(samples=11, selection="random")], {}, "the 11 samples to shift on lack class"),
+        ([OptimumShifting(samples=9000)], {}, "there is no training sample left"),
+        ([OptimumShifting(every=1)], {"model": Average}, "every=1 would make layer '1' of Sequential, which no optim"),
+        ([OptimumShifting(["1"]), OptimumShifting(["0.1"])], {}, "callbacks hold several OptimumShifting"),
+        (
+            [OptimumShifting()],
+            {"model": lambda: OptimumShiftingClassifier("mlp_32", 10, (1, 8, 8))},
+            "OptimumShiftingClassifier brings its own OptimumShifting, got another",
+        ),
+    ],
+)
+def test_refused_at_the_start_of_a_fit(callbacks: list, options: dict, message: str) -> None:
+    def steps(*args: Any) -> Any:
+        raise AssertionError("a step was made")
+
+    model = options.get("model", task)()
+    model.training_step = steps
+    with pytest.raises(ValueError, match=f"^{message}"):
+        fit(*callbacks, **{**options, "model": model})
+
+
+def test_a_running_average_is_shifted_after_its_last_move() -> None:
+    shifting = OptimumShifting(samples=20, guard=None)
+    model, _ = fit(shifting, model=Average())
+    (shift,) = shifting.shifts
+    assert shift["layers"][0]["norm_after"] == pytest.approx(model.average[1].weight.norm().item(), rel=1e-5)
+
+
+def test_a_shift_that_fails_does_not_end_the_training() -> None:
+    class Failing(OptimumShifting):
+        def output(self, pl_module: L.LightningModule, batch: Any) -> Any:
+            raise ValueError("no output")
+
+    plain, _ = fit()
+    shifting = Failing(start=0.0, every=1)
+    with pytest.warns(UserWarning, match="no shift after epoch") as caught:
+        model, _ = fit(shifting)
+    texts = [str(w.message) for w in caught if "no shift" in str(w.message)]
+    assert texts == [f"no shift after epoch {k} (no output); the training goes on" for k in range(2)]
+    assert shifting.shifts == []
+    assert same(plain, model)
+
+
+class Regression(Plain):
+    def __init__(self, body: nn.Module) -> None:
+        super().__init__()
+        self.body = body
+
+    def training_step(self, batch: Any, batch_idx: int) -> Tensor:
+        return self(batch[0]).square().mean()
+
+
+def convolution() -> nn.Module:
+    return nn.Sequential(nn.Unflatten(1, (8, 1, 1)), nn.Conv2d(8, 2, 1))
+
+
+class Squared(OptimumShifting):
+    def loss(self, pl_module: L.LightningModule, output: Any, batch: Any) -> Tensor:
+        return output.square().mean()
+
+
+@pytest.mark.parametrize(
+    ("shifting", "body", "message"),
+    [
+        (OptimumShifting(), nn.Linear(8, 1), "Regression has one output and no num_classes"),
+        (OptimumShifting(selection="random"), nn.Linear(8, 1), "Regression has one output and no num_classes"),
+        (
+            OptimumShifting(),
+            nn.Linear(8, 2),
+            r"targets must be classes, got torch.float32 \[1\]: for a regression or one",
+        ),
+        (OptimumShifting(["body.1"]), convolution(), "Regression has no nn.Linear and no num_classes"),
+        (Squared(selection="random", samples=5, guard=None, held_out=9), nn.Linear(8, 1), ""),
+        (Squared(["body.1"], selection="all"), convolution(), ""),
+    ],
+)
+def test_without_classes(shifting: OptimumShifting, body: nn.Module, message: str) -> None:
+    loader = DataLoader(TensorDataset(torch.randn(20, 8), torch.rand(20)), 10)
+    fitter, model = trainer(shifting), Regression(body)
+    if message:
+        with pytest.raises(ValueError, match=f"^{message}"):
+            fitter.fit(model, loader)
+        assert fitter.global_step == 0
+    else:
+        fitter.fit(model, loader)
+        assert len(shifting.shifts) == 1
 
 
 def _fit_on_two_ranks() -> tuple[list, list]:

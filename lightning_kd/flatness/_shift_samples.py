@@ -1,0 +1,132 @@
+"""Which training samples to shift on."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import lightning as L
+import numpy as np
+from torch import Tensor, nn
+
+from lightning_kd.core.batch import as_batch
+from lightning_kd.core.samples import Samples, training_samples
+from lightning_kd.core.taps import find_classifier
+from lightning_kd.core.task import Task
+from lightning_kd.flatness._network import find_layers
+
+_BY_CLASS = ("class_balanced", "class_means")
+
+
+def shift_samples(
+    source: Any,
+    network: nn.Module,
+    layers: Sequence[str] | None = None,
+    *,
+    selection: str = "class_balanced",
+    samples: int | None = None,
+    held_out: int = 1000,
+    num_classes: int | None = None,
+    seed: int = 0,
+    stream: str = "optimum_shifting",
+    force: bool = False,
+) -> tuple[Samples, Samples | None]:
+    """The training samples to shift ``network`` on, and others to see what the shift does elsewhere.
+
+    Args:
+        source: see ``core.samples.training_samples``.
+        network: whose layers are shifted.
+        layers: module paths of them; ``None`` for the classifier.
+        selection: ``"class_balanced"`` or ``"random"``; ``"all"`` and ``"class_means"`` take the whole training set.
+        samples: how many of the first two. Default: ``min(max(100, 3 K), d - 1)`` for ``K`` classes and ``d`` the least
+            number of inputs of a linear layer among them, because ``d`` samples leave nothing to shift.
+        held_out: how many others; with the whole training set, a random part of it. 0 for none.
+        num_classes: ``K``; ``"random"`` and ``"all"`` do without, and then look for no missing class.
+        seed: fixes the draw, with ``stream``.
+        stream: a name; each gives another draw.
+        force: take fewer samples than classes.
+
+    Returns:
+        The shift set and the held-out samples.
+
+    Raises:
+        ValueError: for fewer samples than classes, a layer too narrow for them, or where none are left to hold out.
+    """
+    if selection in _BY_CLASS and num_classes is None:
+        raise ValueError(f"selection {selection!r} needs the number of classes: give num_classes, or take 'random'")
+    shift_set: dict[str, Any] = {}
+    if selection in ("class_balanced", "random"):
+        classes = num_classes or 0
+        count = max(100, 3 * classes) if samples is None else samples
+        for name, module in find_layers(network, layers).items() if samples is None else ():
+            if isinstance(module, nn.Linear):
+                count = min(count, module.in_features - 1)
+                if count < classes and not force:
+                    raise ValueError(
+                        f"layer {name!r} has {module.in_features} inputs for {classes} classes, so that no set of "
+                        "samples spans all classes and leaves something to shift: name another layer, or force=True"
+                    )
+        if count < classes and not force:
+            raise ValueError(
+                f"samples={count} are fewer than the {num_classes} classes, so that a shift would destroy predictions: "
+                "take more, or class means; force=True shifts all the same"
+            )
+        shift_set = {"count": max(count, 1), "balanced": selection == "class_balanced", "num_classes": num_classes}
+    elif samples is not None:
+        raise ValueError(f"selection {selection!r} takes the whole training set, got samples={samples}: leave it out")
+    chosen = training_samples(source, seed=seed, stream=stream, **shift_set)
+    others = None
+    if held_out:
+        exclude = chosen.indices if shift_set else None
+        others = training_samples(source, held_out, seed=seed, stream=f"{stream}_held_out", exclude=exclude)
+    return chosen, others
+
+
+# -- at the start of a fit ---------------------------------------------------------------------------------------------
+
+
+def network_and_classes(trainer: L.Trainer, pl_module: L.LightningModule) -> tuple[nn.Module, int | None]:
+    """What to shift, and the number of classes where it is known."""
+    network: nn.Module = pl_module.main_network if isinstance(pl_module, Task) else pl_module
+    for owner in (pl_module, getattr(trainer, "datamodule", None)):
+        number = getattr(owner, "num_classes", None)
+        if isinstance(number, int) and number > 1:
+            return network, number
+    try:
+        outputs = find_classifier(network)[1].out_features
+    except ValueError:
+        return network, None
+    return network, outputs if outputs > 1 else None
+
+
+def check_targets(
+    source: Any, network: nn.Module, selection: str, cross_entropy: bool, num_classes: int | None, few: int
+) -> None:
+    """Raise ``ValueError`` where classes are needed, and the network or ``few`` samples have none."""
+    remedy = "for a regression or one logit take selection='random' and a subclass with its own loss"
+    by_class = selection in _BY_CLASS
+    has_classifier = any(isinstance(m, nn.Linear) for m in network.modules())
+    if num_classes is None and (by_class or (cross_entropy and has_classifier)):
+        got = "one output" if has_classifier else "no nn.Linear"
+        raise ValueError(
+            f"{type(network).__name__} has {got} and no num_classes, so that the classes are not known: give the "
+            f"module num_classes; {remedy}"
+        )
+    if cross_entropy and not hasattr(source, "train_target"):
+        for batch in training_samples(source, few).loader:
+            target = as_batch(batch).target
+            got = f"{target.dtype} {list(target.shape)}" if isinstance(target, Tensor) else type(target).__name__
+            numbers = not isinstance(target, Tensor) or (target.is_floating_point() and target.ndim < 2)
+            if numbers or (by_class and (target.is_floating_point() or target.ndim != 1)):  # probabilities are random's
+                raise ValueError(f"targets must be classes, got {got}: {remedy}")
+
+
+def check_all_there(source: Any, chosen: Samples, num_classes: int) -> None:
+    """Raise ``ValueError`` where a data module knows that a class is missing."""
+    if hasattr(source, "train_target"):
+        missing = np.setdiff1d(np.arange(num_classes), source.train_target.numpy()[chosen.indices])
+        if len(missing):
+            raise ValueError(
+                f"the {len(chosen.indices)} samples to shift on lack class {missing[0]}, whose predictions a shift "
+                "would destroy: give training data of all classes, with selection='random' more samples, or force=True"
+            )
