@@ -4,14 +4,17 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Literal
 
 import lightning as L
 import numpy as np
+import torch
 import torch.nn.functional as F
-from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
+from lightning.pytorch.callbacks import StochasticWeightAveraging, WeightAveraging
+from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor, nn
 
 from lightning_kd.callbacks.pictures import _keep
@@ -21,6 +24,7 @@ from lightning_kd.core.run import run_folder_of, write_text
 from lightning_kd.core.samples import sample_source, training_samples
 from lightning_kd.core.taps import find_classifier
 from lightning_kd.metrics import LossSlice, Sharpness, loss_slice, measure_sharpness
+from lightning_kd.metrics._shares import together
 from lightning_kd.metrics._surroundings import same_random_state
 from lightning_kd.metrics.sharpness import PARTS, RHOS
 
@@ -39,14 +43,20 @@ class SharpnessReport(L.Callback):
     so that the function stays (more weight decay makes them larger), and shrink with the loss. ``kappa`` stays under
     such rescaling.
 
-    Several processes: each measures its share of the samples, the sums are added up, and the first one writes.
+    In the list of callbacks it comes after those that change the weights at the end, as averages of weights and
+    ``OptimumShifting``. With ``WeightAveraging``, ``EMAWeightAveraging`` or ``StochasticWeightAveraging`` the report at
+    the end is of the average and comes after all epochs, as where training stops before ``max_epochs``; its numbers go
+    to the loggers, too late for ``callback_metrics``. ``every`` reports of the weights that are being trained.
+
+    Several processes: each measures its share of the samples, the sums are added up, and the first one writes. Where
+    one cannot measure its share, none reports.
 
     Args:
         every: measure after every so many epochs. Default: only at the end.
-        at_end: measure after the last epoch, too; where training stops early, in the file alone.
+        at_end: measure after the last epoch, too.
         samples: how many training samples, without augmentation.
         which: parts to measure: ``"eigenvalues"``, ``"trace"``, ``"epsilon"`` (rises of the loss), ``"head"``
-            (``kappa``, ``feature_trace`` and ``nc1``, of networks that end in a linear layer).
+            (``kappa``, ``feature_trace`` and ``nc1``, where the output is that of the last linear layer).
         rhos: lengths of the steps of ascent.
         steps: Hessian-vector products for the eigenvalues; each costs as much as 4 or so gradients of the samples.
         max_probes: Hessian-vector products for the trace, at most; it stops at a standard error of 2 %.
@@ -55,7 +65,8 @@ class SharpnessReport(L.Callback):
         seed: of the choice of samples, probes and directions; runs that are compared share it.
 
     Raises:
-        ValueError: where an argument is out of range.
+        ValueError: where an argument is out of range, and at the start of a fit where an average of weights comes after
+            this callback.
     """
 
     def __init__(
@@ -94,54 +105,74 @@ class SharpnessReport(L.Callback):
         self.seed = seed
         self._epochs = 0  # trained in this fit, and the last of them that was measured
         self._measured = 0
+        self._averaged = False
 
     def loss(self, pl_module: nn.Module, batch: Batch) -> Tensor:
         """The mean loss of a batch whose flatness is measured; override it for another than cross-entropy."""
         return F.cross_entropy(pl_module(batch.image), batch.target)
 
+    def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
+        if stage != "fit":
+            return
+        callbacks: list[L.Callback] = trainer.callbacks  # type: ignore[attr-defined]
+        averaging = [c for c in callbacks if isinstance(c, WeightAveraging | StochasticWeightAveraging)]
+        self._averaged = bool(averaging)
+        if averaging and self.at_end and callbacks.index(self) < callbacks.index(averaging[-1]):
+            raise ValueError(
+                f"SharpnessReport would measure before {type(averaging[-1]).__name__} puts its average in: put it "
+                "after that in callbacks"
+            )
+
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         self._epochs = self._measured = 0
         path = _folder(trainer) / "sharpness.json"
         if trainer.is_global_zero and path.is_file():  # a resumed fit repeats what came after its checkpoint
-            entries = json.loads(path.read_text())
-            kept = [entry for entry in entries if entry["epoch"] <= trainer.current_epoch]
+            entries = _entries(path)
+            kept = [entry for entry in entries if entry.get("epoch", 0) <= trainer.current_epoch]
             if kept:
                 write_text(path, json.dumps(kept, indent=2) + "\n")
             else:
-                path.unlink()
+                path.unlink(missing_ok=True)
 
     def on_train_epoch_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         self._epochs = epochs = trainer.current_epoch + 1
-        last = self.at_end and (epochs == trainer.max_epochs or trainer.should_stop)
+        last = self.at_end and epochs == trainer.max_epochs
+        if last and self._averaged:
+            return  # the average is not yet in its place
         if last or (self.every is not None and epochs % self.every == 0):
             found = self._report(trainer, pl_module, epochs)
             if found is not None:
-                pl_module.log_dict(_logged(found))
+                pl_module.log_dict(_logged(found), sync_dist=trainer.world_size > 1)
 
     def on_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        if self.at_end and self._measured != self._epochs:
-            self._report(trainer, pl_module, self._epochs)
+        epochs = self._epochs
+        if self._averaged and trainer.max_epochs and trainer.max_epochs > 0:
+            epochs = min(epochs, trainer.max_epochs)  # StochasticWeightAveraging may add a pass for statistics
+        if not self.at_end or (self._measured == epochs and not self._averaged):
+            return
+        found = self._report(trainer, pl_module, epochs)
+        if found is not None:
+            for logger in trainer.loggers:  # a module can log no more
+                logger.log_metrics({**_logged(found), "epoch": epochs - 1}, step=trainer.global_step - 1)
 
     def _report(self, trainer: L.Trainer, pl_module: L.LightningModule, epochs: int) -> Sharpness | None:
         if getattr(trainer, "fast_dev_run", 0):
             return None
         self._measured = epochs
         when = f"after {epochs} epoch{'' if epochs == 1 else 's'}"
+        found: Sharpness | None = None
         try:
             with same_random_state(pl_module.device):
-                return self._measure(trainer, pl_module, epochs, when)
+                found, drawn = self.measure(pl_module, sample_source(trainer))
+            if trainer.is_global_zero:
+                print(f"\nSharpness {when}\n{found}")
+                add_entry(_folder(trainer), {"epoch": epochs}, found)
+                if drawn is not None:
+                    keep_slice(trainer, f"_epoch{epochs:03d}", drawn, f"Loss around the weights {when}")
         except Exception as error:  # a report must not cost a training
-            rank_zero_warn(f"no sharpness {when} ({type(error).__name__}: {error}); the training is unharmed")
-            return None
-
-    def _measure(self, trainer: L.Trainer, pl_module: L.LightningModule, epochs: int, when: str) -> Sharpness:
-        found, drawn = self.measure(pl_module, sample_source(trainer))
-        rank_zero_info(f"\nSharpness {when}\n{found}")
-        if trainer.is_global_zero:
-            add_entry(_folder(trainer), {"epoch": epochs}, found)
-            if drawn is not None:
-                keep_slice(trainer, f"_epoch{epochs:03d}", drawn, f"Loss around the weights {when}")
-        return found
+            what = "sharpness" if found is None else "file of sharpness"
+            rank_zero_warn(f"no {what} {when} ({type(error).__name__}: {error}); the training is unharmed")
+        return found  # by all processes or none, whatever became of the files of the first
 
     def measure(self, pl_module: nn.Module, source: Any) -> tuple[Sharpness, LossSlice | None]:
         """What this callback reports, of a network and training samples anywhere; nothing is written.
@@ -153,7 +184,9 @@ class SharpnessReport(L.Callback):
         Returns:
             The measures, and the loss along random directions where slices are asked for.
         """
-        loader = training_samples(source, self.samples, seed=self.seed, stream="sharpness").loader
+        device = next((p.device for p in pl_module.parameters()), torch.device("cpu"))
+        with together(device):
+            loader = training_samples(source, self.samples, seed=self.seed, stream="sharpness").loader
 
         def loss(model: nn.Module, batch: Any) -> Tensor:
             return self.loss(model, as_batch(batch))
@@ -163,29 +196,33 @@ class SharpnessReport(L.Callback):
             classifier: nn.Module | None = find_classifier(network)[1]
         except ValueError:
             classifier = None
-        found = measure_sharpness(
-            pl_module,
-            loss,
-            loader,
-            num_classes=getattr(pl_module, "num_classes", None),
-            classifier=classifier,
-            which=self.which,  # type: ignore[arg-type]
-            rhos=self.rhos,
-            steps=self.steps,
-            min_probes=min(30, self.max_probes),
-            max_probes=self.max_probes,
-            seed=self.seed,
-            parameters=_parameters(pl_module, network),
-        )
-        if self.slices == "none":
-            return found, None
-        return found, loss_slice(pl_module, loss, loader, int(self.slices[0]), self.points, seed=self.seed)
+        parameters = _parameters(pl_module, network)
+        with _contiguous(pl_module):
+            found = measure_sharpness(
+                pl_module,
+                loss,
+                loader,
+                num_classes=getattr(pl_module, "num_classes", None),
+                classifier=classifier,
+                which=self.which,  # type: ignore[arg-type]
+                rhos=self.rhos,
+                steps=self.steps,
+                min_probes=min(30, self.max_probes),
+                max_probes=self.max_probes,
+                seed=self.seed,
+                parameters=parameters,
+            )
+            if self.slices == "none":
+                return found, None
+            count = int(self.slices[0])
+            drawn = loss_slice(pl_module, loss, loader, count, self.points, seed=self.seed, parameters=parameters)
+        return found, drawn
 
 
 def add_entry(folder: Path, entry: dict[str, Any], found: Sharpness) -> None:
     """Add what was found to the list in ``sharpness.json`` of a folder, with what ``entry`` says about it."""
     path = folder / "sharpness.json"
-    entries = json.loads(path.read_text()) if path.is_file() else []
+    entries = _entries(path)
     write_text(path, json.dumps([*entries, {**entry, **found.to_dict()}], indent=2) + "\n")
 
 
@@ -197,6 +234,37 @@ def keep_slice(trainer: L.Trainer, suffix: str, drawn: LossSlice, title: str) ->
     np.savez(partial, position=drawn.position.numpy(), loss=drawn.loss.numpy())
     os.replace(partial, path.with_suffix(".npz"))
     return path
+
+
+def _entries(path: Path) -> list[dict[str, Any]]:
+    """What ``sharpness.json`` holds; a damaged one is put aside."""
+    if not path.is_file():
+        return []
+    try:
+        entries = json.loads(path.read_text())
+        if isinstance(entries, list) and all(isinstance(entry, dict) for entry in entries):
+            return entries
+        reason = "no list of objects"
+    except ValueError as error:
+        reason = str(error)
+    aside = path.with_suffix(".damaged.json")
+    rank_zero_warn(f"{path} is damaged ({reason}): it is kept as {aside.name}, and a new one begins")
+    os.replace(path, aside)
+    return []
+
+
+@contextmanager
+def _contiguous(pl_module: nn.Module) -> Iterator[None]:
+    """A task gives its images to the network as they are: second derivatives are slower in channels_last."""
+    before = getattr(pl_module, "channels_last", None)
+    if before is not True:
+        yield
+        return
+    pl_module.channels_last = False  # type: ignore[assignment]
+    try:
+        yield
+    finally:
+        pl_module.channels_last = True  # type: ignore[assignment]
 
 
 def _folder(trainer: L.Trainer) -> Path:

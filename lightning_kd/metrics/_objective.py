@@ -14,13 +14,12 @@ import numpy as np
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
-from lightning.fabric.utilities import move_data_to_device
-from lightning_utilities.core.apply_func import apply_to_collection
 from torch import Tensor, nn
-from torch.func import functional_call
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from lightning_kd.metrics._inputs import batch_size, chosen_parameters, is_batch
+from lightning_kd.metrics._copies import Copies
+from lightning_kd.metrics._inputs import batch_size
+from lightning_kd.metrics._shares import distributed, gathered, summed, together
 from lightning_kd.metrics._surroundings import no_tf32, same_random_state, saved_bytes
 
 LossFn = Callable[[nn.Module, Any], Tensor]
@@ -54,65 +53,26 @@ def cross_entropy(model: nn.Module, batch: Any) -> Tensor:
     return F.cross_entropy(model(batch[0]), batch[1])
 
 
-class Objective:
-    """Made by ``objective``. All methods but ``split`` are collective: every process calls them alike.
+class Objective(Copies):
+    """Made by ``objective``. Its methods are collective: every process calls them alike.
 
-    Attributes:
-        names: of the parameters that are varied.
-        leaves: float copies of them, in the same order.
-        weights: all of them as one vector ``[P]``; vectors of this length are what the methods take and give.
-        fixed: copies of all other parameters and of the buffers.
+    In each an error of one process alone is an error of all; a process that is killed, or an error between two methods,
+    leaves the others waiting until their time limit.
     """
 
     def __init__(
         self, model: nn.Module, loss_fn: LossFn | None, loader: Any, parameters: Sequence[str] | None, l2: float
     ) -> None:
-        chosen = chosen_parameters(model, parameters)
-        values = dict(model.named_parameters())
-        wide = any(p.dtype == torch.float64 for p in values.values())
-        self.dtype = torch.float64 if wide else torch.float32  # of half precision a float32 copy
-        self.names = list(chosen)
-        self.leaves = [p.detach().to(self.dtype, copy=True).requires_grad_() for p in chosen.values()]
-        self.sizes = [leaf.numel() for leaf in self.leaves]
-        self.device = self.leaves[0].device
-        self.weights = torch.cat([leaf.detach().reshape(-1) for leaf in self.leaves])
+        super().__init__(model, loader, parameters)
         self.l2 = l2
         self.hvps = 0
         self.samples = 0
         self.loss = float("nan")
-        self.fixed = {f"model.{name}": self._own(p) for name, p in values.items() if name not in chosen}
-        for name, buffer in model.named_buffers():
-            self.fixed[f"model.{name}"] = copy = self._own(buffer).clone()
-            if _distributed() and copy.is_floating_point():
-                dist.broadcast(copy, 0)  # statistics that each process has of its own batches: one network for all
-        self._call = _Call(model)
         self._loss_fn = loss_fn or cross_entropy
-        self._loader = [loader] if is_batch(loader) else loader
-        if not isinstance(self._loader, Iterable) or isinstance(self._loader, Iterator):
-            raise TypeError(
-                f"loader must be a batch, a list of batches or a loader that can be read again and again, got "
-                f"{type(loader).__name__}: make a list of it"
-            )
         self._kept: list[tuple[int, float, list[tuple[int, Tensor]]]] = []
         self._kept_bytes = 0
         self._full = False
         self._kept_all = False
-
-    # -- vectors -----------------------------------------------------------------------------------------------------
-
-    def split(self, vector: Tensor) -> list[Tensor]:
-        """``vector`` ``[P]`` as tensors shaped like the parameters."""
-        parts = vector.to(self.device, self.dtype).split(self.sizes)
-        return [part.view(leaf.shape) for part, leaf in zip(parts, self.leaves, strict=True)]
-
-    def check(self, vector: Tensor, name: str) -> Tensor:
-        """``vector`` as one of this objective, if it has the length."""
-        if vector.shape != self.weights.shape:
-            raise ValueError(
-                f"{name} must be [{len(self.weights)}], one number for each entry of the parameters, got "
-                f"{list(vector.shape)}"
-            )
-        return vector.detach().to(self.device, self.dtype)
 
     # -- passes ------------------------------------------------------------------------------------------------------
 
@@ -129,33 +89,33 @@ class Objective:
         """
         leaves = self.leaves if weights is None else self.split(weights)
         total: Tensor | None = None
-        with same_random_state(self.device), torch.no_grad():
-            for batch in self._batches():
-                part = self._run(measure, leaves, batch, fixed).to(self._sums_dtype)
+        with together(self.device), same_random_state(self.device), torch.no_grad():
+            for number, batch in self.batches():
+                part = self.run(measure, leaves, number, batch, fixed).to(self.sums_dtype)
                 total = part if total is None else total + part
-        return self._reduced(total)
+        return summed(total, self.sums_dtype, self.device)
 
     def collect(self, measure: Callable[[nn.Module, Any], Sequence[Tensor]]) -> list[Tensor]:
-        """``measure`` of each batch, tensors ``[B, ...]``, of all batches and processes, on the CPU."""
-        rows: list[list[Tensor]] = []
+        """``measure`` of each batch, tensors ``[B, ...]``, of all batches and processes, on the CPU.
+
+        Nothing where ``measure`` gives nothing for a batch.
+        """
+        rows: list[Sequence[Tensor]] = []
 
         def keep(model: nn.Module, batch: Any) -> Tensor:
             rows.append([part.detach().cpu() for part in measure(model, batch)])
             return torch.zeros((), device=self.device)
 
         self.evaluate(keep)
-        if _distributed():
-            everyone: list[list[list[Tensor]]] = [[] for _ in range(dist.get_world_size())]
-            dist.all_gather_object(everyone, rows)
-            rows = [row for part in everyone for row in part]
-        return [torch.cat(column) for column in zip(*rows, strict=True)]
+        rows = gathered(rows)
+        return [torch.cat(column) for column in zip(*rows, strict=True)] if all(rows) else []
 
     def value(self, weights: Tensor | None = None, fixed: dict[str, Tensor] | None = None) -> float:
         """The mean loss at ``weights``; at the network's own it must be what every earlier pass found."""
 
         def measure(model: nn.Module, batch: Any) -> Tensor:
             size = batch_size(batch)
-            loss = self._checked(self._loss_fn(model, batch)).to(self._sums_dtype)
+            loss = self._checked(self._loss_fn(model, batch)).to(self.sums_dtype)
             return torch.stack([loss * size, loss.new_tensor(size)])
 
         total, samples = self.evaluate(measure, weights, fixed).tolist()
@@ -167,9 +127,9 @@ class Objective:
         """The gradient of the mean loss, ``[P]``."""
         total = torch.zeros_like(self.weights)
         sums = [0.0, 0.0]
-        with same_random_state(self.device):
-            for batch in self._batches():
-                size, loss, gradients = self._gradients(batch, create_graph=False)
+        with together(self.device), same_random_state(self.device):
+            for number, batch in self.batches():
+                size, loss, gradients = self._gradients(number, batch, create_graph=False)
                 self._add(total, gradients, size)
                 sums = [sums[0] + size * loss, sums[1] + size]
         return self._mean(total, sums) + self.l2 * self.weights
@@ -179,9 +139,10 @@ class Objective:
         parts = self.split(vector)
         total = torch.zeros_like(self.weights)
         sums = [0.0, 0.0]
-        for size, loss, gradients, keep in self._graphs():
-            self._add(total, self._second(gradients, parts, keep), size)
-            sums = [sums[0] + size * loss, sums[1] + size]
+        with together(self.device):
+            for size, loss, gradients, keep in self._graphs():
+                self._add(total, self._second(gradients, parts, keep), size)
+                sums = [sums[0] + size * loss, sums[1] + size]
         self.hvps += 1
         return self._mean(total, sums) + self.l2 * vector
 
@@ -190,15 +151,16 @@ class Objective:
 
         All vectors go through one graph of each batch, and processes exchange these sums alone.
         """
-        forms = torch.zeros(len(vectors), len(self.names), dtype=self._sums_dtype, device=self.device)
+        forms = torch.zeros(len(vectors), len(self.names), dtype=self.sums_dtype, device=self.device)
         sums = [0.0, 0.0]
-        for size, loss, gradients, keep in self._graphs():
-            for i, vector in enumerate(vectors):
-                parts = self.split(vector)
-                products = self._second(gradients, parts, keep or i < len(vectors) - 1)
-                for k, product in products:
-                    forms[i, k] += size * (parts[k] * product).sum(dtype=self._sums_dtype)
-            sums = [sums[0] + size * loss, sums[1] + size]
+        with together(self.device):
+            for size, loss, gradients, keep in self._graphs():
+                for i, vector in enumerate(vectors):
+                    parts = self.split(vector)
+                    products = self._second(gradients, parts, keep or i < len(vectors) - 1)
+                    for k, product in products:
+                        forms[i, k] += size * (parts[k] * product).sum(dtype=self.sums_dtype)
+                sums = [sums[0] + size * loss, sums[1] + size]
         self.hvps += len(vectors)
         forms = self._mean(forms, sums).double().cpu()
         if self.l2:
@@ -206,29 +168,28 @@ class Objective:
             forms += self.l2 * torch.tensor(squares, dtype=torch.float64)
         return forms
 
-    def gradient_forms(self, cotangent: Callable[[int, int, Tensor], Tensor], probes: Sequence[int]) -> Tensor:
-        """Mean over samples of the squared norms of gradients of the network's output, by parameters.
+    def gradient_forms(self, cotangents: Callable[[int, Tensor], Iterable[tuple[int, Tensor]]], rows: int) -> Tensor:
+        """Squared norms of gradients of the network's output, by parameters, over the number of samples.
 
         Args:
-            cotangent: of the probe, the number of the batch and the output for ``batch[0]``; shaped like the output.
-            probes: numbers of the probes.
+            cotangents: of the number of the batch and the output for ``batch[0]``: pairs of a row of the result, to
+                which the squared norm is added, and a tensor shaped like the output.
+            rows: of the result.
 
         Returns:
-            float64 ``[len(probes), len(names)]`` on the CPU.
+            float64 ``[rows, len(names)]`` on the CPU.
         """
-        forms = torch.zeros(len(probes), len(self.names), dtype=self._sums_dtype, device=self.device)
+        forms = torch.zeros(rows, len(self.names), dtype=self.sums_dtype, device=self.device)
         sums = [0.0, 0.0]
-        with same_random_state(self.device):
-            for number, batch in enumerate(self._batches()):
-                output = self._run(lambda model, batch: model(batch[0]), self.leaves, batch)
+        with together(self.device), same_random_state(self.device):
+            for number, batch in self.batches():
+                output = self.run(lambda model, batch: model(batch[0]), self.leaves, number, batch)
                 loss, size = F.cross_entropy(output.detach(), batch[1]), batch_size(batch)
-                for i, probe in enumerate(probes):
-                    given = cotangent(probe, number, output)
-                    keep = i < len(probes) - 1
-                    found = torch.autograd.grad(output, self.leaves, given, retain_graph=keep, allow_unused=True)
+                for i, given in cotangents(number, output.detach()):
+                    found = torch.autograd.grad(output, self.leaves, given, retain_graph=True, allow_unused=True)
                     for k, gradient in enumerate(found):
                         if gradient is not None:
-                            forms[i, k] += gradient.square().sum(dtype=self._sums_dtype)
+                            forms[i, k] += gradient.square().sum(dtype=self.sums_dtype)
                 sums = [sums[0] + size * float(loss), sums[1] + size]
         return self._mean(forms, sums).double().cpu()
 
@@ -241,38 +202,15 @@ class Objective:
 
     # -- parts -------------------------------------------------------------------------------------------------------
 
-    @property
-    def _sums_dtype(self) -> torch.dtype:
-        return torch.float32 if self.device.type == "mps" else torch.float64
-
-    def _own(self, value: Tensor) -> Tensor:
-        value = value.detach()
-        value = value.clone() if value.is_inference() else value
-        return value.to(self.dtype) if value.is_floating_point() else value
-
-    def _batches(self) -> Iterator[Any]:
-        for batch in self._loader:
-            yield apply_to_collection(move_data_to_device(batch, self.device), Tensor, self._own)
-
-    def _run(
-        self,
-        function: Callable[[nn.Module, Any], Tensor],
-        leaves: Sequence[Tensor],
-        batch: Any,
-        fixed: dict[str, Tensor] | None = None,
-    ) -> Tensor:
-        given = {f"model.{name}": leaf for name, leaf in zip(self.names, leaves, strict=True)}
-        return functional_call(self._call, {**(fixed or self.fixed), **given}, (function, batch))
-
     def _checked(self, loss: Tensor) -> Tensor:
         if not isinstance(loss, Tensor) or loss.ndim:
             got = list(loss.shape) if isinstance(loss, Tensor) else type(loss).__name__
             raise ValueError(f"loss_fn must give the mean loss of a batch as a scalar tensor, got {got}")
         return loss
 
-    def _gradients(self, batch: Any, create_graph: bool) -> tuple[int, float, list[tuple[int, Tensor]]]:
+    def _gradients(self, number: int, batch: Any, create_graph: bool) -> tuple[int, float, list[tuple[int, Tensor]]]:
         """Size and loss of a batch, and the gradient by the number of each parameter that it has one in."""
-        loss = self._checked(self._run(self._loss_fn, self.leaves, batch))
+        loss = self._checked(self.run(self._loss_fn, self.leaves, number, batch))
         if not loss.requires_grad:
             raise ValueError("the loss has no gradient in the parameters: give a loss_fn that is computed from them")
         found = torch.autograd.grad(loss, self.leaves, create_graph=create_graph, allow_unused=True)
@@ -285,19 +223,19 @@ class Objective:
         if self._kept_all:
             return
         with same_random_state(self.device):
-            for i, batch in enumerate(self._batches()):
-                if i < len(self._kept):
+            for number, batch in self.batches():
+                if number < len(self._kept):
                     continue
                 if not self._full:
                     with saved_bytes(self._ignored) as count:
-                        size, loss, gradients = self._gradients(batch, create_graph=True)
+                        size, loss, gradients = self._gradients(number, batch, create_graph=True)
                     self._kept_bytes += count[0]
                     self._full = self._kept_bytes > KEPT_BYTES
                     if not self._full:
                         self._kept.append((size, loss, gradients))
                     yield size, loss, gradients, not self._full
                 else:
-                    yield *self._gradients(batch, create_graph=True), False
+                    yield *self._gradients(number, batch, create_graph=True), False
         self._kept_all = not self._full
 
     @property
@@ -325,24 +263,10 @@ class Objective:
         for k, part in parts:
             places[k].add_(part.reshape(-1), alpha=size)
 
-    def _reduced(self, sums: Tensor | None) -> Tensor:
-        if not _distributed():
-            if sums is None:
-                raise ValueError("loader gave no batch: give at least one sample")
-            return sums
-        shapes: list[Any] = [None] * dist.get_world_size()
-        dist.all_gather_object(shapes, None if sums is None else tuple(sums.shape))
-        shape = next((s for s in shapes if s is not None), None)
-        if shape is None:
-            raise ValueError("loader gave no batch: give at least one sample")
-        sums = torch.zeros(shape, dtype=self._sums_dtype, device=self.device) if sums is None else sums
-        dist.all_reduce(sums)
-        return sums
-
     def _mean(self, total: Tensor, sums: list[float]) -> Tensor:
         """``total`` of all processes over their samples, after noting the loss."""
-        both = torch.tensor(sums, dtype=self._sums_dtype, device=self.device)
-        if _distributed():
+        both = torch.tensor(sums, dtype=self.sums_dtype, device=self.device)
+        if distributed():
             dist.all_reduce(both)
             dist.all_reduce(total)
         loss, samples = both.tolist()
@@ -392,22 +316,10 @@ def objective(
             stack.enter_context(torch.compiler.set_stance("force_eager"))
         stack.callback(_train, training)
         model.eval()
-        yield Objective(model, loss_fn, loader, parameters, l2)
-
-
-class _Call(nn.Module):
-    """A function of a model as a module, so that ``functional_call`` can put the parameters in."""
-
-    def __init__(self, model: nn.Module) -> None:
-        super().__init__()
-        self.model = model
-
-    def forward(self, function: Callable[[nn.Module, Any], Tensor], batch: Any) -> Tensor:
-        return function(self.model, batch)
-
-
-def _distributed() -> bool:
-    return dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1
+        with together(next((p.device for p in model.parameters()), torch.device("cpu"))):
+            found = Objective(model, loss_fn, loader, parameters, l2)
+        found.share(model)
+        yield found
 
 
 def _train(modules: list[nn.Module]) -> None:

@@ -13,11 +13,23 @@ from torch import Tensor
 
 
 @contextmanager
-def same_random_state(device: torch.device) -> Iterator[None]:
-    """A pass leaves the global generators as it found them, so that each pass sees the same ones."""
+def same_random_state(device: torch.device, seed: int | None = None) -> Iterator[None]:
+    """A pass leaves the global generators as it found them, so that each pass sees the same ones.
+
+    Args:
+        device: whose generator counts, beside those of the CPU.
+        seed: of all of them inside. Default: they go on from where they are.
+    """
     python, numpy = random.getstate(), np.random.get_state()  # noqa: NPY002  (what users draw from)
     try:
         with torch.random.fork_rng([device] if device.type == "cuda" else []):
+            if seed is not None:
+                random.seed(seed)
+                np.random.seed(seed)  # noqa: NPY002
+                torch.default_generator.manual_seed(seed)
+                if device.type == "cuda":
+                    with torch.cuda.device(device):
+                        torch.cuda.manual_seed(seed)
             yield
     finally:
         random.setstate(python)
@@ -52,7 +64,7 @@ def saved_bytes(ignored: set[int]) -> Iterator[list[int]]:
         if storage.data_ptr() not in seen:
             seen.add(storage.data_ptr())
             count[0] += storage.nbytes()
-        return tensor
+        return tensor.detach()  # an output itself would hold the graph that holds it, for ever
 
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
         yield count

@@ -17,6 +17,7 @@ from lightning_kd.metrics.traces import hutchinson
 
 RHOS = (0.01, 0.05, 0.1, 0.5)
 PARTS = ("eigenvalues", "trace", "epsilon", "head")
+_IGNORED = -100  # the target that cross-entropy leaves out
 _CAVEAT = (
     "Compare networks at equal data and loss. Eigenvalues, trace and rises change when weights are rescaled so that "
     "the function stays; kappa does not."
@@ -62,6 +63,7 @@ class Sharpness:
         weight_norm: Euclidean norm of the parameters that were varied.
         hvps: Hessian-vector products made.
         dtype: of the computation.
+        trace_tolerance: share of ``trace`` that its error was to come down to.
     """
 
     loss: float
@@ -79,6 +81,7 @@ class Sharpness:
     weight_norm: float | None = None
     hvps: int = 0
     dtype: str = "float32"
+    trace_tolerance: float | None = None
 
     def to_dict(self) -> dict[str, Any]:
         """Plain values for JSON: keys are strings, what is not finite is ``None``."""
@@ -90,7 +93,7 @@ class Sharpness:
         for name, value, note in (
             ("top eigenvalue", self.top_eigenvalue, ""),
             ("smallest eigenvalue", self.smallest_eigenvalue, ""),
-            ("trace", self.trace, f"standard error {_number(self.trace_error)}"),
+            ("trace", self.trace, self._trace_note()),
         ):
             if value is not None:
                 rows.append((name, _number(value), note))
@@ -113,6 +116,14 @@ class Sharpness:
         width = max(len(name) for name, _, _ in rows)
         lines = [f"{name:<{width}}  {value:>11}  {note}".rstrip() for name, value, note in rows]
         return "\n".join([*lines, _CAVEAT])
+
+    def _trace_note(self) -> str:
+        if self.trace is None or self.trace_error is None or math.isnan(self.trace_error):
+            return "one probe, error unknown"
+        note, wanted = f"standard error {_number(self.trace_error)}", self.trace_tolerance
+        if wanted is not None and self.trace_error > wanted * abs(self.trace):
+            note += f", above {wanted:.3g} of the trace: take more probes"
+        return note
 
 
 def epsilon_sharpness(
@@ -174,7 +185,8 @@ def measure_sharpness(
         loader: the data.
         num_classes: for NC1. Default: one more than the largest target.
         classifier: the linear layer of ``model`` whose input is the feature and whose output the logits. Default: no
-            ``kappa``, ``feature_trace`` and ``nc1``.
+            ``kappa``, ``feature_trace`` and ``nc1``; nor are they given where ``model(batch[0])``, whose accuracy this
+            is, is not this output. Samples of target -100, which cross-entropy ignores, are left out.
         which: parts to measure: ``"eigenvalues"``, ``"trace"``, ``"epsilon"``, ``"head"``.
         rhos: lengths of the steps of ascent.
         steps: Hessian-vector products for the eigenvalues.
@@ -197,6 +209,7 @@ def measure_sharpness(
         if "trace" in which:
             trace = hutchinson(found, min_probes, max_probes, tolerance, seed=seed)
             values |= {"trace": trace.value, "trace_error": trace.standard_error, "layer_traces": trace.per_layer}
+            values["trace_tolerance"] = tolerance
         if "epsilon" in which:
             values["epsilon_sharpness"] = _rises(found, rhos)
         norm = float(found.weights.norm())
@@ -229,12 +242,18 @@ def _head(found: Objective, classifier: nn.Module | None, num_classes: int | Non
         seen.update(feature=args[0], logits=output)
 
     def measure(model: nn.Module, batch: Any) -> list[Tensor]:
+        seen.clear()
         answer, target = model(batch[0]), batch[1]
         labels = isinstance(target, Tensor) and target.ndim == 1 and not target.is_floating_point()
-        if not labels or answer.ndim != 2 or answer.shape[1] < 2:
+        if not labels or not isinstance(answer, Tensor) or answer.ndim != 2 or answer.shape[1] < 2:
             return []  # no classification
-        kept = [seen["feature"].detach(), seen["logits"].detach()] if seen else []
-        return [answer.argmax(1) == target, target, *kept]
+        feature, logits = seen.get("feature", answer[:, :0]), seen.get("logits", answer)
+        if feature.ndim != 2 or len(feature) != len(answer) or logits.shape != answer.shape:
+            feature, logits = answer[:, :0], answer
+        # else it is another network's, or something is done to the logits
+        same = feature.numel() > 0 and torch.allclose(logits.to(answer), answer, rtol=1e-4, atol=1e-6)
+        parts = [answer.argmax(1) == target, target, torch.full_like(target, same, dtype=torch.bool), feature, logits]
+        return [part[target != _IGNORED] for part in parts]
 
     handle = None if classifier is None else classifier.register_forward_hook(keep)
     try:
@@ -242,13 +261,12 @@ def _head(found: Objective, classifier: nn.Module | None, num_classes: int | Non
     finally:
         if handle is not None:
             handle.remove()
-    if not collected:
+    if not collected or not len(collected[0]):
         return {}
-    right, target, *kept = collected
+    right, target, same, feature, logits = collected
     values = {"accuracy": float(right.double().mean())}
-    if not kept or kept[0].ndim != 2 or classifier is None:
+    if classifier is None or not same.all():
         return values
-    feature, logits = kept
     weight: Any = classifier.weight
     return {
         **values,

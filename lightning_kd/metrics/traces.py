@@ -6,8 +6,8 @@ What ``lightning_kd.metrics.curvature`` says of the network, the data and of res
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -26,7 +26,7 @@ class HessianTrace(Measured):
 
     Attributes:
         value: the mean of the quadratic forms of all probes.
-        standard_error: of ``value``; NaN with one probe.
+        standard_error: of ``value``; NaN with one probe, 0 where ``value`` is exact.
         probes: how many there were.
         quadratic_forms: of each probe.
         per_parameter: the part of each parameter tensor by its name; they sum up to ``value``.
@@ -107,6 +107,7 @@ def layer_relative_flatness(
     max_probes: int = 200,
     tolerance: float = 0.02,
     seed: int = 0,
+    exact: bool = False,
 ) -> HessianTrace:
     """Relative flatness ``kappa`` of one layer, ``sum_{s,t} <w_s, w_t> tr(H_st)`` over pairs of its outputs.
 
@@ -121,6 +122,7 @@ def layer_relative_flatness(
         loader: the data.
         layer: path of a module whose ``weight`` has at least 2 dimensions.
         min_probes: see ``hessian_trace``, as ``max_probes``, ``tolerance`` and ``seed``.
+        exact: the sum itself by ``D min(K, D)`` Hessian-vector products, for small layers; the standard error is 0.
 
     Raises:
         ValueError: where ``layer`` is no such module.
@@ -137,6 +139,19 @@ def layer_relative_flatness(
     with objective(model, loss_fn, loader, parameters=[name]) as found:
         rows = found.weights.view(weight.shape[0], -1)
         width = rows.shape[1]
+        if exact:
+            # W W^T = sum_a v_a v_a^T with the scaled left singular vectors: the products of v_a with every column's
+            # unit vector take the place of all pairs of rows
+            left, sizes, _ = torch.linalg.svd(rows.double().cpu(), full_matrices=False)
+            count = len(sizes) * width
+            scaled = (left * sizes * math.sqrt(count)).T  # so that the mean of the forms is their sum
+
+            def column(i: int) -> Tensor:
+                placed = torch.zeros(rows.shape, dtype=torch.float64)
+                placed[:, i % width] = scaled[i // width]
+                return placed.reshape(-1)
+
+            return _exact(_mean_form(found, _forms(found, column), count, count, 0.0))
 
         def probe(i: int) -> Tensor:
             signs = _signs(width * width, seed, i).view(width, width)
@@ -154,6 +169,7 @@ def gauss_newton_trace(
     tolerance: float = 0.02,
     seed: int = 0,
     parameters: Sequence[str] | None = None,
+    exact: bool = False,
 ) -> HessianTrace:
     """Trace of the Gauss-Newton matrix of softmax cross-entropy, ``mean_n tr(J_n^T (diag(p_n) - p_n p_n^T) J_n)``.
 
@@ -166,6 +182,8 @@ def gauss_newton_trace(
             ``parameters``.
         loader: the data, with targets ``batch[1]`` for the loss.
         min_probes: see ``hessian_trace``, as ``max_probes``, ``tolerance`` and ``seed``.
+        exact: the trace itself by one backward pass for each class of each sample, for small networks and data; the
+            standard error is 0.
 
     Returns:
         The estimate, with 0 Hessian-vector products.
@@ -173,15 +191,27 @@ def gauss_newton_trace(
     with objective(model, None, loader, parameters=parameters) as found:
         rank = dist.get_rank() if dist.is_available() and dist.is_initialized() else 0
 
-        def cotangent(probe: int, batch: int, logits: Tensor) -> Tensor:
-            signs = torch.randint(0, 2, logits.shape, generator=generator(seed, "logits", probe, batch, rank)) * 2 - 1
-            p = logits.detach().softmax(1)
-            root = p.sqrt() * signs.to(p)
-            return root - p * root.sum(1, keepdim=True)
+        def whole(batch: int, logits: Tensor) -> Iterator[tuple[int, Tensor]]:
+            p = logits.softmax(1)
+            for n in range(p.shape[0]):
+                for c in range(p.shape[1]):
+                    given = torch.zeros_like(p)
+                    given[n] -= p[n]
+                    given[n, c] += 1
+                    yield 0, p[n, c].sqrt() * given
 
         def forms(start: int, end: int) -> Tensor:
-            return found.gradient_forms(cotangent, range(start, end))
+            def drawn(batch: int, logits: Tensor) -> Iterator[tuple[int, Tensor]]:
+                p = logits.softmax(1)
+                for probe in range(start, end):
+                    stream = generator(seed, "logits", probe, batch, rank)
+                    root = p.sqrt() * (torch.randint(0, 2, logits.shape, generator=stream) * 2 - 1).to(p)
+                    yield probe - start, root - p * root.sum(1, keepdim=True)
 
+            return found.gradient_forms(drawn, end - start)
+
+        if exact:
+            return _exact(_mean_form(found, lambda start, end: found.gradient_forms(whole, 1), 1, 1, 0.0))
         return _mean_form(found, forms, min_probes, max_probes, tolerance)
 
 
@@ -213,6 +243,10 @@ def _mean_form(
         quadratic_forms=total.tolist(),
         per_parameter=dict(zip(found.names, forms.mean(0).tolist(), strict=True)),
     )
+
+
+def _exact(trace: HessianTrace) -> HessianTrace:
+    return replace(trace, standard_error=0.0)
 
 
 def _signs(size: int, seed: int, number: int) -> Tensor:

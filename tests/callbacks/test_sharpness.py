@@ -11,6 +11,8 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from lightning.pytorch.callbacks import WeightAveraging
+from lightning.pytorch.loggers import CSVLogger
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
 
@@ -64,6 +66,13 @@ def test_report_is_logged_and_written_and_changes_nothing(tmp_path: Path) -> Non
         assert saved["loss"][1] == pytest.approx(expected.loss, rel=1e-5)
 
 
+class Spied(Method):
+    def log_dict(self, dictionary: Any, **kwargs: Any) -> None:
+        if "sharpness/loss" in dictionary:
+            self.synced = kwargs.get("sync_dist")
+        super().log_dict(dictionary, **kwargs)
+
+
 class Plain(L.LightningModule):
     """A user's own module, with a loss of its own, half frozen."""
 
@@ -109,6 +118,11 @@ def test_what_cannot_be_measured_is_a_warning(tmp_path: Path) -> None:
     with pytest.warns(UserWarning, match="no sharpness after 1 epoch .* the training is unharmed"):
         trainer(tmp_path, Broken(samples=5), max_epochs=1).fit(Method(), data())
     assert not (tmp_path / "sharpness.json").exists()
+    (tmp_path / "sharpness.json").mkdir()  # nothing can be written there, but all can be logged
+    logged = Logged()
+    with pytest.warns(UserWarning, match="no file of sharpness after 1 epoch .* the training is unharmed"):
+        trainer(tmp_path, report(which=["head"]), logged, max_epochs=1).fit(Method(), data())
+    assert logged.rows[0]["sharpness/loss"] > 0
 
 
 def test_a_resumed_fit_forgets_what_it_repeats(tmp_path: Path) -> None:
@@ -122,6 +136,76 @@ def test_a_resumed_fit_forgets_what_it_repeats(tmp_path: Path) -> None:
     assert [entry["epoch"] for entry in json.loads((tmp_path / "sharpness.json").read_text())] == [1]
 
 
+class Moving(WeightAveraging):
+    """Puts the zero network in at the end."""
+
+    def on_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        with torch.no_grad():
+            for p in pl_module.parameters():
+                p.zero_()
+
+
+@pytest.mark.parametrize("every", [None, 1])
+def test_an_average_is_measured_once_it_is_in_its_place(tmp_path: Path, every: int | None) -> None:
+    logger = CSVLogger(tmp_path, flush_logs_every_n_steps=1)
+    parts = Moving(), report(which=["head"], every=every)
+    trainer(tmp_path, *parts, logger=logger).fit(Method(), data())
+    entries = [e for path in tmp_path.rglob("sharpness.json") for e in json.loads(path.read_text())]
+    assert [entry["epoch"] for entry in entries] == ([2] if every is None else [1, 2])
+    assert entries[-1]["loss"] == pytest.approx(np.log(10), rel=1e-6)
+    assert entries[-1]["weight_norm"] == 0
+    assert "sharpness/loss" in next(tmp_path.rglob("metrics.csv")).read_text()
+    with pytest.raises(ValueError, match=r"before Moving puts .* put it after that in callbacks"):
+        trainer(tmp_path, *reversed(parts)).fit(Method(), data())
+
+
+class StopWanted(L.Callback):
+    """As early stopping before ``min_epochs``: it asks after each epoch, and is not heard yet."""
+
+    def on_train_epoch_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        trainer.should_stop = True
+
+
+def test_a_fit_that_stops_early_is_measured_once(tmp_path: Path) -> None:
+    trainer(tmp_path, StopWanted(), report(which=["head"]), max_epochs=5, min_epochs=3).fit(Method(), data())
+    assert [entry["epoch"] for entry in json.loads((tmp_path / "sharpness.json").read_text())] == [3]
+
+
+def test_entries_of_other_checkpoints_stay_and_damage_is_a_warning(tmp_path: Path) -> None:
+    path = tmp_path / "sharpness.json"
+    path.write_text('[{"checkpoint": "last.ckpt", "loss": 1}, {"epoch": 9, "loss": 2}]')
+    trainer(tmp_path, report(which=["head"]), max_epochs=1).fit(Method(), data())
+    kept, new = json.loads(path.read_text())
+    assert kept == {"checkpoint": "last.ckpt", "loss": 1}
+    assert new["epoch"] == 1
+    path.write_text('[{"epo')
+    with pytest.warns(UserWarning, match="is damaged .* a new one begins"):
+        trainer(tmp_path, report(which=["head"]), max_epochs=1).fit(Method(), data())
+    assert len(json.loads(path.read_text())) == 1
+    assert (tmp_path / "sharpness.damaged.json").read_text() == '[{"epo'
+
+
+class Averaged(Method):
+    """Answers by a frozen network."""
+
+    def __init__(self) -> None:
+        super().__init__(channels_last=True)
+        self.average = nn.Sequential(nn.Flatten(), nn.Linear(64, 10)).requires_grad_(False)
+
+    @property
+    def main_network(self) -> nn.Module:
+        return self.average
+
+
+def test_slices_vary_what_is_measured() -> None:
+    digits, task = data(), Averaged()
+    digits.setup("fit")
+    found, drawn = report(slices="1d", points=3, which=["head"]).measure(task, digits)
+    assert drawn.loss[1].item() == pytest.approx(found.loss, rel=1e-6)
+    assert drawn.loss[0].item() != pytest.approx(found.loss, rel=1e-3)
+    assert task.channels_last
+
+
 @pytest.mark.parametrize(
     "options", [{"every": 0}, {"at_end": False}, {"samples": 0}, {"which": ["x"]}, {"slices": "3d"}]
 )
@@ -132,8 +216,9 @@ def test_arguments_are_checked(options: dict[str, Any]) -> None:
 
 def fit_on_a_rank(folder: str) -> None:
     torch.manual_seed(1)
-    method = Method()
+    method = Spied()
     trainer(folder, report(), strategy="ddp", devices=2, max_epochs=1, limit_train_batches=1).fit(method, data())
+    assert method.synced is True
     torch.save(method.network.state_dict(), f"{folder}/rank{method.global_rank}.pt")
 
 

@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import math
 import os
+import random
+import weakref
 from collections.abc import Sequence
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 import torch.distributed as dist
@@ -22,6 +25,7 @@ from lightning_kd.metrics import (
     hessian_trace,
     hessian_vector_product,
     layer_relative_flatness,
+    measure_sharpness,
     power_iteration,
     relative_flatness,
 )
@@ -332,6 +336,66 @@ def test_half_precision_is_computed_in_float32() -> None:
     assert half[0].weight.dtype == torch.bfloat16
 
 
+def test_no_graph_outlives_a_call() -> None:
+    model, alive = mlp(), []
+    model[1].register_forward_hook(lambda module, args, output: alive.append(weakref.ref(output)))
+    hessian_trace(model, None, parted([5, 7]), min_probes=2, max_probes=2)
+    assert len(alive) == 2
+    assert not any(output() is not None for output in alive)
+
+
+class Noisy(nn.Module):
+    """Draws from all global generators, in eval mode too."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.network = mlp()
+
+    def forward(self, image: Tensor) -> Tensor:
+        return self.network(F.dropout(image, 0.5) + random.random() + np.random.rand())  # noqa: NPY002
+
+
+def test_random_networks_are_the_same_in_every_pass(monkeypatch: pytest.MonkeyPatch) -> None:
+    values = []
+    for kept in (2**31, 2500, 0):  # all graphs, some or none of them: as many batches are run again
+        monkeypatch.setattr(_objective, "KEPT_BYTES", kept)
+        values.append(hessian_eigenvalues(Noisy(), None, parted([5, 5, 2]), steps=6).values[0])
+    assert values == pytest.approx([values[0]] * 3, rel=1e-10)
+
+
+def test_exact_relative_flatness_and_gauss_newton_trace() -> None:
+    model = mlp()
+    for layer in ("0", "2", "4"):
+        weight = dict(model.named_parameters())[f"{layer}.weight"].detach()
+        blocks = dense(model, [f"{layer}.weight"]).view(*weight.shape, *weight.shape)
+        found = layer_relative_flatness(model, None, parted([5, 7]), layer, exact=True)
+        assert found.value == pytest.approx(float(torch.einsum("si,ti,sjtj->", weight, weight, blocks)), rel=1e-9)
+        assert (found.standard_error, found.hvps) == (0, min(weight.shape) * weight.shape[1])
+    relu = mlp(nn.ReLU)
+    gauss = gauss_newton_trace(relu, parted([5, 7]), exact=True)
+    assert gauss.value == pytest.approx(float(dense(relu).trace()), rel=1e-9)
+    assert (gauss.standard_error, gauss.samples) == (0, 12)
+    estimate = gauss_newton_trace(model, parted([5, 7]), tolerance=0.03, max_probes=400)
+    exact = gauss_newton_trace(model, parted([5, 7]), exact=True)
+    assert abs(estimate.value - exact.value) < 4 * estimate.standard_error
+    assert sum(exact.per_parameter.values()) == pytest.approx(exact.value, rel=1e-12)
+
+
+def test_convolutions_are_measured_in_contiguous_memory() -> None:
+    model = nn.Sequential(nn.Conv2d(2, 3, 3), nn.Flatten()).to(memory_format=torch.channels_last)
+    image = torch.randn(4, 2, 3, 3).contiguous(memory_format=torch.channels_last)
+    seen = []
+
+    def loss(model: nn.Module, batch: Any) -> Tensor:
+        seen.append(batch[0].is_contiguous() and model[0].weight.is_contiguous())
+        return F.cross_entropy(model(batch[0]), batch[1])
+
+    hessian_eigenvalues(model, loss, (image, torch.arange(4) % 3), steps=2)
+    assert seen
+    assert all(seen)
+    assert model[0].weight.is_contiguous(memory_format=torch.channels_last)
+
+
 class Shuffled:
     """Other samples in each pass."""
 
@@ -380,6 +444,21 @@ def measured_by_rank() -> list[float]:
     trace = hessian_trace(model, None, share, min_probes=10, max_probes=10)
     gauss = gauss_newton_trace(model, share, min_probes=10, max_probes=10)
     empty = hessian_trace(model, None, parted([5, 5, 2]) if rank else [], min_probes=10, max_probes=10)
+    fails = [0, 0, 1]  # in the first pass of the other process, and in a later one
+
+    def sometimes(model: nn.Module, batch: Any) -> Tensor:
+        fails[rank] += 1
+        if rank and fails[rank] in (2, 5):
+            raise OSError("a damaged file")
+        return F.cross_entropy(model(batch[0]), batch[1])
+
+    messages = []
+    for loss, data in ((sometimes, share), (sometimes, share), (None, iter(share) if rank else share)):
+        try:
+            measure_sharpness(model, loss, data, which=["epsilon"])
+        except (OSError, RuntimeError, TypeError) as error:
+            messages.append(type(error).__name__)
+    assert messages == (["OSError", "OSError", "TypeError"] if rank else ["RuntimeError"] * 3), messages
     dist.destroy_process_group()
     return [eigenvalues.values[0], trace.value, gauss.samples, eigenvalues.loss, empty.value]
 

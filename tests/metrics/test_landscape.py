@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from lightning_kd.callbacks import slice_figure
-from lightning_kd.metrics import LossSlice, filter_normalized_direction, interpolation, loss_slice
+from lightning_kd.metrics import LossSlice, filter_normalize, filter_normalized_direction, interpolation, loss_slice
 from tests.metrics.test_curvature import mlp, parted, samples
 
 
@@ -58,6 +58,37 @@ def test_slice_is_the_loss_at_moved_weights() -> None:
     for options, message in (({"directions": 3}, "directions must be 1 or 2"), ({"points": 1}, "points must be")):
         with pytest.raises(ValueError, match=message):
             loss_slice(model, None, samples(), **options)
+
+
+def test_slices_along_given_directions_and_of_chosen_parameters() -> None:
+    model = network()
+    given = {"5.weight": torch.randn(3, 27), "5.bias": torch.ones(3)}
+    scaled = filter_normalize(model, given)
+    norms = model[5].weight.detach().norm(dim=1)
+    torch.testing.assert_close(scaled["5.weight"].norm(dim=1), norms, rtol=1e-8, atol=0)
+    torch.testing.assert_close(F.cosine_similarity(scaled["5.weight"], given["5.weight"]), torch.ones(3).double())
+    assert not scaled["5.bias"].any()
+    found = loss_slice(model, None, samples(), points=3, along=[given])
+    moved = copy.deepcopy(model).eval()
+    with torch.no_grad():
+        moved[5].weight -= given["5.weight"]
+        moved[5].bias -= 1
+    image, target = samples()
+    assert found.loss[0].item() == pytest.approx(F.cross_entropy(moved(image), target).item(), rel=1e-9)
+    both = loss_slice(model, None, samples(), points=3, along=[{"1.bias": torch.ones(3)}, given])
+    torch.testing.assert_close(both.loss[1], found.loss)
+    # the last layer is frozen: nothing of it moves unless it is named
+    assert list(filter_normalized_direction(model, torch.Generator(), parameters=["6"])) == ["6.weight", "6.bias"]
+    first = filter_normalized_direction(model, torch.Generator(), parameters=["6"])
+    loss_slice(model, None, samples(), 2, 3, orthogonal=True, parameters=["6"])
+    frozen = loss_slice(model.requires_grad_(False), None, samples(), points=3, parameters=["6.weight"])
+    assert frozen.loss[0] != frozen.loss[1]
+    assert first["6.weight"].any()
+    for wrong in ({"7.weight": torch.ones(3)}, {"5.weight": torch.ones(27, 3)}):
+        with pytest.raises(ValueError, match="a direction must have the shapes"):
+            filter_normalize(model, wrong)
+        with pytest.raises(ValueError, match="a direction must have the shapes"):
+            loss_slice(model, None, samples(), along=[wrong])
 
 
 def test_interpolation_passes_through_both_networks() -> None:

@@ -102,6 +102,47 @@ def test_report_measures_what_it_is_asked_for() -> None:
         epsilon_sharpness(model, None, samples(), rho=0.0)
 
 
+class Scaled(nn.Module):
+    """Answers with another function of its network than the last linear layer does."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.network = mlp()
+
+    def forward(self, image: Tensor) -> Tensor:
+        return self.network(image) * 3
+
+
+def test_head_is_measured_where_it_answers() -> None:
+    found = measure_sharpness(Scaled(), None, samples(), classifier=(model := Scaled()).network[4], which=["head"])
+    assert found.kappa is None  # of another network, which is not run at all
+    found = measure_sharpness(model, None, samples(), classifier=model.network[4], which=["head"])
+    assert (found.kappa, found.feature_trace, found.nc1) == (None, None, None)
+    assert found.accuracy is not None
+
+
+def test_ignored_targets_do_not_count() -> None:
+    model, (image, target) = mlp(), samples()
+    hidden = target.clone()
+    hidden[8:] = -100
+    found = measure_sharpness(model, None, (image, hidden), classifier=model[4], which=["head"])
+    expected = measure_sharpness(model, None, (image[:8], target[:8]), classifier=model[4], which=["head"])
+    for name in ("accuracy", "nc1", "kappa", "feature_trace"):
+        assert getattr(found, name) == pytest.approx(getattr(expected, name), rel=1e-12), name
+
+
+def test_table_says_how_sure_the_trace_is() -> None:
+    model = mlp()
+    many = str(measure_sharpness(model, None, samples(), which=["trace"], min_probes=2, max_probes=2))
+    assert "above 0.02 of the trace: take more probes" in many
+    enough = str(measure_sharpness(model, None, samples(), which=["trace"], max_probes=30, tolerance=0.9))
+    assert "standard error" in enough
+    assert "above" not in enough
+    one = str(measure_sharpness(model, None, samples(), which=["trace"], min_probes=1, max_probes=1))
+    assert "one probe, error unknown" in one
+    assert "nan" not in one
+
+
 def test_report_leaves_the_network_alone() -> None:
     torch.manual_seed(0)
     model = Rich()
