@@ -34,7 +34,7 @@ USAGE = """usage: lightning-kd VERB [--config NAME_OR_PATH ...] [--run FOLDER] [
   query     what to label next, from a pool: query_ROUND.csv in the run folder
   label     take the answers in:     lightning-kd label FOLDER/query_00.csv
   active    a whole active learning benchmark with an oracle: lightning-kd active --config active_learning/lfosa_digits
-  list      methods, data modules, networks and shipped configs
+  list      methods, optimizers, callbacks, data modules, networks and shipped configs
   compare   mean and std over seeds of finished runs: lightning-kd compare RUN...
 
   lightning-kd fit --help            all options; --model.help DHKD and --data.help CIFAR100DataModule those of a class
@@ -104,7 +104,9 @@ def _run(argv: list[str]) -> None:
 
 def _listing() -> str:
     import lightning as L
+    from torch.optim import Optimizer
 
+    import lightning_kd.callbacks
     import lightning_kd.core
     import lightning_kd.data
     from lightning_kd.core.registry import family_packages
@@ -114,7 +116,7 @@ def _listing() -> str:
     def classes(packages: list[Any], base: type) -> list[str]:
         named = {name: getattr(package, name) for package in packages for name in package.__all__}
         return [
-            f"  {name:<24} {(inspect.getdoc(value) or '').partition(chr(10))[0]}"
+            f"  {name:<26} {(inspect.getdoc(value) or '').partition(chr(10))[0]}"
             for name, value in sorted(named.items())
             if inspect.isclass(value)
             and issubclass(value, base)
@@ -123,6 +125,8 @@ def _listing() -> str:
         ]
 
     lines = ["methods:", *classes([lightning_kd.core, *family_packages()], Task)]
+    lines += ["optimizers:", *classes(family_packages(), Optimizer)]
+    lines += ["callbacks:", *classes([lightning_kd.callbacks, *family_packages()], L.Callback)]
     lines += ["data modules:", *classes([lightning_kd.data], L.LightningDataModule)]
     lines += ["networks:", f"  {', '.join(network_names())}", "  timm/NAME, torchvision/NAME", "configs:"]
     for name in config_names():

@@ -28,8 +28,17 @@ def test_help_version_and_list(capsys):
     assert "lightning-kd fit --config distillation/dhkd_digits" in capsys.readouterr().out
     main(["list"])
     out = capsys.readouterr().out
-    for name in ("DHKD", "Classification", "CIFAR100DataModule", "resnet8x4", "distillation/dhkd_digits"):
-        assert name in out
+    for name in (
+        "DHKD",
+        "Classification",
+        "SAM",
+        "OptimumShifting",
+        "CIFAR100DataModule",
+        "resnet8x4",
+        "distillation/dhkd_digits",
+    ):
+        assert f" {name}" in out
+    assert "  distillation/dhkd_digits " in out
 
 
 @pytest.mark.parametrize("argument", [["--model.help", "DHKD"], ["--data.help", "DigitsDataModule"], ["--help"]])
