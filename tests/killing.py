@@ -32,9 +32,7 @@ class Dropping(nn.Module):
 """
 
 
-def fit_dropping(
-    folder: Path, run: str, arguments: str, *options: str, kill_at: int = -1
-) -> subprocess.CompletedProcess:
+def fit_dropping(folder: Path, run: str, arguments: str, *options: str, kill_at: int = -1) -> Any:
     """``lightning-kd fit`` of the network ``dropping.Dropping`` in ``folder``, on the CPU."""
     (folder / "dropping.py").write_text(NETWORK)
     words = f"{arguments} --model.network.class_path dropping.Dropping --trainer.accelerator cpu"
