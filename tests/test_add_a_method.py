@@ -19,7 +19,8 @@ from lightning_kd.cli import main
 main(["list"])
 main("fit --config {CONFIG} --config _overlay/smoke --model.teacher_weights random".split())
 import pytest
-raise SystemExit(pytest.main(["-p", "no:cacheprovider", "-k", "{NAME}", "tests/distillation", "tests/test_configs.py"]))
+alone = ["-n", "0", "-p", "no:cacheprovider"]
+raise SystemExit(pytest.main([*alone, "-k", "{NAME}", "tests/distillation", "tests/test_configs.py"]))
 """
 
 

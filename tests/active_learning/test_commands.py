@@ -113,6 +113,17 @@ def files(folder):
 
 
 BOOKKEEPING = ("run.json", "traceback.txt", ".pool.lock")
+SHORT_ACTIVE = [*ACTIVE, "--data.rounds", "1", "--trainer.max_epochs", "1"]
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory):
+    """The folder of a finished benchmark, for tests that must not change it."""
+    folder = tmp_path_factory.mktemp("finished")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(folder)
+        main(SHORT_ACTIVE)
+    return folder
 
 
 @pytest.mark.parametrize(
@@ -128,14 +139,13 @@ BOOKKEEPING = ("run.json", "traceback.txt", ".pool.lock")
         (["--overwrite", "--trainer.fast_dev_run", "1"], "got fast_dev_run=1"),
     ],
 )
-def test_what_is_refused_changes_nothing(capsys, tmp_path, extra, message):
-    short = [*ACTIVE, "--data.rounds", "1", "--trainer.max_epochs", "1"]
-    main(short)
-    before = files(tmp_path / "r")
+def test_what_is_refused_changes_nothing(capsys, finished, monkeypatch, extra, message):
+    monkeypatch.chdir(finished)
+    before = files(finished / "r")
     with pytest.raises(SystemExit):
-        main([*short, *extra])
+        main([*SHORT_ACTIVE, *extra])
     assert message in capsys.readouterr().err
-    assert files(tmp_path / "r") == before
+    assert files(finished / "r") == before
 
 
 def test_active_keeps_off_what_was_done_by_hand(capsys, tmp_path):
@@ -266,11 +276,13 @@ def active(folder, run, **environment):
     )
 
 
-def test_sigkill_and_start_again(tmp_path):
+# while round 1 is trained; then also, going on, while its pool is scored
+@pytest.mark.parametrize("kills", [("16",), pytest.param(("16", "9"), marks=pytest.mark.slow)])
+def test_sigkill_and_start_again(tmp_path, kills):
     (tmp_path / "dropping.py").write_text(NETWORK)
     whole = active(tmp_path, "whole")
     assert whole.returncode == 0, whole.stderr
-    for kill_at in ("16", "9"):  # while round 1 is trained; then, going on, while its pool is scored
+    for kill_at in kills:
         killed = active(tmp_path, "broken", KILL_AT=kill_at)
         assert killed.returncode == -signal.SIGKILL
         assert len(PoolRecord.load(tmp_path / "broken/pool.json").results) == 1

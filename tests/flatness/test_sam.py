@@ -536,10 +536,8 @@ def test_means_and_memories_of_a_task_count_once():
     assert memory.rows.tolist() == [0, 0]
 
 
-@pytest.mark.parametrize(
-    "name",
-    ["sam", *(pytest.param(n, marks=pytest.mark.slow) for n in ("asam", "lion", "swa", "ema", "gradient_noise"))],
-)
+@pytest.mark.slow  # SAM's is run, killed and resumed in test_kill
+@pytest.mark.parametrize("name", ["sam", "asam", "lion", "swa", "ema", "gradient_noise"])
 def test_peers_fit_test_and_resume_by_their_configs(name, capsys):
     quiet = ["--trainer.enable_progress_bar", "false", "--trainer.enable_model_summary", "false"]
     words = ["--config", f"flatness/{name}_digits", "--config", "_overlay/smoke", *quiet, "--run", "run"]
