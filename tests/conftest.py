@@ -1,14 +1,12 @@
-"""Shared by all tests: few threads, no stray seeds, and a runner of the real command."""
+"""Shared by all tests: few threads, no stray seeds, an empty working folder."""
 
 import os
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 import torch
 
-torch.set_num_threads(1)
+torch.set_num_threads(int(os.environ.get("TEST_THREADS", "1")))  # two test processes share two cores
 ROOT = Path(__file__).parent.parent
 
 
@@ -18,21 +16,3 @@ def _isolated(monkeypatch, tmp_path):
     monkeypatch.setenv("COLUMNS", "120")
     monkeypatch.chdir(tmp_path)
     torch.manual_seed(0)
-
-
-@pytest.fixture
-def command(tmp_path):
-    """The console command in a process of its own: ``command("fit", ...)`` gives the finished process."""
-
-    def run(*args, **kwargs):
-        return subprocess.run(
-            [sys.executable, "-m", "lightning_kd", *map(str, args)],
-            capture_output=True,
-            text=True,
-            cwd=tmp_path,
-            env={**os.environ, "OMP_NUM_THREADS": "1"},
-            timeout=300,
-            **kwargs,
-        )
-
-    return run

@@ -1,12 +1,11 @@
-"""Fits through the real command that end by SIGKILL in a training pass of choice."""
+"""Fits by the real command that end by SIGKILL in a training pass of choice."""
 
 from __future__ import annotations
 
-import os
-import subprocess
-import sys
 from pathlib import Path
-from typing import Any
+from subprocess import CompletedProcess
+
+from tests.forked import run_command
 
 NETWORK = """
 import os, signal
@@ -32,16 +31,9 @@ class Dropping(nn.Module):
 """
 
 
-def fit_dropping(folder: Path, run: str, arguments: str, *options: str, kill_at: int = -1) -> Any:
-    """``lightning-kd fit`` of the network ``dropping.Dropping`` in ``folder``, on the CPU."""
+def fit_dropping(folder: Path, run: str, arguments: str, *options: str, kill_at: int = -1) -> CompletedProcess[str]:
+    """``lightning-kd fit`` of the network ``dropping.Dropping`` in ``folder``, on the CPU, in a forked process."""
     (folder / "dropping.py").write_text(NETWORK)
     words = f"{arguments} --model.network.class_path dropping.Dropping --trainer.accelerator cpu"
     words += " --trainer.enable_progress_bar false --trainer.enable_model_summary false"
-    return subprocess.run(
-        [sys.executable, "-m", "lightning_kd", "fit", "--run", run, *words.split(), *options],
-        cwd=folder,
-        env={**os.environ, "OMP_NUM_THREADS": "1", "KILL_AT": str(kill_at)},
-        capture_output=True,
-        text=True,
-        timeout=300,
-    )
+    return run_command("fit", "--run", run, *words.split(), *options, folder=folder, KILL_AT=str(kill_at))

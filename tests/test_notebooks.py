@@ -1,6 +1,5 @@
 """The notebooks run, and those in the repository were run."""
 
-import os
 import re
 import subprocess
 import sys
@@ -9,28 +8,26 @@ import nbformat
 import pytest
 
 from tests.conftest import ROOT
+from tests.forked import run_forked
 
 NOTEBOOKS = sorted((ROOT / "notebooks").glob("*.ipynb"))
 MACHINE_PATH = re.compile(r"(?<![\w.:/])/(home|root|tmp|usr|opt|var|mnt|work|Users)/|[A-Z]:\\")
 
 
-def run(path):
-    return subprocess.run(
-        [sys.executable, str(ROOT / "notebooks" / "run.py"), str(path)],
-        capture_output=True,
-        text=True,
-        env={**os.environ, "OMP_NUM_THREADS": "1"},
-        timeout=300,
-    )
+def run_cells(path):
+    from IPython.core.interactiveshell import InteractiveShell
+
+    shell = InteractiveShell.instance()
+    for cell in nbformat.read(path, as_version=4).cells:
+        if cell.cell_type == "code":
+            shell.run_cell(cell.source).raise_error()
 
 
 @pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
-def test_runs_in_the_fast_setting(path):
-    before = path.read_bytes()
-    done = run(path)
+def test_runs_in_the_fast_setting(path, tmp_path):
+    kernel = {"MPLBACKEND": "module://matplotlib_inline.backend_inline", "IPYTHONDIR": str(tmp_path)}
+    done = run_forked(run_cells, path, folder=tmp_path, LIGHTNING_KD_FAST="1", **kernel)
     assert done.returncode == 0, done.stdout + done.stderr
-    assert re.fullmatch(rf"{path.name}: \d+ s, ok\n", done.stdout)
-    assert path.read_bytes() == before
 
 
 @pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
@@ -50,12 +47,22 @@ def test_was_executed_and_names_no_machine(path):
         assert not MACHINE_PATH.search(text), text
 
 
-def test_a_failing_cell_is_shown(tmp_path):
-    code = ["import os", "assert os.environ['LIGHTNING_KD_FAST'] == '1'\nprint(1 / 0)"]
-    notebook = nbformat.v4.new_notebook(cells=[nbformat.v4.new_code_cell(line) for line in code])
-    nbformat.write(notebook, tmp_path / "broken.ipynb")
-    done = run(tmp_path / "broken.ipynb")
+def test_each_runs_in_a_kernel_of_its_own_and_a_failing_cell_is_shown(tmp_path):
+    fast = "import os\nassert os.environ['LIGHTNING_KD_FAST'] == '1'"
+    for name, code in (("good", [fast, "assert os"]), ("broken", [fast, "print(1 / 0)"])):
+        notebook = nbformat.v4.new_notebook(cells=[nbformat.v4.new_code_cell(line) for line in code])
+        nbformat.write(notebook, tmp_path / f"{name}.ipynb")
+    before = (tmp_path / "good.ipynb").read_bytes()
+    done = subprocess.run(
+        [sys.executable, ROOT / "notebooks" / "run.py", "good.ipynb", "broken.ipynb"],
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
     assert done.returncode == 1
-    assert re.match(r"broken.ipynb: \d+ s, failed\n", done.stdout)
-    assert "print(1 / 0)" in done.stdout
-    assert "ZeroDivisionError" in done.stdout
+    good, broken, *rest = done.stdout.splitlines()
+    assert re.fullmatch(r"good.ipynb: \d+ s, ok", good)
+    assert re.fullmatch(r"broken.ipynb: \d+ s, failed", broken)
+    assert "print(1 / 0)" in "".join(rest)
+    assert "ZeroDivisionError" in "".join(rest)
+    assert (tmp_path / "good.ipynb").read_bytes() == before

@@ -17,6 +17,7 @@ from lightning_kd.cli import main
 from lightning_kd.core import Classification
 from lightning_kd.core.run import RunFolder, RunLogger, run_callbacks
 from lightning_kd.data import DigitsDataModule
+from tests.forked import run_command
 from tests.two_processes import on_two_ranks
 
 NETWORK = """
@@ -42,44 +43,27 @@ class Dropping(nn.Module):
 """
 
 
+OPTIONS = (
+    "--config distillation/dhkd_digits --model.student.class_path dropping.Dropping --model.teacher_weights random"
+    " --model.auxiliary_head nonlinear --model.gradient_alignment all --data.train_per_class 20"
+    " --trainer.max_epochs 4 --trainer.check_val_every_n_epoch 1 --trainer.enable_progress_bar false"
+    " --trainer.enable_model_summary false --trainer.accelerator cpu"
+)
+
+
 def fit(folder, run, *options, **environment):
+    return run_command("fit", "--run", run, *OPTIONS.split(), *options, folder=folder, **environment)
+
+
+def fit_freshly_started(folder, run, **environment):
+    """Nothing shared with the tests' own process, as a user starts it."""
     return subprocess.run(
-        [
-            sys.executable,
-            "-m",
-            "lightning_kd",
-            "fit",
-            "--config",
-            "distillation/dhkd_digits",
-            "--run",
-            run,
-            "--model.student.class_path",
-            "dropping.Dropping",
-            "--model.teacher_weights",
-            "random",
-            "--data.train_per_class",
-            "20",
-            "--trainer.max_epochs",
-            "4",
-            "--trainer.check_val_every_n_epoch",
-            "1",
-            "--model.auxiliary_head",
-            "nonlinear",
-            "--model.gradient_alignment",
-            "all",
-            "--trainer.enable_progress_bar",
-            "false",
-            "--trainer.enable_model_summary",
-            "false",
-            "--trainer.accelerator",
-            "cpu",
-            *options,
-        ],
+        [sys.executable, "-m", "lightning_kd", "fit", "--run", run, *OPTIONS.split()],
         cwd=folder,
-        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),  # a test run in the background ignores it
         env={**os.environ, "OMP_NUM_THREADS": "1", **environment},
         capture_output=True,
         text=True,
+        timeout=300,
     )
 
 
@@ -88,7 +72,7 @@ def test_sigkill_and_resume_to_the_bit(tmp_path):
     whole = fit(tmp_path, "whole")
     assert whole.returncode == 0, whole.stderr
     # 200 samples in batches of 25: step 20 is in the middle of epoch 2
-    killed = fit(tmp_path, "broken", KILL_AT="20")
+    killed = fit_freshly_started(tmp_path, "broken", KILL_AT="20")
     assert killed.returncode == -signal.SIGKILL
     folder = RunFolder(tmp_path / "broken")
     assert json.loads(folder.record_file.read_text())["outcome"] == "running"
@@ -115,7 +99,7 @@ def test_ctrl_c_says_how_to_go_on(tmp_path):
     stopped = fit(tmp_path, "stopped", KILL_AT="12")
     assert stopped.returncode != 0
     assert "fit interrupted after 1 epoch" in stopped.stdout
-    assert "go on with: lightning-kd fit --config distillation/dhkd_digits --run stopped" in stopped.stdout
+    assert "go on with: lightning-kd fit --run stopped --config distillation/dhkd_digits" in stopped.stdout
     assert stopped.stdout.rstrip().endswith("--ckpt_path last")
     assert json.loads((tmp_path / "stopped/run.json").read_text())["outcome"] == "interrupted"
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import multiprocessing
 import os
 import socket
 import traceback
@@ -10,8 +9,7 @@ import warnings
 from collections.abc import Callable
 from typing import Any
 
-_CONTEXT = multiprocessing.get_context("forkserver")
-_CONTEXT.set_forkserver_preload(["lightning_kd.trainer_cli"])
+from tests.forked import CONTEXT
 
 
 def _child(rank: int, port: int, function: Callable[..., Any], args: tuple[Any, ...], queue: Any) -> None:
@@ -36,8 +34,8 @@ def on_two_ranks(function: Callable[..., Any], *args: Any) -> list[Any]:
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
-    queue = _CONTEXT.Queue()
-    children = [_CONTEXT.Process(target=_child, args=(rank, port, function, args, queue)) for rank in range(2)]
+    queue = CONTEXT.Queue()
+    children = [CONTEXT.Process(target=_child, args=(rank, port, function, args, queue)) for rank in range(2)]
     for child in children:
         child.start()
     try:

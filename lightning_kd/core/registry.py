@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import importlib
 import pkgutil
 from types import ModuleType
@@ -25,6 +26,7 @@ def export_modules(package: str, namespace: dict[str, Any]) -> list[str]:
     return sorted(names)
 
 
+@functools.cache  # asked for at every name that lightning_kd itself does not have
 def family_packages() -> list[ModuleType]:
     """The packages of all families that exist, imported."""
     import lightning_kd

@@ -1,10 +1,7 @@
 """The verbs as commands."""
 
 import csv
-import os
 import signal
-import subprocess
-import sys
 
 import numpy as np
 import pytest
@@ -17,6 +14,7 @@ from lightning_kd.configs_by_name import config_folder
 from lightning_kd.pool import PoolRecord
 from lightning_kd.pool.record import alone
 from tests.active_learning.test_rounds import outcome
+from tests.forked import run_command
 
 QUIET = ["--trainer.enable_progress_bar", "false", "--trainer.enable_model_summary", "false"]
 SHORT = [*QUIET, "--trainer.max_epochs", "2", "--trainer.accelerator", "cpu"]
@@ -266,14 +264,7 @@ class Dropping(nn.Module):
 
 def active(folder, run, **environment):
     arguments = [*ACTIVE[:-1], run, "--model.network.class_path", "dropping.Dropping"]
-    return subprocess.run(
-        [sys.executable, "-m", "lightning_kd", *arguments],
-        cwd=folder,
-        env={**os.environ, "OMP_NUM_THREADS": "1", **environment},
-        capture_output=True,
-        text=True,
-        timeout=300,
-    )
+    return run_command(*arguments, folder=folder, **environment)
 
 
 # while round 1 is trained; then also, going on, while its pool is scored

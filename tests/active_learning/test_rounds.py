@@ -87,9 +87,16 @@ class Stop(Exception):
     pass
 
 
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory):
+    """What two rounds that nothing disturbed leave behind."""
+    folder = tmp_path_factory.mktemp("whole")
+    run_rounds(starter(), folder, say=str)
+    return outcome(folder)
+
+
 @pytest.mark.parametrize("point", POINTS)
-def test_broken_anywhere_and_started_again(tmp_path, monkeypatch, point):
-    run_rounds(starter(), tmp_path / "whole", say=str)
+def test_broken_anywhere_and_started_again(tmp_path, monkeypatch, whole, point):
     with monkeypatch.context() as patch:
         calls = {"n": 0}
 
@@ -118,16 +125,15 @@ def test_broken_anywhere_and_started_again(tmp_path, monkeypatch, point):
         with pytest.raises(Stop):
             run_rounds(starter(), tmp_path / "broken", say=str)
     run_rounds(starter(), tmp_path / "broken", say=str)
-    assert outcome(tmp_path / "broken") == outcome(tmp_path / "whole")
+    assert outcome(tmp_path / "broken") == whole
     run_rounds(starter(), tmp_path / "broken", say=str)  # once more changes nothing
-    assert outcome(tmp_path / "broken") == outcome(tmp_path / "whole")
+    assert outcome(tmp_path / "broken") == whole
 
 
-def test_more_rounds_go_on_from_fewer(tmp_path):
-    run_rounds(starter(data={"rounds": 2}), tmp_path / "whole", say=str)
+def test_more_rounds_go_on_from_fewer(tmp_path, whole):
     for rounds in (1, 2):
         run_rounds(starter(data={"rounds": rounds}), tmp_path / "grown", say=str)
-    assert outcome(tmp_path / "grown") == outcome(tmp_path / "whole")
+    assert outcome(tmp_path / "grown") == whole
 
 
 def test_another_strategy_or_seed_in_the_same_folder_is_refused(tmp_path):
