@@ -13,6 +13,7 @@ from subprocess import CompletedProcess
 from tempfile import TemporaryDirectory
 from typing import Any
 
+THREADS = os.environ.get("TEST_THREADS", "1")  # of each process: the suite runs two at once on two cores
 CONTEXT = multiprocessing.get_context("forkserver")
 CONTEXT.set_forkserver_preload(["lightning_kd.trainer_cli", "sklearn.datasets", "matplotlib.pyplot"])
 
@@ -28,7 +29,7 @@ def _child(
     signal.signal(signal.SIGINT, signal.default_int_handler)  # a test run in the background ignores it
     import torch
 
-    torch.set_num_threads(int(environment.get("OMP_NUM_THREADS", "1")))
+    torch.set_num_threads(int(THREADS))
     try:
         function(*args)
     except Exception:  # as the interpreter ends a program
@@ -43,7 +44,7 @@ def run_forked(
 
     The process dies by any signal that it sends itself, SIGKILL too; ``function`` must be importable.
     """
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", **environment}
+    environment = {**os.environ, "OMP_NUM_THREADS": THREADS, **environment}
     with TemporaryDirectory() as output:
         child = CONTEXT.Process(target=_child, args=(function, args, Path(folder), environment, Path(output)))
         child.start()

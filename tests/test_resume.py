@@ -17,7 +17,7 @@ from lightning_kd.cli import main
 from lightning_kd.core import Classification
 from lightning_kd.core.run import RunFolder, RunLogger, run_callbacks
 from lightning_kd.data import DigitsDataModule
-from tests.forked import run_command
+from tests.forked import THREADS, run_command
 from tests.two_processes import on_two_ranks
 
 NETWORK = """
@@ -60,7 +60,7 @@ def fit_freshly_started(folder, run, **environment):
     return subprocess.run(
         [sys.executable, "-m", "lightning_kd", "fit", "--run", run, *OPTIONS.split()],
         cwd=folder,
-        env={**os.environ, "OMP_NUM_THREADS": "1", **environment},
+        env={**os.environ, "OMP_NUM_THREADS": THREADS, **environment},
         capture_output=True,
         text=True,
         timeout=300,

@@ -9,13 +9,13 @@ import warnings
 from collections.abc import Callable
 from typing import Any
 
-from tests.forked import CONTEXT
+from tests.forked import CONTEXT, THREADS
 
 
 def _child(rank: int, port: int, function: Callable[..., Any], args: tuple[Any, ...], queue: Any) -> None:
     import torch
 
-    torch.set_num_threads(1)
+    torch.set_num_threads(int(THREADS))
     warnings.simplefilter("ignore")
     os.environ.update(
         LOCAL_RANK=str(rank), NODE_RANK="0", WORLD_SIZE="2", MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port)

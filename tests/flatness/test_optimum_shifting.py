@@ -229,10 +229,16 @@ def test_convolutions_of_other_kinds() -> None:
 
 
 def test_hessian_of_earlier_layers() -> None:
-    """The block of the shifted layer stays; earlier ones get flatter here (they need not)."""
+    """The block of the shifted layer stays; that of the layer before it gets flatter where all its units are live.
+
+    Its trace is a sum over images of ``|input|^2 tr(S W P W')``, with ``S`` from the probabilities, which stay, and
+    ``P`` the projector on the 4 features of 12 units; about 0.44 of it is left here.
+    """
     torch.manual_seed(0)
-    net = nn.Sequential(nn.Linear(3, 5), nn.ReLU(), nn.Linear(5, 7), nn.ReLU(), nn.Linear(7, 3)).double()
+    net = nn.Sequential(nn.Linear(3, 5), nn.ReLU(), nn.Linear(5, 12), nn.ReLU(), nn.Linear(12, 3)).double()
+    nn.init.constant_(net[2].bias, 3.0)
     image, target = normal(4, 3, seed=5), torch.tensor([0, 1, 2, 1])
+    assert (net[:4](image) > 0.5).all()
 
     def traces() -> tuple[float, dict[str, float]]:
         parameters = {name: p.detach().clone() for name, p in net.named_parameters()}
@@ -252,7 +258,9 @@ def test_hessian_of_earlier_layers() -> None:
         net[4].weight.copy_(shift.weight)
     loss_after, after = traces()
     assert loss_after == pytest.approx(loss, abs=1e-12)
-    assert sum(after.values()) < sum(before.values())
+    assert shift.rank == 4
+    for name in ("2.weight", "2.bias"):
+        assert after[name] < 0.9 * before[name]
     assert all(after[name] == pytest.approx(before[name], abs=1e-12) for name in ("4.weight", "4.bias"))
 
 
