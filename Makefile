@@ -4,13 +4,13 @@ PYTHON ?= python3
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 
-.PHONY: help quickstart test test-all lint bench notebooks clean
+.PHONY: help quickstart test test-all lint mutants bench notebooks clean
 
 help:
 	@echo "make quickstart   train a teacher and students on scikit-learn's digits, print the comparison (4 minutes)"
 	@echo "make test         the test suite          make test-all   with the slow tests"
 	@echo "make lint         ruff and types          make bench      speed ratios"
-	@echo "make notebooks    run the notebooks"
+	@echo "make notebooks    run the notebooks       make mutants    faults that the tests must catch (half an hour)"
 
 # installed again only when pyproject.toml changed
 $(STAMP): pyproject.toml
@@ -33,6 +33,9 @@ lint: $(STAMP)
 	@$(BIN)/ruff check --quiet .
 	@$(BIN)/ruff format --check --quiet .
 	@$(BIN)/mypy --no-error-summary
+
+mutants: $(STAMP)
+	@$(BIN)/python tests/mutants.py
 
 bench: $(STAMP)
 	@$(BIN)/python tests/benchmarks/run.py
