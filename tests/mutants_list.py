@@ -124,7 +124,7 @@ MUTANTS = [
         "noisy_labels/coteaching.py",
         "epoch / max(ramp_epochs - 1, 1)",
         "epoch / max(ramp_epochs, 1)",
-        (f"{NOISY}/test_coteaching.py",),
+        (f"{NOISY}/test_losses.py", f"{NOISY}/test_coteaching.py"),
     ),
     Mutant(
         "MixUp mixes labels the other way",

@@ -7,6 +7,7 @@ import torch
 from torch.distributions import Dirichlet, kl_divergence
 
 from lightning_kd.noisy_labels.dpc import (
+    DPC,
     calibrated_softmax,
     clean_probability,
     consistency_loss,
@@ -27,6 +28,14 @@ def test_worked_numbers_of_two_rows():
     nll, kl = dirichlet_nll(TWO, ONE, 1.0), dirichlet_kl(TWO, ONE, 1.0)
     torch.testing.assert_close(nll, torch.tensor([0.539540, 0.994363], dtype=torch.float64), atol=1e-6, rtol=0)
     torch.testing.assert_close(kl, torch.tensor([0.437492, 0.0182035], dtype=torch.float64), atol=1e-6, rtol=0)
+
+
+def test_warm_up_weights_the_divergence_by_beta_over_the_classes():
+    task = DPC("mlp_8", 4, input_shape=(4,), gamma=1.0, beta=0.5)
+    terms = task.warmup_terms(TWO, ONE)
+    assert terms["nll"].item() == pytest.approx((0.539540 + 0.994363) / 2, abs=1e-6)
+    assert terms["kl"].item() == pytest.approx(0.5 / 4 * (0.437492 + 0.0182035) / 2, abs=1e-6)
+    assert terms.keys() == {"nll", "kl"}
 
 
 @pytest.mark.parametrize(("classes", "gamma", "scaled"), [(10, 1.0, 0.0568823), (100, 0.1, 0.405168)])
