@@ -440,14 +440,14 @@ MUTANTS = [
         "core/distributed.py",
         "np.unique(parts[0].numpy(), return_index=True)[1]",
         "np.arange(len(parts[0]))",
-        ("tests/core", "tests/data/test_sampling.py", "tests/test_cli.py"),
+        ("tests/core/test_distributed.py",),
     ),
     Mutant(
         "two networks' gradients summed over processes",
         "core/distributed.py",
         "    joint /= dist.get_world_size()\n",
         "",
-        (f"{NOISY}/test_two_networks.py", NOISY),
+        ("tests/core/test_distributed.py",),
     ),
     Mutant(
         "metrics of a repeated epoch stay", "core/run.py", "< epoch]", "<= epoch]", ("tests/test_resume.py", CONFIGS)
@@ -485,7 +485,7 @@ MUTANTS = [
         "core/task.py",
         'metrics["loss"].update(loss, len(scores))',
         'metrics["loss"].update(loss)',
-        ("tests/distillation/test_modules.py", "tests/noisy_labels"),
+        ("tests/core/test_task.py",),
     ),
     Mutant(
         "training means of this process alone",

@@ -1,0 +1,47 @@
+"""What several processes agree on."""
+
+import os
+
+import torch
+import torch.distributed as dist
+from torch import nn
+
+from lightning_kd.core.distributed import average_gradients, gather_by_index
+from tests.two_processes import on_two_ranks
+
+
+def test_rows_are_sorted_and_come_once():
+    index, value, rows = gather_by_index(
+        torch.tensor([4, 1, 4, 2]), torch.tensor([1.0, 2.0, 3.0, 4.0]), torch.arange(8).view(4, 2)
+    )
+    assert index.tolist() == [1, 2, 4]
+    assert value.tolist() == [2.0, 4.0, 1.0]
+    assert rows.tolist() == [[2, 3], [6, 7], [0, 1]]
+
+
+def _two():
+    dist.init_process_group("gloo", rank=int(os.environ["LOCAL_RANK"]), world_size=2)
+    rank = dist.get_rank()
+    index = [torch.tensor([5, 0, 3]), torch.tensor([3, 4])][rank]  # 3 fills up the last batch
+    gathered = gather_by_index(index, 10 * index)
+    weights = [nn.Parameter(torch.zeros(2, 3)), nn.Parameter(torch.zeros(4)), nn.Parameter(torch.zeros(1))]
+    weights[0].grad = torch.arange(6.0).view(2, 3) * (1 + 2 * rank)
+    weights[1].grad = torch.full((4,), float(rank))
+    average_gradients(weights)
+    dist.destroy_process_group()
+    return [part.tolist() for part in gathered], weights[0].grad.tolist(), weights[1].grad.tolist(), weights[2].grad
+
+
+def test_two_processes():
+    for gathered, first, second, none in on_two_ranks(_two):
+        assert gathered == [[0, 3, 4, 5], [0, 30, 40, 50]]
+        assert first == (torch.arange(6.0).view(2, 3) * 2).tolist()  # the mean of once and three times
+        assert second == [0.5] * 4
+        assert none is None
+
+
+def test_one_process_keeps_its_gradients():
+    weight = nn.Parameter(torch.zeros(3))
+    weight.grad = torch.tensor([1.0, 2.0, 3.0])
+    average_gradients([weight])
+    assert weight.grad.tolist() == [1.0, 2.0, 3.0]
