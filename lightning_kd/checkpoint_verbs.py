@@ -13,6 +13,7 @@ import torch
 from lightning_kd.callbacks import SharpnessReport
 from lightning_kd.callbacks.sharpness import add_entry, keep_slice
 from lightning_kd.core.batch import as_batch
+from lightning_kd.core.outputs import logits_of
 from lightning_kd.core.run import RunFolder, write_text
 from lightning_kd.core.samples import OnDevice
 from lightning_kd.core.task import Task
@@ -72,7 +73,7 @@ def shift_checkpoint(
         selection=selection,
         num_classes=task.num_classes,
         force=force,
-        forward=lambda batch: network(task.format_image(as_batch(batch).image)),
+        forward=lambda batch: logits_of(network(task.format_image(as_batch(batch).image))),
         **options,
     )
     print(f"\n{report}")

@@ -119,7 +119,7 @@ class Poisoned(nn.Module):
 @pytest.mark.parametrize("step", [2, 15])
 def test_nan_stops_at_once_and_leaves_a_usable_checkpoint(tmp_path, step):
     data = DigitsDataModule(train_per_class=20, batch_size=20)
-    task = Classification(Poisoned(step), 10, (1, 8, 8))
+    task = Classification(Poisoned(step), 10, input_shape=(1, 8, 8))
     run = RunFolder(tmp_path)
     trainer = L.Trainer(
         max_epochs=3,
@@ -139,7 +139,7 @@ def test_nan_stops_at_once_and_leaves_a_usable_checkpoint(tmp_path, step):
     assert last["global_step"] == (step - 1) // 10 * 10
     assert all(value.isfinite().all() for value in last["state_dict"].values() if value.is_floating_point())
     # with the cause gone, it goes on from there
-    healthy = Classification(Poisoned(10**6), 10, (1, 8, 8))
+    healthy = Classification(Poisoned(10**6), 10, input_shape=(1, 8, 8))
     trainer = L.Trainer(
         max_epochs=3,
         accelerator="cpu",
@@ -210,7 +210,7 @@ def fit_with_a_slow_rank(folder):
         enable_progress_bar=False,
         enable_model_summary=False,
     )
-    trainer.fit(Classification("cnn_tiny", 10, (1, 8, 8)), DigitsDataModule(fake=True))
+    trainer.fit(Classification("cnn_tiny", 10, input_shape=(1, 8, 8)), DigitsDataModule(fake=True))
     return trainer.global_step
 
 

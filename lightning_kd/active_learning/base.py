@@ -8,7 +8,6 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
-import torch
 from torch import Tensor, nn
 
 from lightning_kd.core.batch import as_batch
@@ -36,9 +35,14 @@ class PoolTask(Task, ABC):
     """
 
     def __init__(
-        self, num_classes: int, input_shape: Sequence[int] = (3, 32, 32), warm_start: bool = False, **kwargs: Any
+        self,
+        num_classes: int,
+        *,
+        input_shape: Sequence[int] = (3, 32, 32),
+        warm_start: bool = False,
+        **kwargs: Any,
     ) -> None:
-        super().__init__(num_classes, input_shape, **kwargs)
+        super().__init__(num_classes, input_shape=input_shape, **kwargs)
         self.warm_start = warm_start
 
     @property
@@ -118,17 +122,3 @@ class PoolTask(Task, ABC):
             budget: how many.
             generator: the only source of random numbers.
         """
-
-
-def check_outputs(network: nn.Module, logits: Tensor, outputs: int) -> Tensor:
-    """``logits`` as float32 or wider, after a look at their shape.
-
-    Raises:
-        ValueError: unless they are ``[B, outputs]``.
-    """
-    if logits.ndim != 2 or logits.shape[1] != outputs:
-        raise ValueError(
-            f"{type(network).__name__} gives {list(logits.shape)}, expected [B, {outputs}]: give a network with as "
-            "many logits, or name its last layer by classifier"
-        )
-    return logits.float() if logits.dtype in (torch.float16, torch.bfloat16) else logits

@@ -26,10 +26,10 @@ from lightning_kd.active_learning._bidirectional import (
     unknown_lead,
 )
 from lightning_kd.active_learning._in_turn import InTurnTask
-from lightning_kd.active_learning.base import check_outputs
 from lightning_kd.core.batch import Batch
 from lightning_kd.core.losses import at_least_float32, negative_learning_loss
 from lightning_kd.core.memory import SampleMemory
+from lightning_kd.core.outputs import class_logits
 from lightning_kd.core.passes import ordered_pass
 from lightning_kd.core.phases import Phase, PhaseBatch
 from lightning_kd.core.seeding import EpochSeeding, numpy_generator
@@ -98,6 +98,7 @@ class BUAL(InTurnTask):
         self,
         network: str | nn.Module,
         num_classes: int,
+        *,
         input_shape: Sequence[int] = (3, 32, 32),
         negative_epochs: int = 100,
         subset_size: int = 5000,
@@ -111,7 +112,7 @@ class BUAL(InTurnTask):
         classifier: str | None = None,
         **kwargs: Any,
     ) -> None:
-        super().__init__(num_classes, input_shape, **kwargs)
+        super().__init__(num_classes, input_shape=input_shape, **kwargs)
         for name, count in (("negative_epochs", negative_epochs), ("subset_size", subset_size)):
             if count < 1:
                 raise ValueError(f"{name} must be at least 1, got {count}: give a whole number from 1 on")
@@ -218,7 +219,8 @@ class BUAL(InTurnTask):
         return loss
 
     def _logits(self, network: nn.Module, image: Tensor, outputs: int) -> Tensor:
-        return check_outputs(network, network(self.format_image(image)), outputs)
+        (logits,) = at_least_float32(class_logits(network, network(self.format_image(image)), outputs))
+        return logits
 
     def on_train_epoch_end(self) -> None:
         super().on_train_epoch_end()

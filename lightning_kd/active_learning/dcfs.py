@@ -27,9 +27,10 @@ from lightning_kd.active_learning._evidential import (
     head_discrepancy,
     wide,
 )
-from lightning_kd.active_learning.base import PoolTask, check_outputs
+from lightning_kd.active_learning.base import PoolTask
 from lightning_kd.core.batch import as_batch
 from lightning_kd.core.losses import at_least_float32, check_positive
+from lightning_kd.core.outputs import class_logits
 from lightning_kd.core.taps import penultimate_tap
 from lightning_kd.pool import PoolView, Query
 
@@ -135,6 +136,7 @@ class DCFS(PoolTask):
         self,
         network: str | nn.Module,
         num_classes: int,
+        *,
         input_shape: Sequence[int] = (3, 32, 32),
         gamma: float = 1.0,
         kl_weight: float = 1.0,
@@ -149,7 +151,7 @@ class DCFS(PoolTask):
         classifier: str | None = None,
         **kwargs: Any,
     ) -> None:
-        super().__init__(num_classes, input_shape, **kwargs)
+        super().__init__(num_classes, input_shape=input_shape, **kwargs)
         check_positive(gamma=gamma)
         least = {"kl_weight": kl_weight, "annealing_epochs": annealing_epochs, "discrepancy_weight": discrepancy_weight}
         for name, value in (least | {"unknown_evidence_weight": unknown_evidence_weight}).items():
@@ -197,7 +199,7 @@ class DCFS(PoolTask):
 
     def heads(self, image: Tensor) -> tuple[Tensor, Tensor]:
         """Logits ``[B, K]`` or ``[B, K+1]`` of both heads, float32 or wider."""
-        first = check_outputs(self.network, self.network(self.format_image(image)), self.outputs)
+        first = class_logits(self.network, self.network(self.format_image(image)), self.outputs)
         second = self.second_head(self._feature.take())
         return at_least_float32(first, second)  # type: ignore[return-value]
 

@@ -14,10 +14,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from lightning_kd.active_learning._in_turn import InTurnTask
-from lightning_kd.active_learning.base import check_outputs
 from lightning_kd.active_learning.strategies import take_best
 from lightning_kd.core.losses import at_least_float32, check_positive, check_target
 from lightning_kd.core.mixture import Mixtures, fit_mixtures
+from lightning_kd.core.outputs import class_logits
 from lightning_kd.core.phases import Phase, PhaseBatch
 from lightning_kd.core.taps import find_classifier
 from lightning_kd.pool import PoolView, Query
@@ -181,6 +181,7 @@ class LfOSA(InTurnTask):
         self,
         network: str | nn.Module,
         num_classes: int,
+        *,
         input_shape: Sequence[int] = (3, 32, 32),
         known_temperature: float = 0.5,
         unknown_temperature: float = 0.5,
@@ -192,7 +193,7 @@ class LfOSA(InTurnTask):
         classifier: str | None = None,
         **kwargs: Any,
     ) -> None:
-        super().__init__(num_classes, input_shape, **kwargs)
+        super().__init__(num_classes, input_shape=input_shape, **kwargs)
         check_positive(known_temperature=known_temperature, unknown_temperature=unknown_temperature)
         check_positive(variance_floor=variance_floor)
         if not isinstance(max_iter, int) or max_iter < 1:
@@ -225,7 +226,9 @@ class LfOSA(InTurnTask):
 
     def detector_logits(self, image: Tensor) -> Tensor:
         """``[B, K + 1]``, float32 or wider, without temperature."""
-        return check_outputs(self.detector, self.detector(self.format_image(image)), self.num_classes + 1)
+        output = self.detector(self.format_image(image))
+        (logits,) = at_least_float32(class_logits(self.detector, output, self.num_classes + 1))
+        return logits
 
     # -- training ----------------------------------------------------------------------------------------------------
 

@@ -51,13 +51,14 @@ class PoolClassifier(PoolTask):
         self,
         network: str | nn.Module,
         num_classes: int,
+        *,
         input_shape: Sequence[int] = (3, 32, 32),
         strategy: str | Strategy = "entropy",
         weights: str | None = None,
         classifier: str | None = None,
         **kwargs: Any,
     ) -> None:
-        super().__init__(num_classes, input_shape, **kwargs)
+        super().__init__(num_classes, input_shape=input_shape, **kwargs)
         if isinstance(strategy, str) and strategy not in STRATEGIES:
             raise ValueError(f"strategy must be one of {', '.join(STRATEGIES)} or a Strategy, got {strategy!r}")
         self._strategy_name = strategy if isinstance(strategy, str) else type(strategy).__name__

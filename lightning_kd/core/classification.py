@@ -35,12 +35,13 @@ class Classification(Task):
         self,
         network: str | nn.Module,
         num_classes: int,
+        *,
         input_shape: Sequence[int] = (3, 32, 32),
         weights: str | None = None,
         label_smoothing: float = 0.0,
         **kwargs: Any,
     ) -> None:
-        super().__init__(num_classes, input_shape, **kwargs)
+        super().__init__(num_classes, input_shape=input_shape, **kwargs)
         self.network = self.build(network)
         if weights is not None:
             load_weights(self.network, weights, num_classes)

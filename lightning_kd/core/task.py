@@ -18,6 +18,7 @@ from torchmetrics.classification import MulticlassAccuracy, MulticlassCalibratio
 
 from lightning_kd.core.batch import as_batch
 from lightning_kd.core.finite import FiniteGuard
+from lightning_kd.core.outputs import class_logits
 from lightning_kd.core.second_pass import second_pass
 from lightning_kd.core.seeding import EpochSeeding, global_seed, numpy_generator
 from lightning_kd.nets import network_for
@@ -61,6 +62,7 @@ class Task(L.LightningModule):
     def __init__(
         self,
         num_classes: int,
+        *,
         input_shape: Sequence[int] = (3, 32, 32),
         optimizer: OptimizerCallable | None = None,
         lr_scheduler: LRSchedulerCallable | None = None,
@@ -100,14 +102,19 @@ class Task(L.LightningModule):
 
     # -- networks ----------------------------------------------------------------------------------------------------
 
-    def build(self, network: str | nn.Module) -> nn.Module:
-        """A network by name (see ``lightning-kd list``) for this task's classes and input, or the given one itself."""
+    def build(self, network: str | nn.Module, input_shape: Sequence[int] | None = None) -> nn.Module:
+        """A network by name (see ``lightning-kd list``) for this task's classes and input, or the given one itself.
+
+        Args:
+            network: its name, or the module.
+            input_shape: of its images, where they are not those of the task.
+        """
         if isinstance(network, str):
             if "." in network and "/" not in network:
                 raise ValueError(
                     f"network {network!r} looks like a class: write class_path: {network} instead of a name"
                 )
-            network = network_for(network, self.num_classes, self.input_shape)
+            network = network_for(network, self.num_classes, tuple(input_shape or self.input_shape))
         if self.channels_last is None:
             self.channels_last = len(self.input_shape) == 3 and any(isinstance(m, nn.Conv2d) for m in network.modules())
         if self.channels_last:
@@ -160,11 +167,8 @@ class Task(L.LightningModule):
         Raises:
             ValueError: if the network gives anything else.
         """
-        logits = self.main_network(self.format_image(image))
-        if logits.ndim != 2 or logits.shape[1] != self.num_classes:
-            name = type(self.main_network).__name__
-            raise ValueError(f"{name} gives {list(logits.shape)}, expected [B, {self.num_classes}]: one logit a class")
-        return logits
+        network = self.main_network
+        return class_logits(network, network(self.format_image(image)), self.num_classes)
 
     @classmethod
     def load_from_checkpoint(cls, checkpoint_path: Any, *args: Any, **kwargs: Any) -> Self:

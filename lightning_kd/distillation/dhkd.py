@@ -169,6 +169,7 @@ class DHKD(Distillation):
         student: str | nn.Module,
         teacher: str | nn.Module,
         num_classes: int,
+        *,
         loss: Literal["binary_kl_norm", "binary_kl", "kd"] = "binary_kl_norm",
         temperature: float = 2.0,
         heads: Literal[1, 2] = 2,

@@ -78,6 +78,7 @@ class DKD(Distillation):
         student: str | nn.Module,
         teacher: str | nn.Module,
         num_classes: int,
+        *,
         alpha: float = 1.0,
         beta: float = 8.0,
         temperature: float = 4.0,

@@ -60,6 +60,7 @@ class KD(Distillation):
         student: str | nn.Module,
         teacher: str | nn.Module,
         num_classes: int,
+        *,
         temperature: float = 4.0,
         ce_weight: float = 0.1,
         kd_weight: float = 0.9,

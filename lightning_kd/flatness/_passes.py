@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _NormBase
 
 from lightning_kd.core.batch import Batch, as_batch
+from lightning_kd.core.outputs import logits_of
 from lightning_kd.core.taps import find_classifier
 from lightning_kd.flatness._capture import LayerInputs, summed, undisturbed
 from lightning_kd.flatness._row_space import wide
@@ -215,8 +216,8 @@ def _first_tensor(batch: Any) -> Tensor | None:
 
 
 def _cross_entropy(output: Any, batch: Any) -> Tensor:
-    target = as_batch(batch).target
-    if not isinstance(output, Tensor) or output.ndim != 2 or len(output) != len(target):
-        got = list(output.shape) if isinstance(output, Tensor) else type(output).__name__
+    output, target = logits_of(output), as_batch(batch).target
+    if output.ndim != 2 or len(output) != len(target):
+        got = list(output.shape)
         raise ValueError(f"the output must be logits [{len(target)}, C] for cross-entropy, got {got}: give loss_fn")
     return F.cross_entropy(wide(output), target.to(wide(output).device))

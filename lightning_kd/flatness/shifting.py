@@ -18,6 +18,7 @@ from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor, nn
 
 from lightning_kd.core.batch import as_batch
+from lightning_kd.core.outputs import logits_of
 from lightning_kd.core.run import RunCheckpoint, run_folder_of, write_text
 from lightning_kd.core.samples import OnDevice, Samples, sample_source
 from lightning_kd.core.task import Task
@@ -141,9 +142,9 @@ class OptimumShifting(L.Callback):
     def output(self, pl_module: L.LightningModule, batch: Any) -> Any:
         """What the network gives for a batch, in eval mode."""
         image = as_batch(batch).image
-        return (
-            pl_module.main_network(pl_module.format_image(image)) if isinstance(pl_module, Task) else pl_module(image)
-        )
+        if isinstance(pl_module, Task):
+            return logits_of(pl_module.main_network(pl_module.format_image(image)))
+        return pl_module(image)
 
     def loss(self, pl_module: L.LightningModule, output: Any, batch: Any) -> Tensor:
         """The mean loss of ``output`` over the samples of a batch."""

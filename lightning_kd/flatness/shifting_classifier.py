@@ -50,6 +50,7 @@ class OptimumShiftingClassifier(Classification):
         self,
         network: str | nn.Module,
         num_classes: int,
+        *,
         input_shape: Sequence[int] = (3, 32, 32),
         layers: list[str] | None = None,
         samples: int | None = None,
@@ -66,7 +67,7 @@ class OptimumShiftingClassifier(Classification):
         force: bool = False,
         **kwargs: Any,
     ) -> None:
-        super().__init__(network, num_classes, input_shape, **kwargs)
+        super().__init__(network, num_classes, input_shape=input_shape, **kwargs)
         self.shifting = OptimumShifting(
             layers, samples, selection, mode, start, every, at_end, momentum, guard, held_out, rtol, seed, force
         )

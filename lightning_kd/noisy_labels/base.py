@@ -45,8 +45,8 @@ class NoisyLabelTask(Task, ABC):
 
     needs_index = False
 
-    def __init__(self, num_classes: int, input_shape: Sequence[int] = (3, 32, 32), **kwargs: Any) -> None:
-        super().__init__(num_classes, input_shape, **kwargs)
+    def __init__(self, num_classes: int, *, input_shape: Sequence[int] = (3, 32, 32), **kwargs: Any) -> None:
+        super().__init__(num_classes, input_shape=input_shape, **kwargs)
         self.memories: dict[str, SampleMemory] = {}
         self._judged: tuple[int, LabelScores] | None = None
         self._seen: dict[int, list[tuple[Tensor, ...]]] = {}
@@ -228,11 +228,12 @@ class SingleNetworkTask(NoisyLabelTask, ABC):
         self,
         network: str | nn.Module,
         num_classes: int,
+        *,
         input_shape: Sequence[int] = (3, 32, 32),
         weights: str | None = None,
         **kwargs: Any,
     ) -> None:
-        super().__init__(num_classes, input_shape, **kwargs)
+        super().__init__(num_classes, input_shape=input_shape, **kwargs)
         self.network = self.build(network)
         if weights is not None:
             load_weights(self.network, weights, num_classes)

@@ -21,6 +21,7 @@ from lightning_kd.core.averaging import averaged_copy, update_average
 from lightning_kd.core.batch import Batch, as_batch
 from lightning_kd.core.distributed import gather_by_index
 from lightning_kd.core.losses import at_least_float32, check_positive
+from lightning_kd.core.outputs import class_logits
 from lightning_kd.core.run import write_text
 from lightning_kd.core.second_pass import second_pass
 from lightning_kd.core.taps import penultimate_tap
@@ -145,6 +146,7 @@ class BLDR(NoisyLabelTask):
         self,
         network: str | nn.Module,
         num_classes: int,
+        *,
         input_shape: Sequence[int] = (3, 32, 32),
         weights: str | None = None,
         warmup_epochs: int = 20,
@@ -164,7 +166,7 @@ class BLDR(NoisyLabelTask):
         average_buffers: bool = True,
         **kwargs: Any,
     ) -> None:
-        super().__init__(num_classes, input_shape, **kwargs)
+        super().__init__(num_classes, input_shape=input_shape, **kwargs)
         check_positive(temperature=temperature)
         if agreement_weight is None:
             agreement_weight = 10.0 if num_classes == 100 else 0.0
@@ -220,9 +222,7 @@ class BLDR(NoisyLabelTask):
 
     def _heads(self, parts: nn.ModuleDict, image: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Logits of both heads and the feature that they stand on."""
-        logits = parts["network"](self.format_image(image))
-        if logits.ndim != 2 or logits.shape[1] != self.num_classes:
-            raise ValueError(f"network gives {list(logits.shape)}, expected [B, {self.num_classes}]: one logit a class")
+        logits = class_logits(parts["network"], parts["network"](self.format_image(image)), self.num_classes)
         feature = self._feature.take()
         negative = parts["negative_head"](feature)
         return (*at_least_float32(logits, negative), feature)  # type: ignore[return-value]

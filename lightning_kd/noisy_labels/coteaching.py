@@ -115,13 +115,14 @@ class CoTeaching(TwoNetworkTask):
         self,
         network: str | nn.Module,
         num_classes: int,
+        *,
         input_shape: Sequence[int] = (3, 32, 32),
         noise_rate: float | None = None,
         ramp_epochs: int = 10,
         exponent: float = 1.0,
         **kwargs: Any,
     ) -> None:
-        super().__init__(network, num_classes, input_shape, **kwargs)
+        super().__init__(network, num_classes, input_shape=input_shape, **kwargs)
         if noise_rate is None:
             raise ValueError(
                 "noise_rate must be given, got None: Co-teaching drops this share of each batch, so say which share of "

@@ -101,6 +101,7 @@ class DivideMix(TwoNetworkTask):
         self,
         network: str | nn.Module,
         num_classes: int,
+        *,
         input_shape: Sequence[int] = (3, 32, 32),
         warmup_epochs: int = 10,
         lambda_u: float = 25.0,
@@ -114,7 +115,7 @@ class DivideMix(TwoNetworkTask):
         clip: float = 0.0,
         **kwargs: Any,
     ) -> None:
-        super().__init__(network, num_classes, input_shape, **kwargs)
+        super().__init__(network, num_classes, input_shape=input_shape, **kwargs)
         for name, value, least in (("warmup_epochs", warmup_epochs, 1), ("loss_history", loss_history, 1)):
             if value < least:
                 raise ValueError(f"{name} must be at least {least}, got {value}: give a whole number of epochs")

@@ -60,6 +60,7 @@ class DPC(DivideMix):
         self,
         network: str | nn.Module,
         num_classes: int,
+        *,
         input_shape: Sequence[int] = (3, 32, 32),
         gamma: float | None = None,
         beta: float = 0.5,
@@ -71,7 +72,7 @@ class DPC(DivideMix):
         classifier: str | None = None,
         **kwargs: Any,
     ) -> None:
-        super().__init__(network, num_classes, input_shape, **kwargs)
+        super().__init__(network, num_classes, input_shape=input_shape, **kwargs)
         if split not in ("gmm", "margin", "auto"):
             raise ValueError(f"split must be 'gmm', 'margin' or 'auto', got {split!r}: give one of them")
         if strong_weight and len(self.input_shape) != 3:

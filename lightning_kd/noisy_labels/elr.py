@@ -20,6 +20,7 @@ from lightning_kd.core.averaging import averaged_copy, update_average
 from lightning_kd.core.batch import Batch
 from lightning_kd.core.losses import at_least_float32, check_positive
 from lightning_kd.core.memory import SampleMemory
+from lightning_kd.core.outputs import class_logits
 from lightning_kd.core.phases import Phase, PhaseBatch
 from lightning_kd.noisy_labels.base import SingleNetworkTask
 from lightning_kd.noisy_labels.mixup import draw_mix, mix
@@ -102,12 +103,13 @@ class ELR(SingleNetworkTask):
         self,
         network: str | nn.Module,
         num_classes: int,
+        *,
         input_shape: Sequence[int] = (3, 32, 32),
         momentum: float = 0.7,
         weight: float = 3.0,
         **kwargs: Any,
     ) -> None:
-        super().__init__(network, num_classes, input_shape, **kwargs)
+        super().__init__(network, num_classes, input_shape=input_shape, **kwargs)
         _check(momentum, weight)
         self.momentum, self.weight = momentum, weight
         self.memory = self.remember("predictions", (num_classes,))
@@ -150,6 +152,7 @@ class ELRPlus(TwoNetworkTask):
         self,
         network: str | nn.Module,
         num_classes: int,
+        *,
         input_shape: Sequence[int] = (3, 32, 32),
         momentum: float = 0.7,
         weight: float = 3.0,
@@ -160,7 +163,7 @@ class ELRPlus(TwoNetworkTask):
         average_steps: int = 40000,
         **kwargs: Any,
     ) -> None:
-        super().__init__(network, num_classes, input_shape, **kwargs)
+        super().__init__(network, num_classes, input_shape=input_shape, **kwargs)
         _check(momentum, weight)
         check_positive(mixup_alpha=mixup_alpha)
         for name, steps in (("ramp_steps", ramp_steps), ("average_steps", average_steps)):
@@ -191,7 +194,8 @@ class ELRPlus(TwoNetworkTask):
 
     def averaged_logits(self, k: int, image: Tensor) -> Tensor:
         """Logits ``[B, C]`` of the averaged copy of network ``k``, float32 or wider."""
-        (logits,) = at_least_float32(self.averages[k](self.format_image(image)))
+        average = self.averages[k]
+        (logits,) = at_least_float32(class_logits(average, average(self.format_image(image)), self.num_classes))
         return logits
 
     def forward(self, image: Tensor) -> Tensor:

@@ -78,6 +78,7 @@ class GCE(SingleNetworkTask):
         self,
         network: str | nn.Module,
         num_classes: int,
+        *,
         input_shape: Sequence[int] = (3, 32, 32),
         q: float = 0.7,
         truncation: float | None = None,
@@ -85,7 +86,7 @@ class GCE(SingleNetworkTask):
         refresh_every: int = 10,
         **kwargs: Any,
     ) -> None:
-        super().__init__(network, num_classes, input_shape, **kwargs)
+        super().__init__(network, num_classes, input_shape=input_shape, **kwargs)
         if not 0 < q <= 1:
             raise ValueError(f"q must be above 0 and at most 1, got {q}: 0.7 is usual, and 1 gives 1 - p_y")
         if truncation is not None and not 0 < truncation < 1:

@@ -83,11 +83,12 @@ class Mixup(SingleNetworkTask):
         self,
         network: str | nn.Module,
         num_classes: int,
+        *,
         input_shape: Sequence[int] = (3, 32, 32),
         alpha: float = 1.0,
         **kwargs: Any,
     ) -> None:
-        super().__init__(network, num_classes, input_shape, **kwargs)
+        super().__init__(network, num_classes, input_shape=input_shape, **kwargs)
         check_positive(alpha=alpha)
         self.alpha = alpha
 

@@ -66,13 +66,14 @@ class NegativeLearning(SingleNetworkTask):
         self,
         network: str | nn.Module,
         num_classes: int,
+        *,
         input_shape: Sequence[int] = (3, 32, 32),
         complementary_labels: int = 1,
         balanced: bool = True,
         eps: float = 1e-5,
         **kwargs: Any,
     ) -> None:
-        super().__init__(network, num_classes, input_shape, **kwargs)
+        super().__init__(network, num_classes, input_shape=input_shape, **kwargs)
         if complementary_labels < 1:
             raise ValueError(f"complementary_labels must be at least 1, got {complementary_labels}: 1 is usual")
         if not 0 <= eps < 1:

@@ -79,13 +79,14 @@ class SCE(SingleNetworkTask):
         self,
         network: str | nn.Module,
         num_classes: int,
+        *,
         input_shape: Sequence[int] = (3, 32, 32),
         alpha: float = 0.1,
         beta: float = 1.0,
         log_zero: float = LOG_ZERO,
         **kwargs: Any,
     ) -> None:
-        super().__init__(network, num_classes, input_shape, **kwargs)
+        super().__init__(network, num_classes, input_shape=input_shape, **kwargs)
         _check(alpha, beta, log_zero)
         self.alpha, self.beta, self.log_zero = alpha, beta, log_zero
 

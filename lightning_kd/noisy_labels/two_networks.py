@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from lightning_kd.core.distributed import average_gradients
 from lightning_kd.core.losses import at_least_float32
+from lightning_kd.core.outputs import class_logits
 from lightning_kd.core.phases import Phase, PhaseBatch, PhasedLoader
 from lightning_kd.noisy_labels.base import NoisyLabelTask
 
@@ -50,11 +51,12 @@ class TwoNetworkTask(NoisyLabelTask, ABC):
         self,
         network: str | nn.Module,
         num_classes: int,
+        *,
         input_shape: Sequence[int] = (3, 32, 32),
         gradient_clip_val: float | None = None,
         **kwargs: Any,
     ) -> None:
-        super().__init__(num_classes, input_shape, **kwargs)
+        super().__init__(num_classes, input_shape=input_shape, **kwargs)
         if gradient_clip_val is not None and not gradient_clip_val > 0:
             raise ValueError(f"gradient_clip_val must be above 0, got {gradient_clip_val}: leave it out for none")
         self.automatic_optimization = False
@@ -86,9 +88,8 @@ class TwoNetworkTask(NoisyLabelTask, ABC):
 
     def logits_of(self, k: int, image: Tensor) -> Tensor:
         """Logits ``[B, C]`` of network ``k``, float32 or wider."""
-        (logits,) = at_least_float32(self.networks[k](self.format_image(image)))
-        if logits.ndim != 2 or logits.shape[1] != self.num_classes:
-            raise ValueError(f"network gives {list(logits.shape)}, expected [B, {self.num_classes}]: one logit a class")
+        network = self.networks[k]
+        (logits,) = at_least_float32(class_logits(network, network(self.format_image(image)), self.num_classes))
         return logits
 
     def probabilities(self, logits: Tensor) -> Tensor:

@@ -15,7 +15,7 @@ class Greedy(PoolTask):
     """Trains a linear network and asks for what it is least sure of."""
 
     def __init__(self, num_classes=4, input_shape=(1, 8, 8), chosen=None, **kwargs):
-        super().__init__(num_classes, input_shape, **kwargs)
+        super().__init__(num_classes, input_shape=input_shape, **kwargs)
         self.network = self.build("mlp_8")
         self.chosen = chosen
 

@@ -165,7 +165,7 @@ def test_every_strategy_chooses_each_sample_once(name, budget):
 
 
 def classifier(strategy="entropy", network="mlp_8", **kwargs):
-    return PoolClassifier(network, 4, (1, 8, 8), strategy, **kwargs)
+    return PoolClassifier(network, 4, input_shape=(1, 8, 8), strategy=strategy, **kwargs)
 
 
 def fitted(strategy, **kwargs):

@@ -170,7 +170,7 @@ def unknown_probs(a):
 
 
 def task_of_two():
-    return BUAL("mlp", 2, (3,))
+    return BUAL("mlp", 2, input_shape=(3,))
 
 
 def chosen(budget, a=None, precision=0.5, task=None, **scores):
@@ -186,7 +186,7 @@ def test_select_takes_the_smallest_scores():
     index, score = chosen(3, UNKNOWNNESS)
     assert index == [2, 1, 0]
     assert score == pytest.approx([0.037037, 0.142857, 0.222222], abs=1e-6)
-    assert chosen(4, UNKNOWNNESS, task=BUAL("mlp", 2, (3,), combine="paper"))[0] == [2, 3, 1, 0]
+    assert chosen(4, UNKNOWNNESS, task=BUAL("mlp", 2, input_shape=(3,), combine="paper"))[0] == [2, 3, 1, 0]
     assert chosen(4, None, 0.0)[0] == [2, 1, 3, 0]  # the first round
     assert chosen(9, UNKNOWNNESS)[0] == [2, 1, 0, 3]  # more than there are
 
@@ -212,7 +212,7 @@ def test_select_where_all_look_unknown():
     index, score = chosen(4, a)
     assert index == [0, 1, 3, 2]  # by score alone: 2, 0, 1, 3
     assert score == pytest.approx(bidirectional_score(NEGATIVE, POSITIVE, torch.tensor(a), 0.5)[index].tolist())
-    assert chosen(4, a, task=BUAL("mlp", 2, (3,), combine="paper"))[0] == [0, 1, 3, 2]
+    assert chosen(4, a, task=BUAL("mlp", 2, input_shape=(3,), combine="paper"))[0] == [0, 1, 3, 2]
 
 
 @pytest.mark.parametrize("candidates", [0, 1])
@@ -277,7 +277,7 @@ def data_of(unknown=6, known=4, hidden=None, **kwargs):
 
 def task_of(**kwargs):
     settings = {"negative_epochs": 2, "subset_size": 40, "snapshot_interval": 1, "channels_last": False}
-    return BUAL("cnn_tiny", 4, (1, 8, 8), **{**settings, **kwargs})
+    return BUAL("cnn_tiny", 4, input_shape=(1, 8, 8), **{**settings, **kwargs})
 
 
 def trainer_of(**kwargs):
@@ -611,7 +611,7 @@ def test_a_network_of_ones_own():
     L.seed_everything(0, verbose=False)
     network = nn.Sequential(nn.Flatten(), nn.Linear(64, 8), nn.ReLU(), nn.Linear(8, 4))
     data = data_of()
-    task = BUAL(network, 4, (1, 8, 8), negative_epochs=1, snapshot_interval=1)
+    task = BUAL(network, 4, input_shape=(1, 8, 8), negative_epochs=1, snapshot_interval=1)
     assert task.network is network
     trainer_of(max_epochs=2).fit(task, datamodule=data)
     assert task.snapshots == 2
@@ -631,7 +631,7 @@ class TwoHeads(nn.Module):
 
 def test_the_classifier_can_be_named():
     L.seed_everything(0, verbose=False)
-    task = BUAL(TwoHeads(), 4, (1, 8, 8), negative_epochs=1, snapshot_interval=1, classifier="top")
+    task = BUAL(TwoHeads(), 4, input_shape=(1, 8, 8), negative_epochs=1, snapshot_interval=1, classifier="top")
     spy = Spy()
     trainer_of(max_epochs=2, callbacks=[spy]).fit(task, datamodule=data_of())
     assert task.auxiliary.top.out_features == 5
@@ -640,7 +640,7 @@ def test_the_classifier_can_be_named():
         assert torch.equal(start[f"negative.{name}"], positive[f"network.{name}"])
     assert torch.equal(start["negative.top.weight"], spy.before[0]["negative.top.weight"])
     with pytest.raises(ValueError, match="classifier path 'flop' is nothing in TwoHeads"):
-        BUAL(TwoHeads(), 4, (1, 8, 8), classifier="flop")
+        BUAL(TwoHeads(), 4, input_shape=(1, 8, 8), classifier="flop")
 
 
 def test_networks_that_differ_in_more_than_the_classifier_are_refused():

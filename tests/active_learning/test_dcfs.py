@@ -270,7 +270,7 @@ def pool_of(count):
 
 
 def task_of(**kwargs):
-    return DCFS("mlp_8", 4, (1, 8, 8), **kwargs)
+    return DCFS("mlp_8", 4, input_shape=(1, 8, 8), **kwargs)
 
 
 def test_select_does_as_its_options_say():
@@ -461,9 +461,9 @@ def test_wrong_arguments():
     with pytest.raises(ValueError, match=r"^unknown_evidence_weight must be 0 with num_outputs='K\+1', got 0.2"):
         task_of(num_outputs="K+1", unknown_evidence_weight=0.2)
     with pytest.raises(ValueError, match=r"^MLP gives \[2, 4\], expected \[B, 5\]: give a network"):
-        DCFS(task_of().network, 4, (1, 8, 8), num_outputs="K+1")(torch.rand(2, 1, 8, 8))
+        DCFS(task_of().network, 4, input_shape=(1, 8, 8), num_outputs="K+1")(torch.rand(2, 1, 8, 8))
     with pytest.raises(ValueError, match=r"DCFS needs a pool, got DigitsDataModule: wrap your data module"):
-        trainer_of().fit(DCFS("mlp_8", 10, (1, 8, 8)), datamodule=DigitsDataModule(fake=True))
+        trainer_of().fit(DCFS("mlp_8", 10, input_shape=(1, 8, 8)), datamodule=DigitsDataModule(fake=True))
 
 
 def test_rounds(tmp_path):

@@ -108,7 +108,7 @@ def view(count, num_known=4, start=0):
 
 
 def task_of(num_known=4, **kwargs):
-    return LfOSA("mlp_8", num_known, (1, 8, 8), **kwargs)
+    return LfOSA("mlp_8", num_known, input_shape=(1, 8, 8), **kwargs)
 
 
 def selected(logits, budget, num_known=4, pool=None, **kwargs):
@@ -385,7 +385,7 @@ def test_resume_to_the_bit(tmp_path):
 @pytest.mark.parametrize("as_module", [False, True])
 def test_bottleneck(as_module):
     network = task_of().network if as_module else "mlp_8"
-    task = LfOSA(network, 4, (1, 8, 8), bottleneck_dim=2)
+    task = LfOSA(network, 4, input_shape=(1, 8, 8), bottleneck_dim=2)
     for net, outputs in ((task.network, 4), (task.detector, 5)):
         assert [layer.weight.shape for layer in net.fc] == [(2, 8), (outputs, 2)]
         assert net(torch.rand(3, 1, 8, 8)).shape == (3, outputs)
@@ -401,9 +401,9 @@ def test_the_classifier_can_be_named():
         def forward(self, image):
             return self.top(self.hidden(image.flatten(1)).relu())
 
-    task = LfOSA(TwoHeads(), 4, (1, 8, 8), classifier="top")
+    task = LfOSA(TwoHeads(), 4, input_shape=(1, 8, 8), classifier="top")
     assert task.detector_logits(torch.rand(2, 1, 8, 8)).shape == (2, 5)
-    task = LfOSA(TwoHeads(), 4, (1, 8, 8), bottleneck_dim=2, classifier="top")
+    task = LfOSA(TwoHeads(), 4, input_shape=(1, 8, 8), bottleneck_dim=2, classifier="top")
     for net, outputs in ((task.network, 4), (task.detector, 5)):
         assert [layer.weight.shape for layer in net.top] == [(2, 8), (outputs, 2)]
         assert net.unused.weight.shape == (4, 8)
@@ -414,7 +414,7 @@ def test_the_classifier_can_be_named():
 def test_a_module_is_copied_for_the_detector():
     network = task_of().network
     before = copy.deepcopy(network.state_dict())
-    task = LfOSA(network, 4, (1, 8, 8))
+    task = LfOSA(network, 4, input_shape=(1, 8, 8))
     assert task.network is network
     assert task.detector(torch.rand(2, 1, 8, 8)).shape == (2, 5)
     assert torch.equal(task.detector.hidden[0].weight, before["hidden.0.weight"])
@@ -433,7 +433,7 @@ def test_wrong_arguments():
     with pytest.raises(ValueError, match=r"^bottleneck_dim must be at least 1, got 0"):
         task_of(bottleneck_dim=0)
     with pytest.raises(ValueError, match=r"LfOSA needs a pool, got DigitsDataModule: wrap your data module"):
-        trainer_of().fit(LfOSA("mlp_8", 10, (1, 8, 8)), datamodule=DigitsDataModule(fake=True))
+        trainer_of().fit(LfOSA("mlp_8", 10, input_shape=(1, 8, 8)), datamodule=DigitsDataModule(fake=True))
     task = task_of()
     task.detector = task.network
     with pytest.raises(ValueError, match=r"^MLP gives \[2, 4\], expected \[B, 5\]"):
@@ -457,7 +457,7 @@ def _two_ranks(folder):
     settings = {"strategy": "ddp", "devices": 2, "num_sanity_val_steps": 0}
     task, _ = fitted(trainer_of(precision="64-true", **settings), data=data)
     L.seed_everything(0, verbose=False)
-    normalised = LfOSA("cnn_tiny", 4, (1, 8, 8))
+    normalised = LfOSA("cnn_tiny", 4, input_shape=(1, 8, 8))
     trainer_of(**settings).fit(normalised, datamodule=data)
     return [{name: value.tolist() for name, value in t.state_dict().items()} for t in (task, normalised)]
 

@@ -53,14 +53,14 @@ def test_same_seed_same_run_whatever_the_batch_size_of_the_scores(tmp_path):
     assert chosen[0] != chosen[2]
 
 
-MLP = ("mlp_8", 4, (1, 8, 8))
+MLP = {"network": "mlp_8", "num_classes": 4, "input_shape": (1, 8, 8)}
 TASKS = {
     "own": Greedy,
-    "badge": partial(PoolClassifier, *MLP, strategy="badge"),
-    "k_center": partial(PoolClassifier, *MLP, strategy="k_center"),
-    "LfOSA": partial(LfOSA, *MLP),
-    "DCFS": partial(DCFS, *MLP),
-    "BUAL": partial(BUAL, *MLP, negative_epochs=1, snapshot_interval=1, subset_size=50),
+    "badge": partial(PoolClassifier, **MLP, strategy="badge"),
+    "k_center": partial(PoolClassifier, **MLP, strategy="k_center"),
+    "LfOSA": partial(LfOSA, **MLP),
+    "DCFS": partial(DCFS, **MLP),
+    "BUAL": partial(BUAL, **MLP, negative_epochs=1, snapshot_interval=1, subset_size=50),
 }
 
 

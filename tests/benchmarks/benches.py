@@ -171,7 +171,7 @@ def trainer(settings: Settings) -> None:
     bare = build_network(name, 10, features)
     optimizer = sgd(bare.parameters())
     plain = PlainModule(build_network(name, 10, features))
-    off, command = (Classification(name, 10, (features,), optimizer=sgd) for _ in range(2))
+    off, command = (Classification(name, 10, input_shape=(features,), optimizer=sgd) for _ in range(2))
 
     def timed(work: Any) -> float:
         with Clock() as clock:

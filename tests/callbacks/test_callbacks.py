@@ -45,7 +45,7 @@ class Method(Classification):
 
     def __init__(self, **options: Any) -> None:
         network = nn.Sequential(nn.Flatten(), nn.Linear(64, 16), nn.BatchNorm1d(16), nn.Dropout(0.5), nn.Linear(16, 10))
-        super().__init__(network, 10, (1, 8, 8), **options)
+        super().__init__(network, 10, input_shape=(1, 8, 8), **options)
 
     def label_scores(self) -> Scores:
         return scores()
@@ -246,7 +246,9 @@ def test_pictures_of_a_training(tmp_path: Path) -> None:
 def test_pictures_of_a_task_without_scores(tmp_path: Path) -> None:
     with warnings.catch_warnings():
         warnings.filterwarnings("error", message="no picture")
-        trainer(tmp_path, LabelPictures(split="val"), max_epochs=1).fit(Classification("mlp_8", 10, (1, 8, 8)), data())
+        trainer(tmp_path, LabelPictures(split="val"), max_epochs=1).fit(
+            Classification("mlp_8", 10, input_shape=(1, 8, 8)), data()
+        )
     assert [path.name for path in (tmp_path / "pictures").iterdir()] == ["reliability.png"]
 
 

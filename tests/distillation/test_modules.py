@@ -30,7 +30,7 @@ METHODS = {
         auxiliary_head="nonlinear",
         **k,
     ),
-    "classification": lambda **k: Classification("cnn_tiny", 10, SHAPE, **k),
+    "classification": lambda **k: Classification("cnn_tiny", 10, input_shape=SHAPE, **k),
 }
 
 
@@ -105,7 +105,7 @@ def test_teacher_must_have_weights_and_the_right_classes(tmp_path):
         KD(net, net, 3)
     with pytest.raises(ValueError, match="teacher_mean and teacher_std together"):
         KD("cnn_tiny", "cnn", 10, input_shape=SHAPE, teacher_weights="random", teacher_mean=[0.5])
-    torch.save(Classification("cnn", 7, SHAPE).network.state_dict(), tmp_path / "seven.pt")
+    torch.save(Classification("cnn", 7, input_shape=SHAPE).network.state_dict(), tmp_path / "seven.pt")
     with pytest.raises(ValueError, match="7 classes"):
         KD("cnn_tiny", "cnn", 10, input_shape=SHAPE, teacher_weights=str(tmp_path / "seven.pt"))
 
@@ -243,7 +243,7 @@ def test_two_heads_with_no_weight_train_the_plain_student():
     results = []
     for build in (
         lambda s, t: DHKD(s, t, 10, input_shape=SHAPE, kd_weight=0.0),
-        lambda s, t: Classification(s, 10, SHAPE),
+        lambda s, t: Classification(s, 10, input_shape=SHAPE),
         lambda s, t: DHKD(s, t, 10, input_shape=SHAPE, stop_epoch=1),
     ):
         task = build(*linear_pair())
@@ -349,13 +349,13 @@ def test_validate_between_fits():
 
 
 def test_wrong_number_of_logits_is_said():
-    task = Classification(nn.Sequential(nn.Flatten(), nn.Linear(64, 20)), 10, SHAPE)
+    task = Classification(nn.Sequential(nn.Flatten(), nn.Linear(64, 20)), 10, input_shape=SHAPE)
     with pytest.raises(ValueError, match=r"Sequential gives \[32, 20\], expected \[B, 10\]"):
         trainer(limit_val_batches=0).fit(task, digits())
 
 
 def test_checkpoints_hold_plain_values_only(tmp_path):
-    torch.save(Classification("cnn", 10, SHAPE).network.state_dict(), tmp_path / "t.pt")
+    torch.save(Classification("cnn", 10, input_shape=SHAPE).network.state_dict(), tmp_path / "t.pt")
     task = KD(
         "cnn_tiny",
         "cnn",

@@ -84,7 +84,7 @@ def fit(callbacks, epochs=1, optimizer=sgd, task=Classification, ckpt_path=None,
     trainer = L.Trainer(
         **quiet, accelerator="cpu", enable_model_summary=False, max_epochs=epochs, callbacks=callbacks, **settings
     )
-    model = task(nn.Sequential(nn.Flatten(), nn.Linear(64, 10)), 10, (1, 8, 8), optimizer=optimizer)
+    model = task(nn.Sequential(nn.Flatten(), nn.Linear(64, 10)), 10, input_shape=(1, 8, 8), optimizer=optimizer)
     data = DigitsDataModule(train_per_class=10, batch_size=20)
     trainer.fit(model, data, ckpt_path=ckpt_path, weights_only=True)
     return trainer

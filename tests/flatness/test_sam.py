@@ -451,7 +451,7 @@ def digits(optimizer, epochs, ckpt_path=None, **settings):
     L.seed_everything(7)
     network = nn.Sequential(nn.Conv2d(1, 4, 3), nn.BatchNorm2d(4), nn.ReLU(), nn.Flatten(), nn.Dropout(0.3))
     network.append(nn.Linear(4 * 36, 10))
-    task = Classification(network, 10, (1, 8, 8), optimizer=optimizer)
+    task = Classification(network, 10, input_shape=(1, 8, 8), optimizer=optimizer)
     fit = trainer(max_epochs=epochs, **settings)
     fit.fit(task, DigitsDataModule(train_per_class=10, batch_size=20), ckpt_path=ckpt_path, weights_only=True)
     return fit
@@ -526,7 +526,7 @@ class Counting(Classification):
 
 
 def test_means_and_memories_of_a_task_count_once():
-    task = Counting("cnn_tiny", 10, (1, 8, 8), optimizer=sam)
+    task = Counting("cnn_tiny", 10, input_shape=(1, 8, 8), optimizer=sam)
     trainer().fit(task, DigitsDataModule(train_per_class=5, batch_size=20))
     assert task.counts == [50]
     memory = SampleMemory()

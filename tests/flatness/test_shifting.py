@@ -33,7 +33,9 @@ def network() -> nn.Module:
 
 
 def task(**options: Any) -> Classification:
-    made = Classification(network(), 10, (1, 8, 8), optimizer=lambda p: torch.optim.SGD(p, **SGD), **options)
+    made = Classification(
+        network(), 10, input_shape=(1, 8, 8), optimizer=lambda p: torch.optim.SGD(p, **SGD), **options
+    )
     return made
 
 
@@ -271,7 +273,9 @@ def test_any_module_with_any_loader(selection: str) -> None:
 
 
 def test_classifier_brings_the_callback_and_its_hyperparameters(tmp_path: Path) -> None:
-    model = OptimumShiftingClassifier("mlp_32", 10, (1, 8, 8), samples=20, guard=None, every=1, start=0.0, mode="free")
+    model = OptimumShiftingClassifier(
+        "mlp_32", 10, input_shape=(1, 8, 8), samples=20, guard=None, every=1, start=0.0, mode="free"
+    )
     _, fitter = fit(model=model)
     (shifting,) = [c for c in fitter.callbacks if isinstance(c, OptimumShifting)]
     assert [s["layers"][0]["mode"] for s in shifting.shifts] == ["free"] * 2
@@ -333,7 +337,7 @@ class Average(Classification):
     """What answers is a running average, which moves after the callbacks."""
 
     def __init__(self) -> None:
-        super().__init__(network(), 10, (1, 8, 8))
+        super().__init__(network(), 10, input_shape=(1, 8, 8))
         self.average = averaged_copy(self.network)
 
     @property
@@ -348,7 +352,9 @@ class Average(Classification):
 
 
 def narrow() -> Classification:
-    return Classification(nn.Sequential(nn.Flatten(), nn.Linear(64, 10), nn.ReLU(), nn.Linear(10, 10)), 10, (1, 8, 8))
+    return Classification(
+        nn.Sequential(nn.Flatten(), nn.Linear(64, 10), nn.ReLU(), nn.Linear(10, 10)), 10, input_shape=(1, 8, 8)
+    )
 
 
 @pytest.mark.parametrize(
@@ -365,7 +371,7 @@ def narrow() -> Classification:
         ([OptimumShifting(["1"]), OptimumShifting(["0.1"])], {}, "callbacks hold several OptimumShifting"),
         (
             [OptimumShifting()],
-            {"model": lambda: OptimumShiftingClassifier("mlp_32", 10, (1, 8, 8))},
+            {"model": lambda: OptimumShiftingClassifier("mlp_32", 10, input_shape=(1, 8, 8))},
             "OptimumShiftingClassifier brings its own OptimumShifting, got another",
         ),
     ],
@@ -452,7 +458,7 @@ def _fit_on_two_ranks() -> tuple[list, list]:
     net = nn.Sequential(nn.Flatten(), nn.Linear(64, 32), nn.Tanh(), nn.Linear(32, 10)).double()
     shifting = OptimumShifting(samples=21, guard=None, held_out=31)
     ddp = {} if "LOCAL_RANK" not in os.environ else {"strategy": "ddp", "devices": 2}
-    model = Classification(net, 10, (1, 8, 8), optimizer=lambda p: torch.optim.SGD(p, lr=0.0))
+    model = Classification(net, 10, input_shape=(1, 8, 8), optimizer=lambda p: torch.optim.SGD(p, lr=0.0))
     fitter = trainer(shifting, max_epochs=1, limit_train_batches=1, precision="64-true", **ddp)
     fitter.fit(model, datamodule=data())
     return net[3].weight.tolist(), shifting.shifts

@@ -19,7 +19,7 @@ def trainer_of(**kwargs):
 def fitted(method, data=None, ckpt_path=None, trainer=None, **kwargs):
     """``(task, trainer)`` after two epochs of ``method`` with the tiny network."""
     L.seed_everything(0, verbose=False)
-    task = method("cnn_tiny", 10, (1, 8, 8), channels_last=False, **kwargs)
+    task = method("cnn_tiny", 10, input_shape=(1, 8, 8), channels_last=False, **kwargs)
     trainer = trainer or trainer_of()
     trainer.fit(task, datamodule=data or data_module(), ckpt_path=ckpt_path)
     return task, trainer

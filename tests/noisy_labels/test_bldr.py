@@ -287,8 +287,8 @@ def test_stages_that_are_wrong_are_named():
         ("cnn_tiny", {"stages": ["layer1", "fc"]}, "'fc' of CNN gives no feature map"),
     ):
         with pytest.raises(ValueError, match=message):
-            BLDR(network, 10, SHAPE, **arguments)
-    assert BLDR("cnn_tiny", 10, SHAPE, stages=["layer2", "layer3"]).exits.stages == ["layer2"]
+            BLDR(network, 10, input_shape=SHAPE, **arguments)
+    assert BLDR("cnn_tiny", 10, input_shape=SHAPE, stages=["layer2", "layer3"]).exits.stages == ["layer2"]
 
 
 # -- the task --------------------------------------------------------------------------------------------------------
@@ -311,7 +311,7 @@ def trainer(**options):
 
 def small(network="cnn_tiny", **options):
     torch.manual_seed(0)
-    return BLDR(network, 10, SHAPE, **{"warmup_epochs": 0, "channels_last": False, **options})
+    return BLDR(network, 10, input_shape=SHAPE, **{"warmup_epochs": 0, "channels_last": False, **options})
 
 
 @pytest.mark.parametrize(
@@ -467,7 +467,7 @@ def test_wrong_arguments_are_named(options, message):
 
 
 def test_two_classes_train():
-    task = BLDR("cnn_tiny", 2, SHAPE, warmup_epochs=0)
+    task = BLDR("cnn_tiny", 2, input_shape=SHAPE, warmup_epochs=0)
     run = trainer(max_epochs=2)
     run.fit(task, DataLoader(Pairs(classes=2), 8))
     assert run.callback_metrics["train/loss"].isfinite()
@@ -475,8 +475,8 @@ def test_two_classes_train():
 
 
 def test_agreement_is_for_a_hundred_classes():
-    assert BLDR("cnn_tiny", 100, SHAPE).agreement_weight == 10.0
-    assert BLDR("cnn_tiny", 10, SHAPE).agreement_weight == 0.0
+    assert BLDR("cnn_tiny", 100, input_shape=SHAPE).agreement_weight == 10.0
+    assert BLDR("cnn_tiny", 10, input_shape=SHAPE).agreement_weight == 0.0
 
 
 def test_reused_forward_moves_running_statistics_once():

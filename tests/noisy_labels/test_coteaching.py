@@ -33,7 +33,7 @@ def test_fits_and_says_what_it_thinks(tmp_path):
 def test_one_step_is_the_algorithm():
     """Both networks forward, choose for each other and step; against the same written out by hand."""
     L.seed_everything(0, verbose=False)
-    task = CoTeaching("cnn_tiny", 10, (1, 8, 8), noise_rate=0.5, ramp_epochs=1, channels_last=False, **SGD)
+    task = CoTeaching("cnn_tiny", 10, input_shape=(1, 8, 8), noise_rate=0.5, ramp_epochs=1, channels_last=False, **SGD)
     data = data_module(batch_size=4096)
     before = []
 
@@ -46,7 +46,7 @@ def test_one_step_is_the_algorithm():
     (states, batch) = before[1]  # in epoch 1 half of the batch is dropped
     twins = []
     for state in states:
-        twin = CoTeaching("cnn_tiny", 10, (1, 8, 8), noise_rate=0.5).networks[0]
+        twin = CoTeaching("cnn_tiny", 10, input_shape=(1, 8, 8), noise_rate=0.5).networks[0]
         twin.load_state_dict(state)
         twins.append(twin.train())
     losses = [F.cross_entropy(twin(batch.image), batch.target, reduction="none") for twin in twins]
@@ -76,7 +76,7 @@ def test_without_clean_labels_there_is_no_pure_ratio():
 
 def test_a_batch_of_which_nothing_is_kept_trains_nothing():
     L.seed_everything(0, verbose=False)
-    task = CoTeaching("cnn_tiny", 10, (1, 8, 8), noise_rate=0.9, ramp_epochs=1)
+    task = CoTeaching("cnn_tiny", 10, input_shape=(1, 8, 8), noise_rate=0.9, ramp_epochs=1)
     task_weights = []
 
     class Weights(L.Callback):
@@ -91,7 +91,7 @@ def test_a_batch_of_which_nothing_is_kept_trains_nothing():
 
 def test_no_noise_is_accepted_and_a_plain_loader_too():
     L.seed_everything(0, verbose=False)
-    task = CoTeaching("cnn_tiny", 10, (1, 8, 8), noise_rate=0.0)
+    task = CoTeaching("cnn_tiny", 10, input_shape=(1, 8, 8), noise_rate=0.0)
     pairs = TensorDataset(torch.randn(16, 1, 8, 8), torch.arange(16) % 10)
     trainer = trainer_of()
     trainer.fit(task, DataLoader(pairs, batch_size=8))
@@ -100,7 +100,7 @@ def test_no_noise_is_accepted_and_a_plain_loader_too():
 
 
 def test_answers():
-    task = CoTeaching("cnn_tiny", 10, (1, 8, 8), noise_rate=0.2).eval()
+    task = CoTeaching("cnn_tiny", 10, input_shape=(1, 8, 8), noise_rate=0.2).eval()
     image = torch.randn(3, 1, 8, 8)
     logits = [network(image) for network in task.networks]
     scores, probabilities = task.answer(image)
@@ -119,7 +119,7 @@ def test_answers():
 )
 def test_refuses(arguments, message):
     with pytest.raises(ValueError, match=message):
-        CoTeaching("cnn_tiny", 10, (1, 8, 8), **arguments)
+        CoTeaching("cnn_tiny", 10, input_shape=(1, 8, 8), **arguments)
 
 
 def late(optimizer):

@@ -23,7 +23,7 @@ P = torch.tensor([[0.7, 0.2, 0.1]])
 
 
 def elr(momentum=0.7, weight=3.0):
-    task = ELR("cnn_tiny", 3, (1, 8, 8), momentum=momentum, weight=weight)
+    task = ELR("cnn_tiny", 3, input_shape=(1, 8, 8), momentum=momentum, weight=weight)
     task.memory.allocate(4, torch.device("cpu"))
     return task
 
@@ -103,7 +103,7 @@ def test_resumes_to_the_bit(method, arguments, tmp_path):
 )
 def test_refuses(method, arguments, message):
     with pytest.raises(ValueError, match=message):
-        method("cnn_tiny", 10, (1, 8, 8), **arguments)
+        method("cnn_tiny", 10, input_shape=(1, 8, 8), **arguments)
 
 
 @pytest.mark.parametrize(
@@ -117,7 +117,7 @@ def test_refuses(method, arguments, message):
 )
 def test_elr_plus_refuses(arguments, message):
     with pytest.raises(ValueError, match=message):
-        ELRPlus("cnn_tiny", 10, (1, 8, 8), **arguments)
+        ELRPlus("cnn_tiny", 10, input_shape=(1, 8, 8), **arguments)
 
 
 def test_resting_copies_are_no_cause_for_a_warning():
@@ -128,7 +128,7 @@ def test_resting_copies_are_no_cause_for_a_warning():
 
 
 def test_no_index_is_told():
-    task = ELR("cnn_tiny", 10, (1, 8, 8))
+    task = ELR("cnn_tiny", 10, input_shape=(1, 8, 8))
     pairs = TensorDataset(torch.randn(8, 1, 8, 8), torch.arange(8))
     with pytest.raises(ValueError, match="the batch has no index"):
         trainer_of().fit(task, DataLoader(pairs, batch_size=4))
@@ -186,7 +186,13 @@ def test_each_step_is_the_algorithm(refine, monkeypatch):
     monkeypatch.setattr(elr_module, "draw_mix", noted)
     L.seed_everything(0, verbose=False)
     task = Watched(
-        "cnn_tiny", 10, (1, 8, 8), channels_last=False, ramp_steps=50, average_steps=100, refine_labels=refine
+        "cnn_tiny",
+        10,
+        input_shape=(1, 8, 8),
+        channels_last=False,
+        ramp_steps=50,
+        average_steps=100,
+        refine_labels=refine,
     )
     task.steps_seen = []
     data = data_module()
@@ -197,7 +203,7 @@ def test_each_step_is_the_algorithm(refine, monkeypatch):
 
 
 def test_answers_and_modes():
-    task = ELRPlus("cnn_tiny", 10, (1, 8, 8))
+    task = ELRPlus("cnn_tiny", 10, input_shape=(1, 8, 8))
     task.train()
     assert task.networks[0].training
     assert not any(module.training for module in task.averages.modules())

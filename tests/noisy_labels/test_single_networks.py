@@ -62,13 +62,13 @@ def test_resumes_to_the_bit(name, tmp_path):
 )
 def test_refuses(method, arguments, message):
     with pytest.raises(ValueError, match=message):
-        method("cnn_tiny", 10, (1, 8, 8), **arguments)
+        method("cnn_tiny", 10, input_shape=(1, 8, 8), **arguments)
 
 
 def test_losses_of_the_tasks():
     logits, target = torch.randn(8, 10), torch.arange(8)
     batch = Batch(None, target)
-    made = {m: m("cnn_tiny", 10, (1, 8, 8)) for m in (CrossEntropy, GCE, SCE)}
+    made = {m: m("cnn_tiny", 10, input_shape=(1, 8, 8)) for m in (CrossEntropy, GCE, SCE)}
     assert torch.equal(made[CrossEntropy].noisy_loss(logits, batch), F.cross_entropy(logits, target))
     assert torch.equal(made[GCE].noisy_loss(logits, batch), gce_loss(logits, target, 0.7))
     assert torch.equal(made[SCE].noisy_loss(logits, batch), sce_loss(logits, target, 0.1, 1.0))
@@ -78,7 +78,7 @@ def test_losses_of_the_tasks():
 
 
 def test_truncated_loss():
-    task = GCE("cnn_tiny", 3, (1, 8, 8), truncation=0.5)
+    task = GCE("cnn_tiny", 3, input_shape=(1, 8, 8), truncation=0.5)
     assert task.bound == pytest.approx(0.549183, abs=1e-6)
     task.kept.allocate(4, torch.device("cpu"))
     task.kept.write(torch.tensor([3]), torch.tensor([0.0]))
@@ -119,7 +119,7 @@ def test_before_the_first_refresh_truncation_changes_no_gradient():
 
 def test_truncation_without_a_data_module_is_refused_at_the_start():
     pairs = TensorDataset(torch.randn(8, 1, 8, 8), torch.arange(8), torch.arange(8))
-    task = GCE("cnn_tiny", 10, (1, 8, 8), truncation=0.5)
+    task = GCE("cnn_tiny", 10, input_shape=(1, 8, 8), truncation=0.5)
     with pytest.raises(ValueError, match="hand your data to it in a data module"):
         trainer_of().fit(task, DataLoader(pairs, batch_size=4))
 
@@ -159,7 +159,7 @@ def test_negative_learning_learns_random_labels_slower():
     accuracy = {}
     for method, arguments in ((CrossEntropy, {}), (NegativeLearning, {"balanced": False})):
         L.seed_everything(0, verbose=False)
-        task = method("mlp_64", 10, (1, 8, 8), **arguments)
+        task = method("mlp_64", 10, input_shape=(1, 8, 8), **arguments)
         trainer = trainer_of(max_epochs=25)
         trainer.fit(task, DataLoader(TensorDataset(image, target), batch_size=32))
         task.eval()

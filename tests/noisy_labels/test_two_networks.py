@@ -29,7 +29,7 @@ def task_of(method, **kwargs):
     arguments = {"warmup_epochs": 1, "lambda_u": 5.0, "ramp_epochs": 2.0, "channels_last": False, **kwargs}
     if method is DPC:
         arguments.setdefault("head_width", 16)
-    return method("cnn_tiny", 10, (1, 8, 8), **arguments)
+    return method("cnn_tiny", 10, input_shape=(1, 8, 8), **arguments)
 
 
 def trainer_of(**kwargs):
@@ -441,7 +441,7 @@ def test_plateau_gets_its_metric_and_labelled_anchors_halve_the_step():
 
 def test_a_twin_starts_elsewhere():
     network = torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(64, 16), torch.nn.ReLU(), torch.nn.Linear(16, 10))
-    task = DivideMix(network, 10, (1, 8, 8))
+    task = DivideMix(network, 10, input_shape=(1, 8, 8))
     first, second = (net[1].weight for net in task.networks)
     assert (first != second).float().mean() > 0.99
 
@@ -454,4 +454,4 @@ def test_a_twin_starts_elsewhere():
             return self.fc(x.flatten(1) * self.scale)
 
     with pytest.warns(UserWarning, match="both networks start with the same scale"):
-        DivideMix(Bare(), 10, (1, 8, 8))
+        DivideMix(Bare(), 10, input_shape=(1, 8, 8))

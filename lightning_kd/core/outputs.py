@@ -1,0 +1,58 @@
+"""What networks of any library return, read as logits."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from torch import Tensor, nn
+
+__all__ = ["class_logits", "logits_of"]
+
+
+def logits_of(output: Any) -> Tensor:
+    """The logits in what a network returned.
+
+    They are the tensor itself; the first entry of a tuple or list; the entry ``logits`` or ``out`` of a dict
+    (torchvision's segmentation networks, Hugging Face's ``ModelOutput``); or the attribute ``logits`` of any other
+    object. What else a network returned, such as the logits of an auxiliary head, is left alone.
+
+    Raises:
+        TypeError: where there are none, naming what was returned.
+    """
+    found = output
+    if isinstance(output, Mapping):
+        found = next((output[key] for key in ("logits", "out") if key in output), None)
+    elif isinstance(output, tuple | list):
+        found = output[0] if output else None
+    elif not isinstance(output, Tensor):
+        found = getattr(output, "logits", None)
+    if isinstance(found, Tensor):
+        return found
+    got = type(output).__name__ + (f" with {list(output)[:8]}" if isinstance(output, Mapping) else "")
+    raise TypeError(
+        f"a network must return logits as a tensor, first in a tuple or list, as 'logits' or 'out' of a dict, or as "
+        f"the attribute logits, got {got}: wrap the network in a module that does"
+    )
+
+
+def class_logits(network: nn.Module, output: Any, classes: int, name: str = "") -> Tensor:
+    """``logits_of(output)``, after a look at their shape.
+
+    Args:
+        network: what returned ``output``, for the message.
+        output: see ``logits_of``.
+        classes: the number of logits that each sample must have.
+        name: what the message calls the network. Default: its class.
+
+    Raises:
+        TypeError: where there are no logits.
+        ValueError: unless they are ``[B, classes]``.
+    """
+    logits = logits_of(output)
+    if logits.ndim != 2 or logits.shape[1] != classes:
+        raise ValueError(
+            f"{name or type(network).__name__} gives {list(logits.shape)}, expected [B, {classes}]: give a network "
+            "with that many logits, or name its last layer by classifier where the method has that argument"
+        )
+    return logits

@@ -1,0 +1,158 @@
+"""A trained network that only answers: the teacher of any distillation."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from lightning_kd.core.outputs import class_logits
+from lightning_kd.core.taps import find_classifier
+from lightning_kd.core.weights import load_weights, pretrained_network
+
+__all__ = ["FrozenTeacher", "teacher_network"]
+
+
+class FrozenTeacher(nn.Module):
+    """A network in eval mode, whatever ``train()`` says, without gradient and without a place in checkpoints.
+
+    Its parameters ask for no gradient, so that no optimizer takes them. What a module that holds it saves is without
+    it, and loading keeps what it has: under ``WeightAveraging``, DDP and ``compile`` too. Its own weights are
+    ``teacher.network.state_dict()``.
+
+    Args:
+        network: the trained network; it is frozen in place.
+        num_classes: of its logits.
+        mean: per-channel mean that its images were normalised with, where it differs from that of the images that it
+            is given; with ``std``. ``set_data_normalisation`` then says what those were normalised with.
+        std: likewise the standard deviation.
+        size: height and width that images are brought to (bilinear, antialiased) before it sees them, or one number
+            for both. Default: as they are.
+        channels_last: whether it takes images in that memory format.
+
+    Raises:
+        ValueError: for another number of classes, or for only one of ``mean`` and ``std``.
+    """
+
+    scale: Tensor
+    shift: Tensor
+
+    def __init__(
+        self,
+        network: nn.Module,
+        num_classes: int,
+        *,
+        mean: Sequence[float] | None = None,
+        std: Sequence[float] | None = None,
+        size: int | Sequence[int] | None = None,
+        channels_last: bool = False,
+    ) -> None:
+        super().__init__()
+        if (mean is None) != (std is None):
+            raise ValueError("give teacher_mean and teacher_std together, or neither")
+        try:
+            classes = find_classifier(network)[1].out_features
+        except ValueError:  # no linear layer: the first batch tells
+            classes = num_classes
+        if classes != num_classes:
+            raise ValueError(f"the teacher has {classes} classes, the data {num_classes}: train or name another")
+        self.network = network.requires_grad_(False)
+        self.num_classes = num_classes
+        self.mean, self.std = mean, std
+        self.size = checked_size(size)
+        self.channels_last = channels_last
+        if mean is not None:
+            for name in ("scale", "shift"):
+                self.register_buffer(name, torch.ones(len(mean)).view(-1, 1, 1), persistent=False)
+        self.register_state_dict_post_hook(_leave_out)
+        self.register_load_state_dict_pre_hook(_keep_own)
+        self.eval()
+
+    def train(self, mode: bool = True) -> FrozenTeacher:
+        return super().train(False)
+
+    def set_data_normalisation(self, mean: Sequence[float], std: Sequence[float]) -> None:
+        """Say what the images were normalised with: they are given the teacher's own normalisation instead."""
+        data_mean, data_std, own_mean, own_std = (
+            torch.tensor(values, dtype=torch.float32, device=self.scale.device).view_as(self.scale)
+            for values in (mean, std, self.mean, self.std)
+        )
+        self.scale.copy_(data_std / own_std)
+        self.shift.copy_((data_mean - own_mean) / own_std)
+
+    @torch.no_grad()
+    def forward(self, image: Tensor) -> Tensor:
+        """Logits ``[B, C]``, without gradient, of images ``[B, C', H, W]`` or rows ``[B, D]``."""
+        if self.mean is not None:
+            shape = (-1, *[1] * (image.ndim - 2))
+            image = image * self.scale.view(shape) + self.shift.view(shape)
+        if self.size is not None and image.shape[-2:] != self.size:
+            image = F.interpolate(image, self.size, mode="bilinear", antialias=True)
+        if self.channels_last and image.ndim == 4:
+            image = image.contiguous(memory_format=torch.channels_last)
+        return class_logits(self.network, self.network(image), self.num_classes, "the teacher")
+
+
+def teacher_network(
+    teacher: str | nn.Module, weights: str | None, num_classes: int, build: Callable[[str | nn.Module], nn.Module]
+) -> nn.Module:
+    """The teacher's network with its weights.
+
+    Args:
+        teacher: network name or module. A module without ``weights`` is taken as trained.
+        weights: a checkpoint or ``state_dict`` file; ``"default"`` for the published weights of a ``timm/`` or
+            ``torchvision/`` network; ``"random"`` for none.
+        num_classes: of its logits.
+        build: makes the network of a name, as ``Task.build``.
+
+    Raises:
+        ValueError: for a name without weights, or a module with ``"default"``.
+        FileNotFoundError: where there is no file ``weights``.
+    """
+    if isinstance(teacher, str) and weights is None:
+        raise ValueError(
+            f"teacher {teacher!r} has no weights: set teacher_weights to a checkpoint or state_dict file, "
+            "to 'default' for a timm/ or torchvision/ network's published ones, or to 'random' to try things out"
+        )
+    if weights == "default":
+        if not isinstance(teacher, str):
+            raise ValueError("teacher_weights 'default' needs the teacher by name, got a module")
+        teacher = pretrained_network(teacher, num_classes)
+    network = build(teacher)
+    if weights not in (None, "default", "random"):
+        try:
+            load_weights(network, weights, num_classes)
+        except FileNotFoundError as error:
+            raise FileNotFoundError(
+                f"teacher_weights: {error}. Train the teacher first, or set 'random' where only the student is "
+                "evaluated"
+            ) from error
+    return network
+
+
+def checked_size(size: int | Sequence[int] | None) -> tuple[int, int] | None:
+    """``(height, width)``, or None.
+
+    Raises:
+        ValueError: unless it is one whole number above 0, or two.
+    """
+    if size is None:
+        return None
+    both = (size, size) if isinstance(size, int) else tuple(size)
+    if len(both) != 2 or not all(isinstance(side, int) and side > 0 for side in both):
+        raise ValueError(f"teacher_size must be a whole number above 0 or height and width, got {size}")
+    return both[0], both[1]
+
+
+def _leave_out(module: nn.Module, state_dict: dict[str, Any], prefix: str, local_metadata: dict[str, Any]) -> None:
+    for key in [key for key in state_dict if key.startswith(prefix)]:
+        del state_dict[key]
+
+
+def _keep_own(module: nn.Module, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
+    assert isinstance(module, FrozenTeacher)
+    for key, value in module.network.state_dict(prefix=f"{prefix}network.").items():
+        state_dict.setdefault(key, value)

@@ -1,0 +1,140 @@
+"""The frozen teacher: it answers, and stays out of everything else."""
+
+import copy
+
+import lightning as L
+import pytest
+import torch
+import torch.nn.functional as F
+from lightning.pytorch.callbacks import EMAWeightAveraging, ModelCheckpoint
+from torch import nn
+
+from lightning_kd import KD, DigitsDataModule
+from lightning_kd.core.teacher import FrozenTeacher
+from tests.two_processes import on_two_ranks
+
+
+class Holder(nn.Module):
+    """A module with a teacher, as a user would write one; nothing in it knows about checkpoints."""
+
+    def __init__(self, **options):
+        super().__init__()
+        self.student = nn.Linear(4, 3)
+        body = nn.Sequential(nn.Linear(4, 6), nn.BatchNorm1d(6), nn.Dropout(), nn.Linear(6, 3))
+        self.teacher = FrozenTeacher(body, 3, **options)
+
+
+def test_it_only_answers():
+    holder = Holder().train()
+    assert holder.student.training
+    assert not any(module.training for module in holder.teacher.modules())
+    assert [name for name, p in holder.named_parameters() if p.requires_grad] == ["student.weight", "student.bias"]
+    image = torch.randn(5, 4, requires_grad=True)
+    before = copy.deepcopy(holder.teacher.network.state_dict())
+    logits = holder.teacher(image)
+    assert torch.equal(logits, holder.teacher(image))  # no dropout, no batch statistics
+    assert not logits.requires_grad
+    assert not logits.is_inference()
+    after = holder.teacher.network.state_dict()
+    assert all(torch.equal(value, after[key]) for key, value in before.items())
+
+
+@pytest.mark.parametrize("wrap", [lambda m: m, copy.deepcopy, torch.optim.swa_utils.AveragedModel])
+def test_it_is_in_no_checkpoint_and_stays_as_it_is(wrap):
+    one, other = wrap(Holder()), wrap(Holder())
+    state = one.state_dict()
+    assert not [key for key in state if "teacher" in key]
+    assert [key for key in state if key.endswith("student.weight")]
+    network = next(m for m in other.modules() if isinstance(m, FrozenTeacher)).network
+    teacher = copy.deepcopy(network.state_dict())
+    other.load_state_dict(state)  # strictly
+    kept = network.state_dict()
+    assert teacher
+    assert all(torch.equal(value, kept[key]) for key, value in teacher.items())
+    assert all(torch.equal(value, other.state_dict()[key]) for key, value in state.items())
+    with pytest.raises(RuntimeError, match=r"student\.bias"):  # what is missing beside it is still an error
+        other.load_state_dict({key: value for key, value in state.items() if not key.endswith("student.bias")})
+
+
+def test_images_of_another_size_and_normalisation():
+    seen = []
+    network = nn.Sequential(nn.Flatten(), nn.Linear(3 * 6 * 4, 2))
+    network.register_forward_pre_hook(lambda module, args: seen.append(args[0]))
+    teacher = FrozenTeacher(network, 2, mean=[0.1, 0.2, 0.3], std=[1.0, 2.0, 4.0], size=(6, 4))
+    teacher.set_data_normalisation([0.5, 0.5, 0.5], [0.25, 0.25, 0.25])
+    raw = torch.rand(2, 3, 12, 8)
+    teacher((raw - 0.5) / 0.25)
+    mean, std = torch.tensor([0.1, 0.2, 0.3]).view(3, 1, 1), torch.tensor([1.0, 2.0, 4.0]).view(3, 1, 1)
+    expected = F.interpolate((raw - mean) / std, (6, 4), mode="bilinear", antialias=True)
+    torch.testing.assert_close(seen[0], expected)
+    torch.testing.assert_close(F.interpolate(raw, (6, 4), mode="area"), F.avg_pool2d(raw, 2))  # half the size
+    assert (seen[0] - (F.avg_pool2d(raw, 2) - mean) / std).abs().max() < 0.5  # antialiased: near the mean of 2 x 2
+
+
+@pytest.mark.parametrize("size", [0, (4,), (4, 4, 4), (4.5, 4), "8"])
+def test_a_size_that_is_none(size):
+    with pytest.raises(ValueError, match="teacher_size must be a whole number above 0 or height and width"):
+        FrozenTeacher(nn.Linear(4, 3), 3, size=size)
+
+
+def test_a_teacher_that_wants_larger_images():
+    class Larger(nn.Sequential):
+        def forward(self, image):
+            assert image.shape[1:] == (1, 16, 16)
+            return super().forward(image)
+
+    task = KD(
+        "cnn_tiny",
+        Larger(nn.Flatten(), nn.Linear(256, 10)),
+        num_classes=10,
+        input_shape=(1, 8, 8),
+        teacher_size=16,
+    )
+    fit(task, max_epochs=1)
+    named = KD("cnn_tiny", "mlp_8", 10, input_shape=(1, 8, 8), teacher_weights="random", teacher_size=[16, 12])
+    assert next(m for m in named.teacher.modules() if isinstance(m, nn.Linear)).in_features == 16 * 12
+
+
+def fit(task, ckpt_path=None, **options):
+    defaults = {"logger": False, "enable_checkpointing": False, "enable_progress_bar": False, "max_epochs": 2}
+    quiet = {"enable_model_summary": False, "accelerator": "cpu", "limit_train_batches": 3, "limit_val_batches": 1}
+    trainer = L.Trainer(**{**defaults, **quiet, **options})
+    trainer.fit(task, DigitsDataModule(fake=True, batch_size=16), ckpt_path=ckpt_path, weights_only=True)
+    return trainer
+
+
+def distilling(**options):
+    L.seed_everything(0, verbose=False)
+    return KD("cnn_tiny", "cnn", 10, input_shape=(1, 8, 8), teacher_weights="random", **options)
+
+
+@pytest.mark.parametrize("averaged", [False, True])
+def test_a_run_without_the_teacher_in_its_checkpoint_goes_on_to_the_bit(tmp_path, averaged):
+    def callbacks(folder):
+        keep = ModelCheckpoint(tmp_path / folder, "{epoch}", save_top_k=-1)
+        return [EMAWeightAveraging(decay=0.5), keep] if averaged else [keep]
+
+    whole, again = distilling(), distilling()
+    fit(whole, callbacks=callbacks("whole"), enable_checkpointing=True)
+    saved = torch.load(tmp_path / "whole/epoch=0.ckpt", weights_only=True)
+    parts = ("state_dict", "current_model_state") if averaged else ("state_dict",)
+    assert not [key for part in parts for key in saved[part] if "teacher" in key]
+    trainer = fit(again, tmp_path / "whole/epoch=0.ckpt", callbacks=callbacks("again"), enable_checkpointing=True)
+    assert not (tmp_path / "again/epoch=0.ckpt").exists()
+    assert trainer.current_epoch == 2
+    for key, value in whole.state_dict().items():
+        assert torch.equal(value, again.state_dict()[key]), key
+
+
+def fit_in_two_processes(folder):
+    task = distilling()
+    trainer = fit(task, strategy="ddp", devices=2)
+    trainer.save_checkpoint(f"{folder}/two.ckpt")
+    state = torch.load(f"{folder}/two.ckpt", weights_only=True)["state_dict"]
+    return [key for key in state if "teacher" in key], [float(v.double().sum()) for v in task.state_dict().values()]
+
+
+def test_two_processes(tmp_path):
+    one, other = on_two_ranks(fit_in_two_processes, str(tmp_path))
+    assert one == other
+    assert one[0] == []
