@@ -1,7 +1,7 @@
 """Made-up label noise: what it does to labels, and what it refuses."""
 
 import math
-import time
+import sys
 from itertools import pairwise
 
 import numpy as np
@@ -208,11 +208,24 @@ def test_rate_0_changes_nothing(name):
     assert (corrupt(noise) == TEN).all()
 
 
-@pytest.mark.parametrize("name", [name for name in EVERY if "sat" not in name and name != "instance"])
-def test_drawing_is_fast(name):
-    start = time.perf_counter()
-    corrupt(EVERY[name])
-    assert time.perf_counter() - start < 3  # tenths of a second; a loop over samples and classes takes longer
+# DivideMix's own recipe draws sample by sample; the network of instance-dependent noise works in chunks
+VECTORISED = [name for name in EVERY if "sat" not in name and name not in ("instance", "dividemix")]
+
+
+@pytest.mark.parametrize("name", VECTORISED)
+def test_drawing_loops_over_no_samples(name):
+    calls = 0
+
+    def count(frame, event, arg):
+        nonlocal calls
+        calls += event in ("call", "c_call")
+
+    sys.setprofile(count)
+    try:
+        corrupt(EVERY[name])
+    finally:
+        sys.setprofile(None)
+    assert 0 < calls < len(TEN) / 4, calls
 
 
 def test_absent_classes():
