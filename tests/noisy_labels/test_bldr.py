@@ -352,7 +352,7 @@ def test_wrong_labels_file(tmp_path):
     assert list(rows[0]) == ["index", "given", "probability", "suggested"]
     believed = [float(r["probability"]) for r in rows]
     assert believed == sorted(believed)
-    assert believed[-1] < 0.1
+    assert believed[-1] < 0.1 + 1e-6  # written with six digits
     image = next(iter(data.loader("train", batch_size=10**6)))
     task.eval()
     with torch.no_grad():
