@@ -9,6 +9,7 @@ import torch
 import lightning_kd
 from lightning_kd.cli import default_run_folder, get_cli, main
 from lightning_kd.configs_by_name import config_names, config_path, with_config_paths
+from lightning_kd.core.run import RunFolder
 from lightning_kd.trainer_cli import resume_command
 
 TEACHER = ["--config", "distillation/teacher_digits"]
@@ -159,8 +160,18 @@ def test_overwrite_leaves_nothing_of_the_earlier_fit(tmp_path):
     main(["fit", *TEACHER, *SMOKE])
     with pytest.raises(SystemExit):  # the learning rate breaks it
         main(["fit", *TEACHER, *SMOKE, "--overwrite", "--model.network", "mlp_32", "--model.optimizer.lr", "1e30"])
-    assert not (tmp_path / "runs/teacher_digits/network.pt").exists()
-    assert (tmp_path / "runs/teacher_digits/checkpoints/last.ckpt").is_file()
+    folder = RunFolder("runs/teacher_digits")
+    assert not (folder.path / "network.pt").exists()
+    assert torch.load(folder.last, weights_only=True)["global_step"] == 0  # of the new fit
+    assert not folder.best.exists()
+
+
+def test_last_knows_the_best_score_of_its_own_epoch(tmp_path):
+    main(["fit", *TEACHER, *SMOKE, "--run", "x"])
+    state = torch.load("x/checkpoints/last.ckpt", weights_only=True)["callbacks"]["RunCheckpoint[best]"]
+    scores = [float(row["val/acc"]) for row in rows(tmp_path / "x")]
+    assert float(state["best_model_score"]) == pytest.approx(max(scores))
+    assert scores[-1] == pytest.approx(max(scores))  # or it would tell nothing
 
 
 def test_fast_dev_run_touches_nothing(tmp_path):

@@ -262,6 +262,13 @@ def test_notes(tmp_path: Path) -> None:
     ]
 
 
+def test_the_outcome_is_that_of_the_last_fit(tmp_path: Path) -> None:
+    run = make_run(tmp_path / "a", 0)
+    fits = [{"verb": "fit", "outcome": "failed"}, {"verb": "fit", "outcome": "finished"}]
+    (run / "run.json").write_text(json.dumps({"verb": "test", "outcome": "failed", "history": fits}))
+    assert "unfinished" not in to_markdown(compare_runs([run]))
+
+
 def test_unfinished_runs_count_and_are_named(tmp_path: Path) -> None:
     for seed, outcome in enumerate(["finished", "failed", "running", None, "interrupted"]):
         run = make_run(tmp_path / f"a_seed{seed}", seed, outcome=outcome)

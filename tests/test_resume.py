@@ -191,6 +191,32 @@ def test_logger_keeps_earlier_rows_and_drops_the_repeated_epoch(tmp_path):
     assert not list(tmp_path.glob("*.partial"))
 
 
+def test_an_earlier_checkpoint_is_evaluated_in_a_row_of_its_own_step(tmp_path):
+    logger = RunLogger(tmp_path)
+    for epoch in range(2):
+        logger.log_metrics({"epoch": epoch, "val/acc": 0.5}, step=epoch * 5 + 4)
+    logger.evaluated = (0, 5)  # epoch, and steps done, where rows count from 0
+    logger.log_metrics({"epoch": 0, "test/acc": 0.4})
+    assert [(row["epoch"], row["step"]) for row in logger.rows] == [(0, 4), (1, 9), (0, 4)]
+
+
+def test_a_write_that_fails_leaves_the_old_files(tmp_path, monkeypatch):
+    logger, folder = RunLogger(tmp_path), RunFolder(tmp_path)
+    logger.log_metrics({"epoch": 0, "val/acc": 0.5}, step=1)
+    folder.begin("fit", "lightning-kd fit", 0)
+    before = {path: path.read_text() for path in (logger.file, folder.record_file)}
+
+    def broken(*args):
+        raise OSError("disk full")
+
+    monkeypatch.setattr("os.replace", broken)
+    with pytest.raises(OSError, match="disk full"):
+        logger.log_metrics({"epoch": 1, "val/acc": 0.6}, step=2)
+    with pytest.raises(OSError, match="disk full"):
+        folder.end("finished")
+    assert {path: path.read_text() for path in before} == before
+
+
 class Slow(L.Callback):
     """Lets the other rank be first."""
 

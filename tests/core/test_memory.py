@@ -73,3 +73,11 @@ def _write_on_two():
 
 def test_processes_share_what_they_wrote():
     assert on_two_ranks(_write_on_two) == [[10.0, 11.0, 12.0, 0.0, 14.0, 15.0]] * 2
+
+
+def test_a_state_stays_as_it_was():
+    memory = SampleMemory((2,))
+    memory.allocate(3, torch.device("cpu"))
+    state = memory.state_dict()
+    memory.write(torch.tensor([2]), torch.ones(1, 2))
+    assert not state["rows"].any()

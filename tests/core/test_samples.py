@@ -1,12 +1,16 @@
 """Fixed training samples from a data module and from a user's loader."""
 
+import os
+
 import numpy as np
 import pytest
 import torch
+import torch.distributed as dist
 from torch.utils.data import DataLoader, IterableDataset, SequentialSampler, SubsetRandomSampler, TensorDataset
 
 from lightning_kd.core.samples import training_samples
 from lightning_kd.data import DigitsDataModule
+from tests.two_processes import on_two_ranks
 
 
 def digits():
@@ -97,3 +101,15 @@ def test_batches_of_another_kind_come_as_they_are():
     assert [sorted(batch) for batch in batches] == [["x", "y"]] * 2
     with pytest.raises(ValueError, match=r"label 2 of sample .* is not below num_classes=2"):
         training_samples(DataLoader(dataset(), batch_size=8), 9, balanced=True, num_classes=2)
+
+
+def _drawn_on_two():
+    dist.init_process_group("gloo", rank=int(os.environ["LOCAL_RANK"]), world_size=2)
+    samples = training_samples(DataLoader(dataset(), batch_size=8), 21)
+    return samples.indices.tolist(), torch.cat([batch.index for batch in samples.loader]).tolist()
+
+
+def test_two_processes_share_out_a_users_loader():
+    (chosen, first), (same, second) = on_two_ranks(_drawn_on_two)
+    assert chosen == same
+    assert sorted(first + second) == chosen

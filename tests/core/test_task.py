@@ -1,4 +1,4 @@
-"""What a task logs: means over samples, whatever the sizes of the batches."""
+"""What a task logs and draws."""
 
 from functools import partial
 
@@ -9,7 +9,13 @@ import torch.nn.functional as F
 from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
-from lightning_kd import Classification
+from lightning_kd import Classification, DigitsDataModule
+from tests.two_processes import on_two_ranks
+
+
+def trainer_of(**options):
+    quiet = {"logger": False, "enable_checkpointing": False, "enable_progress_bar": False}
+    return L.Trainer(**{**quiet, "enable_model_summary": False, "accelerator": "cpu", **options})
 
 
 def test_metrics_are_means_over_samples_not_over_batches():
@@ -19,14 +25,7 @@ def test_metrics_are_means_over_samples_not_over_batches():
     image, target = torch.randn(32, 1, 8, 8), torch.arange(32) % 10
     image[30:] *= 50  # the small last batch is unlike the others
     loader = DataLoader(TensorDataset(image, target), batch_size=30)
-    trainer = L.Trainer(
-        max_epochs=1,
-        accelerator="cpu",
-        logger=False,
-        enable_checkpointing=False,
-        enable_progress_bar=False,
-        enable_model_summary=False,
-    )
+    trainer = trainer_of(max_epochs=1)
     with torch.no_grad():
         logits = network(image)
     loss, accuracy = float(F.cross_entropy(logits, target)), float((logits.argmax(1) == target).float().mean())
@@ -38,3 +37,28 @@ def test_metrics_are_means_over_samples_not_over_batches():
         assert found[f"{name}/acc"] == pytest.approx(accuracy, rel=1e-4)
     of_batches = float(F.cross_entropy(logits[:30], target[:30]) + F.cross_entropy(logits[30:], target[30:])) / 2
     assert abs(of_batches - loss) > 0.5
+
+
+class Drawing(Classification):
+    drawn = ()
+
+    def on_train_epoch_start(self):
+        super().on_train_epoch_start()
+        self.drawn = (*self.drawn, *(float(self.generator("mix", k).random()) for k in range(2)))
+
+
+def _drawn(**options):
+    L.seed_everything(0, verbose=False)
+    task = Drawing("mlp_8", 10, input_shape=(1, 8, 8))
+    trainer_of(max_epochs=2, **options).fit(task, DigitsDataModule(fake=True))
+    return task.drawn
+
+
+def _drawn_on_two():
+    return _drawn(strategy="ddp", devices=2)
+
+
+def test_draws_depend_on_epoch_pass_and_process():
+    alone, (first, second) = _drawn(), on_two_ranks(_drawn_on_two)
+    assert _drawn() == alone == first
+    assert len({*first, *second}) == 8  # two epochs, passes and processes

@@ -142,6 +142,15 @@ def test_answers_move_samples(tmp_path):
     assert np.array_equal(again.known_indices, data.known_indices)
 
 
+def test_answers_go_with_their_record(tmp_path):
+    data = ready()
+    before = data.unlabelled_indices
+    data.use(answered(data, tmp_path, before[::7]))
+    data.use(PoolRecord(tmp_path / "another.json"))
+    check_partition(data)
+    assert data.unlabelled_indices.tolist() == before.tolist()
+
+
 def test_an_open_question_is_no_label(tmp_path):
     data = ready()
     record = PoolRecord(tmp_path / "pool.json")

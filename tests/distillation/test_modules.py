@@ -1,5 +1,7 @@
 """The tasks: what trains and what does not, gradients, precision, processes, checkpoints."""
 
+from functools import partial
+
 import lightning as L
 import numpy as np
 import pytest
@@ -13,6 +15,7 @@ from lightning_kd.core.run import RunFolder, RunRecorder, run_callbacks
 from lightning_kd.data import DigitsDataModule
 from lightning_kd.distillation import DHKD, DKD, KD, Distillation
 from lightning_kd.distillation.dhkd import align_gradients
+from lightning_kd.distillation.kd import kd_loss
 from tests.two_processes import on_two_ranks
 
 SHAPE = (1, 8, 8)
@@ -59,13 +62,15 @@ def pairs(dtype=torch.float64, count=32, batch_size=8):
 @pytest.mark.parametrize("name", METHODS)
 def test_fit_test_reload(name, tmp_path):
     task = METHODS[name]()
-    frozen = {k: v.clone() for k, v in task.state_dict().items() if k.startswith("teacher.")}
+    teacher = task.teacher.network if isinstance(task, Distillation) else None
+    frozen = {} if teacher is None else {k: v.clone() for k, v in teacher.state_dict().items()}
     before = {k: v.clone() for k, v in task.main_network.state_dict().items()}
     run = trainer(enable_checkpointing=True, callbacks=run_callbacks(RunFolder(tmp_path)), max_epochs=2)
     run.fit(task, digits())
     run.test(task, digits(), verbose=False)
+    assert bool(frozen) == isinstance(task, Distillation)
     for key, value in frozen.items():  # running statistics too
-        assert torch.equal(value, task.state_dict()[key]), key
+        assert torch.equal(value, teacher.state_dict()[key]), key
     moved = task.main_network.state_dict()
     assert all(not torch.equal(before[k], moved[k]) for k in before if "weight" in k)
     last = tmp_path / "checkpoints/last.ckpt"
@@ -131,6 +136,49 @@ def test_weak_teacher_is_said_and_logged_once():
     with pytest.warns(UserWarning, match="the teacher's validation accuracy is .*chance is 10.0%"):
         run.fit(task, data)
     assert 0 <= run.callback_metrics["val/teacher_acc"] <= 1
+
+
+def test_the_teacher_is_judged_once_over_a_resume_too(tmp_path):
+    run = trainer(enable_checkpointing=True, callbacks=run_callbacks(RunFolder(tmp_path)))
+    run.fit(METHODS["kd"](), digits(val_fraction=0.3))
+    assert "val/teacher_acc" in run.callback_metrics
+    more, last = trainer(max_epochs=2), tmp_path / "checkpoints/last.ckpt"
+    more.fit(METHODS["kd"](), digits(val_fraction=0.3), ckpt_path=last, weights_only=True)
+    assert "val/acc" in more.callback_metrics
+    assert "val/teacher_acc" not in more.callback_metrics
+
+
+def judged(**options):
+    student, teacher = linear_pair()
+    with torch.no_grad():
+        teacher[1].bias[3] += 100  # always says 3, of which the processes hold unequal shares
+    run = trainer(precision="64-true", **options)
+    run.fit(KD(student, teacher, 10, input_shape=SHAPE).double(), digits())
+    return float(run.callback_metrics["val/teacher_acc"])
+
+
+def judged_on_two():
+    return judged(strategy="ddp", devices=2)
+
+
+def test_the_teacher_is_judged_by_all_processes():
+    alone = judged()
+    assert 0 < alone < 1
+    assert on_two_ranks(judged_on_two) == pytest.approx([alone, alone])
+
+
+def test_both_weights_count():
+    student, teacher = linear_pair()
+    loader = pairs(count=8)
+    ((image, target),) = loader
+    with torch.no_grad():
+        ce = 0.5 * F.cross_entropy(student(image), target)
+        kd = 3 * kd_loss(student(image), teacher(image), 2.0)
+    settings = {"temperature": 2.0, "ce_weight": 0.5, "kd_weight": 3.0, "optimizer": partial(torch.optim.SGD, lr=0.0)}
+    run = trainer(precision="64-true")
+    run.fit(KD(student, teacher, 10, input_shape=SHAPE, **settings).double(), loader)
+    assert float(run.callback_metrics["train/loss_ce"]) == pytest.approx(float(ce))
+    assert float(run.callback_metrics["train/loss_kd"]) == pytest.approx(float(kd))
 
 
 def test_teacher_normalisation_of_its_own():
