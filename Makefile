@@ -10,7 +10,7 @@ help:
 	@echo "make quickstart   train a teacher and students on scikit-learn's digits, print the comparison (4 minutes)"
 	@echo "make test         the test suite          make test-all   with the slow tests"
 	@echo "make lint         ruff and types          make bench      speed ratios"
-	@echo "make notebooks    run the notebooks       make mutants    faults that the tests must catch (half an hour)"
+	@echo "make notebooks    run the notebooks       make mutants    faults that the tests must catch (15 minutes)"
 
 # installed again only when pyproject.toml changed
 $(STAMP): pyproject.toml
