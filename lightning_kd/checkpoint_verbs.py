@@ -11,14 +11,14 @@ import lightning as L
 import torch
 
 from lightning_kd.callbacks import SharpnessReport
-from lightning_kd.callbacks.sharpness import add_entry, keep_slice
+from lightning_kd.callbacks.sharpness_report import add_entry, keep_slice
 from lightning_kd.core.batch import as_batch
 from lightning_kd.core.outputs import logits_of
 from lightning_kd.core.run import RunFolder, write_text
-from lightning_kd.core.samples import OnDevice
 from lightning_kd.core.task import Task
+from lightning_kd.core.training_subset import OnDevice
 from lightning_kd.flatness.optimum_shifting import shift_network
-from lightning_kd.flatness.shifting import shift_samples
+from lightning_kd.flatness.shifting_callback import shift_samples
 from lightning_kd.metrics.sharpness import PARTS
 
 

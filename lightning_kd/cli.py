@@ -56,7 +56,7 @@ def main(args: Sequence[str] | None = None) -> None:
     elif verb == "--version":
         print(f"lightning-kd {__version__}")
     elif verb in ("compare", "label"):
-        light = importlib.import_module(f"lightning_kd.{'compare' if verb == 'compare' else 'pool.label'}")
+        light = importlib.import_module(f"lightning_kd.{'compare' if verb == 'compare' else 'pool.label_command'}")
         try:
             light.main(argv[1:])
         except (ValueError, OSError) as error:

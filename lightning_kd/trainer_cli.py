@@ -19,7 +19,7 @@ from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, SaveCon
 from lightning.pytorch.utilities import rank_zero_only
 
 import lightning_kd.callbacks  # noqa: F401  (classes are found by name once they are imported)
-from lightning_kd.active_learning.base import PoolTask
+from lightning_kd.active_learning.pool_task import PoolTask
 from lightning_kd.active_learning.rounds import ask, forget_rounds, run_rounds
 from lightning_kd.checkpoint_verbs import measure_checkpoint, shift_checkpoint
 from lightning_kd.cli import default_run_folder
@@ -29,8 +29,8 @@ from lightning_kd.core.run import RunFolder, RunLogger, run_callbacks, write_tex
 from lightning_kd.core.task import Task
 from lightning_kd.data import OpenSetDataModule
 from lightning_kd.pool import PoolRecord
-from lightning_kd.pool.curves import table
-from lightning_kd.pool.record import alone
+from lightning_kd.pool.label_curves import table
+from lightning_kd.pool.pool_record import alone
 
 family_packages()
 

@@ -205,14 +205,14 @@ MUTANTS = [
     ),
     Mutant(
         "separation loss trains u",
-        "noisy_labels/_bidirectional.py",
+        "noisy_labels/bldr_losses.py",
         "predicted + added.detach() - taken",
         "predicted + added - taken",
         (f"{NOISY}/test_bldr.py",),
     ),
     Mutant(
         "consistency pulls the weak view too",
-        "noisy_labels/_bidirectional.py",
+        "noisy_labels/bldr_losses.py",
         "at_least_float32(weak_logits.detach(), strong_logits)",
         "at_least_float32(weak_logits, strong_logits)",
         (f"{NOISY}/test_bldr.py",),
@@ -234,21 +234,21 @@ MUTANTS = [
     ),
     Mutant(
         "a picked row stays in the pool",
-        "active_learning/greedy.py",
+        "active_learning/diverse_selection.py",
         "        self.near[row] = -torch.inf\n",
         "        self.near[row] = 0\n",
         (f"{POOL}/test_greedy.py",),
     ),
     Mutant(
         "distances are to the farthest centre",
-        "active_learning/greedy.py",
+        "active_learning/diverse_selection.py",
         "torch.minimum(self.near[part], value.add_",
         "torch.maximum(self.near[part], value.add_",
         (f"{POOL}/test_greedy.py",),
     ),
     Mutant(
         "complementary label of BUAL may be the label",
-        "active_learning/_bidirectional.py",
+        "active_learning/bual_score.py",
         "(given + 1 + draw) % num_known",
         "(given + draw) % num_known",
         (f"{POOL}/test_bual.py",),
@@ -290,13 +290,17 @@ MUTANTS = [
     ),
     Mutant(
         "answers may be lost",
-        "pool/record.py",
+        "pool/pool_record.py",
         "            if lost:\n",
         "            if False:\n",
         ("tests/pool", f"{POOL}/test_commands.py"),
     ),
     Mutant(
-        "a sample may be bought twice", "pool/record.py", "        if again:\n", "        if False:\n", ("tests/pool",)
+        "a sample may be bought twice",
+        "pool/pool_record.py",
+        "        if again:\n",
+        "        if False:\n",
+        ("tests/pool",),
     ),
     # flatness
     Mutant(
@@ -351,17 +355,17 @@ MUTANTS = [
     # metrics
     Mutant(
         "NC1 without the mean of all",
-        "metrics/head.py",
+        "metrics/classifier_head.py",
         "(mean - feature.mean(0))",
         "mean",
-        ("tests/metrics/test_head.py",),
+        ("tests/metrics/test_classifier_head.py",),
     ),
     Mutant(
         "recall over what was chosen",
-        "metrics/label_noise.py",
+        "metrics/noise_detection.py",
         '"recall of the selection of labels", hits, existing',
         '"recall of the selection of labels", hits, chosen',
-        ("tests/metrics/test_label_noise.py",),
+        ("tests/metrics/test_noise_detection.py",),
     ),
     Mutant(
         "calibration errors cancel",
@@ -423,17 +427,17 @@ MUTANTS = [
     ),
     Mutant(
         "memories forget what a checkpoint says",
-        "core/memory.py",
+        "core/sample_memory.py",
         "        self.rows = rows.to(self.rows.device, self.dtype)\n",
         "        pass\n",
-        ("tests/core/test_memory.py", f"{NOISY}/test_elr.py"),
+        ("tests/core/test_sample_memory.py", f"{NOISY}/test_elr.py"),
     ),
     Mutant(
         "memories of other ranks are not taken",
-        "core/memory.py",
+        "core/sample_memory.py",
         "        self.rows[index.to(self.rows.device)] = rows.to(self.rows.device)\n",
         "",
-        ("tests/core/test_memory.py", NOISY),
+        ("tests/core/test_sample_memory.py", NOISY),
     ),
     Mutant(
         "gathered rows keep their order of arrival",
@@ -570,19 +574,25 @@ MUTANTS = [
     # running: processes and streams
     Mutant(
         "the teacher is judged anew after a resume",
-        "distillation/base.py",
+        "distillation/distillation_task.py",
         'self._teacher_judged = checkpoint.get("teacher_judged", False)',
         "self._teacher_judged = False",
         ("tests/distillation/test_modules.py",),
     ),
     Mutant(
         "the teacher's accuracy of one process alone",
-        "distillation/base.py",
+        "distillation/distillation_task.py",
         'self.trainer.strategy.reduce(self._teacher_hits, reduce_op="sum").tolist()',
         "self._teacher_hits.tolist()",
         ("tests/distillation/test_modules.py",),
     ),
-    Mutant("the weight of distillation dropped", "distillation/base.py", '"kd": self.kd_weight * kd}', '"kd": kd}', KD),
+    Mutant(
+        "the weight of distillation dropped",
+        "distillation/distillation_task.py",
+        '"kd": self.kd_weight * kd}',
+        '"kd": kd}',
+        KD,
+    ),
     Mutant(
         "alignment forgets the batches before",
         "distillation/dhkd.py",
@@ -592,7 +602,7 @@ MUTANTS = [
     ),
     Mutant(
         "the unlabelled stream ends with its first pass",
-        "core/phases.py",
+        "core/phased_loader.py",
         "chain.from_iterable(repeat(unlabelled))",
         "iter(unlabelled)",
         (
@@ -602,7 +612,7 @@ MUTANTS = [
     ),
     Mutant(
         "two networks see the same order in every epoch",
-        "core/phases.py",
+        "core/phased_loader.py",
         "loader.set_epoch(epoch)",
         "loader.set_epoch(0)",
         (
@@ -612,13 +622,13 @@ MUTANTS = [
     ),
     Mutant(
         "each process draws all samples of a user's loader",
-        "core/samples.py",
+        "core/training_subset.py",
         "mine = chosen[rank::world_size]",
         "mine = chosen",
         (
-            "tests/core/test_samples.py",
+            "tests/core/test_training_subset.py",
             f"{FLAT}/test_shifting.py",
-            "tests/callbacks/test_sharpness.py",
+            "tests/callbacks/test_sharpness_report.py",
         ),
     ),
     Mutant(
@@ -669,7 +679,7 @@ MUTANTS = [
     ),
     Mutant(
         "networks in turn do not average gradients",
-        "active_learning/_in_turn.py",
+        "active_learning/sequential_training.py",
         "        average_gradients(self.parameters())\n",
         "        pass\n",
         (
@@ -679,7 +689,7 @@ MUTANTS = [
     ),
     Mutant(
         "checkpoints without memories",
-        "noisy_labels/base.py",
+        "noisy_labels/noisy_label_task.py",
         'checkpoint["memories"] = {name: memory.state_dict() for name, memory in self.memories.items()}',
         'checkpoint["memories"] = {}',
         (
@@ -689,7 +699,7 @@ MUTANTS = [
     ),
     Mutant(
         "memories stay with their process",
-        "noisy_labels/base.py",
+        "noisy_labels/noisy_label_task.py",
         "            memory.synchronise()\n",
         "            pass\n",
         (
@@ -725,7 +735,7 @@ MUTANTS = [
         "            pass\n",
         (
             "tests/metrics/test_curvature.py",
-            "tests/callbacks/test_sharpness.py",
+            "tests/callbacks/test_sharpness_report.py",
         ),
     ),
     # running: the run folder, checkpoints, resuming
@@ -741,7 +751,7 @@ MUTANTS = [
     ),
     Mutant(
         "SAM's second evaluation has another dropout mask",
-        "core/second_pass.py",
+        "core/two_pass_step.py",
         "            _set_random_state(self._random, self.device)\n            yield",
         "            yield",
         (f"{FLAT}/test_sam.py",),
@@ -826,10 +836,10 @@ MUTANTS = [
     ),
     Mutant(
         "a checkpoint's memory goes on changing",
-        "core/memory.py",
+        "core/sample_memory.py",
         "self.rows.detach().cpu().clone()",
         "self.rows.detach().cpu()",
-        ("tests/core/test_memory.py",),
+        ("tests/core/test_sample_memory.py",),
     ),
     Mutant(
         "the shifted checkpoint is the old one",
@@ -906,21 +916,21 @@ MUTANTS = [
     ),
     Mutant(
         "precision of the first query",
-        "pool/record.py",
+        "pool/pool_record.py",
         'latest = max(row["round"]',
         'latest = min(row["round"]',
         ("tests/pool",),
     ),
     Mutant(
         "pool.json is written in place",
-        "pool/record.py",
+        "pool/pool_record.py",
         'partial = path.with_name(f"{path.name}.partial")',
         "partial = path",
         ("tests/pool",),
     ),
     Mutant(
         "two commands on one pool",
-        "pool/record.py",
+        "pool/pool_record.py",
         "fcntl.LOCK_EX | fcntl.LOCK_NB",
         "fcntl.LOCK_SH | fcntl.LOCK_NB",
         (
@@ -930,7 +940,7 @@ MUTANTS = [
     ),
     Mutant(
         "labels bought are those of the last round",
-        "pool/curves.py",
+        "pool/label_curves.py",
         "bought += len(answers)",
         "bought = len(answers)",
         ("tests/pool", f"{POOL}/test_rounds.py"),
@@ -969,21 +979,21 @@ MUTANTS = [
     ),
     Mutant(
         "a resumed fit takes other noisy labels",
-        "data/base.py",
+        "data/classification_data.py",
         'if fitting and state_dict.get("labels_sha256")',
         'if False and state_dict.get("labels_sha256")',
         ("tests/data/test_label_files.py",),
     ),
     Mutant(
         "noisy labels are not recorded",
-        "data/label_record.py",
+        "data/noise_record.py",
         "if folder is not None and (fitting or not (trained or recorded)):",
         "if False:",
         ("tests/data/test_label_files.py",),
     ),
     Mutant(
         "validation samples stay in the training set",
-        "data/base.py",
+        "data/classification_data.py",
         "rest = without(len(target), self.val_indices)",
         "rest = np.arange(len(target))",
         (
@@ -994,14 +1004,14 @@ MUTANTS = [
     # callbacks
     Mutant(
         "the mean of all test epochs",
-        "callbacks/curve.py",
+        "callbacks/accuracy_curve.py",
         "[*self._accuracies, accuracy][-self.last :]",
         "[*self._accuracies, accuracy]",
         ("tests/callbacks/test_callbacks.py",),
     ),
     Mutant(
         "the test curve starts anew on resume",
-        "callbacks/curve.py",
+        "callbacks/accuracy_curve.py",
         '{"accuracies": list(self._accuracies)}',
         '{"accuracies": []}',
         ("tests/callbacks/test_callbacks.py",),
@@ -1022,21 +1032,21 @@ MUTANTS = [
     ),
     Mutant(
         "reports of repeated epochs stay",
-        "callbacks/sharpness.py",
+        "callbacks/sharpness_report.py",
         'if entry.get("epoch", 0) <= trainer.current_epoch]',
         "]",
-        ("tests/callbacks/test_sharpness.py",),
+        ("tests/callbacks/test_sharpness_report.py",),
     ),
     Mutant(
         "a resumed fit forgets its shifts",
-        "flatness/shifting.py",
+        "flatness/shifting_callback.py",
         '        self.shifts = list(state_dict["shifts"])\n',
         "        pass\n",
         (f"{FLAT}/test_shifting.py",),
     ),
     Mutant(
         "the first shift an epoch early",
-        "flatness/shifting.py",
+        "flatness/shifting_callback.py",
         "after > 0 and after % self.every",
         "after >= 0 and after % self.every",
         (f"{FLAT}/test_shifting.py",),

@@ -12,7 +12,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from lightning_kd.active_learning.greedy import badge_picks, k_center_picks
+from lightning_kd.active_learning.diverse_selection import badge_picks, k_center_picks
 from lightning_kd.active_learning.strategies import ScoreStrategy, Strategy
 from lightning_kd.core.losses import at_least_float32
 from lightning_kd.pool import PoolView, Query

@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from lightning.pytorch.callbacks import EarlyStopping
 from torch import Tensor, nn
 
-from lightning_kd.active_learning._bidirectional import (
+from lightning_kd.active_learning.bual_score import (
     Combine,
     Uncertainty,
     bidirectional_score,
@@ -25,15 +25,15 @@ from lightning_kd.active_learning._bidirectional import (
     rank,
     unknown_lead,
 )
-from lightning_kd.active_learning._in_turn import InTurnTask
+from lightning_kd.active_learning.sequential_training import InTurnTask
 from lightning_kd.core.batch import Batch
+from lightning_kd.core.feature_hooks import find_classifier
+from lightning_kd.core.inference_pass import ordered_pass
 from lightning_kd.core.losses import at_least_float32, negative_learning_loss
-from lightning_kd.core.memory import SampleMemory
 from lightning_kd.core.outputs import class_logits
-from lightning_kd.core.passes import ordered_pass
-from lightning_kd.core.phases import Phase, PhaseBatch
+from lightning_kd.core.phased_loader import Phase, PhaseBatch
+from lightning_kd.core.sample_memory import SampleMemory
 from lightning_kd.core.seeding import EpochSeeding, numpy_generator
-from lightning_kd.core.taps import find_classifier
 from lightning_kd.pool import PoolView, Query
 
 __all__ = ["BUAL", "bidirectional_score", "complementary_labels"]

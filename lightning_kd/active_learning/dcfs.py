@@ -15,8 +15,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from lightning_kd.active_learning._coarse_to_fine import Coarse, coarse_to_fine, uncertainty_score
-from lightning_kd.active_learning._evidential import (
+from lightning_kd.active_learning.dcfs_selection import Coarse, coarse_to_fine, uncertainty_score
+from lightning_kd.active_learning.evidential_uncertainty import (
     DirichletUncertainties,
     Discrepancy,
     dirichlet_mean,
@@ -27,11 +27,11 @@ from lightning_kd.active_learning._evidential import (
     head_discrepancy,
     wide,
 )
-from lightning_kd.active_learning.base import PoolTask
+from lightning_kd.active_learning.pool_task import PoolTask
 from lightning_kd.core.batch import as_batch
+from lightning_kd.core.feature_hooks import penultimate_tap
 from lightning_kd.core.losses import at_least_float32, check_positive
 from lightning_kd.core.outputs import class_logits
-from lightning_kd.core.taps import penultimate_tap
 from lightning_kd.pool import PoolView, Query
 
 __all__ = [

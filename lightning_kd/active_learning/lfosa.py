@@ -13,13 +13,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from lightning_kd.active_learning._in_turn import InTurnTask
+from lightning_kd.active_learning.sequential_training import InTurnTask
 from lightning_kd.active_learning.strategies import take_best
+from lightning_kd.core.feature_hooks import find_classifier
 from lightning_kd.core.losses import at_least_float32, check_positive, check_target
 from lightning_kd.core.mixture import Mixtures, fit_mixtures
 from lightning_kd.core.outputs import class_logits
-from lightning_kd.core.phases import Phase, PhaseBatch
-from lightning_kd.core.taps import find_classifier
+from lightning_kd.core.phased_loader import Phase, PhaseBatch
 from lightning_kd.pool import PoolView, Query
 
 __all__ = ["LfOSA", "known_posterior", "temperature_cross_entropy"]

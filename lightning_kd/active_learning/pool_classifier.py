@@ -9,12 +9,12 @@ import numpy as np
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from lightning_kd.active_learning.base import PoolTask
 from lightning_kd.active_learning.baselines import STRATEGIES
+from lightning_kd.active_learning.pool_task import PoolTask
 from lightning_kd.active_learning.strategies import Strategy
 from lightning_kd.core.batch import as_batch
+from lightning_kd.core.feature_hooks import penultimate_tap
 from lightning_kd.core.losses import at_least_float32
-from lightning_kd.core.taps import penultimate_tap
 from lightning_kd.core.weights import load_weights
 from lightning_kd.pool import PoolView, Query
 

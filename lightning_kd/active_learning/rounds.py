@@ -17,13 +17,13 @@ import torch
 import torch.distributed as dist
 from lightning.pytorch.utilities import rank_zero_only
 
-from lightning_kd.active_learning.base import PoolTask
+from lightning_kd.active_learning.pool_task import PoolTask
 from lightning_kd.core.distributed import gather_by_index
 from lightning_kd.core.run import RunRecorder
 from lightning_kd.core.seeding import global_seed, numpy_generator
 from lightning_kd.pool import UNKNOWN, PoolRecord, Query
-from lightning_kd.pool.curves import curves, draw_curves, write_metrics
-from lightning_kd.pool.record import missing_rows, write_durably
+from lightning_kd.pool.label_curves import curves, draw_curves, write_metrics
+from lightning_kd.pool.pool_record import missing_rows, write_durably
 
 __all__ = ["ask", "choose", "run_rounds"]
 

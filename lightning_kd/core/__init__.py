@@ -2,10 +2,10 @@
 
 from lightning_kd.core.batch import Batch, as_batch
 from lightning_kd.core.classification import Classification
-from lightning_kd.core.samples import Samples, sample_source, training_samples
+from lightning_kd.core.feature_hooks import Tap, find_classifier, penultimate_tap
 from lightning_kd.core.seeding import EpochSeeding, derive_seed
-from lightning_kd.core.taps import Tap, find_classifier, penultimate_tap
 from lightning_kd.core.task import Task
+from lightning_kd.core.training_subset import Samples, sample_source, training_samples
 
 __all__ = [
     "Batch",

@@ -17,10 +17,10 @@ from torchmetrics import MeanMetric, MetricCollection
 from torchmetrics.classification import MulticlassAccuracy, MulticlassCalibrationError
 
 from lightning_kd.core.batch import as_batch
-from lightning_kd.core.finite import FiniteGuard
+from lightning_kd.core.nan_guard import FiniteGuard
 from lightning_kd.core.outputs import class_logits
-from lightning_kd.core.second_pass import second_pass
 from lightning_kd.core.seeding import EpochSeeding, global_seed, numpy_generator
+from lightning_kd.core.two_pass_step import second_pass
 from lightning_kd.nets import network_for
 
 if TYPE_CHECKING:

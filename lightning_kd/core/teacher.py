@@ -9,8 +9,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from lightning_kd.core.feature_hooks import find_classifier
 from lightning_kd.core.outputs import class_logits
-from lightning_kd.core.taps import find_classifier
 from lightning_kd.core.weights import load_weights, pretrained_network
 
 __all__ = ["FrozenTeacher", "teacher_network"]

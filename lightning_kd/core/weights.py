@@ -11,8 +11,8 @@ import torch
 import torchvision
 from torch import Tensor, nn
 
-from lightning_kd.core.taps import find_classifier
-from lightning_kd.nets.libraries import timm_library, torchvision_name
+from lightning_kd.core.feature_hooks import find_classifier
+from lightning_kd.nets.library_networks import timm_library, torchvision_name
 
 # Where training programs keep the weights inside what they save.
 _NESTS = ("state_dict", "model", "net", "network", "model_state_dict")

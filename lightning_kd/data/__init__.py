@@ -1,23 +1,23 @@
 """LightningDataModules: what the methods train on."""
 
+from lightning_kd.data.array_files import Arrays
 from lightning_kd.data.arrays import ArrayDataModule
 from lightning_kd.data.augment import CropFlip, Normalize
-from lightning_kd.data.base import ClassificationDataModule
 from lightning_kd.data.cifar import CIFAR10DataModule, CIFAR100DataModule
 from lightning_kd.data.cifar_n import CIFARN
-from lightning_kd.data.digits import DigitsDataModule
-from lightning_kd.data.fashion_mnist import FashionMNISTDataModule
-from lightning_kd.data.files import Arrays
-from lightning_kd.data.image_folder import ImageFolderDataModule
-from lightning_kd.data.instance_noise import InstanceDependentNoise
-from lightning_kd.data.label_files import LabelFile
-from lightning_kd.data.label_noise import CleanLabels, LabelNoise
-from lightning_kd.data.noise import (
+from lightning_kd.data.class_noise import (
     AsymmetricNoise,
     PairFlipNoise,
     SymmetricNoise,
     TransitionNoise,
 )
+from lightning_kd.data.classification_data import ClassificationDataModule
+from lightning_kd.data.digits import DigitsDataModule
+from lightning_kd.data.fashion_mnist import FashionMNISTDataModule
+from lightning_kd.data.image_folder import ImageFolderDataModule
+from lightning_kd.data.instance_noise import InstanceDependentNoise
+from lightning_kd.data.label_files import LabelFile
+from lightning_kd.data.label_noise import CleanLabels, LabelNoise
 from lightning_kd.data.pool import OpenSetDataModule
 from lightning_kd.data.resident import ResidentLoader, StoredImages
 from lightning_kd.data.sampling import BatchLoader, ShardedSampler

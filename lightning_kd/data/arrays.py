@@ -8,9 +8,7 @@ import numpy as np
 from torch import Tensor
 
 from lightning_kd.core.seeding import numpy_generator
-from lightning_kd.data.augment import CropFlip
-from lightning_kd.data.base import ClassificationDataModule, check_at_least
-from lightning_kd.data.files import (
+from lightning_kd.data.array_files import (
     Arrays,
     check_keys,
     fake_arrays,
@@ -20,6 +18,8 @@ from lightning_kd.data.files import (
     to_image,
     to_target,
 )
+from lightning_kd.data.augment import CropFlip
+from lightning_kd.data.classification_data import ClassificationDataModule, check_at_least
 from lightning_kd.data.label_noise import LabelNoise
 from lightning_kd.data.splits import take_fraction, without
 

@@ -11,7 +11,7 @@ from torchvision import datasets
 
 from lightning_kd.data.augment import CropFlip
 from lightning_kd.data.label_noise import LabelNoise
-from lightning_kd.data.official import OfficialDataModule
+from lightning_kd.data.published_sets import OfficialDataModule
 
 CIFAR10_CLASSES = ["airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck"]
 

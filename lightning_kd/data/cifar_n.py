@@ -9,8 +9,8 @@ from typing import Any, Literal, NamedTuple
 import numpy as np
 import torch
 
+from lightning_kd.data.array_files import check_keys, read_arrays, to_target
 from lightning_kd.data.cifar import CIFAR10_CLASSES, CIFAR100_CLASSES, CIFAR100_COARSE, CIFAR100_COARSE_CLASSES
-from lightning_kd.data.files import check_keys, read_arrays, to_target
 from lightning_kd.data.label_files import StoredNoise
 from lightning_kd.data.label_noise import CleanLabels
 

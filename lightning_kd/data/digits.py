@@ -5,9 +5,9 @@ from __future__ import annotations
 import numpy as np
 
 from lightning_kd.core.seeding import numpy_generator
+from lightning_kd.data.array_files import Arrays, to_image, to_target
 from lightning_kd.data.augment import CropFlip
-from lightning_kd.data.base import ClassificationDataModule
-from lightning_kd.data.files import Arrays, to_image, to_target
+from lightning_kd.data.classification_data import ClassificationDataModule
 from lightning_kd.data.label_noise import LabelNoise
 from lightning_kd.data.splits import take_fraction, without
 

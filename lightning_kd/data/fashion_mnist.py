@@ -10,7 +10,7 @@ from torchvision.datasets.utils import check_integrity
 
 from lightning_kd.data.augment import CropFlip
 from lightning_kd.data.label_noise import LabelNoise
-from lightning_kd.data.official import OfficialDataModule
+from lightning_kd.data.published_sets import OfficialDataModule
 
 FASHION_MNIST_CLASSES = [
     "T-shirt/top",

@@ -6,7 +6,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from lightning_kd.data.files import image_statistics
+from lightning_kd.data.array_files import image_statistics
 from lightning_kd.data.label_noise import CleanLabels, LabelNoise, at_least_two, check_rate
 
 

@@ -10,9 +10,9 @@ from pathlib import Path
 import numpy as np
 from lightning.pytorch.utilities import rank_zero_info
 
-from lightning_kd.data.files import read_arrays, to_target
+from lightning_kd.data.array_files import read_arrays, to_target
+from lightning_kd.data.class_noise import SymmetricNoise
 from lightning_kd.data.label_noise import CleanLabels, LabelNoise, estimate_transition, sample_transition
-from lightning_kd.data.noise import SymmetricNoise
 
 
 class StoredNoise(LabelNoise):

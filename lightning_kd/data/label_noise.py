@@ -13,7 +13,7 @@ import numpy as np
 from torch import Tensor
 
 from lightning_kd.core.seeding import numpy_generator
-from lightning_kd.data.files import to_target
+from lightning_kd.data.array_files import to_target
 
 
 @dataclass(frozen=True)

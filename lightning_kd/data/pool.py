@@ -17,8 +17,8 @@ from torch import Tensor
 
 from lightning_kd.core.run import run_folder_of
 from lightning_kd.core.seeding import numpy_generator
-from lightning_kd.data.base import ClassificationDataModule, check_at_least, train_loader_of
-from lightning_kd.data.files import read_arrays, to_feature, to_image
+from lightning_kd.data.array_files import read_arrays, to_feature, to_image
+from lightning_kd.data.classification_data import ClassificationDataModule, check_at_least, train_loader_of
 from lightning_kd.data.image_folder import images_below
 from lightning_kd.data.sampling import BatchLoader
 from lightning_kd.pool import UNKNOWN, PoolRecord, PoolView

@@ -10,8 +10,8 @@ from torch import Tensor
 
 from lightning_kd.core.batch import Batch
 from lightning_kd.data.augment import CropFlip, Normalize, check_views, cut_out_, draw_centres, view_seed
+from lightning_kd.data.auto_augment import BatchedAutoAugment
 from lightning_kd.data.sampling import BatchLoader, ShardedSampler
-from lightning_kd.data.strong import BatchedAutoAugment
 
 # AutoAugment works on several batches at once: the more images, the more of them share an operation.
 STRONG_BYTES = 8 << 20

@@ -16,9 +16,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from lightning_kd.core.batch import as_batch
+from lightning_kd.core.feature_hooks import penultimate_tap
 from lightning_kd.core.losses import at_least_float32, check_logits, check_positive
-from lightning_kd.core.taps import penultimate_tap
-from lightning_kd.distillation.base import Distillation
+from lightning_kd.distillation.distillation_task import Distillation
 from lightning_kd.distillation.kd import kd_loss
 
 __all__ = ["DHKD", "align_gradients", "binary_kl_loss", "binary_kl_norm_loss"]

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from lightning_kd.core.losses import at_least_float32, check_logits, check_positive
-from lightning_kd.distillation.base import Distillation
+from lightning_kd.distillation.distillation_task import Distillation
 from lightning_kd.distillation.kd import kd_loss
 
 __all__ = ["DKD", "dkd_loss"]

@@ -11,7 +11,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from lightning_kd.core.losses import at_least_float32, check_logits, check_positive
-from lightning_kd.distillation.base import Distillation
+from lightning_kd.distillation.distillation_task import Distillation
 
 __all__ = ["KD", "kd_loss"]
 

@@ -10,10 +10,10 @@ import numpy as np
 from torch import Tensor, nn
 
 from lightning_kd.core.batch import as_batch
-from lightning_kd.core.samples import Samples, training_samples
-from lightning_kd.core.taps import find_classifier
+from lightning_kd.core.feature_hooks import find_classifier
 from lightning_kd.core.task import Task
-from lightning_kd.flatness._network import find_layers
+from lightning_kd.core.training_subset import Samples, training_samples
+from lightning_kd.flatness._shift_network import find_layers
 
 _BY_CLASS = ("class_balanced", "class_means")
 

@@ -10,8 +10,8 @@ import lightning as L
 import torch
 from torch import Tensor
 
-from lightning_kd.core.second_pass import second_pass
 from lightning_kd.core.seeding import stream_seed, torch_generator
+from lightning_kd.core.two_pass_step import second_pass
 from lightning_kd.flatness.sam import SAM
 
 __all__ = ["GradientNoise", "add_gradient_noise", "noise_scale"]

@@ -12,8 +12,6 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from lightning_kd.flatness._network import shift_network
-from lightning_kd.flatness._report import LayerShift, ShiftReport
 from lightning_kd.flatness._row_space import (
     Projector,
     check_mode,
@@ -25,6 +23,8 @@ from lightning_kd.flatness._row_space import (
     projector_of_rows,
     wide,
 )
+from lightning_kd.flatness._shift_network import shift_network
+from lightning_kd.flatness._shift_report import LayerShift, ShiftReport
 
 __all__ = ["LayerShift", "Shift", "ShiftReport", "shift_conv2d", "shift_from_gram", "shift_linear", "shift_network"]
 

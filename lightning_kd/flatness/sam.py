@@ -16,7 +16,7 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.optim import Optimizer
 from torch.optim.optimizer import ParamsT
 
-from lightning_kd.core.second_pass import FirstPass
+from lightning_kd.core.two_pass_step import FirstPass
 
 __all__ = ["ASAM", "SAM"]
 
@@ -33,7 +33,7 @@ class SAM(Optimizer):
     module. Each step counts once in ``global_step``; what is logged, the running statistics of normalisation layers,
     ``torchmetrics`` of the module and the loss given on belong to the first evaluation; both see the same dropout mask.
     Hooks such as ``on_after_backward`` and further counters of a module run twice: ask
-    ``lightning_kd.core.second_pass.second_pass()`` there. Gradients are clipped by norm in both evaluations, which
+    ``lightning_kd.core.two_pass_step.second_pass()`` there. Gradients are clipped by norm in both evaluations, which
     leaves the way up as it is. Precision 32, 64 and bf16.
 
     Several processes (DDP): each goes up by the gradient of its own batch, as in the paper, and only the second

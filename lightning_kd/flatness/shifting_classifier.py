@@ -9,7 +9,7 @@ import lightning as L
 from torch import nn
 
 from lightning_kd.core.classification import Classification
-from lightning_kd.flatness.shifting import OptimumShifting
+from lightning_kd.flatness.shifting_callback import OptimumShifting
 
 __all__ = ["OptimumShiftingClassifier"]
 

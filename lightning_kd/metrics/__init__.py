@@ -1,9 +1,8 @@
 """Metrics that torchmetrics lacks."""
 
 from lightning_kd.metrics.calibration import Reliability, reliability
+from lightning_kd.metrics.classifier_head import feature_hessian_trace, neural_collapse, relative_flatness
 from lightning_kd.metrics.curvature import hessian_eigenvalues, hessian_vector_product, power_iteration
-from lightning_kd.metrics.head import feature_hessian_trace, neural_collapse, relative_flatness
-from lightning_kd.metrics.label_noise import memorisation, selection_metrics
 from lightning_kd.metrics.landscape import (
     LossSlice,
     filter_normalize,
@@ -11,6 +10,7 @@ from lightning_kd.metrics.landscape import (
     interpolation,
     loss_slice,
 )
+from lightning_kd.metrics.noise_detection import memorisation, selection_metrics
 from lightning_kd.metrics.sharpness import Sharpness, epsilon_sharpness, measure_sharpness
 from lightning_kd.metrics.traces import gauss_newton_trace, hessian_trace, layer_relative_flatness
 

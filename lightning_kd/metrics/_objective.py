@@ -17,8 +17,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from lightning_kd.metrics._copies import Copies
-from lightning_kd.metrics._inputs import batch_size
+from lightning_kd.metrics._arguments import batch_size
+from lightning_kd.metrics._functional_network import Copies
 from lightning_kd.metrics._shares import distributed, gathered, summed, together
 from lightning_kd.metrics._surroundings import no_tf32, same_random_state, saved_bytes
 

@@ -19,7 +19,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lightning_kd.metrics._inputs import generator
+from lightning_kd.metrics._arguments import generator
 from lightning_kd.metrics._objective import LossFn, Measured, Objective, objective
 
 

@@ -11,8 +11,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from lightning_kd.metrics._inputs import chosen_parameters
-from lightning_kd.metrics._inputs import generator as stream
+from lightning_kd.metrics._arguments import chosen_parameters
+from lightning_kd.metrics._arguments import generator as stream
 from lightning_kd.metrics._objective import LossFn, objective
 
 

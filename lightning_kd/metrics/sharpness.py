@@ -11,8 +11,8 @@ import torch
 from torch import Tensor, nn
 
 from lightning_kd.metrics._objective import LossFn, Measured, Objective, objective
+from lightning_kd.metrics.classifier_head import feature_hessian_trace, neural_collapse, relative_flatness
 from lightning_kd.metrics.curvature import lanczos
-from lightning_kd.metrics.head import feature_hessian_trace, neural_collapse, relative_flatness
 from lightning_kd.metrics.traces import hutchinson
 
 RHOS = (0.01, 0.05, 0.1, 0.5)

@@ -14,7 +14,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from lightning_kd.metrics._inputs import generator
+from lightning_kd.metrics._arguments import generator
 from lightning_kd.metrics._objective import LossFn, Measured, Objective, objective
 
 _PROBES_AT_ONCE = 10

@@ -16,11 +16,11 @@ from torch import nn
 
 from lightning_kd.nets.cifar_resnet import CifarResNet, ResNet
 from lightning_kd.nets.cnn9 import CNN9
-from lightning_kd.nets.libraries import timm_network, torchvision_network, unknown_network
+from lightning_kd.nets.library_networks import timm_network, torchvision_network, unknown_network
 from lightning_kd.nets.mobilenet import MobileNetV1, MobileNetV2
 from lightning_kd.nets.preact_resnet import PreActResNet18
 from lightning_kd.nets.shufflenet import ShuffleNetV1, ShuffleNetV2
-from lightning_kd.nets.simple import CNN, MLP
+from lightning_kd.nets.small_networks import CNN, MLP
 from lightning_kd.nets.vgg import VGG
 from lightning_kd.nets.wide_resnet import WideResNet
 

@@ -20,14 +20,14 @@ from torch import Tensor, nn
 from lightning_kd.core.averaging import averaged_copy, update_average
 from lightning_kd.core.batch import Batch, as_batch
 from lightning_kd.core.distributed import gather_by_index
+from lightning_kd.core.feature_hooks import penultimate_tap
 from lightning_kd.core.losses import at_least_float32, check_positive
 from lightning_kd.core.outputs import class_logits
 from lightning_kd.core.run import write_text
-from lightning_kd.core.second_pass import second_pass
-from lightning_kd.core.taps import penultimate_tap
+from lightning_kd.core.two_pass_step import second_pass
 from lightning_kd.core.weights import load_weights
 from lightning_kd.metrics import selection_metrics
-from lightning_kd.noisy_labels._bidirectional import (
+from lightning_kd.noisy_labels.bldr_losses import (
     agreement_loss,
     average_decay,
     balance_loss,
@@ -44,9 +44,9 @@ from lightning_kd.noisy_labels._bidirectional import (
     separation_loss,
     update_rows,
 )
-from lightning_kd.noisy_labels._exits import Exits, find_stages
-from lightning_kd.noisy_labels._scores import LabelScores, logit_margin
-from lightning_kd.noisy_labels.base import NoisyLabelTask
+from lightning_kd.noisy_labels.early_exits import Exits, find_stages
+from lightning_kd.noisy_labels.label_scores import LabelScores, logit_margin
+from lightning_kd.noisy_labels.noisy_label_task import NoisyLabelTask
 
 __all__ = [
     "BLDR",

@@ -16,8 +16,8 @@ from torch import Tensor, nn
 
 from lightning_kd.core.batch import as_batch
 from lightning_kd.core.losses import at_least_float32
-from lightning_kd.noisy_labels._scores import LabelScores
-from lightning_kd.noisy_labels.base import NoisyLabelTask
+from lightning_kd.noisy_labels.label_scores import LabelScores
+from lightning_kd.noisy_labels.noisy_label_task import NoisyLabelTask
 from lightning_kd.noisy_labels.two_networks import TwoNetworkTask
 
 __all__ = ["CoTeaching", "LateLinearLR", "coteaching_losses", "forget_rate"]

@@ -6,7 +6,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from lightning_kd.core.batch import Batch
-from lightning_kd.noisy_labels.base import SingleNetworkTask
+from lightning_kd.noisy_labels.noisy_label_task import SingleNetworkTask
 
 __all__ = ["CrossEntropy"]
 

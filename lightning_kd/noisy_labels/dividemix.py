@@ -17,8 +17,8 @@ from torch import Tensor, nn
 from lightning_kd.core.batch import Batch
 from lightning_kd.core.losses import at_least_float32
 from lightning_kd.core.mixture import Mixture
-from lightning_kd.core.phases import Phase, PhaseBatch
-from lightning_kd.noisy_labels._scores import LabelScores, logit_margin, min_max, split_scaled
+from lightning_kd.core.phased_loader import Phase, PhaseBatch
+from lightning_kd.noisy_labels.label_scores import LabelScores, logit_margin, min_max, split_scaled
 from lightning_kd.noisy_labels.mixup import draw_mix, mix
 from lightning_kd.noisy_labels.two_networks import TwoNetworkTask
 

@@ -13,11 +13,11 @@ import torch
 from torch import Tensor, nn
 
 from lightning_kd.core.dirichlet import calibrated_softmax, dirichlet_kl, dirichlet_nll, log_calibrated_softmax
+from lightning_kd.core.feature_hooks import penultimate_tap
 from lightning_kd.core.losses import check_positive
 from lightning_kd.core.mixture import Mixture
-from lightning_kd.core.taps import penultimate_tap
-from lightning_kd.noisy_labels._scores import clean_probability, logit_margin, split_scaled
 from lightning_kd.noisy_labels.dividemix import DivideMix
+from lightning_kd.noisy_labels.label_scores import clean_probability, logit_margin, split_scaled
 from lightning_kd.noisy_labels.mixup import mix
 
 __all__ = ["DPC", "calibrated_softmax", "clean_probability", "dirichlet_kl", "dirichlet_nll", "logit_margin"]

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from lightning_kd.core.batch import Batch, as_batch
 from lightning_kd.core.losses import at_least_float32, check_positive
-from lightning_kd.noisy_labels.base import SingleNetworkTask
+from lightning_kd.noisy_labels.noisy_label_task import SingleNetworkTask
 
 __all__ = ["Mixup", "mixup_loss"]
 

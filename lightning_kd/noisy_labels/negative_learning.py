@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from lightning_kd.core import losses
 from lightning_kd.core.batch import Batch
-from lightning_kd.noisy_labels.base import SingleNetworkTask
+from lightning_kd.noisy_labels.noisy_label_task import SingleNetworkTask
 
 __all__ = ["NegativeLearning", "negative_learning_loss"]
 

@@ -18,8 +18,8 @@ from torch import Tensor, nn
 from lightning_kd.core.distributed import average_gradients
 from lightning_kd.core.losses import at_least_float32
 from lightning_kd.core.outputs import class_logits
-from lightning_kd.core.phases import Phase, PhaseBatch, PhasedLoader
-from lightning_kd.noisy_labels.base import NoisyLabelTask
+from lightning_kd.core.phased_loader import Phase, PhaseBatch, PhasedLoader
+from lightning_kd.noisy_labels.noisy_label_task import NoisyLabelTask
 
 __all__ = ["TwoNetworkTask"]
 

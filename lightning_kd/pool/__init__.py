@@ -3,7 +3,7 @@
 Nothing here imports torch: a person's answers are taken in at once.
 """
 
-from lightning_kd.pool.curves import curves
-from lightning_kd.pool.record import UNKNOWN, PoolRecord, PoolView, Query
+from lightning_kd.pool.label_curves import curves
+from lightning_kd.pool.pool_record import UNKNOWN, PoolRecord, PoolView, Query
 
 __all__ = ["UNKNOWN", "PoolRecord", "PoolView", "Query", "curves"]

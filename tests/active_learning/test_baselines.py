@@ -22,7 +22,7 @@ from lightning_kd.active_learning import (
     run_rounds,
 )
 from lightning_kd.active_learning.baselines import STRATEGIES
-from lightning_kd.active_learning.greedy import badge_picks
+from lightning_kd.active_learning.diverse_selection import badge_picks
 from lightning_kd.core.seeding import numpy_generator, torch_generator
 from lightning_kd.pool import PoolRecord, PoolView, Query
 from tests.active_learning.runs import pool_data, starter, trainer_of

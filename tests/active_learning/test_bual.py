@@ -8,7 +8,7 @@ from lightning.pytorch.callbacks import EarlyStopping, ModelCheckpoint
 from torch import nn
 
 from lightning_kd.active_learning import BUAL, bidirectional_score, complementary_labels
-from lightning_kd.active_learning._bidirectional import unknown_lead
+from lightning_kd.active_learning.bual_score import unknown_lead
 from lightning_kd.core.losses import negative_learning_loss
 from lightning_kd.core.seeding import numpy_generator
 from lightning_kd.data import DigitsDataModule, OpenSetDataModule

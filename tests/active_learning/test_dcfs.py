@@ -18,8 +18,8 @@ from lightning_kd.active_learning import (
     head_discrepancy,
     run_rounds,
 )
-from lightning_kd.active_learning._coarse_to_fine import uncertainty_score
-from lightning_kd.active_learning._evidential import dirichlet_mean, evidence_alpha
+from lightning_kd.active_learning.dcfs_selection import uncertainty_score
+from lightning_kd.active_learning.evidential_uncertainty import dirichlet_mean, evidence_alpha
 from lightning_kd.core.mixture import fit_mixture
 from lightning_kd.data import DigitsDataModule
 from lightning_kd.pool import PoolRecord, PoolView

@@ -11,8 +11,8 @@ from torch import nn
 
 from lightning_kd.active_learning import LfOSA, choose, known_posterior, run_rounds, temperature_cross_entropy
 from lightning_kd.active_learning.lfosa import _log_odds
+from lightning_kd.core.feature_hooks import find_classifier
 from lightning_kd.core.mixture import Mixtures, fit_mixture
-from lightning_kd.core.taps import find_classifier
 from lightning_kd.data import DigitsDataModule
 from lightning_kd.pool import PoolRecord, PoolView
 from tests.active_learning.runs import pool_data, starter, trainer_of

@@ -12,10 +12,10 @@ from measure import Clock, Settings, Variant, compare, now
 from torch import Tensor
 
 from lightning_kd.core.batch import Batch
-from lightning_kd.core.memory import SampleMemory
-from lightning_kd.core.phases import Phase, PhasedLoader
+from lightning_kd.core.phased_loader import Phase, PhasedLoader
+from lightning_kd.core.sample_memory import SampleMemory
 from lightning_kd.data import ArrayDataModule
-from lightning_kd.data.files import Arrays
+from lightning_kd.data.array_files import Arrays
 from lightning_kd.noisy_labels import DPC, update_rows
 
 

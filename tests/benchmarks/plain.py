@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.utils.data import Dataset
 
 from lightning_kd.core.batch import Batch
-from lightning_kd.core.taps import find_classifier
+from lightning_kd.core.feature_hooks import find_classifier
 from lightning_kd.nets import build_network
 
 

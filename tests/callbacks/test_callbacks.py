@@ -13,7 +13,7 @@ from lightning.pytorch.loggers import CSVLogger, Logger
 from torch import Tensor, nn
 
 from lightning_kd import callbacks
-from lightning_kd.callbacks import LabelPictures, label_score_figure, pictures, reliability_figure
+from lightning_kd.callbacks import LabelPictures, label_pictures, label_score_figure, reliability_figure
 from lightning_kd.core import Classification
 from lightning_kd.core.mixture import Mixture, fit_mixture
 from lightning_kd.data import DigitsDataModule
@@ -98,7 +98,7 @@ def test_curve_is_what_the_test_loop_finds(tmp_path: Path) -> None:
 
 
 def test_callbacks_change_nothing_in_the_training(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(pictures, "_keep", lambda *args: None)  # drawing takes its time
+    monkeypatch.setattr(label_pictures, "_keep", lambda *args: None)  # drawing takes its time
     weights = []
     for extra in ([], [callbacks.TestCurve(), LabelPictures(every=1)]):
         torch.manual_seed(1)

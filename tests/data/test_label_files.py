@@ -26,7 +26,7 @@ from lightning_kd.data import (
     label_files,
 )
 from lightning_kd.data.cifar import CIFAR10_CLASSES, CIFAR100_COARSE
-from lightning_kd.noisy_labels._scores import LabelScores
+from lightning_kd.noisy_labels.label_scores import LabelScores
 from tests.data.test_fit import Recorder
 from tests.two_processes import on_two_ranks
 

@@ -21,7 +21,7 @@ from lightning_kd.data import (
 )
 from lightning_kd.data import resident as resident_module
 from lightning_kd.data.augment import CropFlip, cut_out_, draw_centres, view_seed
-from lightning_kd.data.strong import BatchedAutoAugment
+from lightning_kd.data.auto_augment import BatchedAutoAugment
 
 
 def cifar(**options):

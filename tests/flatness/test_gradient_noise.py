@@ -6,8 +6,8 @@ import torch
 from torch import nn
 
 from lightning_kd.core import Classification
-from lightning_kd.core.second_pass import second_pass
 from lightning_kd.core.seeding import torch_generator
+from lightning_kd.core.two_pass_step import second_pass
 from lightning_kd.data import DigitsDataModule
 from lightning_kd.flatness import SAM, GradientNoise, add_gradient_noise, noise_scale
 from tests.two_processes import on_two_ranks

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from torch.func import functional_call, hessian
 
 from lightning_kd.flatness.optimum_shifting import shift_conv2d, shift_from_gram, shift_linear
-from lightning_kd.metrics.head import feature_hessian_trace, relative_flatness
+from lightning_kd.metrics.classifier_head import feature_hessian_trace, relative_flatness
 
 WEIGHT = torch.tensor([[1.0, 2, 3], [0, 1, -1]], dtype=torch.float64)
 BIAS = torch.tensor([0.5, -0.5], dtype=torch.float64)

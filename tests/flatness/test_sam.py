@@ -16,8 +16,8 @@ from torchmetrics import MeanMetric
 
 from lightning_kd.cli import main
 from lightning_kd.core import Classification
-from lightning_kd.core.memory import SampleMemory
-from lightning_kd.core.second_pass import FirstPass, second_pass
+from lightning_kd.core.sample_memory import SampleMemory
+from lightning_kd.core.two_pass_step import FirstPass, second_pass
 from lightning_kd.data import DigitsDataModule
 from lightning_kd.flatness import ASAM, SAM
 from tests.two_processes import on_two_ranks

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from lightning_kd.core import Batch
 from lightning_kd.flatness import ShiftReport, shift_conv2d, shift_linear, shift_network
-from lightning_kd.metrics.head import relative_flatness
+from lightning_kd.metrics.classifier_head import relative_flatness
 from tests.two_processes import on_two_ranks
 
 

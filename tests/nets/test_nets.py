@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from lightning_kd.nets import build_network, libraries, network_for, network_names
+from lightning_kd.nets import build_network, library_networks, network_for, network_names
 
 
 class Published(NamedTuple):
@@ -363,6 +363,6 @@ def test_torchvision() -> None:
 def test_torchvision_gives_logits_in_training_too(monkeypatch: pytest.MonkeyPatch) -> None:
     # The real initialisation takes seconds.
     asked = {}
-    monkeypatch.setattr(libraries.torchvision.models, "get_model", lambda name, **options: asked.update(options))
+    monkeypatch.setattr(library_networks.torchvision.models, "get_model", lambda name, **options: asked.update(options))
     build_network("torchvision/googlenet", 7)
     assert asked == {"weights": None, "num_classes": 7, "aux_logits": False, "init_weights": True}

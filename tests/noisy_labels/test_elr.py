@@ -11,8 +11,8 @@ import torch.nn.functional as F
 from torch.utils.data import DataLoader, TensorDataset
 
 from lightning_kd.core.batch import Batch
-from lightning_kd.core.memory import SampleMemory
-from lightning_kd.core.phases import PhaseBatch
+from lightning_kd.core.phased_loader import PhaseBatch
+from lightning_kd.core.sample_memory import SampleMemory
 from lightning_kd.noisy_labels import ELR, ELRPlus, elr_regularizer
 from lightning_kd.noisy_labels import elr as elr_module
 from lightning_kd.noisy_labels.elr import _clamped, _remember, ramp

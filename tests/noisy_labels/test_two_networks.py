@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 
 from lightning_kd.core.batch import Batch
-from lightning_kd.core.phases import Phase, PhasedLoader
+from lightning_kd.core.phased_loader import Phase, PhasedLoader
 from lightning_kd.data import DigitsDataModule, SymmetricNoise
 from lightning_kd.noisy_labels import DPC, DivideMix, linear_ramp, prior_penalty, sharpen
 from lightning_kd.noisy_labels.dpc import calibrated_softmax, dirichlet_kl, dirichlet_nll

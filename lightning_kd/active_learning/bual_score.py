@@ -1,0 +1,212 @@
+"""The parts of BUAL that work without Lightning: labels, a copied backbone, and the score from two heads."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Literal
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from lightning_kd.active_learning.evidential_uncertainty import wide
+
+Uncertainty = Literal["least_confidence", "margin", "entropy"]
+Combine = Literal["code", "paper"]
+
+
+def complementary_labels(target: Tensor, num_known: int, generator: np.random.Generator) -> Tensor:
+    """One class for each sample that it is said not to be.
+
+    Args:
+        target: int64 ``[B]``: 0 to K-1 for a labelled sample, whose class is drawn uniformly from the K-1 others; -1
+            for a sample of the pool, whose class is drawn uniformly from all K.
+        num_known: K, 2 or more.
+        generator: one draw a sample, in their order.
+
+    Returns:
+        int64 ``[B]`` on the device of ``target``.
+
+    Raises:
+        ValueError: for fewer than 2 classes, and for a target out of range.
+
+    Source: arXiv 2402.15198, section 3.2 (random label negative learning).
+    """
+    if num_known < 2:
+        raise ValueError(f"num_known must be at least 2, got {num_known}: with one class no label is complementary")
+    given = target.cpu().numpy()
+    if len(given) and not -1 <= given.min() <= given.max() < num_known:
+        raise ValueError(
+            f"target must be between -1 (no label) and {num_known - 1}, got {given.min()} to {given.max()}: leave out "
+            "samples of unknown classes"
+        )
+    hidden = given == -1
+    draw = generator.integers(0, np.where(hidden, num_known, num_known - 1))
+    return torch.from_numpy(np.where(hidden, draw, (given + 1 + draw) % num_known)).to(target)
+
+
+def copy_backbone(source: nn.Module, target: nn.Module, classifier: str) -> None:
+    """Give ``target`` the weights and statistics of ``source``, but for those of the module ``classifier``.
+
+    Raises:
+        ValueError: if anything else differs.
+    """
+    head = f"{classifier}."
+    backbone = {name: value for name, value in source.state_dict().items() if not name.startswith(head)}
+    missing, unexpected = target.load_state_dict(backbone, strict=False)
+    strange = [name for name in missing if not name.startswith(head)] + unexpected
+    if strange:
+        raise ValueError(
+            f"the networks must be alike but for classifier {classifier!r}, got a difference in {strange[:4]}: build "
+            "both from the same network"
+        )
+
+
+def unknown_lead(logits: Tensor) -> Tensor:
+    """The log-odds ``[B]`` of the last of ``[B, K+1]`` logits, which go on where probabilities are all 1; float64."""
+    logits = wide(logits)
+    return logits[:, -1] - logits[:, :-1].logsumexp(1)
+
+
+def check_finite(**values: Tensor) -> None:
+    """Raise a ``ValueError`` that names the first of ``values`` in which a sample has something not finite."""
+    for name, value in values.items():
+        bad = int((~value.isfinite()).reshape(len(value), -1).any(1).sum()) if len(value) else 0
+        if bad:
+            raise ValueError(
+                f"{name} must be finite, got {bad} of {len(value)} samples that are not: train with a lower learning "
+                "rate"
+            )
+
+
+def confidence(probabilities: Tensor, uncertainty: Uncertainty) -> Tensor:
+    """How sure a prediction is, float64 ``[N]`` from ``[N, K]``: the largest probability, the lead of the largest over
+    the second, or the negative entropy."""
+    p = probabilities.double()
+    if uncertainty == "least_confidence":
+        return p.amax(1)
+    if uncertainty == "margin":
+        first, second = p.topk(2, dim=1).values.unbind(1)
+        return first - second
+    if uncertainty == "entropy":
+        return torch.special.xlogy(p, p).sum(1)
+    raise ValueError(f"uncertainty must be 'least_confidence', 'margin' or 'entropy', got {uncertainty!r}")
+
+
+def min_max(values: Tensor) -> Tensor:
+    """``values`` ``[N]`` scaled to [0, 1]; 0 where all are equal."""
+    if not len(values):
+        return values
+    low, high = values.min(), values.max()
+    return (values - low) / (high - low) if high > low else torch.zeros_like(values)
+
+
+def bidirectional_score(
+    negative_probs: Tensor,
+    positive_probs: Tensor,
+    unknown_probability: Tensor | None = None,
+    balance: float = 0.0,
+    uncertainty: Uncertainty = "least_confidence",
+    combine: Combine = "code",
+    normalize_aux: bool = True,
+) -> Tensor:
+    """What BUAL ranks samples by, from the predictions of a negatively and of a positively trained head.
+
+    With ``combine="code"``, as the official code does, LOWER is queried first: ``w n(c(P-)) + r (1 - w) n(c(p+))``,
+    where ``c`` is the confidence (largest probability, margin, or negative entropy), ``n`` min-max scaling over the
+    samples given (0 where all are equal) and ``w = n(a)``. Without ``unknown_probability`` it is
+    ``n(c(P-)) + r n(c(p+))``.
+
+    With ``combine="paper"``, as equation 3 says, HIGHER is queried first: ``a u(P-) + r (1 - a) u(p+)`` of raw values,
+    where ``u`` is 1 - largest probability, 1 - margin, or the entropy; without ``unknown_probability``
+    ``u(P-) + r u(p+)``. The two orders differ.
+
+    Args:
+        negative_probs: ``[N, K]``, probabilities of the negative head, averaged over snapshots.
+        positive_probs: ``[N, K]``, probabilities of the positive head.
+        unknown_probability: ``a`` ``[N]``, probability of belonging to no known class. Default: there is none yet.
+        balance: ``r``, the share of known classes in the latest answers, in [0, 1]; 0 leaves the positive head out.
+        uncertainty: the measure; see above.
+        combine: the rule; see above.
+        normalize_aux: scale ``a`` with ``combine="code"``; without it, a pool without unknown classes (``a`` near 0,
+            ``r`` = 1) is ranked by the positive head alone.
+
+    Returns:
+        float64 ``[N]``. It depends on which samples are given: give all candidates at once.
+
+    Raises:
+        ValueError: for another shape, values that are not finite, or an argument out of its range.
+
+    Source: arXiv 2402.15198, equations 3 to 6.
+    """
+    if negative_probs.shape != positive_probs.shape or negative_probs.ndim != 2 or negative_probs.shape[1] < 2:
+        raise ValueError(
+            f"negative_probs {list(negative_probs.shape)} and positive_probs {list(positive_probs.shape)} must both be "
+            "[N, K] with K at least 2: give both heads the same samples and classes"
+        )
+    if unknown_probability is not None and unknown_probability.shape != negative_probs.shape[:1]:
+        raise ValueError(
+            f"unknown_probability must be [{len(negative_probs)}], got {list(unknown_probability.shape)}: give one "
+            "number a sample"
+        )
+    if not 0 <= balance <= 1:
+        raise ValueError(f"balance must be in [0, 1], got {balance}: give the share of known classes in the answers")
+    if combine not in ("code", "paper"):
+        raise ValueError(f"combine must be 'code' or 'paper', got {combine!r}")
+    check_finite(negative_probs=negative_probs, positive_probs=positive_probs)  # one NaN would scale all to 0
+    if unknown_probability is not None:
+        check_finite(unknown_probability=unknown_probability)
+    negative, positive = confidence(negative_probs, uncertainty), confidence(positive_probs, uncertainty)
+    a = None if unknown_probability is None else unknown_probability.double()
+    if combine == "code":
+        negative, positive = min_max(negative), min_max(positive)
+        if a is not None and normalize_aux:
+            a = min_max(a)
+    else:
+        whole = 0.0 if uncertainty == "entropy" else 1.0
+        negative, positive = whole - negative, whole - positive
+    if a is None:
+        return negative + balance * positive
+    return a * negative + balance * (1 - a) * positive
+
+
+def not_unknown(probabilities: Tensor) -> Tensor:
+    """Whether the last of ``[N, K+1]`` is not the largest alone, bool ``[N]``."""
+    return probabilities[:, :-1].amax(1) >= probabilities[:, -1]
+
+
+def rank(
+    scores: Mapping[str, Tensor], balance: float, uncertainty: Uncertainty, combine: Combine, normalize_aux: bool
+) -> tuple[np.ndarray, np.ndarray]:
+    """The samples in the order to query them, int64 ``[U]``, and their ``bidirectional_score``, float64 ``[U]``.
+
+    First those that ``unknown_probs`` does not take for unknown, by score; then the others, which have none (NaN), by
+    ``unknown_lead``, which orders them as the probability of being unknown does, but never saturates. Where there are
+    only others, all are scored, and ranked by that lead, then by score. Ties: the lower confidence of
+    ``positive_probs``, then the earlier sample.
+
+    Raises:
+        ValueError: for a sample without ``negative_probs`` (-1), and for values that are not finite.
+    """
+    negative, positive = scores["negative_probs"], scores["positive_probs"]
+    missing = int((negative < 0).any(1).sum())
+    if missing:
+        raise ValueError(
+            f"negative_probs is missing for {missing} of {len(negative)} samples: they were not in the pool when this "
+            "round was trained, so train it again"
+        )
+    candidate, lead = torch.ones(len(negative), dtype=torch.bool), None
+    if "unknown_probs" in scores:
+        candidate, lead = not_unknown(scores["unknown_probs"]), scores["unknown_lead"].double()
+        check_finite(unknown_probs=scores["unknown_probs"], unknown_lead=lead)
+    nobody = not bool(candidate.any())
+    scored = ~candidate if nobody else candidate
+    a = None if lead is None else lead[scored].sigmoid()
+    value = torch.full((len(negative),), torch.nan, dtype=torch.float64)
+    value[scored] = bidirectional_score(
+        negative[scored], positive[scored], a, balance, uncertainty, combine, normalize_aux
+    )
+    keys = [value if combine == "code" else -value, confidence(positive, uncertainty)]
+    if lead is not None:
+        keys = [lead, *keys] if nobody else [(~candidate).double(), torch.where(candidate, keys[0], lead), keys[1]]
+    return np.lexsort([key.numpy() for key in reversed(keys)]), value.numpy()

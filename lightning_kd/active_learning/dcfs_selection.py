@@ -1,0 +1,62 @@
+"""A selection in two steps: those that look known, then the most telling of them."""
+
+from __future__ import annotations
+
+import math
+from typing import Literal
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from lightning_kd.active_learning.bual_score import min_max
+from lightning_kd.core.mixture import fit_mixture
+
+Coarse = Literal["sum", "mixture", "data", "distribution", "none"]
+
+
+def uncertainty_score(data: Tensor, distribution: Tensor, how: Coarse = "sum") -> Tensor:
+    """How little each sample of a pool looks like a known class, smaller for the surer.
+
+    Args:
+        data: ``[N]``, the pool's data uncertainties.
+        distribution: ``[N]``, its distribution uncertainties.
+        how: ``"sum"``: each scaled to [0, 1] over the pool (0 where all are equal), and added; ``"mixture"``: minus the
+            logarithm of the product of two posteriors, that of the lower of two Gaussians over each of them, scaled
+            likewise; ``"data"``, ``"distribution"``: one of them; ``"none"``: 0.
+
+    Returns:
+        float64 ``[N]``, on the CPU.
+    """
+    parts = [min_max(values.detach().cpu().double()) for values in (data, distribution)]
+    if how == "mixture" and len(data):
+        return sum((_unlikely_low(part) for part in parts), torch.zeros_like(parts[0]))
+    chosen = {"sum": parts, "data": parts[:1], "distribution": parts[1:]}.get(how, [])
+    return sum(chosen, torch.zeros_like(parts[0]))
+
+
+def _unlikely_low(values: Tensor) -> Tensor:
+    """Minus the logarithm of the posterior of the lower of two Gaussians; still differs where that is nearly 1."""
+    low, high = fit_mixture(values).log_joint(values).T
+    return F.softplus(high - low)
+
+
+def coarse_to_fine(coarse: Tensor, fine: Tensor, budget: int, factor: float = 3.0) -> Tensor:
+    """The samples with the largest ``fine`` among the ``factor * budget`` with the smallest ``coarse``.
+
+    Of equal fine scores the one with the smaller coarse score is taken, then the smaller position. Both numbers are
+    clipped to the size of the pool.
+
+    Args:
+        coarse: ``[N]``.
+        fine: ``[N]``.
+        budget: how many to choose.
+        factor: at least 1; rounded up to whole samples.
+
+    Returns:
+        int64 positions ``[min(budget, N)]`` on the CPU, the largest ``fine`` first.
+    """
+    # less a hair: 1.1 * 100 is a little above 110
+    count = len(coarse) if math.isinf(factor) else min(len(coarse), math.ceil(factor * budget - 1e-9))
+    kept = coarse.cpu().argsort(stable=True)[:count]
+    return kept[fine.cpu()[kept].argsort(descending=True, stable=True)[:budget]]

@@ -1,0 +1,68 @@
+"""Networks of a round that are trained in turn."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from typing import Any
+
+import numpy as np
+import torch.distributed as dist
+from torch import Tensor
+
+from lightning_kd.active_learning.pool_task import PoolTask
+from lightning_kd.core.distributed import average_gradients
+from lightning_kd.core.phased_loader import Phase, PhaseBatch, PhasedLoader
+
+
+class InTurnTask(PoolTask, ABC):
+    """Several networks that are trained in turn within each epoch, one of them in each step.
+
+    One optimizer holds all parameters: those of the networks that rest have no gradient, so that it leaves them as they
+    are, and all is as if each were trained by itself. With ``limit_train_batches``, ``overfit_batches`` or
+    ``fast_dev_run`` the networks take turns step by step, so that all of them are reached.
+
+    Several processes: batches are shared out and gradients averaged after each backward pass, here rather than in DDP,
+    which would wait for the networks that rest; ``strategy="ddp"`` is right.
+    """
+
+    @abstractmethod
+    def phases(self, data: Any) -> list[Phase]:
+        """What each network is trained on, in this order."""
+
+    @abstractmethod
+    def network_loss(self, batch: PhaseBatch) -> Tensor:
+        """The loss of a step of network ``batch.network``, from ``step_loss``."""
+
+    def labelled_loader(self, data: Any, indices: np.ndarray, stream: str) -> Any:
+        """Training batches of some samples, in an order and views of their own for each name."""
+        overfit = self.trainer.overfit_batches > 0  # type: ignore[attr-defined]
+        return data.loader(
+            "train", indices, shuffle=not overfit, augment=True, batch_size=data.batch_size, stream=stream
+        )
+
+    def train_loader(self, data: Any) -> Any:
+        limited = self.trainer.limit_train_batches != 1.0  # type: ignore[attr-defined]
+        return PhasedLoader(self.phases(data), alternate=limited)
+
+    def setup(self, stage: str) -> None:
+        super().setup(stage)
+        if stage == "fit":
+            _ = self.pool  # says what is wrong with another data module
+
+    def on_train_start(self) -> None:
+        super().on_train_start()
+        parallel: Any = getattr(self.trainer.strategy, "model", None)
+        if hasattr(parallel, "require_backward_grad_sync"):
+            parallel.require_backward_grad_sync = False  # what its no_sync() sets
+
+    def training_step(self, batch: PhaseBatch, batch_idx: int) -> Tensor:
+        return self.network_loss(batch)
+
+    def on_after_backward(self) -> None:
+        average_gradients(self.parameters())
+
+    def on_train_batch_end(self, outputs: Any, batch: Any, batch_idx: int) -> None:
+        # running statistics of process 0, as DDP would share them, before the validation that follows
+        if self.trainer.is_last_batch and self.trainer.world_size > 1:
+            for buffer in self.buffers():
+                dist.broadcast(buffer, 0)

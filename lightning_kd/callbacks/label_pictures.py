@@ -1,0 +1,92 @@
+"""Pictures of what a method thinks of its labels, drawn while it trains."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+import lightning as L
+from lightning.pytorch.utilities import rank_zero_warn
+
+from lightning_kd.callbacks._evaluation import evaluate
+from lightning_kd.callbacks.label_figures import label_score_figure, reliability_figure
+from lightning_kd.metrics import Reliability
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+
+class LabelPictures(L.Callback):
+    """Draw the scores of the training labels with their mixture, and the reliability diagram.
+
+    PNG files in ``pictures`` of the run folder, ``label_scores.png`` and ``reliability.png`` at the end of the fit and
+    with ``_epoch010`` and the like before ``.png`` in between, and figures for loggers that take them (TensorBoard). A
+    task without ``label_scores()`` gets the reliability diagram alone. A picture that cannot be drawn is a warning,
+    never the end of a training.
+
+    Several processes: all evaluate, the first one draws.
+
+    Args:
+        every: draw after every so many epochs, too. Default: only at the end.
+        split: ``"test"`` or ``"val"``, the set of the reliability diagram. A validation set that was taken from a
+            training set with wrong labels has wrong labels itself.
+
+    Raises:
+        ValueError: where an argument is out of range.
+    """
+
+    def __init__(self, every: int | None = None, split: Literal["test", "val"] = "test") -> None:
+        if every is not None and every < 1:
+            raise ValueError(f"every must be at least 1, got {every}: give a number of epochs, or nothing")
+        if split not in ("test", "val"):
+            raise ValueError(f"split must be 'test' or 'val', got {split!r}")
+        self.every = every
+        self.split = split
+
+    def on_train_epoch_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        epochs = trainer.current_epoch + 1
+        if self.every is not None and epochs % self.every == 0:
+            self._draw(trainer, pl_module, epochs, f"_epoch{epochs:03d}")
+
+    def on_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        # not on_fit_end: by then the module has left the device
+        self._draw(trainer, pl_module, trainer.current_epoch, "")
+
+    def _draw(self, trainer: L.Trainer, pl_module: Any, epochs: int, suffix: str) -> None:
+        if getattr(trainer, "fast_dev_run", 0):
+            return
+        when = f"after {epochs} epoch{'' if epochs == 1 else 's'}"
+
+        def reliability() -> Reliability:
+            loader = getattr(trainer.datamodule, f"{self.split}_dataloader")()  # type: ignore[attr-defined]
+            return evaluate(trainer, pl_module, loader, getattr(trainer, f"limit_{self.split}_batches"))[1]
+
+        pictures: list[tuple[str, Callable[[], Any], Callable[[Any], Figure]]] = [
+            ("reliability", reliability, lambda x: reliability_figure(x, f"Reliability ({self.split} set) {when}"))
+        ]
+        if hasattr(pl_module, "label_scores"):
+            pictures.append(
+                ("label_scores", pl_module.label_scores, lambda x: label_score_figure(x, f"Label scores {when}"))
+            )
+        for name, measure, draw in pictures:
+            try:
+                measured = measure()  # all processes together; what can fail on one alone comes after
+                if trainer.is_global_zero:
+                    _keep(trainer, name, suffix, draw(measured))
+            except Exception as error:  # a picture must not cost a training
+                rank_zero_warn(f"no picture {name} {when} ({type(error).__name__}: {error}); the training is unharmed")
+
+
+def _keep(trainer: L.Trainer, name: str, suffix: str, figure: Figure) -> None:
+    """Write the file whole or not at all, and hand the figure to loggers."""
+    path = Path(trainer.default_root_dir) / "pictures" / f"{name}{suffix}.png"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial = path.with_suffix(".partial")
+    figure.savefig(partial, format="png", metadata={"Software": None})
+    os.replace(partial, path)
+    for logger in trainer.loggers:
+        experiment: Any = getattr(logger, "experiment", None)
+        if hasattr(experiment, "add_figure"):
+            experiment.add_figure(f"pictures/{name}", figure, global_step=trainer.global_step)

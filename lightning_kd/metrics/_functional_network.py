@@ -1,0 +1,108 @@
+"""Copies of a network's parameters and buffers that it can be run on, and the data that it is run on."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from lightning.fabric.utilities import move_data_to_device
+from lightning_utilities.core.apply_func import apply_to_collection
+from torch import Tensor, nn
+from torch.func import functional_call
+
+from lightning_kd.metrics._arguments import chosen_parameters, is_batch
+from lightning_kd.metrics._shares import distributed
+from lightning_kd.metrics._surroundings import same_random_state
+
+
+class Copies:
+    """A network on copies of its parameters and buffers.
+
+    All copies are contiguous, as are the batches: second derivatives of convolutions are slower in channels_last.
+
+    Attributes:
+        names: of the parameters that are varied.
+        leaves: float copies of them, in the same order.
+        weights: all of them as one vector ``[P]``.
+        fixed: copies of all other parameters and of the buffers.
+    """
+
+    def __init__(self, model: nn.Module, loader: Any, parameters: Sequence[str] | None) -> None:
+        chosen = chosen_parameters(model, parameters)
+        values = dict(model.named_parameters())
+        wide = any(p.dtype == torch.float64 for p in values.values())
+        self.dtype = torch.float64 if wide else torch.float32  # of half precision a float32 copy
+        self.names = list(chosen)
+        self.leaves = [self._own(p).clone().requires_grad_() for p in chosen.values()]
+        self.sizes = [leaf.numel() for leaf in self.leaves]
+        self.device = self.leaves[0].device
+        self.weights = torch.cat([leaf.detach().reshape(-1) for leaf in self.leaves])
+        self.fixed = {f"model.{name}": self._own(p) for name, p in values.items() if name not in chosen}
+        self.fixed |= {f"model.{name}": self._own(buffer).clone() for name, buffer in model.named_buffers()}
+        self._call = _Call(model)
+        self._loader = [loader] if is_batch(loader) else loader
+        if not isinstance(self._loader, Iterable) or isinstance(self._loader, Iterator):
+            raise TypeError(
+                f"loader must be a batch, a list of batches or a loader that can be read again and again, got "
+                f"{type(loader).__name__}: make a list of it"
+            )
+
+    def share(self, model: nn.Module) -> None:
+        """Take the buffers of the first process, for statistics that each process has of its own batches."""
+        for name, _ in model.named_buffers():
+            if distributed() and self.fixed[f"model.{name}"].is_floating_point():
+                dist.broadcast(self.fixed[f"model.{name}"], 0)
+
+    def split(self, vector: Tensor) -> list[Tensor]:
+        """``vector`` ``[P]`` as tensors shaped like the parameters."""
+        parts = vector.to(self.device, self.dtype).split(self.sizes)
+        return [part.view(leaf.shape) for part, leaf in zip(parts, self.leaves, strict=True)]
+
+    def check(self, vector: Tensor, name: str) -> Tensor:
+        """``vector`` as one of this objective, if it has the length."""
+        if vector.shape != self.weights.shape:
+            raise ValueError(
+                f"{name} must be [{len(self.weights)}], one number for each entry of the parameters, got "
+                f"{list(vector.shape)}"
+            )
+        return vector.detach().to(self.device, self.dtype)
+
+    @property
+    def sums_dtype(self) -> torch.dtype:
+        return torch.float32 if self.device.type == "mps" else torch.float64
+
+    def batches(self) -> Iterator[tuple[int, Any]]:
+        """The batches of one pass with their numbers, on the device and in the type of the copies."""
+        for number, batch in enumerate(self._loader):
+            yield number, apply_to_collection(move_data_to_device(batch, self.device), Tensor, self._own)
+
+    def run(
+        self,
+        function: Callable[[nn.Module, Any], Tensor],
+        leaves: Sequence[Tensor],
+        number: int,
+        batch: Any,
+        fixed: dict[str, Tensor] | None = None,
+    ) -> Tensor:
+        """``function`` of the network and a batch; what it draws depends on the number of the batch alone."""
+        given = {f"model.{name}": leaf for name, leaf in zip(self.names, leaves, strict=True)}
+        with same_random_state(self.device, number):
+            return functional_call(self._call, {**(fixed or self.fixed), **given}, (function, batch))
+
+    def _own(self, value: Tensor) -> Tensor:
+        value = value.detach()
+        value = value.clone() if value.is_inference() else value
+        return value.to(self.dtype).contiguous() if value.is_floating_point() else value
+
+
+class _Call(nn.Module):
+    """A function of a model as a module, so that ``functional_call`` can put the parameters in."""
+
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__()
+        self.model = model
+
+    def forward(self, function: Callable[[nn.Module, Any], Tensor], batch: Any) -> Tensor:
+        return function(self.model, batch)

@@ -1,0 +1,259 @@
+"""What the methods for noisy labels share: memories by index, a verdict on every training label, and its report."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from lightning_kd.core.batch import Batch, as_batch
+from lightning_kd.core.distributed import gather_by_index
+from lightning_kd.core.inference_pass import ordered_pass
+from lightning_kd.core.losses import at_least_float32
+from lightning_kd.core.sample_memory import SampleMemory
+from lightning_kd.core.task import Task
+from lightning_kd.core.two_pass_step import second_pass
+from lightning_kd.core.weights import load_weights
+from lightning_kd.noisy_labels.label_scores import LabelScores, logit_margin, min_max, split_scaled
+
+__all__ = ["NoisyLabelTask", "SingleNetworkTask"]
+
+
+class NoisyLabelTask(Task, ABC):
+    """A method that trains on labels of which some are wrong, and says which.
+
+    Logged each epoch: ``train/clean_fraction`` (labels taken for clean), means and weights of the mixture behind it,
+    and, where the data module knows the clean labels, ``train/clean_precision``, ``clean_recall``, ``clean_auc``,
+    ``pure_ratio`` (clean labels among those kept), ``memorised_wrong`` and ``fitted_clean`` (accuracy on the given
+    labels of wrongly and of correctly labelled samples). Clean labels are used for nothing else.
+
+    After ``fit`` the run folder holds ``noisy_labels.csv``: index, given, predicted, clean_probability and margin of
+    every training sample, the labels that are most probably wrong first. A clean probability is the posterior of the
+    higher of two Gaussians over the margins, unless the method has its own.
+
+    Several processes: what is known of the samples is gathered by index and judged once.
+
+    Args:
+        num_classes: see ``Task``.
+        input_shape: see ``Task``.
+        kwargs: ``optimizer``, ``lr_scheduler``, ``lr_interval``, ``channels_last``, ``compile`` of ``Task``.
+    """
+
+    needs_index = False
+
+    def __init__(self, num_classes: int, *, input_shape: Sequence[int] = (3, 32, 32), **kwargs: Any) -> None:
+        super().__init__(num_classes, input_shape=input_shape, **kwargs)
+        self.memories: dict[str, SampleMemory] = {}
+        self._judged: tuple[int, LabelScores] | None = None
+        self._seen: dict[int, list[tuple[Tensor, ...]]] = {}
+
+    # -- the training set --------------------------------------------------------------------------------------------
+
+    @property
+    def data(self) -> Any:
+        """The data module of this package that the task trains on.
+
+        Raises:
+            ValueError: if there is none.
+        """
+        data = getattr(self.trainer, "datamodule", None)
+        if not hasattr(data, "train_indices") or not hasattr(data, "loader"):
+            raise ValueError(
+                f"{type(self).__name__} reads the training set in its own order, got a plain loader: hand your data to "
+                "it in a data module, for example ArrayDataModule or ImageFolderDataModule"
+            )
+        return data
+
+    def sample_count(self) -> int:
+        """Size of the full training array, which the indices of batches count in.
+
+        Raises:
+            ValueError: if neither a data module nor a data set tells.
+        """
+        data: Any = getattr(self.trainer, "datamodule", None)
+        if hasattr(data, "train_target"):
+            return len(data.train_target)
+        loader: Any = self.trainer.train_dataloader
+        if hasattr(loader, "dataset") and hasattr(loader.dataset, "__len__"):
+            return len(loader.dataset)
+        raise ValueError(
+            f"{type(self).__name__} remembers every sample and must know their number, got {type(loader).__name__}: "
+            "use one of our data modules, or a DataLoader that yields (image, target, index)"
+        )
+
+    def remember(self, name: str, shape: tuple[int, ...] = (), fill: float = 0.0, **kwargs: Any) -> SampleMemory:
+        """Add a memory of every sample, kept in checkpoints under ``name``. To be called in ``__init__``."""
+        self.memories[name] = SampleMemory(shape, fill, **kwargs)
+        return self.memories[name]
+
+    def index_of(self, batch: Batch) -> Tensor:
+        """The batch's indices.
+
+        Raises:
+            ValueError: if there are none, or one is out of range (which only a CPU is asked for).
+        """
+        if batch.index is None:
+            raise ValueError(
+                f"{type(self).__name__} remembers every sample, but the batch has no index: use one of our data "
+                "modules, or let your DataLoader yield (image, target, index)"
+            )
+        count = min((len(memory.rows) for memory in self.memories.values()), default=0)
+        if count and batch.index.device.type == "cpu" and int(batch.index.max()) >= count:
+            raise ValueError(
+                f"index must be below {count}, the size of the training set, got {int(batch.index.max())}: let the "
+                "loader yield positions in the data set that it was made from"
+            )
+        return batch.index
+
+    def on_train_start(self) -> None:
+        self._judged = None  # a second fit may have other labels
+        for memory in self.memories.values():  # a checkpoint's rows are here already
+            memory.allocate(self.sample_count(), self.device)
+
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        super().on_save_checkpoint(checkpoint)
+        checkpoint["memories"] = {name: memory.state_dict() for name, memory in self.memories.items()}
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        super().on_load_checkpoint(checkpoint)
+        for name, state in checkpoint.get("memories", {}).items():
+            if name in self.memories:
+                self.memories[name].load_state_dict(state)
+
+    # -- the verdict -------------------------------------------------------------------------------------------------
+
+    def over_training_set(self, measure: Callable[[Batch], Sequence[Tensor]]) -> tuple[Tensor, ...]:
+        """``measure`` on every training sample, in eval mode and without augmentation.
+
+        Args:
+            measure: from a batch on the device to tensors ``[B, ...]``.
+
+        Returns:
+            ``(index, given, clean or -1, *measured)`` of all processes, sorted by index, on the CPU.
+        """
+
+        def with_labels(batch: Batch) -> tuple[Tensor, ...]:
+            clean = batch.extras.get("clean_target", torch.full_like(batch.target, -1))
+            return (batch.target, clean, *measure(batch))
+
+        return ordered_pass(self, self.data.loader("train"), with_labels)
+
+    def label_scores(self) -> LabelScores:
+        """The verdict of the network as it is, from one ordered pass over the training set; collective.
+
+        Asked again before the next step, it gives the same.
+        """
+        if self._judged is None or self._judged[0] != self.trainer.global_step:
+            self._judged = (self.trainer.global_step, self.judge_training_set())
+        return self._judged[1]
+
+    def judge_training_set(self) -> LabelScores:
+        """``label_scores`` anew; by default from the margins of ``answer``."""
+
+        def measure(batch: Batch) -> tuple[Tensor, Tensor]:
+            scores, _ = self.answer(batch.image)
+            return logit_margin(scores, batch.target), scores.argmax(1)
+
+        index, given, clean, margin, predicted = self.over_training_set(measure)
+        return self.judge(index, given, clean, margin, predicted)
+
+    def judge(self, index: Tensor, given: Tensor, clean: Tensor, margin: Tensor, predicted: Tensor) -> LabelScores:
+        """The verdict from margins; ``clean`` is -1 where it is not known."""
+        unit = min_max(margin)
+        probability, mixture = split_scaled(unit)
+        known = clean if bool((clean >= 0).all()) else None
+        return LabelScores(index, given, predicted, margin, unit, probability, mixture, known)
+
+    def note(self, batch: Batch, logits: Tensor, network: int = 0) -> None:
+        """Keep margin and prediction of a training batch for the verdict (one of each network) logged this epoch."""
+        if batch.index is not None and not second_pass():
+            with torch.no_grad():
+                clean = batch.extras.get("clean_target", torch.full_like(batch.target, -1))
+                margin, predicted = logit_margin(logits, batch.target), logits.argmax(1)
+                seen = self._seen.setdefault(network, [])
+                seen.append((batch.index, batch.target, clean, margin, predicted))
+
+    def on_train_epoch_start(self) -> None:
+        super().on_train_epoch_start()
+        self._seen.clear()
+
+    def on_train_epoch_end(self) -> None:
+        super().on_train_epoch_end()
+        for memory in self.memories.values():
+            memory.synchronise()
+        if self._seen:
+            parts = [[torch.cat(column) for column in zip(*seen, strict=True)] for seen in self._seen.values()]
+            self._seen.clear()
+            self.log_scores(*(self.judge(*gather_by_index(*columns)) for columns in parts))
+
+    def log_scores(self, *scores: LabelScores, without: Sequence[str] = ()) -> None:
+        """Log what the verdicts say but for ``without``, averaged where there are several (one a network)."""
+        every = [s.metrics() for s in scores]
+        names = [name for name in every[0] if name not in without and all(name in values for values in every)]
+        self.log_dict({f"train/{name}": sum(values[name] for values in every) / len(every) for name in names})
+
+    def write_results(self, folder: Path) -> None:
+        data: Any = getattr(self.trainer, "datamodule", None)
+        if not hasattr(data, "train_indices"):
+            return  # a user's own loader has no order to go through
+        scores = self.label_scores()
+        if self.trainer.is_global_zero:
+            files = data.train_image if isinstance(data.train_image, list) else None
+            scores.write(folder / "noisy_labels.csv", files)
+
+
+class SingleNetworkTask(NoisyLabelTask, ABC):
+    """Train one network with a loss of its own. Your method is a subclass with one method::
+
+        class Mine(SingleNetworkTask):
+            def noisy_loss(self, logits, batch):
+                return my_loss(logits, batch.target)
+
+    The verdict that is logged each epoch comes from the training steps themselves (margins in train mode, on augmented
+    images), at no cost; that in ``noisy_labels.csv`` from a pass at the end.
+
+    Args:
+        network: a network's name (``lightning-kd list``) or any ``nn.Module`` that gives logits ``[B, C]``.
+        num_classes: see ``Task``.
+        input_shape: see ``Task``.
+        weights: checkpoint or ``state_dict`` file to start from. Default: train from scratch.
+        kwargs: ``optimizer``, ``lr_scheduler``, ``lr_interval``, ``channels_last``, ``compile`` of ``Task``.
+    """
+
+    def __init__(
+        self,
+        network: str | nn.Module,
+        num_classes: int,
+        *,
+        input_shape: Sequence[int] = (3, 32, 32),
+        weights: str | None = None,
+        **kwargs: Any,
+    ) -> None:
+        super().__init__(num_classes, input_shape=input_shape, **kwargs)
+        self.network = self.build(network)
+        if weights is not None:
+            load_weights(self.network, weights, num_classes)
+
+    @property
+    def main_network(self) -> nn.Module:
+        return self.network
+
+    @abstractmethod
+    def noisy_loss(self, logits: Tensor, batch: Batch) -> Tensor | dict[str, Tensor]:
+        """The loss, a scalar, or its terms by name.
+
+        Args:
+            logits: float32 ``[B, C]``, with graph.
+            batch: its ``target`` are the given labels.
+        """
+
+    def training_step(self, batch: Any, batch_idx: int) -> Tensor:
+        batch = as_batch(batch)
+        (logits,) = at_least_float32(self(batch.image))
+        loss = self.noisy_loss(logits, batch)
+        self.note(batch, logits)
+        return self.step_loss(loss if isinstance(loss, dict) else {"loss": loss}, logits, batch.target)

@@ -1,0 +1,90 @@
+"""What was reached with how many labels."""
+
+from __future__ import annotations
+
+import csv
+import io
+from pathlib import Path
+from typing import Any
+
+from lightning_kd.pool.pool_record import UNKNOWN, PoolRecord, write_durably
+
+__all__ = ["curves", "draw_curves", "table", "write_metrics"]
+
+
+def curves(record: PoolRecord) -> list[dict[str, Any]]:
+    """One entry a round of ``lightning-kd active``.
+
+    ``round``; ``labels``, the answers bought before it was trained; ``known`` and ``unknown``, the labelled samples
+    of known classes and of others it was trained on; ``test/...`` as tested; and where it made a query,
+    ``query/precision`` (share of known classes in it) and ``query/recall`` (share of all known training samples that
+    are labelled after it).
+    """
+    rows = []
+    bought = 0
+    for result in record.results:
+        number = result["round"]
+        answers = [row["answer"] for row in record.queries if row["round"] == number and row["answer"] is not None]
+        row = {"round": number, "labels": bought, "known": result["known"], "unknown": result["unknown"]}
+        row |= {name: value for name, value in result.items() if name.startswith("test/")}
+        if answers:
+            valid = sum(answer != UNKNOWN for answer in answers)
+            row["query/precision"] = valid / len(answers)
+            if result.get("known_total"):
+                row["query/recall"] = (result["known"] + valid) / result["known_total"]
+        bought += len(answers)
+        rows.append(row)
+    return rows
+
+
+def write_metrics(record: PoolRecord, path: Path) -> None:
+    """``metrics.csv``: the curves, with the round as ``epoch`` and the labels bought as ``step``.
+
+    ``curve/acc`` is ``test/acc`` again, as ``lightning-kd compare`` looks at the last row alone of ``test/...``;
+    ``test/acc_mean`` is its mean over the rounds so far, the area under the curve.
+    """
+    rows: list[dict[str, Any]] = []
+    accuracies: list[float] = []
+    for row in curves(record):
+        accuracies.append(row.get("test/acc", float("nan")))
+        values = {name: value for name, value in row.items() if "/" in name}
+        values |= {"pool/known": row["known"], "pool/unknown": row["unknown"]}
+        values["curve/acc"] = accuracies[-1]
+        values["test/acc_mean"] = sum(accuracies) / len(accuracies)
+        rows.append({"epoch": row["round"], "step": row["labels"], **values})
+    names = sorted({name for row in rows for name in row} - {"epoch", "step"})
+    text = io.StringIO()
+    writer = csv.DictWriter(text, ["epoch", "step", *names], lineterminator="\n")
+    writer.writeheader()
+    writer.writerows(rows)
+    write_durably(path, text.getvalue())
+
+
+def table(rows: list[dict[str, Any]]) -> str:
+    """The curves as lines of text."""
+    heads = ["round", "labels", "known", "unknown", "accuracy", "precision", "recall"]
+    names = ["round", "labels", "known", "unknown", "test/acc", "query/precision", "query/recall"]
+    cells = [heads]
+    for row in rows:
+        shares = ["" if name not in row else f"{row[name]:.2%}" for name in names[4:]]
+        cells.append([*(str(row[name]) for name in names[:4]), *shares])
+    widths = [max(len(line[k]) for line in cells) for k in range(len(heads))]
+    return "\n".join(
+        "  ".join(cell.rjust(width) for cell, width in zip(line, widths, strict=True)).rstrip() for line in cells
+    )
+
+
+def draw_curves(rows: list[dict[str, Any]], path: Path, title: str) -> None:
+    """A picture of accuracy, precision and recall against the labels bought."""
+    from matplotlib.figure import Figure
+
+    panels = [("test/acc", "test accuracy"), ("query/precision", "query precision"), ("query/recall", "recall")]
+    figure = Figure(figsize=(10, 3), layout="constrained")
+    for axes, (name, label) in zip(figure.subplots(1, 3), panels, strict=True):
+        points = [(row["labels"], row[name]) for row in rows if name in row]
+        axes.plot(*zip(*points, strict=True), marker="o", markersize=3) if points else None
+        axes.set(xlabel="labels bought", title=label)
+        axes.grid(alpha=0.3)
+    figure.suptitle(title)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(path, dpi=120)
