@@ -369,7 +369,7 @@ MUTANTS = [
     ),
     Mutant(
         "calibration errors cancel",
-        "metrics/calibration.py",
+        "core/calibration.py",
         "(correct - confidence).abs().sum()",
         "(correct - confidence).sum().abs()",
         ("tests/metrics/test_calibration.py",),

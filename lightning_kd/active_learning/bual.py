@@ -321,7 +321,7 @@ class BUAL(InTurnTask):
         self.negative_sum.rows = rows = self.negative_sum.rows.to(image.device)  # moved once
         negative = rows[index.clamp(max=len(rows) - 1)] / self.snapshots
         there = (index < len(rows)) & (negative.sum(1) != 0)
-        positive = self.answer(image)[1]
+        positive = self.scores_and_probabilities(image)[1]
         scores = {"positive_probs": positive, "negative_probs": negative.masked_fill(~there[:, None], -1)}
         if self.auxiliary_trained:
             logits = self._unknown(image)

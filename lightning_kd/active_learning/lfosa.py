@@ -251,7 +251,7 @@ class LfOSA(InTurnTask):
     # -- scoring and choosing ----------------------------------------------------------------------------------------
 
     def pool_scores(self, image: Tensor, index: Tensor | None) -> tuple[Tensor, dict[str, Tensor]]:
-        return self.answer(image)[1], {"detector_logits": self.detector_logits(image)}
+        return self.scores_and_probabilities(image)[1], {"detector_logits": self.detector_logits(image)}
 
     def select(
         self, scores: Mapping[str, Tensor], pool: PoolView, budget: int, generator: np.random.Generator

@@ -86,7 +86,7 @@ class PoolClassifier(PoolTask):
         return self.step_loss({"ce": F.cross_entropy(logits, batch.target)}, logits, batch.target)
 
     def pool_scores(self, image: Tensor, index: Tensor | None) -> tuple[Tensor, dict[str, Tensor]]:
-        logits, probabilities = self.answer(image)
+        logits, probabilities = self.scores_and_probabilities(image)
         scores = {"logits": logits}
         if self._tap is not None:
             (scores["feature"],) = at_least_float32(self._tap.take())

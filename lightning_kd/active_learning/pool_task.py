@@ -100,7 +100,7 @@ class PoolTask(Task, ABC):
             ``(probabilities, scores)``: float32 ``[B, K]`` over the known classes, and tensors by name, first
             dimension ``B``.
         """
-        return self.answer(image)[1], {}
+        return self.scores_and_probabilities(image)[1], {}
 
     def predict_step(self, batch: Any, batch_idx: int) -> dict[str, Tensor]:
         """``prediction``, ``probabilities`` and, where the batch has it, ``index``, as ``Task`` gives them, and the

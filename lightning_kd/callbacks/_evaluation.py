@@ -9,11 +9,11 @@ import torch
 
 from lightning_kd.core.batch import as_batch
 from lightning_kd.metrics import Reliability
-from lightning_kd.metrics.calibration import reliability_sums
+from lightning_kd.core.calibration import reliability_sums
 
 
 def evaluate(trainer: L.Trainer, pl_module: Any, loader: Any, limit: int | float = 1.0) -> tuple[float, Reliability]:
-    """Accuracy and calibration of ``pl_module.answer`` on ``loader``, in eval mode; collective over processes.
+    """Accuracy and calibration of ``pl_module.scores_and_probabilities`` on ``loader``, in eval mode; collective over processes.
 
     Args:
         trainer: of the fit.
@@ -35,7 +35,7 @@ def evaluate(trainer: L.Trainer, pl_module: Any, loader: Any, limit: int | float
                 if k == most:
                     break
                 batch = as_batch(strategy.batch_to_device(precision.convert_input(batch)))
-                scores, probabilities = pl_module.answer(batch.image)
+                scores, probabilities = pl_module.scores_and_probabilities(batch.image)
                 correct = (scores.argmax(1) == batch.target).sum()
                 sums = reliability_sums(probabilities, batch.target)
                 parts.append(torch.cat([correct[None].to(sums.dtype), sums.flatten()]))

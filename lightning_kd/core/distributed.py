@@ -10,6 +10,21 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 
+def process_count() -> int:
+    """How many processes work together; 1 without ``torch.distributed``."""
+    return dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
+
+
+def process_rank() -> int:
+    """The number of this process, 0 for the first or the only one."""
+    return dist.get_rank() if dist.is_available() and dist.is_initialized() else 0
+
+
+def is_first_process() -> bool:
+    """Whether this process writes files and prints for all."""
+    return process_rank() == 0
+
+
 def gather_by_index(index: Tensor, *values: Tensor) -> tuple[Tensor, ...]:
     """All processes' per-sample values, sorted by index, each index once, on every process.
 
@@ -21,8 +36,8 @@ def gather_by_index(index: Tensor, *values: Tensor) -> tuple[Tensor, ...]:
         ``(index, *values)`` on the CPU.
     """
     parts = [index.detach().cpu(), *(v.detach().cpu() for v in values)]
-    if dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1:
-        gathered: list[list[Tensor]] = [[] for _ in range(dist.get_world_size())]
+    if process_count() > 1:
+        gathered: list[list[Tensor]] = [[] for _ in range(process_count())]
         dist.all_gather_object(gathered, parts)
         parts = [torch.cat(columns) for columns in zip(*gathered, strict=True)]
     order = torch.from_numpy(np.unique(parts[0].numpy(), return_index=True)[1])
@@ -31,11 +46,11 @@ def gather_by_index(index: Tensor, *values: Tensor) -> tuple[Tensor, ...]:
 
 def average_gradients(parameters: Iterable[nn.Parameter]) -> None:
     """The mean of each gradient over all processes; a parameter without gradient, on all of them, stays so."""
-    if not dist.is_available() or not dist.is_initialized() or dist.get_world_size() == 1:
+    if process_count() == 1:
         return
     gradients = [p.grad for p in parameters if p.grad is not None]
     joint = torch.cat([gradient.flatten() for gradient in gradients])
     dist.all_reduce(joint)
-    joint /= dist.get_world_size()
+    joint /= process_count()
     for gradient, part in zip(gradients, joint.split([g.numel() for g in gradients]), strict=True):
         gradient.copy_(part.view_as(gradient))

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from torch import Tensor, nn
+from torch.nn import functional as F
 
-__all__ = ["class_logits", "logits_of"]
+__all__ = ["auxiliary_logits", "class_logits", "logits_of", "pixel_logits"]
 
 
 def logits_of(output: Any) -> Tensor:
@@ -56,3 +57,27 @@ def class_logits(network: nn.Module, output: Any, classes: int, name: str = "") 
             "with that many logits, or name its last layer by classifier where the method has that argument"
         )
     return logits
+
+
+def pixel_logits(
+    network: nn.Module, logits: Tensor, classes: int, size: Sequence[int], name: str = ""
+) -> Tensor:
+    """``logits`` ``[B, classes, h, w]`` brought to ``size`` (bilinear), after a look at their shape.
+
+    Raises:
+        ValueError: for another shape; ``network`` and ``name`` as in ``class_logits``.
+    """
+    if logits.ndim != 4 or logits.shape[1] != classes:
+        raise ValueError(
+            f"{name or type(network).__name__} gives {list(logits.shape)}, expected [B, {classes}, h, w]: give a "
+            "segmentation network with that many classes, such as fcn_tiny or torchvision/deeplabv3_resnet50"
+        )
+    if logits.shape[-2:] == tuple(size):
+        return logits
+    return F.interpolate(logits, tuple(size), mode="bilinear", align_corners=False)
+
+
+def auxiliary_logits(output: Any) -> Tensor | None:
+    """The logits of the auxiliary head: the entry ``aux`` of a dict; ``None`` where there is none."""
+    found = output.get("aux") if isinstance(output, Mapping) else None
+    return found if isinstance(found, Tensor) else None

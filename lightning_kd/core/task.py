@@ -2,23 +2,22 @@
 
 from __future__ import annotations
 
-import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import lightning as L
 import numpy as np
 import torch
-import torch.nn.functional as F
 from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
 from torch import Tensor, nn
 from torchmetrics import MeanMetric, MetricCollection
-from torchmetrics.classification import MulticlassAccuracy, MulticlassCalibrationError
 
 from lightning_kd.core.batch import as_batch
+from lightning_kd.core.epoch_means import EpochMeans
+from lightning_kd.core.hyperparameters import keep_plain_hyperparameters, without_module_warning
 from lightning_kd.core.nan_guard import FiniteGuard
-from lightning_kd.core.outputs import class_logits
+from lightning_kd.core.problems import Problem, SingleLabel
 from lightning_kd.core.seeding import EpochSeeding, global_seed, numpy_generator
 from lightning_kd.core.two_pass_step import second_pass
 from lightning_kd.nets import network_for
@@ -28,23 +27,23 @@ if TYPE_CHECKING:
 
 __all__ = ["Task"]
 
-_NOT_PLAIN = object()
-
-
 class Task(L.LightningModule):
-    """A classification method: networks, optimizer, metrics, checkpoints. A subclass adds its ``training_step``.
+    """A training method: networks, optimizer, metrics, checkpoints. A subclass adds its ``training_step``.
+
+    What is asked of the network (one class an image, several labels, a class for each pixel) is its ``problem``, of
+    the kind ``problem_class``.
 
     A subclass builds its networks in ``__init__`` by ``self.build(...)``, names the one that answers in
     ``main_network`` and returns ``self.step_loss(terms, logits, target)`` from ``training_step``.
 
-    Metrics: ``train/loss``, each loss term and ``train/acc`` per epoch, accumulated on the device; ``val/`` and
-    ``test/`` ``loss``, ``acc``, ``ece`` (15 bins) and, with more than 10 classes, ``acc5``.
+    Metrics: ``train/loss``, each loss term and a cheap metric of the problem (``train/acc``) per epoch, accumulated
+    on the device; ``val/`` and ``test/`` ``loss`` and the metrics of the problem.
 
     Several processes: metrics are sums over all processes; the loss is the mean over each process's batch, gradients
     are averaged by DDP.
 
     Args:
-        num_classes: number of classes ``C``. From the command line it comes from the data module.
+        num_classes: number of classes ``C``, for the problem. From the command line it comes from the data module.
         input_shape: shape of one image ``(C, H, W)`` or of one feature row ``(D,)``; likewise.
         optimizer: factory from parameters to an optimizer. Default: SGD, learning rate 0.05, momentum 0.9, weight
             decay 5e-4.
@@ -56,8 +55,7 @@ class Task(L.LightningModule):
         compile: compile the networks in place with ``torch.compile``; worth it only for long runs.
     """
 
-    monitor = "val/acc"
-    monitor_mode = "max"
+    problem_class: type[Problem] = SingleLabel
 
     def __init__(
         self,
@@ -71,21 +69,13 @@ class Task(L.LightningModule):
         compile: bool = False,
     ) -> None:
         super().__init__()
-        if not isinstance(num_classes, int) or num_classes < 2:
-            raise ValueError(f"num_classes must be at least 2, got {num_classes}: a data module must have num_classes")
+        problem = self.make_problem(num_classes)
         if lr_interval not in ("epoch", "step"):
             raise ValueError(f"lr_interval must be 'epoch' or 'step', got {lr_interval!r}")
-        # Names and numbers go into the checkpoint; modules, functions and other objects would need unpickling.
-        with warnings.catch_warnings():
-            warnings.filterwarnings("ignore", ".*is an instance of `nn.Module`.*")
+        with without_module_warning():
             self.save_hyperparameters()
-        for key, value in list(self.hparams.items()):
-            plain = _plain(value)
-            for stored in (self.hparams, self._hparams_initial):
-                if plain is _NOT_PLAIN:
-                    stored.pop(key, None)  # type: ignore[union-attr, operator]
-                else:
-                    stored[key] = plain  # type: ignore[index, operator]
+        keep_plain_hyperparameters(self)
+        self.problem = problem
         self.num_classes = num_classes
         self.input_shape = tuple(input_shape)
         self.optimizer_factory = optimizer
@@ -95,10 +85,43 @@ class Task(L.LightningModule):
         self.compile_networks = compile
         self.loaded_progress: tuple[int, int] | None = None
         self._built: list[nn.Module] = []
-        self._sums: dict[tuple[str, ...], list[Any]] = {}
+        self._means = EpochMeans()
         self._finite = FiniteGuard()
-        self.val_metrics = _eval_metrics(num_classes, "val/")
-        self.test_metrics = _eval_metrics(num_classes, "test/")
+        self.val_metrics = self._evaluation_metrics("val/")
+        self.test_metrics = self._evaluation_metrics("test/")
+
+    # -- the problem -------------------------------------------------------------------------------------------------
+
+    def make_problem(self, num_classes: int) -> Problem:
+        """What is asked of the network."""
+        return self.problem_class(num_classes)
+
+    @property
+    def monitor(self) -> str:
+        """The metric that ``best.ckpt`` is chosen by."""
+        return self.problem.monitor
+
+    @property
+    def monitor_mode(self) -> str:
+        """``"max"`` or ``"min"``."""
+        return self.problem.monitor_mode
+
+    def _evaluation_metrics(self, prefix: str) -> MetricCollection:
+        metrics: dict[str, Any] = {"loss": MeanMetric(), **self.problem.metrics()}
+        return MetricCollection(metrics, prefix=prefix, compute_groups=False)
+
+    def check_data(self, data: Any) -> None:
+        """Refuse data of another kind than the task is for.
+
+        Raises:
+            ValueError: naming both.
+        """
+        given = getattr(data, "problem", None)
+        if isinstance(given, Problem) and not isinstance(given, type(self.problem)):
+            raise ValueError(
+                f"{type(self).__name__} is for {self.problem.kind}, but {type(data).__name__} has {given.kind}: take "
+                "a task for that, or other data"
+            )
 
     # -- networks ----------------------------------------------------------------------------------------------------
 
@@ -150,6 +173,7 @@ class Task(L.LightningModule):
         return numpy_generator(seed, stream, self.current_epoch, pass_, self.global_rank)
 
     def setup(self, stage: str) -> None:
+        self.check_data(getattr(self.trainer, "datamodule", None))
         if self.compile_networks:
             # or a tapped network would reuse the code of an untapped one of its class, and the tap never fire
             torch._dynamo.config.skip_nnmodule_hook_guards = False
@@ -162,13 +186,13 @@ class Task(L.LightningModule):
         return image.contiguous(memory_format=torch.channels_last) if self.channels_last and image.ndim == 4 else image
 
     def forward(self, image: Tensor) -> Tensor:
-        """Logits ``[B, C]`` of the main network.
+        """Logits of the main network, as the problem wants them.
 
         Raises:
             ValueError: if the network gives anything else.
         """
         network = self.main_network
-        return class_logits(network, network(self.format_image(image)), self.num_classes)
+        return self.problem.logits(network(self.format_image(image)), image, network)
 
     @classmethod
     def load_from_checkpoint(cls, checkpoint_path: Any, *args: Any, **kwargs: Any) -> Self:
@@ -214,14 +238,14 @@ class Task(L.LightningModule):
         prefix: str = "",
         counted: Tensor | None = None,
     ) -> Tensor:
-        """The sum of the loss terms, after noting them, the accuracy and whether all is finite.
+        """The sum of the loss terms, after noting them, the problem's training metric and whether all is finite.
 
         Args:
             terms: scalar losses by name, weighted as they enter the sum; logged as ``train/loss_NAME``.
-            logits: ``[B, C]`` of the main network.
-            target: int64 ``[B]``.
+            logits: of the main network.
+            target: the targets, as the problem has them.
             prefix: put before the names, as in ``train/detector_loss``, where another network is trained.
-            counted: bool ``[B]``, the samples that the accuracy is of. Default: all.
+            counted: bool ``[B]``, the samples that the training metric is of. Default: all.
 
         Raises:
             RuntimeError: if the sum is not finite. On a GPU one or two steps later: the values are fetched while it
@@ -237,15 +261,16 @@ class Task(L.LightningModule):
             self._finite.note(names, values, logits.detach(), step, self.current_epoch)
             if second_pass():
                 return loss
-            right = logits.argmax(1) == target
+            name = f"{prefix}{self.problem.training_metric}"
+            found, labelled = self.problem.training_values(logits, target)
+            counted = labelled if counted is None else counted
+            found = found.to(values.dtype)
             if counted is None:
-                accuracy = right.to(values.dtype).mean()
-                self.accumulate((*names, f"{prefix}acc"), torch.cat([values, accuracy[None]]), len(target))
+                self.accumulate((*names, name), torch.cat([values, found.mean()[None]]), len(target))
             else:
                 self.accumulate(names, values, len(target))
                 count = counted.sum()
-                accuracy = (right & counted).sum().to(values.dtype) / count.clamp(min=1)
-                self.accumulate((f"{prefix}acc",), accuracy[None], count)
+                self.accumulate((name,), ((found * counted).sum() / count.clamp(min=1))[None], count)
         every = self.trainer.log_every_n_steps  # type: ignore[attr-defined]  # 0 with barebones
         if every and step % every == 0 and not prefix:
             # on the CPU: the bar reads it again in every step
@@ -257,61 +282,45 @@ class Task(L.LightningModule):
 
         An optimizer that evaluates the batch twice counts once.
         """
-        if second_pass():
-            return
-        entry = self._sums.get(names)
-        if entry is None:  # terms may come and go between epochs
-            wide = torch.float32 if values.device.type == "mps" else torch.float64
-            self._sums[names] = entry = [torch.zeros_like(values, dtype=wide), 0]
-        if isinstance(weight, int):
-            entry[0].add_(values, alpha=weight)
-        else:
-            entry[0].add_(values * weight)
-        entry[1] = entry[1] + weight
+        if not second_pass():
+            self._means.add(names, values, weight)
 
     def on_train_epoch_start(self) -> None:
-        self._sums.clear()
+        self._means.clear()
 
     def on_train_epoch_end(self) -> None:
         self._finite.check(wait=True)
-        joint: dict[str, list[float]] = {}
-        for names, (sums, weight) in self._sums.items():
-            total = self.trainer.strategy.reduce(torch.cat([sums, sums.new_tensor([weight])]), reduce_op="sum").tolist()
-            for name, value in zip(names, total[:-1], strict=True):  # a term may be there in some steps only
-                entry = joint.setdefault(name, [0.0, 0.0])
-                entry[0] += value
-                entry[1] += total[-1]
-        self.log_dict({f"train/{name}": value / weight for name, (value, weight) in joint.items() if weight})
-        self._sums.clear()
+        self.log_dict({f"train/{name}": value for name, value in self._means.compute(self.trainer.strategy).items()})
+        self._means.clear()
 
     # -- evaluation --------------------------------------------------------------------------------------------------
 
-    def answer(self, image: Tensor) -> tuple[Tensor, Tensor]:
-        """What is evaluated: scores whose largest is the prediction, and probabilities, both float32 ``[B, C]``.
+    def scores_and_probabilities(self, image: Tensor) -> tuple[Tensor, Tensor]:
+        """What is evaluated: the scores that decide the prediction, and probabilities, both float32.
 
-        By default the logits and their softmax.
+        By default the logits and what the problem makes of them. A method whose networks answer together overrides it.
         """
         logits = self(image).float()
-        return logits, logits.softmax(1)
+        return logits, self.problem.probabilities(logits)
 
-    def _evaluate(self, batch: Any, metrics: MetricCollection) -> None:
+    def _evaluate(self, batch: Any, batch_idx: int, metrics: MetricCollection) -> None:
         batch = as_batch(batch)
-        scores, probabilities = self.answer(batch.image)
-        if type(self).answer is Task.answer:
-            loss = F.cross_entropy(scores, batch.target)
+        if batch_idx == 0:
+            self.problem.check_target(batch.target)
+        scores, probabilities = self.scores_and_probabilities(batch.image)
+        if type(self).scores_and_probabilities is Task.scores_and_probabilities:
+            loss = self.problem.loss(scores, batch.target)
         else:
-            tiny = torch.finfo(probabilities.dtype).tiny
-            loss = F.nll_loss(probabilities.clamp_min(tiny).log(), batch.target)
-        metrics["loss"].update(loss, len(scores))
-        for name, metric in metrics.items(keep_base=True):
-            if name != "loss":
-                metric.update(probabilities if name == "ece" else scores, batch.target)
+            loss = self.problem.loss_of_probabilities(probabilities, batch.target)
+        found = dict(metrics.items(keep_base=True))
+        found.pop("loss").update(loss, self.problem.count(batch.target))
+        self.problem.update_metrics(found, scores, probabilities, batch.target)
 
     def validation_step(self, batch: Any, batch_idx: int) -> None:
-        self._evaluate(batch, self.val_metrics)
+        self._evaluate(batch, batch_idx, self.val_metrics)
 
     def test_step(self, batch: Any, batch_idx: int) -> None:
-        self._evaluate(batch, self.test_metrics)
+        self._evaluate(batch, batch_idx, self.test_metrics)
 
     def on_validation_epoch_start(self) -> None:
         # here, not at the end: what validate() resets in inference mode, a later fit could not update
@@ -328,43 +337,13 @@ class Task(L.LightningModule):
 
     def _log_metrics(self, metrics: MetricCollection) -> None:
         values = metrics.compute()
-        # metrics are synchronised already; acc is worth a place in the bar
-        self.log_dict({k: v for k, v in values.items() if not k.endswith("/acc")})
-        self.log_dict({k: v for k, v in values.items() if k.endswith("/acc")}, prog_bar=True)
+        # metrics are synchronised already; one is worth a place in the bar
+        shown = f"/{self.problem.monitored}"
+        self.log_dict({k: v for k, v in values.items() if not k.endswith(shown)})
+        self.log_dict({k: v for k, v in values.items() if k.endswith(shown)}, prog_bar=True)
 
     def predict_step(self, batch: Any, batch_idx: int) -> dict[str, Tensor]:
-        """``prediction`` int64 ``[B]``, ``probabilities`` float32 ``[B, C]`` and, where the batch has it, ``index``."""
+        """What the problem keeps of a prediction (``prediction``, ``probabilities``) and the ``index``, if known."""
         batch = as_batch(batch)
-        scores, probabilities = self.answer(batch.image)
         index = {} if batch.index is None else {"index": batch.index}
-        return {**index, "prediction": scores.argmax(1), "probabilities": probabilities}
-
-
-def _plain(value: Any) -> Any:
-    """``value`` as what ``torch.load(weights_only=True)`` reads, or ``_NOT_PLAIN``."""
-    if value is None or type(value) in (str, int, float, bool):
-        return value
-    if isinstance(value, Path):
-        return str(value)
-    if isinstance(value, np.generic):
-        return value.item()
-    if isinstance(value, Mapping):
-        parts = {str(k): _plain(v) for k, v in value.items()}
-        return _NOT_PLAIN if any(v is _NOT_PLAIN for v in parts.values()) else parts
-    if isinstance(value, list | tuple):
-        items = [_plain(v) for v in value]
-        return (
-            _NOT_PLAIN if any(v is _NOT_PLAIN for v in items) else (items if isinstance(value, list) else tuple(items))
-        )
-    return _NOT_PLAIN
-
-
-def _eval_metrics(num_classes: int, prefix: str) -> MetricCollection:
-    metrics: dict[str, Any] = {
-        "loss": MeanMetric(),
-        "acc": MulticlassAccuracy(num_classes, average="micro"),
-        "ece": MulticlassCalibrationError(num_classes, n_bins=15),
-    }
-    if num_classes > 10:
-        metrics["acc5"] = MulticlassAccuracy(num_classes, average="micro", top_k=5)
-    return MetricCollection(metrics, prefix=prefix, compute_groups=False)
+        return {**index, **self.problem.predict(*self.scores_and_probabilities(batch.image))}

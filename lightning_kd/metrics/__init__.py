@@ -1,6 +1,6 @@
 """Metrics that torchmetrics lacks."""
 
-from lightning_kd.metrics.calibration import Reliability, reliability
+from lightning_kd.core.calibration import Reliability, reliability
 from lightning_kd.metrics.classifier_head import feature_hessian_trace, neural_collapse, relative_flatness
 from lightning_kd.metrics.curvature import hessian_eigenvalues, hessian_vector_product, power_iteration
 from lightning_kd.metrics.landscape import (

@@ -395,7 +395,7 @@ class BLDR(NoisyLabelTask):
 
     def judge_training_set(self) -> LabelScores:
         def measure(batch: Batch) -> tuple[Tensor, ...]:
-            scores, _ = self.answer(batch.image)
+            scores, _ = self.scores_and_probabilities(batch.image)
             _, negative, _ = self._heads(self._parts(), batch.image)
             own = batch.target[:, None]
             suggested = scores.scatter(1, own, float("-inf")).argmax(1)

@@ -202,7 +202,7 @@ class ELRPlus(TwoNetworkTask):
         """The mean of the logits of network 1 and of the averaged copy of network 2, ``[B, C]``."""
         return (self.logits_of(0, image) + self.averaged_logits(1, image)) / 2
 
-    def answer(self, image: Tensor) -> tuple[Tensor, Tensor]:
+    def scores_and_probabilities(self, image: Tensor) -> tuple[Tensor, Tensor]:
         logits = self(image)
         return logits, self.probabilities(logits)
 

@@ -155,7 +155,7 @@ class NoisyLabelTask(Task, ABC):
         """``label_scores`` anew; by default from the margins of ``answer``."""
 
         def measure(batch: Batch) -> tuple[Tensor, Tensor]:
-            scores, _ = self.answer(batch.image)
+            scores, _ = self.scores_and_probabilities(batch.image)
             return logit_margin(scores, batch.target), scores.argmax(1)
 
         index, given, clean, margin, predicted = self.over_training_set(measure)

@@ -100,7 +100,7 @@ class TwoNetworkTask(NoisyLabelTask, ABC):
         """The sum of both networks' logits, ``[B, C]``."""
         return self.logits_of(0, image) + self.logits_of(1, image)
 
-    def answer(self, image: Tensor) -> tuple[Tensor, Tensor]:
+    def scores_and_probabilities(self, image: Tensor) -> tuple[Tensor, Tensor]:
         first, second = (self.logits_of(k, image) for k in range(2))
         return first + second, (self.probabilities(first) + self.probabilities(second)) / 2
 

@@ -321,7 +321,7 @@ def test_answers_are_the_mean_of_two_different_heads():
     torch.testing.assert_close(first, task.network(image))
     torch.testing.assert_close(second, task.second_head(task.network.hidden(image.flatten(1))))
     p = [(z.exp() + 0.5) / (z.exp() + 0.5).sum(1, keepdim=True) for z in (first, second)]
-    torch.testing.assert_close(task.answer(image)[1], (p[0] + p[1]) / 2)
+    torch.testing.assert_close(task.scores_and_probabilities(image)[1], (p[0] + p[1]) / 2)
     probabilities, scores = task.pool_scores(image, None)
     torch.testing.assert_close(probabilities, (p[0] + p[1]) / 2)
     torch.testing.assert_close(scores["discrepancy"].float(), (p[0] - p[1]).abs().mean(1))
@@ -366,7 +366,7 @@ def test_an_output_for_unknown_classes(monkeypatch):
     expected = known / known.sum(1, keepdim=True)
     torch.testing.assert_close(probabilities, expected.float())
     torch.testing.assert_close(task(image), expected.log())
-    assert task.answer(image)[1].shape == (6, 4)
+    assert task.scores_and_probabilities(image)[1].shape == (6, 4)
     apart = (p[0] - p[1]).abs().mean(1)
     torch.testing.assert_close(scores["discrepancy"], apart)
     data = [dirichlet_uncertainties(z.detach().exp() + 1).data for z in heads]
@@ -411,7 +411,7 @@ def test_accuracy_is_of_the_known_samples(tmp_path):
     batch = next(iter(loader))
     L.seed_everything(0, verbose=False)
     fresh = task_of()
-    right = fresh.answer(batch.image)[1].argmax(1) == batch.target
+    right = fresh.scores_and_probabilities(batch.image)[1].argmax(1) == batch.target
     known = batch.target < 4
     assert 0 < known.sum() < len(known)
     assert trainer.callback_metrics["train/acc"].item() == pytest.approx(right[known].float().mean().item())

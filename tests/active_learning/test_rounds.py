@@ -199,7 +199,7 @@ def test_scores_come_in_the_order_of_the_view(tmp_path):
         needs_labelled = True
 
         def pool_scores(self, image, index):
-            return self.answer(image)[1], {"copy": index.float()[:, None].expand(-1, 3)}
+            return self.scores_and_probabilities(image)[1], {"copy": index.float()[:, None].expand(-1, 3)}
 
         def select(self, scores, pool, budget, generator):
             seen.update(scores=scores, pool=pool)

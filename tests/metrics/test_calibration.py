@@ -7,7 +7,7 @@ import torch
 from torchmetrics.functional.classification import multiclass_calibration_error
 
 from lightning_kd.metrics import Reliability, reliability
-from lightning_kd.metrics.calibration import reliability_sums
+from lightning_kd.core.calibration import reliability_sums
 
 
 def test_sure_and_right_is_zero() -> None:

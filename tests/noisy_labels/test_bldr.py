@@ -357,7 +357,7 @@ def test_wrong_labels_file(tmp_path):
     task.eval()
     with torch.no_grad():
         _, negative, _ = task._heads(task._parts(), image.image)  # the network as trained, not averaged
-        scores, probabilities = task.answer(image.image)
+        scores, probabilities = task.scores_and_probabilities(image.image)
         averaged = [z.softmax(1) for z in task._heads(task.average, image.image)[:2]]
     torch.testing.assert_close(probabilities, (averaged[0] + averaged[1]) / 2)
     assert torch.equal(scores.argmax(1), (averaged[0] + averaged[1]).argmax(1))

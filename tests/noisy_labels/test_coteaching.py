@@ -103,7 +103,7 @@ def test_answers():
     task = CoTeaching("cnn_tiny", 10, input_shape=(1, 8, 8), noise_rate=0.2).eval()
     image = torch.randn(3, 1, 8, 8)
     logits = [network(image) for network in task.networks]
-    scores, probabilities = task.answer(image)
+    scores, probabilities = task.scores_and_probabilities(image)
     torch.testing.assert_close(scores, logits[0] + logits[1])
     torch.testing.assert_close(probabilities, (logits[0].softmax(1) + logits[1].softmax(1)) / 2)
 

@@ -212,7 +212,7 @@ def test_answers_and_modes():
             p.mul_(1.5)
     task.eval()
     image = torch.randn(3, 1, 8, 8)
-    scores, probabilities = task.answer(image)
+    scores, probabilities = task.scores_and_probabilities(image)
     torch.testing.assert_close(scores, (task.networks[0](image) + task.averages[1](image)) / 2)
     torch.testing.assert_close(probabilities, scores.softmax(1))
     assert set(task.exports()) == {"network_1", "network_2", "network_1_averaged", "network_2_averaged"}

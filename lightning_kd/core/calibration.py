@@ -6,6 +6,7 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor
+from torchmetrics import Metric
 
 
 class Reliability(NamedTuple):
@@ -81,3 +82,30 @@ def reliability_sums(probabilities: Tensor, target: Tensor, bins: int = 15) -> T
     rows = torch.stack([torch.ones_like(confidence), confidence, (predicted == target).float()])
     sums = rows.new_zeros(3, bins, dtype=torch.float32 if rows.device.type == "mps" else torch.float64)
     return sums.index_add_(1, where, rows.to(sums.dtype))
+
+
+class CalibrationMetric(Metric):
+    """Accuracy ``acc`` and expected calibration error ``ece`` (15 bins), from one set of sums over all processes.
+
+    Attributes:
+        reliability: what the last ``compute`` found.
+    """
+
+    full_state_update = False
+    correct: Tensor
+    sums: Tensor
+    reliability: Reliability
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.add_state("correct", torch.zeros((), dtype=torch.int64), dist_reduce_fx="sum")
+        self.add_state("sums", torch.zeros(3, 15), dist_reduce_fx="sum")
+
+    def update(self, scores: Tensor, probabilities: Tensor, target: Tensor) -> None:
+        """Take a batch: the prediction is the largest of ``scores`` ``[B, C]``, its confidence of ``probabilities``."""
+        self.correct += (scores.argmax(1) == target).sum()
+        self.sums = self.sums + reliability_sums(probabilities, target)
+
+    def compute(self) -> dict[str, float]:
+        self.reliability = Reliability.from_sums(self.sums)
+        return {"acc": float(self.correct / self.sums[0].sum()), "ece": self.reliability.ece}

@@ -1,0 +1,95 @@
+"""Metrics of several labels an image: average precision and F1 over classes and over all labels."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+from torchmetrics import Metric
+from torchmetrics.utilities import dim_zero_cat
+
+__all__ = ["MultiLabelMetric", "average_precision", "f1_of_counts"]
+
+
+def average_precision(scores: Tensor, target: Tensor) -> Tensor:
+    """The average precision of each class, by scikit-learn's definition.
+
+    ``sum_k (R_k - R_{k-1}) * P_k`` over the distinct scores from high to low, without interpolation: equal scores form
+    one step, so that their order does not matter.
+
+    Args:
+        scores: ``[N, C]``, larger for what is likelier.
+        target: ``[N, C]`` of 1, 0 and -1 (not known: left out).
+
+    Returns:
+        float64 ``[C]`` in [0, 1]; NaN for a class without a positive.
+    """
+    if not len(scores):
+        return scores.new_full(scores.shape[1:], float("nan"), dtype=torch.float64)
+    ordered, order = scores.sort(0, descending=True)
+    label = target.gather(0, order)
+    positive = label == 1
+    hits = positive.double().cumsum(0)
+    seen = (label >= 0).double().cumsum(0)
+    # every score has the precision at the last of those equal to it
+    row = torch.arange(len(scores), device=scores.device)[:, None].expand_as(ordered)
+    is_last = torch.ones_like(positive)
+    is_last[:-1] = ordered[:-1] != ordered[1:]
+    last = row.masked_fill(~is_last, len(scores)).flip(0).cummin(0).values.flip(0)
+    precision = hits.gather(0, last) / seen.gather(0, last).clamp(min=1)
+    return (precision * positive).sum(0) / hits[-1]
+
+
+def f1_of_counts(hits: Tensor, predicted: Tensor, positives: Tensor) -> tuple[float, float]:
+    """``(cf1, of1)``: F1 of the mean precision and recall over classes, and of those over all labels.
+
+    Classes that were never predicted are left out of the mean precision, those without a positive out of the mean
+    recall. ``cf1`` is the harmonic mean of the two means, not the mean of the classes' F1.
+
+    Args:
+        hits: ``[C]``, labels predicted rightly.
+        predicted: ``[C]``, labels predicted.
+        positives: ``[C]``, labels that are there.
+    """
+
+    def harmonic(precision: Tensor, recall: Tensor) -> float:
+        value = 2 * precision * recall / (precision + recall)
+        return float(value.nan_to_num())
+
+    hits, predicted, positives = hits.double(), predicted.double(), positives.double()
+    by_class = harmonic((hits / predicted).nanmean(), (hits / positives).nanmean())
+    return by_class, harmonic(hits.sum() / predicted.sum(), hits.sum() / positives.sum())
+
+
+class MultiLabelMetric(Metric):
+    """``map``, ``cf1`` and ``of1`` over all batches and processes, and the ``absent_classes`` that ``map`` leaves out.
+
+    Args:
+        num_classes: ``C``.
+        threshold: what has this probability or more is predicted.
+    """
+
+    full_state_update = False
+    scores: list[Tensor]
+    labels: list[Tensor]
+
+    def __init__(self, num_classes: int, threshold: float = 0.5) -> None:
+        super().__init__()
+        self.num_classes = num_classes
+        self.threshold = threshold
+        self.add_state("scores", [], dist_reduce_fx="cat")
+        self.add_state("labels", [], dist_reduce_fx="cat")
+
+    def update(self, probabilities: Tensor, target: Tensor) -> None:
+        """Take a batch: ``probabilities`` ``[B, C]``, ``target`` ``[B, C]`` of 1, 0 and -1 (not known)."""
+        self.scores.append(probabilities.detach().float())
+        self.labels.append(target.to(torch.int8))
+
+    def compute(self) -> dict[str, float]:
+        scores, label = dim_zero_cat(self.scores), dim_zero_cat(self.labels)
+        found = average_precision(scores, label)
+        predicted = (scores >= self.threshold) & (label >= 0)
+        positive = label == 1
+        cf1, of1 = f1_of_counts((predicted & positive).sum(0), predicted.sum(0), positive.sum(0))
+        absent = int(found.isnan().sum())
+        mean = float(found.nanmean()) if absent < self.num_classes else 0.0
+        return {"map": mean, "cf1": cf1, "of1": of1, "absent_classes": float(absent)}

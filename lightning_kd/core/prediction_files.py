@@ -1,0 +1,128 @@
+"""Predictions on disk: a table, or a folder of masks with a picture of some."""
+
+from __future__ import annotations
+
+import csv
+import io
+import os
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any, Protocol
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor
+
+from lightning_kd.core.batch import Batch
+from lightning_kd.core.distributed import gather_by_index, is_first_process
+from lightning_kd.core.files import write_text, written_whole
+
+__all__ = ["MaskFolder", "PredictionTable", "PredictionWriter", "colours"]
+
+
+class PredictionWriter(Protocol):
+    """Takes what ``predict_step`` gives, batch by batch, and leaves it in a run folder."""
+
+    def add(self, folder: Path, outputs: Mapping[str, Tensor], batch: Batch, data: Any) -> None:
+        """Take one batch of this process."""
+
+    def finish(self, folder: Path, data: Any) -> None:
+        """After the last batch; collective."""
+
+
+class PredictionTable:
+    """``predictions.csv``: ``index``, ``path`` where samples are files, and the columns of the problem.
+
+    Args:
+        columns: from the outputs of all samples and the names of the classes to columns by name.
+    """
+
+    def __init__(self, columns: Callable[[Mapping[str, Tensor], Sequence[str]], dict[str, list[Any]]]) -> None:
+        self.columns = columns
+        self._parts: list[dict[str, Tensor]] = []
+
+    def add(self, folder: Path, outputs: Mapping[str, Tensor], batch: Batch, data: Any) -> None:
+        self._parts.append({name: value.cpu() for name, value in outputs.items()})
+
+    def finish(self, folder: Path, data: Any) -> None:
+        names = list(self._parts[0])
+        values = [torch.cat([part[name] for part in self._parts]) for name in names]
+        found = dict(zip(names, values, strict=True))
+        index, *others = gather_by_index(found.pop("index"), *found.values())
+        if is_first_process():
+            outputs = dict(zip(found, others, strict=True))
+            columns = self.columns(outputs, getattr(data, "class_names", None) or [])
+            _write_table(folder, index.tolist(), columns, data)
+
+
+class MaskFolder:
+    """``predictions/INDEX.png``, class ids as grey values; a table of them; and ``predictions.png``, some in colour.
+
+    Args:
+        num_classes: for the colours.
+        shown: images in the overview.
+    """
+
+    def __init__(self, num_classes: int, shown: int = 8) -> None:
+        self.colours = colours(num_classes)
+        self.shown = shown
+        self._index: list[Tensor] = []
+        self._pairs: list[tuple[np.ndarray | None, np.ndarray]] = []
+
+    def add(self, folder: Path, outputs: Mapping[str, Tensor], batch: Batch, data: Any) -> None:
+        target = folder / "predictions"
+        target.mkdir(parents=True, exist_ok=True)
+        masks = outputs["prediction"].cpu().numpy()
+        for index, mask, image in zip(outputs["index"].tolist(), masks, batch.image, strict=True):
+            with written_whole(target / f"{index:06d}.png") as path:
+                Image.fromarray(mask).save(path, format="PNG")
+            if len(self._pairs) < self.shown:
+                self._pairs.append((_shown(image, data), self.colours[mask % len(self.colours)]))
+        self._index.append(outputs["index"].cpu())
+
+    def finish(self, folder: Path, data: Any) -> None:
+        (index,) = gather_by_index(torch.cat(self._index))
+        if is_first_process():
+            rows = [np.concatenate([part for part in pair if part is not None], 1) for pair in self._pairs]
+            height = max(len(row) for row in rows)
+            width = max(row.shape[1] for row in rows)
+            page = np.full((height * -(-len(rows) // 2), 2 * width, 3), 255, dtype=np.uint8)
+            for k, row in enumerate(rows):
+                top, left = k // 2 * height, k % 2 * width
+                page[top : top + len(row), left : left + row.shape[1]] = row
+            with written_whole(folder / "predictions.png") as path:
+                Image.fromarray(page).save(path, format="PNG")
+            masks = [f"predictions/{i:06d}.png" for i in index.tolist()]
+            _write_table(folder, index.tolist(), {"mask": masks}, data)
+
+
+def colours(num_classes: int) -> np.ndarray:
+    """A colour for each class, uint8 ``[C, 3]``: the colour map of Pascal VOC, whose class 0 is black."""
+    classes = np.arange(num_classes)
+    found = np.zeros((num_classes, 3), dtype=np.uint8)
+    for bit in range(8):
+        for channel in range(3):
+            found[:, channel] |= ((classes >> channel & 1) << (7 - bit)).astype(np.uint8)
+        classes = classes >> 3
+    return found
+
+
+def _shown(image: Tensor, data: Any) -> np.ndarray | None:
+    """A normalised image as uint8 ``[H, W, 3]``; ``None`` where the normalisation is not known."""
+    if not hasattr(data, "mean") or image.ndim != 3 or image.shape[0] not in (1, 3):
+        return None
+    mean, std = (torch.tensor(values).view(-1, 1, 1) for values in (data.mean, data.std))
+    pixels = (image.float().cpu() * std + mean).clamp(0, 1).mul(255).round().to(torch.uint8)
+    return pixels.expand(3, -1, -1).permute(1, 2, 0).numpy()
+
+
+def _write_table(folder: Path, index: list[int], columns: dict[str, list[Any]], data: Any) -> None:
+    paths = data.sample_paths() if hasattr(data, "sample_paths") else None
+    first = {"index": index} if paths is None else {"index": index, "path": [os.fspath(paths[i]) for i in index]}
+    text = io.StringIO()
+    writer = csv.writer(text, lineterminator="\n")
+    writer.writerow([*first, *columns])
+    for row in zip(*first.values(), *columns.values(), strict=True):
+        writer.writerow([f"{value:.6g}" if isinstance(value, float) else value for value in row])
+    write_text(folder / "predictions.csv", text.getvalue())

@@ -1,0 +1,45 @@
+"""Metrics of a class for each pixel, from one table of counts."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+from torchmetrics import Metric
+
+__all__ = ["SegmentationMetric"]
+
+
+class SegmentationMetric(Metric):
+    """``miou`` and ``pixel_acc`` over all pixels of all batches and processes that are not ignored.
+
+    ``miou`` is the mean intersection over union of the classes that occur, in the targets or in the predictions.
+
+    Args:
+        num_classes: ``C``.
+
+    Attributes:
+        counts: int64 ``[C, C]``, pixels by class and predicted class.
+    """
+
+    full_state_update = False
+    counts: Tensor
+
+    def __init__(self, num_classes: int) -> None:
+        super().__init__()
+        self.num_classes = num_classes
+        self.add_state("counts", torch.zeros(num_classes, num_classes, dtype=torch.int64), dist_reduce_fx="sum")
+
+    def update(self, prediction: Tensor, target: Tensor) -> None:
+        """Take a batch: both int64 ``[B, H, W]``; where ``target`` is -1 the pixel is left out."""
+        # ignored pixels are counted behind the table: choosing the others would make a GPU wait
+        cell = torch.where(target >= 0, target * self.num_classes + prediction, self.num_classes**2)
+        counted = torch.bincount(cell.flatten(), minlength=self.num_classes**2 + 1)[:-1]
+        self.counts = self.counts + counted.view_as(self.counts)
+
+    def compute(self) -> dict[str, float]:
+        counts = self.counts.double()
+        right = counts.diagonal()
+        union = counts.sum(0) + counts.sum(1) - right
+        occurs = union > 0
+        miou = float((right[occurs] / union[occurs]).mean()) if occurs.any() else 0.0
+        return {"miou": miou, "pixel_acc": float(right.sum() / counts.sum().clamp(min=1))}
