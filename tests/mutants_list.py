@@ -882,9 +882,9 @@ MUTANTS = [
     ),
     Mutant(
         "answers of one record stay for the next",
-        "data/pool.py",
-        "label = self._initial_label.copy()",
-        "label = self._initial_label",
+        "data/pool_answers.py",
+        "label = initial_label.copy()",
+        "label = initial_label",
         (
             "tests/data/test_pool.py",
             f"{POOL}/test_rounds.py",
@@ -892,21 +892,21 @@ MUTANTS = [
     ),
     Mutant(
         "the record of another pool is taken",
-        "data/pool.py",
-        "            if settings[name] != record.settings[name]:\n",
-        "            if False:\n",
+        "data/pool_answers.py",
+        "        if settings[name] != record.settings[name]:\n",
+        "        if False:\n",
         ("tests/data/test_pool.py",),
     ),
     Mutant(
         "validation on unknown classes",
-        "data/pool.py",
-        "val_indices = source.val_indices[val_target[source.val_indices] < k]",
+        "data/pool_split.py",
+        "val_indices = source.val_indices[val[source.val_indices] < k]",
         "val_indices = source.val_indices",
         ("tests/data/test_pool.py",),
     ),
     Mutant(
         "a fit goes on with other labels of the pool",
-        "data/pool.py",
+        "data/open_set_data.py",
         'if stage == "fit" and not same:',
         "if False:",
         (

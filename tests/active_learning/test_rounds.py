@@ -34,7 +34,7 @@ def test_a_whole_run_keeps_the_books(tmp_path):
     for number, row in enumerate(rows):
         known, unknown = row["known"], row["unknown"]
         assert known + unknown == 40 + row["labels"]
-        assert record.results[number]["unlabelled"] == len(data._universe) - known - unknown
+        assert record.results[number]["unlabelled"] == len(data.source.train_indices) - known - unknown
         if number < 2:
             valid = round(row["query/precision"] * 30)
             assert rows[number + 1]["known"] == known + valid
