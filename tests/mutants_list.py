@@ -716,8 +716,8 @@ MUTANTS = [
     ),
     Mutant(
         "rows of BLDR move too far on several processes",
-        "noisy_labels/bldr.py",
-        "float(self.trainer.world_size), device",
+        "noisy_labels/sample_noise_rows.py",
+        "float(trainer.world_size), device",
         "1.0, device",
         (f"{NOISY}/test_bldr.py",),
     ),
