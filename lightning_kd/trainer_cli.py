@@ -20,7 +20,9 @@ from lightning.pytorch.utilities import rank_zero_only
 
 import lightning_kd.callbacks  # noqa: F401  (classes are found by name once they are imported)
 from lightning_kd.active_learning.pool_task import PoolTask
-from lightning_kd.active_learning.rounds import ask, forget_rounds, run_rounds
+from lightning_kd.active_learning.queries import write_query
+from lightning_kd.active_learning.round_folders import forget_rounds
+from lightning_kd.active_learning.rounds import run_rounds
 from lightning_kd.checkpoint_verbs import measure_checkpoint, shift_checkpoint
 from lightning_kd.cli import default_run_folder
 from lightning_kd.compare.runs import flat
@@ -288,7 +290,7 @@ class RunCLI(LightningCLI):
         assert self.run_folder is not None
         data = self._check_pool()
         with self._alone():
-            self._query_file = ask(self.trainer, model, data, self.run_folder.path, ckpt_path)
+            self._query_file = write_query(self.trainer, model, data, self.run_folder.path, ckpt_path)
 
     def active(self, model: PoolTask, datamodule: Any, **kwargs: Any) -> None:
         """Run all rounds, each with objects of its own."""

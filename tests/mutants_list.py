@@ -262,7 +262,7 @@ MUTANTS = [
     ),
     Mutant(
         "a query is drawn from another stream each time",
-        "active_learning/rounds.py",
+        "active_learning/queries.py",
         'numpy_generator(global_seed(), "query", data.round)',
         "np.random.default_rng()",
         (f"{POOL}/test_rounds.py", f"{POOL}/test_baselines.py"),
@@ -270,7 +270,7 @@ MUTANTS = [
     Mutant(
         "a broken round is kept",
         "active_learning/rounds.py",
-        "        remove_round(round_folder)  # what a broken one left\n",
+        "        remove_round(round_folder, record)  # what a broken one left\n",
         "        pass\n",
         (f"{POOL}/test_rounds.py", f"{POOL}/test_commands.py"),
     ),
@@ -948,7 +948,7 @@ MUTANTS = [
     Mutant(
         "a killed oracle is not asked again",
         "active_learning/rounds.py",
-        "    _answer(trainer, data, record)\n    last",
+        "    _ask_oracle(trainer, data, record)\n    last",
         "    last",
         (f"{POOL}/test_rounds.py",),
     ),
