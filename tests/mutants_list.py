@@ -237,14 +237,14 @@ MUTANTS = [
         "active_learning/diverse_selection.py",
         "        self.near[row] = -torch.inf\n",
         "        self.near[row] = 0\n",
-        (f"{POOL}/test_greedy.py",),
+        (f"{POOL}/test_diverse_selection.py",),
     ),
     Mutant(
         "distances are to the farthest centre",
         "active_learning/diverse_selection.py",
         "torch.minimum(self.near[part], value.add_",
         "torch.maximum(self.near[part], value.add_",
-        (f"{POOL}/test_greedy.py",),
+        (f"{POOL}/test_diverse_selection.py",),
     ),
     Mutant(
         "complementary label of BUAL may be the label",
@@ -627,7 +627,7 @@ MUTANTS = [
         "mine = chosen",
         (
             "tests/core/test_training_subset.py",
-            f"{FLAT}/test_shifting.py",
+            f"{FLAT}/test_shifting_callback.py",
             "tests/callbacks/test_sharpness_report.py",
         ),
     ),
@@ -1042,13 +1042,13 @@ MUTANTS = [
         "flatness/shifting_callback.py",
         '        self.shifts = list(state_dict["shifts"])\n',
         "        pass\n",
-        (f"{FLAT}/test_shifting.py",),
+        (f"{FLAT}/test_shifting_callback.py",),
     ),
     Mutant(
         "the first shift an epoch early",
         "flatness/shifting_callback.py",
         "after > 0 and after % self.every",
         "after >= 0 and after % self.every",
-        (f"{FLAT}/test_shifting.py",),
+        (f"{FLAT}/test_shifting_callback.py",),
     ),
 ]
