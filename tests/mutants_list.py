@@ -861,15 +861,15 @@ MUTANTS = [
     # running: the pool's books
     Mutant(
         "BUAL's checkpoint forgets its stage",
-        "active_learning/bual.py",
-        '"start": self.negative_start,',
+        "active_learning/negative_stage.py",
+        '"start": self.start,',
         '"start": None,',
         (f"{POOL}/test_bual.py",),
     ),
     Mutant(
         "BUAL forgets its snapshots on resume",
-        "active_learning/bual.py",
-        '            self.negative_sum.load_state_dict(state["sum"])\n',
+        "active_learning/negative_stage.py",
+        '        self.sum.load_state_dict(state["sum"])\n',
         "",
         (f"{POOL}/test_bual.py",),
     ),
