@@ -27,7 +27,9 @@ from lightning_kd.checkpoint_verbs import measure_checkpoint, shift_checkpoint
 from lightning_kd.cli import default_run_folder
 from lightning_kd.compare.runs import flat
 from lightning_kd.core.registry import family_packages
-from lightning_kd.core.run import RunFolder, RunLogger, run_callbacks, write_text
+from lightning_kd.core.run import run_callbacks
+from lightning_kd.core.run_folder import RunFolder, write_text
+from lightning_kd.core.run_logger import RunLogger
 from lightning_kd.core.task import Task
 from lightning_kd.data import OpenSetDataModule
 from lightning_kd.pool import PoolRecord

@@ -454,11 +454,15 @@ MUTANTS = [
         ("tests/core/test_distributed.py", f"{NOISY}/test_two_networks.py", f"{NOISY}/test_elr.py"),
     ),
     Mutant(
-        "metrics of a repeated epoch stay", "core/run.py", "< epoch]", "<= epoch]", ("tests/test_resume.py", CONFIGS)
+        "metrics of a repeated epoch stay",
+        "core/run_logger.py",
+        "< epoch]",
+        "<= epoch]",
+        ("tests/test_resume.py", CONFIGS),
     ),
     Mutant(
         "a resumed run has lost its earlier rows",
-        "core/run.py",
+        "core/run_logger.py",
         "            if self.file.is_file():\n                with",
         "            if False:\n                with",
         ("tests/test_resume.py", "tests/test_cli.py"),
@@ -479,7 +483,7 @@ MUTANTS = [
     ),
     Mutant(
         "history of commands is dropped",
-        "core/run.py",
+        "core/run_folder.py",
         '"history": [*history, earlier] if earlier else history,',
         '"history": [],',
         ("tests/test_cli.py", "tests/test_quickstart.py"),
@@ -768,7 +772,7 @@ MUTANTS = [
     ),
     Mutant(
         "metrics.csv is written in place",
-        "core/run.py",
+        "core/run_logger.py",
         'partial = self.file.with_name("metrics.csv.partial")',
         "partial = self.file",
         (
@@ -778,7 +782,7 @@ MUTANTS = [
     ),
     Mutant(
         "run.json is written in place",
-        "core/run.py",
+        "core/run_folder.py",
         '    partial = path.with_name(f"{path.name}.partial")\n    partial.write_text',
         "    partial = path\n    partial.write_text",
         (
@@ -788,14 +792,14 @@ MUTANTS = [
     ),
     Mutant(
         "--overwrite keeps the old checkpoints",
-        "core/run.py",
+        "core/run_folder.py",
         'for name in ("checkpoints", "pictures"):',
         'for name in ("pictures",):',
         ("tests/test_cli.py",),
     ),
     Mutant(
         "an evaluated checkpoint a step late",
-        "core/run.py",
+        "core/run_logger.py",
         "else steps - 1}",
         "else steps}",
         (

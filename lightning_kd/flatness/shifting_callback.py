@@ -17,7 +17,8 @@ from torch import Tensor, nn
 
 from lightning_kd.core.batch import as_batch
 from lightning_kd.core.outputs import logits_of
-from lightning_kd.core.run import RunCheckpoint, run_folder_of, write_text
+from lightning_kd.core.run import RunCheckpoint, run_folder_of
+from lightning_kd.core.run_folder import write_text
 from lightning_kd.core.task import Task
 from lightning_kd.core.training_subset import OnDevice, Samples, sample_source
 from lightning_kd.flatness._shift_checks import (

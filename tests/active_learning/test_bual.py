@@ -448,7 +448,7 @@ def test_the_first_round_has_no_auxiliary():
 
 
 def test_logged_names(tmp_path):
-    from lightning_kd.core.run import RunLogger
+    from lightning_kd.core.run_logger import RunLogger
 
     fitted(trainer=trainer_of(logger=RunLogger(tmp_path)))
     header, *rows = (tmp_path / "metrics.csv").read_text().splitlines()

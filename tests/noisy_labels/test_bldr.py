@@ -11,7 +11,8 @@ from lightning.pytorch.plugins import MixedPrecision
 from torch import nn
 from torch.utils.data import DataLoader
 
-from lightning_kd.core.run import RunFolder, run_callbacks
+from lightning_kd.core.run import run_callbacks
+from lightning_kd.core.run_folder import RunFolder
 from lightning_kd.data import DigitsDataModule, SymmetricNoise
 from lightning_kd.nets import build_network
 from lightning_kd.noisy_labels import bldr_losses as losses
