@@ -11,7 +11,6 @@ from typing import Any, Literal
 
 import numpy as np
 import torch.nn.functional as F
-from lightning.pytorch.callbacks import EarlyStopping
 from torch import Tensor, nn
 
 from lightning_kd.active_learning.bual_score import (
@@ -24,7 +23,7 @@ from lightning_kd.active_learning.bual_score import (
     rank,
     unknown_lead,
 )
-from lightning_kd.active_learning.negative_stage import NegativeStage
+from lightning_kd.active_learning.negative_stage import NegativeStage, check_fit
 from lightning_kd.active_learning.sequential_training import InTurnTask
 from lightning_kd.core.batch import Batch
 from lightning_kd.core.feature_hooks import find_classifier
@@ -154,17 +153,7 @@ class BUAL(InTurnTask):
         self._dry_run = bool(trainer.fast_dev_run)
         if stage != "fit":
             return
-        if any(isinstance(callback, EarlyStopping) for callback in trainer.callbacks):
-            raise ValueError(
-                "BUAL must train through all its epochs, got EarlyStopping, to which the negative stage looks like no "
-                "progress: take it out of trainer.callbacks"
-            )
-        epochs = trainer.max_epochs
-        if not self._dry_run and (epochs is None or epochs <= self.negative_epochs):
-            raise ValueError(
-                f"max_epochs must be above negative_epochs={self.negative_epochs}, got {epochs}: raise "
-                "trainer.max_epochs, or lower model.negative_epochs; what is left are the epochs of the positive stage"
-            )
+        check_fit(trainer, self.negative_epochs)
         self.stage = NegativeStage(self.num_classes, auxiliary_trained=len(self.pool.unknown_indices) > 0)
         trainer.reload_dataloaders_every_n_epochs = 1  # the stages have different streams
 

@@ -6,6 +6,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from lightning.pytorch.callbacks import EarlyStopping
 from torch import Tensor
 
 from lightning_kd.active_learning.bual_score import complementary_labels
@@ -84,3 +85,18 @@ class NegativeStage:
         self.auxiliary_trained, self.start = state["auxiliary_trained"], state["start"]
         self.subset, self.snapshots = state["subset"].numpy(), state["snapshots"]
         self.sum.load_state_dict(state["sum"])
+
+
+def check_fit(trainer: Any, negative_epochs: int) -> None:
+    """Raise a ``ValueError`` where a fit has no room for both stages, or may end before the second one."""
+    if any(isinstance(callback, EarlyStopping) for callback in trainer.callbacks):
+        raise ValueError(
+            "BUAL must train through all its epochs, got EarlyStopping, to which the negative stage looks like no "
+            "progress: take it out of trainer.callbacks"
+        )
+    epochs = trainer.max_epochs
+    if not trainer.fast_dev_run and (epochs is None or epochs <= negative_epochs):
+        raise ValueError(
+            f"max_epochs must be above negative_epochs={negative_epochs}, got {epochs}: raise "
+            "trainer.max_epochs, or lower model.negative_epochs; what is left are the epochs of the positive stage"
+        )
