@@ -14,7 +14,7 @@ from lightning_kd.callbacks import SharpnessReport
 from lightning_kd.callbacks.sharpness_report import add_entry, keep_slice
 from lightning_kd.core.batch import as_batch
 from lightning_kd.core.outputs import logits_of
-from lightning_kd.core.run import RunFolder, write_text
+from lightning_kd.core.run_folder import RunFolder, write_text
 from lightning_kd.core.task import Task
 from lightning_kd.core.training_subset import OnDevice
 from lightning_kd.flatness.optimum_shifting import shift_network

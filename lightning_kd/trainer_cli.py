@@ -20,12 +20,16 @@ from lightning.pytorch.utilities import rank_zero_only
 
 import lightning_kd.callbacks  # noqa: F401  (classes are found by name once they are imported)
 from lightning_kd.active_learning.pool_task import PoolTask
-from lightning_kd.active_learning.rounds import ask, forget_rounds, run_rounds
+from lightning_kd.active_learning.queries import write_query
+from lightning_kd.active_learning.round_folders import forget_rounds
+from lightning_kd.active_learning.rounds import run_rounds
 from lightning_kd.checkpoint_verbs import measure_checkpoint, shift_checkpoint
 from lightning_kd.cli import default_run_folder
 from lightning_kd.compare.runs import flat
 from lightning_kd.core.registry import family_packages
-from lightning_kd.core.run import RunFolder, RunLogger, run_callbacks, write_text
+from lightning_kd.core.run import run_callbacks
+from lightning_kd.core.run_folder import RunFolder, write_text
+from lightning_kd.core.run_logger import RunLogger
 from lightning_kd.core.task import Task
 from lightning_kd.data import OpenSetDataModule
 from lightning_kd.pool import PoolRecord
@@ -288,7 +292,7 @@ class RunCLI(LightningCLI):
         assert self.run_folder is not None
         data = self._check_pool()
         with self._alone():
-            self._query_file = ask(self.trainer, model, data, self.run_folder.path, ckpt_path)
+            self._query_file = write_query(self.trainer, model, data, self.run_folder.path, ckpt_path)
 
     def active(self, model: PoolTask, datamodule: Any, **kwargs: Any) -> None:
         """Run all rounds, each with objects of its own."""

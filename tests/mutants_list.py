@@ -237,14 +237,14 @@ MUTANTS = [
         "active_learning/diverse_selection.py",
         "        self.near[row] = -torch.inf\n",
         "        self.near[row] = 0\n",
-        (f"{POOL}/test_greedy.py",),
+        (f"{POOL}/test_diverse_selection.py",),
     ),
     Mutant(
         "distances are to the farthest centre",
         "active_learning/diverse_selection.py",
         "torch.minimum(self.near[part], value.add_",
         "torch.maximum(self.near[part], value.add_",
-        (f"{POOL}/test_greedy.py",),
+        (f"{POOL}/test_diverse_selection.py",),
     ),
     Mutant(
         "complementary label of BUAL may be the label",
@@ -262,7 +262,7 @@ MUTANTS = [
     ),
     Mutant(
         "a query is drawn from another stream each time",
-        "active_learning/rounds.py",
+        "active_learning/queries.py",
         'numpy_generator(global_seed(), "query", data.round)',
         "np.random.default_rng()",
         (f"{POOL}/test_rounds.py", f"{POOL}/test_baselines.py"),
@@ -270,7 +270,7 @@ MUTANTS = [
     Mutant(
         "a broken round is kept",
         "active_learning/rounds.py",
-        "        remove_round(round_folder)  # what a broken one left\n",
+        "        remove_round(round_folder, record)  # what a broken one left\n",
         "        pass\n",
         (f"{POOL}/test_rounds.py", f"{POOL}/test_commands.py"),
     ),
@@ -454,11 +454,15 @@ MUTANTS = [
         ("tests/core/test_distributed.py", f"{NOISY}/test_two_networks.py", f"{NOISY}/test_elr.py"),
     ),
     Mutant(
-        "metrics of a repeated epoch stay", "core/run.py", "< epoch]", "<= epoch]", ("tests/test_resume.py", CONFIGS)
+        "metrics of a repeated epoch stay",
+        "core/run_logger.py",
+        "< epoch]",
+        "<= epoch]",
+        ("tests/test_resume.py", CONFIGS),
     ),
     Mutant(
         "a resumed run has lost its earlier rows",
-        "core/run.py",
+        "core/run_logger.py",
         "            if self.file.is_file():\n                with",
         "            if False:\n                with",
         ("tests/test_resume.py", "tests/test_cli.py"),
@@ -479,7 +483,7 @@ MUTANTS = [
     ),
     Mutant(
         "history of commands is dropped",
-        "core/run.py",
+        "core/run_folder.py",
         '"history": [*history, earlier] if earlier else history,',
         '"history": [],',
         ("tests/test_cli.py", "tests/test_quickstart.py"),
@@ -627,7 +631,7 @@ MUTANTS = [
         "mine = chosen",
         (
             "tests/core/test_training_subset.py",
-            f"{FLAT}/test_shifting.py",
+            f"{FLAT}/test_shifting_callback.py",
             "tests/callbacks/test_sharpness_report.py",
         ),
     ),
@@ -716,8 +720,8 @@ MUTANTS = [
     ),
     Mutant(
         "rows of BLDR move too far on several processes",
-        "noisy_labels/bldr.py",
-        "float(self.trainer.world_size), device",
+        "noisy_labels/sample_noise_rows.py",
+        "float(trainer.world_size), device",
         "1.0, device",
         (f"{NOISY}/test_bldr.py",),
     ),
@@ -768,7 +772,7 @@ MUTANTS = [
     ),
     Mutant(
         "metrics.csv is written in place",
-        "core/run.py",
+        "core/run_logger.py",
         'partial = self.file.with_name("metrics.csv.partial")',
         "partial = self.file",
         (
@@ -778,7 +782,7 @@ MUTANTS = [
     ),
     Mutant(
         "run.json is written in place",
-        "core/run.py",
+        "core/run_folder.py",
         '    partial = path.with_name(f"{path.name}.partial")\n    partial.write_text',
         "    partial = path\n    partial.write_text",
         (
@@ -788,14 +792,14 @@ MUTANTS = [
     ),
     Mutant(
         "--overwrite keeps the old checkpoints",
-        "core/run.py",
+        "core/run_folder.py",
         'for name in ("checkpoints", "pictures"):',
         'for name in ("pictures",):',
         ("tests/test_cli.py",),
     ),
     Mutant(
         "an evaluated checkpoint a step late",
-        "core/run.py",
+        "core/run_logger.py",
         "else steps - 1}",
         "else steps}",
         (
@@ -861,15 +865,15 @@ MUTANTS = [
     # running: the pool's books
     Mutant(
         "BUAL's checkpoint forgets its stage",
-        "active_learning/bual.py",
-        '"start": self.negative_start,',
+        "active_learning/negative_stage.py",
+        '"start": self.start,',
         '"start": None,',
         (f"{POOL}/test_bual.py",),
     ),
     Mutant(
         "BUAL forgets its snapshots on resume",
-        "active_learning/bual.py",
-        '            self.negative_sum.load_state_dict(state["sum"])\n',
+        "active_learning/negative_stage.py",
+        '        self.sum.load_state_dict(state["sum"])\n',
         "",
         (f"{POOL}/test_bual.py",),
     ),
@@ -882,9 +886,9 @@ MUTANTS = [
     ),
     Mutant(
         "answers of one record stay for the next",
-        "data/pool.py",
-        "label = self._initial_label.copy()",
-        "label = self._initial_label",
+        "data/pool_answers.py",
+        "label = initial_label.copy()",
+        "label = initial_label",
         (
             "tests/data/test_pool.py",
             f"{POOL}/test_rounds.py",
@@ -892,21 +896,21 @@ MUTANTS = [
     ),
     Mutant(
         "the record of another pool is taken",
-        "data/pool.py",
-        "            if settings[name] != record.settings[name]:\n",
-        "            if False:\n",
+        "data/pool_answers.py",
+        "        if settings[name] != record.settings[name]:\n",
+        "        if False:\n",
         ("tests/data/test_pool.py",),
     ),
     Mutant(
         "validation on unknown classes",
-        "data/pool.py",
-        "val_indices = source.val_indices[val_target[source.val_indices] < k]",
+        "data/pool_split.py",
+        "val_indices = source.val_indices[val[source.val_indices] < k]",
         "val_indices = source.val_indices",
         ("tests/data/test_pool.py",),
     ),
     Mutant(
         "a fit goes on with other labels of the pool",
-        "data/pool.py",
+        "data/open_set_data.py",
         'if stage == "fit" and not same:',
         "if False:",
         (
@@ -948,7 +952,7 @@ MUTANTS = [
     Mutant(
         "a killed oracle is not asked again",
         "active_learning/rounds.py",
-        "    _answer(trainer, data, record)\n    last",
+        "    _ask_oracle(trainer, data, record)\n    last",
         "    last",
         (f"{POOL}/test_rounds.py",),
     ),
@@ -1042,13 +1046,13 @@ MUTANTS = [
         "flatness/shifting_callback.py",
         '        self.shifts = list(state_dict["shifts"])\n',
         "        pass\n",
-        (f"{FLAT}/test_shifting.py",),
+        (f"{FLAT}/test_shifting_callback.py",),
     ),
     Mutant(
         "the first shift an epoch early",
         "flatness/shifting_callback.py",
         "after > 0 and after % self.every",
         "after >= 0 and after % self.every",
-        (f"{FLAT}/test_shifting.py",),
+        (f"{FLAT}/test_shifting_callback.py",),
     ),
 ]

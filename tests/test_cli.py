@@ -9,7 +9,7 @@ import torch
 import lightning_kd
 from lightning_kd.cli import default_run_folder, get_cli, main
 from lightning_kd.configs_by_name import config_names, config_path, with_config_paths
-from lightning_kd.core.run import RunFolder
+from lightning_kd.core.run_folder import RunFolder
 from lightning_kd.trainer_cli import resume_command
 
 TEACHER = ["--config", "distillation/teacher_digits"]

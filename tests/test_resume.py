@@ -15,7 +15,9 @@ from torch import nn
 
 from lightning_kd.cli import main
 from lightning_kd.core import Classification
-from lightning_kd.core.run import RunFolder, RunLogger, run_callbacks
+from lightning_kd.core.run import run_callbacks
+from lightning_kd.core.run_folder import RunFolder
+from lightning_kd.core.run_logger import RunLogger
 from lightning_kd.data import DigitsDataModule
 from tests.forked import THREADS, run_command
 from tests.two_processes import on_two_ranks

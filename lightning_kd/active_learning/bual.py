@@ -10,9 +10,7 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Literal
 
 import numpy as np
-import torch
 import torch.nn.functional as F
-from lightning.pytorch.callbacks import EarlyStopping
 from torch import Tensor, nn
 
 from lightning_kd.active_learning.bual_score import (
@@ -25,6 +23,7 @@ from lightning_kd.active_learning.bual_score import (
     rank,
     unknown_lead,
 )
+from lightning_kd.active_learning.negative_stage import NegativeStage, check_fit
 from lightning_kd.active_learning.sequential_training import InTurnTask
 from lightning_kd.core.batch import Batch
 from lightning_kd.core.feature_hooks import find_classifier
@@ -32,7 +31,6 @@ from lightning_kd.core.inference_pass import ordered_pass
 from lightning_kd.core.losses import at_least_float32, negative_learning_loss
 from lightning_kd.core.outputs import class_logits
 from lightning_kd.core.phased_loader import Phase, PhaseBatch
-from lightning_kd.core.sample_memory import SampleMemory
 from lightning_kd.core.seeding import EpochSeeding, numpy_generator
 from lightning_kd.pool import PoolView, Query
 
@@ -141,16 +139,7 @@ class BUAL(InTurnTask):
         self.auxiliary = self.build_for(network, num_classes + 1, classifier)
         self.negative = self.build_for(network, num_classes, classifier)
         self._dry_run = False
-        self._begin(auxiliary=False)
-
-    def _begin(self, auxiliary: bool) -> None:
-        """A new round: nothing is known yet."""
-        self.auxiliary_trained = auxiliary
-        self.negative_start: int | None = None  # first epoch of the negative stage, once it is reached
-        self.subset_indices = np.empty(0, dtype=np.int64)
-        self.snapshots = 0
-        self.negative_sum = SampleMemory((self.num_classes,))  # of the probabilities in all snapshots
-        self._complementary: tuple[int, Tensor] | None = None  # of which epoch, and by index
+        self.stage = NegativeStage(num_classes, auxiliary_trained=False)
 
     @property
     def main_network(self) -> nn.Module:
@@ -164,42 +153,26 @@ class BUAL(InTurnTask):
         self._dry_run = bool(trainer.fast_dev_run)
         if stage != "fit":
             return
-        if any(isinstance(callback, EarlyStopping) for callback in trainer.callbacks):
-            raise ValueError(
-                "BUAL must train through all its epochs, got EarlyStopping, to which the negative stage looks like no "
-                "progress: take it out of trainer.callbacks"
-            )
-        epochs = trainer.max_epochs
-        if not self._dry_run and (epochs is None or epochs <= self.negative_epochs):
-            raise ValueError(
-                f"max_epochs must be above negative_epochs={self.negative_epochs}, got {epochs}: raise "
-                "trainer.max_epochs, or lower model.negative_epochs; what is left are the epochs of the positive stage"
-            )
-        self._begin(auxiliary=len(self.pool.unknown_indices) > 0)
+        check_fit(trainer, self.negative_epochs)
+        self.stage = NegativeStage(self.num_classes, auxiliary_trained=len(self.pool.unknown_indices) > 0)
         trainer.reload_dataloaders_every_n_epochs = 1  # the stages have different streams
 
     def phases(self, data: Any) -> list[Phase]:
         known = data.known_indices
-        if self.negative_start is not None:
-            both = np.union1d(known, self.subset_indices)
+        if self.stage.start is not None:
+            both = np.union1d(known, self.stage.subset)
             return [Phase(NEGATIVE, self.labelled_loader(data, both, "negative"))]
         phases = [Phase(POSITIVE, self.labelled_loader(data, known, ""))]
-        if self.auxiliary_trained:
+        if self.stage.auxiliary_trained:
             both = np.union1d(known, data.unknown_indices)
             phases.append(Phase(AUXILIARY, self.labelled_loader(data, both, "auxiliary")))
         return phases
 
     def _labels_of_epoch(self) -> Tensor:
-        """Complementary labels int64 ``[N]``, drawn where first asked for: a fit may go on in the midst of an epoch."""
-        if self._complementary is None or self._complementary[0] != self.current_epoch:
-            # for all samples at once and looked up by index: no matter how they are batched and shared out
-            target = self.pool.train_target
-            chosen = torch.from_numpy(np.union1d(self.pool.known_indices, self.subset_indices))
-            stream = self._stream("complementary", self.current_epoch)
-            labels = torch.zeros(len(target), dtype=torch.int64)
-            labels[chosen] = complementary_labels(target[chosen].cpu(), self.num_classes, stream)
-            self._complementary = self.current_epoch, labels.to(self.device)
-        return self._complementary[1]
+        """Complementary labels int64 ``[N]``."""
+        stream = self._stream("complementary", self.current_epoch)
+        known = self.pool.known_indices
+        return self.stage.labels(self.current_epoch, self.pool.train_target, known, stream, self.device)
 
     def network_loss(self, batch: PhaseBatch) -> Tensor:
         image, target = batch.labelled.image, batch.labelled.target
@@ -225,45 +198,34 @@ class BUAL(InTurnTask):
     def on_train_epoch_end(self) -> None:
         super().on_train_epoch_end()
         done = self.current_epoch + 1
-        if self.negative_start is not None:
-            if (done - self.negative_start) % self.snapshot_interval == 0:
+        if self.stage.start is not None:
+            if (done - self.stage.start) % self.snapshot_interval == 0:
                 self._take_snapshot()
         elif done >= (self.trainer.max_epochs or 0) - self.negative_epochs:
             # here, not at the next epoch's start: its loader is made before, and the checkpoint of this epoch has it
             self._begin_negative_stage(done)
 
     def _begin_negative_stage(self, epoch: int) -> None:
-        self.negative_start = epoch
+        self.stage.start = epoch
         candidates = self.pool.unlabelled_indices
-        if self.auxiliary_trained and self.subset == "candidates" and len(candidates):
+        if self.stage.auxiliary_trained and self.subset == "candidates" and len(candidates):
             index, is_candidate = self._over_pool(lambda batch: [not_unknown(self._unknown(batch.image).softmax(1))])
             # where all look unknown, the choice falls back to the whole pool as well
             candidates = index[is_candidate].numpy() if bool(is_candidate.any()) else candidates
         size = min(self.subset_size, len(candidates))
-        self.subset_indices = np.sort(self._stream("rlnl_subset").choice(candidates, size, replace=False))
+        self.stage.subset = np.sort(self._stream("rlnl_subset").choice(candidates, size, replace=False))
         copy_backbone(self.network, self.negative, self.classifier_path)
         self._restart_optimizer()
         if self.include_initial_snapshot or self._dry_run:  # which trains no further
             self._take_snapshot()
 
-    def _restart_optimizer(self) -> None:
-        """Bring optimizer and scheduler to where they were at the start of the fit."""
-        fresh = self.configure_optimizers()
-        scheduler = fresh.get("lr_scheduler") if isinstance(fresh, dict) else None
-        optimizer = fresh["optimizer"] if isinstance(fresh, dict) else fresh
-        self.trainer.optimizers[0].load_state_dict(optimizer.state_dict())
-        if scheduler is not None:
-            self.trainer.lr_scheduler_configs[0].scheduler.load_state_dict(scheduler["scheduler"].state_dict())
-
     def _take_snapshot(self) -> None:
         """Add the negative head's predictions for the pool to what is remembered."""
         if len(self.pool.unlabelled_indices):
-            self.negative_sum.allocate(len(self.pool.train_target), torch.device("cpu"))
             index, probabilities = self._over_pool(
                 lambda batch: [self._logits(self.negative, batch.image, self.num_classes).softmax(1)]
             )
-            self.negative_sum.rows[index] += probabilities.to(self.negative_sum.dtype)
-            self.snapshots += 1
+            self.stage.add_snapshot(index, probabilities, len(self.pool.train_target))
 
     def _over_pool(self, measure: Callable[[Batch], Sequence[Tensor]]) -> tuple[Tensor, ...]:
         data = self.pool
@@ -281,21 +243,13 @@ class BUAL(InTurnTask):
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         super().on_save_checkpoint(checkpoint)
-        checkpoint["negative_stage"] = {
-            "auxiliary_trained": self.auxiliary_trained,
-            "start": self.negative_start,
-            "subset": torch.from_numpy(self.subset_indices),
-            "snapshots": self.snapshots,
-            "sum": self.negative_sum.state_dict(),
-        }
+        checkpoint["negative_stage"] = self.stage.state_dict()
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         super().on_load_checkpoint(checkpoint)
         state = checkpoint.get("negative_stage")
         if state is not None:
-            self.auxiliary_trained, self.negative_start = state["auxiliary_trained"], state["start"]
-            self.subset_indices, self.snapshots = state["subset"].numpy(), state["snapshots"]
-            self.negative_sum.load_state_dict(state["sum"])
+            self.stage.load_state_dict(state)
 
     # -- scoring and choosing ----------------------------------------------------------------------------------------
 
@@ -311,19 +265,16 @@ class BUAL(InTurnTask):
             ValueError: before the last snapshot, and without ``index``.
         """
         due = 1 if self._dry_run else self.negative_epochs // self.snapshot_interval + self.include_initial_snapshot
-        if self.snapshots < due:
+        if self.stage.snapshots < due:
             raise ValueError(
-                f"the negative head has {self.snapshots} of {due} snapshots: train through all of the last "
+                f"the negative head has {self.stage.snapshots} of {due} snapshots: train through all of the last "
                 f"negative_epochs={self.negative_epochs} epochs, without an early end by max_time or max_steps"
             )
         if index is None:
             raise ValueError("BUAL remembers the pool by index, got a batch without: use a loader of the data module")
-        self.negative_sum.rows = rows = self.negative_sum.rows.to(image.device)  # moved once
-        negative = rows[index.clamp(max=len(rows) - 1)] / self.snapshots
-        there = (index < len(rows)) & (negative.sum(1) != 0)
-        positive = self.scores_and_probabilities(image)[1]
-        scores = {"positive_probs": positive, "negative_probs": negative.masked_fill(~there[:, None], -1)}
-        if self.auxiliary_trained:
+        negative, positive = self.stage.mean(index, image.device), self.scores_and_probabilities(image)[1]
+        scores = {"positive_probs": positive, "negative_probs": negative}
+        if self.stage.auxiliary_trained:
             logits = self._unknown(image)
             scores |= {"unknown_probs": logits.softmax(1), "unknown_lead": unknown_lead(logits)}
         return positive, scores

@@ -55,6 +55,15 @@ class InTurnTask(PoolTask, ABC):
         if hasattr(parallel, "require_backward_grad_sync"):
             parallel.require_backward_grad_sync = False  # what its no_sync() sets
 
+    def _restart_optimizer(self) -> None:
+        """Bring optimizer and scheduler to where they were at the start of the fit."""
+        fresh = self.configure_optimizers()
+        scheduler = fresh.get("lr_scheduler") if isinstance(fresh, dict) else None
+        optimizer = fresh["optimizer"] if isinstance(fresh, dict) else fresh
+        self.trainer.optimizers[0].load_state_dict(optimizer.state_dict())
+        if scheduler is not None:
+            self.trainer.lr_scheduler_configs[0].scheduler.load_state_dict(scheduler["scheduler"].state_dict())
+
     def training_step(self, batch: PhaseBatch, batch_idx: int) -> Tensor:
         return self.network_loss(batch)
 

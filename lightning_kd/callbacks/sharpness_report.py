@@ -21,7 +21,8 @@ from lightning_kd.callbacks.label_pictures import _keep
 from lightning_kd.callbacks.slice_figure import slice_figure
 from lightning_kd.core.batch import Batch, as_batch
 from lightning_kd.core.feature_hooks import find_classifier
-from lightning_kd.core.run import run_folder_of, write_text
+from lightning_kd.core.run import run_folder_of
+from lightning_kd.core.run_folder import write_text
 from lightning_kd.core.training_subset import sample_source, training_samples
 from lightning_kd.metrics import LossSlice, Sharpness, loss_slice, measure_sharpness
 from lightning_kd.metrics._shares import together

@@ -5,12 +5,10 @@ from __future__ import annotations
 import math
 from typing import NamedTuple
 
-import numpy as np
 import torch
 from torch import Tensor
 
-# More different values than this are put in as many groups before the start for three or more components.
-_MOST_GROUPS = 2048
+from lightning_kd.core.univariate_kmeans import kmeans_partition, lower_of_two
 
 
 class Mixture(NamedTuple):
@@ -83,7 +81,7 @@ def fit_mixture(
         raise ValueError(f"components must be at least 1, got {components}")
     x = _checked(values, max_iter, variance_floor)
 
-    responsibility = _kmeans_start(x, components)
+    responsibility = kmeans_partition(x, components)
     mixture = _maximise(x, responsibility, variance_floor)
     previous = -math.inf
     iterations = 0
@@ -186,7 +184,7 @@ def _fit_sorted(
     x: Tensor, group: Tensor, size: Tensor, max_iter: int, tol: float, variance_floor: float
 ) -> tuple[Tensor, Tensor]:
     """Parameters ``[3, 2, G]`` and iterations ``[G]``; ``x`` is sorted by group, then by value."""
-    low = _kmeans_low(x, group, size)
+    low = lower_of_two(x, group, size)
     current = _maximise_groups(x, group, torch.stack([low, 1 - low]), size, variance_floor)
     iterations = torch.zeros_like(size)
     previous = torch.full(size.shape, -math.inf, dtype=x.dtype)
@@ -205,31 +203,6 @@ def _fit_sorted(
         if not len(x):
             break
     return current, iterations
-
-
-def _kmeans_low(x: Tensor, group: Tensor, size: Tensor) -> Tensor:
-    """The first column of ``_kmeans_start`` for two components in every group, ``[N]``."""
-    end = size.cumsum(0)
-    first = end - size
-    rises = torch.cat([x[1:] > x[:-1], torch.tensor([False])])
-    x = x - (group.bincount(x) / size)[group]
-    # groups of any scale share one running sum: each is brought to 1 first
-    x = x / x[first].abs().maximum(x[end - 1].abs()).clamp_min(torch.finfo(x.dtype).tiny)[group]
-    position = torch.arange(len(x))
-    count, rest = position - first[group] + 1, end[group] - position - 1
-    total = x.cumsum(0)
-    left = total - (total - x)[first][group]
-    right = left[end - 1][group] - left
-    score = torch.where(rises & (rest > 0), left.square() / count + right.square() / rest, -1.0)
-    best = torch.from_numpy(np.maximum.reduceat(score.numpy(), first.numpy()))
-    chosen = torch.where(score >= _all_but(best)[group], position, len(x))
-    split = torch.from_numpy(np.minimum.reduceat(chosen.numpy(), first.numpy()))
-    return torch.where((best < 0)[group], 0.5, (position <= split[group]).double())
-
-
-def _all_but(best: Tensor) -> Tensor:
-    """The least score that counts as ``best``: of equal splits the first is taken, however sums were rounded."""
-    return best - 1e-12 * best.abs()
 
 
 def _checked(values: Tensor, max_iter: int, variance_floor: float) -> Tensor:
@@ -274,42 +247,3 @@ def _maximise(x: Tensor, responsibility: Tensor, variance_floor: float) -> Mixtu
     mean = (x @ responsibility) / count
     variance = ((x[:, None] - mean).square() * responsibility).sum(0) / count + variance_floor
     return Mixture(mean, variance, count / count.sum(), 0)
-
-
-def _kmeans_start(x: Tensor, components: int) -> Tensor:
-    """One-hot ``[N, components]`` of the k-means partition; uniform with too few different values."""
-    distinct, inverse, count = x.unique(return_inverse=True, return_counts=True)
-    if len(distinct) < components:
-        return torch.full((len(x), components), 1 / components, dtype=torch.float64)
-    centred = distinct - x.mean()  # prefix sums of squares lose digits far from 0
-    weight = count.double()
-    starts = _best_split(centred, weight) if components == 2 else _best_partition(centred, weight, components)
-    cluster = torch.bucketize(torch.arange(len(distinct)), starts, right=True)
-    return torch.nn.functional.one_hot(cluster, components).double()[inverse]
-
-
-def _best_split(x: Tensor, weight: Tensor) -> Tensor:
-    """Where the second of two clusters starts in the sorted ``x``: int64 ``[1]``."""
-    w, s = weight.cumsum(0), (weight * x).cumsum(0)
-    left, right = s[:-1].square() / w[:-1], (s[-1] - s[:-1]).square() / (w[-1] - w[:-1])
-    between = left + right  # the largest sum between is the smallest sum within
-    return (between >= _all_but(between.max())).byte().argmax()[None] + 1
-
-
-def _best_partition(x: Tensor, weight: Tensor, clusters: int) -> Tensor:
-    """Where all clusters but the first start in the sorted ``x``, int64 ``[clusters - 1]``: dynamic programming."""
-    n = min(len(x), _MOST_GROUPS)
-    first = torch.arange(n + 1) * len(x) // n  # the first value of each group, and the end
-    sums = torch.stack([weight, weight * x, weight * x.square()]).cumsum(1)
-    w, s, q = torch.cat([torch.zeros(3, 1, dtype=x.dtype), sums], 1)[:, first]
-    # within[i, j]: the squares within one cluster of groups i .. j - 1
-    within = (q - q[:, None]) - (s - s[:, None]).square() / (w - w[:, None])
-    within = within.where(torch.ones(n + 1, n + 1, dtype=torch.bool).triu(1), torch.inf)
-    best, choices = within[0], []
-    for _ in range(clusters - 1):
-        best, choice = (best[:, None] + within).min(0)
-        choices.append(choice)
-    ends = [n]
-    for choice in reversed(choices):
-        ends.append(int(choice[ends[-1]]))
-    return first[torch.tensor(ends[:0:-1], dtype=torch.int64)]

@@ -13,7 +13,8 @@ import torch
 from torch import Tensor
 from torchvision.transforms import AutoAugmentPolicy
 
-from lightning_kd.core.run import RunFolder, run_folder_of
+from lightning_kd.core.run import run_folder_of
+from lightning_kd.core.run_folder import RunFolder
 from lightning_kd.core.seeding import derive_seed, numpy_generator, stream_seed
 from lightning_kd.core.task import Task
 from lightning_kd.data.array_files import Arrays, fake_arrays

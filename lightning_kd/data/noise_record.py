@@ -9,7 +9,7 @@ from typing import Any
 import lightning as L
 import numpy as np
 
-from lightning_kd.core.run import RunFolder
+from lightning_kd.core.run_folder import RunFolder
 from lightning_kd.data.array_files import check_keys, read_arrays, write_npz
 from lightning_kd.data.label_noise import CleanLabels, LabelNoise
 

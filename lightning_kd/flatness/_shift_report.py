@@ -69,6 +69,20 @@ class ShiftReport:
         """All of it as plain values, for JSON and checkpoints."""
         return asdict(self)
 
+    def metrics(self) -> dict[str, float]:
+        """The numbers under the names that they are logged by."""
+        metrics: dict[str, float] = {"identity": float(self.identity), "undone": float(self.undone)}
+        for layer in self.layers:
+            end = f"/{layer.name}" if len(self.layers) > 1 else ""
+            metrics[f"norm_ratio{end}"] = layer.norm_after / layer.norm_before if layer.norm_before else 1.0
+            metrics[f"rank{end}"] = float(layer.rank if isinstance(layer.rank, int) else min(layer.rank))
+        for name in ("loss", "held_out", "kappa"):
+            for when in ("before", "after"):
+                value = getattr(self, f"{name}_{when}")
+                if value is not None:
+                    metrics[f"{name}_{when}"] = value
+        return {f"shift/{name}": value for name, value in metrics.items()}
+
     def summary(self) -> str:
         """One line."""
         parts = []

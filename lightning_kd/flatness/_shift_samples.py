@@ -6,16 +6,14 @@ from collections.abc import Sequence
 from typing import Any
 
 import lightning as L
-import numpy as np
-from torch import Tensor, nn
+from torch import nn
 
-from lightning_kd.core.batch import as_batch
 from lightning_kd.core.feature_hooks import find_classifier
 from lightning_kd.core.task import Task
 from lightning_kd.core.training_subset import Samples, training_samples
 from lightning_kd.flatness._shift_network import find_layers
 
-_BY_CLASS = ("class_balanced", "class_means")
+BY_CLASS = ("class_balanced", "class_means")
 
 
 def shift_samples(
@@ -52,7 +50,7 @@ def shift_samples(
     Raises:
         ValueError: for fewer samples than classes, a layer too narrow for them, or where none are left to hold out.
     """
-    if selection in _BY_CLASS and num_classes is None:
+    if selection in BY_CLASS and num_classes is None:
         raise ValueError(f"selection {selection!r} needs the number of classes: give num_classes, or take 'random'")
     shift_set: dict[str, Any] = {}
     if selection in ("class_balanced", "random"):
@@ -82,9 +80,6 @@ def shift_samples(
     return chosen, others
 
 
-# -- at the start of a fit ---------------------------------------------------------------------------------------------
-
-
 def network_and_classes(trainer: L.Trainer, pl_module: L.LightningModule) -> tuple[nn.Module, int | None]:
     """What to shift, and the number of classes where it is known."""
     network: nn.Module = pl_module.main_network if isinstance(pl_module, Task) else pl_module
@@ -97,36 +92,3 @@ def network_and_classes(trainer: L.Trainer, pl_module: L.LightningModule) -> tup
     except ValueError:
         return network, None
     return network, outputs if outputs > 1 else None
-
-
-def check_targets(
-    source: Any, network: nn.Module, selection: str, cross_entropy: bool, num_classes: int | None, few: int
-) -> None:
-    """Raise ``ValueError`` where classes are needed, and the network or ``few`` samples have none."""
-    remedy = "for a regression or one logit take selection='random' and a subclass with its own loss"
-    by_class = selection in _BY_CLASS
-    has_classifier = any(isinstance(m, nn.Linear) for m in network.modules())
-    if num_classes is None and (by_class or (cross_entropy and has_classifier)):
-        got = "one output" if has_classifier else "no nn.Linear"
-        raise ValueError(
-            f"{type(network).__name__} has {got} and no num_classes, so that the classes are not known: give the "
-            f"module num_classes; {remedy}"
-        )
-    if cross_entropy and not hasattr(source, "train_target"):
-        for batch in training_samples(source, few).loader:
-            target = as_batch(batch).target
-            got = f"{target.dtype} {list(target.shape)}" if isinstance(target, Tensor) else type(target).__name__
-            numbers = not isinstance(target, Tensor) or (target.is_floating_point() and target.ndim < 2)
-            if numbers or (by_class and (target.is_floating_point() or target.ndim != 1)):  # probabilities are random's
-                raise ValueError(f"targets must be classes, got {got}: {remedy}")
-
-
-def check_all_there(source: Any, chosen: Samples, num_classes: int) -> None:
-    """Raise ``ValueError`` where a data module knows that a class is missing."""
-    if hasattr(source, "train_target"):
-        missing = np.setdiff1d(np.arange(num_classes), source.train_target.numpy()[chosen.indices])
-        if len(missing):
-            raise ValueError(
-                f"the {len(chosen.indices)} samples to shift on lack class {missing[0]}, whose predictions a shift "
-                "would destroy: give training data of all classes, with selection='random' more samples, or force=True"
-            )

@@ -1,4 +1,4 @@
-"""Sharpness-aware minimisation by optimizers: SAM and ASAM, with any optimizer for the step itself."""
+"""Sharpness-aware minimisation by an optimizer, with any optimizer for the step itself."""
 
 from __future__ import annotations
 
@@ -10,15 +10,15 @@ from typing import Any
 import lightning as L
 import torch
 from lightning.pytorch.cli import OptimizerCallable
-from lightning.pytorch.strategies import DDPStrategy, SingleDeviceStrategy
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 from torch.optim import Optimizer
 from torch.optim.optimizer import ParamsT
 
 from lightning_kd.core.two_pass_step import FirstPass
+from lightning_kd.flatness._sam_checks import check_accumulation, check_gradients, check_trainer
 
-__all__ = ["ASAM", "SAM"]
+__all__ = ["SAM"]
 
 
 class SAM(Optimizer):
@@ -129,7 +129,7 @@ class SAM(Optimizer):
             )
         task = _module_of(closure)
         if task is not None:
-            _check_trainer(task.trainer, task, name)
+            check_trainer(task.trainer, task, name)
             module = task
         device = next((p.device for group in self.param_groups for p in group["params"]), torch.device("cpu"))
         first = FirstPass(module, device)
@@ -140,7 +140,7 @@ class SAM(Optimizer):
             self.base_optimizer.step()  # nothing to climb by, as where SWA gathers statistics without backward
             return loss
         if task is not None:
-            _check_accumulation(task.trainer, name)
+            check_accumulation(task.trainer, name)
         inner: Any = closure.args[2] if task is not None else None  # type: ignore[attr-defined]
         result = getattr(inner, "_result", None)
         parameters, kept = self._climb(module)
@@ -177,7 +177,7 @@ class SAM(Optimizer):
             moved = [p for p in group["params"] if p.grad is not None]
             if moved:
                 gradients = [p.grad for p in moved]
-                _check_gradients(gradients, type(self).__name__)
+                check_gradients(gradients, type(self).__name__)
                 stretch = self._stretch(group, moved, module)
                 if stretch[0]:
                     torch._foreach_mul_(*stretch)
@@ -210,103 +210,7 @@ class SAM(Optimizer):
         return [], []
 
 
-class ASAM(SAM):
-    """Adaptive sharpness-aware minimisation (Kwon et al., ICML 2021, arXiv 2102.11600).
-
-    SAM that goes up to ``w + rho T^2 g / (|T g| + 1e-16)``, a way that scales with the weights. By default ``T`` is
-    ``|w| + eta`` for every parameter whose name contains "weight" (scales of normalisation layers among them) and 1 for
-    the others, as in the authors' code. The names come from the LightningModule; in a plain loop give
-    ``model.named_parameters()`` (torch 2.6) or the model to ``step``.
-
-    Args:
-        params: see ``SAM``.
-        base_optimizer: see ``SAM``.
-        rho: radius, at least 0. 0.5 suits CIFAR-10, 1.0 CIFAR-100; the elementwise form 2.0.
-        eta: added to ``|w|``, at least 0. With 0, weights that are exactly 0 stay where they are on the way up.
-        average_first_pass: see ``SAM``.
-        elementwise: the other form in use: ``T = |w|`` for every parameter, biases too, without ``eta``. Of the two, it
-            alone follows the rescaling of layers that have biases.
-
-    Raises:
-        ValueError: see ``SAM``; and where names are needed and unknown.
-        TypeError: see ``SAM``.
-        RuntimeError: see ``SAM``.
-    """
-
-    _tiny = 1e-16
-
-    def __init__(
-        self,
-        params: ParamsT,
-        base_optimizer: OptimizerCallable,
-        rho: float = 0.5,
-        eta: float = 0.01,
-        elementwise: bool = False,
-        average_first_pass: bool = False,
-    ) -> None:
-        self._setup(params, base_optimizer, average_first_pass, rho=rho, eta=eta)
-        self.elementwise = elementwise
-        self._is_weight: dict[Tensor, bool] = {}
-
-    def _stretch(
-        self, group: dict[str, Any], parameters: list[Tensor], module: nn.Module | None
-    ) -> tuple[list[Tensor], list[Tensor]]:
-        if not self.elementwise:
-            if any(p not in self._is_weight for p in parameters):
-                self._learn_names(module)
-            parameters = [p for p in parameters if self._is_weight[p]]
-            if not parameters:
-                return [], []
-        factors = list(torch._foreach_abs(parameters))
-        if not self.elementwise:
-            torch._foreach_add_(factors, group["eta"])
-        return [p.grad for p in parameters if p.grad is not None], factors
-
-    def _learn_names(self, module: nn.Module | None) -> None:
-        named = [] if module is None else [(name, p) for name, p in module.named_parameters()]
-        for group in self.param_groups:
-            named += zip(group.get("param_names", []), group["params"], strict=False)
-        self._is_weight = {parameter: "weight" in name for name, parameter in named}
-        if not all(p in self._is_weight for group in self.param_groups for p in group["params"]):
-            raise ValueError(
-                "ASAM treats weights and biases by their names, got parameters without: give it "
-                "model.named_parameters(), call step(closure, model), or set elementwise=True"
-            )
-
-
 def _module_of(closure: Callable[[], Any]) -> L.LightningModule | None:
     """The LightningModule that a Trainer's closure evaluates: its precision plugin binds it in front."""
     bound = closure.args if isinstance(closure, partial) else ()
     return bound[0] if len(bound) == 3 and isinstance(bound[0], L.LightningModule) else None
-
-
-def _check_trainer(trainer: Any, task: L.LightningModule, name: str) -> None:
-    if not task.automatic_optimization:
-        raise RuntimeError(
-            f"{name} needs automatic optimization, got {type(task).__name__} with its own: choose another optimizer"
-        )
-    if trainer.gradient_clip_val and trainer.gradient_clip_algorithm == "value":
-        raise RuntimeError(
-            f"clipping by value would turn the way up of {name}, got gradient_clip_algorithm='value': clip by norm"
-        )
-    if not isinstance(trainer.strategy, (SingleDeviceStrategy, DDPStrategy)):
-        raise RuntimeError(
-            f"{name} needs whole gradients on every process, got {type(trainer.strategy).__name__}: use strategy ddp "
-            "or one device"
-        )
-
-
-def _check_accumulation(trainer: Any, name: str) -> None:
-    if trainer.accumulate_grad_batches > 1:
-        raise RuntimeError(
-            f"{name} goes up and steps on one batch, got accumulate_grad_batches={trainer.accumulate_grad_batches}: "
-            "set it to 1 and enlarge the batch"
-        )
-
-
-def _check_gradients(gradients: list[Any], name: str) -> None:
-    for gradient in gradients:
-        if gradient.layout != torch.strided:
-            raise TypeError(f"{name} takes dense gradients, got a sparse one: set sparse=False in the embedding")
-        if gradient.is_complex():
-            raise TypeError(f"{name} takes real gradients, got {gradient.dtype}: give real and imaginary parts")

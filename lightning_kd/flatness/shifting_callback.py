@@ -12,20 +12,25 @@ from typing import Any
 
 import lightning as L
 import torch.nn.functional as F
-from lightning.pytorch.callbacks import StochasticWeightAveraging, WeightAveraging
-from lightning.pytorch.strategies import DeepSpeedStrategy, FSDPStrategy, ModelParallelStrategy
 from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor, nn
 
 from lightning_kd.core.batch import as_batch
 from lightning_kd.core.outputs import logits_of
-from lightning_kd.core.run import RunCheckpoint, run_folder_of, write_text
+from lightning_kd.core.run import RunCheckpoint, run_folder_of
+from lightning_kd.core.run_folder import write_text
 from lightning_kd.core.task import Task
 from lightning_kd.core.training_subset import OnDevice, Samples, sample_source
-from lightning_kd.flatness._row_space import MODES
-from lightning_kd.flatness._shift_network import MOMENTUM, SELECTIONS, find_layers, shift_network
+from lightning_kd.flatness._shift_checks import (
+    check_all_there,
+    check_arguments,
+    check_setup,
+    check_targets,
+    check_trained,
+)
+from lightning_kd.flatness._shift_network import find_layers, shift_network
 from lightning_kd.flatness._shift_report import ShiftReport
-from lightning_kd.flatness._shift_samples import check_all_there, check_targets, network_and_classes, shift_samples
+from lightning_kd.flatness._shift_samples import network_and_classes, shift_samples
 from lightning_kd.metrics._surroundings import same_random_state
 
 __all__ = ["OptimumShifting", "shift_samples"]
@@ -105,25 +110,7 @@ class OptimumShifting(L.Callback):
         seed: int = 0,
         force: bool = False,
     ) -> None:
-        for name, value, known in (
-            ("selection", selection, SELECTIONS),
-            ("mode", mode, MODES),
-            ("momentum", momentum, MOMENTUM),
-        ):
-            if value not in known:
-                raise ValueError(f"{name} must be one of {', '.join(known)}, got {value!r}")
-        if not 0 <= start <= 1:
-            raise ValueError(f"start must be from 0 to 1, got {start}: give a share of the epochs")
-        for name, number, least in (("every", every, 1), ("samples", samples, 1), ("held_out", held_out, 0)):
-            if number is not None and number < least:
-                raise ValueError(f"{name} must be at least {least}, got {number}")
-        if every is None and not at_end:
-            raise ValueError("every=None with at_end=False never shifts: give one of them")
-        if guard is not None and (guard < 0 or not held_out):
-            raise ValueError(
-                f"guard={guard} must be at least 0 and compares losses on held_out={held_out} samples: take some, or "
-                "guard=null"
-            )
+        check_arguments(selection, mode, momentum, start, every, at_end, samples, guard, held_out)
         self.layers, self.samples, self.selection, self.mode = layers, samples, selection, mode
         self.start, self.every, self.at_end, self.momentum = start, every, at_end, momentum
         self.guard, self.held_out, self.rtol, self.seed, self.force = guard, held_out, rtol, seed, force
@@ -158,43 +145,14 @@ class OptimumShifting(L.Callback):
         if trainer.current_epoch == 0:  # before a checkpoint brings its own
             self.shifts = []
         self._average_shifted, self._tried = False, -1
-        if isinstance(trainer.strategy, FSDPStrategy | DeepSpeedStrategy | ModelParallelStrategy):
-            raise ValueError(
-                f"OptimumShifting needs whole weights, got {type(trainer.strategy).__name__}: train with ddp, or shift "
-                "the finished checkpoint"
-            )
-        callbacks: list[L.Callback] = trainer.callbacks  # type: ignore[attr-defined]
-        if sum(isinstance(c, OptimumShifting) for c in callbacks) > 1:
-            raise ValueError("callbacks hold several OptimumShifting, whose records would mix: give one all the layers")
-        averaging = [c for c in callbacks if isinstance(c, WeightAveraging | StochasticWeightAveraging)]
-        self._averaged = bool(averaging)
-        if averaging:
-            name = type(averaging[-1]).__name__
-            if self.every is not None:
-                raise ValueError(
-                    f"every={self.every} would make the average of {name} a mix of weights before and after a shift: "
-                    "leave it out, and the average is shifted at the end"
-                )
-            if callbacks.index(self) < callbacks.index(averaging[-1]):
-                raise ValueError(
-                    f"{name} would overwrite the shift at the end: put OptimumShifting after it in callbacks"
-                )
-        if self.every is not None and self.start and (trainer.max_epochs or -1) < 0:
-            raise ValueError(f"start={self.start} is a share of max_epochs, which this fit has not: give max_epochs")
+        self._averaged = check_setup(trainer, self, OptimumShifting, self.every, self.start)
 
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         self._write(trainer)  # of the fit that goes on, or none of an earlier one
         network, num_classes = network_and_classes(trainer, pl_module)
         layers = find_layers(network, self.layers, self.mode)
-        trained = {id(p) for o in trainer.optimizers for group in o.param_groups for p in group["params"]}
-        untrained = [name for name, layer in layers.items() if id(layer.weight) not in trained]
-        if untrained and self.every is not None:
-            raise ValueError(
-                f"every={self.every} would make layer {untrained[0]!r} of {type(network).__name__}, which no optimizer "
-                "trains, a mix of weights before and after a shift if it is a running average: leave it out, and it is "
-                "shifted at the end"
-            )
-        self._averaged |= bool(untrained)  # such a layer may move once more after the last step
+        # a layer that is not trained may move once more after the last step
+        self._averaged |= not check_trained(trainer, network, layers, self.every)
         self._check_samples(trainer, pl_module, network, num_classes)
 
     def _check_samples(
@@ -229,7 +187,7 @@ class OptimumShifting(L.Callback):
         report = self._try(trainer, pl_module)
         if report is not None:
             several = trainer.world_size > 1
-            pl_module.log_dict(_metrics(report), on_step=False, on_epoch=True, batch_size=1, sync_dist=several)
+            pl_module.log_dict(report.metrics(), on_step=False, on_epoch=True, batch_size=1, sync_dist=several)
 
     def _try(self, trainer: L.Trainer, pl_module: L.LightningModule) -> ShiftReport | None:
         self._tried = trainer.global_step
@@ -257,7 +215,7 @@ class OptimumShifting(L.Callback):
             return
         self._average_shifted = self._averaged
         for logger in trainer.loggers:  # a module can log no more
-            logger.log_metrics({**_metrics(report), "epoch": self._epoch}, step=trainer.global_step - 1)
+            logger.log_metrics({**report.metrics(), "epoch": self._epoch}, step=trainer.global_step - 1)
         run, savers = run_folder_of(trainer), trainer.checkpoint_callbacks
         if run is not None and any(isinstance(c, RunCheckpoint) for c in savers):
             trainer.save_checkpoint(run.last)
@@ -331,18 +289,3 @@ class OptimumShifting(L.Callback):
             path = run.path / "shifts.json"
             if self.shifts or path.is_file():
                 write_text(path, json.dumps(self.shifts, indent=2) + "\n")
-
-
-def _metrics(report: ShiftReport) -> dict[str, float]:
-    """The numbers of a report under the names that they are logged by."""
-    metrics: dict[str, float] = {"identity": float(report.identity), "undone": float(report.undone)}
-    for layer in report.layers:
-        end = f"/{layer.name}" if len(report.layers) > 1 else ""
-        metrics[f"norm_ratio{end}"] = layer.norm_after / layer.norm_before if layer.norm_before else 1.0
-        metrics[f"rank{end}"] = float(layer.rank if isinstance(layer.rank, int) else min(layer.rank))
-    for name in ("loss", "held_out", "kappa"):
-        for when in ("before", "after"):
-            value = getattr(report, f"{name}_{when}")
-            if value is not None:
-                metrics[f"{name}_{when}"] = value
-    return {f"shift/{name}": value for name, value in metrics.items()}

@@ -18,15 +18,9 @@ from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from lightning_kd.metrics._arguments import batch_size
-from lightning_kd.metrics._functional_network import Copies
+from lightning_kd.metrics._batch_derivatives import BatchDerivatives, LossFn
 from lightning_kd.metrics._shares import distributed, gathered, summed, together
-from lightning_kd.metrics._surroundings import no_tf32, same_random_state, saved_bytes
-
-LossFn = Callable[[nn.Module, Any], Tensor]
-
-# Graphs of batches are kept from one Hessian-vector product to the next up to so many bytes: one that is there saves a
-# third to a half of the work, and a network that needs more has to go without.
-KEPT_BYTES = 2**31
+from lightning_kd.metrics._surroundings import no_tf32, same_random_state
 
 
 @dataclass(frozen=True)
@@ -48,12 +42,7 @@ class Measured:
     parameters: list[str]
 
 
-def cross_entropy(model: nn.Module, batch: Any) -> Tensor:
-    """Mean cross-entropy of ``model(batch[0])`` on the targets ``batch[1]``."""
-    return F.cross_entropy(model(batch[0]), batch[1])
-
-
-class Objective(Copies):
+class Objective(BatchDerivatives):
     """Made by ``objective``. Its methods are collective: every process calls them alike.
 
     In each an error of one process alone is an error of all; a process that is killed, or an error between two methods,
@@ -63,16 +52,11 @@ class Objective(Copies):
     def __init__(
         self, model: nn.Module, loss_fn: LossFn | None, loader: Any, parameters: Sequence[str] | None, l2: float
     ) -> None:
-        super().__init__(model, loader, parameters)
+        super().__init__(model, loss_fn, loader, parameters)
         self.l2 = l2
         self.hvps = 0
         self.samples = 0
         self.loss = float("nan")
-        self._loss_fn = loss_fn or cross_entropy
-        self._kept: list[tuple[int, float, list[tuple[int, Tensor]]]] = []
-        self._kept_bytes = 0
-        self._full = False
-        self._kept_all = False
 
     # -- passes ------------------------------------------------------------------------------------------------------
 
@@ -115,7 +99,7 @@ class Objective(Copies):
 
         def measure(model: nn.Module, batch: Any) -> Tensor:
             size = batch_size(batch)
-            loss = self._checked(self._loss_fn(model, batch)).to(self.sums_dtype)
+            loss = self.checked_loss(self.loss_fn(model, batch)).to(self.sums_dtype)
             return torch.stack([loss * size, loss.new_tensor(size)])
 
         total, samples = self.evaluate(measure, weights, fixed).tolist()
@@ -129,7 +113,7 @@ class Objective(Copies):
         sums = [0.0, 0.0]
         with together(self.device), same_random_state(self.device):
             for number, batch in self.batches():
-                size, loss, gradients = self._gradients(number, batch, create_graph=False)
+                size, loss, gradients = self.batch_gradients(number, batch, create_graph=False)
                 self._add(total, gradients, size)
                 sums = [sums[0] + size * loss, sums[1] + size]
         return self._mean(total, sums) + self.l2 * self.weights
@@ -140,8 +124,8 @@ class Objective(Copies):
         total = torch.zeros_like(self.weights)
         sums = [0.0, 0.0]
         with together(self.device):
-            for size, loss, gradients, keep in self._graphs():
-                self._add(total, self._second(gradients, parts, keep), size)
+            for size, loss, gradients, keep in self.batch_graphs():
+                self._add(total, self.batch_product(gradients, parts, keep), size)
                 sums = [sums[0] + size * loss, sums[1] + size]
         self.hvps += 1
         return self._mean(total, sums) + self.l2 * vector
@@ -154,10 +138,10 @@ class Objective(Copies):
         forms = torch.zeros(len(vectors), len(self.names), dtype=self.sums_dtype, device=self.device)
         sums = [0.0, 0.0]
         with together(self.device):
-            for size, loss, gradients, keep in self._graphs():
+            for size, loss, gradients, keep in self.batch_graphs():
                 for i, vector in enumerate(vectors):
                     parts = self.split(vector)
-                    products = self._second(gradients, parts, keep or i < len(vectors) - 1)
+                    products = self.batch_product(gradients, parts, keep or i < len(vectors) - 1)
                     for k, product in products:
                         forms[i, k] += size * (parts[k] * product).sum(dtype=self.sums_dtype)
                 sums = [sums[0] + size * loss, sums[1] + size]
@@ -201,62 +185,6 @@ class Objective(Copies):
         }  # fmt: skip
 
     # -- parts -------------------------------------------------------------------------------------------------------
-
-    def _checked(self, loss: Tensor) -> Tensor:
-        if not isinstance(loss, Tensor) or loss.ndim:
-            got = list(loss.shape) if isinstance(loss, Tensor) else type(loss).__name__
-            raise ValueError(f"loss_fn must give the mean loss of a batch as a scalar tensor, got {got}")
-        return loss
-
-    def _gradients(self, number: int, batch: Any, create_graph: bool) -> tuple[int, float, list[tuple[int, Tensor]]]:
-        """Size and loss of a batch, and the gradient by the number of each parameter that it has one in."""
-        loss = self._checked(self.run(self._loss_fn, self.leaves, number, batch))
-        if not loss.requires_grad:
-            raise ValueError("the loss has no gradient in the parameters: give a loss_fn that is computed from them")
-        found = torch.autograd.grad(loss, self.leaves, create_graph=create_graph, allow_unused=True)
-        return batch_size(batch), float(loss.detach()), [(k, g) for k, g in enumerate(found) if g is not None]
-
-    def _graphs(self) -> Iterator[tuple[int, float, list[tuple[int, Tensor]], bool]]:
-        """The differentiable gradient of each batch, and whether its graph is wanted again."""
-        for size, loss, gradients in self._kept:
-            yield size, loss, gradients, True
-        if self._kept_all:
-            return
-        with same_random_state(self.device):
-            for number, batch in self.batches():
-                if number < len(self._kept):
-                    continue
-                if not self._full:
-                    with saved_bytes(self._ignored) as count:
-                        size, loss, gradients = self._gradients(number, batch, create_graph=True)
-                    self._kept_bytes += count[0]
-                    self._full = self._kept_bytes > KEPT_BYTES
-                    if not self._full:
-                        self._kept.append((size, loss, gradients))
-                    yield size, loss, gradients, not self._full
-                else:
-                    yield *self._gradients(number, batch, create_graph=True), False
-        self._kept_all = not self._full
-
-    @property
-    def _ignored(self) -> set[int]:
-        return {tensor.untyped_storage().data_ptr() for tensor in [*self.leaves, *self.fixed.values()]}
-
-    def _second(self, gradients: list[tuple[int, Tensor]], parts: list[Tensor], keep: bool) -> list[tuple[int, Tensor]]:
-        """The batch's Hessian times ``parts``; where nothing comes, the derivative is zero."""
-        curved = [(k, g) for k, g in gradients if g.requires_grad]
-        if not curved:
-            return []
-        try:
-            found = torch.autograd.grad(
-                [g for _, g in curved], self.leaves, [parts[k] for k, _ in curved], retain_graph=keep, allow_unused=True
-            )
-        except RuntimeError as error:
-            raise RuntimeError(
-                f"the loss has an operation without a second derivative ({str(error).splitlines()[0]}): use a plain "
-                "form of it, such as math attention or an RNN outside of cuDNN"
-            ) from error
-        return [(k, h) for k, h in enumerate(found) if h is not None]
 
     def _add(self, total: Tensor, parts: list[tuple[int, Tensor]], size: int) -> None:
         places = total.split(self.sizes)

@@ -20,7 +20,8 @@ import torch
 from torch import Tensor, nn
 
 from lightning_kd.metrics._arguments import generator
-from lightning_kd.metrics._objective import LossFn, Measured, Objective, objective
+from lightning_kd.metrics._batch_derivatives import LossFn
+from lightning_kd.metrics._objective import Measured, Objective, objective
 
 
 @dataclass(frozen=True)

@@ -13,7 +13,8 @@ from torch import Tensor, nn
 
 from lightning_kd.metrics._arguments import chosen_parameters
 from lightning_kd.metrics._arguments import generator as stream
-from lightning_kd.metrics._objective import LossFn, objective
+from lightning_kd.metrics._batch_derivatives import LossFn
+from lightning_kd.metrics._objective import objective
 
 
 class LossSlice(NamedTuple):

@@ -10,7 +10,8 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from lightning_kd.metrics._objective import LossFn, Measured, Objective, objective
+from lightning_kd.metrics._batch_derivatives import LossFn
+from lightning_kd.metrics._objective import Measured, Objective, objective
 from lightning_kd.metrics.classifier_head import feature_hessian_trace, neural_collapse, relative_flatness
 from lightning_kd.metrics.curvature import lanczos
 from lightning_kd.metrics.traces import hutchinson

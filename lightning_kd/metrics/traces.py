@@ -15,7 +15,8 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from lightning_kd.metrics._arguments import generator
-from lightning_kd.metrics._objective import LossFn, Measured, Objective, objective
+from lightning_kd.metrics._batch_derivatives import LossFn
+from lightning_kd.metrics._objective import Measured, Objective, objective
 
 _PROBES_AT_ONCE = 10
 

@@ -6,82 +6,38 @@ Bidirectional Learning with Dynamic Sample Reweighting. 2022, arXiv 2209.01334.
 
 from __future__ import annotations
 
-import csv
-import math
 from collections.abc import Sequence
-from io import StringIO
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
-from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
+from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor, nn
 
 from lightning_kd.core.averaging import averaged_copy, update_average
 from lightning_kd.core.batch import Batch, as_batch
-from lightning_kd.core.distributed import gather_by_index
 from lightning_kd.core.feature_hooks import penultimate_tap
 from lightning_kd.core.losses import at_least_float32, check_positive
 from lightning_kd.core.outputs import class_logits
-from lightning_kd.core.run import write_text
 from lightning_kd.core.two_pass_step import second_pass
 from lightning_kd.core.weights import load_weights
-from lightning_kd.metrics import selection_metrics
-from lightning_kd.noisy_labels.bldr_losses import (
-    agreement_loss,
-    average_decay,
-    balance_loss,
-    complementary_loss,
-    consistency_loss,
-    corrected_cross_entropy,
-    corrected_probabilities,
-    exit_distillation_loss,
-    exit_feature_loss,
-    flag_wrong,
-    negative_loss,
-    positive_loss,
-    reweight,
-    separation_loss,
-    update_rows,
+from lightning_kd.noisy_labels.bldr_losses import average_decay, reweight
+from lightning_kd.noisy_labels.bldr_terms import (
+    HeadOutputs,
+    SampleRows,
+    TermWeights,
+    bldr_terms,
+    log_mean,
+    weak_and_strong,
 )
-from lightning_kd.noisy_labels.early_exits import Exits, find_stages
+from lightning_kd.noisy_labels.early_exits import Exits
+from lightning_kd.noisy_labels.label_beliefs import EpochBeliefs, judge_beliefs
 from lightning_kd.noisy_labels.label_scores import LabelScores, logit_margin
 from lightning_kd.noisy_labels.noisy_label_task import NoisyLabelTask
+from lightning_kd.noisy_labels.sample_noise_rows import check_rows, descend_rows, start_rows
+from lightning_kd.noisy_labels.wrong_labels import lost_classes, write_wrong_labels, wrong_label_metrics
 
-__all__ = [
-    "BLDR",
-    "agreement_loss",
-    "average_decay",
-    "balance_loss",
-    "complementary_loss",
-    "consistency_loss",
-    "corrected_cross_entropy",
-    "corrected_probabilities",
-    "exit_distillation_loss",
-    "exit_feature_loss",
-    "find_stages",
-    "flag_wrong",
-    "negative_loss",
-    "positive_loss",
-    "reweight",
-    "separation_loss",
-    "update_rows",
-]
-
-
-class _Outputs(NamedTuple):
-    """Logits of both heads and of the exits, the pooled feature and those of the exits; first dimension the batch."""
-
-    positive: Tensor
-    negative: Tensor
-    exits: list[Tensor]
-    feature: Tensor
-    exit_features: list[Tensor]
-
-    def first(self, count: int) -> _Outputs:
-        """Those of the first ``count`` images."""
-        exits, features = ([t[:count] for t in ts] for ts in (self.exits, self.exit_features))
-        return _Outputs(self.positive[:count], self.negative[:count], exits, self.feature[:count], features)
+__all__ = ["BLDR"]
 
 
 class BLDR(NoisyLabelTask):
@@ -170,31 +126,21 @@ class BLDR(NoisyLabelTask):
         check_positive(temperature=temperature)
         if agreement_weight is None:
             agreement_weight = 10.0 if num_classes == 100 else 0.0
-        not_negative = {
-            "warmup_epochs": warmup_epochs,
-            "row_lr": row_lr,
-            "consistency_weight": consistency_weight,
-            "balance_weight": balance_weight,
-            "separation_weight": separation_weight,
-            "kd_weight": kd_weight,
-            "feature_weight": feature_weight,
-            "agreement_weight": agreement_weight,
-        }
-        for name, value in not_negative.items():
-            if not value >= 0:
-                raise ValueError(f"{name} must be at least 0, got {value}: give 0 to leave it out")
-        for name, value in (("rho_threshold", rho_threshold), ("detection_threshold", detection_threshold)):
-            if not 0 < value < 1:
-                raise ValueError(f"{name} must be between 0 and 1, got {value}: give a probability")
-        self.network = self.build(network)
-        if weights is not None:
-            load_weights(self.network, weights, num_classes)
         self.warmup_epochs, self.row_lr, self.temperature = warmup_epochs, row_lr, temperature
         self.consistency_weight, self.balance_weight = consistency_weight, balance_weight
         self.separation_weight, self.agreement_weight = separation_weight, agreement_weight
         self.kd_weight, self.feature_weight = kd_weight, feature_weight
         self.rho_threshold, self.detection_threshold = rho_threshold, detection_threshold
         self.reuse_forward, self.average_buffers = reuse_forward, average_buffers
+        for name in ("warmup_epochs", "row_lr", *(name for name in TermWeights._fields if name != "temperature")):
+            if not getattr(self, name) >= 0:
+                raise ValueError(f"{name} must be at least 0, got {getattr(self, name)}: give 0 to leave it out")
+        for name, value in (("rho_threshold", rho_threshold), ("detection_threshold", detection_threshold)):
+            if not 0 < value < 1:
+                raise ValueError(f"{name} must be between 0 and 1, got {value}: give a probability")
+        self.network = self.build(network)
+        if weights is not None:
+            load_weights(self.network, weights, num_classes)
         self._feature, linear = penultimate_tap(self.network, classifier)
         self.negative_head = nn.Linear(linear.in_features, num_classes)
         # copied before there are exits: only training needs them, and their taps hold on to large maps
@@ -207,7 +153,7 @@ class BLDR(NoisyLabelTask):
             self.remember(name, (num_classes,))
         self.remember("weight", fill=1.0)
         self._used: tuple[Tensor, Tensor, Tensor] | None = None
-        self._epoch: list[tuple[Tensor, ...]] = []
+        self._beliefs = EpochBeliefs()
         self._averaged = self._checked = self._told = False
         self._suggested = torch.empty(0)
 
@@ -230,12 +176,12 @@ class BLDR(NoisyLabelTask):
     def forward(self, image: Tensor) -> Tensor:
         """Logits ``[B, C]`` of the averaged network: logarithms of the mean of both heads' probabilities."""
         positive, negative, _ = self._heads(self.average, image)
-        return _log_mean(positive, negative)
+        return log_mean(positive, negative)
 
-    def _outputs(self, image: Tensor) -> _Outputs:
+    def _outputs(self, image: Tensor) -> HeadOutputs:
         positive, negative, feature = self._heads(self._parts(), image)
         exits, features = self.exits()
-        return _Outputs(positive, negative, list(at_least_float32(*exits)), feature, features)
+        return HeadOutputs(positive, negative, list(at_least_float32(*exits)), feature, features)
 
     # -- training ----------------------------------------------------------------------------------------------------
 
@@ -248,93 +194,38 @@ class BLDR(NoisyLabelTask):
         fresh = [name for name in ("u", "v") if not len(self.memories[name].rows)]
         super().on_train_start()
         for name in fresh:
-            rows = self.memories[name].rows
-            # in float64 on the CPU: the same on every device; from rank 0: the same on all
-            start = torch.from_numpy(self.generator(f"bldr_{name}").standard_normal(tuple(rows.shape)) * 1e-8)
-            rows.copy_(self.trainer.strategy.broadcast(start))
-
-    def _views(self, batch: Batch) -> tuple[Tensor, Tensor | None]:
-        views = tuple(batch.image) if isinstance(batch.image, tuple | list) else (batch.image,)
-        if self.consistency_weight == 0:
-            return views[0], None
-        if len(views) != 2:
-            raise ValueError(
-                f"BLDR with consistency_weight={self.consistency_weight} needs a weak and a strong view of each image, "
-                f"got {len(views)} view(s): use one of our data modules, or let your loader yield "
-                "((weak, strong), target, index), or set consistency_weight to 0"
-            )
-        return views[0], views[1]
-
-    def _check(self, index: Tensor, target: Tensor) -> None:
-        count = len(self.memories["u"].rows)
-        for name, values, end in (("index", index, count), ("target", target, self.num_classes)):
-            low, high = int(values.min()), int(values.max())
-            if low < 0 or high >= end:
-                raise ValueError(f"{name} must be between 0 and {end - 1}, got {low} to {high}: check your loader")
+            start_rows(self.memories[name], self.generator(f"bldr_{name}"), self.trainer.strategy)
 
     def training_step(self, batch: Any, batch_idx: int) -> Tensor:
         batch = as_batch(batch)
-        weak, strong = self._views(batch)
+        weak, strong = weak_and_strong(batch, self.consistency_weight)
         index, target, count = self.index_of(batch), batch.target, len(batch.target)
         if not self._checked:  # in the first epoch only: it makes a GPU wait
-            self._check(index, target)
+            check_rows(len(self.memories["u"].rows), self.num_classes, index, target)
         joint = self._outputs(weak if strong is None else torch.cat([weak, strong]))
         alone = joint.first(count) if self.reuse_forward or strong is None else self._outputs(weak)
         u, v = (self.memories[name].rows[index].requires_grad_() for name in ("u", "v"))
         self._used = (index, u, v)
-        weight = self.memories["weight"].rows[index]
-        weights = (self.consistency_weight, self.balance_weight)
-        positive, *exits = (
-            positive_loss(logits, target, u, v, weight, self.rho, *weights, self.separation_weight)
-            for logits in (joint.positive, *joint.exits)
-        )
-        teacher = (alone.positive + alone.negative) / 2
-        kd = [exit_distillation_loss(logits, teacher, self.temperature) for logits in alone.exits]
-        difference = [exit_feature_loss(feature, alone.feature) for feature in alone.exit_features]
-        terms = {
-            "negative": negative_loss(joint.negative, target, alone.negative.argmax(1), weight, *weights),
-            "positive": positive,
-            "exits": torch.stack(exits).sum(),
-            "kd": self.kd_weight * torch.stack(kd).sum(),
-            # gradients are averaged over processes, but this is a sum over the joint batch
-            "feature": self.feature_weight * self.trainer.world_size * torch.stack(difference).sum(),
-        }
-        if self.agreement_weight:
-            terms["agreement"] = self.agreement_weight * agreement_loss(alone.positive, alone.negative)
-        self._note_batch(batch, alone)
+        samples = SampleRows(u, v, self.memories["weight"].rows[index])
+        settings = TermWeights(*(getattr(self, name) for name in TermWeights._fields))
+        terms = bldr_terms(joint, alone, target, samples, self.rho, settings, self.trainer.world_size)
+        # for the weights of the next epoch
+        self._beliefs.note(batch, index, alone.positive, alone.negative)
         return self.step_loss(terms, alone.positive, target)
-
-    @torch.no_grad()
-    def _note_batch(self, batch: Batch, outputs: _Outputs) -> None:
-        """Keep what the negative head says of the given labels, for the weights of the next epoch."""
-        if second_pass():
-            return
-        target = batch.target
-        clean = batch.extras.get("clean_target", torch.full_like(target, -1))
-        scores = _log_mean(outputs.positive, outputs.negative)
-        believed = outputs.negative.softmax(1).gather(1, target[:, None]).squeeze(1)
-        margin, predicted = logit_margin(scores, target), scores.argmax(1)
-        self._epoch.append((self.index_of(batch), target, clean, believed, margin, predicted))
 
     def on_after_backward(self) -> None:
         if self._used is None or second_pass():
             return
         index, u, v = self._used
         self._used = None
-        # the loss is scaled in 16-mixed, and a mean over this process's batch alone
-        scaler = getattr(self.trainer.precision_plugin, "scaler", None)
-        scale = torch.tensor(float(self.trainer.world_size), device=u.device)
-        scale = scale if scaler is None else scaler.scale(scale)
         for name, rows in (("u", u), ("v", v)):
-            if rows.grad is not None:
-                update_rows(self.memories[name].rows, index, rows.grad / scale, self.row_lr)
-                self.memories[name].seen[index] = True
+            descend_rows(self.memories[name], index, rows, self.row_lr, self.trainer)
 
     # -- the end of an epoch -----------------------------------------------------------------------------------------
 
     def on_train_epoch_start(self) -> None:
         super().on_train_epoch_start()
-        self._epoch.clear()
+        self._beliefs.clear()
         self._used, self._averaged = None, False
 
     def on_train_batch_end(self, outputs: Any, batch: Any, batch_idx: int) -> None:
@@ -351,27 +242,22 @@ class BLDR(NoisyLabelTask):
         super().on_train_epoch_end()
         self._update_average()
         self._checked = True
-        if self._epoch:
-            columns = [torch.cat(column) for column in zip(*self._epoch, strict=True)]
-            self._epoch.clear()
-            index, given, clean, believed, margin, predicted = gather_by_index(*columns)
-            verdict = _scores(index, given, clean, believed, margin, predicted, threshold=self.detection_threshold)
+        verdict = self._beliefs.take(self.detection_threshold)
+        if verdict is not None:
             self._log_verdict(verdict)
             if self.current_epoch >= self.warmup_epochs:
-                weight, rho = reweight(believed, self.rho_threshold)
+                weight, rho = reweight(verdict.score, self.rho_threshold)
                 self.rho.fill_(rho)
                 rows = self.memories["weight"].rows
                 if weight is None:
                     rank_zero_warn("the negative head believes all labels equally: samples keep their weights")
                 else:  # samples that were not seen keep theirs
-                    rows[index.to(rows.device)] = weight.to(rows)
-                    self._warn_of_lost_classes(weight, given)
+                    rows[verdict.index.to(rows.device)] = weight.to(rows)
+                    self._warn_of_lost_classes(weight, verdict.given)
         self.log("train/rho", float(self.rho))
 
     def _warn_of_lost_classes(self, weight: Tensor, given: Tensor) -> None:
-        count = torch.bincount(given, minlength=self.num_classes)
-        mean = torch.bincount(given, weight.double(), minlength=self.num_classes) / count.clamp(min=1)
-        lost = ((mean < 0.1) & (count > 0)).nonzero().flatten().tolist()
+        lost = lost_classes(weight, given, self.num_classes)
         if lost and not self._told:
             self._told = True
             rank_zero_warn(
@@ -380,16 +266,9 @@ class BLDR(NoisyLabelTask):
             )
 
     def _log_verdict(self, scores: LabelScores) -> None:
-        values = scores.metrics()
-        values.update({f"wrong_{name}": value for name, value in self._detection(scores).items() if name != "auc"})
+        values, found = scores.metrics(), wrong_label_metrics(scores, self.detection_threshold)
+        values.update({f"wrong_{name}": value for name, value in found.items() if name != "auc"})
         self.log_dict({f"train/{name}": value for name, value in values.items()})
-
-    def _detection(self, scores: LabelScores) -> dict[str, float]:
-        """Precision, recall, F1 and AUC of the wrong labels found; nothing where the clean ones are not known."""
-        if scores.clean is None:
-            return {}
-        kept = ~flag_wrong(scores.clean_probability, self.detection_threshold)
-        return selection_metrics(scores.clean_probability, kept, scores.given, scores.clean, "wrong")
 
     # -- the verdict -------------------------------------------------------------------------------------------------
 
@@ -403,44 +282,12 @@ class BLDR(NoisyLabelTask):
             return believed, logit_margin(scores, batch.target), scores.argmax(1), suggested
 
         *columns, self._suggested = self.over_training_set(measure)
-        return _scores(*columns, threshold=self.detection_threshold)
+        return judge_beliefs(*columns, threshold=self.detection_threshold)
 
     def write_results(self, folder: Path) -> None:
         super().write_results(folder)
         if not hasattr(getattr(self.trainer, "datamodule", None), "train_indices"):
             return
         scores = self.label_scores()
-        if not self.trainer.is_global_zero:
-            return
-        probability = scores.clean_probability
-        order = probability.argsort(stable=True)
-        order = order[flag_wrong(probability[order], self.detection_threshold)]
-        text = StringIO()
-        writer = csv.writer(text, lineterminator="\n")
-        writer.writerow(["index", "given", "probability", "suggested"])
-        for i in order.tolist():
-            row = [int(scores.index[i]), int(scores.given[i]), f"{float(probability[i]):.6g}", int(self._suggested[i])]
-            writer.writerow(row)
-        write_text(folder / "wrong_labels.csv", text.getvalue())
-        found = ", ".join(f"{name} {value:.3f}" for name, value in self._detection(scores).items())
-        rank_zero_info(f"{len(order)} of {len(probability)} labels look wrong ({found or 'see wrong_labels.csv'})")
-
-
-def _log_mean(positive: Tensor, negative: Tensor) -> Tensor:
-    """Logarithm of the mean of both softmaxes, finite for any logits."""
-    return torch.logaddexp(positive.log_softmax(1), negative.log_softmax(1)) - math.log(2)
-
-
-def _scores(
-    index: Tensor,
-    given: Tensor,
-    clean: Tensor,
-    believed: Tensor,
-    margin: Tensor,
-    predicted: Tensor,
-    *,
-    threshold: float,
-) -> LabelScores:
-    """The verdict by the negative head; ``clean`` is -1 where it is not known."""
-    known = clean if bool((clean >= 0).all()) else None
-    return LabelScores(index, given, predicted, margin, believed, believed.double(), None, known, threshold)
+        if self.trainer.is_global_zero:
+            write_wrong_labels(folder / "wrong_labels.csv", scores, self._suggested, self.detection_threshold)

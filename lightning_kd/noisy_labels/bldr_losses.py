@@ -13,6 +13,24 @@ from torch import Tensor
 
 from lightning_kd.core.losses import at_least_float32, check_logits, check_positive
 
+__all__ = [
+    "agreement_loss",
+    "average_decay",
+    "balance_loss",
+    "complementary_loss",
+    "consistency_loss",
+    "corrected_cross_entropy",
+    "corrected_probabilities",
+    "exit_distillation_loss",
+    "exit_feature_loss",
+    "flag_wrong",
+    "negative_loss",
+    "positive_loss",
+    "reweight",
+    "separation_loss",
+    "update_rows",
+]
+
 _FLOOR = 1e-4
 
 

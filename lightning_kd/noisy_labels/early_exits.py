@@ -11,6 +11,8 @@ from torch import Tensor, nn
 
 from lightning_kd.core.feature_hooks import Tap
 
+__all__ = ["find_stages"]
+
 # what networks here and in the libraries call their stages: layer1, block0, stages.2, features.5 ...
 _STAGE = re.compile(r"(?P<family>(?:.+\.)?(?:layer|block|stage|layers\.|blocks\.|stages\.|features\.))(?P<number>\d+)")
 

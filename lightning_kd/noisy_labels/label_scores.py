@@ -14,7 +14,7 @@ from torch import Tensor
 
 from lightning_kd.core.losses import at_least_float32, check_target
 from lightning_kd.core.mixture import Mixture, fit_mixture
-from lightning_kd.core.run import write_text
+from lightning_kd.core.run_folder import write_text
 from lightning_kd.metrics import memorisation, selection_metrics
 
 

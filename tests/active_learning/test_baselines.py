@@ -14,12 +14,12 @@ from lightning_kd.active_learning import (
     KCenter,
     PoolClassifier,
     Strategy,
-    choose,
     k_center_greedy,
     least_confidence,
     predictive_entropy,
     probability_margin,
     run_rounds,
+    select_query,
 )
 from lightning_kd.active_learning.baselines import STRATEGIES
 from lightning_kd.active_learning.diverse_selection import badge_picks
@@ -198,7 +198,7 @@ def test_it_trains_like_a_plain_loop_on_the_known_samples_alone():
 def test_it_chooses_by_name(name):
     task, trainer, data = fitted(name)
     assert task.strategy_name == name
-    query, _ = choose(trainer, task, data)
+    query, _ = select_query(trainer, task, data)
     assert len(query.index) == 30
     assert np.isin(query.index, data.unlabelled_indices).all()
     outputs = trainer.predict(task, datamodule=data, return_predictions=True)[0]
@@ -220,7 +220,7 @@ def last_linear(task):
 
 def test_k_center_in_a_pool_starts_from_the_labelled_features():
     task, trainer, data = fitted("k_center")
-    query, _ = choose(trainer, task, data)
+    query, _ = select_query(trainer, task, data)
     tapped = {}
     last_linear(task).register_forward_pre_hook(lambda module, args: tapped.update(x=args[0]))
 
@@ -247,7 +247,7 @@ def asked_for(name, devices):
     torch.manual_seed(0)
     task, data = classifier(name), pool_data()
     trainer = trainer_of(devices=devices, strategy="ddp" if devices > 1 else "auto")
-    return choose(trainer, task, data)[0].index.tolist()
+    return select_query(trainer, task, data)[0].index.tolist()
 
 
 @pytest.mark.parametrize("name", ["k_center", "badge"])
@@ -265,7 +265,7 @@ class Last(Strategy):
 
 def test_a_strategy_of_ones_own():
     task, trainer, data = fitted(Last())
-    query, _ = choose(trainer, task, data)
+    query, _ = select_query(trainer, task, data)
     assert query.index.tolist() == data.unlabelled_indices[-30:].tolist()
     assert task.strategy_name == "Last"
     assert not task.needs_labelled

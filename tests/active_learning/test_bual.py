@@ -317,7 +317,7 @@ class Spy(L.Callback):
         self.before.append(weights(task))
 
     def on_train_batch_end(self, trainer, task, *args):
-        if task.negative_start is not None:
+        if task.stage.start is not None:
             self.complementary.append(task._labels_of_epoch().clone())
 
     def on_train_epoch_end(self, trainer, task):
@@ -346,9 +346,9 @@ def test_which_network_learns_when_and_from_what(run):
     known, unknown = set(data.known_indices.tolist()), set(data.unknown_indices.tolist())
     assert seen[0] == known
     assert seen[1] == known | unknown
-    assert seen[2] <= known | set(task.subset_indices.tolist())
-    assert len(task.subset_indices) == 40
-    assert set(task.subset_indices) <= set(data.unlabelled_indices)
+    assert seen[2] <= known | set(task.stage.subset.tolist())
+    assert len(task.stage.subset) == 40
+    assert set(task.stage.subset) <= set(data.unlabelled_indices)
     for _, network, index, target in spy.batches:
         assert torch.equal(target, data.train_target[index])
         assert int(target.max()) <= (4 if network == 1 else 3)
@@ -388,19 +388,19 @@ def test_the_negative_stage_starts_from_the_backbone_with_a_fresh_optimizer(run)
 def test_complementary_labels_are_drawn_once_an_epoch_and_are_wrong_for_known(run):
     task, _, data, spy = run
     first, last = spy.complementary[0], spy.complementary[-1]
-    known, subset = torch.from_numpy(data.known_indices), torch.from_numpy(task.subset_indices)
+    known, subset = torch.from_numpy(data.known_indices), torch.from_numpy(task.stage.subset)
     assert not torch.equal(first[subset], last[subset])
     assert (first[known] != data.train_target[known]).all()
     assert int(first.max()) <= 3
-    both = np.union1d(data.known_indices, task.subset_indices)
+    both = np.union1d(data.known_indices, task.stage.subset)
     draws = complementary_labels(data.train_target[torch.from_numpy(both)], 4, numpy_generator(0, "complementary", 2))
     assert torch.equal(first[torch.from_numpy(both)], draws)
 
 
 def test_snapshots_are_averaged_by_index(run):
     task, trainer, data, _ = run
-    assert task.snapshots == 3  # the untrained head, and after each epoch
-    rows = task.negative_sum.rows
+    assert task.stage.snapshots == 3  # the untrained head, and after each epoch
+    rows = task.stage.sum.rows
     pool = torch.from_numpy(data.unlabelled_indices)
     torch.testing.assert_close(rows[pool].sum(1), torch.full((len(pool),), 3.0))
     assert int((rows.sum(1) > 0).sum()) == len(pool)
@@ -431,7 +431,7 @@ def test_only_the_snapshots_asked_for():
     task, _ = fitted(
         trainer=trainer_of(max_epochs=6), negative_epochs=5, snapshot_interval=2, include_initial_snapshot=False
     )
-    assert (task.negative_start, task.snapshots) == (1, 2)
+    assert (task.stage.start, task.stage.snapshots) == (1, 2)
 
 
 def test_the_first_round_has_no_auxiliary():
@@ -448,7 +448,7 @@ def test_the_first_round_has_no_auxiliary():
 
 
 def test_logged_names(tmp_path):
-    from lightning_kd.core.run import RunLogger
+    from lightning_kd.core.run_logger import RunLogger
 
     fitted(trainer=trainer_of(logger=RunLogger(tmp_path)))
     header, *rows = (tmp_path / "metrics.csv").read_text().splitlines()
@@ -471,9 +471,9 @@ def test_resume_equals_an_undisturbed_run(tmp_path, stop):
     again, _ = fitted(trainer=trainer_of(callbacks=[spy]), ckpt_path=tmp_path / f"epoch={stop}.ckpt", **factory)
     assert spy.networks[0][0] == stop + 1
     assert equal(weights(whole), weights(again))
-    assert torch.equal(whole.negative_sum.rows, again.negative_sum.rows)
-    assert again.snapshots == 3
-    assert np.array_equal(whole.subset_indices, again.subset_indices)
+    assert torch.equal(whole.stage.sum.rows, again.stage.sum.rows)
+    assert again.stage.snapshots == 3
+    assert np.array_equal(whole.stage.subset, again.stage.subset)
 
 
 @pytest.mark.filterwarnings("ignore:You're resuming from a checkpoint that ended before")
@@ -490,7 +490,7 @@ def test_resume_in_the_midst_of_a_negative_epoch(tmp_path, run):
     assert set(spy.networks) == {(2, 2)}
     assert len(spy.networks) == networks[step - 1 :].count(2) // 2 - 1
     assert torch.equal(spy.complementary[0], watched.complementary[0])
-    assert again.snapshots == 2
+    assert again.stage.snapshots == 2
 
 
 def test_a_checkpoint_scores_like_the_task(tmp_path):
@@ -517,7 +517,7 @@ def test_a_second_fit_starts_anew():
     data = data_of()
     task, _ = fitted(data)
     trainer_of(max_epochs=3).fit(task, datamodule=data)
-    assert (task.negative_start, task.snapshots) == (1, 3)
+    assert (task.stage.start, task.stage.snapshots) == (1, 3)
 
 
 def test_scores_before_the_negative_stage_are_refused():
@@ -546,12 +546,12 @@ def test_samples_unknown_to_the_memory_are_marked(run):
     task.eval()
     negative = task.pool_scores(torch.zeros(3, 1, 8, 8), index)[1]["negative_probs"]
     assert (negative == -1).all(1).tolist() == [False, True, True]
-    rows = task.negative_sum.rows
+    rows = task.stage.sum.rows
     try:
-        task.negative_sum.rows = rows.index_fill(0, index[:1], torch.nan)
+        task.stage.sum.rows = rows.index_fill(0, index[:1], torch.nan)
         negative = task.pool_scores(torch.zeros(3, 1, 8, 8), index)[1]["negative_probs"]
     finally:
-        task.negative_sum.rows = rows
+        task.stage.sum.rows = rows
     assert negative.isnan().any(1).tolist() == [True, False, False]  # not taken for a sample that is not there
 
 
@@ -600,7 +600,7 @@ def test_the_subset_comes_from_the_candidates_or_from_the_pool():
         task = task_of(subset=subset, subset_size=10**6)
         task.auxiliary = Half(64, 5)
         trainer_of().fit(task, datamodule=data)
-        seen[subset] = set(task.subset_indices.tolist())
+        seen[subset] = set(task.stage.subset.tolist())
     image = torch.cat([batch.image for batch in data.loader("train", data.unlabelled_indices)])
     bright = (image.flatten(1).mean(1) > 0).numpy()
     assert seen["pool"] == set(data.unlabelled_indices.tolist())
@@ -614,7 +614,7 @@ def test_a_network_of_ones_own():
     task = BUAL(network, 4, input_shape=(1, 8, 8), negative_epochs=1, snapshot_interval=1)
     assert task.network is network
     trainer_of(max_epochs=2).fit(task, datamodule=data)
-    assert task.snapshots == 2
+    assert task.stage.snapshots == 2
     assert task.auxiliary(torch.zeros(2, 1, 8, 8)).shape == (2, 5)
 
 
@@ -659,8 +659,8 @@ def test_nothing_left_in_the_pool():
     data.use(data.record)
     assert len(data.unlabelled_indices) == 0
     task, _ = fitted(data)
-    assert task.snapshots == 0
-    assert len(task.subset_indices) == 0
+    assert task.stage.snapshots == 0
+    assert len(task.stage.subset) == 0
 
 
 def rank_result():
@@ -670,10 +670,10 @@ def rank_result():
     trainer.fit(task, datamodule=data_of())
     moved = [k for k, v in spy.after[1].items() if k.startswith("network.") and not torch.equal(v, spy.after[3][k])]
     return {
-        "subset": task.subset_indices.tolist(),
+        "subset": task.stage.subset.tolist(),
         "complementary": spy.complementary[-1].tolist(),
-        "sum": task.negative_sum.rows.tolist(),
-        "snapshots": task.snapshots,
+        "sum": task.stage.sum.rows.tolist(),
+        "snapshots": task.stage.snapshots,
         "weights": [p.sum().item() for p in task.parameters()],
         "moved": [k for k in moved if "running" not in k and "num_batches" not in k],
     }

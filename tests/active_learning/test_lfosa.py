@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from lightning_kd.active_learning import LfOSA, choose, known_posterior, run_rounds, temperature_cross_entropy
+from lightning_kd.active_learning import LfOSA, known_posterior, run_rounds, select_query, temperature_cross_entropy
 from lightning_kd.active_learning.lfosa import _log_odds
 from lightning_kd.core.feature_hooks import find_classifier
 from lightning_kd.core.mixture import Mixtures, fit_mixture
@@ -223,7 +223,7 @@ def test_batches_and_their_order_are_of_no_account_to_the_choice(monkeypatch):
         ]
         trainer = trainer_of()
         monkeypatch.setattr(trainer, "predict", lambda *args, outputs=outputs, **kwargs: outputs)
-        queries.append(choose(trainer, task_of(), data)[0])
+        queries.append(select_query(trainer, task_of(), data)[0])
     assert high[torch.from_numpy(queries[0].index)].all()
     for query in queries[1:]:
         assert query.index.tolist() == queries[0].index.tolist()

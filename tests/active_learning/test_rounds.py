@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import torch
 
-from lightning_kd.active_learning import BUAL, DCFS, LfOSA, PoolClassifier, ask, choose, run_rounds
+from lightning_kd.active_learning import BUAL, DCFS, LfOSA, PoolClassifier, run_rounds, select_query, write_query
 from lightning_kd.active_learning import rounds as module
 from lightning_kd.pool import PoolRecord, Query
 from tests.active_learning.runs import Greedy, pool_data, starter, trainer_of
@@ -34,7 +34,7 @@ def test_a_whole_run_keeps_the_books(tmp_path):
     for number, row in enumerate(rows):
         known, unknown = row["known"], row["unknown"]
         assert known + unknown == 40 + row["labels"]
-        assert record.results[number]["unlabelled"] == len(data._universe) - known - unknown
+        assert record.results[number]["unlabelled"] == len(data.source.train_indices) - known - unknown
         if number < 2:
             valid = round(row["query/precision"] * 30)
             assert rows[number + 1]["known"] == known + valid
@@ -186,7 +186,7 @@ def test_what_a_strategy_may_return(tmp_path, chosen, message):
 
 def test_bare_indices_and_queries(tmp_path):
     trainer, task, data = starter(chosen=lambda pool, budget: torch.from_numpy(pool.unlabelled[5:8]))(0, tmp_path)
-    query, predicted = choose(trainer, task, data)
+    query, predicted = select_query(trainer, task, data)
     assert query.index.tolist() == data.unlabelled_indices[5:8].tolist()
     assert np.isnan(query.score).all()
     assert list(predicted) == query.index.tolist()
@@ -206,7 +206,7 @@ def test_scores_come_in_the_order_of_the_view(tmp_path):
             return Query(pool.unlabelled[:1], np.zeros(1))
 
     trainer, task, data = starter(Looking)(0, tmp_path)
-    choose(trainer, task, data)
+    select_query(trainer, task, data)
     pool = seen["pool"]
     assert np.array_equal(seen["scores"]["copy"][:, 1].numpy(), pool.unlabelled)
     assert np.array_equal(pool.labelled_scores["copy"][:, 2].numpy(), pool.known)
@@ -215,7 +215,7 @@ def test_scores_come_in_the_order_of_the_view(tmp_path):
 
 def test_asking_a_person(tmp_path):
     trainer, task, data = starter()(0, tmp_path)
-    path = ask(trainer, task, data, tmp_path)
+    path = write_query(trainer, task, data, tmp_path)
     lines = path.read_text().splitlines()
     assert path.name == "query_00.csv"
     assert lines[0] == "index,score,predicted,label"
@@ -228,7 +228,7 @@ def test_asking_a_person(tmp_path):
     data.setup()
     data.use(PoolRecord.load(tmp_path / "pool.json"))
     with pytest.raises(ValueError, match=r"30 samples of query_00\.csv wait for an answer"):
-        ask(trainer, task, data, tmp_path)
+        write_query(trainer, task, data, tmp_path)
 
 
 def test_warm_start_goes_on_from_the_round_before(tmp_path):

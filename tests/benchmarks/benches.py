@@ -25,7 +25,9 @@ from torchvision import transforms
 
 from lightning_kd.core.batch import Batch
 from lightning_kd.core.classification import Classification
-from lightning_kd.core.run import RunFolder, RunLogger, run_callbacks
+from lightning_kd.core.run import run_callbacks
+from lightning_kd.core.run_folder import RunFolder
+from lightning_kd.core.run_logger import RunLogger
 from lightning_kd.data.augment import CropFlip, Normalize
 from lightning_kd.data.resident import ResidentLoader
 from lightning_kd.data.sampling import ShardedSampler

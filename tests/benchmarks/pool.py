@@ -13,7 +13,7 @@ from sklearn.metrics import pairwise_distances
 from sklearn.mixture import GaussianMixture
 from torch import Tensor
 
-from lightning_kd.active_learning import PoolClassifier, badge_select, choose, k_center_greedy, known_posterior
+from lightning_kd.active_learning import PoolClassifier, badge_select, k_center_greedy, known_posterior, select_query
 from lightning_kd.data import Arrays, ClassificationDataModule, OpenSetDataModule
 from lightning_kd.pool import UNKNOWN, PoolRecord
 
@@ -190,7 +190,7 @@ def score(settings: Settings) -> None:
 
     def ours() -> float:
         with Clock() as clock:
-            choose(trainer(), task, data)
+            select_query(trainer(), task, data)
         return clock.seconds / count
 
     variants = [Variant("trainer.predict", plain), Variant("choose", ours, ">= 0.95")]

@@ -10,7 +10,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from lightning_kd.core.mixture import Mixture, Mixtures, _kmeans_start, fit_mixture, fit_mixtures
+from lightning_kd.core.mixture import Mixture, Mixtures, fit_mixture, fit_mixtures
+from lightning_kd.core.univariate_kmeans import kmeans_partition
 
 WORKED = torch.tensor([0, 0.2, 0.3, 0.5, 4, 4.4, 4.5, 5.1])
 
@@ -45,7 +46,7 @@ def test_the_start_is_the_best_partition(components: int, seed: int) -> None:
     best = min(
         within(ordered, np.split(ordered, cuts)) for cuts in itertools.combinations(range(1, len(x)), components - 1)
     )
-    start = _kmeans_start(torch.from_numpy(x), components)
+    start = kmeans_partition(torch.from_numpy(x), components)
     assert start.sum(1).tolist() == [1] * len(x)
     parts = [x[start[:, k].numpy() == 1] for k in range(components)]
     assert within(x, parts) == pytest.approx(best, rel=1e-6)
@@ -54,11 +55,13 @@ def test_the_start_is_the_best_partition(components: int, seed: int) -> None:
 
 def test_the_start_for_three_components_with_many_values() -> None:
     x = torch.cat([two_modes(6000), two_modes(3000) + 2])
-    start = _kmeans_start(x, 3)
+    start = kmeans_partition(x, 3)
     means = ((x @ start) / start.sum(0)).tolist()
     nearest = (x[:, None] - torch.tensor(means)).abs().argmin(1)  # in the best partition every value is at its nearest
     assert (nearest != start.argmax(1)).sum() <= 3 * math.ceil(9000 / 2048)
-    assert torch.equal(_kmeans_start(torch.tensor([0.0, 1, 2]).repeat(1000), 3), torch.eye(3).double().repeat(1000, 1))
+    assert torch.equal(
+        kmeans_partition(torch.tensor([0.0, 1, 2]).repeat(1000), 3), torch.eye(3).double().repeat(1000, 1)
+    )
 
 
 @pytest.mark.parametrize("components", [2, 3])
@@ -68,7 +71,7 @@ def test_equals_scikit_learn_from_the_same_start(components: int, seed: int) -> 
     x = two_modes(1500, seed)
     if components == 3:
         x = torch.cat([x, two_modes(500, seed + 10) + 1])
-    start = _kmeans_start(x, components).numpy()
+    start = kmeans_partition(x, components).numpy()
     reference = mixture_module.GaussianMixture(components, max_iter=10, tol=1e-2, reg_covar=5e-4)
     reference._initialize_parameters = lambda X, random_state, **_: reference._initialize(X, start)
     reference.fit(x.numpy()[:, None])

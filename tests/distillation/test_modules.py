@@ -11,7 +11,8 @@ from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
 from lightning_kd.core import Classification
-from lightning_kd.core.run import RunFolder, RunRecorder, run_callbacks
+from lightning_kd.core.run import RunRecorder, run_callbacks
+from lightning_kd.core.run_folder import RunFolder
 from lightning_kd.data import DigitsDataModule
 from lightning_kd.distillation import DHKD, DKD, KD, Distillation
 from lightning_kd.distillation.dhkd import align_gradients

@@ -18,7 +18,9 @@ from torch.utils.data import DataLoader, TensorDataset
 
 from lightning_kd.core import Classification
 from lightning_kd.core.averaging import averaged_copy, update_average
-from lightning_kd.core.run import RunFolder, RunLogger, run_callbacks
+from lightning_kd.core.run import run_callbacks
+from lightning_kd.core.run_folder import RunFolder
+from lightning_kd.core.run_logger import RunLogger
 from lightning_kd.data import DigitsDataModule
 from lightning_kd.flatness import OptimumShifting, OptimumShiftingClassifier, shift_samples
 from tests.two_processes import on_two_ranks

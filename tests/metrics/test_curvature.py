@@ -19,6 +19,7 @@ from torch.func import functional_call
 from torch.utils.data import DataLoader, TensorDataset
 
 from lightning_kd.metrics import (
+    _batch_derivatives,
     _objective,
     gauss_newton_trace,
     hessian_eigenvalues,
@@ -252,7 +253,7 @@ def test_batches_count_by_size_and_memory_changes_nothing(
     model, (image, target) = mlp(), samples()
     expected = hessian_eigenvalues(model, None, samples(), steps=8).values
     trace = hessian_trace(model, None, samples(), min_probes=10, max_probes=10).value
-    monkeypatch.setattr(_objective, "KEPT_BYTES", kept)
+    monkeypatch.setattr(_batch_derivatives, "KEPT_BYTES", kept)
     for loader in (parted([5, 5, 2]), DataLoader(TensorDataset(image, target), 5)):
         with _objective.objective(model, None, loader) as found:
             found.hvp(torch.ones(83))
@@ -358,7 +359,7 @@ class Noisy(nn.Module):
 def test_random_networks_are_the_same_in_every_pass(monkeypatch: pytest.MonkeyPatch) -> None:
     values = []
     for kept in (2**31, 2500, 0):  # all graphs, some or none of them: as many batches are run again
-        monkeypatch.setattr(_objective, "KEPT_BYTES", kept)
+        monkeypatch.setattr(_batch_derivatives, "KEPT_BYTES", kept)
         values.append(hessian_eigenvalues(Noisy(), None, parted([5, 5, 2]), steps=6).values[0])
     assert values == pytest.approx([values[0]] * 3, rel=1e-10)
 
@@ -410,7 +411,7 @@ class Shuffled:
 def test_errors(monkeypatch: pytest.MonkeyPatch) -> None:
     model = mlp()
     with monkeypatch.context() as patch:
-        patch.setattr(_objective, "KEPT_BYTES", 0)
+        patch.setattr(_batch_derivatives, "KEPT_BYTES", 0)
         with pytest.raises(ValueError, match="every pass must give the same samples"):
             hessian_eigenvalues(model, None, Shuffled(), steps=5)
     with pytest.raises(TypeError, match="again and again"):

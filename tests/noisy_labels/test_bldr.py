@@ -11,10 +11,12 @@ from lightning.pytorch.plugins import MixedPrecision
 from torch import nn
 from torch.utils.data import DataLoader
 
-from lightning_kd.core.run import RunFolder, run_callbacks
+from lightning_kd.core.run import run_callbacks
+from lightning_kd.core.run_folder import RunFolder
 from lightning_kd.data import DigitsDataModule, SymmetricNoise
 from lightning_kd.nets import build_network
-from lightning_kd.noisy_labels import bldr
+from lightning_kd.noisy_labels import bldr_losses as losses
+from lightning_kd.noisy_labels import find_stages
 from lightning_kd.noisy_labels.bldr import BLDR
 from tests.two_processes import on_two_ranks
 
@@ -41,7 +43,7 @@ def row(column, value):
 
 @pytest.mark.parametrize(("predicted", "expected"), [(0, 0.328504), (1, 0.105361)])
 def test_complementary_loss(predicted, expected):
-    loss = bldr.complementary_loss(P.log(), ZERO, torch.tensor([predicted]), ONE)
+    loss = losses.complementary_loss(P.log(), ZERO, torch.tensor([predicted]), ONE)
     assert loss.item() == pytest.approx(expected, abs=1e-6)
 
 
@@ -49,23 +51,23 @@ def test_complementary_loss(predicted, expected):
     ("u", "v", "expected"), [(row(0, 0.5), NONE, 0.274437), (NONE, row(1, 0.3), 0.262364), (NONE, NONE, 0.356675)]
 )
 def test_corrected_cross_entropy(u, v, expected):
-    probabilities = bldr.corrected_probabilities(P.log(), u, v, ZERO)
-    assert bldr.corrected_cross_entropy(probabilities, ZERO, ONE).item() == pytest.approx(expected, abs=1e-6)
+    probabilities = losses.corrected_probabilities(P.log(), u, v, ZERO)
+    assert losses.corrected_cross_entropy(probabilities, ZERO, ONE).item() == pytest.approx(expected, abs=1e-6)
     assert probabilities.sum().item() == pytest.approx(1)
 
 
 def test_corrected_probabilities_ignore_the_other_columns_and_keep_a_floor():
     u, v = row(1, 9.0), row(0, 9.0)  # u counts at the label alone, v elsewhere alone
-    torch.testing.assert_close(bldr.corrected_probabilities(P.log(), u, v, ZERO), P)
-    taken = bldr.corrected_probabilities(P.log(), NONE, row(1, 9.0), ZERO)  # v^2 is cut at 1 - 1e-4
+    torch.testing.assert_close(losses.corrected_probabilities(P.log(), u, v, ZERO), P)
+    taken = losses.corrected_probabilities(P.log(), NONE, row(1, 9.0), ZERO)  # v^2 is cut at 1 - 1e-4
     torch.testing.assert_close(taken, torch.tensor([[0.7, 1e-4, 0.1]], dtype=torch.float64) / 0.8001)
 
 
 def test_separation_loss():
-    loss = bldr.separation_loss(P.log(), NONE, NONE, torch.tensor([1]))
+    loss = losses.separation_loss(P.log(), NONE, NONE, torch.tensor([1]))
     assert loss.item() == 2.0
     assert 50 * 0.1**2 * loss.item() == pytest.approx(1.0)
-    assert bldr.separation_loss(P.log(), NONE, NONE, ZERO).item() == 0.0
+    assert losses.separation_loss(P.log(), NONE, NONE, ZERO).item() == 0.0
 
 
 def test_positive_loss_is_the_sum_of_its_terms():
@@ -82,51 +84,51 @@ def test_positive_loss_is_the_sum_of_its_terms():
     balance = -s.mean(0).log().sum() / 3
     consistency = (weak * (weak / strong).log()).sum() / 4
     expected = ce + 50 * 0.2**2 * separation + 0.1 * balance + 0.9 * consistency
-    torch.testing.assert_close(bldr.positive_loss(logits, target, u, v, weight, 0.2), expected)
-    only_weak = bldr.positive_loss(logits[:4], target, u, v, weight, torch.tensor(0.2))
+    torch.testing.assert_close(losses.positive_loss(logits, target, u, v, weight, 0.2), expected)
+    only_weak = losses.positive_loss(logits[:4], target, u, v, weight, torch.tensor(0.2))
     torch.testing.assert_close(only_weak, expected - 0.9 * consistency)
     predicted = torch.tensor([1, 1, 0, 0])
     balance = -weak.mean(0).log().sum() / 3
-    expected = bldr.complementary_loss(logits[:4], target, predicted, weight) + 0.1 * balance + 0.9 * consistency
-    torch.testing.assert_close(bldr.negative_loss(logits, target, predicted, weight), expected)
+    expected = losses.complementary_loss(logits[:4], target, predicted, weight) + 0.1 * balance + 0.9 * consistency
+    torch.testing.assert_close(losses.negative_loss(logits, target, predicted, weight), expected)
 
 
 def test_balance_loss():
     for classes in (2, 10, 100):
-        assert bldr.balance_loss(torch.eye(classes)).item() == pytest.approx(math.log(classes), rel=1e-6)
-    assert bldr.balance_loss(torch.tensor([[1.0, 0.0]])).item() == pytest.approx(-math.log(1e-4) / 2, rel=1e-6)
+        assert losses.balance_loss(torch.eye(classes)).item() == pytest.approx(math.log(classes), rel=1e-6)
+    assert losses.balance_loss(torch.tensor([[1.0, 0.0]])).item() == pytest.approx(-math.log(1e-4) / 2, rel=1e-6)
 
 
 def test_exit_losses():
     zeros = torch.zeros(4, 10)
-    assert bldr.exit_distillation_loss(zeros, zeros).item() == pytest.approx(20.723, abs=1e-3)
+    assert losses.exit_distillation_loss(zeros, zeros).item() == pytest.approx(20.723, abs=1e-3)
     feature, of_exit = torch.tensor([[1.0, 0.0, -1.0]]), torch.tensor([[3.0, 0.0, -5.0]])
-    assert bldr.exit_feature_loss(of_exit, feature).item() == 4.0  # neither above 0 does not count
-    assert bldr.exit_feature_loss(of_exit.repeat(3, 1), feature.repeat(3, 1)).item() == 12.0
+    assert losses.exit_feature_loss(of_exit, feature).item() == 4.0  # neither above 0 does not count
+    assert losses.exit_feature_loss(of_exit.repeat(3, 1), feature.repeat(3, 1)).item() == 12.0
 
 
 def test_agreement_loss():
     a, b = some(5, 7), some(5, 7, seed=1)
-    assert bldr.agreement_loss(a, a).item() == 0.0
+    assert losses.agreement_loss(a, a).item() == 0.0
     kl = F.kl_div(b.log_softmax(1), a.softmax(1), reduction="batchmean")
-    torch.testing.assert_close(10 * bldr.agreement_loss(a, b), 10 / 7 * kl)
+    torch.testing.assert_close(10 * losses.agreement_loss(a, b), 10 / 7 * kl)
 
 
 def test_reweight():
-    weight, rho = bldr.reweight(torch.tensor([0.2, 0.5, 0.9]))
+    weight, rho = losses.reweight(torch.tensor([0.2, 0.5, 0.9]))
     torch.testing.assert_close(weight, torch.tensor([0.0, 0.428571, 1.0]), atol=1e-6, rtol=0)
     assert rho == pytest.approx(1 / 3)
-    assert bldr.reweight(torch.tensor([0.3, 0.3])) == (None, 0.0)
+    assert losses.reweight(torch.tensor([0.3, 0.3])) == (None, 0.0)
 
 
 def test_average_decay():
-    decays = [bldr.average_decay(epoch) for epoch in (0, 1, 2, 79, 80, 300)]
+    decays = [losses.average_decay(epoch) for epoch in (0, 1, 2, 79, 80, 300)]
     assert decays == pytest.approx([0.1, 0.181818, 0.25, 80 / 89, 0.9, 0.9], abs=1e-6)
 
 
 def test_flags_are_strict():
     probability = torch.tensor([0.049, 0.05, 0.051], dtype=torch.float64)
-    assert bldr.flag_wrong(probability).tolist() == [True, False, False]
+    assert losses.flag_wrong(probability).tolist() == [True, False, False]
 
 
 # -- gradients -------------------------------------------------------------------------------------------------------
@@ -141,14 +143,14 @@ def test_who_trains_u_and_v():
     logits, target = some(6, 4, grad=True), torch.tensor([0, 1, 2, 3, 0, 1])
     u, v = ((0.3 * some(6, 4, seed=seed)).requires_grad_() for seed in (3, 5))
     own = F.one_hot(target, 4).bool()
-    probabilities = bldr.corrected_probabilities(logits, u, v, target)
-    loss = bldr.corrected_cross_entropy(probabilities, target, torch.ones(6)) + bldr.balance_loss(probabilities)
+    probabilities = losses.corrected_probabilities(logits, u, v, target)
+    loss = losses.corrected_cross_entropy(probabilities, target, torch.ones(6)) + losses.balance_loss(probabilities)
     on_logits, on_u, on_v = gradients(loss, logits, u, v)
     assert on_logits.any()
     assert bool((on_u[own] != 0).all())
     assert not on_u[~own].any()
     assert not on_v.any()
-    on_logits, on_u, on_v = gradients(bldr.separation_loss(logits, u, v, target), logits, u, v)
+    on_logits, on_u, on_v = gradients(losses.separation_loss(logits, u, v, target), logits, u, v)
     assert not on_logits.any()
     assert not on_u.any()
     assert bool((on_v[~own] != 0).any())
@@ -157,38 +159,38 @@ def test_who_trains_u_and_v():
 
 def test_consistency_trains_the_strong_view():
     weak, strong = some(3, 4, grad=True), some(3, 4, seed=1, grad=True)
-    on_weak, on_strong = gradients(bldr.consistency_loss(weak, strong), weak, strong)
+    on_weak, on_strong = gradients(losses.consistency_loss(weak, strong), weak, strong)
     assert not on_weak.any()
     torch.testing.assert_close(on_strong, (strong.softmax(1) - weak.softmax(1)).detach() / 3)
-    assert bldr.consistency_loss(weak, weak).item() == 0.0
+    assert losses.consistency_loss(weak, weak).item() == 0.0
 
 
 def test_the_distilling_network_gets_no_gradient():
     teacher, student = some(3, 4, grad=True), some(3, 4, seed=1, grad=True)
-    for loss in (bldr.exit_distillation_loss(student, teacher), bldr.exit_feature_loss(student, teacher)):
+    for loss in (losses.exit_distillation_loss(student, teacher), losses.exit_feature_loss(student, teacher)):
         on_teacher, on_student = gradients(loss, teacher, student)
         assert not on_teacher.any()
         assert on_student.any()
-    assert all(g.any() for g in gradients(bldr.agreement_loss(student, teacher), student, teacher))
+    assert all(g.any() for g in gradients(losses.agreement_loss(student, teacher), student, teacher))
 
 
 def test_weights_scale_two_terms_alone():
     logits, target = some(4, 3), torch.tensor([0, 1, 2, 0])
     u, v, weight = some(4, 3, seed=1), some(4, 3, seed=2), some(4, seed=3).abs()
-    positive = [bldr.positive_loss(logits, target, u, v, w, 0.1) for w in (weight, 2 * weight)]
-    probabilities = bldr.corrected_probabilities(logits, u, v, target)
-    torch.testing.assert_close(positive[1] - positive[0], bldr.corrected_cross_entropy(probabilities, target, weight))
-    negative = [bldr.negative_loss(logits, target, target, w) for w in (weight, 2 * weight)]
-    torch.testing.assert_close(negative[1] - negative[0], bldr.complementary_loss(logits, target, target, weight))
+    positive = [losses.positive_loss(logits, target, u, v, w, 0.1) for w in (weight, 2 * weight)]
+    probabilities = losses.corrected_probabilities(logits, u, v, target)
+    torch.testing.assert_close(positive[1] - positive[0], losses.corrected_cross_entropy(probabilities, target, weight))
+    negative = [losses.negative_loss(logits, target, target, w) for w in (weight, 2 * weight)]
+    torch.testing.assert_close(negative[1] - negative[0], losses.complementary_loss(logits, target, target, weight))
 
 
 def test_two_classes():
     logits = some(2, 2, grad=True)
     same, other = torch.tensor([0, 1]), torch.tensor([1, 0])
-    loss = bldr.complementary_loss(logits, same, other, torch.ones(2))
+    loss = losses.complementary_loss(logits, same, other, torch.ones(2))
     assert loss.item() == 0.0
     assert not gradients(loss, logits)[0].any()
-    loss = bldr.complementary_loss(logits, same, same, torch.ones(2, dtype=torch.float64))
+    loss = losses.complementary_loss(logits, same, same, torch.ones(2, dtype=torch.float64))
     torch.testing.assert_close(loss, F.cross_entropy(logits, same))
 
 
@@ -197,10 +199,12 @@ def test_half_precision_and_extreme_logits(dtype):
     logits = (60 * some(8, 10)).to(dtype).requires_grad_()
     target, weight = torch.arange(4), torch.ones(4)
     u, v = torch.full((4, 10), 1e-8), torch.full((4, 10), 1e-8)
-    loss = bldr.positive_loss(logits, target, u, v, weight, 0.1) + bldr.negative_loss(logits, target, target, weight)
+    loss = losses.positive_loss(logits, target, u, v, weight, 0.1) + losses.negative_loss(
+        logits, target, target, weight
+    )
     assert loss.dtype == torch.float32
-    wide = bldr.positive_loss(logits.double(), target, u, v, weight, 0.1)
-    wide = wide + bldr.negative_loss(logits.double(), target, target, weight)
+    wide = losses.positive_loss(logits.double(), target, u, v, weight, 0.1)
+    wide = wide + losses.negative_loss(logits.double(), target, target, weight)
     torch.testing.assert_close(loss.double(), wide, rtol=1e-4, atol=1e-4)
     assert gradients(loss, logits)[0].isfinite().all()
 
@@ -214,10 +218,10 @@ def test_rows_move_like_dense_gradient_descent():
     gradient = some(4, 3, seed=1, dtype=torch.float32)
     dense.grad = torch.zeros(20, 3).index_add(0, index, gradient)
     torch.optim.SGD([dense], lr=10.0).step()
-    bldr.update_rows(rows, index, gradient, 10.0)
+    losses.update_rows(rows, index, gradient, 10.0)
     torch.testing.assert_close(rows, dense.detach())
     before = rows.clone()
-    bldr.update_rows(rows, torch.tensor([2]), torch.tensor([[math.nan, math.inf, 1.0]]), 10.0)
+    losses.update_rows(rows, torch.tensor([2]), torch.tensor([[math.nan, math.inf, 1.0]]), 10.0)
     assert torch.equal(rows, before)  # as a gradient scaler skips the whole step
 
 
@@ -230,9 +234,9 @@ def test_v_learns_the_class_behind_a_wrong_label():
     index = torch.arange(20)
     for _ in range(25):
         on = [rows.clone().requires_grad_() for rows in (u, v)]
-        loss = bldr.positive_loss(logits, target, *on, torch.ones(20), 0.1)
+        loss = losses.positive_loss(logits, target, *on, torch.ones(20), 0.1)
         for rows, gradient in zip((u, v), torch.autograd.grad(loss, on), strict=True):
-            bldr.update_rows(rows, index, gradient, 10.0)
+            losses.update_rows(rows, index, gradient, 10.0)
     assert 1.05 < v[0, 3].item() < 1.09
     assert (1 - v[0, 3].square().clamp(max=1 - 1e-4)).abs().item() < 1e-3
     v[0, 3] = 0
@@ -270,7 +274,7 @@ def test_stages_are_found(name, stages):
     network = build_network(name, 10)
     network.train()
     before = {key: value.clone() for key, value in network.state_dict().items()}
-    found = bldr.find_stages(network, (3, 32, 32))
+    found = find_stages(network, (3, 32, 32))
     assert list(found)[:-1] == stages
     sizes = [shape[1] for shape in found.values()]
     assert sizes == sorted(set(sizes), reverse=True)

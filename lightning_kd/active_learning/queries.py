@@ -1,0 +1,161 @@
+"""Queries: the choice of what to label next, what is noted of it, and the file that a person fills in."""
+
+from __future__ import annotations
+
+import csv
+import io
+from pathlib import Path
+from typing import Any
+
+import lightning as L
+import numpy as np
+import torch
+import torch.distributed as dist
+
+from lightning_kd.active_learning.pool_task import PoolTask
+from lightning_kd.core.distributed import gather_by_index
+from lightning_kd.core.run import RunRecorder
+from lightning_kd.core.seeding import global_seed, numpy_generator
+from lightning_kd.pool import PoolRecord, Query
+from lightning_kd.pool.pool_record import write_durably
+
+__all__ = ["select_query", "write_query"]
+
+
+def select_query(
+    trainer: L.Trainer, task: PoolTask, data: Any, ckpt_path: str | None = None
+) -> tuple[Query, dict[int, int]]:
+    """Score the pool by ``trainer.predict`` and let the task choose; the same on every process.
+
+    Args:
+        trainer: one that has ended its fit, or a fresh one.
+        task: chooses.
+        data: an ``OpenSetDataModule``.
+        ckpt_path: weights to score with; by default those of ``task`` as it is.
+
+    Returns:
+        The query, and the predicted class of each sample in it by index.
+
+    Raises:
+        ValueError: where the choice is not ``budget`` or fewer different samples out of the pool.
+    """
+    recorders = [c for c in trainer.callbacks if isinstance(c, RunRecorder)]  # type: ignore[attr-defined]
+    for recorder in recorders:
+        recorder.predictions = False
+    try:
+        outputs: Any = trainer.predict(task, datamodule=data, ckpt_path=ckpt_path, weights_only=True)
+    finally:
+        for recorder in recorders:
+            recorder.predictions = True
+    parts = [{name: value.cpu() for name, value in output.items()} for output in outputs]
+    columns = {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
+    index, *values = gather_by_index(columns.pop("index"), *columns.values())
+    scores = dict(zip(columns, values, strict=True))
+    labelled = np.isin(index.numpy(), data.known_indices)
+    rows = torch.from_numpy(~labelled)
+    of_labelled = {k: v[~rows] for k, v in scores.items()} if task.needs_labelled else {}
+    view = data.view(index[rows].numpy(), of_labelled)
+    of_pool = {name: value[rows] for name, value in scores.items()}
+    query = None
+    if trainer.is_global_zero:
+        budget = min(data.budget, len(view.unlabelled))
+        generator = numpy_generator(global_seed(), "query", data.round)
+        chosen = task.select(of_pool, view, budget, generator)
+        query = _check_choice(chosen, view.unlabelled, budget, task.strategy_name)
+    query = trainer.strategy.broadcast(query)
+    assert query is not None
+    place = np.searchsorted(index.numpy(), query.index)
+    predicted = scores["prediction"][torch.from_numpy(place)].tolist()
+    return query, dict(zip(query.index.tolist(), predicted, strict=True))
+
+
+def _check_choice(chosen: Any, pool: np.ndarray, budget: int, strategy: str) -> Query:
+    score = None
+    if isinstance(chosen, Query):
+        chosen, score = chosen
+    index = np.asarray(chosen)
+    if index.ndim != 1 or index.dtype.kind not in "iu":
+        raise ValueError(f"strategy {strategy} must return indices [n], got {index.dtype} {list(index.shape)}")
+    if not 1 <= len(index) <= budget:
+        raise ValueError(f"strategy {strategy} must return 1 to {budget} indices, got {len(index)}")
+    if len(np.unique(index)) < len(index):
+        raise ValueError(f"strategy {strategy} must return each index once, got {len(index)} with repeats")
+    if not np.isin(index, pool).all():
+        wrong = index[~np.isin(index, pool)][0]
+        raise ValueError(f"strategy {strategy} must return indices of pool.unlabelled, got {wrong}")
+    score = np.full(len(index), np.nan) if score is None else np.asarray(score, dtype=np.float64)
+    if score.shape != index.shape:
+        raise ValueError(f"strategy {strategy} must return a score for each of {len(index)} indices, got {score.shape}")
+    return Query(index.astype(np.int64), score)
+
+
+def write_query(trainer: L.Trainer, task: PoolTask, data: Any, folder: Path, ckpt_path: str | None = None) -> Path:
+    """Choose what to label next, note it in ``pool.json`` and write ``query_ROUND.csv`` for a person.
+
+    The file has the columns ``index``, ``path`` where there is one, ``score``, ``predicted`` and an empty ``label``,
+    the best first.
+
+    Raises:
+        ValueError: where an earlier query waits for answers.
+    """
+    data.setup("predict")
+    file = folder / "pool.json"
+    record = PoolRecord.load(file) if file.is_file() else PoolRecord(file)
+    if record.pending:
+        path = folder / f"query_{record.pending[0]['round']:02d}.csv"
+        if not path.is_file():  # it broke between the record and this file
+            if trainer.is_global_zero:
+                write_durably(path, _query_csv(record.pending))
+            return path
+        raise ValueError(
+            f"{len(record.pending)} samples of {path.name} wait for an answer: fill in the column label and run "
+            f"lightning-kd label {path} first"
+        )
+    data.use(record)
+    query, predicted = select_query(trainer, task, data, ckpt_path)
+    number = record.round
+    record.results.append(start_result(task, data, number))
+    add_query(record, data, query, predicted)
+    path = folder / f"query_{number:02d}.csv"
+    if trainer.is_global_zero:
+        record.save()
+        write_durably(path, _query_csv(record.pending))
+    wait_for_all()
+    return path
+
+
+def start_result(task: PoolTask, data: Any, number: int) -> dict[str, Any]:
+    """What is noted of round ``number`` before anything is reached in it."""
+    return {
+        "round": number,
+        "strategy": task.strategy_name,
+        "seed": global_seed(),
+        "known": len(data.known_indices),
+        "unknown": len(data.unknown_indices),
+        "unlabelled": len(data.unlabelled_indices),
+    }
+
+
+def add_query(record: PoolRecord, data: Any, query: Query, predicted: dict[int, int]) -> None:
+    """Note a query, and what was predicted, in ``record``."""
+    indices = query.index.tolist()
+    paths = [data.path_of(i) for i in indices]
+    names = [data.class_names[predicted[i]] for i in indices]
+    record.ask(indices, query.score, names, None if None in paths else paths)
+
+
+def _query_csv(rows: list[dict[str, Any]]) -> str:
+    names = [name for name in ("index", "path", "score", "predicted") if name in rows[0]]
+    text = io.StringIO()
+    writer = csv.writer(text, lineterminator="\n")
+    writer.writerow([*names, "label"])
+    for row in rows:
+        score = "" if row["score"] is None else f"{row['score']:.6g}"
+        writer.writerow([score if name == "score" else row[name] for name in names] + [""])
+    return text.getvalue()
+
+
+def wait_for_all() -> None:
+    """Until every process is here; before the first Trainer has started the others, there is nobody to wait for."""
+    if dist.is_available() and dist.is_initialized():
+        dist.barrier()

@@ -1,0 +1,78 @@
+"""The base of data modules that stand on another one and take their samples from it."""
+
+from __future__ import annotations
+
+import copy
+from abc import ABC, abstractmethod
+from typing import Any
+
+import lightning as L
+import numpy as np
+from torch import Tensor
+
+from lightning_kd.data.classification_data import ClassificationDataModule, train_loader_of
+from lightning_kd.data.sampling import BatchLoader
+
+
+class DerivedDataModule(L.LightningDataModule, ABC):
+    """What a data module has from ``source``, of which it keeps a shallow copy.
+
+    Args:
+        source: the other data module, which is left as it is.
+    """
+
+    test_indices: np.ndarray
+    val_indices: np.ndarray
+
+    def __init__(self, source: ClassificationDataModule) -> None:
+        super().__init__()
+        self.source = copy.copy(source)
+        self.source._stored = {}
+
+    @abstractmethod
+    def loader(self, split: str = "train", indices: Any = None, **kwargs: Any) -> BatchLoader:
+        """See ``ClassificationDataModule.loader``."""
+
+    @property
+    def input_shape(self) -> tuple[int, ...]:
+        return self.source.input_shape
+
+    @property
+    def mean(self) -> list[float]:
+        return self.source.mean
+
+    @property
+    def std(self) -> list[float]:
+        return self.source.std
+
+    @property
+    def batch_size(self) -> int:
+        return self.source.batch_size
+
+    @property
+    def eval_batch_size(self) -> int:
+        return self.source.eval_batch_size
+
+    @property
+    def train_image(self) -> Any:
+        return self.source.train_image
+
+    @property
+    def train_target(self) -> Tensor:
+        return self.source.train_target
+
+    @property
+    def test_target(self) -> Tensor:
+        return self.source.test_target
+
+    def prepare_data(self) -> None:
+        self.source.prepare_data()
+
+    def train_dataloader(self) -> Any:
+        return train_loader_of(self)
+
+    def val_dataloader(self) -> BatchLoader | list[BatchLoader]:
+        return self.loader("val") if len(self.val_indices) else []
+
+    def test_dataloader(self) -> BatchLoader:
+        return self.loader("test")

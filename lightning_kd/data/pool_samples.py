@@ -1,0 +1,81 @@
+"""The samples of a pool: those of a labelled data set, and after them a folder or an array without labels."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+
+from lightning_kd.data.array_files import read_arrays, to_feature, to_image
+from lightning_kd.data.classification_data import ClassificationDataModule
+from lightning_kd.data.image_folder import images_below
+
+
+class PoolSamples(NamedTuple):
+    """Training samples, of which the later ones have no labels.
+
+    Attributes:
+        image: all of them, a tensor or a list of paths.
+        own_count: how many are those of the source; the others are those of ``path``.
+        path: what was given for the samples without labels; ``None`` where all are those of the source.
+    """
+
+    image: Any
+    own_count: int
+    path: str | None = None
+
+    @property
+    def has_files(self) -> bool:
+        """Whether the pool is a folder of images, known by their names."""
+        return self.path is not None and isinstance(self.image, list)
+
+    def path_of(self, index: int) -> str | None:
+        """The image file of a sample, relative to the pool where it is in there; ``None`` for arrays."""
+        if not isinstance(self.image, list):
+            return None
+        if self.has_files and index >= self.own_count:
+            return str(self.image[index])[len(str(Path(str(self.path)))) :].lstrip(os.sep)
+        return str(self.image[index])
+
+
+def add_unlabelled(source: ClassificationDataModule, path: str, fake: bool) -> PoolSamples:
+    """The training samples of ``source`` and after them those of the folder or array file ``path``.
+
+    Raises:
+        ValueError: where there are none, where they are of another kind, and where they are among the labelled ones.
+    """
+    image, own_count = source.train_image, len(source.train_target)
+    if fake:  # as good as any
+        return PoolSamples(torch.cat([image, source.test_image]), own_count, path)
+    if isinstance(image, list):
+        return PoolSamples([*image, *_unlabelled_files(source, path)], own_count, path)
+    arrays = read_arrays(Path(path))
+    key = next((name for name in ("image", "feature", "") if name in arrays), None)
+    if key is None:
+        raise ValueError(f"pool {path!r} must hold the array 'image' or 'feature', got {sorted(arrays)}")
+    what = f"{key or 'the array'} of {path!r}"
+    pool = (to_feature if arrays[key].ndim == 2 else to_image)(arrays[key], what)
+    if pool.shape[1:] != image.shape[1:] or pool.dtype != image.dtype:
+        raise ValueError(
+            f"samples of pool {path!r} must be like those of the source {tuple(image.shape[1:])}, got "
+            f"{tuple(pool.shape[1:])}: give both in one shape and dtype"
+        )
+    return PoolSamples(torch.cat([image, pool]), own_count, path)
+
+
+def _unlabelled_files(source: ClassificationDataModule, path: str) -> list[str]:
+    paths = images_below(Path(path))
+    if not paths:
+        raise ValueError(f"pool {path!r} holds no image: name the folder of the unlabelled ones")
+    val = source.val_image if source._val_source == "val" else []
+    twice = {os.path.realpath(p) for p in paths} & {
+        os.path.realpath(p) for p in [*source.train_image, *source.test_image, *val]
+    }
+    if twice:
+        raise ValueError(
+            f"pool {path!r} holds images that source takes for labelled ones, such as "
+            f"{min(twice)!r}: keep the pool outside of the class folders"
+        )
+    return paths

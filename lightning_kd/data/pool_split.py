@@ -1,0 +1,137 @@
+"""How a pool stands before anything is asked: what each sample is, and which few are labelled."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import numpy as np
+
+from lightning_kd.core.seeding import numpy_generator
+from lightning_kd.data.classification_data import ClassificationDataModule, check_at_least
+
+UNLABELLED = -1
+
+
+class KnownTargets(NamedTuple):
+    """The targets of a data set in the numbers of the known classes, ``K`` for all others.
+
+    Attributes:
+        train: int64 ``[N]``.
+        test: likewise, of the test array.
+        val: likewise, of the array that validation samples are taken from.
+        test_indices: int64, ascending: the test samples of known classes.
+        val_indices: likewise, of validation.
+    """
+
+    train: np.ndarray
+    test: np.ndarray
+    val: np.ndarray
+    test_indices: np.ndarray
+    val_indices: np.ndarray
+
+
+def number_known(source: ClassificationDataModule, known_ids: list[int]) -> KnownTargets:
+    """The targets of ``source``, numbered by the place of their class in ``known_ids``.
+
+    Raises:
+        ValueError: where no test sample is of a known class.
+    """
+    k = len(known_ids)
+    internal = np.full(source.num_classes, k)
+    internal[known_ids] = np.arange(k)
+    train = internal[source.train_target.numpy()]
+    test = internal[source.test_target.numpy()]
+    val = internal[source.val_target.numpy()] if source._val_source == "val" else train
+    test_indices = source.test_indices[test[source.test_indices] < k]
+    if not len(test_indices):
+        raise ValueError("the test set has no sample of the known classes: choose others")
+    val_indices = source.val_indices[val[source.val_indices] < k]
+    return KnownTargets(train, test, val, test_indices, val_indices)
+
+
+class PoolSplit(NamedTuple):
+    """What is labelled at the start.
+
+    Attributes:
+        universe: int64: the samples that the pool knows of.
+        initial: int64: those of them that are labelled.
+        label: int64 ``[N]``: the class of each sample that is labelled, else -1.
+    """
+
+    universe: np.ndarray
+    initial: np.ndarray
+    label: np.ndarray
+
+
+def label_all(universe: np.ndarray, truth: np.ndarray, unlabelled: int) -> PoolSplit:
+    """All of ``universe`` is labelled with ``truth`` ``[N]``; then come ``unlabelled`` further samples."""
+    label = np.full(len(truth) + unlabelled, UNLABELLED)
+    label[universe] = truth[universe]
+    added = np.arange(len(truth), len(truth) + unlabelled)
+    return PoolSplit(np.concatenate([universe, added]), universe, label)
+
+
+def label_some(universe: np.ndarray, truth: np.ndarray, initial: np.ndarray) -> PoolSplit:
+    """``initial`` alone is labelled with ``truth`` ``[N]``."""
+    label = np.full(len(truth), UNLABELLED)
+    label[initial] = truth[initial]
+    return PoolSplit(universe, initial, label)
+
+
+def check_initial(fraction: float | None, count: int | None, pool: str | None) -> None:
+    """Raise a ``ValueError`` where it is not clear which samples are labelled at the start."""
+    if pool is None and (fraction is None) == (count is None):
+        raise ValueError(
+            f"initial_fraction and initial_count: give one of them, got {fraction} and {count}: "
+            "it says how many labels there are at the start"
+        )
+    if pool is not None and not (fraction is None and count is None):
+        raise ValueError(
+            "initial_fraction and initial_count go without pool: what source holds is labelled, got a pool "
+            f"{pool!r} too: leave them out"
+        )
+    if fraction is not None and not 0 < fraction <= 1:
+        raise ValueError(f"initial_fraction must be above 0 and at most 1, got {fraction}: give a share")
+    if count is not None:
+        check_at_least("initial_count", count, 1)
+
+
+def draw_initial(
+    universe: np.ndarray,
+    truth: np.ndarray,
+    num_known: int,
+    fraction: float | None,
+    count: int | None,
+    split_seed: int,
+    fake: bool,
+) -> np.ndarray:
+    """The samples that are labelled at the start, ascending; see ``OpenSetDataModule``.
+
+    Raises:
+        ValueError: where they would be none, or more than there are.
+    """
+    known = universe[truth[universe] < num_known]
+    order = numpy_generator(split_seed, "initial_labels").permutation(known)
+    if fake:  # of so few samples, two of each class
+        return np.sort(np.concatenate([order[truth[order] == c][:2] for c in range(num_known)]))
+    number = count
+    if number is None:
+        assert fraction is not None
+        number = int(np.floor(fraction * len(known) + 1e-9))
+    if not 1 <= number <= len(known):
+        raise ValueError(
+            f"initial_fraction={fraction}, initial_count={count} mean {number} of "
+            f"{len(known)} samples of known classes: give 1 to {len(known)}"
+        )
+    return np.sort(order[:number])
+
+
+def check_every_class(split: PoolSplit, class_names: list[str]) -> None:
+    """Raise a ``ValueError`` where a known class has no label at the start."""
+    k = len(class_names)
+    missing = np.flatnonzero(np.bincount(split.label[split.initial], minlength=k + 1)[:k] == 0)
+    if len(missing):
+        raise ValueError(
+            f"the initial set of {len(split.initial)} samples has none of class {class_names[missing[0]]!r}: "
+            "raise initial_fraction or initial_count, or take another split_seed"
+        )

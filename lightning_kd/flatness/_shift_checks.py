@@ -1,0 +1,138 @@
+"""What an optimum shifting cannot do in a fit, told before it starts."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import lightning as L
+import numpy as np
+from lightning.pytorch.callbacks import StochasticWeightAveraging, WeightAveraging
+from lightning.pytorch.strategies import DeepSpeedStrategy, FSDPStrategy, ModelParallelStrategy
+from torch import Tensor, nn
+
+from lightning_kd.core.batch import as_batch
+from lightning_kd.core.training_subset import Samples, training_samples
+from lightning_kd.flatness._row_space import MODES
+from lightning_kd.flatness._shift_network import MOMENTUM, SELECTIONS
+from lightning_kd.flatness._shift_samples import BY_CLASS
+
+
+def check_arguments(
+    selection: str,
+    mode: str,
+    momentum: str,
+    start: float,
+    every: int | None,
+    at_end: bool,
+    samples: int | None,
+    guard: float | None,
+    held_out: int,
+) -> None:
+    """Raise a ``ValueError`` for arguments of ``OptimumShifting`` that are out of range."""
+    for name, value, known in (
+        ("selection", selection, SELECTIONS),
+        ("mode", mode, MODES),
+        ("momentum", momentum, MOMENTUM),
+    ):
+        if value not in known:
+            raise ValueError(f"{name} must be one of {', '.join(known)}, got {value!r}")
+    if not 0 <= start <= 1:
+        raise ValueError(f"start must be from 0 to 1, got {start}: give a share of the epochs")
+    for name, number, least in (("every", every, 1), ("samples", samples, 1), ("held_out", held_out, 0)):
+        if number is not None and number < least:
+            raise ValueError(f"{name} must be at least {least}, got {number}")
+    if every is None and not at_end:
+        raise ValueError("every=None with at_end=False never shifts: give one of them")
+    if guard is not None and (guard < 0 or not held_out):
+        raise ValueError(
+            f"guard={guard} must be at least 0 and compares losses on held_out={held_out} samples: take some, or "
+            "guard=null"
+        )
+
+
+def check_setup(
+    trainer: L.Trainer, shifting: L.Callback, kind: type[L.Callback], every: int | None, start: float
+) -> bool:
+    """Whether a callback averages the weights.
+
+    Args:
+        trainer: whose fit begins.
+        shifting: the ``OptimumShifting`` in it.
+        kind: the class ``OptimumShifting``.
+        every: see there.
+        start: see there.
+
+    Raises:
+        ValueError: for sharded weights, several ``OptimumShifting``, an average that does not go with this one, and a
+            share of no number of epochs.
+    """
+    if isinstance(trainer.strategy, FSDPStrategy | DeepSpeedStrategy | ModelParallelStrategy):
+        raise ValueError(
+            f"OptimumShifting needs whole weights, got {type(trainer.strategy).__name__}: train with ddp, or shift "
+            "the finished checkpoint"
+        )
+    callbacks: list[L.Callback] = trainer.callbacks  # type: ignore[attr-defined]
+    if sum(isinstance(c, kind) for c in callbacks) > 1:
+        raise ValueError("callbacks hold several OptimumShifting, whose records would mix: give one all the layers")
+    averaging = [c for c in callbacks if isinstance(c, WeightAveraging | StochasticWeightAveraging)]
+    if averaging:
+        name = type(averaging[-1]).__name__
+        if every is not None:
+            raise ValueError(
+                f"every={every} would make the average of {name} a mix of weights before and after a shift: "
+                "leave it out, and the average is shifted at the end"
+            )
+        if callbacks.index(shifting) < callbacks.index(averaging[-1]):
+            raise ValueError(f"{name} would overwrite the shift at the end: put OptimumShifting after it in callbacks")
+    if every is not None and start and (trainer.max_epochs or -1) < 0:
+        raise ValueError(f"start={start} is a share of max_epochs, which this fit has not: give max_epochs")
+    return bool(averaging)
+
+
+def check_trained(
+    trainer: L.Trainer, network: nn.Module, layers: Mapping[str, nn.Linear | nn.Conv2d], every: int | None
+) -> bool:
+    """Whether an optimizer trains all ``layers``; raises a ``ValueError`` where one must be trained."""
+    trained = {id(p) for o in trainer.optimizers for group in o.param_groups for p in group["params"]}
+    untrained = [name for name, layer in layers.items() if id(layer.weight) not in trained]
+    if untrained and every is not None:
+        raise ValueError(
+            f"every={every} would make layer {untrained[0]!r} of {type(network).__name__}, which no optimizer "
+            "trains, a mix of weights before and after a shift if it is a running average: leave it out, and it is "
+            "shifted at the end"
+        )
+    return not untrained
+
+
+def check_targets(
+    source: Any, network: nn.Module, selection: str, cross_entropy: bool, num_classes: int | None, few: int
+) -> None:
+    """Raise ``ValueError`` where classes are needed, and the network or ``few`` samples have none."""
+    remedy = "for a regression or one logit take selection='random' and a subclass with its own loss"
+    by_class = selection in BY_CLASS
+    has_classifier = any(isinstance(m, nn.Linear) for m in network.modules())
+    if num_classes is None and (by_class or (cross_entropy and has_classifier)):
+        got = "one output" if has_classifier else "no nn.Linear"
+        raise ValueError(
+            f"{type(network).__name__} has {got} and no num_classes, so that the classes are not known: give the "
+            f"module num_classes; {remedy}"
+        )
+    if cross_entropy and not hasattr(source, "train_target"):
+        for batch in training_samples(source, few).loader:
+            target = as_batch(batch).target
+            got = f"{target.dtype} {list(target.shape)}" if isinstance(target, Tensor) else type(target).__name__
+            numbers = not isinstance(target, Tensor) or (target.is_floating_point() and target.ndim < 2)
+            if numbers or (by_class and (target.is_floating_point() or target.ndim != 1)):  # probabilities are random's
+                raise ValueError(f"targets must be classes, got {got}: {remedy}")
+
+
+def check_all_there(source: Any, chosen: Samples, num_classes: int) -> None:
+    """Raise ``ValueError`` where a data module knows that a class is missing."""
+    if hasattr(source, "train_target"):
+        missing = np.setdiff1d(np.arange(num_classes), source.train_target.numpy()[chosen.indices])
+        if len(missing):
+            raise ValueError(
+                f"the {len(chosen.indices)} samples to shift on lack class {missing[0]}, whose predictions a shift "
+                "would destroy: give training data of all classes, with selection='random' more samples, or force=True"
+            )

@@ -1,0 +1,98 @@
+"""The loss of each batch with its first and second derivatives in a network's parameters."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from lightning_kd.metrics._arguments import batch_size
+from lightning_kd.metrics._functional_network import Copies
+from lightning_kd.metrics._surroundings import same_random_state, saved_bytes
+
+LossFn = Callable[[nn.Module, Any], Tensor]
+
+# Graphs of batches are kept from one Hessian-vector product to the next up to so many bytes: one that is there saves a
+# third to a half of the work, and a network that needs more has to go without.
+KEPT_BYTES = 2**31
+
+
+def cross_entropy(model: nn.Module, batch: Any) -> Tensor:
+    """Mean cross-entropy of ``model(batch[0])`` on the targets ``batch[1]``."""
+    return F.cross_entropy(model(batch[0]), batch[1])
+
+
+class BatchDerivatives(Copies):
+    """A network on copies of its parameters, and a loss of it; graphs of batches are kept as far as there is room."""
+
+    def __init__(self, model: nn.Module, loss_fn: LossFn | None, loader: Any, parameters: Sequence[str] | None) -> None:
+        super().__init__(model, loader, parameters)
+        self.loss_fn = loss_fn or cross_entropy
+        self._kept: list[tuple[int, float, list[tuple[int, Tensor]]]] = []
+        self._kept_bytes = 0
+        self._full = False
+        self._kept_all = False
+
+    def checked_loss(self, loss: Tensor) -> Tensor:
+        """``loss``, if it is a number."""
+        if not isinstance(loss, Tensor) or loss.ndim:
+            got = list(loss.shape) if isinstance(loss, Tensor) else type(loss).__name__
+            raise ValueError(f"loss_fn must give the mean loss of a batch as a scalar tensor, got {got}")
+        return loss
+
+    def batch_gradients(
+        self, number: int, batch: Any, create_graph: bool
+    ) -> tuple[int, float, list[tuple[int, Tensor]]]:
+        """Size and loss of a batch, and the gradient by the number of each parameter that it has one in."""
+        loss = self.checked_loss(self.run(self.loss_fn, self.leaves, number, batch))
+        if not loss.requires_grad:
+            raise ValueError("the loss has no gradient in the parameters: give a loss_fn that is computed from them")
+        found = torch.autograd.grad(loss, self.leaves, create_graph=create_graph, allow_unused=True)
+        return batch_size(batch), float(loss.detach()), [(k, g) for k, g in enumerate(found) if g is not None]
+
+    def batch_graphs(self) -> Iterator[tuple[int, float, list[tuple[int, Tensor]], bool]]:
+        """The differentiable gradient of each batch, and whether its graph is wanted again."""
+        for size, loss, gradients in self._kept:
+            yield size, loss, gradients, True
+        if self._kept_all:
+            return
+        with same_random_state(self.device):
+            for number, batch in self.batches():
+                if number < len(self._kept):
+                    continue
+                if not self._full:
+                    with saved_bytes(self._ignored) as count:
+                        size, loss, gradients = self.batch_gradients(number, batch, create_graph=True)
+                    self._kept_bytes += count[0]
+                    self._full = self._kept_bytes > KEPT_BYTES
+                    if not self._full:
+                        self._kept.append((size, loss, gradients))
+                    yield size, loss, gradients, not self._full
+                else:
+                    yield *self.batch_gradients(number, batch, create_graph=True), False
+        self._kept_all = not self._full
+
+    def batch_product(
+        self, gradients: list[tuple[int, Tensor]], parts: list[Tensor], keep: bool
+    ) -> list[tuple[int, Tensor]]:
+        """The batch's Hessian times ``parts``; where nothing comes, the derivative is zero."""
+        curved = [(k, g) for k, g in gradients if g.requires_grad]
+        if not curved:
+            return []
+        try:
+            found = torch.autograd.grad(
+                [g for _, g in curved], self.leaves, [parts[k] for k, _ in curved], retain_graph=keep, allow_unused=True
+            )
+        except RuntimeError as error:
+            raise RuntimeError(
+                f"the loss has an operation without a second derivative ({str(error).splitlines()[0]}): use a plain "
+                "form of it, such as math attention or an RNN outside of cuDNN"
+            ) from error
+        return [(k, h) for k, h in enumerate(found) if h is not None]
+
+    @property
+    def _ignored(self) -> set[int]:
+        return {tensor.untyped_storage().data_ptr() for tensor in [*self.leaves, *self.fixed.values()]}

@@ -1,0 +1,55 @@
+"""Labels taken for wrong by how probable they are: how many of them are, and the file that names them."""
+
+from __future__ import annotations
+
+import csv
+from io import StringIO
+from pathlib import Path
+
+import torch
+from lightning.pytorch.utilities import rank_zero_info
+from torch import Tensor
+
+from lightning_kd.core.run_folder import write_text
+from lightning_kd.metrics import selection_metrics
+from lightning_kd.noisy_labels.bldr_losses import flag_wrong
+from lightning_kd.noisy_labels.label_scores import LabelScores
+
+
+def wrong_label_metrics(scores: LabelScores, threshold: float) -> dict[str, float]:
+    """Precision, recall, F1 and AUC of the wrong labels found; nothing where the clean ones are not known."""
+    if scores.clean is None:
+        return {}
+    kept = ~flag_wrong(scores.clean_probability, threshold)
+    return selection_metrics(scores.clean_probability, kept, scores.given, scores.clean, "wrong")
+
+
+def write_wrong_labels(path: Path, scores: LabelScores, suggested: Tensor, threshold: float) -> None:
+    """Write the labels below ``threshold`` as CSV, the most certain first, and say how many they are.
+
+    Args:
+        path: the file.
+        scores: of all labels.
+        suggested: int64 ``[n]``, another label for each.
+        threshold: see ``flag_wrong``.
+    """
+    probability = scores.clean_probability
+    order = probability.argsort(stable=True)
+    order = order[flag_wrong(probability[order], threshold)]
+    text = StringIO()
+    writer = csv.writer(text, lineterminator="\n")
+    writer.writerow(["index", "given", "probability", "suggested"])
+    for i in order.tolist():
+        row = [int(scores.index[i]), int(scores.given[i]), f"{float(probability[i]):.6g}", int(suggested[i])]
+        writer.writerow(row)
+    write_text(path, text.getvalue())
+    found = ", ".join(f"{name} {value:.3f}" for name, value in wrong_label_metrics(scores, threshold).items())
+    rank_zero_info(f"{len(order)} of {len(probability)} labels look wrong ({found or f'see {path.name}'})")
+
+
+def lost_classes(weight: Tensor, given: Tensor, num_classes: int) -> list[int]:
+    """The given classes whose samples have almost no weight, from weights and labels ``[n]``."""
+    count = torch.bincount(given, minlength=num_classes)
+    mean = torch.bincount(given, weight.double(), minlength=num_classes) / count.clamp(min=1)
+    lost: list[int] = ((mean < 0.1) & (count > 0)).nonzero().flatten().tolist()
+    return lost
