@@ -559,14 +559,14 @@ MUTANTS = [
     # the command line
     Mutant(
         "resume goes on without its checkpoint",
-        "trainer_cli.py",
+        "cli/run_cli.py",
         'config["ckpt_path"] = str(folder.checkpoint(config["ckpt_path"]))',
         'config["ckpt_path"] = None',
         ("tests/test_resume.py", CONFIGS),
     ),
     Mutant(
         "a finished fit is trained over",
-        "trainer_cli.py",
+        "cli/run_cli.py",
         'if anew and folder.last.is_file() and not config["overwrite"]',
         'if False and not config["overwrite"]',
         ("tests/test_cli.py",),
@@ -843,7 +843,7 @@ MUTANTS = [
     ),
     Mutant(
         "the shifted checkpoint is the old one",
-        "checkpoint_verbs.py",
+        "cli/shift_command.py",
         '    checkpoint["state_dict"] = {key: state[key].cpu() for key in checkpoint["state_dict"]}\n',
         "",
         ("tests/test_checkpoint_verbs.py",),
@@ -853,7 +853,7 @@ MUTANTS = [
     ),
     Mutant(
         "rounds of another recipe go on",
-        "trainer_cli.py",
+        "cli/saved_config.py",
         "        if old.get(key) != new.get(key) and not key.startswith(free):\n",
         "        if False:\n",
         (f"{POOL}/test_commands.py",),

@@ -11,7 +11,7 @@ __all__ = ["config_folder", "config_names", "config_path", "with_config_paths"]
 
 def config_folder() -> Path:
     """Where the configs are: inside the installed package, or the repository's folder of an editable install."""
-    package = Path(__file__).parent
+    package = Path(__file__).parent.parent
     inside = package / "configs"
     return inside if inside.is_dir() else package.parent / "configs"
 
