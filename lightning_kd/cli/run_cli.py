@@ -11,10 +11,10 @@ from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 from lightning.pytorch.utilities import rank_zero_only
 
 import lightning_kd.callbacks  # noqa: F401  (classes are found by name once they are imported)
-from lightning_kd.cli import endings
 from lightning_kd.cli.active_command import run_active
 from lightning_kd.cli.beginning import Beginning, FolderBefore
 from lightning_kd.cli.command_words import default_run_folder
+from lightning_kd.cli.endings import report
 from lightning_kd.cli.parameter_count import ParameterCount
 from lightning_kd.cli.parser import RunParser
 from lightning_kd.cli.run_trainer import RunTrainer, verb_module
@@ -62,10 +62,10 @@ class RunCLI(LightningCLI):
             super().__init__(**{**defaults, **kwargs})
         except BaseException as error:
             if self._records and self.is_first:
-                endings.report(self, error)
+                report(self, error)
             raise
         if self._records and self.is_first:
-            endings.report(self, None)
+            report(self, None)
 
     @property
     def is_first(self) -> bool:
