@@ -6,6 +6,7 @@ once.
 
 from __future__ import annotations
 
+import difflib
 import importlib
 import os
 import shlex
@@ -42,8 +43,13 @@ def main(args: Sequence[str] | None = None) -> None:
         except (ValueError, OSError) as error:
             print(f"error: {error}", file=sys.stderr)
             sys.exit(1)
-    else:
+    elif name in VERBS or name.startswith("-"):
         _run(argv)
+    else:
+        near = difflib.get_close_matches(name, VERBS, n=1)
+        hint = f"did you mean {near[0]}?" if near else f"the verbs are {', '.join(VERBS)}"
+        print(f"error: there is no verb {name!r}: {hint}", file=sys.stderr)
+        sys.exit(2)
 
 
 def get_cli(args: Sequence[str] | None = None, run: bool = False, **kwargs: Any) -> RunCLI:
@@ -69,10 +75,14 @@ def _run(argv: list[str]) -> None:
         sys.path.insert(0, os.getcwd())  # a user's own classes, as with python -m
     try:
         resolved, paths = with_config_paths(with_config_of_run(argv))
+        from lightning_kd.cli.class_help import class_help, help_request
         from lightning_kd.cli.quiet import quiet
         from lightning_kd.cli.run_cli import RunCLI
 
         quiet()
+        if request := help_request(argv):
+            print(class_help(*request))
+            sys.exit(0)
         RunCLI(args=resolved, run=True, config_paths=paths, command=shlex.join(["lightning-kd", *argv]))
     except Exception as error:
         if not getattr(error, "told", False):

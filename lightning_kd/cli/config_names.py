@@ -34,10 +34,10 @@ def config_path(name: str) -> str:
     if path.is_file():
         return str(path)
     names = config_names()
-    near = difflib.get_close_matches(name, names, n=5, cutoff=0.3) or names[:5]
+    near = difflib.get_close_matches(name, names, n=3, cutoff=0.3)
+    hint = f"did you mean {', '.join(near)}? " if near else ""
     raise FileNotFoundError(
-        f"--config {name!r} is neither a file nor a shipped config; near names: {', '.join(near)}; "
-        f"'lightning-kd list' shows all {len(names)}"
+        f"--config {name!r} is neither a file nor a shipped config: {hint}`lightning-kd list` shows all {len(names)}"
     )
 
 

@@ -52,7 +52,8 @@ def report(cli: Any, error: BaseException | None) -> None:
     shown = [f"{k} {v:.4g}" for k, v in sorted(metrics.items()) if k.startswith(("val/", "test/"))]
     print(f"\n{' '.join(reached)}{': ' if shown else ''}{', '.join(shown)}")
     if begun:
-        print(f"in {folder.path}/")
+        file = folder.path / "predictions.csv"
+        print(f"in {file if cli.subcommand == 'predict' and file.is_file() else f'{folder.path}/'}")
     if step := _next_step(cli) if outcome == "finished" else _way_on(cli, outcome, begun):
         print(step)
 
