@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import shlex
 import sys
 import tempfile
@@ -35,10 +36,10 @@ def report(cli: Any, error: BaseException | None) -> None:
     epochs = 0 if trainer is None else trainer.current_epoch
     details: dict[str, Any] = {"epochs": epochs, "metrics": metrics}
     if error is not None and outcome == "failed":
-        cause = _cause(error)
-        details["error"] = f"{type(cause).__name__}: {cause}"
+        sentence = _sentence(error)
+        details["error"] = f"{type(_cause(error)).__name__}: {sentence}"
         trace = _write_trace(error, folder.path / "traceback.txt" if begun else None)
-        print(f"error: {cause}{trace}", file=sys.stderr)
+        print(f"error: {sentence}{trace}", file=sys.stderr)
         error.told = True  # type: ignore[attr-defined]
         if not begun:
             return
@@ -67,6 +68,14 @@ def _cause(error: BaseException) -> BaseException:
     while error.__cause__ is not None and str(error).startswith("Does not validate"):
         error = error.__cause__
     return error
+
+
+def _sentence(error: BaseException) -> str:
+    cause = str(_cause(error))
+    if cause != str(error) and cause.startswith("Expected a "):  # what the last of several types made of it
+        tried = re.findall(r"^\s*- (?!Expected a|Does not validate)(.+)$", str(error), re.MULTILINE)
+        return tried[-1] if tried else cause
+    return cause
 
 
 def _write_trace(error: BaseException, path: Path | None) -> str:
