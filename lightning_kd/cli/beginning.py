@@ -5,6 +5,8 @@ from __future__ import annotations
 import json
 import os
 import shutil
+from contextlib import suppress
+from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
 
@@ -45,8 +47,8 @@ class FolderBefore:
         """Make the folder what it was."""
         if self._missing:
             shutil.rmtree(self.folder.path, ignore_errors=True)
-            for path in self._missing[1:]:
-                if path.is_dir() and not any(path.iterdir()):
+            with suppress(OSError):  # another command may have put something there
+                for path in self._missing[1:]:
                     path.rmdir()
             return
         if not self._has_noise:  # it would bind the next fit
@@ -69,6 +71,7 @@ class Beginning(L.Callback):
     def __init__(self, before: FolderBefore, command: str) -> None:
         self.before = before
         self.command = command
+        self._start = datetime.now(timezone.utc).isoformat(timespec="seconds")
         self._waiting: list[tuple[RunFolder, str | None, int | None, str | None]] = []
 
     def add(self, folder: RunFolder, verb: str | None, seed: int | None, config: str | None = None) -> None:
@@ -77,13 +80,15 @@ class Beginning(L.Callback):
         self._waiting.append((folder, verb, seed, config))
 
     def begin(self, only: RunFolder | None = None) -> None:
-        """Write what waits, all or that of one folder."""
+        """Write what waits, all or, when the command has ended, that of one folder."""
         waiting, self._waiting = self._waiting, []
         for folder, verb, seed, config in waiting:
             if only is not None and folder is not only:
                 continue
             if verb is not None:
                 folder.begin(verb, self.command, seed)
+                if only is not None:
+                    folder.record["start"] = self._start
             if config is not None:
                 write_text(folder.path / "config.yaml", config)
         self.before.forget()
@@ -92,11 +97,12 @@ class Beginning(L.Callback):
         """Whether the folder's record tells of this command; it may be another process that wrote it."""
         folder = self.before.folder
         content = _content(folder.record_file)
-        if content == self.before.record or content is None:
+        if folder.record or content is None or content == self.before.record:
+            return bool(folder.record)
+        record = json.loads(content)
+        if record["command"] != self.command:
             return False
-        if not folder.record:
-            folder.record = json.loads(content)
-            self._waiting = []
+        folder.record = record
         return True
 
     def _note(self, trainer: L.Trainer) -> None:

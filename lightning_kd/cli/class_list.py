@@ -57,7 +57,9 @@ def class_list() -> str:
 def _exported(trees: dict[Path, ast.Module], without: str) -> list[str]:
     """What the packages' ``__all__`` name; that of a family is put together from its modules."""
     names: set[str] = set()
-    for folder in {path.parent for path in trees if path.parent.parent == PACKAGE} - {PACKAGE / without}:
+    for folder in {path.parent for path in trees if path.parent.parent == PACKAGE and path.stem == "__init__"}:
+        if folder.name == without:
+            continue
         own = _all_of(trees[folder / "__init__.py"])
         modules = [tree for path, tree in trees.items() if path.parent == folder and not path.name.startswith("_")]
         names.update(own if own is not None else [name for tree in modules for name in _all_of(tree) or ()])

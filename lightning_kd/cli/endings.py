@@ -27,11 +27,12 @@ def report(cli: Any, error: BaseException | None) -> None:
     """
     folder, trainer = cli.run_folder, getattr(cli, "trainer", None)
     outcome = "finished" if error is None else "interrupted" if _is_stop(error) else "failed"
-    if error is None:
-        cli.beginning.begin(folder)
-    begun = error is None or cli.beginning.has_begun()
-    if not begun:
+    begun = cli.beginning.has_begun()
+    if error is not None and not begun:
         cli.beginning.before.restore()
+    elif not begun:
+        cli.beginning.begin(folder)
+        begun = True
     metrics = {} if trainer is None else {k: float(v) for k, v in trainer.callback_metrics.items()}
     epochs = 0 if trainer is None else trainer.current_epoch
     details: dict[str, Any] = {"epochs": epochs, "metrics": metrics}

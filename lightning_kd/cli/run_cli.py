@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from typing import Any
 
 import lightning as L
-from lightning.pytorch.callbacks import ModelCheckpoint, ProgressBar, RichProgressBar
+from lightning.pytorch.callbacks import ModelCheckpoint, ModelSummary, ProgressBar, RichProgressBar
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 from lightning.pytorch.utilities import rank_zero_only
 
@@ -168,8 +168,10 @@ class RunCLI(LightningCLI):
             callbacks.append(self.beginning)
         if given.get("barebones"):
             return super().instantiate_trainer(**kwargs, callbacks=callbacks)
-        if given.get("enable_model_summary") is None or self.later_round:  # once is enough
+        asked = given.get("enable_model_summary") is not None or any(isinstance(c, ModelSummary) for c in callbacks)
+        if not asked or self.later_round:  # once is enough
             kwargs["enable_model_summary"] = False
+            callbacks = [callback for callback in callbacks if not isinstance(callback, ModelSummary)]
             callbacks += [] if self.later_round else [ParameterCount()]
         if given.get("enable_progress_bar") is not False and not any(isinstance(c, ProgressBar) for c in callbacks):
             callbacks.append(RichProgressBar(refresh_rate=4))  # redraws a second

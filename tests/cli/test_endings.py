@@ -161,3 +161,17 @@ def test_nothing_is_said_without_being_asked(tmp_path):
     done = run_forked(fit_from_python, folder=tmp_path)
     assert (done.returncode, done.stderr) == (0, "")
     assert done.stdout == "Classification: 94,186 parameters trained\n"
+
+
+def test_the_record_tells_when_the_command_began_and_that_nothing_was_left_to_train(trained, monkeypatch, capsys):
+    monkeypatch.chdir(trained)
+    main([*FIT, "--run", "x", "--ckpt_path", "last"])
+    assert "fit finished with nothing left to train" in capsys.readouterr().out
+    record = json.loads(Path("x/run.json").read_text())
+    assert (record["verb"], record["outcome"]) == ("fit", "finished")
+    assert record["start"] <= record["end"]
+
+
+def test_a_summary_of_the_users_own_is_shown(tmp_path, capsys):
+    main([*FIT, "--trainer.callbacks", "lightning.pytorch.callbacks.ModelSummary"])
+    assert "parameters trained" not in capsys.readouterr().out

@@ -1,5 +1,6 @@
 """The verbs as methods of the Trainer that ``get_cli`` makes."""
 
+import inspect
 import json
 from pathlib import Path
 
@@ -7,6 +8,8 @@ import pytest
 import torch
 
 from lightning_kd.cli import get_cli, main
+from lightning_kd.cli.run_trainer import RunTrainer, verb_module
+from lightning_kd.cli.usage import OWN_VERBS
 
 QUIET = ["--trainer.enable_progress_bar", "false"]
 SMOKE = ["--config", "_overlay/smoke", *QUIET, "--run", "r"]
@@ -57,3 +60,9 @@ def test_active_says_what_to_call():
     cli = get_cli(POOL)
     with pytest.raises(RuntimeError, match="run_rounds"):
         cli.trainer.active(cli.model, cli.datamodule)
+
+
+def test_each_verb_is_a_method_with_the_options_of_its_function():
+    for name in OWN_VERBS:
+        assert inspect.signature(getattr(RunTrainer, name)) == inspect.signature(getattr(verb_module(name), name))
+        assert getattr(RunTrainer, name).__doc__
