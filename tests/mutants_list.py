@@ -571,6 +571,20 @@ MUTANTS = [
         'if False and not config["overwrite"]',
         ("tests/test_cli.py",),
     ),
+    Mutant(
+        "a command that fails at once leaves its folder",
+        "cli/endings.py",
+        "        cli.beginning.before.restore()\n",
+        "        pass\n",
+        ("tests/cli/test_endings.py",),
+    ),
+    Mutant(
+        "a fit that fails at once has lost the earlier one",
+        "cli/run_cli.py",
+        "            self.beginning.before.set_aside()\n",
+        "",
+        ("tests/cli/test_endings.py",),
+    ),
     # running: processes and streams
     Mutant(
         "the teacher is judged anew after a resume",
