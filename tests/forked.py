@@ -15,7 +15,7 @@ from typing import Any
 
 THREADS = os.environ.get("TEST_THREADS", "1")  # of each process: the suite runs two at once on two cores
 CONTEXT = multiprocessing.get_context("forkserver")
-CONTEXT.set_forkserver_preload(["lightning_kd.trainer_cli", "sklearn.datasets", "matplotlib.pyplot"])
+CONTEXT.set_forkserver_preload(["lightning_kd.cli.run_cli", "sklearn.datasets", "matplotlib.pyplot"])
 
 
 def _child(

@@ -563,17 +563,31 @@ MUTANTS = [
     # the command line
     Mutant(
         "resume goes on without its checkpoint",
-        "trainer_cli.py",
+        "cli/run_cli.py",
         'config["ckpt_path"] = str(folder.checkpoint(config["ckpt_path"]))',
         'config["ckpt_path"] = None',
         ("tests/test_resume.py", CONFIGS),
     ),
     Mutant(
         "a finished fit is trained over",
-        "trainer_cli.py",
+        "cli/run_cli.py",
         'if anew and folder.last.is_file() and not config["overwrite"]',
         'if False and not config["overwrite"]',
         ("tests/test_cli.py",),
+    ),
+    Mutant(
+        "a command that fails at once leaves its folder",
+        "cli/endings.py",
+        "        cli.beginning.before.restore()\n",
+        "        pass\n",
+        ("tests/cli/test_endings.py",),
+    ),
+    Mutant(
+        "a fit that fails at once has lost the earlier one",
+        "cli/run_cli.py",
+        "            self.beginning.before.set_aside()\n",
+        "",
+        ("tests/cli/test_endings.py",),
     ),
     # running: processes and streams
     Mutant(
@@ -847,7 +861,7 @@ MUTANTS = [
     ),
     Mutant(
         "the shifted checkpoint is the old one",
-        "checkpoint_verbs.py",
+        "cli/shift_command.py",
         '    checkpoint["state_dict"] = {key: state[key].cpu() for key in checkpoint["state_dict"]}\n',
         "",
         ("tests/test_checkpoint_verbs.py",),
@@ -857,7 +871,7 @@ MUTANTS = [
     ),
     Mutant(
         "rounds of another recipe go on",
-        "trainer_cli.py",
+        "cli/saved_config.py",
         "        if old.get(key) != new.get(key) and not key.startswith(free):\n",
         "        if False:\n",
         (f"{POOL}/test_commands.py",),

@@ -19,6 +19,7 @@ MAY_IMPORT = {
     "callbacks": {"core", "metrics"},
     **{family: {"core", "nets", "metrics"} for family in FAMILIES},
     "active_learning": {"core", "nets", "metrics", "pool"},
+    "cli": {"core", "nets", "metrics", "pool", "compare", "data", "callbacks", *FAMILIES},
 }
 
 
@@ -44,3 +45,22 @@ def test_arrows_go_one_way(part):
 def test_every_part_is_known():
     folders = {p.name for p in PACKAGE.iterdir() if p.is_dir() and (p / "__init__.py").is_file()}
     assert folders <= set(MAY_IMPORT)
+
+
+def test_the_command_line_has_no_circle_of_imports():
+    files = {f"lightning_kd.cli.{path.stem}": path for path in (PACKAGE / "cli").glob("*.py")}
+    files["lightning_kd.cli"] = files.pop("lightning_kd.cli.__init__")
+    imports = {}
+    for name, path in files.items():
+        nodes = [node for node in ast.parse(path.read_text()).body if isinstance(node, ast.ImportFrom)]
+        named = {node.module for node in nodes} | {f"{node.module}.{a.name}" for node in nodes for a in node.names}
+        imports[name] = named & files.keys()
+    left = set(files)
+    while ready := {name for name in left if not imports[name] & left}:
+        left -= ready
+    assert not left
+
+
+@pytest.mark.parametrize("path", sorted((PACKAGE / "cli").glob("*.py")), ids=lambda path: path.stem)
+def test_the_files_of_the_command_line_are_short(path):
+    assert len(path.read_text().splitlines()) <= 250

@@ -8,8 +8,7 @@ import numpy as np
 import pytest
 import torch
 
-from lightning_kd import checkpoint_verbs
-from lightning_kd.cli import main
+from lightning_kd.cli import main, shift_command
 from lightning_kd.flatness import shift_network
 
 QUIET = ["--trainer.enable_progress_bar", "false", "--trainer.enable_model_summary", "false"]
@@ -59,7 +58,7 @@ def test_a_checkpoint_without_its_teacher_is_shifted_and_an_undone_shift_writes_
     capsys.readouterr()
     with monkeypatch.context() as patch:
         undo = lambda *args, **kwargs: replace(shift_network(*args, **kwargs), undone=True)  # noqa: E731
-        patch.setattr(checkpoint_verbs, "shift_network", undo)
+        patch.setattr(shift_command, "shift_network", undo)
         main(["shift", "--run", "run", "--samples", "12", *QUIET])
     out = capsys.readouterr().out
     assert "no shifted.ckpt is written" in out

@@ -7,7 +7,7 @@ import torch
 import yaml
 
 from lightning_kd.cli import get_cli, main
-from lightning_kd.configs_by_name import config_folder, config_names
+from lightning_kd.cli.config_names import config_folder, config_names
 
 QUIET = ["--trainer.enable_progress_bar", "false", "--trainer.enable_model_summary", "false"]
 SMALL = ["--model.student", "cnn_tiny", "--model.teacher", "cnn", "--model.teacher_weights", "random"]

@@ -10,7 +10,7 @@ import yaml
 from PIL import Image
 
 from lightning_kd.cli import main
-from lightning_kd.configs_by_name import config_folder
+from lightning_kd.cli.config_names import config_folder
 from lightning_kd.pool import PoolRecord
 from lightning_kd.pool.pool_record import alone
 from tests.active_learning.test_rounds import outcome

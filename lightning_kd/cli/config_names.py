@@ -11,7 +11,7 @@ __all__ = ["config_folder", "config_names", "config_path", "with_config_paths"]
 
 def config_folder() -> Path:
     """Where the configs are: inside the installed package, or the repository's folder of an editable install."""
-    package = Path(__file__).parent
+    package = Path(__file__).parent.parent
     inside = package / "configs"
     return inside if inside.is_dir() else package.parent / "configs"
 
@@ -34,10 +34,10 @@ def config_path(name: str) -> str:
     if path.is_file():
         return str(path)
     names = config_names()
-    near = difflib.get_close_matches(name, names, n=5, cutoff=0.3) or names[:5]
+    near = difflib.get_close_matches(name, names, n=3, cutoff=0.3)
+    hint = f"did you mean {', '.join(near)}? " if near else ""
     raise FileNotFoundError(
-        f"--config {name!r} is neither a file nor a shipped config; near names: {', '.join(near)}; "
-        f"'lightning-kd list' shows all {len(names)}"
+        f"--config {name!r} is neither a file nor a shipped config: {hint}`lightning-kd list` shows all {len(names)}"
     )
 
 

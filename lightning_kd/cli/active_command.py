@@ -1,0 +1,104 @@
+"""``lightning-kd active``: a whole active learning benchmark, each round with objects of its own."""
+
+from __future__ import annotations
+
+import shlex
+from pathlib import Path
+from typing import Any
+
+import lightning as L
+
+from lightning_kd.active_learning.pool_task import PoolTask
+from lightning_kd.active_learning.rounds import forget_rounds, run_rounds
+from lightning_kd.cli.pool_verbs import alone_on_pool, check_kept, check_pool
+from lightning_kd.cli.saved_config import check_same_recipe
+from lightning_kd.core.run import RunFolder
+from lightning_kd.pool import PoolRecord
+from lightning_kd.pool.label_curves import table
+
+__all__ = ["active", "check", "next_step", "run_active"]
+
+
+def active(
+    trainer: L.Trainer,
+    model: Any,
+    datamodule: Any,
+    ckpt_path: str | None = None,
+    weights_only: bool | None = None,
+) -> None:
+    """The whole active learning benchmark: train, test, query, ask the oracle, until the budget is spent.
+
+    Raises:
+        RuntimeError: always: each round needs objects of its own, which one Trainer cannot make.
+    """
+    raise RuntimeError(
+        "active makes a Trainer, a model and a data module for each round: call lightning_kd.active_learning."
+        "run_rounds(start, folder) from Python"
+    )
+
+
+def check(config: Any) -> None:
+    """Refuse settings before anything is built."""
+    check_kept("active", config)
+    if config.get("ckpt_path"):
+        raise ValueError(f"active goes on by itself, got ckpt_path={config['ckpt_path']}: leave it out")
+    if type(config.get("seed_everything")) is not int:
+        raise ValueError(f"active needs a seed, got seed_everything={config.get('seed_everything')}: give a number")
+    folder = RunFolder(config["run"])
+    if folder.last.is_file():
+        raise FileExistsError(f"{folder.path} holds a single fit: name another --run folder for active")
+
+
+def run_active(cli: Any) -> None:
+    """All rounds of the ``RunCLI``; prints a table of them at the end.
+
+    Raises:
+        ValueError: where the data have no oracle, or the folder holds rounds of another recipe.
+    """
+    check_pool("active", cli.model, cli.datamodule).oracle([])  # or there is none
+    whole, config = cli.run_folder, cli.config["active"]
+    with alone_on_pool(whole.path):
+        rows = _run_rounds(cli, whole, config)
+    if cli.is_first:
+        print(f"\n{table(rows)}")
+
+
+def _run_rounds(cli: Any, whole: RunFolder, config: Any) -> list[dict[str, Any]]:
+    seed = config["seed_everything"]
+    if cli.is_first:
+        text = cli.saved_config()
+        if config["overwrite"]:
+            cli.beginning.before.set_aside()
+            forget_rounds(whole.path)
+        if whole.pool.is_file():
+            check_same_recipe(text, whole.path / "config.yaml")
+            cli.datamodule.use(PoolRecord.load(whole.pool))
+        cli.beginning.add(whole, "active", seed, text)
+
+    def enter(folder: RunFolder, seed: int, outcome: str) -> None:
+        if cli.run_folder is not whole and cli.run_folder.record:
+            cli.run_folder.end(outcome)
+        cli.run_folder = folder
+        config["seed_everything"], config["run"] = seed, str(folder.path)
+
+    def start(number: int, path: Path) -> tuple[L.Trainer, PoolTask, Any]:
+        folder = RunFolder(path)
+        enter(folder, seed + number, "finished")
+        if cli.is_first:
+            cli.beginning.add(folder, "fit", seed + number, cli.saved_config())
+        cli.instantiate_classes()
+        cli.later_round = True
+        return cli.trainer, cli.model, cli.datamodule
+
+    outcome = "failed"
+    try:
+        rows = run_rounds(start, whole.path, seed)
+        outcome = "finished"
+    finally:
+        enter(whole, seed, outcome)
+    return rows
+
+
+def next_step(config: str, answer: Any) -> str:
+    """The command after it, for a run with this ``config.yaml``."""
+    return f"lightning-kd compare {shlex.quote(str(Path(shlex.split(config)[0]).parent))}"

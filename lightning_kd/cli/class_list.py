@@ -1,0 +1,109 @@
+"""``lightning-kd list``: all that can be named in a config or a command.
+
+It reads the package's files instead of importing them, which would take seconds.
+"""
+
+from __future__ import annotations
+
+import ast
+import inspect
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+from lightning_kd.cli.config_names import config_folder, config_names
+
+__all__ = ["class_list", "main"]
+
+PACKAGE = Path(__file__).parent.parent
+
+
+def main(args: Sequence[str]) -> None:
+    """The command line.
+
+    Raises:
+        ValueError: where it is given anything.
+    """
+    if args:
+        raise ValueError(f"list takes no arguments, got {' '.join(args)}: leave them out")
+    print(class_list())
+
+
+def class_list() -> str:
+    """Methods, optimizers, callbacks and data modules with a sentence each, networks and configs."""
+    trees = {path: ast.parse(path.read_text()) for path in sorted(PACKAGE.rglob("*.py"))}
+    classes = {node.name: node for tree in trees.values() for node in tree.body if isinstance(node, ast.ClassDef)}
+
+    def listed(root: str) -> list[str]:
+        lines = []
+        for name in _exported(trees, without="core" if root == "Callback" else ""):
+            if name in classes and not name.endswith("Task"):  # bases
+                parents = list(_parents(name, classes))
+                if root in parents[1:] and not _is_abstract(parents, classes):
+                    lines.append(f"  {name:<26} {_first_line(classes[name])}")
+        return lines
+
+    lines = ["methods:", *listed("Task")]
+    lines += ["optimizers:", *listed("Optimizer")]
+    lines += ["callbacks:", *listed("Callback")]
+    lines += ["data modules:", *listed("LightningDataModule")]
+    networks = _network_names(trees[PACKAGE / "nets" / "__init__.py"])
+    lines += ["networks:", f"  {', '.join(networks)}", "  timm/NAME, torchvision/NAME", "configs:"]
+    for name in config_names():
+        first = (config_folder() / f"{name}.yaml").read_text().partition("\n")[0]
+        lines.append(f"  {name:<48} {first.lstrip('# ') if first.startswith('#') else ''}")
+    return "\n".join(lines)
+
+
+def _exported(trees: dict[Path, ast.Module], without: str) -> list[str]:
+    """What the packages' ``__all__`` name; that of a family is put together from its modules."""
+    names: set[str] = set()
+    for folder in {path.parent for path in trees if path.parent.parent == PACKAGE and path.stem == "__init__"}:
+        if folder.name == without:
+            continue
+        own = _all_of(trees[folder / "__init__.py"])
+        modules = [tree for path, tree in trees.items() if path.parent == folder and not path.name.startswith("_")]
+        names.update(own if own is not None else [name for tree in modules for name in _all_of(tree) or ()])
+    return sorted(names)
+
+
+def _all_of(tree: ast.Module) -> list[str] | None:
+    for node in tree.body:
+        if isinstance(node, ast.Assign) and ast.unparse(node.targets[0]) == "__all__":
+            return ast.literal_eval(node.value) if isinstance(node.value, ast.List) else None
+    return []
+
+
+def _parents(name: str, classes: dict[str, ast.ClassDef]) -> Iterator[str]:
+    """The class itself, what it inherits from, and so on up to those of other packages."""
+    yield name
+    for base in classes[name].bases if name in classes else ():
+        yield from _parents(ast.unparse(base).rpartition(".")[2], classes)
+
+
+def _is_abstract(parents: list[str], classes: dict[str, ast.ClassDef]) -> bool:
+    defined: set[str] = set()
+    for name in parents:
+        for node in classes[name].body if name in classes else ():
+            if isinstance(node, ast.FunctionDef) and node.name not in defined:
+                if any("abstractmethod" in ast.unparse(decorator) for decorator in node.decorator_list):
+                    return True
+                defined.add(node.name)
+            elif isinstance(node, ast.Assign | ast.AnnAssign):
+                defined.update(n.id for n in ast.walk(node) if isinstance(n, ast.Name))
+    return False
+
+
+def _first_line(node: ast.ClassDef) -> str:
+    return inspect.cleandoc(ast.get_docstring(node) or "").partition("\n")[0]
+
+
+def _network_names(tree: ast.Module) -> list[str]:
+    """The keys of the table of networks, whose values are of no interest here."""
+    for node in tree.body:
+        if isinstance(node, ast.AnnAssign) and ast.unparse(node.target) == "_NETWORKS" and node.value is not None:
+            unknown = {name.id: lambda *args: None for name in ast.walk(node.value) if isinstance(name, ast.Name)}
+            table = eval(compile(ast.Expression(node.value), "nets", "eval"), unknown)
+            return sorted([*table, "mlp"])
+    from lightning_kd.nets import network_names
+
+    return network_names()

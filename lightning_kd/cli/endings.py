@@ -1,0 +1,130 @@
+"""What a command says at its end: what was reached, where it is, the command that goes on."""
+
+from __future__ import annotations
+
+import json
+import re
+import shlex
+import sys
+import tempfile
+import traceback
+from pathlib import Path
+from typing import Any
+
+import lightning_kd
+from lightning_kd.cli.command_words import resume_command
+from lightning_kd.cli.run_trainer import verb_module
+from lightning_kd.cli.usage import OWN_VERBS
+from lightning_kd.core.run import RunFolder, write_text
+
+__all__ = ["report"]
+
+
+def report(cli: Any, error: BaseException | None) -> None:
+    """Note the outcome of the ``RunCLI`` in ``run.json`` and print the last lines.
+
+    A command that failed before its work began leaves its folder as it was.
+    """
+    folder, trainer = cli.run_folder, getattr(cli, "trainer", None)
+    outcome = "finished" if error is None else "interrupted" if _is_stop(error) else "failed"
+    begun = cli.beginning.has_begun()
+    if error is not None and not begun:
+        cli.beginning.before.restore()
+    elif not begun:
+        cli.beginning.begin(folder)
+        begun = True
+    metrics = {} if trainer is None else {k: float(v) for k, v in trainer.callback_metrics.items()}
+    epochs = 0 if trainer is None else trainer.current_epoch
+    details: dict[str, Any] = {"epochs": epochs, "metrics": metrics}
+    if error is not None and outcome == "failed":
+        sentence = _sentence(error)
+        details["error"] = f"{type(_cause(error)).__name__}: {sentence}"
+        trace = _write_trace(error, folder.path / "traceback.txt" if begun else None)
+        print(f"error: {sentence}{trace}", file=sys.stderr)
+        error.told = True  # type: ignore[attr-defined]
+        if not begun:
+            return
+    if begun:
+        folder.end(outcome, **details)
+    reached = [f"{cli.subcommand} {outcome}"]
+    if cli.subcommand == "fit" and error is None and not metrics:
+        reached.append("with nothing left to train, as --trainer.max_epochs is reached,")
+    if cli.subcommand == "fit":
+        reached.append(f"after {epochs} epoch{'' if epochs == 1 else 's'}")
+    shown = [f"{k} {v:.4g}" for k, v in sorted(metrics.items()) if k.startswith(("val/", "test/"))]
+    print(f"\n{' '.join(reached)}{': ' if shown else ''}{', '.join(shown)}")
+    if begun:
+        file = folder.path / "predictions.csv"
+        print(f"in {file if cli.subcommand == 'predict' and file.is_file() else f'{folder.path}/'}")
+    if step := _next_step(cli) if outcome == "finished" else _way_on(cli, outcome, begun):
+        print(step)
+
+
+def _is_stop(error: BaseException) -> bool:
+    return isinstance(error, (KeyboardInterrupt, SystemExit))
+
+
+def _cause(error: BaseException) -> BaseException:
+    """What went wrong first: jsonargparse wraps what a constructor raised."""
+    while error.__cause__ is not None and str(error).startswith("Does not validate"):
+        error = error.__cause__
+    return error
+
+
+def _sentence(error: BaseException) -> str:
+    cause = str(_cause(error))
+    if cause != str(error) and cause.startswith("Expected a "):  # what the last of several types made of it
+        tried = re.findall(r"^\s*- (?!Expected a|Does not validate)(.+)$", str(error), re.MULTILINE)
+        return tried[-1] if tried else cause
+    return cause
+
+
+def _write_trace(error: BaseException, path: Path | None) -> str:
+    """Write the trace, and say where; without a path only where the sentence of the error is not one of ours."""
+    if path is None:
+        ours = Path(lightning_kd.__file__).parent
+        if ours in Path(traceback.extract_tb(_cause(error).__traceback__)[-1].filename).parents:
+            return ""
+        with tempfile.NamedTemporaryFile(prefix="lightning-kd-", suffix=".txt", delete=False) as file:
+            path = Path(file.name)
+    write_text(path, "".join(traceback.format_exception(error)))
+    return f"\n(trace in {path})"
+
+
+def _next_step(cli: Any) -> str:
+    folder = cli.run_folder
+    config = shlex.quote(f"{folder.path}/config.yaml")
+    step = ""
+    if cli.subcommand in OWN_VERBS:
+        next_step = getattr(verb_module(cli.subcommand), "next_step", None)
+        step = next_step(config, cli.trainer.answer) if next_step else ""
+    elif cli.subcommand == "fit" and folder.last.is_file():
+        pool = getattr(cli.datamodule, "pool_path", None) is not None
+        step = f"lightning-kd {f'query --config {config}' if pool else f'test --config {config} --ckpt_path last'}"
+    elif cli.subcommand in ("test", "validate") and _others_beside(folder):
+        step = f"lightning-kd compare {shlex.quote(str(folder.path.parent))}"
+    return step and f"next: {step}"
+
+
+def _others_beside(folder: RunFolder) -> bool:
+    """Whether finished runs lie beside this one, which is one itself."""
+    runs = [path.parent for path in folder.path.absolute().parent.glob("*/run.json") if _is_finished_fit(path)]
+    return folder.path.absolute() in runs and len(runs) > 1
+
+
+def _is_finished_fit(record_file: Path) -> bool:
+    try:
+        record = json.loads(record_file.read_text())
+        fits = [entry for entry in [*record["history"], record] if entry["verb"] in ("fit", "active")]
+        return bool(fits) and fits[-1]["outcome"] == "finished" and (record_file.parent / "config.yaml").is_file()
+    except (OSError, ValueError, KeyError, TypeError):  # whatever else has such a name
+        return False
+
+
+def _way_on(cli: Any, outcome: str, begun: bool) -> str:
+    """The command that goes on; none where it would fail again."""
+    if cli.subcommand == "active" and (begun or outcome == "interrupted"):
+        return f"go on with: {resume_command(cli.command, None)}"
+    if cli.subcommand == "fit" and begun and cli.run_folder.last.is_file():
+        return f"go on with: {resume_command(cli.command)}"
+    return f"go on with: {cli.command}" if outcome == "interrupted" else ""

@@ -1,0 +1,29 @@
+"""The parser whose errors are one sentence."""
+
+from __future__ import annotations
+
+import os
+import re
+import sys
+from typing import NoReturn
+
+from lightning.pytorch.cli import LightningArgumentParser
+
+from lightning_kd.cli.suggestions import one_sentence
+
+__all__ = ["RunParser"]
+
+
+class RunParser(LightningArgumentParser):
+    """LightningCLI's parser, without the usage and jsonargparse's tree of what it tried.
+
+    With ``JSONARGPARSE_DEBUG`` in the environment both are printed.
+    """
+
+    def error(self, message: str, ex: Exception | None = None) -> NoReturn:
+        if not self.exit_on_error or "JSONARGPARSE_DEBUG" in os.environ:
+            super().error(message, ex)
+        parser = getattr(ex, "subcommand_parser", None) or self
+        options = re.findall(r"--[\w.]+", parser.format_help())
+        print(f"error: {one_sentence(message, options)}", file=sys.stderr)
+        sys.exit(2)

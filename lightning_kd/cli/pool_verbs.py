@@ -1,0 +1,44 @@
+"""What the verbs that work on a pool of unlabelled samples ask for before they start."""
+
+from __future__ import annotations
+
+from contextlib import AbstractContextManager, nullcontext
+from pathlib import Path
+from typing import Any
+
+from lightning.pytorch.utilities import rank_zero_only
+
+from lightning_kd.active_learning.pool_task import PoolTask
+from lightning_kd.data import OpenSetDataModule
+from lightning_kd.pool.pool_record import alone
+
+__all__ = ["alone_on_pool", "check_kept", "check_pool"]
+
+
+def check_kept(verb: str, config: Any) -> None:
+    """Raise a ``ValueError`` where nothing would be kept."""
+    if config.trainer.get("fast_dev_run"):
+        raise ValueError(
+            f"{verb} keeps what it finds, got fast_dev_run={config.trainer.fast_dev_run}: try --trainer."
+            "max_epochs 1 with another --run folder instead"
+        )
+
+
+def check_pool(verb: str, model: Any, datamodule: Any) -> Any:
+    """The data module, set up.
+
+    Raises:
+        ValueError: unless this is a method for pools on a pool.
+    """
+    if not isinstance(model, PoolTask) or not isinstance(datamodule, OpenSetDataModule):
+        raise ValueError(
+            f"{verb} needs a method for pools on an OpenSetDataModule, got {type(model).__name__} "
+            f"on {type(datamodule).__name__}: see the configs active_learning/... of lightning-kd list"
+        )
+    datamodule.setup()
+    return datamodule
+
+
+def alone_on_pool(folder: Path) -> AbstractContextManager[None]:
+    """Keep other commands off the pool of the run folder; process 0 does so for all."""
+    return alone(folder) if getattr(rank_zero_only, "rank", 0) == 0 else nullcontext()

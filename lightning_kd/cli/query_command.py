@@ -1,0 +1,47 @@
+"""``lightning-kd query``: what to label next, from a pool."""
+
+from __future__ import annotations
+
+import shlex
+from pathlib import Path
+from typing import Any
+
+import lightning as L
+
+from lightning_kd.active_learning.rounds import ask
+from lightning_kd.cli.load_checkpoint import checkpoint_path
+from lightning_kd.cli.pool_verbs import alone_on_pool, check_kept, check_pool
+
+__all__ = ["check", "next_step", "query"]
+
+
+def query(
+    trainer: L.Trainer,
+    model: Any,
+    datamodule: Any,
+    ckpt_path: str | None = None,
+    weights_only: bool | None = None,
+) -> Path:
+    """Choose what to label next, with the weights of last.ckpt unless told otherwise: query_ROUND.csv.
+
+    Returns:
+        The path of that file.
+
+    Raises:
+        ValueError: unless this is a method for pools on a pool, or where an earlier query waits for answers.
+    """
+    data = check_pool("query", model, datamodule)
+    folder = Path(trainer.default_root_dir)
+    with alone_on_pool(folder):
+        return ask(trainer, model, data, folder, str(checkpoint_path(trainer, ckpt_path)))
+
+
+def check(config: Any) -> None:
+    """Refuse settings before anything is built."""
+    check_kept("query", config)
+
+
+def next_step(config: str, path: Path) -> str:
+    """The command after it."""
+    file = shlex.quote(str(path))
+    return f"fill in the column label of {file}, then lightning-kd label {file}"

@@ -1,0 +1,188 @@
+"""LightningCLI with a run folder."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import lightning as L
+from lightning.pytorch.callbacks import ModelCheckpoint, ModelSummary, ProgressBar, RichProgressBar
+from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
+from lightning.pytorch.utilities import rank_zero_only
+
+import lightning_kd.callbacks  # noqa: F401  (classes are found by name once they are imported)
+from lightning_kd.cli.active_command import run_active
+from lightning_kd.cli.beginning import Beginning, FolderBefore
+from lightning_kd.cli.command_words import default_run_folder
+from lightning_kd.cli.endings import report
+from lightning_kd.cli.parameter_count import ParameterCount
+from lightning_kd.cli.parser import RunParser
+from lightning_kd.cli.run_trainer import RunTrainer, verb_module
+from lightning_kd.cli.saved_config import config_text
+from lightning_kd.cli.usage import OWN_VERBS
+from lightning_kd.core.registry import family_packages
+from lightning_kd.core.run import RunFolder, RunLogger, run_callbacks
+from lightning_kd.core.task import Task
+from lightning_kd.data import OpenSetDataModule
+from lightning_kd.pool import PoolRecord
+
+__all__ = ["RunCLI"]
+
+family_packages()
+
+
+class RunCLI(LightningCLI):
+    """The parser and the objects behind every verb.
+
+    Args:
+        config_paths: the config files among ``args``, which name the default run folder.
+        command: the command line for ``run.json``.
+        kwargs: further arguments of ``LightningCLI``.
+    """
+
+    def __init__(self, config_paths: Sequence[str] = (), command: str = "", **kwargs: Any) -> None:
+        self.config_paths = list(config_paths)
+        self.command = command
+        self._verb = next(iter(kwargs.get("args") or ()), None)
+        self._records = False
+        self.later_round = False
+        defaults: dict[str, Any] = {
+            "trainer_class": RunTrainer,
+            "model_class": Task,
+            "datamodule_class": L.LightningDataModule,
+            "subclass_mode_model": True,
+            "subclass_mode_data": True,
+            "auto_configure_optimizers": False,
+            "seed_everything_default": 0,
+            "save_config_callback": None,  # Beginning writes it
+            "parser_class": RunParser,
+            "parser_kwargs": {"prog": "lightning-kd"},
+        }
+        try:
+            super().__init__(**{**defaults, **kwargs})
+        except BaseException as error:
+            if self._records and self.is_first:
+                report(self, error)
+            raise
+        if self._records and self.is_first:
+            report(self, None)
+
+    @property
+    def is_first(self) -> bool:
+        """Whether this is process 0, also before a Trainer has started the others."""
+        return getattr(rank_zero_only, "rank", 0) == 0
+
+    def subcommands(self) -> dict[str, set[str]]:  # type: ignore[override]  # asked of the object alone
+        """The verb that is called; all where it is none: building the parsers of all takes as long as a short fit."""
+        verbs = {**LightningCLI.subcommands(), **{verb: {"model", "datamodule"} for verb in OWN_VERBS}}
+        return {self._verb: verbs[self._verb]} if self._verb in verbs else verbs
+
+    def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
+        parser.usage = "lightning-kd VERB [--config NAME_OR_PATH ...] [--run FOLDER] [options]"
+        parser.add_argument(
+            "--run",
+            type=str | None,
+            default=None,
+            help="Folder for all that the command leaves behind. Default: runs/ and the name of the config.",
+        )
+        parser.add_argument(
+            "--overwrite",
+            type=bool,
+            nargs="?",
+            const=True,
+            default=False,
+            help="Start anew in a folder that holds a last.ckpt (active: a pool.json).",
+        )
+        for name in ("num_classes", "input_shape"):
+            parser.link_arguments(f"data.{name}", f"model.init_args.{name}", apply_on="instantiate")
+
+    def saved_config(self) -> str:
+        """The text of ``config.yaml``, as it can be given to ``--config`` again."""
+        return config_text(self._parser(self.subcommand), self._settings)
+
+    @property
+    def _settings(self) -> Any:
+        return self.config[self.subcommand] if self.subcommand else self.config
+
+    def before_instantiate_classes(self) -> None:
+        config, verb = self._settings, self.subcommand
+        fallback = str(config.model.class_path).rpartition(".")[2].lower()
+        folder = RunFolder(config.get("run") or default_run_folder(self.config_paths, fallback))
+        self.run_folder = folder
+        self.beginning = Beginning(FolderBefore(folder), self.command)
+        config["run"] = str(folder.path)
+        if verb in OWN_VERBS:
+            getattr(verb_module(verb), "check", lambda config: None)(config)
+            if verb != "active":
+                config["ckpt_path"] = config.get("ckpt_path") or "last"
+        if verb is None:
+            self.beginning.add(folder, None, None, self.saved_config())
+        elif not config.trainer.get("fast_dev_run"):
+            self._check_checkpoint(config, folder)
+            self._records = True
+            if verb != "active" and self.is_first:  # whose settings change from round to round
+                text = self.saved_config() if verb == "fit" else None
+                self.beginning.add(folder, verb, config.get("seed_everything"), text)
+
+    def _check_checkpoint(self, config: Any, folder: RunFolder) -> None:
+        # only here: LightningCLI merges the hyperparameters of a checkpoint given by path over the command line
+        if config.get("ckpt_path") in ("last", "best"):
+            config["ckpt_path"] = str(folder.checkpoint(config["ckpt_path"]))
+        config["weights_only"] = True
+        anew = self.subcommand == "fit" and not config.get("ckpt_path")
+        evaluates = self.subcommand not in ("fit", "active")
+        if evaluates and not config.get("ckpt_path") and folder.last.is_file():
+            raise ValueError(
+                f"{self.subcommand} without --ckpt_path would take untrained weights, and {folder.path} holds trained "
+                "ones: add --ckpt_path last or best, or name another --run folder"
+            )
+        if anew and folder.last.is_file() and not config["overwrite"] and self.is_first:
+            raise FileExistsError(
+                f"{folder.path} holds a last.ckpt: add --ckpt_path last to go on, --overwrite to start anew, or "
+                "another --run folder"
+            )
+        if folder.path.exists() and not folder.path.is_dir():
+            raise NotADirectoryError(f"--run {str(folder.path)!r} is a file: name a folder")
+
+    def before_fit(self) -> None:
+        # all is parsed and built: now an earlier fit may be thrown away
+        config = self.config["fit"]
+        if config["overwrite"] and self._records and self.is_first and not config.get("ckpt_path"):
+            if isinstance(self.datamodule, OpenSetDataModule) and self.run_folder.pool.is_file():
+                self.datamodule.setup()
+                self.datamodule.use(PoolRecord.load(self.run_folder.pool))  # or it is another pool
+            self.beginning.before.set_aside()
+            self.run_folder.clear()
+
+    def active(self, model: Any, datamodule: Any, **kwargs: Any) -> None:
+        """Run all rounds, each with objects of its own."""
+        run_active(self)
+
+    def instantiate_trainer(self, **kwargs: Any) -> L.Trainer:
+        config = self.config_init[self.subcommand] if self.subcommand else self.config_init
+        given = config.get("trainer", {})
+        kwargs["default_root_dir"] = str(self.run_folder.path)
+        callbacks = given.get("callbacks") or []
+        callbacks = list(callbacks) if isinstance(callbacks, list) else [callbacks]
+        if not given.get("fast_dev_run"):
+            callbacks.append(self.beginning)
+        if given.get("barebones"):
+            return super().instantiate_trainer(**kwargs, callbacks=callbacks)
+        asked = given.get("enable_model_summary") is not None or any(isinstance(c, ModelSummary) for c in callbacks)
+        if not asked or self.later_round:  # once is enough
+            kwargs["enable_model_summary"] = False
+            callbacks = [callback for callback in callbacks if not isinstance(callback, ModelSummary)]
+            callbacks += [] if self.later_round else [ParameterCount()]
+        if given.get("enable_progress_bar") is not False and not any(isinstance(c, ProgressBar) for c in callbacks):
+            callbacks.append(RichProgressBar(refresh_rate=4))  # redraws a second
+        ours = run_callbacks(self.run_folder, self.model.monitor, self.model.monitor_mode)
+        if given.get("enable_checkpointing") is False or given.get("fast_dev_run"):
+            ours = [callback for callback in ours if not isinstance(callback, ModelCheckpoint)]
+        kwargs["callbacks"] = [*callbacks, *ours]
+        logger = given.get("logger")
+        if logger is None or logger is True:
+            kwargs["logger"] = RunLogger(self.run_folder.path)
+        elif logger is not False:
+            others = logger if isinstance(logger, list) else [logger]
+            kwargs["logger"] = [RunLogger(self.run_folder.path), *others]
+        return super().instantiate_trainer(**kwargs)

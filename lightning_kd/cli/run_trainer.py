@@ -1,0 +1,44 @@
+"""The Trainer with the project's own verbs, for the command line and for Python."""
+
+from __future__ import annotations
+
+import functools
+import importlib
+from collections.abc import Callable
+from typing import Any
+
+import lightning as L
+
+from lightning_kd.cli.usage import OWN_VERBS
+
+__all__ = ["RunTrainer", "verb_module"]
+
+
+class RunTrainer(L.Trainer):
+    """A Trainer with a method for each verb of ``usage.OWN_VERBS``: ``trainer.shift(model, datamodule, ...)``.
+
+    It works in the run folder ``default_root_dir``.
+
+    Attributes:
+        answer: what the last of these methods returned.
+    """
+
+    answer: Any = None
+
+
+def verb_module(verb: str) -> Any:
+    """The module of one of our own verbs."""
+    return importlib.import_module(OWN_VERBS[verb].module)
+
+
+def _method(function: Callable[..., Any]) -> Callable[..., Any]:
+    @functools.wraps(function)
+    def method(self: RunTrainer, *args: Any, **kwargs: Any) -> Any:
+        self.answer = function(self, *args, **kwargs)
+        return self.answer
+
+    return method
+
+
+for _name in OWN_VERBS:
+    setattr(RunTrainer, _name, _method(getattr(verb_module(_name), _name)))

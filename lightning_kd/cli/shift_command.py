@@ -1,0 +1,114 @@
+"""``lightning-kd shift``: optimum shifting of a finished checkpoint."""
+
+from __future__ import annotations
+
+import json
+import os
+import shlex
+from pathlib import Path
+from typing import Any
+
+import lightning as L
+import torch
+
+from lightning_kd.cli.load_checkpoint import checkpoint_path, load_checkpoint, sample_source
+from lightning_kd.core.batch import as_batch
+from lightning_kd.core.outputs import logits_of
+from lightning_kd.core.run import write_text
+from lightning_kd.core.training_subset import OnDevice
+from lightning_kd.flatness.optimum_shifting import shift_network
+from lightning_kd.flatness.shifting_callback import shift_samples
+
+__all__ = ["next_step", "shift"]
+
+
+def shift(
+    trainer: L.Trainer,
+    model: Any,
+    datamodule: Any,
+    ckpt_path: str | None = None,
+    weights_only: bool | None = None,
+    layers: list[str] | None = None,
+    mode: str = "fixed",
+    selection: str = "class_balanced",
+    samples: int | None = None,
+    held_out: int = 1000,
+    guard: float | None = 0.05,
+    rtol: float | None = None,
+    force: bool = False,
+    seed: int = 0,
+    output: str | None = None,
+) -> Path | None:
+    """Shift layers of last.ckpt, unless told otherwise, and write the result beside it, with shift.json.
+
+    The new checkpoint is the old one with other weights, and with the report under ``optimum_shifting``. Its optimizer
+    states are those of the old one: it is meant for tests, predictions and as ``weights`` of another training.
+
+    Args:
+        ckpt_path: last, best or a path.
+        layers: module paths inside the network. Default: its classifier.
+        mode: fixed, joint or free: what becomes of the bias.
+        selection: the samples whose outputs stay: class_balanced, random, class_means, or all of the training set.
+        samples: how many. Default: 3 a class and at least 100, fewer than the layer has inputs.
+        held_out: training samples beside them, on which the loss is watched.
+        guard: undo the shift where that loss rises by more than this share; null for never.
+        rtol: singular values up to this share of the largest count as 0. Default: by the precision.
+        force: shift even if classes are missing among the samples.
+        seed: of the draw of the samples.
+        output: the new checkpoint, no file that exists. Default: shifted.ckpt beside the old one.
+
+    Returns:
+        The path of the new checkpoint; ``None`` where the guard undid the shift and none is written.
+
+    Raises:
+        FileExistsError: where there is an ``output`` already, or the default one is the checkpoint itself.
+    """
+    old = checkpoint_path(trainer, ckpt_path)
+    path = Path(output) if output is not None else old.with_name("shifted.ckpt")
+    if path.exists() and (output is not None or path.samefile(old)):
+        raise FileExistsError(f"output {path} exists already: name another file")
+    checkpoint = load_checkpoint(trainer, model, datamodule, old)
+    network = model.main_network
+    chosen, others = shift_samples(
+        sample_source(datamodule),
+        network,
+        layers,
+        selection=selection,
+        samples=samples,
+        held_out=held_out,
+        num_classes=model.num_classes,
+        seed=seed,
+        force=force,
+    )
+    report = shift_network(
+        network,
+        layers,
+        OnDevice(trainer, chosen.loader),
+        held_out=None if others is None else OnDevice(trainer, others.loader),
+        selection=selection,
+        num_classes=model.num_classes,
+        force=force,
+        mode=mode,
+        guard=guard,
+        rtol=rtol,
+        forward=lambda batch: logits_of(network(model.format_image(as_batch(batch).image))),
+    )
+    print(f"\n{report}")
+    found = {"checkpoint": str(old), "selection": selection, "seed": seed, **report.to_dict()}
+    write_text(Path(trainer.default_root_dir) / "shift.json", json.dumps(found, indent=2) + "\n")
+    if report.undone:
+        print(f"no {path.name} is written; --guard null would keep the shift")
+        return None
+    state = model.state_dict()
+    checkpoint["state_dict"] = {key: state[key].cpu() for key in checkpoint["state_dict"]}
+    checkpoint["optimum_shifting"] = found
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial = path.with_suffix(".partial")
+    torch.save(checkpoint, partial)
+    os.replace(partial, path)
+    return path
+
+
+def next_step(config: str, path: Path | None) -> str:
+    """The command after it, for a run with this ``config.yaml``; none where no checkpoint was written."""
+    return "" if path is None else f"lightning-kd test --config {config} --ckpt_path {shlex.quote(str(path))}"

@@ -1,0 +1,84 @@
+"""The verbs of ``lightning-kd``, and the overview that it prints without one.
+
+This file and ``config_names.py`` are all that is imported before the verb is known, so that light verbs start at once.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+__all__ = ["CHECKPOINT_VERBS", "OWN_VERBS", "VERBS", "Verb", "usage"]
+
+
+@dataclass(frozen=True)
+class Verb:
+    """One verb.
+
+    Attributes:
+        sentence: what the overview says it does.
+        module: where its function is, of the same name as the verb: ``(trainer, model, datamodule, ...)``, whose
+            further arguments are the options. A light verb's module has ``main(args)`` instead. Lightning's own have
+            none.
+        light: needs neither torch nor lightning.
+        of_checkpoint: knows its config from the checkpoint or run folder that it is given.
+    """
+
+    sentence: str
+    module: str = ""
+    light: bool = False
+    of_checkpoint: bool = False
+
+
+VERBS = {
+    "fit": Verb("train from a config:     lightning-kd fit --config distillation/dhkd_digits"),
+    "validate": Verb("evaluate on the validation split, test on the test split, with --ckpt_path last | best | PATH"),
+    "test": Verb(""),
+    "predict": Verb("write predictions.csv into the run folder"),
+    "shift": Verb(
+        "optimum shifting of a finished checkpoint:  lightning-kd shift --ckpt_path RUN/checkpoints/last.ckpt",
+        "lightning_kd.cli.shift_command",
+        of_checkpoint=True,
+    ),
+    "sharpness": Verb(
+        "how flat it is: table and pictures:         lightning-kd sharpness --ckpt_path RUN/checkpoints/last.ckpt",
+        "lightning_kd.cli.sharpness_command",
+        of_checkpoint=True,
+    ),
+    "query": Verb(
+        "what to label next, from a pool: query_ROUND.csv in the run folder", "lightning_kd.cli.query_command"
+    ),
+    "label": Verb(
+        "take the answers in:     lightning-kd label FOLDER/query_00.csv", "lightning_kd.pool.label_command", light=True
+    ),
+    "active": Verb(
+        "a whole active learning benchmark with an oracle: lightning-kd active --config active_learning/lfosa_digits",
+        "lightning_kd.cli.active_command",
+    ),
+    "list": Verb(
+        "methods, optimizers, callbacks, data modules, networks and shipped configs",
+        "lightning_kd.cli.class_list",
+        light=True,
+    ),
+    "compare": Verb(
+        "mean and std over seeds of finished runs: lightning-kd compare RUN...", "lightning_kd.compare", light=True
+    ),
+}
+OWN_VERBS = {name: verb for name, verb in VERBS.items() if verb.module and not verb.light}
+CHECKPOINT_VERBS = [name for name, verb in VERBS.items() if verb.of_checkpoint]
+
+
+def usage() -> str:
+    """The overview of all verbs."""
+    lines = ["usage: lightning-kd VERB [--config NAME_OR_PATH ...] [--run FOLDER] [options]", ""]
+    lines += [f"  {name:<9} {verb.sentence}".rstrip() for name, verb in VERBS.items()]
+    return "\n".join(
+        [
+            *lines,
+            "",
+            "  lightning-kd fit --help            all options; --model.help DHKD and --data.help CIFAR100DataModule "
+            "those of a class",
+            "  lightning-kd fit --print_config    the configuration as it would run",
+            "  lightning-kd --version",
+            "",
+        ]
+    )

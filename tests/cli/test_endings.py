@@ -1,0 +1,177 @@
+"""What a command prints at its end, and what it leaves behind where it failed before its work began."""
+
+import json
+from pathlib import Path
+
+import lightning as L
+import pytest
+
+from lightning_kd.cli import get_cli, main
+from lightning_kd.core import Classification
+from tests.forked import run_command, run_forked
+
+QUIET = ["--trainer.enable_progress_bar", "false"]
+FIT = ["fit", "--config", "distillation/teacher_digits", "--config", "_overlay/smoke", *QUIET]
+TEST = ["test", "--config", "x/config.yaml", *QUIET, "--ckpt_path", "last"]
+BREAKING = [
+    ["--data.batch_size", "-3"],  # while it is parsed and built
+    ["--model.network", "resnet8x5"],
+    ["--trainer.callbacks", "tests.cli.test_endings.Refusing"],  # in trainer.fit, before the first step
+]
+
+
+class Refusing(L.Callback):
+    def on_sanity_check_end(self, trainer, pl_module):
+        raise ValueError("not today")
+
+
+@pytest.fixture(autouse=True)
+def traces(tmp_path_factory, monkeypatch):
+    folder = tmp_path_factory.mktemp("traces")
+    monkeypatch.setattr("tempfile.tempdir", str(folder))
+    return folder
+
+
+def content(folder):
+    return {path: path.read_bytes() for path in Path(folder).rglob("*") if path.is_file()}
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("trained")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(folder)
+        main([*FIT, "--run", "x"])
+    return folder
+
+
+@pytest.mark.parametrize("extra", BREAKING, ids=["data", "network", "callback"])
+@pytest.mark.parametrize("noise", [False, True])
+def test_a_failed_fit_leaves_no_folder(extra, noise, tmp_path, capsys):
+    noisy = ["--data.noise", "SymmetricNoise", "--data.noise.rate", "0.2"] if noise else []
+    with pytest.raises(SystemExit) as stop:
+        main([*FIT, *noisy, *extra])
+    assert stop.value.code == 1
+    assert not list(tmp_path.iterdir())
+    out = capsys.readouterr()
+    assert "go on with" not in out.out
+    assert out.err.startswith("error: ")
+
+
+@pytest.mark.parametrize("extra", BREAKING, ids=["data", "network", "callback"])
+@pytest.mark.parametrize("kind", [["--overwrite"], ["--ckpt_path", "last", "--trainer.max_epochs", "3"]])
+def test_a_failed_fit_leaves_an_earlier_one_untouched(extra, kind, trained, monkeypatch, capsys):
+    monkeypatch.chdir(trained)
+    before = content("x")
+    with pytest.raises(SystemExit):
+        main([*FIT, "--run", "x", *kind, *extra])
+    assert content("x") == before
+    assert "go on with" not in capsys.readouterr().out
+    assert not Path("x/.before").exists()
+
+
+def test_a_failed_evaluation_leaves_the_run_untouched(trained, monkeypatch, tmp_path, capsys):
+    monkeypatch.chdir(trained)
+    before = content("x")
+    for verb in ("test", "validate", "predict"):
+        with pytest.raises(SystemExit):
+            main([verb, *TEST[1:], "--data.batch_size", "-3"])
+    with pytest.raises(SystemExit):
+        main(["shift", "--run", "x", "--layers", "[conv]", *QUIET])
+    assert content("x") == before
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(SystemExit):
+        main(["test", *FIT[1:], "--data.batch_size", "-3"])
+    assert not list(tmp_path.iterdir())
+    assert "go on with" not in capsys.readouterr().out
+
+
+def test_a_failed_benchmark_leaves_the_earlier_rounds_untouched(tmp_path, capsys):
+    active = ["active", "--config", "active_learning/entropy_digits", *QUIET, "--trainer.max_epochs", "1"]
+    active += ["--data.rounds", "1", "--run", "r"]
+    with pytest.raises(SystemExit):
+        main([*active, *BREAKING[2]])
+    assert not list(tmp_path.iterdir())
+    main(active)
+    assert "next: lightning-kd compare r\n" in capsys.readouterr().out
+    before = content("r")
+    with pytest.raises(SystemExit):
+        main([*active, "--overwrite", *BREAKING[2]])
+    assert content("r") == before
+    assert "go on with" not in capsys.readouterr().out
+
+
+def test_a_fit_that_broke_while_training_says_how_to_go_on(tmp_path, capsys):
+    with pytest.raises(SystemExit):
+        main([*FIT, "--model.optimizer.lr", "1e30", "--model.network", "mlp_32", "--run", "x"])
+    out = capsys.readouterr()
+    assert "go on with: lightning-kd fit" in out.out
+    assert "(trace in x/traceback.txt)" in out.err
+    assert json.loads(Path("x/run.json").read_text())["outcome"] == "failed"
+
+
+def test_a_mistake_in_a_class_of_the_user_keeps_its_trace(tmp_path, traces, capsys, monkeypatch):
+    monkeypatch.syspath_prepend(str(tmp_path))
+    (tmp_path / "broken_net.py").write_text(
+        "from torch import nn\n\n\nclass Broken(nn.Module):\n    def __init__(self):\n        len(3)\n"
+    )
+    with pytest.raises(SystemExit):
+        main([*FIT, "--model.network.class_path", "broken_net.Broken"])
+    error = capsys.readouterr().err
+    assert error.startswith("error: object of type 'int' has no len()\n(trace in ")
+    (trace,) = traces.glob("lightning-kd-*.txt")
+    assert "Traceback" in trace.read_text()
+
+
+def test_compare_is_named_where_there_is_something_to_compare(trained, monkeypatch, capsys):
+    monkeypatch.chdir(trained)
+    main(TEST)
+    main(["predict", *TEST[1:]])
+    out = capsys.readouterr().out
+    assert "next:" not in out
+    assert "in x/predictions.csv\n" in out
+    main([*FIT, "--run", "y", "--seed_everything", "1"])
+    main(TEST)
+    assert "next: lightning-kd compare .\n" in capsys.readouterr().out
+    main(["compare", "."])
+
+
+def test_the_size_is_one_line(capsys, tmp_path):
+    fit = ["fit", "--config", "distillation/dhkd_digits", *FIT[3:], "--model.teacher_weights", "random"]
+    main([*fit, "--run", "x"])
+    out = capsys.readouterr().out
+    assert "DHKD: 6,604 parameters trained, 94,186 frozen\n" in out
+    assert "FLOPs" not in out
+    main([*fit, "--run", "y", "--trainer.enable_model_summary", "true"])
+    assert "FLOPs" in capsys.readouterr().out
+    main([*fit, "--run", "z", "--trainer.enable_model_summary", "false"])
+    assert "parameters" not in capsys.readouterr().out
+
+
+def fit_from_python():
+    cli = get_cli(FIT[1:])
+    cli.trainer.fit(cli.model, cli.datamodule)
+    assert isinstance(cli.model, Classification)
+
+
+def test_nothing_is_said_without_being_asked(tmp_path):
+    done = run_command(*FIT, "--run", "x", folder=tmp_path)
+    assert (done.returncode, done.stderr) == (0, "")
+    assert len(done.stdout.strip().splitlines()) == 5
+    done = run_forked(fit_from_python, folder=tmp_path)
+    assert (done.returncode, done.stderr) == (0, "")
+    assert done.stdout == "Classification: 94,186 parameters trained\n"
+
+
+def test_the_record_tells_when_the_command_began_and_that_nothing_was_left_to_train(trained, monkeypatch, capsys):
+    monkeypatch.chdir(trained)
+    main([*FIT, "--run", "x", "--ckpt_path", "last"])
+    assert "fit finished with nothing left to train" in capsys.readouterr().out
+    record = json.loads(Path("x/run.json").read_text())
+    assert (record["verb"], record["outcome"]) == ("fit", "finished")
+    assert record["start"] <= record["end"]
+
+
+def test_a_summary_of_the_users_own_is_shown(tmp_path, capsys):
+    main([*FIT, "--trainer.callbacks", "lightning.pytorch.callbacks.ModelSummary"])
+    assert "parameters trained" not in capsys.readouterr().out

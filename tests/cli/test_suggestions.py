@@ -1,0 +1,77 @@
+"""What a user reads who misspelt something: one sentence with what was probably meant."""
+
+import pytest
+
+from lightning_kd.cli import main
+from lightning_kd.cli.suggestions import one_sentence
+
+TEACHER = ["--config", "distillation/teacher_digits"]
+DHKD = ["--config", "distillation/dhkd_digits"]
+
+
+@pytest.mark.parametrize(
+    ("words", "status", "expected"),
+    [
+        (["fitt", *TEACHER], 2, "there is no verb 'fitt': did you mean fit?"),
+        (["frobnicate"], 2, "the verbs are fit, validate"),
+        (["fit", "--config", "distillation/teacher_digit"], 1, "did you mean distillation/teacher_digits"),
+        (["fit", *TEACHER, "--model", "DHKDD"], 2, "--model 'DHKDD' is not known: did you mean DHKD"),
+        (["fit", *TEACHER, "--model", "torch.nn.Linearr"], 2, "torch.nn.Linearr"),
+        (["fit", *TEACHER, "--data", "DigitDataModule"], 2, "did you mean DigitsDataModule"),
+        (["fit", *DHKD, "--model.temperatur", "3"], 2, "did you mean --model.temperature? --model.help DHKD shows"),
+        (["fit", *DHKD, "--model.temperature", "hot"], 2, "--model.temperature must be of type float, got hot"),
+        (["fit", *TEACHER, "--data.batchsize", "3"], 2, "did you mean --data.batch_size, --data.eval_batch_size?"),
+        (["fit", *TEACHER, "--model.optimizer", "SDG"], 2, "--model.optimizer 'SDG' is not known: did you mean SGD?"),
+        (["fit", *TEACHER, "--model.optimizer.lrr", "1"], 2, "did you mean --model.optimizer.lr?"),
+        (["fit", *TEACHER, "--trainer.callbacks", "SharpnesReport"], 2, "did you mean SharpnessReport?"),
+        (["fit", *TEACHER, "--max_epochs", "3"], 2, "did you mean --trainer.max_epochs?"),
+        (["fit", *TEACHER, "--batch_size", "3"], 2, "did you mean --data.batch_size?"),
+        (["fit", *TEACHER, "--lr", "3"], 2, "did you mean --model.optimizer.lr?"),
+        (["fit", *TEACHER, "--modle.temperature", "3"], 2, "did you mean --model.temperature?"),
+        (["fit", *TEACHER, "--model.network", "resnet8x5"], 1, "did you mean resnet8x4"),
+        (["fit", *TEACHER, "extra"], 2, "'extra' belongs to no option"),
+        (["fit"], 2, "name a config with --config"),
+        (["fit", "--model", "DHKD"], 2, "DHKD needs student, teacher"),
+    ],
+)
+def test_one_sentence_says_what_was_meant(words, status, expected, capsys, tmp_path):
+    with pytest.raises(SystemExit) as stop:
+        main(words)
+    assert stop.value.code == status
+    error = capsys.readouterr().err
+    assert expected in error
+    assert error.startswith("error: ")
+    assert error.count("\n") == 1
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("name", ["lr", "learning_rate"])
+def test_the_learning_rate_is_the_optimizers(name, capsys):
+    with pytest.raises(SystemExit):
+        main(["fit", *TEACHER, f"--model.{name}", "0.01"])
+    error = capsys.readouterr().err
+    assert f"--model.{name} does not exist" in error
+    assert "--model.optimizer SGD --model.optimizer.lr 0.01" in error
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        ("model: {class_path: DHKD, init_args: {temperatur: 3}}", "did you mean --model.temperature?"),
+        ("modle: {class_path: DHKD}", "--modle.class_path does not exist: did you mean --model.class_path?"),
+        ("trainer: {max_epoch: 3}", "--trainer.max_epoch does not exist: did you mean --trainer.max_epochs"),
+        ("model: [", "line 2"),
+    ],
+)
+def test_a_config_file_too(text, expected, capsys, tmp_path):
+    (tmp_path / "mine.yaml").write_text(text + "\n")
+    with pytest.raises(SystemExit) as stop:
+        main(["fit", "--config", "mine.yaml", "--data", "DigitsDataModule"])
+    assert stop.value.code == 2
+    error = capsys.readouterr().err
+    assert expected in error
+    assert error.count("\n") == 1
+
+
+def test_an_unknown_report_is_kept():
+    assert one_sentence("something new\n  and more") == "something new; and more"
