@@ -86,7 +86,7 @@ MUTANTS = [
     Mutant(
         "gradients of the processes summed, not averaged",
         "distillation/dhkd.py",
-        "                    grad /= dist.get_world_size()\n",
+        "                    grad /= process_count()\n",
         "",
         KD,
     ),
@@ -449,7 +449,7 @@ MUTANTS = [
     Mutant(
         "two networks' gradients summed over processes",
         "core/distributed.py",
-        "    joint /= dist.get_world_size()\n",
+        "    joint /= process_count()\n",
         "",
         ("tests/core/test_distributed.py", f"{NOISY}/test_two_networks.py", f"{NOISY}/test_elr.py"),
     ),
@@ -469,14 +469,14 @@ MUTANTS = [
     ),
     Mutant(
         "no checkpoint before the first epoch",
-        "core/run.py",
+        "core/run_callbacks.py",
         "            trainer.save_checkpoint(self.run.last)\n",
         "            pass\n",
         ("tests/test_resume.py",),
     ),
     Mutant(
         "best.ckpt moves with worse epochs",
-        "core/run.py",
+        "core/run_callbacks.py",
         "            moved.update(dirpath=self.dirpath,",
         "            dict().update(dirpath=self.dirpath,",
         ("tests/test_cli.py",),
@@ -490,14 +490,14 @@ MUTANTS = [
     ),
     Mutant(
         "the loss of evaluation not by its samples",
-        "core/task.py",
-        'metrics["loss"].update(loss, len(scores))',
-        'metrics["loss"].update(loss)',
+        "core/evaluation.py",
+        "update(loss, self.problem.count(batch.target))",
+        "update(loss)",
         ("tests/core/test_task.py", "tests/distillation/test_modules.py"),
     ),
     Mutant(
         "training means of this process alone",
-        "core/task.py",
+        "core/epoch_means.py",
         'reduce_op="sum").tolist()\n            for name',
         'reduce_op="mean").tolist()\n            for name',
         ("tests/distillation/test_modules.py", "tests/noisy_labels"),
@@ -600,8 +600,8 @@ MUTANTS = [
     Mutant(
         "the teacher's accuracy of one process alone",
         "distillation/distillation_task.py",
-        'self.trainer.strategy.reduce(self._teacher_hits, reduce_op="sum").tolist()',
-        "self._teacher_hits.tolist()",
+        'self.trainer.strategy.reduce(self._teacher_sums, reduce_op="sum").tolist()',
+        "self._teacher_sums.tolist()",
         ("tests/distillation/test_modules.py",),
     ),
     Mutant(
@@ -748,7 +748,7 @@ MUTANTS = [
     ),
     Mutant(
         "losses of one process alone",
-        "metrics/_shares.py",
+        "core/distributed.py",
         "            dist.all_reduce(part)\n",
         "            pass\n",
         (
@@ -770,15 +770,15 @@ MUTANTS = [
     Mutant(
         "SAM's second evaluation has another dropout mask",
         "core/two_pass_step.py",
-        "            _set_random_state(self._random, self.device)\n            yield",
+        "            set_torch_random_state(self._random, self.device)\n            yield",
         "            yield",
         (f"{FLAT}/test_sam.py",),
     ),
     Mutant(
         "predictions of one process alone",
-        "core/run.py",
-        "        index, prediction, probabilities = gather_by_index(index, prediction, probabilities)\n",
-        "",
+        "core/prediction_files.py",
+        'index, *others = gather_by_index(found.pop("index"), *found.values())',
+        'index, *others = found.pop("index"), *found.values()',
         (
             "tests/distillation/test_modules.py",
             "tests/test_cli.py",
@@ -787,19 +787,20 @@ MUTANTS = [
     Mutant(
         "metrics.csv is written in place",
         "core/run_logger.py",
-        'partial = self.file.with_name("metrics.csv.partial")',
-        "partial = self.file",
+        'with written_whole(self.file) as partial, partial.open("w", newline="") as stream:',
+        'with self.file.open("w", newline="") as stream:',
         (
             "tests/test_resume.py",
             "tests/test_cli.py",
         ),
     ),
     Mutant(
-        "run.json is written in place",
-        "core/run_folder.py",
-        '    partial = path.with_name(f"{path.name}.partial")\n    partial.write_text',
-        "    partial = path\n    partial.write_text",
+        "files are written in place",
+        "file_writing.py",
+        "        yield part\n",
+        "        yield path\n        return\n",
         (
+            "tests/pool",
             "tests/test_resume.py",
             "tests/test_cli.py",
         ),
@@ -807,7 +808,7 @@ MUTANTS = [
     Mutant(
         "--overwrite keeps the old checkpoints",
         "core/run_folder.py",
-        'for name in ("checkpoints", "pictures"):',
+        'for name in ("checkpoints", "pictures", "predictions"):',
         'for name in ("pictures",):',
         ("tests/test_cli.py",),
     ),
@@ -823,7 +824,7 @@ MUTANTS = [
     ),
     Mutant(
         "test results in a row of epoch 0",
-        "core/run.py",
+        "core/run_callbacks.py",
         'logger.evaluated = None if fitting else getattr(pl_module, "loaded_progress", None)',
         "logger.evaluated = None",
         (
@@ -833,7 +834,7 @@ MUTANTS = [
     ),
     Mutant(
         "best.ckpt is the worst",
-        "core/run.py",
+        "core/run_callbacks.py",
         "monitor=monitor, mode=mode, **shared",
         'monitor=monitor, mode="min", **shared',
         (
@@ -844,7 +845,7 @@ MUTANTS = [
     ),
     Mutant(
         "last.ckpt is saved before the best score is known",
-        "core/run.py",
+        "core/run_callbacks.py",
         '[best, RunCheckpoint(filename="last", **shared), RunRecorder(run)]',
         '[RunCheckpoint(filename="last", **shared), best, RunRecorder(run)]',
         (
@@ -940,13 +941,6 @@ MUTANTS = [
         ("tests/pool",),
     ),
     Mutant(
-        "pool.json is written in place",
-        "pool/pool_record.py",
-        'partial = path.with_name(f"{path.name}.partial")',
-        "partial = path",
-        ("tests/pool",),
-    ),
-    Mutant(
         "two commands on one pool",
         "pool/pool_record.py",
         "fcntl.LOCK_EX | fcntl.LOCK_NB",
@@ -1011,7 +1005,7 @@ MUTANTS = [
     ),
     Mutant(
         "validation samples stay in the training set",
-        "data/classification_data.py",
+        "data/labelled_data.py",
         "rest = without(len(target), self.val_indices)",
         "rest = np.arange(len(target))",
         (
@@ -1019,12 +1013,62 @@ MUTANTS = [
             "tests/data/test_arrays.py",
         ),
     ),
+    Mutant(
+        "masks stay while their images are flipped",
+        "data/resident.py",
+        "some = stored.index_select(0, index) if crop_flip is None else",
+        "some = self._masks.get().index_select(0, index) if True else",
+        ("tests/data/test_kinds.py",),
+    ),
+    Mutant(
+        "the border of a mask counts as class 0",
+        "data/resident.py",
+        "self.device, fill=-1)",
+        "self.device)",
+        ("tests/data/test_kinds.py",),
+    ),
+    # problems
+    Mutant(
+        "equal scores count one by one",
+        "core/multilabel_metrics.py",
+        "is_last[:-1] = ordered[:-1] != ordered[1:]",
+        "is_last[:-1] = True",
+        ("tests/core/test_problems.py",),
+    ),
+    Mutant(
+        "labels that are not known count as absent",
+        "core/multilabel_metrics.py",
+        "seen = (label >= 0).double()",
+        "seen = torch.ones_like(label).double()",
+        ("tests/core/test_problems.py",),
+    ),
+    Mutant(
+        "ignored pixels are counted",
+        "core/segmentation_metrics.py",
+        "torch.where(target >= 0, target * self.num_classes + prediction, self.num_classes**2)",
+        "target.clamp(min=0) * self.num_classes + prediction",
+        ("tests/core/test_problems.py",),
+    ),
+    Mutant(
+        "unknown labels take part in the loss",
+        "core/problems.py",
+        "return (each * known).sum() / known.sum().clamp(min=1)",
+        "return each.mean()",
+        ("tests/core/test_problems.py",),
+    ),
+    Mutant(
+        "best.ckpt is the one with the largest error",
+        "core/evaluation.py",
+        "return self.problem.monitor_mode",
+        'return "max"',
+        ("tests/test_fourth_problem.py",),
+    ),
     # callbacks
     Mutant(
         "the mean of all test epochs",
         "callbacks/accuracy_curve.py",
-        "[*self._accuracies, accuracy][-self.last :]",
-        "[*self._accuracies, accuracy]",
+        "[*self._accuracies, found[name]][-self.last :]",
+        "[*self._accuracies, found[name]]",
         ("tests/callbacks/test_callbacks.py",),
     ),
     Mutant(
@@ -1036,14 +1080,14 @@ MUTANTS = [
     ),
     Mutant(
         "the test curve of one process alone",
-        "callbacks/_evaluation.py",
-        'strategy.reduce(torch.stack(parts).sum(0), reduce_op="sum").cpu()',
-        "torch.stack(parts).sum(0).cpu()",
+        "core/calibration.py",
+        'self.add_state("sums", torch.zeros(3, 15), dist_reduce_fx="sum")',
+        'self.add_state("sums", torch.zeros(3, 15), dist_reduce_fx=None)',
         ("tests/callbacks/test_callbacks.py",),
     ),
     Mutant(
         "training goes on in eval mode after the curve",
-        "callbacks/_evaluation.py",
+        "core/module_modes.py",
         "            module.training = True\n",
         "            pass\n",
         ("tests/callbacks/test_callbacks.py",),

@@ -44,6 +44,11 @@ OPTIMIZER_ARGUMENTS = {
 }
 
 
+def small(name):
+    network = "fcn_tiny" if name.startswith("segmentation/") else "cnn_tiny"
+    return SMALL if name in DISTILLING else ["--model.network", network]
+
+
 def arguments(name):
     if "tiny_imagenet" in name:  # an image folder is looked at for its classes when it is made
         for k in range(200):
@@ -65,7 +70,7 @@ def test_each_is_named_and_described():
 
 @pytest.mark.parametrize("name", COMPLETE)
 def test_parses_and_builds_what_it_says(name):
-    extra = SMALL if name in DISTILLING else ["--model.network", "cnn_tiny"]
+    extra = small(name)
     stages = ("negative_epochs", "snapshot_interval")
     given = content(name)["model"]["init_args"]
     own = [word for key in stages if key in given for word in (f"--model.{key}", str(given[key]))]
@@ -208,13 +213,16 @@ def test_overlays_compose(overlay):
 
 @pytest.mark.parametrize("method", sorted({method_of(name) for name in COMPLETE}))
 def test_fit_test_resume(method, tmp_path):
-    name = next(n for n in COMPLETE if method_of(n) == method and "digits" in n)
+    name = next(n for n in COMPLETE if method_of(n) == method and ("digits" in n or "_arrays" in n))
     extra = ["--model.teacher_weights", "random"] if name in DISTILLING else []
     if "warmup_epochs" in content(name)["model"]["init_args"]:
         extra += ["--model.warmup_epochs", "1"]
     run = ["--run", "run", *extra]
     main(["fit", *arguments(name), *run])
     main(["test", *arguments(name), *run, "--ckpt_path", "last"])
+    if not name.startswith("active_learning/"):
+        main(["predict", *arguments(name), *run, "--ckpt_path", "last"])
+        assert (tmp_path / "run/predictions.csv").is_file()
     main(["fit", *arguments(name), *run, "--ckpt_path", "last", "--trainer.max_epochs", "3"])
     assert torch.load("run/checkpoints/last.ckpt", weights_only=True)["epoch"] == 2
     lines = (tmp_path / "run/metrics.csv").read_text().splitlines()
@@ -222,9 +230,9 @@ def test_fit_test_resume(method, tmp_path):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", [n for n in COMPLETE if "digits" not in n])
+@pytest.mark.parametrize("name", [n for n in COMPLETE if "digits" not in n and "_arrays" not in n])
 def test_runs(name):
-    extra = SMALL if name in DISTILLING else ["--model.network", "cnn_tiny"]
+    extra = small(name)
     batch = "--data.source.batch_size" if name.startswith("active_learning/") else "--data.batch_size"
     main(["fit", *arguments(name), *extra, "--run", "run", batch, "8"])
     main(["test", *arguments(name), *extra, "--run", "run", "--ckpt_path", "last"])

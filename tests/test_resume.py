@@ -15,7 +15,7 @@ from torch import nn
 
 from lightning_kd.cli import main
 from lightning_kd.core import Classification
-from lightning_kd.core.run import run_callbacks
+from lightning_kd.core.run_callbacks import run_callbacks
 from lightning_kd.core.run_folder import RunFolder
 from lightning_kd.core.run_logger import RunLogger
 from lightning_kd.data import DigitsDataModule

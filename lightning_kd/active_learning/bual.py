@@ -24,7 +24,7 @@ from lightning_kd.active_learning.bual_score import (
     unknown_lead,
 )
 from lightning_kd.active_learning.negative_stage import NegativeStage, check_fit
-from lightning_kd.active_learning.sequential_training import InTurnTask
+from lightning_kd.active_learning.sequential_training import SequentialTrainingTask
 from lightning_kd.core.batch import Batch
 from lightning_kd.core.feature_hooks import find_classifier
 from lightning_kd.core.inference_pass import ordered_pass
@@ -39,7 +39,7 @@ __all__ = ["BUAL", "bidirectional_score", "complementary_labels"]
 POSITIVE, AUXILIARY, NEGATIVE = range(3)  # numbers of the networks
 
 
-class BUAL(InTurnTask):
+class BUAL(SequentialTrainingTask):
     """BUAL (Zong et al., ECCV 2024, arXiv 2402.15198, algorithm 1).
 
     A fit has two stages. In the positive stage the network that is tested and reported learns the labelled samples of
@@ -61,8 +61,8 @@ class BUAL(InTurnTask):
     Logged: ``train/loss`` and ``train/acc`` of the positive network, ``train/auxiliary_loss``, ``auxiliary_acc`` and
     ``negative_loss``.
 
-    Several processes: see ``InTurnTask``; the subset and the complementary classes are the same on all, snapshots are
-    gathered by index.
+    Several processes: see ``SequentialTrainingTask``; the subset and the complementary classes are the same on all,
+    snapshots are gathered by index.
 
     Args:
         network: a network's name (``lightning-kd list``), built three times, or an ``nn.Module`` that gives logits
@@ -187,7 +187,7 @@ class BUAL(InTurnTask):
         wrong = self._labels_of_epoch()[batch.labelled.index]
         loss = negative_learning_loss(logits, wrong, 0.0 if self.exact else 1e-5)
         names, values = ("negative_loss",), loss.detach()[None]
-        self._finite.note(names, values, logits.detach(), self.trainer.global_step, self.current_epoch)
+        self._finite.record(names, values, logits.detach(), self.trainer.global_step, self.current_epoch)
         self.accumulate(names, values, len(target))
         return loss
 

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from lightning_kd.active_learning.evidential_uncertainty import wide
+from lightning_kd.core.scaling import min_max
 
 Uncertainty = Literal["least_confidence", "margin", "entropy"]
 Combine = Literal["code", "paper"]
@@ -91,14 +92,6 @@ def confidence(probabilities: Tensor, uncertainty: Uncertainty) -> Tensor:
     if uncertainty == "entropy":
         return torch.special.xlogy(p, p).sum(1)
     raise ValueError(f"uncertainty must be 'least_confidence', 'margin' or 'entropy', got {uncertainty!r}")
-
-
-def min_max(values: Tensor) -> Tensor:
-    """``values`` ``[N]`` scaled to [0, 1]; 0 where all are equal."""
-    if not len(values):
-        return values
-    low, high = values.min(), values.max()
-    return (values - low) / (high - low) if high > low else torch.zeros_like(values)
 
 
 def bidirectional_score(

@@ -200,7 +200,7 @@ class DCFS(PoolTask):
     def heads(self, image: Tensor) -> tuple[Tensor, Tensor]:
         """Logits ``[B, K]`` or ``[B, K+1]`` of both heads, float32 or wider."""
         first = class_logits(self.network, self.network(self.format_image(image)), self.outputs)
-        second = self.second_head(self._feature.take())
+        second = self.second_head(self._feature.pop())
         return at_least_float32(first, second)  # type: ignore[return-value]
 
     def forward(self, image: Tensor) -> Tensor:

@@ -9,8 +9,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from lightning_kd.active_learning.bual_score import min_max
 from lightning_kd.core.mixture import fit_mixture
+from lightning_kd.core.scaling import min_max
 
 Coarse = Literal["sum", "mixture", "data", "distribution", "none"]
 

@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from lightning_kd.active_learning.sequential_training import InTurnTask
+from lightning_kd.active_learning.sequential_training import SequentialTrainingTask
 from lightning_kd.active_learning.strategies import take_best
 from lightning_kd.core.feature_hooks import find_classifier
 from lightning_kd.core.losses import at_least_float32, check_positive, check_target
@@ -144,7 +144,7 @@ def _check_width(logits: Tensor, num_known: int) -> None:
         )
 
 
-class LfOSA(InTurnTask):
+class LfOSA(SequentialTrainingTask):
     """LfOSA (Ning et al., CVPR 2022, arXiv 2201.06758): buys what a detector of unknown classes is sure to know.
 
     Two networks, in turn within each epoch: the detector, with one more logit for unknown classes, learns from all
@@ -154,7 +154,7 @@ class LfOSA(InTurnTask):
     known are bought, the rest are those with the smallest lead of the unknown logit.
 
     Logged besides what ``Task`` says: ``train/detector_loss`` and ``train/detector_acc`` over all answers. Several
-    processes: see ``InTurnTask``; the choice is made from the gathered logits.
+    processes: see ``SequentialTrainingTask``; the choice is made from the gathered logits.
 
     Args:
         network: a network's name, or an ``nn.Module`` with ``K`` logits, whose copy with a new classifier is the

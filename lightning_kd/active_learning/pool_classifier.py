@@ -89,7 +89,7 @@ class PoolClassifier(PoolTask):
         logits, probabilities = self.scores_and_probabilities(image)
         scores = {"logits": logits}
         if self._tap is not None:
-            (scores["feature"],) = at_least_float32(self._tap.take())
+            (scores["feature"],) = at_least_float32(self._tap.pop())
         return probabilities, scores
 
     def select(

@@ -14,10 +14,10 @@ import torch.distributed as dist
 
 from lightning_kd.active_learning.pool_task import PoolTask
 from lightning_kd.core.distributed import gather_by_index
-from lightning_kd.core.run import RunRecorder
+from lightning_kd.core.run_callbacks import RunRecorder
 from lightning_kd.core.seeding import global_seed, numpy_generator
+from lightning_kd.file_writing import write_text
 from lightning_kd.pool import PoolRecord, Query
-from lightning_kd.pool.pool_record import write_durably
 
 __all__ = ["select_query", "write_query"]
 
@@ -105,13 +105,13 @@ def write_query(trainer: L.Trainer, task: PoolTask, data: Any, folder: Path, ckp
         path = folder / f"query_{record.pending[0]['round']:02d}.csv"
         if not path.is_file():  # it broke between the record and this file
             if trainer.is_global_zero:
-                write_durably(path, _query_csv(record.pending))
+                write_text(path, _query_csv(record.pending), durable=True)
             return path
         raise ValueError(
             f"{len(record.pending)} samples of {path.name} wait for an answer: fill in the column label and run "
             f"lightning-kd label {path} first"
         )
-    data.use(record)
+    data.set_record(record)
     query, predicted = select_query(trainer, task, data, ckpt_path)
     number = record.round
     record.results.append(start_result(task, data, number))
@@ -119,7 +119,7 @@ def write_query(trainer: L.Trainer, task: PoolTask, data: Any, folder: Path, ckp
     path = folder / f"query_{number:02d}.csv"
     if trainer.is_global_zero:
         record.save()
-        write_durably(path, _query_csv(record.pending))
+        write_text(path, _query_csv(record.pending), durable=True)
     wait_for_all()
     return path
 
@@ -141,7 +141,7 @@ def add_query(record: PoolRecord, data: Any, query: Query, predicted: dict[int, 
     indices = query.index.tolist()
     paths = [data.path_of(i) for i in indices]
     names = [data.class_names[predicted[i]] for i in indices]
-    record.ask(indices, query.score, names, None if None in paths else paths)
+    record.add_query(indices, query.score, names, None if None in paths else paths)
 
 
 def _query_csv(rows: list[dict[str, Any]]) -> str:

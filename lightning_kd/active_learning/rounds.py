@@ -109,7 +109,7 @@ def _resume_record(trainer: L.Trainer, task: PoolTask, data: Any, record: PoolRe
     data.oracle(np.empty(0, np.int64))  # or there is none
     if task.warm_start and trainer.checkpoint_callback is None:
         raise ValueError("warm_start=True needs the checkpoints of the rounds before: leave enable_checkpointing on")
-    data.use(record)
+    data.set_record(record)
     if asked_by_hand(record):
         raise ValueError(
             f"{record.path} holds questions to a person, which no oracle answers: name another --run folder"
@@ -140,7 +140,7 @@ def _train_round(
     began = time.monotonic()
     trainer.fit(task, datamodule=data)
     tested = trainer.test(task, datamodule=data, verbose=False)[0]
-    data.use(record)
+    data.set_record(record)
     final = number >= data.rounds or not len(data.unlabelled_indices)
     result = {**start_result(task, data, number), **{k: float(v) for k, v in tested.items()}}
     if not final:
@@ -161,10 +161,10 @@ def _ask_oracle(trainer: L.Trainer, data: Any, record: PoolRecord) -> None:
         outside = answers[(answers < 0) | (answers > data.num_classes)]
         if len(outside):
             raise ValueError(f"the oracle must answer 0 to {data.num_classes}, got {outside[0]}")
-        record.answer({int(i): names[a] for i, a in zip(indices, answers, strict=True)}, "oracle")
+        record.add_answers({int(i): names[a] for i, a in zip(indices, answers, strict=True)}, "oracle")
         if trainer.is_global_zero:
             record.save()
-        data.use(record)
+        data.set_record(record)
 
 
 def _describe_round(record: PoolRecord, number: int, rounds: int) -> str:

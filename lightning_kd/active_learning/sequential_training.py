@@ -14,7 +14,7 @@ from lightning_kd.core.distributed import average_gradients
 from lightning_kd.core.phased_loader import Phase, PhaseBatch, PhasedLoader
 
 
-class InTurnTask(PoolTask, ABC):
+class SequentialTrainingTask(PoolTask, ABC):
     """Several networks that are trained in turn within each epoch, one of them in each step.
 
     One optimizer holds all parameters: those of the networks that rest have no gradient, so that it leaves them as they

@@ -12,7 +12,8 @@ from lightning_kd.callbacks._evaluation import evaluate
 class TestCurve(L.Callback):
     """Evaluate the test set after each training epoch, for reports of "the last" and "the mean of the last ten" epochs.
 
-    Logs ``curve/acc``, ``curve/ece`` (15 bins) and ``curve/acc_last``, the mean accuracy of the last epochs so far.
+    Logs ``curve/acc``, ``curve/ece`` (15 bins) and ``curve/acc_last``, the mean accuracy of the last epochs so far;
+    for another kind of problem its metrics, such as ``curve/map`` and ``curve/map_last``.
     It only watches: nothing may be selected on these numbers, neither a checkpoint nor an epoch nor a setting. The
     accuracies it averages are in checkpoints, so that a resumed run logs what the undisturbed one would have. With
     ``Trainer(limit_test_batches=0)`` it does nothing.
@@ -61,7 +62,10 @@ class TestCurve(L.Callback):
         limit = trainer.limit_test_batches  # type: ignore[attr-defined]
         if limit == 0:
             return
-        accuracy, found = evaluate(trainer, pl_module, self._loader, limit)
-        self._accuracies = [*self._accuracies, accuracy][-self.last :]
+        name = pl_module.problem.monitored  # type: ignore[union-attr]
+        found = {
+            key: float(value) for key, value in evaluate(trainer, pl_module, self._loader, limit).compute().items()
+        }
+        self._accuracies = [*self._accuracies, found[name]][-self.last :]  # type: ignore[index]
         mean = sum(self._accuracies) / len(self._accuracies)
-        pl_module.log_dict({"curve/acc": accuracy, "curve/ece": found.ece, "curve/acc_last": mean})
+        pl_module.log_dict({**{f"curve/{key}": value for key, value in found.items()}, f"curve/{name}_last": mean})

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
@@ -12,6 +11,7 @@ from lightning.pytorch.utilities import rank_zero_warn
 
 from lightning_kd.callbacks._evaluation import evaluate
 from lightning_kd.callbacks.label_figures import label_score_figure, reliability_figure
+from lightning_kd.file_writing import written_whole
 from lightning_kd.metrics import Reliability
 
 if TYPE_CHECKING:
@@ -61,11 +61,14 @@ class LabelPictures(L.Callback):
 
         def reliability() -> Reliability:
             loader = getattr(trainer.datamodule, f"{self.split}_dataloader")()  # type: ignore[attr-defined]
-            return evaluate(trainer, pl_module, loader, getattr(trainer, f"limit_{self.split}_batches"))[1]
+            metrics = evaluate(trainer, pl_module, loader, getattr(trainer, f"limit_{self.split}_batches"))
+            metrics.compute()
+            return metrics["calibration"].reliability  # type: ignore[return-value]
 
-        pictures: list[tuple[str, Callable[[], Any], Callable[[Any], Figure]]] = [
-            ("reliability", reliability, lambda x: reliability_figure(x, f"Reliability ({self.split} set) {when}"))
-        ]
+        pictures: list[tuple[str, Callable[[], Any], Callable[[Any], Figure]]] = []
+        if "calibration" in pl_module.problem.curve_metrics():
+            title = f"Reliability ({self.split} set) {when}"
+            pictures.append(("reliability", reliability, lambda x: reliability_figure(x, title)))
         if hasattr(pl_module, "label_scores"):
             pictures.append(
                 ("label_scores", pl_module.label_scores, lambda x: label_score_figure(x, f"Label scores {when}"))
@@ -82,10 +85,8 @@ class LabelPictures(L.Callback):
 def _keep(trainer: L.Trainer, name: str, suffix: str, figure: Figure) -> None:
     """Write the file whole or not at all, and hand the figure to loggers."""
     path = Path(trainer.default_root_dir) / "pictures" / f"{name}{suffix}.png"
-    path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_suffix(".partial")
-    figure.savefig(partial, format="png", metadata={"Software": None})
-    os.replace(partial, path)
+    with written_whole(path) as part:
+        figure.savefig(part, format="png", metadata={"Software": None})
     for logger in trainer.loggers:
         experiment: Any = getattr(logger, "experiment", None)
         if hasattr(experiment, "add_figure"):

@@ -20,13 +20,13 @@ from torch import Tensor, nn
 from lightning_kd.callbacks.label_pictures import _keep
 from lightning_kd.callbacks.slice_figure import slice_figure
 from lightning_kd.core.batch import Batch, as_batch
+from lightning_kd.core.distributed import together
 from lightning_kd.core.feature_hooks import find_classifier
-from lightning_kd.core.run import run_folder_of
-from lightning_kd.core.run_folder import write_text
+from lightning_kd.core.random_state import same_random_state
+from lightning_kd.core.run_callbacks import run_folder_of
 from lightning_kd.core.training_subset import sample_source, training_samples
+from lightning_kd.file_writing import write_text, written_whole
 from lightning_kd.metrics import LossSlice, Sharpness, loss_slice, measure_sharpness
-from lightning_kd.metrics._shares import together
-from lightning_kd.metrics._surroundings import same_random_state
 from lightning_kd.metrics.sharpness import PARTS, RHOS
 
 
@@ -109,8 +109,10 @@ class SharpnessReport(L.Callback):
         self._averaged = False
 
     def loss(self, pl_module: nn.Module, batch: Batch) -> Tensor:
-        """The mean loss of a batch whose flatness is measured; override it for another than cross-entropy."""
-        return F.cross_entropy(pl_module(batch.image), batch.target)
+        """The mean loss of a batch whose flatness is measured: that of the problem, or cross-entropy; override it."""
+        problem = getattr(pl_module, "problem", None)
+        loss = F.cross_entropy if problem is None else problem.loss
+        return loss(pl_module(batch.image), batch.target)
 
     def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
         if stage != "fit":
@@ -231,9 +233,8 @@ def keep_slice(trainer: L.Trainer, suffix: str, drawn: LossSlice, title: str) ->
     """Write picture and numbers of a slice into ``pictures``; returns the path of the picture."""
     _keep(trainer, "loss_slice", suffix, slice_figure(drawn, title))
     path = Path(trainer.default_root_dir) / "pictures" / f"loss_slice{suffix}.png"
-    partial = path.with_suffix(".partial.npz")
-    np.savez(partial, position=drawn.position.numpy(), loss=drawn.loss.numpy())
-    os.replace(partial, path.with_suffix(".npz"))
+    with written_whole(path.with_suffix(".npz")) as part, part.open("wb") as file:
+        np.savez(file, position=drawn.position.numpy(), loss=drawn.loss.numpy())
     return path
 
 

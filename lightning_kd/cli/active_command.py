@@ -9,10 +9,11 @@ from typing import Any
 import lightning as L
 
 from lightning_kd.active_learning.pool_task import PoolTask
-from lightning_kd.active_learning.rounds import forget_rounds, run_rounds
+from lightning_kd.active_learning.round_folders import forget_rounds
+from lightning_kd.active_learning.rounds import run_rounds
 from lightning_kd.cli.pool_verbs import alone_on_pool, check_kept, check_pool
 from lightning_kd.cli.saved_config import check_same_recipe
-from lightning_kd.core.run import RunFolder
+from lightning_kd.core.run_folder import RunFolder
 from lightning_kd.pool import PoolRecord
 from lightning_kd.pool.label_curves import table
 
@@ -72,7 +73,7 @@ def _run_rounds(cli: Any, whole: RunFolder, config: Any) -> list[dict[str, Any]]
             forget_rounds(whole.path)
         if whole.pool.is_file():
             check_same_recipe(text, whole.path / "config.yaml")
-            cli.datamodule.use(PoolRecord.load(whole.pool))
+            cli.datamodule.set_record(PoolRecord.load(whole.pool))
         cli.beginning.add(whole, "active", seed, text)
 
     def enter(folder: RunFolder, seed: int, outcome: str) -> None:

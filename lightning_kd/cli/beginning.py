@@ -12,7 +12,8 @@ from typing import Any
 
 import lightning as L
 
-from lightning_kd.core.run import RunFolder, write_text
+from lightning_kd.core.run_folder import RunFolder
+from lightning_kd.file_writing import write_text
 
 __all__ = ["Beginning", "FolderBefore"]
 

@@ -99,11 +99,10 @@ def _first_line(node: ast.ClassDef) -> str:
 
 def _network_names(tree: ast.Module) -> list[str]:
     """The keys of the table of networks, whose values are of no interest here."""
+    names = ["mlp"]
     for node in tree.body:
-        if isinstance(node, ast.AnnAssign) and ast.unparse(node.target) == "_NETWORKS" and node.value is not None:
+        tables = ("_NETWORKS", "_SEGMENTATION")
+        if isinstance(node, ast.AnnAssign) and ast.unparse(node.target) in tables and node.value is not None:
             unknown = {name.id: lambda *args: None for name in ast.walk(node.value) if isinstance(name, ast.Name)}
-            table = eval(compile(ast.Expression(node.value), "nets", "eval"), unknown)
-            return sorted([*table, "mlp"])
-    from lightning_kd.nets import network_names
-
-    return network_names()
+            names += eval(compile(ast.Expression(node.value), "nets", "eval"), unknown)
+    return sorted(names)

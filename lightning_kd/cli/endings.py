@@ -15,7 +15,8 @@ import lightning_kd
 from lightning_kd.cli.command_words import resume_command
 from lightning_kd.cli.run_trainer import verb_module
 from lightning_kd.cli.usage import OWN_VERBS
-from lightning_kd.core.run import RunFolder, write_text
+from lightning_kd.core.run_folder import RunFolder
+from lightning_kd.file_writing import write_text
 
 __all__ = ["report"]
 

@@ -8,7 +8,7 @@ from typing import Any
 import lightning as L
 import torch
 
-from lightning_kd.core.run import RunFolder
+from lightning_kd.core.run_folder import RunFolder
 from lightning_kd.core.task import Task
 
 __all__ = ["checkpoint_path", "load_checkpoint", "sample_source"]

@@ -8,7 +8,7 @@ from typing import Any
 
 import lightning as L
 
-from lightning_kd.active_learning.rounds import ask
+from lightning_kd.active_learning.queries import write_query
 from lightning_kd.cli.load_checkpoint import checkpoint_path
 from lightning_kd.cli.pool_verbs import alone_on_pool, check_kept, check_pool
 
@@ -33,7 +33,7 @@ def query(
     data = check_pool("query", model, datamodule)
     folder = Path(trainer.default_root_dir)
     with alone_on_pool(folder):
-        return ask(trainer, model, data, folder, str(checkpoint_path(trainer, ckpt_path)))
+        return write_query(trainer, model, data, folder, str(checkpoint_path(trainer, ckpt_path)))
 
 
 def check(config: Any) -> None:

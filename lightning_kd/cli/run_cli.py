@@ -21,7 +21,9 @@ from lightning_kd.cli.run_trainer import RunTrainer, verb_module
 from lightning_kd.cli.saved_config import config_text
 from lightning_kd.cli.usage import OWN_VERBS
 from lightning_kd.core.registry import family_packages
-from lightning_kd.core.run import RunFolder, RunLogger, run_callbacks
+from lightning_kd.core.run_callbacks import run_callbacks
+from lightning_kd.core.run_folder import RunFolder
+from lightning_kd.core.run_logger import RunLogger
 from lightning_kd.core.task import Task
 from lightning_kd.data import OpenSetDataModule
 from lightning_kd.pool import PoolRecord
@@ -93,7 +95,7 @@ class RunCLI(LightningCLI):
             default=False,
             help="Start anew in a folder that holds a last.ckpt (active: a pool.json).",
         )
-        for name in ("num_classes", "input_shape"):
+        for name in ("num_classes", "input_shape", "problem"):
             parser.link_arguments(f"data.{name}", f"model.init_args.{name}", apply_on="instantiate")
 
     def saved_config(self) -> str:
@@ -150,7 +152,7 @@ class RunCLI(LightningCLI):
         if config["overwrite"] and self._records and self.is_first and not config.get("ckpt_path"):
             if isinstance(self.datamodule, OpenSetDataModule) and self.run_folder.pool.is_file():
                 self.datamodule.setup()
-                self.datamodule.use(PoolRecord.load(self.run_folder.pool))  # or it is another pool
+                self.datamodule.set_record(PoolRecord.load(self.run_folder.pool))  # or it is another pool
             self.beginning.before.set_aside()
             self.run_folder.clear()
 

@@ -3,19 +3,19 @@
 from __future__ import annotations
 
 import json
-import os
 import shlex
 from pathlib import Path
 from typing import Any
 
 import lightning as L
 import torch
+from torch import Tensor
 
 from lightning_kd.cli.load_checkpoint import checkpoint_path, load_checkpoint, sample_source
 from lightning_kd.core.batch import as_batch
 from lightning_kd.core.outputs import logits_of
-from lightning_kd.core.run import write_text
 from lightning_kd.core.training_subset import OnDevice
+from lightning_kd.file_writing import write_text, written_whole
 from lightning_kd.flatness.optimum_shifting import shift_network
 from lightning_kd.flatness.shifting_callback import shift_samples
 
@@ -30,7 +30,7 @@ def shift(
     weights_only: bool | None = None,
     layers: list[str] | None = None,
     mode: str = "fixed",
-    selection: str = "class_balanced",
+    selection: str | None = None,
     samples: int | None = None,
     held_out: int = 1000,
     guard: float | None = 0.05,
@@ -49,6 +49,7 @@ def shift(
         layers: module paths inside the network. Default: its classifier.
         mode: fixed, joint or free: what becomes of the bias.
         selection: the samples whose outputs stay: class_balanced, random, class_means, or all of the training set.
+            Default: class_balanced, or random where samples have no single class.
         samples: how many. Default: 3 a class and at least 100, fewer than the layer has inputs.
         held_out: training samples beside them, on which the loss is watched.
         guard: undo the shift where that loss rises by more than this share; null for never.
@@ -67,8 +68,18 @@ def shift(
     path = Path(output) if output is not None else old.with_name("shifted.ckpt")
     if path.exists() and (output is not None or path.samefile(old)):
         raise FileExistsError(f"output {path} exists already: name another file")
+    problem = model.problem
+    selection = selection or ("class_balanced" if problem.one_class else "random")
+    if selection in ("class_balanced", "class_means") and not problem.one_class:
+        raise ValueError(f"selection {selection!r} needs one class a sample, got {problem.kind}: take random or all")
     checkpoint = load_checkpoint(trainer, model, datamodule, old)
     network = model.main_network
+    num_classes = problem.num_classes if problem.one_class else None
+
+    def loss(output: Any, batch: Any) -> Tensor:
+        batch = as_batch(batch)
+        return problem.loss(problem.logits(output, batch.image, network), batch.target)
+
     chosen, others = shift_samples(
         sample_source(datamodule),
         network,
@@ -76,7 +87,7 @@ def shift(
         selection=selection,
         samples=samples,
         held_out=held_out,
-        num_classes=model.num_classes,
+        num_classes=num_classes,
         seed=seed,
         force=force,
     )
@@ -86,8 +97,9 @@ def shift(
         OnDevice(trainer, chosen.loader),
         held_out=None if others is None else OnDevice(trainer, others.loader),
         selection=selection,
-        num_classes=model.num_classes,
+        num_classes=num_classes,
         force=force,
+        loss_fn=None if problem.one_class else loss,
         mode=mode,
         guard=guard,
         rtol=rtol,
@@ -102,10 +114,8 @@ def shift(
     state = model.state_dict()
     checkpoint["state_dict"] = {key: state[key].cpu() for key in checkpoint["state_dict"]}
     checkpoint["optimum_shifting"] = found
-    path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_suffix(".partial")
-    torch.save(checkpoint, partial)
-    os.replace(partial, path)
+    with written_whole(path) as part:
+        torch.save(checkpoint, part)
     return path
 
 

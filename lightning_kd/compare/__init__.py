@@ -53,7 +53,7 @@ def main(argv: Sequence[str]) -> None:
         "--metric",
         action="append",
         metavar="NAME",
-        help="a column of metrics.csv, such as val/loss; may be given several times (default: test/acc and val/acc)",
+        help="a column of metrics.csv, such as val/loss; may be given several times (default: acc, map or miou)",
     )
     parser.add_argument(
         "--output",

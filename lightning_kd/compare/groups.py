@@ -12,7 +12,7 @@ from typing import Any
 
 import numpy as np
 
-from lightning_kd.compare.runs import Run, expand, read_run
+from lightning_kd.compare.runs import MONITORED, Run, expand, read_run
 
 
 @dataclass
@@ -49,8 +49,8 @@ def compare_runs(runs: Sequence[str | Path], metrics: Sequence[str] | None = Non
     ``data``. A ``teacher_weights`` that lies in a run folder counts as that run's config without its seeds, so that
     students with a teacher of their own seed are one group; any other path counts as it is written.
 
-    Without ``metrics``: ``test/acc`` and ``val/acc``, those of them that a run has; else the first ``val/...``, else
-    the first ``test/...``.
+    Without ``metrics``: ``test/acc`` and ``val/acc``, those of them that a run has (or the same of ``map``, or
+    ``miou``); else the first ``val/...``, else the first ``test/...``.
     """
     read = [read_run(path) for path in expand(runs)[0]]
     names = _choose_metrics(read, list(metrics or ()))
@@ -70,7 +70,7 @@ def _choose_metrics(runs: list[Run], asked: list[str]) -> list[str]:
     for name in asked:
         if name not in known:
             raise ValueError(f"--metric {name}: no run has it; {recorded}.")
-    usual = [name for name in ("test/acc", "val/acc") if name in known]
+    usual = [f"{split}/{kind}" for kind in MONITORED for split in ("test", "val") if f"{split}/{kind}" in known][:2]
     first = [name for part in ("val/", "test/") for name in known if name.startswith(part)][:1]
     chosen = asked or usual or first
     if not chosen:

@@ -13,7 +13,11 @@ from typing import Any
 
 import yaml
 
-HIGHER = frozenset(["acc", "accuracy", "ap", "auc", "auroc", "f1", "map", "precision", "recall", "top"])
+HIGHER = frozenset(
+    ["acc", "accuracy", "ap", "auc", "auroc", "cf", "f1", "iou", "map", "miou", "of", "precision", "recall", "top"]
+)
+#: what tasks choose ``best.ckpt`` by, by kind of problem
+MONITORED = ("acc", "map", "miou")
 LOWER = frozenset(["brier", "ece", "err", "error", "loss", "mae", "mse", "nll", "rmse"])
 
 _NOT_COMPARED = ("seed_everything", "run", "overwrite", "ckpt_path", "trainer.default_root_dir", "trainer.logger")

@@ -1,9 +1,15 @@
 """What every method stands on. Nothing here knows a method."""
 
 from lightning_kd.core.batch import Batch, as_batch
-from lightning_kd.core.classification import Classification
 from lightning_kd.core.feature_hooks import Tap, find_classifier, penultimate_tap
+from lightning_kd.core.problems import MultiLabel, Problem, Segmentation, SingleLabel
 from lightning_kd.core.seeding import EpochSeeding, derive_seed
+from lightning_kd.core.supervised import (
+    Classification,
+    MultiLabelClassification,
+    SemanticSegmentation,
+    Supervised,
+)
 from lightning_kd.core.task import Task
 from lightning_kd.core.training_subset import Samples, sample_source, training_samples
 
@@ -11,7 +17,14 @@ __all__ = [
     "Batch",
     "Classification",
     "EpochSeeding",
+    "MultiLabel",
+    "MultiLabelClassification",
+    "Problem",
     "Samples",
+    "Segmentation",
+    "SemanticSegmentation",
+    "SingleLabel",
+    "Supervised",
     "Tap",
     "Task",
     "as_batch",

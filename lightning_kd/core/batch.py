@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 from torch import Tensor
@@ -39,3 +39,42 @@ def as_batch(batch: Any) -> Batch:
         return Batch(batch[0], batch[1], index, batch[3] if len(batch) > 3 else {})
     got = f"{type(batch).__name__}" + (f" of length {len(batch)}" if hasattr(batch, "__len__") else "")
     raise TypeError(f"a batch must be a Batch or a pair (image, target), got {got}: let the loader yield pairs")
+
+
+def batch_size(batch: Any) -> int:
+    """How many samples a batch of any kind holds: the length of its targets ``batch[1]``, or of its first tensor.
+
+    Raises:
+        TypeError: where there is no tensor.
+    """
+    if isinstance(batch, Sequence) and len(batch) > 1 and isinstance(batch[1], Tensor):
+        return len(batch[1])
+    first = _first_tensor(batch)
+    if first is None:
+        raise TypeError(f"a batch must hold a tensor, got {type(batch).__name__}: let the loader give (image, target)")
+    return len(first)
+
+
+def is_batch(data: Any, targets: bool = True) -> bool:
+    """Whether ``data`` is one batch, not several.
+
+    Args:
+        data: a batch or an iterable of batches.
+        targets: whether batches have targets; without, two tensors of images are two batches.
+    """
+    if isinstance(data, Mapping | Tensor) or hasattr(data, "_fields"):
+        return True
+    if not (isinstance(data, list | tuple) and data and isinstance(data[0], Tensor)):
+        return False
+    if targets:
+        return True
+    return len(data) == 2 and isinstance(data[1], Tensor) and (data[1].ndim == 1 or not data[1].is_floating_point())
+
+
+def _first_tensor(batch: Any) -> Tensor | None:
+    if isinstance(batch, Tensor):
+        return batch
+    if not isinstance(batch, Mapping | Sequence) or isinstance(batch, str | bytes):
+        return None
+    parts = batch.values() if isinstance(batch, Mapping) else batch
+    return next((found for part in parts if (found := _first_tensor(part)) is not None), None)

@@ -1,8 +1,10 @@
-"""Gathering per-sample results over processes."""
+"""What several processes agree on: who they are, sums, and results of samples gathered from all of them."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
 
 import numpy as np
 import torch
@@ -54,3 +56,60 @@ def average_gradients(parameters: Iterable[nn.Parameter]) -> None:
     joint /= process_count()
     for gradient, part in zip(gradients, joint.split([g.numel() for g in gradients]), strict=True):
         gradient.copy_(part.view_as(gradient))
+
+
+def summed(values: Tensor) -> Tensor:
+    """The sum over all processes, in place."""
+    if process_count() > 1:
+        dist.all_reduce(values)
+    return values
+
+
+def share_buffers(module: nn.Module) -> None:
+    """Give all processes the buffers of the first, so that all see one network."""
+    if process_count() > 1:
+        for buffer in module.buffers():
+            dist.broadcast(buffer, 0)
+
+
+@contextmanager
+def together(device: torch.device) -> Iterator[None]:
+    """An error of one process inside is an error of all, so that none waits for another that went elsewhere.
+
+    Inside there must be nothing that processes do together, which could hang before this gets to speak.
+    """
+    failed: Exception | None = None
+    try:
+        yield
+    except Exception as error:
+        failed = error
+    if process_count() > 1:
+        failures = torch.tensor(float(failed is not None), device=device)
+        dist.all_reduce(failures)
+        if failed is None and failures:
+            raise RuntimeError("another process could not do its share of the samples: see its message")
+    if failed is not None:
+        raise failed
+
+
+def sum_of_parts(part: Tensor | None, dtype: torch.dtype, device: torch.device) -> Tensor:
+    """The sum over processes; ``None`` where a process has no batch and knows no shape."""
+    if process_count() > 1:
+        shapes: list[Any] = [None] * process_count()
+        dist.all_gather_object(shapes, None if part is None else tuple(part.shape))
+        shape = next((s for s in shapes if s is not None), None)
+        if shape is not None:
+            part = torch.zeros(shape, dtype=dtype, device=device) if part is None else part
+            dist.all_reduce(part)
+    if part is None:
+        raise ValueError("loader gave no batch: give at least one sample")
+    return part
+
+
+def gather_rows(rows: list[Sequence[Tensor]]) -> list[Sequence[Tensor]]:
+    """The rows of all processes."""
+    if process_count() == 1:
+        return rows
+    everyone: list[list[Sequence[Tensor]]] = [[] for _ in range(process_count())]
+    dist.all_gather_object(everyone, rows)
+    return [row for part in everyone for row in part]

@@ -72,7 +72,7 @@ class Tap:
         # A copied module keeps hooks that report to this tap; a graph tensor cannot be copied anyway.
         return self
 
-    def take(self) -> Tensor:
+    def pop(self) -> Tensor:
         """The tensor of the latest forward pass; the tap lets go of it, so that its graph can be freed."""
         value, self._value = self._value, None
         if not isinstance(value, torch.Tensor):

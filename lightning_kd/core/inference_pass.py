@@ -7,24 +7,18 @@ from contextlib import contextmanager
 
 import lightning as L
 import torch
-import torch.distributed as dist
 from torch import Tensor
 
 from lightning_kd.core.batch import Batch
-from lightning_kd.core.distributed import gather_by_index
+from lightning_kd.core.distributed import gather_by_index, share_buffers
+from lightning_kd.core.module_modes import eval_mode
 
 
 @contextmanager
 def evaluating(task: L.LightningModule) -> Iterator[None]:
     """Eval mode without gradient, in the run's precision; afterwards every module is in its mode again."""
-    training = [module for module in task.modules() if module.training]
-    task.eval()
-    try:
-        with torch.no_grad(), task.trainer.precision_plugin.val_step_context():
-            yield
-    finally:
-        for module in training:
-            module.training = True
+    with eval_mode(task), torch.no_grad(), task.trainer.precision_plugin.val_step_context():
+        yield
 
 
 def ordered_pass(
@@ -43,9 +37,7 @@ def ordered_pass(
         ``(index, *measured)`` of all processes, sorted by index, each index once, on the CPU.
     """
     parts: list[tuple[Tensor, ...]] = []
-    if task.trainer.world_size > 1:
-        for buffer in task.buffers():
-            dist.broadcast(buffer, 0)
+    share_buffers(task)
     with evaluating(task):
         for batch in loader:
             batch = task.trainer.precision_plugin.convert_input(task.trainer.strategy.batch_to_device(batch))

@@ -12,8 +12,8 @@ from torch import Tensor
 class FiniteGuard:
     """Notes each step's loss terms and raises once they are not finite, without making a GPU wait.
 
-    On a CPU ``note`` checks at once. On a CUDA device the values are copied to the host behind the running work, and
-    each ``note`` checks the earlier steps whose copies have arrived.
+    On a CPU ``record`` checks at once. On a CUDA device the values are copied to the host behind the running work, and
+    each ``record`` checks the earlier steps whose copies have arrived.
     """
 
     def __init__(self) -> None:
@@ -22,7 +22,7 @@ class FiniteGuard:
     def __deepcopy__(self, memo: dict[int, Any]) -> FiniteGuard:
         return FiniteGuard()  # events cannot be copied, and a copied task has steps of its own
 
-    def note(self, names: tuple[str, ...], values: Tensor, logits: Tensor, step: int, epoch: int) -> None:
+    def record(self, names: tuple[str, ...], values: Tensor, logits: Tensor, step: int, epoch: int) -> None:
         """Take the terms of one step, the sum of them first.
 
         Args:

@@ -59,9 +59,7 @@ def class_logits(network: nn.Module, output: Any, classes: int, name: str = "") 
     return logits
 
 
-def pixel_logits(
-    network: nn.Module, logits: Tensor, classes: int, size: Sequence[int], name: str = ""
-) -> Tensor:
+def pixel_logits(network: nn.Module, logits: Tensor, classes: int, size: Sequence[int], name: str = "") -> Tensor:
     """``logits`` ``[B, classes, h, w]`` brought to ``size`` (bilinear), after a look at their shape.
 
     Raises:

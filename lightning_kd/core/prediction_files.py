@@ -16,7 +16,7 @@ from torch import Tensor
 
 from lightning_kd.core.batch import Batch
 from lightning_kd.core.distributed import gather_by_index, is_first_process
-from lightning_kd.core.files import write_text, written_whole
+from lightning_kd.file_writing import write_text, written_whole
 
 __all__ = ["MaskFolder", "PredictionTable", "PredictionWriter", "colours"]
 
@@ -43,7 +43,8 @@ class PredictionTable:
         self._parts: list[dict[str, Tensor]] = []
 
     def add(self, folder: Path, outputs: Mapping[str, Tensor], batch: Batch, data: Any) -> None:
-        self._parts.append({name: value.cpu() for name, value in outputs.items()})
+        kept = ("index", "prediction", "probabilities")  # not what a pool is scored by
+        self._parts.append({name: value.cpu() for name, value in outputs.items() if name in kept})
 
     def finish(self, folder: Path, data: Any) -> None:
         names = list(self._parts[0])

@@ -1,8 +1,7 @@
-"""What a network is asked, and all that follows from it: outputs, targets, loss, metrics and predictions on disk."""
+"""What a network is asked: one class an image, several labels, or a class for each pixel, and all that follows."""
 
 from __future__ import annotations
 
-from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -15,139 +14,11 @@ from torchmetrics.classification import MulticlassAccuracy, MulticlassCalibratio
 from lightning_kd.core.calibration import CalibrationMetric
 from lightning_kd.core.multilabel_metrics import MultiLabelMetric
 from lightning_kd.core.outputs import class_logits, logits_of, pixel_logits
-from lightning_kd.core.prediction_files import MaskFolder, PredictionTable, PredictionWriter
+from lightning_kd.core.prediction_files import MaskFolder, PredictionWriter
+from lightning_kd.core.problem_base import Problem
 from lightning_kd.core.segmentation_metrics import SegmentationMetric
 
 __all__ = ["MultiLabel", "Problem", "Segmentation", "SingleLabel"]
-
-
-class Problem(ABC):
-    """A kind of question. A new kind is one subclass and one data module that has it as ``problem``.
-
-    A subclass says what outputs and targets look like, the loss, the metrics and which one is monitored. Everything
-    else has a default: outputs are their own scores and prediction, and a prediction is a row of ``predictions.csv``.
-
-    Args:
-        num_classes: number of classes, or of whatever else the outputs have one number for.
-
-    Raises:
-        ValueError: where that is no whole number, or too small.
-    """
-
-    #: in words, for messages
-    kind = "a problem of its own"
-    #: the metric that ``best.ckpt`` is chosen by, without ``val/``
-    monitored = "loss"
-    monitor_mode = "min"
-    #: what ``training_values`` are the mean of, without ``train/``
-    training_metric = "score"
-    #: the fewest classes
-    least = 1
-
-    def __init__(self, num_classes: int) -> None:
-        if not isinstance(num_classes, int) or num_classes < self.least:
-            raise ValueError(
-                f"num_classes must be at least {self.least}, got {num_classes}: a data module must have num_classes"
-            )
-        self.num_classes = num_classes
-
-    @property
-    def monitor(self) -> str:
-        """The monitored metric's full name, such as ``val/acc``."""
-        return f"val/{self.monitored}"
-
-    @property
-    def chance(self) -> float | None:
-        """What guessing reaches in ``training_metric``; ``None`` where that says nothing."""
-        return None
-
-    # -- outputs and targets -----------------------------------------------------------------------------------------
-
-    @abstractmethod
-    def logits(self, output: Any, image: Tensor, network: nn.Module, name: str = "") -> Tensor:
-        """The logits in what ``network`` returned for ``image``.
-
-        Args:
-            output: see ``logits_of``.
-            image: what it was given.
-            network: for the message.
-            name: what the message calls it. Default: its class.
-
-        Raises:
-            TypeError: where there are no logits.
-            ValueError: where they have the wrong shape.
-        """
-
-    @abstractmethod
-    def check_target(self, target: Tensor) -> None:
-        """Look at the targets of one batch.
-
-        Raises:
-            ValueError: where dtype, shape or range are wrong.
-        """
-
-    @abstractmethod
-    def loss(self, logits: Tensor, target: Tensor, **options: Any) -> Tensor:
-        """The loss of a plain training: a scalar, the mean over all that has a label."""
-
-    def loss_of_probabilities(self, probabilities: Tensor, target: Tensor) -> Tensor:
-        """The same of probabilities, where several networks answer together."""
-        return self.loss(_log(probabilities), target)
-
-    def count(self, target: Tensor) -> int | Tensor:
-        """How many labels the loss is the mean over."""
-        return len(target)
-
-    # -- answers -----------------------------------------------------------------------------------------------------
-
-    def probabilities(self, logits: Tensor) -> Tensor:
-        """Of each class, of the shape of ``logits``."""
-        return logits
-
-    def prediction(self, scores: Tensor) -> Tensor:
-        """The answer itself, from logits or other scores."""
-        return scores
-
-    def predict(self, scores: Tensor, probabilities: Tensor) -> dict[str, Tensor]:
-        """What ``predict`` keeps of each batch: tensors by name, first dimension ``B``."""
-        return {"prediction": self.prediction(scores), "probabilities": probabilities}
-
-    # -- metrics -----------------------------------------------------------------------------------------------------
-
-    def training_values(self, logits: Tensor, target: Tensor) -> tuple[Tensor, Tensor | None]:
-        """A cheap measure of a training batch: a value for each label, and which count (bool; ``None``: all)."""
-        return self.loss(logits, target).expand(len(target)), None
-
-    @abstractmethod
-    def metrics(self) -> dict[str, Metric]:
-        """New evaluation metrics by name; the loss comes by itself."""
-
-    def curve_metrics(self) -> dict[str, Metric]:
-        """New metrics for a curve over the epochs."""
-        return self.metrics()
-
-    def update_metrics(
-        self, metrics: MetricCollection | Mapping[str, Metric], scores: Tensor, probabilities: Tensor, target: Tensor
-    ) -> None:
-        """Take one batch in. ``metrics`` are some of ``metrics()`` or ``curve_metrics()``."""
-        for metric in metrics.values():
-            metric.update(scores, target)
-
-    # -- on disk -----------------------------------------------------------------------------------------------------
-
-    def columns(self, outputs: Mapping[str, Tensor], class_names: Sequence[str]) -> dict[str, list[Any]]:
-        """The columns of ``predictions.csv`` after ``index`` and ``path``, from what ``predict`` gave."""
-        found: dict[str, list[Any]] = {}
-        for name, values in outputs.items():
-            if values.ndim == 1:
-                found[name] = values.tolist()
-            else:
-                found |= {f"{name}_{k}": column.tolist() for k, column in enumerate(values.flatten(1).unbind(1))}
-        return found
-
-    def prediction_writer(self) -> PredictionWriter:
-        """What writes predictions into a run folder."""
-        return PredictionTable(self.columns)
 
 
 class SingleLabel(Problem):
@@ -160,6 +31,7 @@ class SingleLabel(Problem):
     monitored, monitor_mode = "acc", "max"
     training_metric = "acc"
     least = 2
+    one_class = True
 
     @property
     def chance(self) -> float | None:
@@ -214,8 +86,8 @@ class SingleLabel(Problem):
     def columns(self, outputs: Mapping[str, Tensor], class_names: Sequence[str]) -> dict[str, list[Any]]:
         predicted = outputs["prediction"].tolist()
         names = {"class_name": [class_names[k] for k in predicted]} if class_names else {}
-        rest = {name: values for name, values in outputs.items() if name != "prediction"}
-        return {"prediction": predicted, **names, **_renamed(super().columns(rest, class_names))}
+        probabilities = super().columns({"probability": outputs["probabilities"]}, class_names)
+        return {"prediction": predicted, **names, **probabilities}
 
 
 class MultiLabel(Problem):
@@ -279,7 +151,7 @@ class MultiLabel(Problem):
     def columns(self, outputs: Mapping[str, Tensor], class_names: Sequence[str]) -> dict[str, list[Any]]:
         names = list(class_names) or [str(k) for k in range(self.num_classes)]
         labels = ["|".join(names[k] for k in row.nonzero().flatten()) for row in outputs["prediction"]]
-        return {"labels": labels, **_renamed(super().columns({"probabilities": outputs["probabilities"]}, names))}
+        return {"labels": labels, **super().columns({"probability": outputs["probabilities"]}, names)}
 
 
 class Segmentation(Problem):
@@ -357,7 +229,3 @@ def _check_range(target: Tensor, low: int, high: int) -> None:
             raise ValueError(
                 f"target must be between {low} and {high}, got {least} to {most}: correct labels or num_classes"
             )
-
-
-def _renamed(columns: dict[str, list[Any]]) -> dict[str, list[Any]]:
-    return {name.replace("probabilities_", "probability_"): values for name, values in columns.items()}

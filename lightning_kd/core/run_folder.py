@@ -7,7 +7,6 @@
 from __future__ import annotations
 
 import json
-import os
 import shutil
 from datetime import datetime, timezone
 from importlib.metadata import version
@@ -15,16 +14,9 @@ from pathlib import Path
 from typing import Any
 
 from lightning_kd import __version__
+from lightning_kd.file_writing import write_text
 
-__all__ = ["RunFolder", "write_text"]
-
-
-def write_text(path: Path, text: str) -> None:
-    """Write all or nothing: a reader never sees half a file."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(f"{path.name}.partial")
-    partial.write_text(text)
-    os.replace(partial, path)
+__all__ = ["RunFolder"]
 
 
 class RunFolder:
@@ -60,10 +52,18 @@ class RunFolder:
 
     def clear(self) -> None:
         """Remove what an earlier fit left: checkpoints, exported networks (``*.pt``), metrics, predictions, reports."""
-        for name in ("checkpoints", "pictures"):
+        for name in ("checkpoints", "pictures", "predictions"):
             shutil.rmtree(self.path / name, ignore_errors=True)
-        names = ["metrics.csv", "predictions.csv", "noisy_labels.csv", "wrong_labels.csv", "noise.npz", "traceback.txt"]
-        names += ["shifts.json", "shift.json", "sharpness.json"]
+        names = [
+            "metrics.csv",
+            "predictions.csv",
+            "predictions.png",
+            "noisy_labels.csv",
+            "wrong_labels.csv",
+            "noise.npz",
+            "traceback.txt",
+        ]
+        names += ["predictions.png", "shifts.json", "shift.json", "sharpness.json"]
         for path in [*self.path.glob("*.pt"), *(self.path / name for name in names)]:
             path.unlink(missing_ok=True)
 

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import csv
-import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from lightning.pytorch.loggers.logger import Logger, rank_zero_experiment
 from lightning.pytorch.utilities import rank_zero_only
+
+from lightning_kd.file_writing import written_whole
 
 __all__ = ["RunLogger"]
 
@@ -100,10 +101,7 @@ class RunLogger(Logger):
 
     def _write(self) -> None:
         columns = list(dict.fromkeys(["epoch", "step", *sorted({key for row in self.rows for key in row})]))
-        self.file.parent.mkdir(parents=True, exist_ok=True)
-        partial = self.file.with_name("metrics.csv.partial")
-        with partial.open("w", newline="") as stream:
+        with written_whole(self.file) as partial, partial.open("w", newline="") as stream:
             writer = csv.DictWriter(stream, columns)
             writer.writeheader()
             writer.writerows(self.rows)
-        os.replace(partial, self.file)

@@ -11,13 +11,12 @@ import numpy as np
 import torch
 from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
 from torch import Tensor, nn
-from torchmetrics import MeanMetric, MetricCollection
 
-from lightning_kd.core.batch import as_batch
 from lightning_kd.core.epoch_means import EpochMeans
+from lightning_kd.core.evaluation import EvaluatedModule
 from lightning_kd.core.hyperparameters import keep_plain_hyperparameters, without_module_warning
 from lightning_kd.core.nan_guard import FiniteGuard
-from lightning_kd.core.problems import Problem, SingleLabel
+from lightning_kd.core.optimization import make_optimizer
 from lightning_kd.core.seeding import EpochSeeding, global_seed, numpy_generator
 from lightning_kd.core.two_pass_step import second_pass
 from lightning_kd.nets import network_for
@@ -27,7 +26,8 @@ if TYPE_CHECKING:
 
 __all__ = ["Task"]
 
-class Task(L.LightningModule):
+
+class Task(EvaluatedModule):
     """A training method: networks, optimizer, metrics, checkpoints. A subclass adds its ``training_step``.
 
     What is asked of the network (one class an image, several labels, a class for each pixel) is its ``problem``, of
@@ -55,8 +55,6 @@ class Task(L.LightningModule):
         compile: compile the networks in place with ``torch.compile``; worth it only for long runs.
     """
 
-    problem_class: type[Problem] = SingleLabel
-
     def __init__(
         self,
         num_classes: int,
@@ -75,7 +73,7 @@ class Task(L.LightningModule):
         with without_module_warning():
             self.save_hyperparameters()
         keep_plain_hyperparameters(self)
-        self.problem = problem
+        self.set_problem(problem)
         self.num_classes = num_classes
         self.input_shape = tuple(input_shape)
         self.optimizer_factory = optimizer
@@ -87,41 +85,6 @@ class Task(L.LightningModule):
         self._built: list[nn.Module] = []
         self._means = EpochMeans()
         self._finite = FiniteGuard()
-        self.val_metrics = self._evaluation_metrics("val/")
-        self.test_metrics = self._evaluation_metrics("test/")
-
-    # -- the problem -------------------------------------------------------------------------------------------------
-
-    def make_problem(self, num_classes: int) -> Problem:
-        """What is asked of the network."""
-        return self.problem_class(num_classes)
-
-    @property
-    def monitor(self) -> str:
-        """The metric that ``best.ckpt`` is chosen by."""
-        return self.problem.monitor
-
-    @property
-    def monitor_mode(self) -> str:
-        """``"max"`` or ``"min"``."""
-        return self.problem.monitor_mode
-
-    def _evaluation_metrics(self, prefix: str) -> MetricCollection:
-        metrics: dict[str, Any] = {"loss": MeanMetric(), **self.problem.metrics()}
-        return MetricCollection(metrics, prefix=prefix, compute_groups=False)
-
-    def check_data(self, data: Any) -> None:
-        """Refuse data of another kind than the task is for.
-
-        Raises:
-            ValueError: naming both.
-        """
-        given = getattr(data, "problem", None)
-        if isinstance(given, Problem) and not isinstance(given, type(self.problem)):
-            raise ValueError(
-                f"{type(self).__name__} is for {self.problem.kind}, but {type(data).__name__} has {given.kind}: take "
-                "a task for that, or other data"
-            )
 
     # -- networks ----------------------------------------------------------------------------------------------------
 
@@ -144,11 +107,6 @@ class Task(L.LightningModule):
             network.to(memory_format=torch.channels_last)
         self._built.append(network)
         return network
-
-    @property
-    def main_network(self) -> nn.Module:
-        """The network that is tested, used for predictions and exported."""
-        raise AttributeError(f"{type(self).__name__} names no main_network: return the network that answers")
 
     def exports(self) -> dict[str, nn.Module]:
         """Plain networks to write as ``NAME.pt`` into the run folder after ``fit``."""
@@ -185,15 +143,6 @@ class Task(L.LightningModule):
         """The image in the memory format of the networks."""
         return image.contiguous(memory_format=torch.channels_last) if self.channels_last and image.ndim == 4 else image
 
-    def forward(self, image: Tensor) -> Tensor:
-        """Logits of the main network, as the problem wants them.
-
-        Raises:
-            ValueError: if the network gives anything else.
-        """
-        network = self.main_network
-        return self.problem.logits(network(self.format_image(image)), image, network)
-
     @classmethod
     def load_from_checkpoint(cls, checkpoint_path: Any, *args: Any, **kwargs: Any) -> Self:
         """Lightning's, with ``weights_only=True`` unless said otherwise: nothing but tensors and plain values is read.
@@ -217,18 +166,7 @@ class Task(L.LightningModule):
 
     def optimizer_and_scheduler(self, parameters: list[nn.Parameter]) -> Any:
         """What ``configure_optimizers`` returns for these parameters, from the factories."""
-        if self.optimizer_factory is None:
-            optimizer: torch.optim.Optimizer = torch.optim.SGD(parameters, lr=0.05, momentum=0.9, weight_decay=5e-4)
-        else:
-            optimizer = self.optimizer_factory(parameters)
-        if self.lr_scheduler_factory is None:
-            return optimizer if self.automatic_optimization else {"optimizer": optimizer}
-        scheduler = {"scheduler": self.lr_scheduler_factory(optimizer), "interval": self.lr_interval}
-        plateau = isinstance(scheduler["scheduler"], torch.optim.lr_scheduler.ReduceLROnPlateau)
-        if plateau and self.automatic_optimization:
-            scheduler["monitor"] = getattr(scheduler["scheduler"], "monitor", self.monitor)
-            scheduler["frequency"] = self.trainer.check_val_every_n_epoch or 1  # type: ignore[attr-defined]
-        return {"optimizer": optimizer, "lr_scheduler": scheduler}
+        return make_optimizer(self, parameters, self.optimizer_factory, self.lr_scheduler_factory, self.lr_interval)
 
     def step_loss(
         self,
@@ -258,7 +196,7 @@ class Task(L.LightningModule):
         step = self.trainer.global_step
         with torch.no_grad():
             values = torch.stack([loss.detach(), *(part.detach() for part in (parts if len(parts) > 1 else ()))])
-            self._finite.note(names, values, logits.detach(), step, self.current_epoch)
+            self._finite.record(names, values, logits.detach(), step, self.current_epoch)
             if second_pass():
                 return loss
             name = f"{prefix}{self.problem.training_metric}"
@@ -292,58 +230,3 @@ class Task(L.LightningModule):
         self._finite.check(wait=True)
         self.log_dict({f"train/{name}": value for name, value in self._means.compute(self.trainer.strategy).items()})
         self._means.clear()
-
-    # -- evaluation --------------------------------------------------------------------------------------------------
-
-    def scores_and_probabilities(self, image: Tensor) -> tuple[Tensor, Tensor]:
-        """What is evaluated: the scores that decide the prediction, and probabilities, both float32.
-
-        By default the logits and what the problem makes of them. A method whose networks answer together overrides it.
-        """
-        logits = self(image).float()
-        return logits, self.problem.probabilities(logits)
-
-    def _evaluate(self, batch: Any, batch_idx: int, metrics: MetricCollection) -> None:
-        batch = as_batch(batch)
-        if batch_idx == 0:
-            self.problem.check_target(batch.target)
-        scores, probabilities = self.scores_and_probabilities(batch.image)
-        if type(self).scores_and_probabilities is Task.scores_and_probabilities:
-            loss = self.problem.loss(scores, batch.target)
-        else:
-            loss = self.problem.loss_of_probabilities(probabilities, batch.target)
-        found = dict(metrics.items(keep_base=True))
-        found.pop("loss").update(loss, self.problem.count(batch.target))
-        self.problem.update_metrics(found, scores, probabilities, batch.target)
-
-    def validation_step(self, batch: Any, batch_idx: int) -> None:
-        self._evaluate(batch, batch_idx, self.val_metrics)
-
-    def test_step(self, batch: Any, batch_idx: int) -> None:
-        self._evaluate(batch, batch_idx, self.test_metrics)
-
-    def on_validation_epoch_start(self) -> None:
-        # here, not at the end: what validate() resets in inference mode, a later fit could not update
-        self.val_metrics.reset()
-
-    def on_test_epoch_start(self) -> None:
-        self.test_metrics.reset()
-
-    def on_validation_epoch_end(self) -> None:
-        self._log_metrics(self.val_metrics)
-
-    def on_test_epoch_end(self) -> None:
-        self._log_metrics(self.test_metrics)
-
-    def _log_metrics(self, metrics: MetricCollection) -> None:
-        values = metrics.compute()
-        # metrics are synchronised already; one is worth a place in the bar
-        shown = f"/{self.problem.monitored}"
-        self.log_dict({k: v for k, v in values.items() if not k.endswith(shown)})
-        self.log_dict({k: v for k, v in values.items() if k.endswith(shown)}, prog_bar=True)
-
-    def predict_step(self, batch: Any, batch_idx: int) -> dict[str, Tensor]:
-        """What the problem keeps of a prediction (``prediction``, ``probabilities``) and the ``index``, if known."""
-        batch = as_batch(batch)
-        index = {} if batch.index is None else {"index": batch.index}
-        return {**index, **self.problem.predict(*self.scores_and_probabilities(batch.image))}

@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from lightning_kd.core.feature_hooks import find_classifier
-from lightning_kd.core.outputs import class_logits
+from lightning_kd.core.problems import Problem
 from lightning_kd.core.weights import load_weights, pretrained_network
 
 __all__ = ["FrozenTeacher", "teacher_network"]
@@ -25,7 +25,7 @@ class FrozenTeacher(nn.Module):
 
     Args:
         network: the trained network; it is frozen in place.
-        num_classes: of its logits.
+        problem: what it is asked, which says what its logits look like.
         mean: per-channel mean that its images were normalised with, where it differs from that of the images that it
             is given; with ``std``. ``set_data_normalisation`` then says what those were normalised with.
         std: likewise the standard deviation.
@@ -43,7 +43,7 @@ class FrozenTeacher(nn.Module):
     def __init__(
         self,
         network: nn.Module,
-        num_classes: int,
+        problem: Problem,
         *,
         mean: Sequence[float] | None = None,
         std: Sequence[float] | None = None,
@@ -56,11 +56,13 @@ class FrozenTeacher(nn.Module):
         try:
             classes = find_classifier(network)[1].out_features
         except ValueError:  # no linear layer: the first batch tells
-            classes = num_classes
-        if classes != num_classes:
-            raise ValueError(f"the teacher has {classes} classes, the data {num_classes}: train or name another")
+            classes = problem.num_classes
+        if classes != problem.num_classes:
+            raise ValueError(
+                f"the teacher has {classes} classes, the data {problem.num_classes}: train or name another"
+            )
         self.network = network.requires_grad_(False)
-        self.num_classes = num_classes
+        self.problem = problem
         self.mean, self.std = mean, std
         self.size = checked_size(size)
         self.channels_last = channels_last
@@ -85,7 +87,8 @@ class FrozenTeacher(nn.Module):
 
     @torch.no_grad()
     def forward(self, image: Tensor) -> Tensor:
-        """Logits ``[B, C]``, without gradient, of images ``[B, C', H, W]`` or rows ``[B, D]``."""
+        """Logits as the problem has them, without gradient, of images ``[B, C', H, W]`` or rows ``[B, D]``."""
+        given = image
         if self.mean is not None:
             shape = (-1, *[1] * (image.ndim - 2))
             image = image * self.scale.view(shape) + self.shift.view(shape)
@@ -93,7 +96,7 @@ class FrozenTeacher(nn.Module):
             image = F.interpolate(image, self.size, mode="bilinear", antialias=True)
         if self.channels_last and image.ndim == 4:
             image = image.contiguous(memory_format=torch.channels_last)
-        return class_logits(self.network, self.network(image), self.num_classes, "the teacher")
+        return self.problem.logits(self.network(image), given, self.network, "the teacher")
 
 
 def teacher_network(

@@ -8,7 +8,6 @@ from typing import Any, NamedTuple
 import lightning as L
 import numpy as np
 import torch
-import torch.distributed as dist
 from torch.utils.data import (
     DataLoader,
     DistributedSampler,
@@ -20,6 +19,7 @@ from torch.utils.data import (
 )
 
 from lightning_kd.core.batch import Batch, as_batch
+from lightning_kd.core.distributed import process_count, process_rank
 from lightning_kd.core.seeding import numpy_generator
 
 
@@ -188,7 +188,7 @@ def _from_dataset(
                     break
         chosen = np.asarray(taken)[_in_turn(np.asarray(labels), num_classes)[:count]]
     chosen = np.sort(chosen)
-    rank, world_size = (dist.get_rank(), dist.get_world_size()) if _distributed() else (0, 1)
+    rank, world_size = process_rank(), process_count()
     mine = chosen[rank::world_size]
     items = [kept[p] if p in kept else dataset[p] for p in mine.tolist()]
     return Samples(chosen, _Kept(items, mine, loader.batch_size or 1, loader.collate_fn or default_collate))
@@ -206,7 +206,3 @@ def _positions(loader: DataLoader, count: int) -> np.ndarray:
         f"training samples cannot be told from a loader with a {type(sampler).__name__}: give it a Subset of the "
         "dataset and a common sampler"
     )
-
-
-def _distributed() -> bool:
-    return dist.is_available() and dist.is_initialized()

@@ -11,6 +11,8 @@ import torch
 from torch import Tensor, nn
 from torchmetrics import Metric
 
+from lightning_kd.core.random_state import set_torch_random_state, torch_random_state
+
 _second = False
 
 
@@ -41,7 +43,7 @@ class FirstPass:
         self.device = device
         self._modules = [] if module is None else list(module.modules())
         self._metrics = [(m, m.update_count) for m in self._modules if isinstance(m, Metric)]
-        self._random = _random_state(device)
+        self._random = torch_random_state(device)
 
     @contextmanager
     def repeated(self) -> Iterator[None]:
@@ -50,7 +52,7 @@ class FirstPass:
         Afterwards the generators are where the first evaluation left them, also if the second one raised.
         """
         global _second
-        after = _random_state(self.device)
+        after = torch_random_state(self.device)
         buffers = [
             (m._buffers, name, value)
             for m in self._modules
@@ -65,11 +67,11 @@ class FirstPass:
         try:
             if isinstance(self.module, L.LightningModule):
                 self.module.log = _log_nothing  # type: ignore[method-assign]
-            _set_random_state(self._random, self.device)
+            set_torch_random_state(self._random, self.device)
             yield
         finally:
             _second = before
-            _set_random_state(after, self.device)
+            set_torch_random_state(after, self.device)
             if isinstance(self.module, L.LightningModule):
                 del self.module.log
                 if own_log is not None:
@@ -108,15 +110,3 @@ def _copy(targets: list[Tensor], sources: list[Tensor]) -> None:
         theirs.append(source)
     for mine, theirs in by_kind.values():
         torch._foreach_copy_(mine, theirs)
-
-
-def _random_state(device: torch.device) -> tuple[Tensor, Tensor | None]:
-    # torch's alone: reading that of NumPy takes longer than a step of a small network
-    return torch.get_rng_state(), torch.cuda.get_rng_state(device) if device.type == "cuda" else None
-
-
-def _set_random_state(state: tuple[Tensor, Tensor | None], device: torch.device) -> None:
-    on_host, on_device = state
-    torch.set_rng_state(on_host)
-    if on_device is not None:
-        torch.cuda.set_rng_state(on_device, device)

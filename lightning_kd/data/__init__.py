@@ -18,6 +18,7 @@ from lightning_kd.data.image_folder import ImageFolderDataModule
 from lightning_kd.data.instance_noise import InstanceDependentNoise
 from lightning_kd.data.label_files import LabelFile
 from lightning_kd.data.label_noise import CleanLabels, LabelNoise
+from lightning_kd.data.labelled_data import LabelledDataModule
 from lightning_kd.data.open_set_data import OpenSetDataModule
 from lightning_kd.data.resident import ResidentLoader, StoredImages
 from lightning_kd.data.sampling import BatchLoader, ShardedSampler
@@ -40,6 +41,7 @@ __all__ = [
     "InstanceDependentNoise",
     "LabelFile",
     "LabelNoise",
+    "LabelledDataModule",
     "Normalize",
     "OpenSetDataModule",
     "PairFlipNoise",

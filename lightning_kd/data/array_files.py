@@ -2,19 +2,17 @@
 
 from __future__ import annotations
 
-import os
 import zipfile
 import zlib
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
-from uuid import uuid4
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from lightning_kd.core.seeding import numpy_generator
+from lightning_kd.file_writing import written_whole
 
 
 class Arrays(NamedTuple):
@@ -57,15 +55,8 @@ def read_arrays(path: Path) -> dict[str, np.ndarray]:
 
 def write_npz(path: Path, arrays: dict[str, np.ndarray]) -> None:
     """Write an ``.npz`` whole or not at all: into a temporary file beside ``path``, which then takes its place."""
-    part = path.with_name(f".{path.name}.{uuid4().hex}.part")
-    try:
-        with open(part, "xb") as file:
-            np.savez(file, **arrays)  # type: ignore[arg-type]
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(part, path)
-    finally:
-        part.unlink(missing_ok=True)
+    with written_whole(path, durable=True) as part, open(part, "xb") as file:
+        np.savez(file, **arrays)  # type: ignore[arg-type]
 
 
 def check_keys(arrays: dict[str, np.ndarray], keys: Sequence[str], where: str) -> None:
@@ -123,16 +114,67 @@ def to_target(array: np.ndarray, count: int, num_classes: int | None, name: str)
     """
     if array.ndim != 1 or not np.issubdtype(array.dtype, np.integer):
         raise ValueError(f"{name} must hold integers [N], got {array.dtype} {array.shape}: give one class a sample")
-    if len(array) != count:
-        raise ValueError(f"{name} has {len(array)} labels, got {count} samples: give one label for each sample")
-    if count == 0:
-        raise ValueError(f"{name} is empty, got 0 samples: give at least one")
+    _check_count(array, count, name)
     wrong = array < 0 if num_classes is None else (array < 0) | (array >= num_classes)
     if wrong.any():
         at = int(wrong.argmax())
         limit = "0 or more" if num_classes is None else f"between 0 and {num_classes - 1}"
         raise ValueError(f"{name} must be {limit}, got {array[at]} at position {at}: correct the labels")
     return torch.from_numpy(array.astype(np.int64))
+
+
+def to_label_matrix(array: np.ndarray, count: int, num_classes: int | None, name: str) -> Tensor:
+    """Several labels a sample, uint8 ``[N, C]`` of 0, 1 and 255 (not known), to float32 of 0, 1 and -1.
+
+    Raises:
+        ValueError: for another dtype, shape or value; arguments as in ``to_target``.
+    """
+    if array.ndim != 2 or array.dtype != np.uint8 or not array.shape[1] or num_classes not in (None, array.shape[1]):
+        wanted = "C" if num_classes is None else num_classes
+        raise ValueError(f"{name} must hold uint8 labels [N, {wanted}], got {array.dtype} {array.shape}: convert them")
+    _check_count(array, count, name)
+    wrong = (array > 1) & (array < 255)
+    if wrong.any():
+        row, column = np.argwhere(wrong)[0]
+        raise ValueError(
+            f"{name} must hold 0, 1 and 255 (not known), got {array[row, column]} at {row}, {column}: correct them"
+        )
+    return torch.from_numpy(np.where(array == 255, np.float32(-1), array.astype(np.float32)))
+
+
+def to_masks(array: np.ndarray, count: int, num_classes: int | None, name: str, shape: tuple[int, ...]) -> Tensor:
+    """A class for each pixel, uint8 ``[N, H, W]`` with 255 for ignored ones, to int16 with -1 for them.
+
+    Args:
+        array: the masks.
+        count: how many samples they belong to.
+        num_classes: the upper limit; ``None`` checks only that there is a pixel with a class.
+        name: what to call them in errors.
+        shape: of an image, ``(C, H, W)``.
+
+    Raises:
+        ValueError: for another dtype, shape or value.
+    """
+    if array.ndim != 3 or array.dtype != np.uint8 or array.shape[1:] != tuple(shape[1:]):
+        raise ValueError(
+            f"{name} must hold uint8 masks [N, {', '.join(map(str, shape[1:]))}], as large as the images, got "
+            f"{array.dtype} {array.shape}: convert them"
+        )
+    _check_count(array, count, name)
+    largest = int(np.where(array == 255, 0, array).max())
+    if num_classes is not None and largest >= num_classes:
+        raise ValueError(
+            f"{name} must be between 0 and {num_classes - 1}, or 255 to be ignored, got {largest}: correct the masks"
+        )
+    masks = torch.from_numpy(array.astype(np.int16))
+    return masks.masked_fill_(masks == 255, -1)
+
+
+def _check_count(array: np.ndarray, count: int, name: str) -> None:
+    if len(array) != count:
+        raise ValueError(f"{name} has {len(array)} labels, got {count} samples: give one label for each sample")
+    if count == 0:
+        raise ValueError(f"{name} is empty, got 0 samples: give at least one")
 
 
 def image_statistics(image: Tensor) -> tuple[list[float], list[float]]:
@@ -145,37 +187,3 @@ def image_statistics(image: Tensor) -> tuple[list[float], list[float]]:
         mean.append(float(share @ value))
         std.append(float(np.sqrt(share @ (value - mean[-1]) ** 2)) or 1.0)  # a constant channel stays as it is
     return mean, std
-
-
-def fake_arrays(shape: tuple[int, ...], num_classes: int) -> Arrays:
-    """A small made-up data set that can be learned: a fixed random pattern for each class, plus noise.
-
-    The patterns are coarse, so that crops and flips of them still differ between classes.
-
-    Args:
-        shape: ``(C, H, W)`` for uint8 images, ``(D,)`` for float32 features.
-        num_classes: the number of classes.
-
-    Returns:
-        at least 256 training samples and half as many test samples, 4 and 2 or more a class; always the same ones.
-    """
-    generator = numpy_generator(0, "fake")
-    pattern: np.ndarray
-    if len(shape) == 1:
-        pattern = generator.normal(0, 1, (num_classes, *shape))
-    else:
-        pattern = generator.integers(0, 256, (num_classes, shape[0], 4, 4), dtype=np.uint8)
-        for axis, length in ((2, shape[1]), (3, shape[2])):
-            pattern = pattern.take(np.arange(length) * 4 // length, axis)
-
-    def samples(count: int) -> tuple[Tensor, Tensor]:
-        target = generator.permutation(np.arange(count) % num_classes)
-        if len(shape) == 1:
-            image = (pattern[target] + generator.normal(0, 0.5, (count, *shape))).astype(np.float32)
-        else:
-            noise = generator.integers(-48, 49, (count, *shape), dtype=np.int8)
-            image = np.clip(pattern[target] + noise.astype(np.int16), 0, 255).astype(np.uint8)
-        return torch.from_numpy(image), torch.from_numpy(target)
-
-    count = max(256, 4 * num_classes)
-    return Arrays(*samples(count), *samples(count // 2))

@@ -3,25 +3,37 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Literal
 
 import numpy as np
 from torch import Tensor
 
+from lightning_kd.core.problems import MultiLabel, Problem, Segmentation, SingleLabel
 from lightning_kd.core.seeding import numpy_generator
+from lightning_kd.data.arguments import check_at_least
 from lightning_kd.data.array_files import (
     Arrays,
     check_keys,
-    fake_arrays,
     image_statistics,
     read_arrays,
     to_feature,
     to_image,
+    to_label_matrix,
+    to_masks,
     to_target,
 )
 from lightning_kd.data.augment import CropFlip
-from lightning_kd.data.classification_data import ClassificationDataModule, check_at_least
+from lightning_kd.data.classification_data import ClassificationDataModule
+from lightning_kd.data.fake_data import fake_arrays, fake_label_arrays, fake_mask_arrays
 from lightning_kd.data.label_noise import LabelNoise
 from lightning_kd.data.splits import take_fraction, without
+
+_PROBLEMS: dict[str, type[Problem]] = {
+    "single_label": SingleLabel,
+    "multi_label": MultiLabel,
+    "segmentation": Segmentation,
+}
+_FAKE = {"single_label": fake_arrays, "multi_label": fake_label_arrays, "segmentation": fake_mask_arrays}
 
 
 class ArrayDataModule(ClassificationDataModule):
@@ -30,14 +42,22 @@ class ArrayDataModule(ClassificationDataModule):
     An ``.npz`` holds ``train_image`` and ``train_target``, and ``test_image`` and ``test_target`` if there is a test
     set; or ``image`` and ``target``. Without a test set, ``test_fraction`` of each class becomes it, the same samples
     for every ``seed``. Samples are uint8 images ``[N, H, W, C]`` or ``[N, H, W]``, or float features ``[N, D]`` (then
-    ``feature`` may stand for ``image`` in the names); targets are integers ``[N]`` from 0 on. Further keys are left
-    alone. The file is read when the object is made, and all samples stay in memory. See ``ClassificationDataModule``
+    ``feature`` may stand for ``image`` in the names). Further keys are left alone.
+    Targets say what is asked of a network:
+
+    - integers ``[N]`` from 0 on: one class a sample (``SingleLabel``);
+    - uint8 ``[N, C]`` of 0, 1 and 255 for "not known": several labels (``MultiLabel``);
+    - uint8 ``[N, H, W]`` with 255 for ignored pixels: a class for each pixel (``Segmentation``). Masks are cropped and
+      flipped with their images.
+
+    The file is read when the object is made, and all samples stay in memory. See ``ClassificationDataModule``
     for what it offers and for several processes.
 
     Args:
         path: the ``.npz`` file, or the ``.npy`` file of the samples. With ``fake`` it may be missing.
         target_path: the ``.npy`` file of the targets, if ``path`` is a ``.npy``.
-        class_names: a name for each class; by default their numbers, as many as the largest training target says.
+        class_names: a name for each class; by default their numbers, as many as the largest training target says, or
+            as the targets have columns.
         batch_size: training samples a step and process.
         eval_batch_size: the most samples an evaluation step and process.
         val_fraction: the share of each class of the training samples that becomes the validation set, 0 to below 1.
@@ -55,6 +75,8 @@ class ArrayDataModule(ClassificationDataModule):
         fake: use a small made-up data set instead, of the shape of the file if there is one, else of 10 classes of
             32 x 32 colour images.
         noise: gives the training samples wrong labels, see ``LabelNoise``; ``None`` keeps the data set's own.
+        kind: ``"single_label"``, ``"multi_label"`` or ``"segmentation"``. By default what the shape of the targets
+            says; needed for ``fake`` data of another kind than the first without a file.
 
     Raises:
         ValueError: for an argument out of its range, and for arrays that are damaged or do not fit together.
@@ -81,6 +103,7 @@ class ArrayDataModule(ClassificationDataModule):
         seed: int = 0,
         fake: bool = False,
         noise: LabelNoise | None = None,
+        kind: Literal["single_label", "multi_label", "segmentation"] | None = None,
     ) -> None:
         if not 0 < test_fraction < 1:
             raise ValueError(f"test_fraction must be above 0 and below 1, got {test_fraction}: give a share")
@@ -88,16 +111,20 @@ class ArrayDataModule(ClassificationDataModule):
         self.path = path
         self.target_path = target_path
         self.test_fraction = test_fraction
+        self.kind: str = kind or "single_label"
         if fake and not Path(path).exists():
             names = class_names or [str(c) for c in range(10)]
-            self._arrays = fake_arrays((3, 32, 32), len(names))
+            self._arrays = _FAKE[self.kind]((3, 32, 32), len(names))  # type: ignore[operator]
         else:
-            names, self._arrays = self._read(class_names)
+            names, self._arrays = self._read(class_names, kind)
             if fake:
-                self._arrays = fake_arrays(tuple(self._arrays.train_image.shape[1:]), len(names))
+                shape = tuple(self._arrays.train_image.shape[1:])
+                self._arrays = _FAKE[self.kind](shape, len(names))  # type: ignore[operator]
         shape = tuple(self._arrays.train_image.shape[1:])
         if len(shape) == 1 and (augment or cutout):
             raise ValueError(f"augment and cutout need images, got features of shape {shape}: leave them off")
+        if self.kind == "segmentation" and cutout:
+            raise ValueError(f"cutout={cutout} does not go with masks: leave it off")
         own = image_statistics(self._arrays.train_image) if len(shape) == 3 else ([0.0] * shape[0], [1.0] * shape[0])
         super().__init__(
             class_names=names,
@@ -114,6 +141,7 @@ class ArrayDataModule(ClassificationDataModule):
             seed=seed,
             fake=fake,
             noise=noise,
+            problem=_PROBLEMS[self.kind](len(names)),
         )
         self.augment = augment
         self.crop_padding = crop_padding
@@ -125,15 +153,18 @@ class ArrayDataModule(ClassificationDataModule):
     def fake_arrays(self) -> Arrays:
         return self._arrays
 
-    def _read(self, class_names: list[str] | None) -> tuple[list[str], Arrays]:
+    def _read(self, class_names: list[str] | None, kind: str | None) -> tuple[list[str], Arrays]:
         arrays = read_arrays(Path(self.path))
         if "" in arrays:
             if self.target_path is None:
                 raise ValueError(f"target_path must go with the .npy file {self.path!r}, got None: give its targets")
             arrays = {"image": arrays[""], "target": read_arrays(Path(self.target_path)).get("", np.empty(0))}
         prefix = "train_" if {"train_image", "train_feature", "train_target"} & set(arrays) else ""
+        rank = arrays.get(f"{prefix}target", np.empty(0)).ndim
+        self.kind = kind or {2: "multi_label", 3: "segmentation"}.get(rank, "single_label")
         image, target = self._pair(arrays, prefix, len(class_names) if class_names else None)
-        names = class_names or [str(c) for c in range(int(target.max()) + 1)]
+        count = target.shape[1] if self.kind == "multi_label" else int(target.max()) + 1
+        names = class_names or [str(c) for c in range(count)]
         if {"test_image", "test_feature", "test_target"} & set(arrays):
             test_image, test_target = self._pair(arrays, "test_", len(names))
             if test_image.shape[1:] != image.shape[1:] or test_image.dtype != image.dtype:
@@ -143,7 +174,9 @@ class ArrayDataModule(ClassificationDataModule):
                 )
             return names, Arrays(image, target, test_image, test_target)
         generator = numpy_generator(0, "test_split")  # whatever the seed, so that runs are tested on the same samples
-        test = take_fraction(target.numpy(), len(names), self.test_fraction, generator, leave=1)
+        single = self.kind == "single_label"
+        by_class, classes = (target.numpy(), len(names)) if single else (np.zeros(len(target), np.int64), 1)
+        test = take_fraction(by_class, classes, self.test_fraction, generator, leave=1)
         if not len(test):
             raise ValueError(
                 f"test_fraction={self.test_fraction} of {len(target)} samples leaves the test split empty: raise it"
@@ -157,4 +190,9 @@ class ArrayDataModule(ClassificationDataModule):
         # two dimensions are features; anything else is told to be images
         convert = to_feature if arrays[key].ndim == 2 else to_image
         image = convert(arrays[key], f"{key} of {self.path!r}")
-        return image, to_target(arrays[f"{prefix}target"], len(image), num_classes, f"{prefix}target of {self.path!r}")
+        target, name = arrays[f"{prefix}target"], f"{prefix}target of {self.path!r}"
+        if self.kind == "multi_label":
+            return image, to_label_matrix(target, len(image), num_classes, name)
+        if self.kind == "segmentation":
+            return image, to_masks(target, len(image), num_classes, name, tuple(image.shape[1:]))
+        return image, to_target(target, len(image), num_classes, name)

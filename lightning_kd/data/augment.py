@@ -13,17 +13,20 @@ from lightning_kd.core.seeding import derive_seed, numpy_generator
 VIEWS = ("plain", "weak", "strong")
 
 
-def check_views(views: str | Sequence[str], shape: tuple[int, ...]) -> tuple[str, ...]:
+def check_views(views: str | Sequence[str], shape: tuple[int, ...], masks: bool = False) -> tuple[str, ...]:
     """The names as a tuple, checked against samples of ``shape``.
 
     Raises:
-        ValueError: for no view, an unknown one, and strong views of what is no image of 1 or 3 channels.
+        ValueError: for no view, an unknown one, strong views of what is no image of 1 or 3 channels, and with ``masks``
+            several views or a strong one.
     """
     names = (views,) if isinstance(views, str) else tuple(views)
     if not names or any(name not in VIEWS for name in names):
         raise ValueError(
             f"views must name at least one of 'plain', 'weak' and 'strong', got {views!r}: give such names"
         )
+    if masks and (len(names) > 1 or "strong" in names):
+        raise ValueError(f"views={views!r} cannot go with masks: give 'plain' or 'weak' alone")
     if "strong" in names and (len(shape) != 3 or shape[0] not in (1, 3)):
         raise ValueError(
             f"views={views!r} needs images of 1 or 3 channels for 'strong', got samples of shape {tuple(shape)}: "
@@ -66,10 +69,10 @@ class CropFlip:
         side = 2 * self.padding + 1
         return crop // side, crop % side, (view % 2 if self.flip else torch.zeros_like(view)).bool()
 
-    def pad(self, image: Tensor) -> Tensor:
-        """``[N, C, H, W]`` to ``[N, C, H + 2 * padding, W + 2 * padding]``, zeros around, contiguous."""
+    def pad(self, image: Tensor, fill: int = 0) -> Tensor:
+        """``[N, C, H, W]`` to ``[N, C, H + 2 * padding, W + 2 * padding]``, ``fill`` around, contiguous."""
         p, (height, width) = self.padding, image.shape[-2:]
-        padded = image.new_zeros((*image.shape[:2], height + 2 * p, width + 2 * p))
+        padded = image.new_full((*image.shape[:2], height + 2 * p, width + 2 * p), fill)
         padded[:, :, p : p + height, p : p + width] = image
         return padded
 

@@ -10,8 +10,10 @@ import lightning as L
 import numpy as np
 from torch import Tensor
 
-from lightning_kd.data.classification_data import ClassificationDataModule, train_loader_of
+from lightning_kd.core.problems import SingleLabel
+from lightning_kd.data.classification_data import ClassificationDataModule
 from lightning_kd.data.sampling import BatchLoader
+from lightning_kd.data.split_loaders import train_loader_of
 
 
 class DerivedDataModule(L.LightningDataModule, ABC):
@@ -32,6 +34,14 @@ class DerivedDataModule(L.LightningDataModule, ABC):
     @abstractmethod
     def loader(self, split: str = "train", indices: Any = None, **kwargs: Any) -> BatchLoader:
         """See ``ClassificationDataModule.loader``."""
+
+    @property
+    def problem(self) -> SingleLabel:
+        return SingleLabel(self.num_classes)
+
+    @property
+    def num_classes(self) -> int:
+        return self.source.num_classes
 
     @property
     def input_shape(self) -> tuple[int, ...]:

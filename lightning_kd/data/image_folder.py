@@ -12,9 +12,10 @@ from torchvision.datasets.folder import IMG_EXTENSIONS
 from torchvision.transforms import AutoAugmentPolicy, v2
 
 from lightning_kd.core.seeding import numpy_generator
+from lightning_kd.data.arguments import check_at_least
 from lightning_kd.data.array_files import Arrays
 from lightning_kd.data.augment import CropFlip, cut_out_
-from lightning_kd.data.classification_data import ClassificationDataModule, check_at_least
+from lightning_kd.data.classification_data import ClassificationDataModule
 from lightning_kd.data.label_noise import LabelNoise
 from lightning_kd.data.sampling import BatchLoader, ShardedSampler
 from lightning_kd.data.splits import take_fraction, without

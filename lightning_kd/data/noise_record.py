@@ -14,7 +14,7 @@ from lightning_kd.data.array_files import check_keys, read_arrays, write_npz
 from lightning_kd.data.label_noise import CleanLabels, LabelNoise
 
 
-def settle_labels(
+def load_or_draw_labels(
     noise: LabelNoise, clean: CleanLabels, folder: RunFolder | None, trainer: L.Trainer | None
 ) -> np.ndarray:
     """The given labels: those recorded in ``folder`` where it holds a checkpoint that was trained on them, or where

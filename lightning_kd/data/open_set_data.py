@@ -8,8 +8,9 @@ from typing import Any, Literal
 import numpy as np
 import torch
 
-from lightning_kd.core.run import run_folder_of
-from lightning_kd.data.classification_data import ClassificationDataModule, check_at_least
+from lightning_kd.core.run_callbacks import run_folder_of
+from lightning_kd.data.arguments import check_at_least
+from lightning_kd.data.classification_data import ClassificationDataModule
 from lightning_kd.data.derived_data import DerivedDataModule
 from lightning_kd.data.known_classes import choose_known_classes
 from lightning_kd.data.pool_answers import adopt_settings, answered_labels, find_files, labels_digest, pool_settings
@@ -143,7 +144,7 @@ class OpenSetDataModule(DerivedDataModule):
             self._load()
         folder = run_folder_of(self.trainer)
         if folder is not None and not getattr(self.trainer, "fast_dev_run", 0):
-            self.use(PoolRecord.load(folder.pool) if folder.pool.is_file() else PoolRecord(folder.pool))
+            self.set_record(PoolRecord.load(folder.pool) if folder.pool.is_file() else PoolRecord(folder.pool))
 
     def _load(self) -> None:
         """Nothing is changed before all has been looked at."""
@@ -188,7 +189,7 @@ class OpenSetDataModule(DerivedDataModule):
 
     # -- the answers -------------------------------------------------------------------------------------------------
 
-    def use(self, record: PoolRecord) -> None:
+    def set_record(self, record: PoolRecord) -> None:
         """Take the answers of ``record``, and none else, for the labels beyond the initial ones.
 
         Raises:

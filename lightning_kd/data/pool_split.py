@@ -7,7 +7,8 @@ from typing import NamedTuple
 import numpy as np
 
 from lightning_kd.core.seeding import numpy_generator
-from lightning_kd.data.classification_data import ClassificationDataModule, check_at_least
+from lightning_kd.data.arguments import check_at_least
+from lightning_kd.data.classification_data import ClassificationDataModule
 
 UNLABELLED = -1
 

@@ -25,10 +25,12 @@ class StoredImages:
     Args:
         source: uint8 ``[N, C, H, W]``, or float features ``[N, D]``.
         device: where the copies lie.
+        fill: the value of the border.
     """
 
-    def __init__(self, source: Tensor, device: str | torch.device = "cpu") -> None:
+    def __init__(self, source: Tensor, device: str | torch.device = "cpu", fill: int = 0) -> None:
         self.source = source
+        self.fill = fill
         self.device = torch.device(device)
         self._copies: dict[int | None, Tensor] = {}
 
@@ -36,7 +38,7 @@ class StoredImages:
         """The samples, with the border that ``crop_flip`` wants."""
         key = None if crop_flip is None else crop_flip.padding
         if key not in self._copies:
-            image = self.source if crop_flip is None else crop_flip.pad(self.source)
+            image = self.source if crop_flip is None else crop_flip.pad(self.source, self.fill)
             self._copies[key] = image.to(self.device)
         return self._copies[key]
 
@@ -52,7 +54,8 @@ class ResidentLoader(BatchLoader):
     Args:
         image: uint8 ``[N, C, H, W]``, or float features ``[N, D]``: the full array of the split, or a ``StoredImages``
             of it, whose device is then the one.
-        target: int64 ``[N]``.
+        target: int64 ``[N]``, or what else each sample has one row of. Masks, int16 ``[N, H, W]``, are cropped and
+            flipped with their images and come as int64.
         sampler: which samples form the batches of this process.
         normalize: brings stored samples to float32.
         augment: the random crop and flip of weak and strong views; ``None`` takes images as they are.
@@ -84,13 +87,14 @@ class ResidentLoader(BatchLoader):
         super().__init__(sampler)
         self._stored = image if isinstance(image, StoredImages) else StoredImages(image, device)
         shape = self._stored.source.shape
-        self.views = check_views(views, tuple(shape[1:]))
+        self.views = check_views(views, tuple(shape[1:]), masks=target.ndim == 3)
         self.augment = augment
         self.cutout = cutout
         self.device = self._stored.device
         self._single = isinstance(views, str)
         self._size = (shape[-2], shape[-1]) if len(shape) == 4 else (1, 1)
         self._target = target.to(self.device)
+        self._masks = StoredImages(target[:, None], self.device, fill=-1) if target.ndim == 3 else None
         self._normalize = normalize.to(self.device)
         self._policy = policy or BatchedAutoAugment()
         self._extras = {name: value.to(self.device) for name, value in (extras or {}).items()}
@@ -104,10 +108,22 @@ class ResidentLoader(BatchLoader):
             makers[name](batches, parts, view_seed(self.sampler.seed, k), epoch, pass_)
             for k, name in enumerate(self.views)
         ]
+        masks = self._mask_views(parts, view_seed(self.sampler.seed, 0), epoch, pass_) if self._masks else None
         for part, *views in zip(parts, *images, strict=True):
             index = part.clone()  # a slice would drag the whole order along when it is saved or sent
             extras = {name: value.index_select(0, index) for name, value in self._extras.items()}
-            yield Batch(views[0] if self._single else tuple(views), self._target.index_select(0, index), index, extras)
+            target = self._target.index_select(0, index) if masks is None else next(masks)
+            yield Batch(views[0] if self._single else tuple(views), target, index, extras)
+
+    def _mask_views(self, parts: tuple[Tensor, ...], *stream: int) -> Iterator[Tensor]:
+        """The masks with the crop and flip of their images, which are drawn from the same stream."""
+        assert self._masks is not None
+        crop_flip = self.augment if self.views[0] == "weak" else None
+        stored = self._masks.get(crop_flip)
+        view, _ = self._draw(0, *stream)
+        for index in parts:
+            some = stored.index_select(0, index) if crop_flip is None else crop_flip.gather(stored, index, view[index])
+            yield some[:, 0].long()
 
     def _plain(self, batches: list[np.ndarray], parts: tuple[Tensor, ...], *stream: int) -> Iterator[Tensor]:
         stored = self._stored.get()

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import numpy as np
 
 
@@ -56,3 +58,55 @@ def take_fraction(
 def without(count: int, taken: np.ndarray) -> np.ndarray:
     """The positions 0 to ``count - 1`` that are not in ``taken``, ascending."""
     return np.setdiff1d(np.arange(count), taken, assume_unique=True)
+
+
+def take_training_samples(
+    target: np.ndarray,
+    whole: np.ndarray,
+    generator: np.random.Generator,
+    class_names: Sequence[str],
+    *,
+    per_class: int | None = None,
+    fraction: float | None = None,
+    all_if_too_few: bool = False,
+) -> np.ndarray:
+    """The positions in ``target`` to train on: all, so many of each class, or a share of each.
+
+    Args:
+        target: int64 ``[N]``, what is left beside the validation samples.
+        whole: int64 ``[C]``, how many samples each class has in the full training array.
+        generator: where the choice comes from.
+        class_names: for messages.
+        per_class: so many of each class.
+        fraction: this share instead.
+        all_if_too_few: take all where a class has too few, rather than raise.
+
+    Raises:
+        ValueError: where a class has too few samples, or would be left without.
+    """
+    classes = len(whole)
+    count = np.bincount(target, minlength=classes)
+    wanted = np.where(whole > 0, per_class or 1, 0)
+    if (count < wanted).any():
+        if all_if_too_few:
+            return np.arange(len(target))
+        c = int((count < wanted).argmax())
+        raise ValueError(
+            f"train_per_class={per_class} is more than the {count[c]} samples of class {c} "
+            f"({class_names[c]!r}): lower it, or val_fraction"
+        )
+    if per_class is not None:
+        return take_per_class(target, wanted, generator)
+    if fraction is None:
+        return np.arange(len(target))
+    chosen = take_fraction(target, classes, fraction, generator)
+    absent = (np.bincount(target[chosen], minlength=classes) == 0) & (whole > 0)
+    if absent.any():
+        if all_if_too_few:
+            return np.arange(len(target))
+        c = int(absent.argmax())
+        raise ValueError(
+            f"train_fraction={fraction} leaves class {c} ({class_names[c]!r}) without a sample: raise it, or use "
+            "train_per_class"
+        )
+    return chosen

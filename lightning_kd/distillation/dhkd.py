@@ -16,6 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from lightning_kd.core.batch import as_batch
+from lightning_kd.core.distributed import process_count
 from lightning_kd.core.feature_hooks import penultimate_tap
 from lightning_kd.core.losses import at_least_float32, check_logits, check_positive
 from lightning_kd.distillation.distillation_task import Distillation
@@ -215,7 +216,7 @@ class DHKD(Distillation):
     def training_step(self, batch: Any, batch_idx: int) -> Tensor:
         batch = as_batch(batch)
         logits = self(batch.image)
-        head_logits = logits if self.auxiliary_head is None else self.auxiliary_head(self._feature.take())
+        head_logits = logits if self.auxiliary_head is None else self.auxiliary_head(self._feature.pop())
         logits, head_logits = at_least_float32(logits, head_logits)
         ce = self.ce_weight * F.cross_entropy(logits, batch.target)
         if self.stop_epoch is not None and self.current_epoch + 1 >= self.stop_epoch:
@@ -261,11 +262,11 @@ class DHKD(Distillation):
 
     @staticmethod
     def _mean_over_processes(grads: Gradients) -> list[Tensor | None]:
-        if dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1:
+        if process_count() > 1:
             for grad in grads:
                 if grad is not None:
                     dist.all_reduce(grad)
-                    grad /= dist.get_world_size()
+                    grad /= process_count()
         return list(grads)
 
 

@@ -90,7 +90,7 @@ class Distillation(Task, ABC):
                 raise ValueError(f"{name} needs {self.input_shape[0]} values, one a channel, got {len(values)}")
         self.teacher = FrozenTeacher(
             teacher_network(teacher, teacher_weights, num_classes, build),
-            num_classes,
+            self.problem,
             mean=teacher_mean,
             std=teacher_std,
             size=size,
@@ -98,7 +98,7 @@ class Distillation(Task, ABC):
         )
         self.ce_weight = ce_weight
         self.kd_weight = kd_weight
-        self._teacher_hits: Tensor | None = None
+        self._teacher_sums: Tensor | None = None
         self._teacher_judged = False
 
     @abstractmethod
@@ -147,21 +147,21 @@ class Distillation(Task, ABC):
         super().validation_step(batch, batch_idx)
         if not self._teacher_judged and not self.trainer.sanity_checking:
             batch = as_batch(batch)
-            hits = (self.teacher_logits(batch.image).argmax(1) == batch.target).sum()
-            counted = torch.stack([hits, torch.tensor(len(batch.target), device=hits.device)])
-            self._teacher_hits = counted if self._teacher_hits is None else self._teacher_hits + counted
+            values, counted = self.problem.training_values(self.teacher_logits(batch.image), batch.target)
+            counted = torch.ones_like(values, dtype=torch.bool) if counted is None else counted
+            sums = torch.stack([(values * counted).sum(), counted.sum()])
+            self._teacher_sums = sums if self._teacher_sums is None else self._teacher_sums + sums
 
     def on_validation_epoch_end(self) -> None:
         super().on_validation_epoch_end()
-        if self._teacher_hits is not None:
-            hits, count = self.trainer.strategy.reduce(self._teacher_hits, reduce_op="sum").tolist()
-            self._teacher_hits, self._teacher_judged = None, True
-            accuracy = hits / count
-            self.log("val/teacher_acc", accuracy)
-            chance = 1 / self.num_classes
-            if accuracy < min(2 * chance, (1 + chance) / 2):
+        if self._teacher_sums is not None:
+            total, count = self.trainer.strategy.reduce(self._teacher_sums, reduce_op="sum").tolist()
+            self._teacher_sums, self._teacher_judged = None, True
+            reached, name, chance = total / max(count, 1), self.problem.training_metric, self.problem.chance
+            self.log(f"val/teacher_{name}", reached)
+            if chance is not None and reached < min(2 * chance, (1 + chance) / 2):
                 rank_zero_warn(
-                    f"the teacher's validation accuracy is {accuracy:.1%}, chance is {chance:.1%}: check "
+                    f"the teacher's validation accuracy is {reached:.1%}, chance is {chance:.1%}: check "
                     "teacher_weights, the class order and the normalisation (teacher_mean, teacher_std)"
                 )
 

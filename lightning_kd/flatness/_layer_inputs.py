@@ -9,6 +9,10 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from lightning_kd.core.distributed import is_first_process, process_count, process_rank, share_buffers, summed
+from lightning_kd.core.module_modes import eval_mode
+from lightning_kd.core.precision import no_tf32
+from lightning_kd.core.random_state import same_random_state
 from lightning_kd.flatness._row_space import (
     Projector,
     default_rtol,
@@ -17,24 +21,11 @@ from lightning_kd.flatness._row_space import (
     projector_of_rows,
     wide,
 )
-from lightning_kd.metrics._surroundings import no_tf32, same_random_state
-
-
-def world_size() -> int:
-    """The number of processes."""
-    return dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
-
-
-def summed(values: Tensor) -> Tensor:
-    """The sum over all processes, in place."""
-    if world_size() > 1:
-        dist.all_reduce(values)
-    return values
 
 
 def _gathered(rows: Tensor, counts: list[int]) -> Tensor:
     """``rows`` ``[G, n, d]`` of all processes, of which each has its own ``n``."""
-    if world_size() == 1:
+    if process_count() == 1:
         return rows
     most = max(counts)
     padded = rows.new_zeros(rows.shape[0], most, rows.shape[2])
@@ -46,13 +37,13 @@ def _gathered(rows: Tensor, counts: list[int]) -> Tensor:
 
 def _of_process_0(projector: Projector, device: torch.device) -> Projector:
     """One answer for all: near a threshold two processes might find different ranks, and part."""
-    if world_size() == 1:
+    if process_count() == 1:
         return projector
     basis = projector.basis
     sizes = torch.tensor([projector.rank, *((0, 0) if basis is None else basis.shape)], device=device)
     dist.broadcast(sizes, 0)
     rank, rows, columns = sizes.tolist()
-    basis = basis if basis is not None and dist.get_rank() == 0 else torch.empty(rows, columns, device=device).double()
+    basis = basis if basis is not None and is_first_process() else torch.empty(rows, columns, device=device).double()
     basis = basis.contiguous()
     if basis.numel():
         dist.broadcast(basis, 0)
@@ -140,8 +131,8 @@ class LayerInputs:
         """
         device = self._total.device
         # few processes: a table of all their counts is one small call
-        table = torch.zeros(world_size(), 3, dtype=torch.int64, device=device)
-        mine = dist.get_rank() if world_size() > 1 else 0
+        table = torch.zeros(process_count(), 3, dtype=torch.int64, device=device)
+        mine = process_rank()
         table[mine] = torch.tensor([self._count, self.calls, int(not self._finite)])
         counts, calls, wrong = summed(table).T.tolist()
         if not sum(calls):
@@ -188,10 +179,10 @@ def undisturbed(model: nn.Module) -> Iterator[None]:
     The buffers are those of process 0, so that all processes see one network.
     """
     device = next(model.parameters()).device
-    training = [module for module in model.modules() if module.training]
     buffers = [(buffer, buffer.clone()) for buffer in model.buffers()]
     with ExitStack() as stack:
         stack.enter_context(same_random_state(device))
+        stack.enter_context(eval_mode(model))
         stack.enter_context(torch.no_grad())
         stack.enter_context(torch.autocast(device.type, enabled=False))
         if any(getattr(m, "_compiled_call_impl", None) or hasattr(m, "_orig_mod") for m in model.modules()):
@@ -200,14 +191,9 @@ def undisturbed(model: nn.Module) -> Iterator[None]:
             stack.enter_context(no_tf32())
         stack.enter_context(_without_fast_path())
         try:
-            if world_size() > 1:
-                for buffer in model.buffers():
-                    dist.broadcast(buffer, 0)
-            model.eval()
+            share_buffers(model)
             yield
         finally:
-            for module in training:
-                module.training = True
             for buffer, old in buffers:
                 buffer.copy_(old)
 

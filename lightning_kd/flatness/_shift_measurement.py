@@ -12,10 +12,11 @@ from lightning.fabric.utilities import move_data_to_device
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _NormBase
 
-from lightning_kd.core.batch import Batch, as_batch
+from lightning_kd.core.batch import Batch, as_batch, batch_size, is_batch
+from lightning_kd.core.distributed import summed
 from lightning_kd.core.feature_hooks import find_classifier
 from lightning_kd.core.outputs import logits_of
-from lightning_kd.flatness._layer_inputs import LayerInputs, summed, undisturbed
+from lightning_kd.flatness._layer_inputs import LayerInputs, undisturbed
 from lightning_kd.flatness._row_space import wide
 
 _NORMS = (_NormBase, nn.LayerNorm, nn.GroupNorm, nn.RMSNorm, nn.LocalResponseNorm)
@@ -79,7 +80,7 @@ class Pass:
                         classes += self._count(target.to(classes.device))
                     output = self.forward(batch)
                     self._outputs.clear()
-                    size = _size(batch)
+                    size = batch_size(batch)
                     samples += size
                     if isinstance(output, Tensor):
                         finite *= output.isfinite().all()
@@ -174,7 +175,7 @@ def _first_is_in(args: tuple[Any, ...], found: list[Any]) -> bool:
 
 def _batches(data: Any) -> Iterator[Any]:
     """One batch, or those of a loader."""
-    if isinstance(data, Tensor | Batch) or _is_pair(data):
+    if is_batch(data, targets=False):
         return iter([data])
     if isinstance(data, Iterator) or not isinstance(data, Iterable):
         raise ValueError(
@@ -184,35 +185,11 @@ def _batches(data: Any) -> Iterator[Any]:
     return iter(data)
 
 
-def _is_pair(data: Any) -> bool:
-    """Whether this is ``(image, target)`` and not two batches: of pairs, or of images without targets."""
-    if not (isinstance(data, tuple | list) and len(data) == 2 and all(isinstance(part, Tensor) for part in data)):
-        return False
-    return data[1].ndim == 1 or not data[1].is_floating_point()
-
-
 def _target(batch: Any) -> Tensor | None:
     if isinstance(batch, Batch) or (isinstance(batch, Sequence) and 2 <= len(batch) <= 4):
         target = as_batch(batch).target
         return target if isinstance(target, Tensor) and target.ndim == 1 and not target.is_floating_point() else None
     return None
-
-
-def _size(batch: Any) -> int:
-    """The number of samples in a batch of any kind: the length of its first tensor."""
-    first = _first_tensor(batch)
-    if first is None:
-        raise ValueError(f"a batch of {type(batch).__name__} holds no tensor to count samples by: give tensors")
-    return len(first)
-
-
-def _first_tensor(batch: Any) -> Tensor | None:
-    if isinstance(batch, Tensor):
-        return batch
-    parts = batch.values() if isinstance(batch, Mapping) else batch
-    if not isinstance(batch, Mapping | Sequence) or isinstance(batch, str | bytes):
-        return None
-    return next((found for part in parts if (found := _first_tensor(part)) is not None), None)
 
 
 def _cross_entropy(output: Any, batch: Any) -> Tensor:

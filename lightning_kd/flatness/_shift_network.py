@@ -10,8 +10,9 @@ import torch.distributed as dist
 from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor, nn
 
+from lightning_kd.core.distributed import process_count
 from lightning_kd.core.feature_hooks import find_classifier
-from lightning_kd.flatness._layer_inputs import LayerInputs, world_size
+from lightning_kd.flatness._layer_inputs import LayerInputs
 from lightning_kd.flatness._row_space import Projector, check_mode, check_rtol, project, wide
 from lightning_kd.flatness._shift_measurement import Found, Pass
 from lightning_kd.flatness._shift_report import LayerShift, ShiftReport
@@ -253,7 +254,7 @@ def _shift(
         for values, new in written:
             undo.append((values, values.detach().clone()))
             values.copy_(new)
-            if world_size() > 1:
+            if process_count() > 1:
                 dist.broadcast(values.detach(), 0)
 
 

@@ -17,10 +17,11 @@ from torch import Tensor, nn
 
 from lightning_kd.core.batch import as_batch
 from lightning_kd.core.outputs import logits_of
-from lightning_kd.core.run import RunCheckpoint, run_folder_of
-from lightning_kd.core.run_folder import write_text
+from lightning_kd.core.random_state import same_random_state
+from lightning_kd.core.run_callbacks import RunCheckpoint, run_folder_of
 from lightning_kd.core.task import Task
 from lightning_kd.core.training_subset import OnDevice, Samples, sample_source
+from lightning_kd.file_writing import write_text
 from lightning_kd.flatness._shift_checks import (
     check_all_there,
     check_arguments,
@@ -31,7 +32,6 @@ from lightning_kd.flatness._shift_checks import (
 from lightning_kd.flatness._shift_network import find_layers, shift_network
 from lightning_kd.flatness._shift_report import ShiftReport
 from lightning_kd.flatness._shift_samples import network_and_classes, shift_samples
-from lightning_kd.metrics._surroundings import same_random_state
 
 __all__ = ["OptimumShifting", "shift_samples"]
 

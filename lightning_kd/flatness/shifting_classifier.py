@@ -8,7 +8,7 @@ from typing import Any
 import lightning as L
 from torch import nn
 
-from lightning_kd.core.classification import Classification
+from lightning_kd.core.supervised import Classification
 from lightning_kd.flatness.shifting_callback import OptimumShifting
 
 __all__ = ["OptimumShiftingClassifier"]

@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from lightning_kd.metrics._arguments import batch_size
+from lightning_kd.core.batch import batch_size
+from lightning_kd.core.random_state import same_random_state
 from lightning_kd.metrics._functional_network import Copies
-from lightning_kd.metrics._surroundings import same_random_state, saved_bytes
 
 LossFn = Callable[[nn.Module, Any], Tensor]
 
@@ -96,3 +97,19 @@ class BatchDerivatives(Copies):
     @property
     def _ignored(self) -> set[int]:
         return {tensor.untyped_storage().data_ptr() for tensor in [*self.leaves, *self.fixed.values()]}
+
+
+@contextmanager
+def saved_bytes(ignored: set[int]) -> Iterator[list[int]]:
+    """Counts the bytes that graphs made inside hold on to."""
+    count, seen = [0], set(ignored)
+
+    def pack(tensor: Tensor) -> Tensor:
+        storage = tensor.untyped_storage()
+        if storage.data_ptr() not in seen:
+            seen.add(storage.data_ptr())
+            count[0] += storage.nbytes()
+        return tensor.detach()  # an output itself would hold the graph that holds it, for ever
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        yield count

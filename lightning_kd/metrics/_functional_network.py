@@ -12,9 +12,10 @@ from lightning_utilities.core.apply_func import apply_to_collection
 from torch import Tensor, nn
 from torch.func import functional_call
 
-from lightning_kd.metrics._arguments import chosen_parameters, is_batch
-from lightning_kd.metrics._shares import distributed
-from lightning_kd.metrics._surroundings import same_random_state
+from lightning_kd.core.batch import is_batch
+from lightning_kd.core.distributed import process_count
+from lightning_kd.core.random_state import same_random_state
+from lightning_kd.metrics._arguments import chosen_parameters
 
 
 class Copies:
@@ -49,10 +50,10 @@ class Copies:
                 f"{type(loader).__name__}: make a list of it"
             )
 
-    def share(self, model: nn.Module) -> None:
+    def share_buffers(self, model: nn.Module) -> None:
         """Take the buffers of the first process, for statistics that each process has of its own batches."""
         for name, _ in model.named_buffers():
-            if distributed() and self.fixed[f"model.{name}"].is_floating_point():
+            if process_count() > 1 and self.fixed[f"model.{name}"].is_floating_point():
                 dist.broadcast(self.fixed[f"model.{name}"], 0)
 
     def split(self, vector: Tensor) -> list[Tensor]:

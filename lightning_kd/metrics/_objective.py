@@ -17,10 +17,12 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from lightning_kd.metrics._arguments import batch_size
+from lightning_kd.core.batch import batch_size
+from lightning_kd.core.distributed import gather_rows, process_count, sum_of_parts, together
+from lightning_kd.core.module_modes import eval_mode
+from lightning_kd.core.precision import no_tf32
+from lightning_kd.core.random_state import same_random_state
 from lightning_kd.metrics._batch_derivatives import BatchDerivatives, LossFn
-from lightning_kd.metrics._shares import distributed, gathered, summed, together
-from lightning_kd.metrics._surroundings import no_tf32, same_random_state
 
 
 @dataclass(frozen=True)
@@ -77,7 +79,7 @@ class Objective(BatchDerivatives):
             for number, batch in self.batches():
                 part = self.run(measure, leaves, number, batch, fixed).to(self.sums_dtype)
                 total = part if total is None else total + part
-        return summed(total, self.sums_dtype, self.device)
+        return sum_of_parts(total, self.sums_dtype, self.device)
 
     def collect(self, measure: Callable[[nn.Module, Any], Sequence[Tensor]]) -> list[Tensor]:
         """``measure`` of each batch, tensors ``[B, ...]``, of all batches and processes, on the CPU.
@@ -91,7 +93,7 @@ class Objective(BatchDerivatives):
             return torch.zeros((), device=self.device)
 
         self.evaluate(keep)
-        rows = gathered(rows)
+        rows = gather_rows(rows)
         return [torch.cat(column) for column in zip(*rows, strict=True)] if all(rows) else []
 
     def value(self, weights: Tensor | None = None, fixed: dict[str, Tensor] | None = None) -> float:
@@ -194,7 +196,7 @@ class Objective(BatchDerivatives):
     def _mean(self, total: Tensor, sums: list[float]) -> Tensor:
         """``total`` of all processes over their samples, after noting the loss."""
         both = torch.tensor(sums, dtype=self.sums_dtype, device=self.device)
-        if distributed():
+        if process_count() > 1:
             dist.all_reduce(both)
             dist.all_reduce(total)
         loss, samples = both.tolist()
@@ -231,7 +233,6 @@ def objective(
     Works inside ``torch.no_grad()``, ``torch.inference_mode()`` and autocast.
     """
     modules = list(model.modules())
-    training = [module for module in modules if module.training]
     compiled = any(module._compiled_call_impl is not None or hasattr(module, "_orig_mod") for module in modules)
     with ExitStack() as stack:
         stack.enter_context(torch.inference_mode(False))
@@ -242,14 +243,8 @@ def objective(
         stack.enter_context(sdpa_kernel(SDPBackend.MATH))  # the fused forms have no second derivative
         if compiled:  # nor has compiled code
             stack.enter_context(torch.compiler.set_stance("force_eager"))
-        stack.callback(_train, training)
-        model.eval()
+        stack.enter_context(eval_mode(model))
         with together(next((p.device for p in model.parameters()), torch.device("cpu"))):
             found = Objective(model, loss_fn, loader, parameters, l2)
-        found.share(model)
+        found.share_buffers(model)
         yield found
-
-
-def _train(modules: list[nn.Module]) -> None:
-    for module in modules:
-        module.training = True

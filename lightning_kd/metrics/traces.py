@@ -11,9 +11,9 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
-import torch.distributed as dist
 from torch import Tensor, nn
 
+from lightning_kd.core.distributed import process_rank
 from lightning_kd.metrics._arguments import generator
 from lightning_kd.metrics._batch_derivatives import LossFn
 from lightning_kd.metrics._objective import Measured, Objective, objective
@@ -190,7 +190,7 @@ def gauss_newton_trace(
         The estimate, with 0 Hessian-vector products.
     """
     with objective(model, None, loader, parameters=parameters) as found:
-        rank = dist.get_rank() if dist.is_available() and dist.is_initialized() else 0
+        rank = process_rank()
 
         def whole(batch: int, logits: Tensor) -> Iterator[tuple[int, Tensor]]:
             p = logits.softmax(1)

@@ -19,12 +19,13 @@ from lightning_kd.nets.cnn9 import CNN9
 from lightning_kd.nets.library_networks import timm_network, torchvision_network, unknown_network
 from lightning_kd.nets.mobilenet import MobileNetV1, MobileNetV2
 from lightning_kd.nets.preact_resnet import PreActResNet18
+from lightning_kd.nets.segmentation import FCNTiny
 from lightning_kd.nets.shufflenet import ShuffleNetV1, ShuffleNetV2
 from lightning_kd.nets.small_networks import CNN, MLP
 from lightning_kd.nets.vgg import VGG
 from lightning_kd.nets.wide_resnet import WideResNet
 
-__all__ = ["build_network", "network_for", "network_names"]
+__all__ = ["build_network", "network_for", "network_names", "segmentation_network_names"]
 
 _NARROW = (16, 16, 32, 64)
 _WIDE = (32, 64, 128, 256)
@@ -45,6 +46,8 @@ _NETWORKS: dict[str, Callable[[int, int], nn.Module]] = {
     "cnn": partial(CNN, (32, 64, 128)),
     "cnn_tiny": partial(CNN, (8, 16, 32)),
 }
+# These give ``out`` and ``aux``, a score for each class and pixel.
+_SEGMENTATION: dict[str, Callable[[int, int], nn.Module]] = {"fcn_tiny": FCNTiny}
 _MLP = re.compile(r"mlp((?:_[1-9]\d*)*)")
 _WRN = re.compile(r"wrn_(\d+)_([1-9]\d*)")
 
@@ -57,18 +60,24 @@ def network_names() -> list[str]:
     return sorted([*_NETWORKS, "mlp"])
 
 
+def segmentation_network_names() -> list[str]:
+    """The names of networks that answer for each pixel, sorted; ``torchvision/NAME`` has more."""
+    return sorted(_SEGMENTATION)
+
+
 def build_network(name: str, num_classes: int, in_channels: int = 3) -> nn.Module:
     """A new network by its name, with fresh weights.
 
     Args:
-        name: one of :func:`network_names`; ``mlp_A_B...`` for a fully connected network with these hidden widths
-            (``mlp`` is ``mlp_128_128``); ``wrn_DEPTH_WIDTH``; ``timm/NAME`` or ``torchvision/NAME`` without pretrained
-            weights.
+        name: one of :func:`network_names` or :func:`segmentation_network_names`; ``mlp_A_B...`` for a fully connected
+            network with these hidden widths (``mlp`` is ``mlp_128_128``); ``wrn_DEPTH_WIDTH``; ``timm/NAME`` or
+            ``torchvision/NAME`` without pretrained weights.
         num_classes: number of logits.
         in_channels: channels of the images; for an mlp the number of values of one input (C * H * W for images).
 
     Returns:
-        A module from ``[N, in_channels, H, W]`` (an mlp: ``[N, ...]``) to logits ``[N, num_classes]``.
+        A module from ``[N, in_channels, H, W]`` (an mlp: ``[N, ...]``) to logits ``[N, num_classes]``; a
+        segmentation network to a dict of ``out`` and ``aux``, ``[N, num_classes, H, W]``.
 
     Raises:
         ValueError: where the name is not known, or a number is below 1.
@@ -79,6 +88,8 @@ def build_network(name: str, num_classes: int, in_channels: int = 3) -> nn.Modul
             raise ValueError(f"{argument} of network {name!r} must be at least 1, got {value}")
     if name in _NETWORKS:
         return _NETWORKS[name](num_classes, in_channels)
+    if name in _SEGMENTATION:
+        return _SEGMENTATION[name](num_classes, in_channels)
     if match := _MLP.fullmatch(name):
         hidden = [int(width) for width in match[1].split("_")[1:]]
         return MLP(in_channels, num_classes, hidden or (128, 128))
@@ -88,7 +99,7 @@ def build_network(name: str, num_classes: int, in_channels: int = 3) -> nn.Modul
         return timm_network(name, num_classes, in_channels)
     if name.startswith("torchvision/"):
         return torchvision_network(name, num_classes, in_channels)
-    raise unknown_network(name, network_names())
+    raise unknown_network(name, [*network_names(), *segmentation_network_names()])
 
 
 def network_for(name: str, num_classes: int, input_shape: Sequence[int]) -> nn.Module:

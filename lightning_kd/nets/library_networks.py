@@ -49,12 +49,13 @@ def timm_network(name: str, num_classes: int, in_channels: int = 3) -> nn.Module
 
 
 def torchvision_name(name: str) -> str:
-    """The NAME of ``torchvision/NAME``, once it is sure that torchvision has such a classification network.
+    """The NAME of ``torchvision/NAME``, once it is sure that torchvision has such a network for images or pixels.
 
     Raises:
         ValueError: where it has none.
     """
-    known = torchvision.models.list_models(module=torchvision.models)
+    models = torchvision.models
+    known = [*models.list_models(module=models), *models.list_models(module=models.segmentation)]
     short = name.removeprefix("torchvision/")
     if short not in known:
         raise unknown_network(name, (f"torchvision/{other}" for other in known))
@@ -64,8 +65,11 @@ def torchvision_name(name: str) -> str:
 def torchvision_network(name: str, num_classes: int, in_channels: int = 3) -> nn.Module:
     """``torchvision/NAME`` with new weights. Images ``[N, 3, H, W]`` to logits ``[N, num_classes]``.
 
+    A segmentation network gives a dict of ``out`` and, where torchvision has an auxiliary head for it, ``aux``, both
+    ``[N, num_classes, H, W]``.
+
     Raises:
-        ValueError: where torchvision has no classification network of that name, or ``in_channels`` is not 3.
+        ValueError: where torchvision has no such network, or ``in_channels`` is not 3.
     """
     short = torchvision_name(name)
     if in_channels != 3:
@@ -74,4 +78,8 @@ def torchvision_network(name: str, num_classes: int, in_channels: int = 3) -> nn
             "a timm/ network takes any number"
         )
     options: dict[str, Any] = {"aux_logits": False, "init_weights": True} if short in _WITH_AUXILIARY else {}
+    if short in torchvision.models.list_models(module=torchvision.models.segmentation):
+        options = {"weights_backbone": None, "aux_loss": True}
+        if short.startswith("lraspp"):  # has none
+            options.pop("aux_loss")
     return torchvision.models.get_model(short, weights=None, num_classes=num_classes, **options)

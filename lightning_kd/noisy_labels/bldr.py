@@ -31,7 +31,7 @@ from lightning_kd.noisy_labels.bldr_terms import (
     weak_and_strong,
 )
 from lightning_kd.noisy_labels.early_exits import Exits
-from lightning_kd.noisy_labels.label_beliefs import EpochBeliefs, judge_beliefs
+from lightning_kd.noisy_labels.label_beliefs import EpochBeliefs, score_beliefs
 from lightning_kd.noisy_labels.label_scores import LabelScores, logit_margin
 from lightning_kd.noisy_labels.noisy_label_task import NoisyLabelTask
 from lightning_kd.noisy_labels.sample_noise_rows import check_rows, descend_rows, start_rows
@@ -150,8 +150,8 @@ class BLDR(NoisyLabelTask):
             self.exits.to(memory_format=torch.channels_last)
         self.register_buffer("rho", torch.tensor(0.1))
         for name in ("u", "v"):
-            self.remember(name, (num_classes,))
-        self.remember("weight", fill=1.0)
+            self.add_sample_memory(name, (num_classes,))
+        self.add_sample_memory("weight", fill=1.0)
         self._used: tuple[Tensor, Tensor, Tensor] | None = None
         self._beliefs = EpochBeliefs()
         self._averaged = self._checked = self._told = False
@@ -169,7 +169,7 @@ class BLDR(NoisyLabelTask):
     def _heads(self, parts: nn.ModuleDict, image: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Logits of both heads and the feature that they stand on."""
         logits = class_logits(parts["network"], parts["network"](self.format_image(image)), self.num_classes)
-        feature = self._feature.take()
+        feature = self._feature.pop()
         negative = parts["negative_head"](feature)
         return (*at_least_float32(logits, negative), feature)  # type: ignore[return-value]
 
@@ -210,7 +210,7 @@ class BLDR(NoisyLabelTask):
         settings = TermWeights(*(getattr(self, name) for name in TermWeights._fields))
         terms = bldr_terms(joint, alone, target, samples, self.rho, settings, self.trainer.world_size)
         # for the weights of the next epoch
-        self._beliefs.note(batch, index, alone.positive, alone.negative)
+        self._beliefs.record_batch(batch, index, alone.positive, alone.negative)
         return self.step_loss(terms, alone.positive, target)
 
     def on_after_backward(self) -> None:
@@ -242,7 +242,7 @@ class BLDR(NoisyLabelTask):
         super().on_train_epoch_end()
         self._update_average()
         self._checked = True
-        verdict = self._beliefs.take(self.detection_threshold)
+        verdict = self._beliefs.compute(self.detection_threshold)
         if verdict is not None:
             self._log_verdict(verdict)
             if self.current_epoch >= self.warmup_epochs:
@@ -272,7 +272,7 @@ class BLDR(NoisyLabelTask):
 
     # -- the verdict -------------------------------------------------------------------------------------------------
 
-    def judge_training_set(self) -> LabelScores:
+    def score_training_set(self) -> LabelScores:
         def measure(batch: Batch) -> tuple[Tensor, ...]:
             scores, _ = self.scores_and_probabilities(batch.image)
             _, negative, _ = self._heads(self._parts(), batch.image)
@@ -282,7 +282,7 @@ class BLDR(NoisyLabelTask):
             return believed, logit_margin(scores, batch.target), scores.argmax(1), suggested
 
         *columns, self._suggested = self.over_training_set(measure)
-        return judge_beliefs(*columns, threshold=self.detection_threshold)
+        return score_beliefs(*columns, threshold=self.detection_threshold)
 
     def write_results(self, folder: Path) -> None:
         super().write_results(folder)

@@ -137,7 +137,7 @@ class CoTeaching(TwoNetworkTask):
     def training_step(self, batch: Any, batch_idx: int) -> None:
         batch = as_batch(batch)
         logits = [self.logits_of(k, batch.image) for k in range(2)]
-        self.note(batch, (logits[0] + logits[1]) / 2)
+        self.record_batch(batch, (logits[0] + logits[1]) / 2)
         rate = forget_rate(self.current_epoch, self.noise_rate, self.ramp_epochs, self.exponent)
         losses, chosen = _exchange(logits, batch.target, rate)
         if len(chosen[0]) == 0:  # on every process, as their batches are of one size

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from lightning_kd.core.batch import Batch
 from lightning_kd.core.mixture import Mixture
 from lightning_kd.core.phased_loader import Phase, PhaseBatch
-from lightning_kd.noisy_labels.label_scores import LabelScores, logit_margin, min_max, split_scaled
+from lightning_kd.noisy_labels.label_scores import LabelScores, logit_margin, split_scaled, unit_scores
 from lightning_kd.noisy_labels.mixmatch import linear_ramp, prior_penalty, sharpen
 from lightning_kd.noisy_labels.mixup import draw_mix, mix
 from lightning_kd.noisy_labels.two_networks import TwoNetworkTask
@@ -106,9 +106,9 @@ class DivideMix(TwoNetworkTask):
         self.confidence_penalty = confidence_penalty
         self.loss_history = loss_history
         self.clip = clip
-        self.clean = self.remember("clean_probability", (2,), fill=1.0)  # as each network sees it
+        self.clean = self.add_sample_memory("clean_probability", (2,), fill=1.0)  # as each network sees it
         if loss_history > 1:
-            self.remember("scores", (2, loss_history), fill=-1.0)  # scaled, latest first; -1: none yet
+            self.add_sample_memory("scores", (2, loss_history), fill=-1.0)  # scaled, latest first; -1: none yet
         self._verdicts: list[LabelScores] = []
         self._history = torch.empty(0)
 
@@ -243,7 +243,7 @@ class DivideMix(TwoNetworkTask):
         if self.loss_history > 1:
             self.memories["scores"].write(index, self._history.to(device))
 
-    def judge_training_set(self) -> LabelScores:
+    def score_training_set(self) -> LabelScores:
         """The verdict of both networks: mean margin and score, and the clean probability by these.
 
         Leaves that of each network, which the next epoch's split is made of, in ``self._verdicts``.
@@ -256,7 +256,7 @@ class DivideMix(TwoNetworkTask):
 
         index, given, clean, scores, margin, predicted = self.over_training_set(measure)
         known = clean if bool((clean >= 0).all()) else None
-        units = [min_max(scores[:, k], self.clip) for k in range(2)]
+        units = [unit_scores(scores[:, k], self.clip) for k in range(2)]
         if self.loss_history > 1:
             units = self._averaged(index, units)
 
@@ -265,7 +265,7 @@ class DivideMix(TwoNetworkTask):
             return LabelScores(index, given, predicted, margin, unit, probability, mixture, known, self.threshold)
 
         self._verdicts = [verdict(predicted[:, k], margin[:, k], unit) for k, unit in enumerate(units)]
-        return verdict(predicted[:, 2], margin.mean(1), min_max(units[0] + units[1]))
+        return verdict(predicted[:, 2], margin.mean(1), unit_scores(units[0] + units[1]))
 
     def _averaged(self, index: Tensor, units: list[Tensor]) -> list[Tensor]:
         """Each network's scaled scores, averaged with those of the epochs before."""

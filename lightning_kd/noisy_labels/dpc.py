@@ -123,7 +123,7 @@ class DPC(DivideMix):
         logits = self.logits_of(k, image)
         if not second or not self.heads:
             return logits, logits
-        return logits, self.heads[k](self._taps[k].take()).to(logits.dtype)
+        return logits, self.heads[k](self._taps[k].pop()).to(logits.dtype)
 
     def supervised_terms(self, logits: Tensor, target: Tensor, partner: Tensor, weight: float) -> dict[str, Tensor]:
         ours, theirs = target.argmax(1), partner.argmax(1)

@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from lightning_kd.core.feature_hooks import Tap
+from lightning_kd.core.module_modes import eval_mode
 
 __all__ = ["find_stages"]
 
@@ -79,15 +80,11 @@ def _output_shapes(network: nn.Module, paths: Sequence[str], input_shape: Sequen
 
     modules = dict(network.named_modules())
     handles = [modules[p].register_forward_hook(lambda m, args, out, p=p: keep(p, out)) for p in paths]  # type: ignore[misc]
-    training = [module for module in network.modules() if module.training]
     like = next(network.parameters(), torch.zeros(()))
-    network.eval()
     try:
-        with torch.no_grad():
+        with eval_mode(network), torch.no_grad():
             network(like.new_zeros(1, *input_shape))
     finally:
-        for module in training:
-            module.training = True
         for handle in handles:
             handle.remove()
     return shapes
@@ -155,5 +152,5 @@ class Exits(nn.Module):
 
     def forward(self) -> tuple[list[Tensor], list[Tensor]]:
         """Logits ``[B, C]`` and features ``[B, features]`` of each exit."""
-        pairs = [exit_(tap.take()) for exit_, tap in zip(self.exits, self._taps, strict=True)]
+        pairs = [exit_(tap.pop()) for exit_, tap in zip(self.exits, self._taps, strict=True)]
         return [logits for logits, _ in pairs], [feature for _, feature in pairs]

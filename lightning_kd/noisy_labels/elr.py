@@ -112,7 +112,7 @@ class ELR(SingleNetworkTask):
         super().__init__(network, num_classes, input_shape=input_shape, **kwargs)
         _check(momentum, weight)
         self.momentum, self.weight = momentum, weight
-        self.memory = self.remember("predictions", (num_classes,))
+        self.memory = self.add_sample_memory("predictions", (num_classes,))
 
     def noisy_loss(self, logits: Tensor, batch: Batch) -> dict[str, Tensor]:
         rows = _remember(self.memory, self.index_of(batch), _clamped(logits), self.momentum)
@@ -176,7 +176,7 @@ class ELRPlus(TwoNetworkTask):
         self.average_rate, self.average_steps = average_rate, average_steps
         self.averages = nn.ModuleList(averaged_copy(net) for net in self.networks).eval()
         for k in range(2):  # not one of two columns: a sample's two passes may be on two processes
-            self.remember(f"predictions_{k + 1}", (num_classes,))
+            self.add_sample_memory(f"predictions_{k + 1}", (num_classes,))
         self.steps_done = [0, 0]
 
     def train(self, mode: bool = True) -> Self:
@@ -229,7 +229,7 @@ class ELRPlus(TwoNetworkTask):
         image, target = labelled.image, labelled.target
         with torch.no_grad():
             other = self.averaged_logits(1 - k, image)
-            self.note(labelled, other, 1 - k)
+            self.record_batch(labelled, other, 1 - k)
             memory = self.memories[f"predictions_{k + 1}"]
             rows = _remember(memory, self.index_of(labelled), other.softmax(1), self.momentum)
             weight, partner = draw_mix(self._draws[k], self.mixup_alpha, len(target), target.device)

@@ -99,7 +99,7 @@ class GCE(SingleNetworkTask):
         self.start_epoch, self.refresh_every = start_epoch, refresh_every
         if truncation is not None:
             self.bound = -math.expm1(q * math.log(truncation)) / q
-            self.kept = self.remember("kept", fill=1.0)
+            self.kept = self.add_sample_memory("kept", fill=1.0)
 
     def noisy_loss(self, logits: Tensor, batch: Batch) -> Tensor:
         losses = _gce_losses(logits, batch.target, self.q)

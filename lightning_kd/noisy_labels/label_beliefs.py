@@ -23,7 +23,7 @@ class EpochBeliefs:
         self._batches.clear()
 
     @torch.no_grad()
-    def note(self, batch: Batch, index: Tensor, positive: Tensor, negative: Tensor) -> None:
+    def record_batch(self, batch: Batch, index: Tensor, positive: Tensor, negative: Tensor) -> None:
         """Keep what the negative head says of the labels of a batch.
 
         Nothing is kept in the second evaluation of a batch by an optimizer such as SAM.
@@ -43,17 +43,17 @@ class EpochBeliefs:
         margin, predicted = logit_margin(scores, target), scores.argmax(1)
         self._batches.append((index, target, clean, believed, margin, predicted))
 
-    def take(self, threshold: float) -> LabelScores | None:
+    def compute(self, threshold: float) -> LabelScores | None:
         """The verdict on all labels seen by any process, after which they are forgotten; ``None`` without one."""
         if not self._batches:
             return None
         columns = [torch.cat(column) for column in zip(*self._batches, strict=True)]
         self._batches.clear()
         index, given, clean, believed, margin, predicted = gather_by_index(*columns)
-        return judge_beliefs(index, given, clean, believed, margin, predicted, threshold=threshold)
+        return score_beliefs(index, given, clean, believed, margin, predicted, threshold=threshold)
 
 
-def judge_beliefs(
+def score_beliefs(
     index: Tensor,
     given: Tensor,
     clean: Tensor,

@@ -14,7 +14,8 @@ from torch import Tensor
 
 from lightning_kd.core.losses import at_least_float32, check_target
 from lightning_kd.core.mixture import Mixture, fit_mixture
-from lightning_kd.core.run_folder import write_text
+from lightning_kd.core.scaling import min_max
+from lightning_kd.file_writing import write_text
 from lightning_kd.metrics import memorisation, selection_metrics
 
 
@@ -40,7 +41,7 @@ def logit_margin(logits: Tensor, target: Tensor) -> Tensor:
     return own.squeeze(1) - others.amax(1)
 
 
-def min_max(scores: Tensor, clip: float = 0.0) -> Tensor:
+def unit_scores(scores: Tensor, clip: float = 0.0) -> Tensor:
     """Scores ``[N]`` scaled to [0, 1] in float64; all 1 where they are all equal.
 
     Args:
@@ -61,8 +62,7 @@ def min_max(scores: Tensor, clip: float = 0.0) -> Tensor:
     if clip:
         ends = torch.quantile(scores, torch.tensor([clip, 1 - clip], dtype=torch.float64))
         scores = scores.clamp(ends[0], ends[1])
-    low, high = scores.min(), scores.max()
-    return (scores - low) / (high - low) if high > low else torch.ones_like(scores)
+    return min_max(scores, equal=1.0)
 
 
 def split_scaled(
@@ -99,7 +99,7 @@ def clean_probability(
 
     Source: DPC, arXiv 2401.07062; the same mixture on losses in DivideMix, arXiv 2002.07394, section 3.1.
     """
-    return split_scaled(min_max(scores, clip), max_iter, tol, variance_floor)[0]
+    return split_scaled(unit_scores(scores, clip), max_iter, tol, variance_floor)[0]
 
 
 class LabelScores(NamedTuple):

@@ -18,7 +18,7 @@ from lightning_kd.core.sample_memory import SampleMemory
 from lightning_kd.core.task import Task
 from lightning_kd.core.two_pass_step import second_pass
 from lightning_kd.core.weights import load_weights
-from lightning_kd.noisy_labels.label_scores import LabelScores, logit_margin, min_max, split_scaled
+from lightning_kd.noisy_labels.label_scores import LabelScores, logit_margin, split_scaled, unit_scores
 
 __all__ = ["NoisyLabelTask", "SingleNetworkTask"]
 
@@ -85,7 +85,9 @@ class NoisyLabelTask(Task, ABC):
             "use one of our data modules, or a DataLoader that yields (image, target, index)"
         )
 
-    def remember(self, name: str, shape: tuple[int, ...] = (), fill: float = 0.0, **kwargs: Any) -> SampleMemory:
+    def add_sample_memory(
+        self, name: str, shape: tuple[int, ...] = (), fill: float = 0.0, **kwargs: Any
+    ) -> SampleMemory:
         """Add a memory of every sample, kept in checkpoints under ``name``. To be called in ``__init__``."""
         self.memories[name] = SampleMemory(shape, fill, **kwargs)
         return self.memories[name]
@@ -148,10 +150,10 @@ class NoisyLabelTask(Task, ABC):
         Asked again before the next step, it gives the same.
         """
         if self._judged is None or self._judged[0] != self.trainer.global_step:
-            self._judged = (self.trainer.global_step, self.judge_training_set())
+            self._judged = (self.trainer.global_step, self.score_training_set())
         return self._judged[1]
 
-    def judge_training_set(self) -> LabelScores:
+    def score_training_set(self) -> LabelScores:
         """``label_scores`` anew; by default from the margins of ``answer``."""
 
         def measure(batch: Batch) -> tuple[Tensor, Tensor]:
@@ -159,16 +161,18 @@ class NoisyLabelTask(Task, ABC):
             return logit_margin(scores, batch.target), scores.argmax(1)
 
         index, given, clean, margin, predicted = self.over_training_set(measure)
-        return self.judge(index, given, clean, margin, predicted)
+        return self.score_labels(index, given, clean, margin, predicted)
 
-    def judge(self, index: Tensor, given: Tensor, clean: Tensor, margin: Tensor, predicted: Tensor) -> LabelScores:
+    def score_labels(
+        self, index: Tensor, given: Tensor, clean: Tensor, margin: Tensor, predicted: Tensor
+    ) -> LabelScores:
         """The verdict from margins; ``clean`` is -1 where it is not known."""
-        unit = min_max(margin)
+        unit = unit_scores(margin)
         probability, mixture = split_scaled(unit)
         known = clean if bool((clean >= 0).all()) else None
         return LabelScores(index, given, predicted, margin, unit, probability, mixture, known)
 
-    def note(self, batch: Batch, logits: Tensor, network: int = 0) -> None:
+    def record_batch(self, batch: Batch, logits: Tensor, network: int = 0) -> None:
         """Keep margin and prediction of a training batch for the verdict (one of each network) logged this epoch."""
         if batch.index is not None and not second_pass():
             with torch.no_grad():
@@ -188,7 +192,7 @@ class NoisyLabelTask(Task, ABC):
         if self._seen:
             parts = [[torch.cat(column) for column in zip(*seen, strict=True)] for seen in self._seen.values()]
             self._seen.clear()
-            self.log_scores(*(self.judge(*gather_by_index(*columns)) for columns in parts))
+            self.log_scores(*(self.score_labels(*gather_by_index(*columns)) for columns in parts))
 
     def log_scores(self, *scores: LabelScores, without: Sequence[str] = ()) -> None:
         """Log what the verdicts say but for ``without``, averaged where there are several (one a network)."""
@@ -255,5 +259,5 @@ class SingleNetworkTask(NoisyLabelTask, ABC):
         batch = as_batch(batch)
         (logits,) = at_least_float32(self(batch.image))
         loss = self.noisy_loss(logits, batch)
-        self.note(batch, logits)
+        self.record_batch(batch, logits)
         return self.step_loss(loss if isinstance(loss, dict) else {"loss": loss}, logits, batch.target)

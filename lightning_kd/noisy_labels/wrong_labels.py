@@ -10,7 +10,7 @@ import torch
 from lightning.pytorch.utilities import rank_zero_info
 from torch import Tensor
 
-from lightning_kd.core.run_folder import write_text
+from lightning_kd.file_writing import write_text
 from lightning_kd.metrics import selection_metrics
 from lightning_kd.noisy_labels.bldr_losses import flag_wrong
 from lightning_kd.noisy_labels.label_scores import LabelScores

@@ -77,7 +77,7 @@ def take_answers(path: Path, folder: Path) -> str:
         raise ValueError("\n  ".join([f"nothing was taken from {path}, as {len(problems)} things are wrong:", *shown]))
     if not answers:
         raise ValueError(f"{path} holds no answer: fill in the column label with a class name or {UNKNOWN!r}")
-    record.answer(answers, "person")
+    record.add_answers(answers, "person")
     record.save()
     taken = len(answers) - repeated
     unknown = sum(label == UNKNOWN for label in answers.values())

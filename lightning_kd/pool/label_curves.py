@@ -7,7 +7,8 @@ import io
 from pathlib import Path
 from typing import Any
 
-from lightning_kd.pool.pool_record import UNKNOWN, PoolRecord, write_durably
+from lightning_kd.file_writing import write_text
+from lightning_kd.pool.pool_record import UNKNOWN, PoolRecord
 
 __all__ = ["curves", "draw_curves", "table", "write_metrics"]
 
@@ -57,7 +58,7 @@ def write_metrics(record: PoolRecord, path: Path) -> None:
     writer = csv.DictWriter(text, ["epoch", "step", *names], lineterminator="\n")
     writer.writeheader()
     writer.writerows(rows)
-    write_durably(path, text.getvalue())
+    write_text(path, text.getvalue(), durable=True)
 
 
 def table(rows: list[dict[str, Any]]) -> str:

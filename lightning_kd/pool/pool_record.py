@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import math
-import os
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -13,7 +12,9 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-__all__ = ["UNKNOWN", "PoolRecord", "PoolView", "Query", "alone", "missing_rows", "write_durably"]
+from lightning_kd.file_writing import write_text
+
+__all__ = ["UNKNOWN", "PoolRecord", "PoolView", "Query", "alone", "missing_rows"]
 
 UNKNOWN = "unknown"  # the answer for a sample of none of the known classes
 VERSION = 1
@@ -122,7 +123,7 @@ class PoolRecord:
         lines += ["],", '"queries": [']
         lines += _rows(self.queries)
         lines += ["]", "}"]
-        write_durably(self.path, "\n".join(lines) + "\n")
+        write_text(self.path, "\n".join(lines) + "\n", durable=True)
 
     # -- what was asked and answered ---------------------------------------------------------------------------------
 
@@ -146,7 +147,7 @@ class PoolRecord:
         last = [row["answer"] != UNKNOWN for row in answered if row["round"] == latest]
         return sum(last) / len(last)
 
-    def ask(
+    def add_query(
         self,
         index: Sequence[int] | np.ndarray,
         score: Sequence[float] | np.ndarray,
@@ -171,7 +172,7 @@ class PoolRecord:
             row |= {"score": value if math.isfinite(value) else None, "predicted": predicted[k]}
             self.queries.append(row | {"answer": None, "by": None})
 
-    def answer(self, answers: Mapping[int, str], by: str) -> None:
+    def add_answers(self, answers: Mapping[int, str], by: str) -> None:
         """Note the answers to pending entries by index. Nothing is written to the disk yet."""
         for row in self.queries:
             if row["answer"] is None and row["index"] in answers:
@@ -211,20 +212,3 @@ def alone(folder: Path) -> Iterator[None]:
 
 def _rows(rows: list[dict[str, Any]]) -> list[str]:
     return [json.dumps(row, ensure_ascii=False) + ("," if k + 1 < len(rows) else "") for k, row in enumerate(rows)]
-
-
-def write_durably(path: Path, text: str) -> None:
-    """Write all or nothing, and only return when the disk has it."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(f"{path.name}.partial")
-    with partial.open("w", encoding="utf-8") as file:
-        file.write(text)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(partial, path)
-    if hasattr(os, "O_DIRECTORY"):  # the new name, too
-        folder = os.open(path.parent, os.O_RDONLY | os.O_DIRECTORY)
-        try:
-            os.fsync(folder)
-        finally:
-            os.close(folder)

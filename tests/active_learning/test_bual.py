@@ -266,10 +266,10 @@ def data_of(unknown=6, known=4, hidden=None, **kwargs):
     bought = [data.unlabelled_indices[truth == 4][:unknown], data.unlabelled_indices[truth < 4][:known]]
     if unknown or known:
         record = PoolRecord("pool.json")
-        record.ask(np.concatenate(bought), np.zeros(unknown + known), ["0"] * (unknown + known))
+        record.add_query(np.concatenate(bought), np.zeros(unknown + known), ["0"] * (unknown + known))
         answers = {int(i): UNKNOWN for i in bought[0]}
-        record.answer(answers | {int(i): data.class_names[data.oracle(i)] for i in bought[1]}, "oracle")
-        data.use(record)
+        record.add_answers(answers | {int(i): data.class_names[data.oracle(i)] for i in bought[1]}, "oracle")
+        data.set_record(record)
     if hidden is not None:
         data._truth = hidden.integers(0, 5, len(data._truth))
     return data
@@ -654,9 +654,9 @@ def test_nothing_left_in_the_pool():
     data = data_of()
     rest = data.unlabelled_indices
     names = [*data.class_names, UNKNOWN]
-    data.record.ask(rest, np.zeros(len(rest)), ["0"] * len(rest))
-    data.record.answer({int(i): names[data.oracle(i)] for i in rest}, "oracle")
-    data.use(data.record)
+    data.record.add_query(rest, np.zeros(len(rest)), ["0"] * len(rest))
+    data.record.add_answers({int(i): names[data.oracle(i)] for i in rest}, "oracle")
+    data.set_record(data.record)
     assert len(data.unlabelled_indices) == 0
     task, _ = fitted(data)
     assert task.stage.snapshots == 0

@@ -312,10 +312,10 @@ def with_answers(folder, **kwargs):
     data.setup()
     record = PoolRecord(folder / "pool.json")
     index = np.random.default_rng(0).permutation(data.unlabelled_indices)[:30]
-    record.ask(index, np.zeros(30), ["0"] * 30)
+    record.add_query(index, np.zeros(30), ["0"] * 30)
     names = [*data.class_names, "unknown"]
-    record.answer({int(i): names[k] for i, k in zip(index, data.oracle(index), strict=True)}, "oracle")
-    data.use(record)
+    record.add_answers({int(i): names[k] for i, k in zip(index, data.oracle(index), strict=True)}, "oracle")
+    data.set_record(record)
     assert len(data.unknown_indices) > 5
     return data
 

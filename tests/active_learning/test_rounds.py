@@ -226,7 +226,7 @@ def test_asking_a_person(tmp_path):
     assert len(PoolRecord.load(tmp_path / "pool.json").pending) == 30
     trainer, task, data = starter()(0, tmp_path)
     data.setup()
-    data.use(PoolRecord.load(tmp_path / "pool.json"))
+    data.set_record(PoolRecord.load(tmp_path / "pool.json"))
     with pytest.raises(ValueError, match=r"30 samples of query_00\.csv wait for an answer"):
         write_query(trainer, task, data, tmp_path)
 

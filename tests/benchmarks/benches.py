@@ -24,10 +24,10 @@ from torch.utils.data import DataLoader
 from torchvision import transforms
 
 from lightning_kd.core.batch import Batch
-from lightning_kd.core.classification import Classification
-from lightning_kd.core.run import run_callbacks
+from lightning_kd.core.run_callbacks import run_callbacks
 from lightning_kd.core.run_folder import RunFolder
 from lightning_kd.core.run_logger import RunLogger
+from lightning_kd.core.supervised import Classification
 from lightning_kd.data.augment import CropFlip, Normalize
 from lightning_kd.data.resident import ResidentLoader
 from lightning_kd.data.sampling import ShardedSampler

@@ -92,7 +92,7 @@ def margins(settings: Settings) -> None:
 
     def ours() -> float:
         with Clock() as clock:
-            model.judge_training_set()
+            model.score_training_set()
         return clock.seconds / count
 
     variants = [
@@ -120,7 +120,7 @@ class BareStep:
             self.networks[1](torch.cat(views[2:]))
         self.optimizer.zero_grad()
         logits = self.networks[0](torch.cat(views))
-        second = self.heads[0](self.taps[0].take())
+        second = self.heads[0](self.taps[0].pop())
         (F.cross_entropy(logits, labelled.target.repeat(4)) + second.square().mean()).backward()
         self.optimizer.step()
 

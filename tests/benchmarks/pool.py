@@ -206,13 +206,13 @@ def books(settings: Settings) -> None:
         data.setup()
         record = PoolRecord(Path("pool.json"))
         asked = data.unlabelled_indices[:10_000]
-        record.ask(asked, np.zeros(len(asked)), ["0"] * len(asked))
+        record.add_query(asked, np.zeros(len(asked)), ["0"] * len(asked))
         names = [*data.class_names, UNKNOWN]
-        record.answer({int(i): names[a] for i, a in zip(asked, data.oracle(asked), strict=True)}, "oracle")
+        record.add_answers({int(i): names[a] for i, a in zip(asked, data.oracle(asked), strict=True)}, "oracle")
 
         def take() -> float:
             with Clock() as clock:
-                data.use(record)
+                data.set_record(record)
                 data.view()
             return clock.seconds
 

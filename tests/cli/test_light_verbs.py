@@ -13,7 +13,7 @@ import lightning_kd.data
 from lightning_kd.cli.class_list import class_list
 from lightning_kd.core import Task
 from lightning_kd.core.registry import family_packages
-from lightning_kd.nets import network_names
+from lightning_kd.nets import network_names, segmentation_network_names
 
 
 @pytest.mark.parametrize(
@@ -54,4 +54,4 @@ def test_the_list_is_what_importing_finds(title, packages, base):
 
 
 def test_the_networks_are_listed():
-    assert f"networks:\n  {', '.join(network_names())}\n" in class_list()
+    assert f"networks:\n  {', '.join(sorted([*network_names(), *segmentation_network_names()]))}\n" in class_list()

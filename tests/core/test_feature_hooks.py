@@ -34,12 +34,12 @@ def test_tap_keeps_the_feature_with_its_graph():
     tap, classifier = penultimate_tap(net)
     x = torch.randn(4, 3)
     logits = net(x)
-    feature = tap.take()
+    feature = tap.pop()
     torch.testing.assert_close(nn.functional.linear(feature, classifier.weight, classifier.bias), logits)
     feature.sum().backward()
     assert net.body[0].weight.grad.abs().sum() > 0
     with pytest.raises(RuntimeError, match="has seen no tensor"):
-        tap.take()
+        tap.pop()
 
 
 def test_output_tap_and_bad_arguments():
@@ -47,7 +47,7 @@ def test_output_tap_and_bad_arguments():
     tap = Tap(net, "body")
     x = torch.randn(4, 3)
     net(x)
-    torch.testing.assert_close(tap.take(), net.body(x))
+    torch.testing.assert_close(tap.pop(), net.body(x))
     with pytest.raises(ValueError, match=r"no module 'boddy' in Net; at that depth there are \['body', 'head'\]"):
         Tap(net, "boddy")
     with pytest.raises(ValueError, match="side must be"):
@@ -68,7 +68,7 @@ def test_tap_before_compile_fires():
     for _ in range(3):
         x = torch.randn(4, 3)
         net(x)
-        torch.testing.assert_close(tap.take(), net.body(x))
+        torch.testing.assert_close(tap.pop(), net.body(x))
 
 
 def test_copying_a_tapped_network_works():
@@ -76,4 +76,4 @@ def test_copying_a_tapped_network_works():
     tap, _ = penultimate_tap(net)
     net(torch.randn(1, 3))
     copy.deepcopy(net)(torch.randn(1, 3))
-    assert tap.take().shape == (1, 5)
+    assert tap.pop().shape == (1, 5)

@@ -10,6 +10,7 @@ from lightning.pytorch.callbacks import EMAWeightAveraging, ModelCheckpoint
 from torch import nn
 
 from lightning_kd import KD, DigitsDataModule
+from lightning_kd.core.problems import SingleLabel
 from lightning_kd.core.teacher import FrozenTeacher
 from tests.two_processes import on_two_ranks
 
@@ -21,7 +22,7 @@ class Holder(nn.Module):
         super().__init__()
         self.student = nn.Linear(4, 3)
         body = nn.Sequential(nn.Linear(4, 6), nn.BatchNorm1d(6), nn.Dropout(), nn.Linear(6, 3))
-        self.teacher = FrozenTeacher(body, 3, **options)
+        self.teacher = FrozenTeacher(body, SingleLabel(3), **options)
 
 
 def test_it_only_answers():
@@ -60,7 +61,7 @@ def test_images_of_another_size_and_normalisation():
     seen = []
     network = nn.Sequential(nn.Flatten(), nn.Linear(3 * 6 * 4, 2))
     network.register_forward_pre_hook(lambda module, args: seen.append(args[0]))
-    teacher = FrozenTeacher(network, 2, mean=[0.1, 0.2, 0.3], std=[1.0, 2.0, 4.0], size=(6, 4))
+    teacher = FrozenTeacher(network, SingleLabel(2), mean=[0.1, 0.2, 0.3], std=[1.0, 2.0, 4.0], size=(6, 4))
     teacher.set_data_normalisation([0.5, 0.5, 0.5], [0.25, 0.25, 0.25])
     raw = torch.rand(2, 3, 12, 8)
     teacher((raw - 0.5) / 0.25)
@@ -74,7 +75,7 @@ def test_images_of_another_size_and_normalisation():
 @pytest.mark.parametrize("size", [0, (4,), (4, 4, 4), (4.5, 4), "8"])
 def test_a_size_that_is_none(size):
     with pytest.raises(ValueError, match="teacher_size must be a whole number above 0 or height and width"):
-        FrozenTeacher(nn.Linear(4, 3), 3, size=size)
+        FrozenTeacher(nn.Linear(4, 3), SingleLabel(3), size=size)
 
 
 def test_a_teacher_that_wants_larger_images():

@@ -13,7 +13,7 @@ import pytest
 import torch
 
 from lightning_kd.cli import main
-from lightning_kd.core.run import RunRecorder, run_folder_of
+from lightning_kd.core.run_callbacks import RunRecorder, run_folder_of
 from lightning_kd.core.run_folder import RunFolder
 from lightning_kd.data import (
     CIFARN,

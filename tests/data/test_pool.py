@@ -117,10 +117,10 @@ def test_validation_samples_are_of_known_classes_and_not_in_the_pool():
 
 def answered(data, tmp_path, indices):
     record = PoolRecord(tmp_path / "pool.json")
-    data.use(record)
-    record.ask(indices, np.zeros(len(indices)), ["0"] * len(indices))
+    data.set_record(record)
+    record.add_query(indices, np.zeros(len(indices)), ["0"] * len(indices))
     names = [*data.class_names, "unknown"]
-    record.answer({int(i): names[a] for i, a in zip(indices, data.oracle(indices), strict=True)}, "oracle")
+    record.add_answers({int(i): names[a] for i, a in zip(indices, data.oracle(indices), strict=True)}, "oracle")
     record.save()
     return record
 
@@ -130,7 +130,7 @@ def test_answers_move_samples(tmp_path):
     before = len(data.unlabelled_indices)
     asked = data.unlabelled_indices[::7]
     record = answered(data, tmp_path, asked)
-    data.use(record)
+    data.set_record(record)
     check_partition(data)
     assert len(data.unlabelled_indices) == before - len(asked)
     truth = data.oracle(asked)
@@ -138,15 +138,15 @@ def test_answers_move_samples(tmp_path):
     assert data.precision == (truth < 4).mean()
     assert data.round == 1
     again = ready()
-    again.use(PoolRecord.load(tmp_path / "pool.json"))
+    again.set_record(PoolRecord.load(tmp_path / "pool.json"))
     assert np.array_equal(again.known_indices, data.known_indices)
 
 
 def test_answers_go_with_their_record(tmp_path):
     data = ready()
     before = data.unlabelled_indices
-    data.use(answered(data, tmp_path, before[::7]))
-    data.use(PoolRecord(tmp_path / "another.json"))
+    data.set_record(answered(data, tmp_path, before[::7]))
+    data.set_record(PoolRecord(tmp_path / "another.json"))
     check_partition(data)
     assert data.unlabelled_indices.tolist() == before.tolist()
 
@@ -154,8 +154,8 @@ def test_answers_go_with_their_record(tmp_path):
 def test_an_open_question_is_no_label(tmp_path):
     data = ready()
     record = PoolRecord(tmp_path / "pool.json")
-    record.ask([int(data.unlabelled_indices[0])], [0.0], ["0"])
-    data.use(record)
+    record.add_query([int(data.unlabelled_indices[0])], [0.0], ["0"])
+    data.set_record(record)
     assert len(data.known_indices) == 40
     assert data.precision == 0
 
@@ -164,7 +164,7 @@ def test_an_open_question_is_no_label(tmp_path):
 def test_the_record_of_another_pool_is_refused(tmp_path, change):
     answered(ready(), tmp_path, np.array([0]))
     with pytest.raises(ValueError, match=r"pool.json was begun with"):
-        ready(**change).use(PoolRecord.load(tmp_path / "pool.json"))
+        ready(**change).set_record(PoolRecord.load(tmp_path / "pool.json"))
 
 
 def test_a_view_holds_no_hidden_label():
@@ -221,7 +221,7 @@ def test_a_million_samples(tmp_path):
              test_feature=features[:10], test_target=np.arange(10))  # fmt: skip
     data = ready(ArrayDataModule(str(tmp_path / "a.npz"), val_fraction=0.0), initial_fraction=0.01, initial_count=None)
     asked = data.unlabelled_indices[:10_000]
-    data.use(answered(data, tmp_path, asked))
+    data.set_record(answered(data, tmp_path, asked))
     check_partition(data)
 
 
@@ -266,22 +266,22 @@ def test_a_folder_without_labels(folders):
 def test_files_may_come_and_go(folders):
     data = own_project(folders)
     record = PoolRecord(folders / "pool.json")
-    data.use(record)
+    data.set_record(record)
     asked = data.unlabelled_indices[[1, 4]]
-    record.ask(asked, [0.0, 0.0], ["cat", "cat"], [data.path_of(i) for i in asked])
-    record.answer({int(asked[0]): "dog", int(asked[1]): "unknown"}, "person")
+    record.add_query(asked, [0.0, 0.0], ["cat", "cat"], [data.path_of(i) for i in asked])
+    record.add_answers({int(asked[0]): "dog", int(asked[1]): "unknown"}, "person")
     record.save()
     (folders / "web/0/0.png").rename(folders / "web/a.png")
     Image.new("RGB", (9, 9)).save(folders / "web/0/1.png")
     again = own_project(folders)
-    again.use(PoolRecord.load(folders / "pool.json"))
+    again.set_record(PoolRecord.load(folders / "pool.json"))
     labelled = {again.path_of(i): int(again.train_target[i]) for i in [*again.known_indices, *again.unknown_indices]}
     assert {path: t for path, t in labelled.items() if path[1] == "/"} == {"0/2.png": 1, "1/3.png": 2}
     assert len(again.unlabelled_indices) == 5
     (folders / "web/0/2.png").unlink()
     assert not np.array_equal(again._digest(), own_project(folders)._digest())
     with pytest.warns(UserWarning, match="1 images asked for are no longer"):
-        own_project(folders).use(PoolRecord.load(folders / "pool.json"))
+        own_project(folders).set_record(PoolRecord.load(folders / "pool.json"))
 
 
 def test_arrays_without_labels(tmp_path):
@@ -314,11 +314,11 @@ def test_an_array_pool_is_known_by_its_content(tmp_path):
 
     data = made(feature[:30] + 1)
     record = PoolRecord(tmp_path / "pool.json")
-    data.use(record)
-    record.ask(data.unlabelled_indices[:1], [0.0], ["0"])
+    data.set_record(record)
+    record.add_query(data.unlabelled_indices[:1], [0.0], ["0"])
     record.save()
     with pytest.raises(ValueError, match="begun with pool_sha256"):
-        made(feature[:30][::-1] + 1).use(PoolRecord.load(tmp_path / "pool.json"))
+        made(feature[:30][::-1] + 1).set_record(PoolRecord.load(tmp_path / "pool.json"))
 
 
 def test_new_files_are_no_new_labels(folders):

@@ -11,7 +11,7 @@ from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
 from lightning_kd.core import Classification
-from lightning_kd.core.run import RunRecorder, run_callbacks
+from lightning_kd.core.run_callbacks import RunRecorder, run_callbacks
 from lightning_kd.core.run_folder import RunFolder
 from lightning_kd.data import DigitsDataModule
 from lightning_kd.distillation import DHKD, DKD, KD, Distillation
@@ -243,7 +243,7 @@ def test_alignment_in_training_equals_the_definition(scope, accumulate):
     ce = kd = 0.0
     for image, target in list(pairs())[:accumulate]:
         logits = reference(image)
-        auxiliary = reference.auxiliary_head(reference._feature.take())
+        auxiliary = reference.auxiliary_head(reference._feature.pop())
         ce = ce + F.cross_entropy(logits, target) / accumulate
         kd = kd + 3.0 * reference.distillation_loss(auxiliary, reference.teacher_logits(image), target) / accumulate
     g1 = torch.autograd.grad(ce, parameters, retain_graph=True, allow_unused=True)

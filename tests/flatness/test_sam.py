@@ -521,7 +521,7 @@ class Counting(Classification):
     """Keeps how many samples the means of an epoch are of."""
 
     def on_train_epoch_end(self):
-        self.counts = [int(weight) for _, weight in self._sums.values()]
+        self.counts = [int(weight) for _, weight in self._means._sums.values()]
         super().on_train_epoch_end()
 
 

@@ -344,7 +344,7 @@ def test_kinds_of_data() -> None:
     assert shift_network(model, None, (image, torch.arange(2))).loss_before is not None
     named = [{"name": ["one", "two"], "image": image}]
     assert shift_network(model, None, named, forward=lambda batch: model(batch["image"])).samples == 2
-    with pytest.raises(ValueError, match=r"^a batch of list holds no tensor"):
+    with pytest.raises(TypeError, match=r"^a batch must hold a tensor, got list"):
         shift_network(model, None, [["one", "two"]], forward=lambda batch: model(image))
 
 

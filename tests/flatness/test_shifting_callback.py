@@ -18,7 +18,7 @@ from torch.utils.data import DataLoader, TensorDataset
 
 from lightning_kd.core import Classification
 from lightning_kd.core.averaging import averaged_copy, update_average
-from lightning_kd.core.run import run_callbacks
+from lightning_kd.core.run_callbacks import run_callbacks
 from lightning_kd.core.run_folder import RunFolder
 from lightning_kd.core.run_logger import RunLogger
 from lightning_kd.data import DigitsDataModule

@@ -6,8 +6,8 @@ import pytest
 import torch
 from torchmetrics.functional.classification import multiclass_calibration_error
 
-from lightning_kd.metrics import Reliability, reliability
 from lightning_kd.core.calibration import reliability_sums
+from lightning_kd.metrics import Reliability, reliability
 
 
 def test_sure_and_right_is_zero() -> None:

@@ -11,7 +11,7 @@ from lightning.pytorch.plugins import MixedPrecision
 from torch import nn
 from torch.utils.data import DataLoader
 
-from lightning_kd.core.run import run_callbacks
+from lightning_kd.core.run_callbacks import run_callbacks
 from lightning_kd.core.run_folder import RunFolder
 from lightning_kd.data import DigitsDataModule, SymmetricNoise
 from lightning_kd.nets import build_network

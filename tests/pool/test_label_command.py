@@ -12,7 +12,7 @@ from lightning_kd.pool import PoolRecord
 @pytest.fixture
 def pool(tmp_path):
     record = PoolRecord(tmp_path / "pool.json", {"classes": ["cat", "dog"]})
-    record.ask([3, 1, 8], [0.9, 0.5, 0.1], ["cat", "dog", "cat"], ["x/3.png", "x/1.png", "x/8.png"])
+    record.add_query([3, 1, 8], [0.9, 0.5, 0.1], ["cat", "dog", "cat"], ["x/3.png", "x/1.png", "x/8.png"])
     record.save()
     return tmp_path / "pool.json"
 

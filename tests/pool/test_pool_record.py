@@ -13,8 +13,8 @@ CLASSES = ["a", "b", "c", "d"]
 
 def record_of(path, queries=((3, "b"), (7, "unknown"), (5, None))):
     record = PoolRecord(path, {"classes": CLASSES})
-    record.ask([i for i, _ in queries], np.arange(len(queries)) / 4, ["a"] * len(queries))
-    record.answer({i: a for i, a in queries if a is not None}, "oracle")
+    record.add_query([i for i, _ in queries], np.arange(len(queries)) / 4, ["a"] * len(queries))
+    record.add_answers({i: a for i, a in queries if a is not None}, "oracle")
     return record
 
 
@@ -33,7 +33,7 @@ def test_an_interrupted_write_leaves_the_old_file(tmp_path, monkeypatch):
     record = record_of(tmp_path / "pool.json")
     record.save()
     before = (tmp_path / "pool.json").read_text()
-    record.answer({5: "c"}, "person")
+    record.add_answers({5: "c"}, "person")
 
     def broken(*args):
         raise OSError("disk full")
@@ -68,7 +68,7 @@ def test_a_record_that_forgot_answers_is_not_written(tmp_path):
 def test_bought_once(tmp_path):
     record = record_of(tmp_path / "pool.json")
     with pytest.raises(ValueError, match="index 7 was asked for before"):
-        record.ask([9, 7], [0.0, 0.0], ["a", "a"])
+        record.add_query([9, 7], [0.0, 0.0], ["a", "a"])
     assert record.round == 1
     assert [row["index"] for row in record.pending] == [5]
 
@@ -76,12 +76,12 @@ def test_bought_once(tmp_path):
 def test_precision_is_that_of_the_latest_answered_query(tmp_path):
     record = PoolRecord(tmp_path / "pool.json", {"classes": CLASSES})
     assert record.precision == 0
-    record.ask([1, 2], [0, 0], ["a", "a"])
-    record.answer({1: "a", 2: "a"}, "oracle")
+    record.add_query([1, 2], [0, 0], ["a", "a"])
+    record.add_answers({1: "a", 2: "a"}, "oracle")
     assert record.precision == 1
-    record.ask([3, 4], [0, 0], ["a", "a"])
+    record.add_query([3, 4], [0, 0], ["a", "a"])
     assert record.precision == 1
-    record.answer({3: "unknown", 4: "unknown"}, "oracle")
+    record.add_answers({3: "unknown", 4: "unknown"}, "oracle")
     assert record.precision == 0
 
 

@@ -24,9 +24,10 @@ def written_whole(path: Path, durable: bool = False) -> Iterator[Path]:
     try:
         yield part
         if durable:
-            with open(part, "rb") as file:
-                os.fsync(file.fileno())
+            _sync(part)
         os.replace(part, path)
+        if durable and hasattr(os, "O_DIRECTORY"):  # the new name, too
+            _sync(path.parent)
     finally:
         part.unlink(missing_ok=True)
 
@@ -34,4 +35,12 @@ def written_whole(path: Path, durable: bool = False) -> Iterator[Path]:
 def write_text(path: Path, text: str, durable: bool = False) -> None:
     """Write all or nothing: a reader never sees half a file."""
     with written_whole(path, durable) as part:
-        part.write_text(text)
+        part.write_text(text, encoding="utf-8")
+
+
+def _sync(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

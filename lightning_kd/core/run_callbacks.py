@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from pathlib import Path
 from typing import Any
 
@@ -10,10 +9,12 @@ import lightning as L
 import torch
 from lightning.pytorch.callbacks import ModelCheckpoint
 
-from lightning_kd.core.distributed import gather_by_index
-from lightning_kd.core.run_folder import RunFolder, write_text
+from lightning_kd.core.batch import as_batch
+from lightning_kd.core.prediction_files import PredictionWriter
+from lightning_kd.core.run_folder import RunFolder
 from lightning_kd.core.run_logger import RunLogger
 from lightning_kd.core.task import Task
+from lightning_kd.file_writing import written_whole
 
 __all__ = ["RunCheckpoint", "RunRecorder", "run_callbacks", "run_folder_of"]
 
@@ -31,6 +32,7 @@ class RunRecorder(L.Callback):
     def __init__(self, run: RunFolder) -> None:
         self.run = run
         self.predictions = True
+        self._writer: PredictionWriter | None = None
 
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         for logger in trainer.loggers:
@@ -68,37 +70,26 @@ class RunRecorder(L.Callback):
     def on_fit_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         if isinstance(pl_module, Task) and trainer.is_global_zero and not getattr(trainer, "fast_dev_run", 0):
             for name, network in pl_module.exports().items():
-                path = self.run.path / f"{name}.pt"
-                partial = path.with_suffix(".partial")
-                torch.save({k: v.detach().cpu().contiguous() for k, v in network.state_dict().items()}, partial)
-                os.replace(partial, path)
+                with written_whole(self.run.path / f"{name}.pt") as path:
+                    torch.save({k: v.detach().cpu().contiguous() for k, v in network.state_dict().items()}, path)
 
     def on_predict_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        self._parts: list[dict[str, torch.Tensor]] = []
+        problem = getattr(pl_module, "problem", None)
+        self._writer = problem.prediction_writer() if problem is not None and self.predictions else None
 
     def on_predict_batch_end(
         self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, batch: Any, *args: Any
     ) -> None:
-        if not self.predictions:
+        if self._writer is None:
             return
         if "index" not in outputs:
             raise ValueError("predictions.csv needs each sample's index: predict on a lightning_kd data module")
-        self._parts.append({name: outputs[name].cpu() for name in ("index", "prediction", "probabilities")})
+        self._writer.add(self.run.path, outputs, as_batch(batch), trainer.datamodule)  # type: ignore[attr-defined]
 
     def on_predict_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        if not self.predictions:
-            return
-        index, prediction, probabilities = (
-            torch.cat([part[name] for part in self._parts]) for name in ("index", "prediction", "probabilities")
-        )
-        self._parts = []
-        index, prediction, probabilities = gather_by_index(index, prediction, probabilities)
-        if trainer.is_global_zero:
-            header = ["index", "prediction", *(f"probability_{k}" for k in range(probabilities.shape[1]))]
-            lines = [",".join(header)]
-            for i, p, row in zip(index.tolist(), prediction.tolist(), probabilities.tolist(), strict=True):
-                lines.append(f"{i},{p}," + ",".join(f"{value:.6g}" for value in row))
-            write_text(self.run.path / "predictions.csv", "\n".join(lines) + "\n")
+        if self._writer is not None:
+            self._writer.finish(self.run.path, trainer.datamodule)  # type: ignore[attr-defined]
+            self._writer = None
 
 
 def run_folder_of(trainer: L.Trainer | None) -> RunFolder | None:

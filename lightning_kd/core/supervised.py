@@ -1,0 +1,175 @@
+"""Plain supervised training for each kind of problem: of a teacher, or of the baseline that a method must beat."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from torch import Tensor, nn
+
+from lightning_kd.core.batch import as_batch
+from lightning_kd.core.losses import at_least_float32
+from lightning_kd.core.outputs import auxiliary_logits
+from lightning_kd.core.problems import MultiLabel, Problem, Segmentation, SingleLabel
+from lightning_kd.core.task import Task
+from lightning_kd.core.weights import load_weights
+
+__all__ = ["Classification", "MultiLabelClassification", "SemanticSegmentation", "Supervised"]
+
+
+class Supervised(Task):
+    """Train one network with the loss of the data's problem, of any kind, also one of your own.
+
+    For the kinds of this package there are ``Classification``, ``MultiLabelClassification`` and
+    ``SemanticSegmentation``. After ``fit`` the run folder holds ``network.pt``, a plain ``state_dict``; a distillation
+    task takes it (or the checkpoint) as ``teacher_weights``.
+
+    Args:
+        network: a network's name (``lightning-kd list``) or any ``nn.Module`` that gives the logits of the problem.
+        num_classes: see ``Task``.
+        problem: what the network is asked. From the command line it comes from the data module; like a network that is
+            given as a module it is not in the checkpoint's hyperparameters.
+        input_shape: see ``Task``.
+        weights: checkpoint or ``state_dict`` file to start from. Default: train from scratch.
+        kwargs: ``optimizer``, ``lr_scheduler``, ``lr_interval``, ``channels_last``, ``compile`` of ``Task``.
+
+    Raises:
+        ValueError: without a problem, where the class has none of its own.
+    """
+
+    def __init__(
+        self,
+        network: str | nn.Module,
+        num_classes: int,
+        *,
+        problem: Problem | None = None,
+        input_shape: Sequence[int] = (3, 32, 32),
+        weights: str | None = None,
+        **kwargs: Any,
+    ) -> None:
+        self._given_problem = problem
+        super().__init__(num_classes, input_shape=input_shape, **kwargs)
+        self.network = self.build(network)
+        if weights is not None:
+            load_weights(self.network, weights, num_classes)
+
+    def make_problem(self, num_classes: int) -> Problem:
+        if self._given_problem is None:
+            raise ValueError("problem must say what the network is asked, got None: give data.problem")
+        return self._given_problem
+
+    @property
+    def main_network(self) -> nn.Module:
+        return self.network
+
+    def loss(self, output: Any, logits: Tensor, target: Tensor) -> dict[str, Tensor]:
+        """The terms of the loss by name.
+
+        Args:
+            output: what the network returned.
+            logits: in it, float32.
+            target: of the batch.
+        """
+        return {"supervised": self.problem.loss(logits, target)}
+
+    def training_step(self, batch: Any, batch_idx: int) -> Tensor:
+        batch = as_batch(batch)
+        if batch_idx == 0:
+            self.problem.check_target(batch.target)
+        output = self.network(self.format_image(batch.image))
+        (logits,) = at_least_float32(self.problem.logits(output, batch.image, self.network))
+        return self.step_loss(self.loss(output, logits, batch.target), logits, batch.target)
+
+
+class Classification(Supervised):
+    """Train one network with cross-entropy on one class an image.
+
+    After ``fit`` the run folder holds ``network.pt``, a plain ``state_dict``; a distillation task takes it (or the
+    checkpoint) as ``teacher_weights``.
+
+    Args:
+        network: a network's name (``lightning-kd list``) or any ``nn.Module`` that gives logits ``[B, C]``.
+        num_classes: see ``Task``.
+        input_shape: see ``Task``.
+        weights: checkpoint or ``state_dict`` file to start from. Default: train from scratch.
+        label_smoothing: of the cross-entropy, in [0, 1).
+        kwargs: ``optimizer``, ``lr_scheduler``, ``lr_interval``, ``channels_last``, ``compile`` of ``Task``.
+    """
+
+    def __init__(
+        self,
+        network: str | nn.Module,
+        num_classes: int,
+        *,
+        input_shape: Sequence[int] = (3, 32, 32),
+        weights: str | None = None,
+        label_smoothing: float = 0.0,
+        **kwargs: Any,
+    ) -> None:
+        problem = SingleLabel(num_classes)
+        super().__init__(network, num_classes, problem=problem, input_shape=input_shape, weights=weights, **kwargs)
+        self.label_smoothing = label_smoothing
+
+    def loss(self, output: Any, logits: Tensor, target: Tensor) -> dict[str, Tensor]:
+        return {"ce": self.problem.loss(logits, target, label_smoothing=self.label_smoothing)}
+
+
+class MultiLabelClassification(Supervised):
+    """Train one network with binary cross-entropy on several labels an image; labels that are not known count nothing.
+
+    Args:
+        network: a network's name (``lightning-kd list``) or any ``nn.Module`` that gives logits ``[B, C]``.
+        num_classes: see ``Task``.
+        input_shape: see ``Task``.
+        weights: checkpoint or ``state_dict`` file to start from. Default: train from scratch.
+        kwargs: ``optimizer``, ``lr_scheduler``, ``lr_interval``, ``channels_last``, ``compile`` of ``Task``.
+    """
+
+    def __init__(
+        self,
+        network: str | nn.Module,
+        num_classes: int,
+        *,
+        input_shape: Sequence[int] = (3, 32, 32),
+        weights: str | None = None,
+        **kwargs: Any,
+    ) -> None:
+        problem = MultiLabel(num_classes)
+        super().__init__(network, num_classes, problem=problem, input_shape=input_shape, weights=weights, **kwargs)
+
+
+class SemanticSegmentation(Supervised):
+    """Train one network with cross-entropy on a class for each pixel.
+
+    Args:
+        network: ``fcn_tiny``, ``torchvision/deeplabv3_resnet50`` and the like, or any ``nn.Module`` that gives logits
+            ``[B, C, h, w]``.
+        num_classes: see ``Task``.
+        input_shape: see ``Task``.
+        weights: checkpoint or ``state_dict`` file to start from. Default: train from scratch.
+        aux_weight: weight of the same loss of the auxiliary head (the entry ``aux`` of what the network returns), where
+            the network has one; 0 leaves it out.
+        kwargs: ``optimizer``, ``lr_scheduler``, ``lr_interval``, ``channels_last``, ``compile`` of ``Task``.
+    """
+
+    def __init__(
+        self,
+        network: str | nn.Module,
+        num_classes: int,
+        *,
+        input_shape: Sequence[int] = (3, 32, 32),
+        weights: str | None = None,
+        aux_weight: float = 0.4,
+        **kwargs: Any,
+    ) -> None:
+        problem = Segmentation(num_classes)
+        super().__init__(network, num_classes, problem=problem, input_shape=input_shape, weights=weights, **kwargs)
+        self.aux_weight = aux_weight
+
+    def loss(self, output: Any, logits: Tensor, target: Tensor) -> dict[str, Tensor]:
+        terms = {"ce": self.problem.loss(logits, target)}
+        auxiliary = auxiliary_logits(output)
+        if self.aux_weight and auxiliary is not None:
+            (auxiliary,) = at_least_float32(auxiliary)
+            terms["aux"] = self.aux_weight * self.problem.loss(auxiliary, target)
+        return terms

@@ -1,0 +1,101 @@
+"""Small made-up data sets that can be learned, for tests and for trying things out."""
+
+from __future__ import annotations
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from lightning_kd.core.seeding import numpy_generator
+from lightning_kd.data.array_files import Arrays
+
+__all__ = ["fake_arrays", "fake_label_arrays", "fake_mask_arrays"]
+
+
+def fake_arrays(shape: tuple[int, ...], num_classes: int) -> Arrays:
+    """A small made-up data set that can be learned: a fixed random pattern for each class, plus noise.
+
+    The patterns are coarse, so that crops and flips of them still differ between classes.
+
+    Args:
+        shape: ``(C, H, W)`` for uint8 images, ``(D,)`` for float32 features.
+        num_classes: the number of classes.
+
+    Returns:
+        at least 256 training samples and half as many test samples, 4 and 2 or more a class; always the same ones.
+    """
+    generator = numpy_generator(0, "fake")
+    pattern: np.ndarray
+    if len(shape) == 1:
+        pattern = generator.normal(0, 1, (num_classes, *shape))
+    else:
+        pattern = generator.integers(0, 256, (num_classes, shape[0], 4, 4), dtype=np.uint8)
+        for axis, length in ((2, shape[1]), (3, shape[2])):
+            pattern = pattern.take(np.arange(length) * 4 // length, axis)
+
+    def samples(count: int) -> tuple[Tensor, Tensor]:
+        target = generator.permutation(np.arange(count) % num_classes)
+        if len(shape) == 1:
+            image = (pattern[target] + generator.normal(0, 0.5, (count, *shape))).astype(np.float32)
+        else:
+            noise = generator.integers(-48, 49, (count, *shape), dtype=np.int8)
+            image = np.clip(pattern[target] + noise.astype(np.int16), 0, 255).astype(np.uint8)
+        return torch.from_numpy(image), torch.from_numpy(target)
+
+    count = max(256, 4 * num_classes)
+    return Arrays(*samples(count), *samples(count // 2))
+
+
+def fake_label_arrays(shape: tuple[int, int, int], num_classes: int) -> Arrays:
+    """Images with several labels: a fixed coarse pattern for each class, those of an image's labels added up.
+
+    Args:
+        shape: ``(C, H, W)``.
+        num_classes: ``C``; each label has a probability of 0.3, and every image has at least one.
+
+    Returns:
+        256 training and 128 test samples; targets float32 ``[N, C]``; always the same ones.
+    """
+    generator = numpy_generator(0, "fake_labels")
+    pattern = generator.integers(-64, 65, (num_classes, shape[0], 4, 4)).astype(np.float64)
+    for axis, length in ((2, shape[1]), (3, shape[2])):
+        pattern = pattern.take(np.arange(length) * 4 // length, axis)
+
+    def samples(count: int) -> tuple[Tensor, Tensor]:
+        label = generator.random((count, num_classes)) < 0.3
+        label[np.arange(count), generator.integers(0, num_classes, count)] = True
+        noise = generator.integers(-16, 17, (count, *shape))
+        image = 128 + np.tensordot(label.astype(np.float64), pattern, 1) + noise
+        return torch.from_numpy(image.clip(0, 255).astype(np.uint8)), torch.from_numpy(label.astype(np.float32))
+
+    return Arrays(*samples(256), *samples(128))
+
+
+def fake_mask_arrays(shape: tuple[int, int, int], num_classes: int) -> Arrays:
+    """Images with a class for each pixel: boxes of the colour of their class on a background of class 0.
+
+    Args:
+        shape: ``(C, H, W)``.
+        num_classes: ``C``.
+
+    Returns:
+        128 training and 64 test samples; targets int16 ``[N, H, W]``, with an ignored (-1) line of pixels at the top;
+        always the same ones.
+    """
+    generator = numpy_generator(0, "fake_masks")
+    colour = generator.integers(0, 256, (num_classes, shape[0])).astype(np.int64)
+    _, height, width = shape
+
+    def samples(count: int) -> tuple[Tensor, Tensor]:
+        mask = np.zeros((count, height, width), dtype=np.int16)
+        for one in mask:
+            for _ in range(3):
+                tall = generator.integers(height // 4, height // 2 + 1)
+                wide = generator.integers(width // 4, width // 2 + 1)
+                top, left = generator.integers(0, height - tall + 1), generator.integers(0, width - wide + 1)
+                one[top : top + tall, left : left + wide] = generator.integers(0, num_classes)
+        image = colour[mask].transpose(0, 3, 1, 2) + generator.integers(-24, 25, (count, *shape))
+        mask[:, 0] = -1
+        return torch.from_numpy(image.clip(0, 255).astype(np.uint8)), torch.from_numpy(mask)
+
+    return Arrays(*samples(128), *samples(64))

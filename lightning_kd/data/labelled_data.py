@@ -1,0 +1,204 @@
+"""The base of the data modules: splits, subsets and loaders over labelled data in memory."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from typing import Any
+
+import numpy as np
+from torch import Tensor
+
+from lightning_kd.core.problems import Problem, SingleLabel
+from lightning_kd.core.seeding import numpy_generator
+from lightning_kd.data.arguments import check_at_least, check_shares, check_statistics
+from lightning_kd.data.array_files import Arrays
+from lightning_kd.data.augment import CropFlip
+from lightning_kd.data.fake_data import fake_arrays
+from lightning_kd.data.resident import StoredImages
+from lightning_kd.data.split_loaders import SplitLoaders
+from lightning_kd.data.splits import take_fraction, take_training_samples, without
+
+
+class LabelledDataModule(SplitLoaders, ABC):
+    """Splits, subsets and loaders over labelled data in memory, of any kind of problem.
+
+    Subclasses say where it comes from.
+
+    A subclass implements ``load_arrays`` (and ``prepare_data`` where files have to be fetched) and hands the rest to
+    ``super().__init__``. All arguments are plain attributes. ``problem``, ``num_classes``, ``input_shape``,
+    ``class_names``, ``mean`` and ``std`` can be read at once; the sizes load the data when they are first read.
+
+    After ``setup``: ``train_image``, ``train_target``, ``test_image`` and ``test_target`` are the full arrays (images
+    uint8 ``[N, C, H, W]``, features float32 ``[N, D]``, targets as the problem has them, masks int16), and
+    ``train_indices``, ``val_indices`` and ``test_indices`` (int64 arrays, ascending) the positions in them that are
+    used. Validation samples come out of the training array, unless the data set has its own ``val_image`` and
+    ``val_target``. Splits are stratified by class where each sample has one class.
+
+    Loaders yield ``Batch`` with ``index`` the position in the full array. With ``val_fraction=0`` there is no
+    validation loader, so that nothing is selected on the test set. The prediction set is the test set.
+
+    Several processes: only one prepares files. Each rank reads its own part of every batch and Lightning adds no
+    sampler; ``batch_size`` is that of one process, and all ranks together see the batches of one process with
+    ``world_size`` times that size (see ``ShardedSampler``). No sample is evaluated twice.
+
+    Args:
+        class_names: a name for each class; their number is ``num_classes``.
+        input_shape: ``(C, H, W)``, or ``(D,)`` for features.
+        mean: for each channel (or feature), in units of the full scale; subtracted.
+        std: likewise; divided by.
+        batch_size: training samples a step and process.
+        eval_batch_size: the most samples an evaluation step and process.
+        val_fraction: the share of the training samples, of each class alike, that becomes the validation set, 0 to
+            below 1.
+        train_fraction: train on this share of what is then left, of each class alike, above 0 to 1.
+        train_per_class: train on this many samples of each class instead.
+        crop_flip: the random view of each training image; ``None`` for none.
+        cutout: the side in pixels of a box set to the mean colour in each training image; 0 is off.
+        seed: fixes the validation split and the subset, for the same given labels (both are stratified by them);
+            together with ``seed_everything`` also the order of the batches and the augmentation; 0 or more.
+        fake: use a small made-up data set of the same shape and classes, without any file; all of it, where it is too
+            small for the subset asked for.
+        problem: what is asked of a network. Default: one class a sample.
+
+    Raises:
+        ValueError: for an argument out of its range, and for both ``train_fraction`` and ``train_per_class``.
+    """
+
+    train_image: Any
+    train_target: Tensor
+    val_image: Any
+    val_target: Tensor
+    test_image: Any
+    test_target: Tensor
+    train_indices: np.ndarray
+    test_indices: np.ndarray
+
+    def __init__(
+        self,
+        *,
+        class_names: list[str],
+        input_shape: tuple[int, ...],
+        mean: list[float],
+        std: list[float],
+        batch_size: int = 64,
+        eval_batch_size: int = 256,
+        val_fraction: float = 0.1,
+        train_fraction: float | None = None,
+        train_per_class: int | None = None,
+        crop_flip: CropFlip | None = None,
+        cutout: int = 0,
+        seed: int = 0,
+        fake: bool = False,
+        problem: Problem | None = None,
+    ) -> None:
+        super().__init__()
+        check_at_least("batch_size", batch_size, 1)
+        check_at_least("eval_batch_size", eval_batch_size, 1)
+        check_at_least("cutout", cutout, 0)
+        check_at_least("seed", seed, 0)
+        check_shares(val_fraction, train_fraction, train_per_class)
+        check_statistics(mean, std, input_shape)
+        self.problem = SingleLabel(len(class_names)) if problem is None else problem
+        if train_per_class is not None and not self.problem.one_class:
+            raise ValueError(
+                f"train_per_class={train_per_class} is for one class a sample, the data has {self.problem.kind}: use "
+                "train_fraction"
+            )
+        self.num_classes = self.problem.num_classes
+        self.class_names = list(class_names)
+        self.input_shape = tuple(input_shape)
+        self.mean = [float(value) for value in mean]
+        self.std = [float(value) for value in std]
+        self.batch_size = batch_size
+        self.eval_batch_size = eval_batch_size
+        self.val_fraction = val_fraction
+        self.train_fraction = train_fraction
+        self.train_per_class = train_per_class
+        self.crop_flip = crop_flip
+        self.cutout = cutout
+        self.seed = seed
+        self.fake = fake
+        self._val_source = "train"
+        self._ready = False
+        self._stored: dict[str, StoredImages] = {}
+
+    def __str__(self) -> str:
+        sizes = f", {self.train_size} + {self.val_size} + {self.test_size} samples" if self._ready else ""
+        return f"{type(self).__name__}: {self.num_classes} classes of {self.input_shape}{sizes}"
+
+    @abstractmethod
+    def load_arrays(self) -> Arrays:
+        """The whole data set, read and checked. Called once, in every process, and not with ``fake``."""
+
+    def fake_arrays(self) -> Arrays:
+        """The made-up data set used with ``fake``."""
+        return fake_arrays(self.input_shape, self.num_classes)
+
+    def setup(self, stage: str | None = None) -> None:
+        """Load and split the data, once, whatever the stage."""
+        if not self._ready:
+            self._load()
+
+    def sample_paths(self) -> list[str] | None:
+        """The file of each sample of the prediction set's full array; ``None`` where samples are no files."""
+        self.setup()
+        return self.test_image if isinstance(self.test_image, list) else None
+
+    def _classes(self, target: Tensor) -> tuple[np.ndarray, int]:
+        """What splits are stratified by, int64 ``[N]``, and how many classes of it there are."""
+        if self.problem.one_class:
+            return target.numpy(), self.num_classes
+        return np.zeros(len(target), dtype=np.int64), 1
+
+    def _change_targets(self) -> None:
+        """Called once the arrays are read, before anything is split."""
+
+    def _load(self) -> None:
+        self._ready = False  # until all of it has worked
+        arrays = self.fake_arrays() if self.fake else self.load_arrays()
+        self.train_image, self.train_target, self.test_image, self.test_target, val_image, val_target = arrays
+        self._change_targets()
+        self.test_indices = np.arange(len(self.test_target))
+        target, classes = self._classes(self.train_target)
+        if val_target is not None:
+            self.val_image, self.val_target, self._val_source = val_image, val_target, "val"
+            self.val_indices, rest = np.arange(len(val_target)), np.arange(len(target))
+        else:
+            generator = numpy_generator(self.seed, "val_split")
+            self.val_indices = take_fraction(target, classes, self.val_fraction, generator, leave=1)
+            if self.val_fraction and not len(self.val_indices):
+                raise ValueError(
+                    f"val_fraction={self.val_fraction} of {len(target)} samples leaves the validation split empty: "
+                    "raise it, or give 0 for no validation"
+                )
+            rest = without(len(target), self.val_indices)
+        self.train_indices = rest[
+            take_training_samples(
+                target[rest],
+                np.bincount(target, minlength=classes),
+                numpy_generator(self.seed, "train_subset"),
+                self.class_names,
+                per_class=self.train_per_class,
+                fraction=self.train_fraction,
+                all_if_too_few=self.fake,
+            )
+        ]
+        self._ready = True
+
+    @property
+    def train_size(self) -> int:
+        """Training samples in use."""
+        self.setup()
+        return len(self.train_indices)
+
+    @property
+    def val_size(self) -> int:
+        """Validation samples."""
+        self.setup()
+        return len(self.val_indices)
+
+    @property
+    def test_size(self) -> int:
+        """Test samples."""
+        self.setup()
+        return len(self.test_indices)

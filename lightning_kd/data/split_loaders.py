@@ -1,0 +1,160 @@
+"""Loaders over the samples of a split, for the process that asks."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import lightning as L
+import numpy as np
+import torch
+from torch import Tensor
+from torchvision.transforms import AutoAugmentPolicy
+
+from lightning_kd.core.problems import Problem, Segmentation
+from lightning_kd.core.seeding import derive_seed, stream_seed
+from lightning_kd.core.task import Task
+from lightning_kd.data.augment import CropFlip, Normalize, check_views
+from lightning_kd.data.auto_augment import BatchedAutoAugment
+from lightning_kd.data.resident import ResidentLoader, StoredImages
+from lightning_kd.data.sampling import BatchLoader, ShardedSampler
+
+
+class SplitLoaders(L.LightningDataModule):
+    """What a data module offers once ``setup`` has made its arrays and splits; see ``LabelledDataModule``."""
+
+    #: what strong views start with
+    strong_policy = AutoAugmentPolicy.CIFAR10
+
+    problem: Problem
+    input_shape: tuple[int, ...]
+    mean: list[float]
+    std: list[float]
+    batch_size: int
+    eval_batch_size: int
+    crop_flip: CropFlip | None
+    cutout: int
+    seed: int
+    val_indices: np.ndarray
+    _val_source: str
+    _stored: dict[str, StoredImages]
+
+    def setup(self, stage: str | None = None) -> None:
+        """Make the arrays and splits, once."""
+
+    def loader(
+        self,
+        split: str = "train",
+        indices: np.ndarray | Tensor | None = None,
+        *,
+        shuffle: bool = False,
+        augment: bool = False,
+        batch_size: int | None = None,
+        views: str | Sequence[str] | None = None,
+        stream: str = "",
+        drop_last: bool = False,
+    ) -> BatchLoader:
+        """A loader over any samples of a split, for this process. Making one is cheap, however often.
+
+        ``Batch.image`` is a tensor, or with several ``views`` a tuple of them, each drawn on its own for each sample:
+
+        - ``"plain"``: the image as an evaluation sees it;
+        - ``"weak"``: the augmentation and the cutout of this module;
+        - ``"strong"``: AutoAugment, then the augmentation of this module, then a cutout of half the shorter side. (With
+          ``ImageFolderDataModule``, the augmentation of the module, then AutoAugment, on the small image.)
+
+        Masks of the same samples get the same crop and flip. ``Batch.extras`` holds what else is known of each sample.
+
+        Args:
+            split: ``"train"``, ``"val"`` or ``"test"``.
+            indices: positions in the full array of the split (``"val"``: in the array it is taken from, mostly the
+                training one); by default those in use.
+            shuffle: a new order each epoch, and the training rule for the last batch.
+            augment: a weak view rather than a plain one; of no account where ``views`` is given.
+            batch_size: samples a batch and process; by default ``batch_size`` with ``shuffle``, else
+                ``eval_batch_size``.
+            views: names of the views; a sequence gives a tuple of tensors, a name alone one tensor.
+            stream: a name; each gives another order and other views from the same seed.
+            drop_last: with ``shuffle``, leave out a last batch that is smaller than the others, unless it is the only
+                one.
+
+        Raises:
+            ValueError: for an unknown split or view, indices out of range, and strong views of features.
+        """
+        self.setup()
+        if split not in ("train", "val", "test"):
+            raise ValueError(f"split must be 'train', 'val' or 'test', got {split!r}: give one of them")
+        if views is None:
+            views = "weak" if augment else "plain"
+        check_views(views, self.input_shape, masks=isinstance(self.problem, Segmentation))
+        chosen = np.asarray(getattr(self, f"{split}_indices") if indices is None else indices, dtype=np.int64)
+        source = self._val_source if split == "val" else split
+        count = len(getattr(self, f"{source}_target"))
+        if len(chosen) and not 0 <= chosen.min() <= chosen.max() < count:
+            raise ValueError(
+                f"indices must be between 0 and {count - 1} in split {split!r}, got {chosen.min()} to {chosen.max()}: "
+                "give positions in the full array"
+            )
+        rank, world_size, _ = self._process()
+        default = self.batch_size if shuffle else self.eval_batch_size
+        seed = stream_seed(self.seed)
+        sampler = ShardedSampler(
+            chosen,
+            default if batch_size is None else batch_size,
+            shuffle=shuffle,
+            seed=derive_seed(seed, f"loader/{stream}") if stream else seed,
+            rank=rank,
+            world_size=world_size,
+            drop_last=drop_last,
+        )
+        return self._make_loader(source, sampler, views)
+
+    def _make_loader(self, source: str, sampler: ShardedSampler, views: str | Sequence[str]) -> BatchLoader:
+        image, device = getattr(self, f"{source}_image"), self._process()[2]
+        stored = self._stored.get(source)
+        if stored is None or stored.source is not image or stored.device != device:
+            stored = self._stored[source] = StoredImages(image, device)
+        return ResidentLoader(
+            stored,
+            getattr(self, f"{source}_target"),
+            sampler,
+            Normalize(self.mean, self.std, self.input_shape, 255.0 if image.dtype == torch.uint8 else 1.0),
+            augment=self.crop_flip,
+            cutout=self.cutout,
+            views=views,
+            policy=BatchedAutoAugment(self.strong_policy),
+            extras=self._extras(source),
+        )
+
+    def _extras(self, source: str) -> dict[str, Tensor]:
+        """What else is known about each sample of a full array."""
+        return {}
+
+    def _process(self) -> tuple[int, int, torch.device]:
+        """Rank, number of processes and device of the trainer; one process on the CPU without one."""
+        if self.trainer is None:
+            return 0, 1, torch.device("cpu")
+        return self.trainer.global_rank, self.trainer.world_size, self.trainer.strategy.root_device
+
+    def train_dataloader(self) -> Any:
+        """What the task asks for in its ``train_loader(data)``; by default all training samples, augmented."""
+        return train_loader_of(self)
+
+    def val_dataloader(self) -> BatchLoader | list[BatchLoader]:
+        self.setup()
+        return self.loader("val") if len(self.val_indices) else []
+
+    def test_dataloader(self) -> BatchLoader:
+        return self.loader("test")
+
+    def predict_dataloader(self) -> BatchLoader:
+        return self.loader("test")
+
+
+def train_loader_of(data: Any) -> Any:
+    """What the task that ``data`` is fitted with asks for, and without one all training samples, augmented."""
+    task: Any = getattr(data.trainer, "lightning_module", None)
+    if task is None:
+        return data.loader("train", shuffle=True, augment=True)
+    # a task that is not one of ours gets what ours get by default
+    return task.train_loader(data) if hasattr(task, "train_loader") else Task.train_loader(task, data)

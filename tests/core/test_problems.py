@@ -1,0 +1,187 @@
+"""What each kind of problem wants, measures and refuses."""
+
+import os
+
+import numpy as np
+import pytest
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+from sklearn.metrics import average_precision_score, jaccard_score
+from torch import nn
+from torchmetrics.classification import MulticlassJaccardIndex, MultilabelF1Score
+
+from lightning_kd.core import Classification, MultiLabel, MultiLabelClassification, Segmentation, SingleLabel
+from lightning_kd.core.multilabel_metrics import MultiLabelMetric, average_precision, f1_of_counts
+from lightning_kd.core.outputs import auxiliary_logits
+from lightning_kd.core.segmentation_metrics import SegmentationMetric
+from lightning_kd.data import ArrayDataModule
+from lightning_kd.nets import build_network
+from tests.two_processes import on_two_ranks
+
+
+def labels(seed=0, count=60, classes=5, decimals=None):
+    generator = np.random.default_rng(seed)
+    scores = generator.random((count, classes)).astype(np.float32)
+    if decimals is not None:
+        scores = scores.round(decimals)  # ties
+    return torch.from_numpy(scores), torch.from_numpy((generator.random((count, classes)) < 0.3).astype(np.float32))
+
+
+@pytest.mark.parametrize(
+    ("scores", "label", "expected"),
+    [
+        ([0.9, 0.8, 0.7, 0.6, 0.5], [1, 0, 1, 0, 1], 0.755556),
+        ([0.5, 0.5, 0.5], [1, 0, 0], 1 / 3),
+        ([0.5, 0.5, 0.5], [0, 0, 1], 1 / 3),
+        ([0.9, 0.8, 0.1], [1, 1, 0], 1.0),
+        ([0.9, 0.8, 0.1, 0.05], [0, 0, 0, 1], 0.25),
+    ],
+)
+def test_average_precision_of_worked_numbers(scores, label, expected):
+    found = average_precision(torch.tensor(scores)[:, None], torch.tensor(label)[:, None])
+    assert found.item() == pytest.approx(expected, abs=1e-6)
+
+
+@pytest.mark.parametrize("decimals", [None, 1])
+def test_average_precision_is_that_of_scikit_learn(decimals):
+    scores, target = labels(decimals=decimals)
+    expected = [average_precision_score(target[:, c], scores[:, c]) for c in range(5)]
+    np.testing.assert_allclose(average_precision(scores, target), expected, rtol=1e-9)
+    known = torch.rand(60, 5, generator=torch.Generator().manual_seed(1)) < 0.7
+    partly = target.masked_fill(~known, -1)
+    expected = [average_precision_score(target[k, c], scores[k, c]) for c, k in enumerate(known.T)]
+    np.testing.assert_allclose(average_precision(scores, partly), expected, rtol=1e-9)
+
+
+def test_label_metrics():
+    scores, target = labels()
+    target[:, 3] = 0  # no positive: left out of map and of the mean recall
+    metric = MultiLabelMetric(5)
+    for part in torch.arange(60).split(7):
+        metric.update(scores[part], target[part])
+    found = metric.compute()
+    expected = np.mean([average_precision_score(target[:, c], scores[:, c]) for c in (0, 1, 2, 4)])
+    assert found["map"] == pytest.approx(expected, rel=1e-9)
+    assert found["absent_classes"] == 1
+    micro = MultilabelF1Score(5, average="micro")(scores, target.int())
+    assert found["of1"] == pytest.approx(float(micro), abs=1e-6)
+    predicted = scores >= 0.5
+    hits = (predicted & (target == 1)).sum(0).double()
+    precision, recall = (hits / predicted.sum(0)).mean(), (hits / target.sum(0))[[0, 1, 2, 4]].mean()
+    assert found["cf1"] == pytest.approx(float(2 * precision * recall / (precision + recall)), rel=1e-9)
+
+
+def test_f1_leaves_out_classes_that_were_never_predicted():
+    cf1, of1 = f1_of_counts(torch.tensor([2, 0]), torch.tensor([4, 0]), torch.tensor([2, 2]))
+    assert cf1 == pytest.approx(0.5)  # precision 0.5 of one class, recall (1 + 0) / 2
+    assert of1 == pytest.approx(0.5)
+    assert f1_of_counts(torch.zeros(2), torch.zeros(2), torch.zeros(2)) == (0.0, 0.0)
+
+
+def masks(seed=0, classes=4, shape=(6, 8, 9)):
+    generator = torch.Generator().manual_seed(seed)
+    target = torch.randint(0, classes - 1, shape, generator=generator)  # the last class occurs in no target
+    prediction = torch.where(torch.rand(shape, generator=generator) < 0.6, target, (target + 1) % (classes - 1))
+    return prediction, target.masked_fill(torch.rand(shape, generator=generator) < 0.2, -1)
+
+
+def test_segmentation_metrics():
+    prediction, target = masks()
+    metric = SegmentationMetric(4)
+    for part in (slice(0, 2), slice(2, 6)):
+        metric.update(prediction[part], target[part])
+    found = metric.compute()
+    known = target >= 0
+    assert found["miou"] == pytest.approx(
+        jaccard_score(target[known], prediction[known], average="macro", labels=[0, 1, 2]), rel=1e-9
+    )
+    reference = MulticlassJaccardIndex(4, ignore_index=-1)(prediction, target)
+    assert found["miou"] == pytest.approx(float(reference), rel=1e-5)
+    assert found["pixel_acc"] == pytest.approx(float((prediction == target)[known].float().mean()), rel=1e-5)
+
+
+def _metrics_of_a_rank():
+    rank = int(os.environ["LOCAL_RANK"])
+    dist.init_process_group("gloo", rank=rank, world_size=2)
+    scores, target = labels()
+    prediction, mask = masks()
+    several, pixels = MultiLabelMetric(5), SegmentationMetric(4)
+    mine = slice(0, 41) if rank == 0 else slice(41, 60)  # uneven shares
+    several.update(scores[mine], target[mine])
+    mine = slice(0, 4) if rank == 0 else slice(4, 6)
+    pixels.update(prediction[mine], mask[mine])
+    return several.compute(), pixels.compute()
+
+
+def test_two_processes_measure_what_one_does():
+    whole = (MultiLabelMetric(5), SegmentationMetric(4))
+    whole[0].update(*labels())
+    whole[1].update(*masks())
+    expected = tuple(metric.compute() for metric in whole)
+    for found in on_two_ranks(_metrics_of_a_rank):
+        for mine, theirs in zip(found, expected, strict=True):
+            assert mine == pytest.approx(theirs, rel=1e-9)
+
+
+def test_losses_leave_out_what_has_no_label():
+    logits = torch.randn(4, 3, generator=torch.Generator().manual_seed(0))
+    target = torch.tensor([[1.0, 0, -1], [0, 0, 1], [-1, -1, -1], [1, 1, 0]])
+    problem = MultiLabel(3)
+    known = target >= 0
+    expected = F.binary_cross_entropy_with_logits(logits[known], target[known])
+    torch.testing.assert_close(problem.loss(logits, target), expected)
+    torch.testing.assert_close(problem.loss_of_probabilities(logits.sigmoid(), target), expected, rtol=1e-4, atol=1e-5)
+    assert problem.loss(logits[2:3], target[2:3]) == 0
+    pixels = torch.randn(2, 3, 4, 5, generator=torch.Generator().manual_seed(1))
+    mask = torch.randint(-1, 3, (2, 4, 5), generator=torch.Generator().manual_seed(2))
+    problem = Segmentation(3)
+    torch.testing.assert_close(problem.loss(pixels, mask), F.cross_entropy(pixels, mask, ignore_index=-1))
+    assert problem.loss(pixels, torch.full_like(mask, -1)) == 0
+
+
+def test_segmentation_brings_outputs_to_the_size_of_the_image():
+    problem = Segmentation(3)
+    small = torch.randn(2, 3, 4, 4)
+    found = problem.logits({"out": small}, torch.zeros(2, 3, 8, 8), nn.Identity())
+    torch.testing.assert_close(found, F.interpolate(small, (8, 8), mode="bilinear", align_corners=False))
+    with pytest.raises(ValueError, match=r"Identity gives \[2, 3\], expected \[B, 3, h, w\]"):
+        problem.logits(torch.zeros(2, 3), torch.zeros(2, 3, 8, 8), nn.Identity())
+
+
+@pytest.mark.parametrize(
+    ("problem", "target", "message"),
+    [
+        (SingleLabel(3), torch.tensor([0, 3]), "between 0 and 2, got 0 to 3"),
+        (SingleLabel(3), torch.zeros(2, 3), r"int64 \[B\]"),
+        (MultiLabel(3), torch.tensor([[0.0, 2, 1]]), "must hold 1, 0 and -1"),
+        (MultiLabel(3), torch.zeros(2, 4), r"\[B, 3\]"),
+        (Segmentation(3), torch.full((1, 2, 2), 3), "between -1 and 2"),
+        (Segmentation(3), torch.zeros(2, dtype=torch.int64), r"int64 \[B, H, W\]"),
+    ],
+)
+def test_wrong_targets_are_told(problem, target, message):
+    with pytest.raises(ValueError, match=message):
+        problem.check_target(target)
+
+
+@pytest.mark.parametrize("problem", [SingleLabel, MultiLabel, Segmentation])
+def test_too_few_classes(problem):
+    with pytest.raises(ValueError, match="num_classes must be at least"):
+        problem(0)
+
+
+def test_a_task_refuses_data_of_another_kind():
+    task = Classification(nn.Linear(4, 10), 10)
+    with pytest.raises(ValueError, match=r"Classification is for one class.*has several labels"):
+        task.check_data(ArrayDataModule("none.npz", kind="multi_label", fake=True))
+    MultiLabelClassification(nn.Linear(4, 10), 10).check_data(ArrayDataModule("no.npz", kind="multi_label", fake=True))
+
+
+@pytest.mark.parametrize("name", ["fcn_tiny", "torchvision/deeplabv3_resnet50"])
+def test_segmentation_networks_have_both_heads(name):
+    network = build_network(name, 5).eval()
+    with torch.no_grad():
+        output = network(torch.randn(1, 3, 40, 32))
+    assert output["out"].shape == auxiliary_logits(output).shape == (1, 5, 40, 32)
+    assert sum(p.numel() for p in build_network("fcn_tiny", 5).parameters()) < 100_000

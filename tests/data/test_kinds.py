@@ -1,0 +1,118 @@
+"""Arrays of several labels and of masks: reading, errors, splits, views, made-up data."""
+
+import numpy as np
+import pytest
+import torch
+
+from lightning_kd.core import MultiLabel, Segmentation, SingleLabel
+from lightning_kd.data import ArrayDataModule, SymmetricNoise
+
+
+def saved(tmp_path, **arrays):
+    path = tmp_path / "some.npz"
+    np.savez(path, **arrays)
+    return str(path)
+
+
+def images(count=40, size=8, seed=0):
+    return np.random.default_rng(seed).integers(0, 256, (count, size, size, 3), dtype=np.uint8)
+
+
+def label_matrix(count=40, classes=4):
+    return np.random.default_rng(1).choice([0, 1, 255], (count, classes), p=[0.6, 0.3, 0.1]).astype(np.uint8)
+
+
+def mask_array(count=40, size=8, classes=3):
+    found = np.random.default_rng(2).integers(0, classes, (count, size, size), dtype=np.uint8)
+    found[:, 0, 0] = 255
+    return found
+
+
+def test_labels(tmp_path):
+    target = label_matrix()
+    data = ArrayDataModule(saved(tmp_path, train_image=images(), train_target=target), batch_size=16)
+    assert isinstance(data.problem, MultiLabel)
+    assert (data.num_classes, data.class_names) == (4, ["0", "1", "2", "3"])
+    assert (data.train_size, data.val_size, data.test_size) == (29, 3, 8)
+    batch = next(iter(data.train_dataloader()))
+    assert batch.target.dtype == torch.float32
+    data.problem.check_target(batch.target)
+    stored = torch.cat([data.train_target, data.test_target])
+    assert sorted(stored.sum(1).tolist()) == sorted(np.where(target == 255, -1.0, target).sum(1).tolist())
+
+
+def test_masks_go_with_their_images(tmp_path):
+    """Each image's channels are its mask, so that whatever is done to one must be done to the other."""
+    target = mask_array()
+    picture = np.repeat(np.where(target == 255, 0, target + 1)[..., None], 3, 3).astype(np.uint8)
+    data = ArrayDataModule(
+        saved(tmp_path, train_image=picture, train_target=target),
+        augment=True,
+        crop_padding=2,
+        mean=[0.0] * 3,
+        std=[1.0] * 3,
+        batch_size=16,
+    )
+    assert isinstance(data.problem, Segmentation)
+    assert data.num_classes == 3
+    loader = data.train_dataloader()
+    moved = 0
+    for epoch in range(2):
+        loader.set_epoch(epoch)
+        for batch in loader:
+            assert batch.target.dtype == torch.int64
+            shown = (batch.image[:, 0] * 255).round().long() - 1  # padding and ignored pixels are -1
+            assert torch.equal(shown, batch.target)
+            plain = data.train_target[batch.index].long()
+            moved += int((batch.target != plain).flatten(1).any(1).sum())
+    assert moved > 20
+    for batch in data.val_dataloader():
+        assert torch.equal(batch.target, data.train_target[batch.index].long())
+
+
+def test_kinds_by_shape(tmp_path):
+    assert isinstance(ArrayDataModule(saved(tmp_path, image=images(), target=np.arange(40) % 3)).problem, SingleLabel)
+
+
+@pytest.mark.parametrize(
+    ("target", "message"),
+    [
+        (label_matrix().astype(np.int64), "must hold uint8 labels"),
+        (label_matrix() + np.uint8(3), "must hold 0, 1 and 255"),
+        (label_matrix(39), "has 39 labels, got 40 samples"),
+        (mask_array(size=7), "as large as the images"),
+        (mask_array().astype(np.int64), "must hold uint8 masks"),
+        (mask_array(39), "has 39 labels, got 40 samples"),
+    ],
+)
+def test_wrong_targets(tmp_path, target, message):
+    with pytest.raises(ValueError, match=message):
+        ArrayDataModule(saved(tmp_path, train_image=images(), train_target=target))
+
+
+def test_a_class_beyond_the_names(tmp_path):
+    path = saved(tmp_path, train_image=images(), train_target=mask_array())
+    with pytest.raises(ValueError, match="between 0 and 1, or 255 to be ignored, got 2"):
+        ArrayDataModule(path, class_names=["a", "b"])
+
+
+def test_what_goes_with_one_class_alone(tmp_path):
+    path = saved(tmp_path, train_image=images(), train_target=mask_array())
+    with pytest.raises(ValueError, match="noise is for one class a sample"):
+        ArrayDataModule(path, noise=SymmetricNoise(0.2))
+    with pytest.raises(ValueError, match="train_per_class=3 is for one class a sample"):
+        ArrayDataModule(path, train_per_class=3)
+    with pytest.raises(ValueError, match="does not go with masks"):
+        ArrayDataModule(path, cutout=2)
+    with pytest.raises(ValueError, match="cannot go with masks"):
+        ArrayDataModule(path).loader("train", views=["weak", "weak"])
+
+
+@pytest.mark.parametrize("kind", ["multi_label", "segmentation"])
+def test_made_up_data_is_the_same_every_time(kind):
+    first, second = (ArrayDataModule("none.npz", kind=kind, fake=True, class_names=list("abcd")) for _ in range(2))
+    first.setup()
+    second.setup()
+    assert torch.equal(first.train_image, second.train_image)
+    assert torch.equal(first.train_target, second.train_target)
+    first.problem.check_target(next(iter(first.train_dataloader())).target)

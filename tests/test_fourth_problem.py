@@ -1,0 +1,106 @@
+"""A kind of problem that the package does not know: one class and one data module are all that it takes."""
+
+import csv
+
+import pytest
+import torch
+from torchmetrics import MeanAbsoluteError
+
+from lightning_kd.cli import main
+from lightning_kd.core import Problem
+from lightning_kd.data import Arrays, LabelledDataModule
+
+
+class Regression(Problem):
+    """Numbers, one or several a sample."""
+
+    kind = "numbers (Regression)"
+    monitored, monitor_mode = "mae", "min"
+    training_metric = "mae"
+
+    def logits(self, output, image, network, name=""):
+        if output.shape != (len(image), self.num_classes):
+            raise ValueError(f"{type(network).__name__} gives {list(output.shape)}, expected [B, {self.num_classes}]")
+        return output
+
+    def check_target(self, target):
+        if target.shape[1:] != (self.num_classes,):
+            raise ValueError(f"target must be [B, {self.num_classes}], got {list(target.shape)}")
+
+    def loss(self, logits, target, **options):
+        return (logits - target).square().mean()
+
+    def training_values(self, logits, target):
+        return (logits - target).abs().mean(1), None
+
+    def metrics(self):
+        return {"mae": MeanAbsoluteError()}
+
+
+class SumsDataModule(LabelledDataModule):
+    """Rows of six numbers; the answer is the sum of the first three."""
+
+    def __init__(self, batch_size: int = 32, seed: int = 0, fake: bool = False):
+        super().__init__(
+            class_names=["sum"],
+            input_shape=(6,),
+            mean=[0.0] * 6,
+            std=[1.0] * 6,
+            batch_size=batch_size,
+            seed=seed,
+            fake=fake,
+            problem=Regression(1),
+        )
+
+    def load_arrays(self):
+        rows = torch.randn(400, 6, generator=torch.Generator().manual_seed(0))
+        target = rows[:, :3].sum(1, keepdim=True)
+        return Arrays(rows[:320], target[:320], rows[320:], target[320:])
+
+
+COMMAND = [
+    *("--model", "lightning_kd.Supervised", "--model.network", "mlp_16", "--data", f"{__name__}.SumsDataModule"),
+    *("--model.optimizer", "torch.optim.Adam", "--model.optimizer.lr", "0.01"),
+    *("--trainer.accelerator", "cpu", "--trainer.enable_progress_bar", "false", "--trainer.logger", "true"),
+]
+
+
+def last_of(run, name):
+    with (run / "metrics.csv").open() as file:
+        values = [row[name] for row in csv.DictReader(file) if row.get(name)]
+    return [float(value) for value in values]
+
+
+def test_a_fourth_kind_trains_tests_resumes_and_predicts(tmp_path, capsys):
+    run, whole = tmp_path / "run", tmp_path / "whole"
+    main(["fit", *COMMAND, "--run", str(run), "--trainer.max_epochs", "4"])
+    main(["fit", *COMMAND, "--run", str(run), "--trainer.max_epochs", "8", "--ckpt_path", "last"])
+    main(["fit", *COMMAND, "--run", str(whole), "--trainer.max_epochs", "8"])
+    curve = last_of(run, "val/mae")
+    assert curve == last_of(whole, "val/mae")
+    assert len(curve) == 8
+    assert curve[-1] < 0.5 * curve[0]
+    assert len(last_of(run, "train/mae")) == 8
+    checkpoint = torch.load(run / "checkpoints" / "best.ckpt", weights_only=True)
+    assert checkpoint["epoch"] == min(range(8), key=curve.__getitem__)  # the smallest is the best
+    main(["test", *COMMAND, "--run", str(run), "--ckpt_path", "last"])
+    assert last_of(run, "test/mae")[0] < 1
+    assert "test/mae" in capsys.readouterr().out
+    main(["predict", *COMMAND, "--run", str(run), "--ckpt_path", "last"])
+    with (run / "predictions.csv").open() as file:
+        rows = list(csv.DictReader(file))
+    assert len(rows) == 80
+    data = SumsDataModule()
+    data.setup()
+    error = sum(abs(float(row["prediction_0"]) - float(data.test_target[int(row["index"])])) for row in rows) / 80
+    assert error == pytest.approx(last_of(run, "test/mae")[0], rel=1e-3)
+
+
+def test_a_method_for_one_class_refuses_it(tmp_path):
+    with pytest.raises(SystemExit):
+        main(
+            [
+                *("fit", "--model", "Classification", "--model.network", "mlp_16"),
+                *("--data", f"{__name__}.SumsDataModule", "--run", str(tmp_path / "run")),
+            ]
+        )
