@@ -64,3 +64,23 @@ def test_the_command_line_has_no_circle_of_imports():
 @pytest.mark.parametrize("path", sorted((PACKAGE / "cli").glob("*.py")), ids=lambda path: path.stem)
 def test_the_files_of_the_command_line_are_short(path):
     assert len(path.read_text().splitlines()) <= 250
+
+
+def test_no_circle_of_imports():
+    """Files import one another in one direction only; imports inside functions and for types alone count too."""
+    files = {path: ".".join(path.relative_to(PACKAGE.parent).with_suffix("").parts) for path in PACKAGE.rglob("*.py")}
+    known = set(files.values())
+    graph = {}
+    for path, name in files.items():
+        found = set()
+        for node in ast.walk(ast.parse(path.read_text())):
+            if isinstance(node, ast.ImportFrom) and node.module:
+                found |= {node.module, *(f"{node.module}.{alias.name}" for alias in node.names)} & known
+        graph[name] = found - {name}
+    order = []
+    while graph:
+        free = {name for name, wanted in graph.items() if not wanted & graph.keys()}
+        assert free, f"these import one another: {sorted(graph)}"
+        order += free
+        graph = {name: wanted for name, wanted in graph.items() if name not in free}
+    assert len(order) == len(files)

@@ -71,11 +71,7 @@ class PoolTask(Task, ABC):
         ``classifier`` is the module path of the old one where it is not the last ``nn.Linear``.
         """
         if isinstance(network, str):
-            known, self.num_classes = self.num_classes, outputs
-            try:
-                return self.build(network)
-            finally:
-                self.num_classes = known
+            return self.build(network, outputs=outputs)
         other = copy.deepcopy(network)
         path, old = find_classifier(other, classifier)
         parent, _, name = path.rpartition(".")

@@ -6,7 +6,7 @@ from typing import Any
 
 import lightning as L
 
-from lightning_kd.callbacks._evaluation import evaluate
+from lightning_kd.callbacks._curve_metrics import evaluate
 
 
 class TestCurve(L.Callback):

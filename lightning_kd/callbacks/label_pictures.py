@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any, Literal
 import lightning as L
 from lightning.pytorch.utilities import rank_zero_warn
 
-from lightning_kd.callbacks._evaluation import evaluate
+from lightning_kd.callbacks._curve_metrics import evaluate
 from lightning_kd.callbacks.label_figures import label_score_figure, reliability_figure
 from lightning_kd.file_writing import written_whole
 from lightning_kd.metrics import Reliability

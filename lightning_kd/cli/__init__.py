@@ -61,8 +61,8 @@ def get_cli(args: Sequence[str] | None = None, run: bool = False, **kwargs: Any)
         run: run the verb at once.
         kwargs: further arguments of ``RunCLI``.
     """
-    from lightning_kd.cli.quiet import quiet
     from lightning_kd.cli.run_cli import RunCLI
+    from lightning_kd.core.quiet import quiet
 
     quiet()
     resolved, paths = with_config_paths(list(args or []))
@@ -76,8 +76,8 @@ def _run(argv: list[str]) -> None:
     try:
         resolved, paths = with_config_paths(with_config_of_run(argv))
         from lightning_kd.cli.class_help import class_help, help_request
-        from lightning_kd.cli.quiet import quiet
         from lightning_kd.cli.run_cli import RunCLI
+        from lightning_kd.core.quiet import quiet
 
         quiet()
         if request := help_request(argv):

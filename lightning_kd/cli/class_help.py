@@ -10,7 +10,7 @@ from typing import Any
 
 import docstring_parser
 
-from lightning_kd.cli.known_classes import argument_names, find_class, known_classes
+from lightning_kd.cli.named_classes import argument_names, find_class, known_classes
 
 __all__ = ["class_help", "help_request"]
 

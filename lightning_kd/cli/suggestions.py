@@ -8,7 +8,7 @@ from collections.abc import Sequence
 
 from torch.optim import SGD
 
-from lightning_kd.cli.known_classes import argument_names, find_class, known_classes, near_names
+from lightning_kd.cli.named_classes import argument_names, find_class, known_classes, near_names
 
 __all__ = ["one_sentence"]
 

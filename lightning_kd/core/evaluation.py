@@ -34,6 +34,11 @@ class EvaluatedModule(L.LightningModule):
         self.test_metrics = self._evaluation_metrics("test/")
 
     @property
+    def num_classes(self) -> int:
+        """The number of classes of the problem."""
+        return self.problem.num_classes
+
+    @property
     def main_network(self) -> nn.Module:
         """The network that is tested, used for predictions and exported."""
         raise AttributeError(f"{type(self).__name__} names no main_network: return the network that answers")

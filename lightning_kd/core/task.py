@@ -17,6 +17,7 @@ from lightning_kd.core.evaluation import EvaluatedModule
 from lightning_kd.core.hyperparameters import keep_plain_hyperparameters, without_module_warning
 from lightning_kd.core.nan_guard import FiniteGuard
 from lightning_kd.core.optimization import make_optimizer
+from lightning_kd.core.quiet import quiet
 from lightning_kd.core.seeding import EpochSeeding, global_seed, numpy_generator
 from lightning_kd.core.two_pass_step import second_pass
 from lightning_kd.nets import network_for
@@ -36,7 +37,7 @@ class Task(EvaluatedModule):
     A subclass builds its networks in ``__init__`` by ``self.build(...)``, names the one that answers in
     ``main_network`` and returns ``self.step_loss(terms, logits, target)`` from ``training_step``.
 
-    Metrics: ``train/loss``, each loss term and a cheap metric of the problem (``train/acc``) per epoch, accumulated
+    Metrics: ``train/loss``, each loss term and a cheap metric of the problem per epoch, accumulated
     on the device; ``val/`` and ``test/`` ``loss`` and the metrics of the problem.
 
     Several processes: metrics are sums over all processes; the loss is the mean over each process's batch, gradients
@@ -67,6 +68,7 @@ class Task(EvaluatedModule):
         compile: bool = False,
     ) -> None:
         super().__init__()
+        quiet()
         problem = self.make_problem(num_classes)
         if lr_interval not in ("epoch", "step"):
             raise ValueError(f"lr_interval must be 'epoch' or 'step', got {lr_interval!r}")
@@ -74,7 +76,6 @@ class Task(EvaluatedModule):
             self.save_hyperparameters()
         keep_plain_hyperparameters(self)
         self.set_problem(problem)
-        self.num_classes = num_classes
         self.input_shape = tuple(input_shape)
         self.optimizer_factory = optimizer
         self.lr_scheduler_factory = lr_scheduler
@@ -88,19 +89,23 @@ class Task(EvaluatedModule):
 
     # -- networks ----------------------------------------------------------------------------------------------------
 
-    def build(self, network: str | nn.Module, input_shape: Sequence[int] | None = None) -> nn.Module:
-        """A network by name (see ``lightning-kd list``) for this task's classes and input, or the given one itself.
+    def build(
+        self, network: str | nn.Module, input_shape: Sequence[int] | None = None, outputs: int | None = None
+    ) -> nn.Module:
+        """A network by name (see ``lightning-kd list``) for this task's problem and input, or the given one itself.
 
         Args:
             network: its name, or the module.
             input_shape: of its images, where they are not those of the task.
+            outputs: how many logits it has, where they are not those of the problem.
         """
         if isinstance(network, str):
             if "." in network and "/" not in network:
                 raise ValueError(
                     f"network {network!r} looks like a class: write class_path: {network} instead of a name"
                 )
-            network = network_for(network, self.num_classes, tuple(input_shape or self.input_shape))
+            outputs = outputs or self.problem.num_classes
+            network = network_for(network, outputs, tuple(input_shape or self.input_shape))
         if self.channels_last is None:
             self.channels_last = len(self.input_shape) == 3 and any(isinstance(m, nn.Conv2d) for m in network.modules())
         if self.channels_last:

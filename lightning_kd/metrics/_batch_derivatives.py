@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from lightning_kd.core.batch import batch_size
+from lightning_kd.core.outputs import logits_of
 from lightning_kd.core.random_state import same_random_state
 from lightning_kd.metrics._functional_network import Copies
 
@@ -22,8 +23,8 @@ KEPT_BYTES = 2**31
 
 
 def cross_entropy(model: nn.Module, batch: Any) -> Tensor:
-    """Mean cross-entropy of ``model(batch[0])`` on the targets ``batch[1]``."""
-    return F.cross_entropy(model(batch[0]), batch[1])
+    """Mean cross-entropy of the logits that ``model(batch[0])`` gives, on the targets ``batch[1]``."""
+    return F.cross_entropy(logits_of(model(batch[0])), batch[1])
 
 
 class BatchDerivatives(Copies):

@@ -20,6 +20,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from lightning_kd.core.batch import batch_size
 from lightning_kd.core.distributed import gather_rows, process_count, sum_of_parts, together
 from lightning_kd.core.module_modes import eval_mode
+from lightning_kd.core.outputs import logits_of
 from lightning_kd.core.precision import no_tf32
 from lightning_kd.core.random_state import same_random_state
 from lightning_kd.metrics._batch_derivatives import BatchDerivatives, LossFn
@@ -169,7 +170,7 @@ class Objective(BatchDerivatives):
         sums = [0.0, 0.0]
         with together(self.device), same_random_state(self.device):
             for number, batch in self.batches():
-                output = self.run(lambda model, batch: model(batch[0]), self.leaves, number, batch)
+                output = self.run(lambda model, batch: logits_of(model(batch[0])), self.leaves, number, batch)
                 loss, size = F.cross_entropy(output.detach(), batch[1]), batch_size(batch)
                 for i, given in cotangents(number, output.detach()):
                     found = torch.autograd.grad(output, self.leaves, given, retain_graph=True, allow_unused=True)

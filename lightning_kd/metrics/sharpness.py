@@ -10,6 +10,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
+from lightning_kd.core.outputs import logits_of
 from lightning_kd.metrics._batch_derivatives import LossFn
 from lightning_kd.metrics._objective import Measured, Objective, objective
 from lightning_kd.metrics.classifier_head import feature_hessian_trace, neural_collapse, relative_flatness
@@ -244,7 +245,10 @@ def _head(found: Objective, classifier: nn.Module | None, num_classes: int | Non
 
     def measure(model: nn.Module, batch: Any) -> list[Tensor]:
         seen.clear()
-        answer, target = model(batch[0]), batch[1]
+        try:
+            answer, target = logits_of(model(batch[0])), batch[1]
+        except TypeError:  # an output of a kind of its own
+            return []
         labels = isinstance(target, Tensor) and target.ndim == 1 and not target.is_floating_point()
         if not labels or not isinstance(answer, Tensor) or answer.ndim != 2 or answer.shape[1] < 2:
             return []  # no classification

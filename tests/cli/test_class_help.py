@@ -7,7 +7,7 @@ from torch.optim import SGD
 import lightning_kd
 from lightning_kd.cli import main
 from lightning_kd.cli.class_help import class_help, help_request
-from lightning_kd.cli.known_classes import argument_names, known_classes
+from lightning_kd.cli.named_classes import argument_names, known_classes
 
 
 @pytest.mark.parametrize(

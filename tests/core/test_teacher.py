@@ -139,3 +139,19 @@ def test_two_processes(tmp_path):
     one, other = on_two_ranks(fit_in_two_processes, str(tmp_path))
     assert one == other
     assert one[0] == []
+
+
+def test_it_is_in_no_checkpoint_of_a_compiled_task():
+    options = {"teacher_weights": "random", "input_shape": (1, 8, 8), "compile": True}
+    tasks = [KD("cnn_tiny", "cnn_tiny", 10, **options) for _ in range(2)]
+    for task in tasks:
+        task._trainer = L.Trainer(logger=False, barebones=True)
+        task.setup("fit")
+        assert task.teacher.network._compiled_call_impl is not None
+    state = tasks[0].state_dict()
+    assert state
+    assert not [key for key in state if "teacher" in key or "_orig_mod" in key]
+    teacher = {key: value.clone() for key, value in tasks[1].teacher.network.state_dict().items()}
+    tasks[1].load_state_dict(state)
+    assert all(torch.equal(value, tasks[1].state_dict()[key]) for key, value in state.items())
+    assert all(torch.equal(value, tasks[1].teacher.network.state_dict()[key]) for key, value in teacher.items())

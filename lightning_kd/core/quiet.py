@@ -1,4 +1,4 @@
-"""Silences what Lightning says to the user of the command line without being asked."""
+"""Silences what Lightning says to its user without being asked."""
 
 from __future__ import annotations
 

@@ -1,0 +1,112 @@
+"""Predictions on disk, by kind of problem."""
+
+import csv
+from pathlib import Path
+
+import lightning as L
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from lightning_kd.core import Classification, MultiLabelClassification, SemanticSegmentation
+from lightning_kd.core.prediction_files import colours
+from lightning_kd.core.run_callbacks import run_callbacks
+from lightning_kd.core.run_folder import RunFolder
+from lightning_kd.data import ArrayDataModule, ImageFolderDataModule
+from tests.two_processes import on_two_ranks
+
+NAMES = ["sky", "road", "car", "tree"]
+
+
+def predicted(folder, task, data, **options):
+    callbacks = [c for c in run_callbacks(RunFolder(folder)) if not hasattr(c, "best_model_path")]
+    trainer = L.Trainer(
+        accelerator="cpu",
+        callbacks=callbacks,
+        logger=False,
+        enable_checkpointing=False,
+        enable_progress_bar=False,
+        enable_model_summary=False,
+        **options,
+    )
+    outputs = trainer.predict(task, data)
+    if not trainer.is_global_zero:
+        return outputs, []
+    with (folder / "predictions.csv").open() as file:
+        return outputs, list(csv.DictReader(file))
+
+
+def arrays(kind):
+    return ArrayDataModule("none.npz", kind=kind, fake=True, class_names=NAMES, eval_batch_size=24)
+
+
+def test_several_labels(tmp_path):
+    outputs, rows = predicted(tmp_path, MultiLabelClassification("cnn_tiny", 4), arrays("multi_label"))
+    assert [int(row["index"]) for row in rows] == list(range(128))
+    probabilities = torch.cat([one["probabilities"] for one in outputs])
+    for row, expected in zip(rows, probabilities.tolist(), strict=True):
+        assert row["labels"] == "|".join(name for name, p in zip(NAMES, expected, strict=True) if p >= 0.5)
+        assert [float(row[f"probability_{k}"]) for k in range(4)] == pytest.approx(expected, rel=1e-4)
+    assert any("|" in row["labels"] for row in rows)
+
+
+def test_files_have_their_path_and_class_name(tmp_path):
+    generator = np.random.default_rng(0)
+    for split in ("train", "test"):
+        for name in ("a, b", "c"):
+            folder = tmp_path / "images" / split / name
+            folder.mkdir(parents=True)
+            for k in range(3):
+                Image.fromarray(generator.integers(0, 256, (16, 16, 3), dtype=np.uint8)).save(folder / f"{k}.png")
+    data = ImageFolderDataModule(str(tmp_path / "images"), image_size=16, num_workers=0)
+    _, rows = predicted(tmp_path / "run", Classification("cnn_tiny", 2, input_shape=(3, 16, 16)), data)
+    assert len(rows) == 6
+    for row in rows:
+        assert row["path"].startswith(str(tmp_path / "images" / "test"))
+        assert row["class_name"] == ["a, b", "c"][int(row["prediction"])]
+
+
+def check_masks(folder, rows, outputs):
+    for row in rows:
+        mask = np.asarray(Image.open(folder / row["mask"]))
+        assert mask.dtype == np.uint8
+        assert mask.shape == (32, 32)
+    for one in outputs:
+        for index, mask in zip(one["index"], one["prediction"], strict=True):
+            stored = np.asarray(Image.open(folder / f"predictions/{int(index):06d}.png"))
+            np.testing.assert_array_equal(stored, mask.numpy())
+
+
+def test_masks(tmp_path):
+    outputs, rows = predicted(tmp_path, SemanticSegmentation("fcn_tiny", 4), arrays("segmentation"))
+    assert [row["mask"] for row in rows] == [f"predictions/{k:06d}.png" for k in range(64)]
+    check_masks(tmp_path, rows, outputs)
+    page = np.asarray(Image.open(tmp_path / "predictions.png"))
+    assert page.shape == (4 * 32, 4 * 32, 3)  # eight pairs of image and mask, two in a row
+    known = {tuple(colour) for colour in colours(4).tolist()}
+    assert {tuple(pixel) for pixel in page[:32, 32:64].reshape(-1, 3).tolist()} <= known
+    assert not list(tmp_path.rglob("*.part"))
+
+
+def _masks_on_two(folder):
+    outputs, rows = predicted(
+        Path(folder), SemanticSegmentation("fcn_tiny", 4), arrays("segmentation"), devices=2, strategy="ddp"
+    )
+    check_masks(Path(folder), [], outputs)
+    return len(rows)
+
+
+def test_masks_of_two_processes(tmp_path):
+    assert on_two_ranks(_masks_on_two, str(tmp_path)) == [64, 0]
+    assert len(list((tmp_path / "predictions").glob("*.png"))) == 64
+
+
+def test_an_auxiliary_head_learns_where_it_has_a_weight():
+    task = SemanticSegmentation("fcn_tiny", 4)
+    before = task.network.aux_classifier.weight.clone()
+    L.Trainer(accelerator="cpu", max_steps=2, barebones=True).fit(task, arrays("segmentation"))
+    assert not torch.equal(before, task.network.aux_classifier.weight)
+    task = SemanticSegmentation("fcn_tiny", 4, aux_weight=0.0)
+    logits = torch.zeros(1, 4, 2, 2)
+    assert list(task.loss({"out": logits, "aux": logits}, logits, torch.zeros(1, 2, 2).long())) == ["ce"]
