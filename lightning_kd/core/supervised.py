@@ -10,31 +10,25 @@ from torch import Tensor, nn
 from lightning_kd.core.batch import as_batch
 from lightning_kd.core.losses import at_least_float32
 from lightning_kd.core.outputs import auxiliary_logits
-from lightning_kd.core.problems import MultiLabel, Problem, Segmentation, SingleLabel
+from lightning_kd.core.problems import MultiLabel, Problem, Segmentation
 from lightning_kd.core.task import Task
 from lightning_kd.core.weights import load_weights
 
-__all__ = ["Classification", "MultiLabelClassification", "SemanticSegmentation", "Supervised"]
+__all__ = ["Classification", "MultiLabelClassification", "SemanticSegmentation", "Supervised", "SupervisedTask"]
 
 
-class Supervised(Task):
-    """Train one network with the loss of the data's problem, of any kind, also one of your own.
+class SupervisedTask(Task):
+    """One network, trained with the loss of the problem. A subclass names its ``problem_class``.
 
-    For the kinds of this package there are ``Classification``, ``MultiLabelClassification`` and
-    ``SemanticSegmentation``. After ``fit`` the run folder holds ``network.pt``, a plain ``state_dict``; a distillation
-    task takes it (or the checkpoint) as ``teacher_weights``.
+    After ``fit`` the run folder holds ``network.pt``, a plain ``state_dict``; a distillation task takes it (or the
+    checkpoint) as ``teacher_weights``.
 
     Args:
         network: a network's name (``lightning-kd list``) or any ``nn.Module`` that gives the logits of the problem.
         num_classes: see ``Task``.
-        problem: what the network is asked. From the command line it comes from the data module; like a network that is
-            given as a module it is not in the checkpoint's hyperparameters.
         input_shape: see ``Task``.
         weights: checkpoint or ``state_dict`` file to start from. Default: train from scratch.
         kwargs: ``optimizer``, ``lr_scheduler``, ``lr_interval``, ``channels_last``, ``compile`` of ``Task``.
-
-    Raises:
-        ValueError: without a problem, where the class has none of its own.
     """
 
     def __init__(
@@ -42,21 +36,14 @@ class Supervised(Task):
         network: str | nn.Module,
         num_classes: int,
         *,
-        problem: Problem | None = None,
         input_shape: Sequence[int] = (3, 32, 32),
         weights: str | None = None,
         **kwargs: Any,
     ) -> None:
-        self._given_problem = problem
         super().__init__(num_classes, input_shape=input_shape, **kwargs)
         self.network = self.build(network)
         if weights is not None:
             load_weights(self.network, weights, num_classes)
-
-    def make_problem(self, num_classes: int) -> Problem:
-        if self._given_problem is None:
-            raise ValueError("problem must say what the network is asked, got None: give data.problem")
-        return self._given_problem
 
     @property
     def main_network(self) -> nn.Module:
@@ -81,7 +68,36 @@ class Supervised(Task):
         return self.step_loss(self.loss(output, logits, batch.target), logits, batch.target)
 
 
-class Classification(Supervised):
+class Supervised(SupervisedTask):
+    """Train one network with the loss of the data's problem, of any kind, also one of your own.
+
+    For the kinds of this package there are ``Classification``, ``MultiLabelClassification`` and
+    ``SemanticSegmentation``.
+
+    Args:
+        network: a network's name (``lightning-kd list``) or any ``nn.Module`` that gives the logits of the problem.
+        num_classes: see ``Task``.
+        problem: what the network is asked. From the command line it comes from the data module; like a network that is
+            given as a module it is not in the checkpoint's hyperparameters.
+        kwargs: ``input_shape``, ``weights`` of ``SupervisedTask``, and the arguments of ``Task``.
+
+    Raises:
+        ValueError: without a problem.
+    """
+
+    def __init__(
+        self, network: str | nn.Module, num_classes: int, *, problem: Problem | None = None, **kwargs: Any
+    ) -> None:
+        self._given_problem = problem
+        super().__init__(network, num_classes, **kwargs)
+
+    def make_problem(self, num_classes: int) -> Problem:
+        if self._given_problem is None:
+            raise ValueError("problem must say what the network is asked, got None: give data.problem")
+        return self._given_problem
+
+
+class Classification(SupervisedTask):
     """Train one network with cross-entropy on one class an image.
 
     After ``fit`` the run folder holds ``network.pt``, a plain ``state_dict``; a distillation task takes it (or the
@@ -106,15 +122,14 @@ class Classification(Supervised):
         label_smoothing: float = 0.0,
         **kwargs: Any,
     ) -> None:
-        problem = SingleLabel(num_classes)
-        super().__init__(network, num_classes, problem=problem, input_shape=input_shape, weights=weights, **kwargs)
+        super().__init__(network, num_classes, input_shape=input_shape, weights=weights, **kwargs)
         self.label_smoothing = label_smoothing
 
     def loss(self, output: Any, logits: Tensor, target: Tensor) -> dict[str, Tensor]:
         return {"ce": self.problem.loss(logits, target, label_smoothing=self.label_smoothing)}
 
 
-class MultiLabelClassification(Supervised):
+class MultiLabelClassification(SupervisedTask):
     """Train one network with binary cross-entropy on several labels an image; labels that are not known count nothing.
 
     Args:
@@ -125,20 +140,10 @@ class MultiLabelClassification(Supervised):
         kwargs: ``optimizer``, ``lr_scheduler``, ``lr_interval``, ``channels_last``, ``compile`` of ``Task``.
     """
 
-    def __init__(
-        self,
-        network: str | nn.Module,
-        num_classes: int,
-        *,
-        input_shape: Sequence[int] = (3, 32, 32),
-        weights: str | None = None,
-        **kwargs: Any,
-    ) -> None:
-        problem = MultiLabel(num_classes)
-        super().__init__(network, num_classes, problem=problem, input_shape=input_shape, weights=weights, **kwargs)
+    problem_class = MultiLabel
 
 
-class SemanticSegmentation(Supervised):
+class SemanticSegmentation(SupervisedTask):
     """Train one network with cross-entropy on a class for each pixel.
 
     Args:
@@ -152,6 +157,8 @@ class SemanticSegmentation(Supervised):
         kwargs: ``optimizer``, ``lr_scheduler``, ``lr_interval``, ``channels_last``, ``compile`` of ``Task``.
     """
 
+    problem_class = Segmentation
+
     def __init__(
         self,
         network: str | nn.Module,
@@ -162,8 +169,7 @@ class SemanticSegmentation(Supervised):
         aux_weight: float = 0.4,
         **kwargs: Any,
     ) -> None:
-        problem = Segmentation(num_classes)
-        super().__init__(network, num_classes, problem=problem, input_shape=input_shape, weights=weights, **kwargs)
+        super().__init__(network, num_classes, input_shape=input_shape, weights=weights, **kwargs)
         self.aux_weight = aux_weight
 
     def loss(self, output: Any, logits: Tensor, target: Tensor) -> dict[str, Tensor]:
