@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import csv
 import io
-import os
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Protocol
@@ -47,6 +46,8 @@ class PredictionTable:
         self._parts.append({name: value.cpu() for name, value in outputs.items() if name in kept})
 
     def finish(self, folder: Path, data: Any) -> None:
+        if not self._parts:
+            return
         names = list(self._parts[0])
         values = [torch.cat([part[name] for part in self._parts]) for name in names]
         found = dict(zip(names, values, strict=True))
@@ -83,6 +84,8 @@ class MaskFolder:
         self._index.append(outputs["index"].cpu())
 
     def finish(self, folder: Path, data: Any) -> None:
+        if not self._index:
+            return
         (index,) = gather_by_index(torch.cat(self._index))
         if is_first_process():
             rows = [np.concatenate([part for part in pair if part is not None], 1) for pair in self._pairs]
@@ -119,8 +122,10 @@ def _shown(image: Tensor, data: Any) -> np.ndarray | None:
 
 
 def _write_table(folder: Path, index: list[int], columns: dict[str, list[Any]], data: Any) -> None:
-    paths = data.sample_paths() if hasattr(data, "sample_paths") else None
-    first = {"index": index} if paths is None else {"index": index, "path": [os.fspath(paths[i]) for i in index]}
+    first: dict[str, list[Any]] = {"index": index}
+    paths = [data.path_of(i) for i in index] if hasattr(data, "path_of") else [None]
+    if None not in paths:
+        first["path"] = paths
     text = io.StringIO()
     writer = csv.writer(text, lineterminator="\n")
     writer.writerow([*first, *columns])

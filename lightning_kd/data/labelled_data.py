@@ -139,10 +139,10 @@ class LabelledDataModule(SplitLoaders, ABC):
         if not self._ready:
             self._load()
 
-    def sample_paths(self) -> list[str] | None:
-        """The file of each sample of the prediction set's full array; ``None`` where samples are no files."""
+    def path_of(self, index: int) -> str | None:
+        """The image file of a sample of the prediction set, by its position in the full array; ``None`` for arrays."""
         self.setup()
-        return self.test_image if isinstance(self.test_image, list) else None
+        return self.test_image[index] if isinstance(self.test_image, list) else None
 
     def _classes(self, target: Tensor) -> tuple[np.ndarray, int]:
         """What splits are stratified by, int64 ``[N]``, and how many classes of it there are."""
