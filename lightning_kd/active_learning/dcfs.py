@@ -12,7 +12,6 @@ from typing import Any, Literal, get_args
 
 import numpy as np
 import torch
-import torch.distributed as dist
 from torch import Tensor, nn
 
 from lightning_kd.active_learning.dcfs_selection import Coarse, coarse_to_fine, uncertainty_score
@@ -29,6 +28,7 @@ from lightning_kd.active_learning.evidential_uncertainty import (
 )
 from lightning_kd.active_learning.pool_task import PoolTask
 from lightning_kd.core.batch import as_batch
+from lightning_kd.core.distributed import process_count, summed
 from lightning_kd.core.feature_hooks import penultimate_tap
 from lightning_kd.core.losses import at_least_float32, check_positive
 from lightning_kd.core.outputs import class_logits
@@ -77,11 +77,8 @@ def _shares(*parts: Tensor) -> Tensor:
     They count for the average of the processes' gradients, which DDP takes.
     """
     masks = torch.stack(parts)
-    count, processes = masks.sum(1), 1
-    if dist.is_available() and dist.is_initialized():
-        dist.all_reduce(count)
-        processes = dist.get_world_size()
-    return wide(masks) * processes / count.clamp(min=1)[:, None]
+    count = summed(masks.sum(1))
+    return wide(masks) * process_count() / count.clamp(min=1)[:, None]
 
 
 class DCFS(PoolTask):

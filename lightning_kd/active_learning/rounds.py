@@ -11,11 +11,11 @@ from typing import Any
 import lightning as L
 import numpy as np
 import torch
-from lightning.pytorch.utilities import rank_zero_only
 
 from lightning_kd.active_learning.pool_task import PoolTask
 from lightning_kd.active_learning.queries import add_query, select_query, start_result, wait_for_all
 from lightning_kd.active_learning.round_folders import asked_by_hand, remove_round
+from lightning_kd.core.distributed import is_first_process
 from lightning_kd.pool import UNKNOWN, PoolRecord
 from lightning_kd.pool.label_curves import curves, draw_curves, write_metrics
 
@@ -66,7 +66,7 @@ def run_rounds(
             break
         number += 1
     rows = curves(record)
-    if _is_first_process():
+    if is_first_process():
         write_metrics(record, folder / "metrics.csv")
         draw_curves(rows, folder / "curves.png", record.results[-1]["strategy"])
     return rows
@@ -84,7 +84,7 @@ def _make_round(
     ``new`` and is not asked for as such, nothing is made, and the record ends before it."""
     folder = record.path.parent
     round_folder = folder / f"round_{number:02d}"
-    if new and _is_first_process():
+    if new and is_first_process():
         remove_round(round_folder, record)  # what a broken one left
     L.seed_everything(seed + number, workers=True, verbose=False)
     trainer, task, data = start(number, round_folder)
@@ -97,10 +97,6 @@ def _make_round(
         if trainer.is_global_zero:
             write_metrics(record, folder / "metrics.csv")
             say(_describe_round(record, number, data.rounds))
-
-
-def _is_first_process() -> bool:
-    return getattr(rank_zero_only, "rank", 0) == 0  # also before a Trainer has started the others
 
 
 def _resume_record(trainer: L.Trainer, task: PoolTask, data: Any, record: PoolRecord, seed: int) -> None:

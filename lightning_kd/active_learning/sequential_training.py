@@ -6,11 +6,10 @@ from abc import ABC, abstractmethod
 from typing import Any
 
 import numpy as np
-import torch.distributed as dist
 from torch import Tensor
 
 from lightning_kd.active_learning.pool_task import PoolTask
-from lightning_kd.core.distributed import average_gradients
+from lightning_kd.core.distributed import average_gradients, share_buffers
 from lightning_kd.core.phased_loader import Phase, PhaseBatch, PhasedLoader
 
 
@@ -72,6 +71,5 @@ class SequentialTrainingTask(PoolTask, ABC):
 
     def on_train_batch_end(self, outputs: Any, batch: Any, batch_idx: int) -> None:
         # running statistics of process 0, as DDP would share them, before the validation that follows
-        if self.trainer.is_last_batch and self.trainer.world_size > 1:
-            for buffer in self.buffers():
-                dist.broadcast(buffer, 0)
+        if self.trainer.is_last_batch:
+            share_buffers(self)

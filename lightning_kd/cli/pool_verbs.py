@@ -6,9 +6,8 @@ from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import Any
 
-from lightning.pytorch.utilities import rank_zero_only
-
 from lightning_kd.active_learning.pool_task import PoolTask
+from lightning_kd.core.distributed import is_first_process
 from lightning_kd.data import OpenSetDataModule
 from lightning_kd.pool.pool_record import alone
 
@@ -41,4 +40,4 @@ def check_pool(verb: str, model: Any, datamodule: Any) -> Any:
 
 def alone_on_pool(folder: Path) -> AbstractContextManager[None]:
     """Keep other commands off the pool of the run folder; process 0 does so for all."""
-    return alone(folder) if getattr(rank_zero_only, "rank", 0) == 0 else nullcontext()
+    return alone(folder) if is_first_process() else nullcontext()

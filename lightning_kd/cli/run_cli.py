@@ -8,7 +8,6 @@ from typing import Any
 import lightning as L
 from lightning.pytorch.callbacks import ModelCheckpoint, ModelSummary, ProgressBar, RichProgressBar
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
-from lightning.pytorch.utilities import rank_zero_only
 
 import lightning_kd.callbacks  # noqa: F401  (classes are found by name once they are imported)
 from lightning_kd.cli.active_command import run_active
@@ -20,6 +19,7 @@ from lightning_kd.cli.parser import RunParser
 from lightning_kd.cli.run_trainer import RunTrainer, verb_module
 from lightning_kd.cli.saved_config import config_text
 from lightning_kd.cli.usage import OWN_VERBS
+from lightning_kd.core.distributed import is_first_process
 from lightning_kd.core.registry import family_packages
 from lightning_kd.core.run_callbacks import run_callbacks
 from lightning_kd.core.run_folder import RunFolder
@@ -72,7 +72,7 @@ class RunCLI(LightningCLI):
     @property
     def is_first(self) -> bool:
         """Whether this is process 0, also before a Trainer has started the others."""
-        return getattr(rank_zero_only, "rank", 0) == 0
+        return is_first_process()
 
     def subcommands(self) -> dict[str, set[str]]:  # type: ignore[override]  # asked of the object alone
         """The verb that is called; all where it is none: building the parsers of all takes as long as a short fit."""

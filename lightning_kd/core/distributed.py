@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 import torch
 import torch.distributed as dist
+from lightning.pytorch.utilities import rank_zero_only
 from torch import Tensor, nn
 
 
@@ -23,8 +24,9 @@ def process_rank() -> int:
 
 
 def is_first_process() -> bool:
-    """Whether this process writes files and prints for all."""
-    return process_rank() == 0
+    """Whether this process writes files and prints for all; before a Trainer has started the others, too."""
+    started = dist.is_available() and dist.is_initialized()
+    return (process_rank() if started else getattr(rank_zero_only, "rank", 0)) == 0
 
 
 def gather_by_index(index: Tensor, *values: Tensor) -> tuple[Tensor, ...]:
