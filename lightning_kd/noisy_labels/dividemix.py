@@ -53,7 +53,8 @@ class DivideMix(TwoNetworkTask):
         labelled_anchors: mix only the labelled images with others, so that a step is half as large; where ``lambda_u``
             is 0 (WebVision).
         confidence_penalty: add the negative entropy of the predictions in the warm-up; for asymmetric and human noise.
-        loss_history: epochs over which the scaled scores are averaged before the split; 5 at 90 % symmetric noise.
+        loss_history: epochs over which the scaled scores are averaged before the split, beginning with those that the
+            first split is made of; 5 at 90 % symmetric noise.
         clip: share of the scores cut off at either end before scaling, against outliers.
         kwargs: ``gradient_clip_val`` of ``TwoNetworkTask``; ``optimizer``, ``lr_scheduler``, ``lr_interval``,
             ``channels_last``, ``compile`` of ``Task``.
@@ -240,8 +241,13 @@ class DivideMix(TwoNetworkTask):
         device = self.clean.rows.device
         index = self._verdicts[0].index.to(device)
         self.clean.write(index, torch.stack([v.clean_probability for v in self._verdicts], 1).to(device))
-        if self.loss_history > 1:
+        if self._keeps_history:
             self.memories["scores"].write(index, self._history.to(device))
+
+    @property
+    def _keeps_history(self) -> bool:
+        """Whether the scores now are averaged over epochs: the official code begins with those of the first split."""
+        return self.loss_history > 1 and self.current_epoch + 1 >= self.warmup_epochs
 
     def score_training_set(self) -> LabelScores:
         """The verdict of both networks: mean margin and score, and the clean probability by these.
@@ -257,7 +263,7 @@ class DivideMix(TwoNetworkTask):
         index, given, clean, scores, margin, predicted = self.over_training_set(measure)
         known = clean if bool((clean >= 0).all()) else None
         units = [unit_scores(scores[:, k], self.clip) for k in range(2)]
-        if self.loss_history > 1:
+        if self._keeps_history:
             units = self._averaged(index, units)
 
         def verdict(predicted: Tensor, margin: Tensor, unit: Tensor) -> LabelScores:

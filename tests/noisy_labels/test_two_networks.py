@@ -260,6 +260,30 @@ def test_history_averages_the_scores():
     torch.testing.assert_close(task._verdicts[1].score, rows[:, 1].double().mean(1), atol=1e-6, rtol=0)
 
 
+def test_history_begins_with_the_first_split(monkeypatch):
+    """As the official code, which keeps no scores of the warm-up before its last epoch."""
+    ends = torch.tensor([[0, 0.2, 0.4, 0.6, 0.8, 1], [1, 0.8, 0.6, 0.4, 0.2, 0], [0, 0.1, 0.3, 0.7, 0.9, 1]]).double()
+    found, kept = [], []
+
+    class Watch(L.Callback):
+        def on_train_epoch_start(self, trainer, pl_module):
+            def fixed(scores, clip=0.0):
+                return ends[trainer.current_epoch].repeat(len(scores) // 6 + 1)[: len(scores)]
+
+            monkeypatch.setattr("lightning_kd.noisy_labels.dividemix.unit_scores", fixed)
+            if trainer.current_epoch:
+                found.append(pl_module._verdicts[0].score[:6])
+                kept.append((pl_module.memories["scores"].rows >= 0).any())
+
+    task = task_of(DivideMix, warmup_epochs=2, loss_history=5)
+    trainer = trainer_of(max_epochs=3, callbacks=[Watch()])
+    trainer.fit(task, datamodule=data_module())
+    found.append(task._verdicts[0].score[:6])
+    expected = [ends[0], ends[1], torch.tensor([0.5, 0.45, 0.45, 0.55, 0.55, 0.5]).double()]
+    torch.testing.assert_close(torch.stack(found), torch.stack(expected), atol=1e-6, rtol=0)
+    assert [bool(any_) for any_ in kept] == [False, True]
+
+
 def test_partner_keeps_its_statistics():
     task = task_of(DPC)
     statistics = []
