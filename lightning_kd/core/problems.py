@@ -85,7 +85,8 @@ class SingleLabel(Problem):
 
     def columns(self, outputs: Mapping[str, Tensor], class_names: Sequence[str]) -> dict[str, list[Any]]:
         predicted = outputs["prediction"].tolist()
-        names = {"class_name": [class_names[k] for k in predicted]} if class_names else {}
+        known = len(class_names) == self.num_classes  # a network may have classes that the data has not
+        names = {"class_name": [class_names[k] for k in predicted]} if known else {}
         probabilities = super().columns({"probability": outputs["probabilities"]}, class_names)
         return {"prediction": predicted, **names, **probabilities}
 
@@ -149,7 +150,8 @@ class MultiLabel(Problem):
             metric.update(probabilities, target)
 
     def columns(self, outputs: Mapping[str, Tensor], class_names: Sequence[str]) -> dict[str, list[Any]]:
-        names = list(class_names) or [str(k) for k in range(self.num_classes)]
+        known = len(class_names) == self.num_classes
+        names = list(class_names) if known else [str(k) for k in range(self.num_classes)]
         labels = ["|".join(names[k] for k in row.nonzero().flatten()) for row in outputs["prediction"]]
         return {"labels": labels, **super().columns({"probability": outputs["probabilities"]}, names)}
 

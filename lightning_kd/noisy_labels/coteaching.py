@@ -94,9 +94,10 @@ class CoTeaching(TwoNetworkTask):
     """Co-teaching (Han et al., NeurIPS 2018, arXiv 1804.06872), algorithm 1.
 
     Both networks see the same batches, and each learns from the samples that the other one finds easiest
-    (``coteaching_losses``), fewer from epoch to epoch (``forget_rate``). A batch of which nothing is kept trains
-    nothing. ``train/pure_ratio`` is the share of clean labels among the kept samples, mean over batches and networks.
-    The verdict of each epoch is by the networks' mean, from the training steps.
+    (``coteaching_losses``), fewer from epoch to epoch (``forget_rate``, whose epoch 1 is the first that is trained, as
+    in the paper's code). A batch of which nothing is kept trains nothing. ``train/pure_ratio`` is the share of clean
+    labels among the kept samples, mean over batches and networks. The verdict of each epoch is by the networks' mean,
+    from the training steps.
 
     Several processes: each selects within its own batch.
 
@@ -138,7 +139,7 @@ class CoTeaching(TwoNetworkTask):
         batch = as_batch(batch)
         logits = [self.logits_of(k, batch.image) for k in range(2)]
         self.record_batch(batch, (logits[0] + logits[1]) / 2)
-        rate = forget_rate(self.current_epoch, self.noise_rate, self.ramp_epochs, self.exponent)
+        rate = forget_rate(self.current_epoch + 1, self.noise_rate, self.ramp_epochs, self.exponent)
         losses, chosen = _exchange(logits, batch.target, rate)
         if len(chosen[0]) == 0:  # on every process, as their batches are of one size
             return

@@ -67,6 +67,14 @@ def test_files_have_their_path_and_class_name(tmp_path):
         assert row["class_name"] == ["a, b", "c"][int(row["prediction"])]
 
 
+def test_a_network_with_more_classes_than_the_data(tmp_path):
+    task = Classification("cnn_tiny", 12)
+    _, rows = predicted(tmp_path, task, ArrayDataModule("none.npz", fake=True))
+    assert len(rows) == 128
+    assert "class_name" not in rows[0]
+    assert "probability_11" in rows[0]
+
+
 def check_masks(folder, rows, outputs):
     for row in rows:
         mask = np.asarray(Image.open(folder / row["mask"]))

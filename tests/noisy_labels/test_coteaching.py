@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
-from lightning_kd.noisy_labels import CoTeaching, LateLinearLR, forget_rate
+from lightning_kd.noisy_labels import CoTeaching, LateLinearLR, coteaching, forget_rate
 from tests.noisy_labels.runs import data_module, fitted, resumes_to_the_bit, trainer_of
 from tests.two_processes import on_two_ranks
 
@@ -61,11 +61,20 @@ def test_one_step_is_the_algorithm():
 
 
 def test_pure_ratio_is_over_all_while_nothing_is_dropped():
-    _, trainer = fitted(CoTeaching, trainer=trainer_of(max_epochs=1), noise_rate=0.4)
+    _, trainer = fitted(CoTeaching, trainer=trainer_of(max_epochs=1), noise_rate=0.4, exponent=50.0)
     data = trainer.datamodule
     assert data.train_size % data.batch_size == 0
     share = (data.train_clean == data.train_target)[data.train_indices].float().mean()
     assert trainer.callback_metrics["train/pure_ratio"].item() == pytest.approx(share.item())
+
+
+def test_the_first_epoch_drops_its_share_already(monkeypatch):
+    """The official loop trains from epoch 1 on, with that epoch's rate."""
+    rates = []
+    real = coteaching._exchange
+    monkeypatch.setattr(coteaching, "_exchange", lambda *args: rates.append(args[2]) or real(*args))
+    fitted(CoTeaching, trainer=trainer_of(max_epochs=2), noise_rate=0.5, ramp_epochs=10)
+    assert sorted(set(rates)) == pytest.approx([0.055556, 0.111111], abs=1e-6)
 
 
 def test_without_clean_labels_there_is_no_pure_ratio():
@@ -76,7 +85,7 @@ def test_without_clean_labels_there_is_no_pure_ratio():
 
 def test_a_batch_of_which_nothing_is_kept_trains_nothing():
     L.seed_everything(0, verbose=False)
-    task = CoTeaching("cnn_tiny", 10, input_shape=(1, 8, 8), noise_rate=0.9, ramp_epochs=1)
+    task = CoTeaching("cnn_tiny", 10, input_shape=(1, 8, 8), noise_rate=0.9, ramp_epochs=3)
     task_weights = []
 
     class Weights(L.Callback):
@@ -85,7 +94,7 @@ def test_a_batch_of_which_nothing_is_kept_trains_nothing():
 
     trainer = trainer_of(max_epochs=3, callbacks=[Weights()])
     trainer.fit(task, datamodule=data_module(batch_size=8))
-    assert trainer.global_step == 2 * len(trainer.datamodule.loader("train", shuffle=True))  # epoch 0 keeps all
+    assert trainer.global_step == 2 * len(trainer.datamodule.loader("train", shuffle=True))  # epoch 0 keeps half
     assert all(torch.equal(a, b) for a, b in zip(task_weights[1], task_weights[2], strict=True))
 
 
