@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import lightning as L
 from torch import Tensor, nn
@@ -10,6 +10,9 @@ from torchmetrics import MeanMetric, MetricCollection
 
 from lightning_kd.core.batch import as_batch
 from lightning_kd.core.problems import Problem, SingleLabel
+
+if TYPE_CHECKING:
+    from typing_extensions import Self
 
 __all__ = ["EvaluatedModule"]
 
@@ -22,6 +25,8 @@ class EvaluatedModule(L.LightningModule):
 
     problem_class: type[Problem] = SingleLabel
     problem: Problem
+    #: epoch and steps of the checkpoint that was loaded
+    loaded_progress: tuple[int, int] | None = None
 
     def make_problem(self, num_classes: int) -> Problem:
         """What is asked of the network."""
@@ -135,3 +140,17 @@ class EvaluatedModule(L.LightningModule):
         batch = as_batch(batch)
         index = {} if batch.index is None else {"index": batch.index}
         return {**index, **self.problem.predict(*self.scores_and_probabilities(batch.image))}
+
+    # -- checkpoints -------------------------------------------------------------------------------------------------
+
+    @classmethod
+    def load_from_checkpoint(cls, checkpoint_path: Any, *args: Any, **kwargs: Any) -> Self:
+        """Lightning's, with ``weights_only=True`` unless said otherwise: nothing but tensors and plain values is read.
+
+        A network that was given as a module is not in the checkpoint's hyperparameters: give it again.
+        """
+        kwargs.setdefault("weights_only", True)
+        return super().load_from_checkpoint(checkpoint_path, *args, **kwargs)
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        self.loaded_progress = (checkpoint["epoch"], checkpoint["global_step"])

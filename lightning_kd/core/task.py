@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import lightning as L
 import numpy as np
@@ -21,9 +21,6 @@ from lightning_kd.core.quiet import quiet
 from lightning_kd.core.seeding import EpochSeeding, global_seed, numpy_generator
 from lightning_kd.core.two_pass_step import second_pass
 from lightning_kd.nets import network_for
-
-if TYPE_CHECKING:
-    from typing_extensions import Self
 
 __all__ = ["Task"]
 
@@ -82,7 +79,6 @@ class Task(EvaluatedModule):
         self.lr_interval = lr_interval
         self.channels_last = channels_last
         self.compile_networks = compile
-        self.loaded_progress: tuple[int, int] | None = None
         self._built: list[nn.Module] = []
         self._means = EpochMeans()
         self._finite = FiniteGuard()
@@ -147,18 +143,6 @@ class Task(EvaluatedModule):
     def format_image(self, image: Tensor) -> Tensor:
         """The image in the memory format of the networks."""
         return image.contiguous(memory_format=torch.channels_last) if self.channels_last and image.ndim == 4 else image
-
-    @classmethod
-    def load_from_checkpoint(cls, checkpoint_path: Any, *args: Any, **kwargs: Any) -> Self:
-        """Lightning's, with ``weights_only=True`` unless said otherwise: nothing but tensors and plain values is read.
-
-        A network that was given as a module is not in the checkpoint's hyperparameters: give it again.
-        """
-        kwargs.setdefault("weights_only", True)
-        return super().load_from_checkpoint(checkpoint_path, *args, **kwargs)
-
-    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        self.loaded_progress = (checkpoint["epoch"], checkpoint["global_step"])
 
     # -- training ----------------------------------------------------------------------------------------------------
 
