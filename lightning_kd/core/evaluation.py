@@ -35,13 +35,9 @@ class EvaluatedModule(L.LightningModule):
     def set_problem(self, problem: Problem) -> None:
         """Say what is asked of the network, once, in ``__init__``."""
         self.problem = problem
+        self.num_classes = problem.num_classes
         self.val_metrics = self._evaluation_metrics("val/")
         self.test_metrics = self._evaluation_metrics("test/")
-
-    @property
-    def num_classes(self) -> int:
-        """The number of classes of the problem."""
-        return self.problem.num_classes
 
     @property
     def main_network(self) -> nn.Module:
