@@ -14,7 +14,11 @@ from tests.forked import CONTEXT, THREADS
 
 def _child(rank: int, port: int, function: Callable[..., Any], args: tuple[Any, ...], queue: Any) -> None:
     import torch
+    from lightning.pytorch.utilities import rank_zero_only
 
+    # as in a process that was launched with its rank, not forked from one that had none: else both take themselves
+    # for the first until a Trainer is made, and one may remove what the other has just written
+    rank_zero_only.rank = rank
     torch.set_num_threads(int(THREADS))
     warnings.simplefilter("ignore")
     os.environ.update(
