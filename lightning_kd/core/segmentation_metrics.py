@@ -31,7 +31,7 @@ class SegmentationMetric(Metric):
 
     def update(self, prediction: Tensor, target: Tensor) -> None:
         """Take a batch: both int64 ``[B, H, W]``; where ``target`` is -1 the pixel is left out."""
-        # ignored pixels are counted behind the table: choosing the others would make a GPU wait
+        # ignored pixels are counted behind the table
         cell = torch.where(target >= 0, target * self.num_classes + prediction, self.num_classes**2)
         counted = torch.bincount(cell.flatten(), minlength=self.num_classes**2 + 1)[:-1]
         self.counts = self.counts + counted.view_as(self.counts)

@@ -16,7 +16,8 @@ from lightning_kd.file_writing import written_whole
 
 
 class Arrays(NamedTuple):
-    """A data set in memory. Images are uint8 ``[N, C, H, W]``, features float32 ``[N, D]``, targets int64 ``[N]``.
+    """A data set in memory. Images are uint8 ``[N, C, H, W]``, features float32 ``[N, D]``, targets int64 ``[N]``
+    (several labels float32 ``[N, C]``, masks int16 ``[N, H, W]``).
 
     ``val_*`` is ``None`` where the validation set is taken out of the training set.
     """
@@ -148,7 +149,7 @@ def to_masks(array: np.ndarray, count: int, num_classes: int | None, name: str, 
     Args:
         array: the masks.
         count: how many samples they belong to.
-        num_classes: the upper limit; ``None`` checks only that there is a pixel with a class.
+        num_classes: the upper limit; ``None`` for none.
         name: what to call them in errors.
         shape: of an image, ``(C, H, W)``.
 

@@ -49,7 +49,7 @@ class ResidentLoader(BatchLoader):
     The stored samples are moved to ``device`` once, and all augmentation runs there. Random views are drawn on the CPU
     for all samples of the array at once from the stream (seed, epoch, pass) and looked up by index, so they do not
     depend on the batch size, the device or the number of processes. Yields ``Batch`` with ``image`` float32, ``target``
-    int64 and ``index`` int64, all on ``device``.
+    (int64; float32 for several labels) and ``index`` int64, all on ``device``.
 
     Args:
         image: uint8 ``[N, C, H, W]``, or float features ``[N, D]``: the full array of the split, or a ``StoredImages``
