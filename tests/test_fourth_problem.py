@@ -36,6 +36,9 @@ class Regression(Problem):
     def metrics(self):
         return {"mae": MeanAbsoluteError()}
 
+    def predict(self, scores, probabilities):
+        return {"prediction": scores, "distance": scores.abs().sum(1)}
+
 
 class SumsDataModule(LabelledDataModule):
     """Rows of six numbers; the answer is the sum of the first three."""
@@ -90,10 +93,35 @@ def test_a_fourth_kind_trains_tests_resumes_and_predicts(tmp_path, capsys):
     with (run / "predictions.csv").open() as file:
         rows = list(csv.DictReader(file))
     assert len(rows) == 80
+    for row in rows:
+        assert float(row["distance"]) == pytest.approx(abs(float(row["prediction_0"])), rel=1e-4)
     data = SumsDataModule()
     data.setup()
     error = sum(abs(float(row["prediction_0"]) - float(data.test_target[int(row["index"])])) for row in rows) / 80
     assert error == pytest.approx(last_of(run, "test/mae")[0], rel=1e-3)
+
+
+class ByLoss(Regression):
+    monitored, training_metric = "loss", "loss_again"
+
+    def metrics(self):
+        return {}
+
+
+class ByLossDataModule(SumsDataModule):
+    def __init__(self, fake: bool = False):
+        super().__init__(fake=fake)
+        self.problem = ByLoss(1)
+
+
+def test_a_curve_of_what_is_measured_by_its_loss_alone(tmp_path):
+    run = tmp_path / "run"
+    data = ["--data", f"{__name__}.ByLossDataModule", "--trainer.callbacks", "lightning_kd.callbacks.TestCurve"]
+    main(["fit", *COMMAND, *data, "--run", str(run), "--trainer.max_epochs", "2"])
+    curve = last_of(run, "curve/loss")
+    assert last_of(run, "curve/loss_last")[-1] == pytest.approx(sum(curve) / 2)
+    main(["test", *COMMAND, *data, "--run", str(run), "--ckpt_path", "last"])
+    assert last_of(run, "test/loss")[0] == pytest.approx(curve[-1], rel=1e-5)
 
 
 def test_a_method_for_one_class_refuses_it(tmp_path):

@@ -34,6 +34,9 @@ class PoolTask(Task, ABC):
         kwargs: ``optimizer``, ``lr_scheduler``, ``lr_interval``, ``channels_last``, ``compile`` of ``Task``.
     """
 
+    #: the pool's scores are read by the query, not written
+    written_outputs = ("prediction", "probabilities")
+
     def __init__(
         self,
         num_classes: int,
@@ -77,6 +80,13 @@ class PoolTask(Task, ABC):
         parent, _, name = path.rpartition(".")
         setattr(other.get_submodule(parent), name, nn.Linear(old.in_features, outputs, bias=old.bias is not None))
         return self.build(other)
+
+    def training_target(self, batch: Any) -> Tensor | None:
+        target = super().training_target(batch)
+        if target is None:
+            return None
+        # K is a queried unknown; -1 is unlabelled, from which BUAL learns without its label
+        return target.where((target != self.num_classes) & (target != -1), 0)
 
     # -- scoring and choosing ----------------------------------------------------------------------------------------
 

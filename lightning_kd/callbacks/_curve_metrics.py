@@ -9,11 +9,14 @@ import torch
 from torchmetrics import MetricCollection
 
 from lightning_kd.core.batch import as_batch
+from lightning_kd.core.evaluation import loss_metric
 from lightning_kd.core.inference_pass import evaluating
 
 
 def evaluate(trainer: L.Trainer, task: Any, loader: Any, limit: int | float = 1.0) -> MetricCollection:
     """The problem's ``curve_metrics`` of ``task`` on ``loader``, in eval mode; collective over processes.
+
+    The ``loss`` is among them where that is monitored.
 
     Args:
         trainer: of the fit.
@@ -29,14 +32,17 @@ def evaluate(trainer: L.Trainer, task: Any, loader: Any, limit: int | float = 1.
     """
     most = int(limit * len(loader)) if isinstance(limit, float) else limit
     strategy, convert = trainer.strategy, trainer.precision_plugin.convert_input
-    metrics = MetricCollection(dict(task.problem.curve_metrics()), compute_groups=False).to(strategy.root_device)
+    wanted: dict[str, Any] = dict(task.problem.curve_metrics())
+    if task.problem.monitored == "loss":
+        wanted["loss"] = loss_metric()
+    metrics = MetricCollection(wanted, compute_groups=False).to(strategy.root_device)
     count = 0
     with evaluating(task):
         for k, batch in enumerate(loader):
             if k == most:
                 break
             batch = as_batch(strategy.batch_to_device(convert(batch)))
-            task.problem.update_metrics(metrics, *task.scores_and_probabilities(batch.image), batch.target)
+            task.update_metrics(metrics, batch)
             count += 1
     if not strategy.reduce(torch.tensor(count, device=strategy.root_device), reduce_op="sum"):
         raise ValueError(

@@ -128,6 +128,8 @@ class SharpnessReport(L.Callback):
 
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         self._epochs = self._measured = 0
+        if getattr(trainer, "fast_dev_run", 0):
+            return
         path = _folder(trainer) / "sharpness.json"
         if trainer.is_global_zero and path.is_file():  # a resumed fit repeats what came after its checkpoint
             entries = _entries(path)

@@ -13,7 +13,8 @@ class Batch(NamedTuple):
 
     Attributes:
         image: float ``[B, C, H, W]`` (or ``[B, D]`` features); a tuple of them where several views are asked for.
-        target: int64 ``[B]``; float32 ``[B, C]`` for several labels, int64 ``[B, H, W]`` for masks; -1 is no label.
+        target: int64 ``[B]``; float32 ``[B, C]`` for several labels, int64 ``[B, H, W]`` for masks. -1 is no label: a
+            tag that is not known, an ignored pixel, an unlabelled sample of a pool (a plain training refuses those).
         index: int64 ``[B]``, the position of each sample in the split's full array. It survives shuffling, subsets,
             workers and processes, so that per-sample memories can be kept. ``None`` only for a user's own loader.
         extras: further tensors of the batch by name (views' ids, clean targets, cached teacher logits), first

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -39,13 +39,19 @@ def gather_by_index(index: Tensor, *values: Tensor) -> tuple[Tensor, ...]:
     Returns:
         ``(index, *values)`` on the CPU.
     """
-    parts = [index.detach().cpu(), *(v.detach().cpu() for v in values)]
+    return tuple(gather_columns({"index": index, **{str(k): v for k, v in enumerate(values)}}).values())
+
+
+def gather_columns(columns: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The same of columns by name, one of them ``index``, whose other names a process without samples may lack."""
+    parts = [{name: column.detach().cpu() for name, column in columns.items()}]
     if process_count() > 1:
-        gathered: list[list[Tensor]] = [[] for _ in range(process_count())]
-        dist.all_gather_object(gathered, parts)
-        parts = [torch.cat(columns) for columns in zip(*gathered, strict=True)]
-    order = torch.from_numpy(np.unique(parts[0].numpy(), return_index=True)[1])
-    return tuple(part[order] for part in parts)
+        gathered: list[Any] = [None] * process_count()
+        dist.all_gather_object(gathered, parts[0])
+        parts = [part for part in gathered if len(part["index"])] or gathered[:1]
+    joint = {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
+    order = torch.from_numpy(np.unique(joint["index"].numpy(), return_index=True)[1])
+    return {name: column[order] for name, column in joint.items()}
 
 
 def average_gradients(parameters: Iterable[nn.Parameter]) -> None:

@@ -8,13 +8,13 @@ import lightning as L
 from torch import Tensor, nn
 from torchmetrics import MeanMetric, MetricCollection
 
-from lightning_kd.core.batch import as_batch
+from lightning_kd.core.batch import Batch, as_batch
 from lightning_kd.core.problems import Problem, SingleLabel
 
 if TYPE_CHECKING:
     from typing_extensions import Self
 
-__all__ = ["EvaluatedModule"]
+__all__ = ["EvaluatedModule", "loss_metric"]
 
 
 class EvaluatedModule(L.LightningModule):
@@ -25,6 +25,8 @@ class EvaluatedModule(L.LightningModule):
 
     problem_class: type[Problem] = SingleLabel
     problem: Problem
+    #: which of the outputs of ``predict_step`` are written to disk. Default: all
+    written_outputs: tuple[str, ...] | None = None
     #: epoch and steps of the checkpoint that was loaded
     loaded_progress: tuple[int, int] | None = None
 
@@ -59,21 +61,37 @@ class EvaluatedModule(L.LightningModule):
         return self.problem.monitor_mode
 
     def _evaluation_metrics(self, prefix: str) -> MetricCollection:
-        metrics: dict[str, Any] = {"loss": MeanMetric(), **self.problem.metrics()}
+        metrics: dict[str, Any] = {"loss": loss_metric(), **self.problem.metrics()}
         return MetricCollection(metrics, prefix=prefix, compute_groups=False)
 
     def check_data(self, data: Any) -> None:
-        """Refuse data of another kind than the task is for.
+        """Refuse data of another kind than the task is for, and of more classes than it has.
 
         Raises:
             ValueError: naming both.
         """
         given = getattr(data, "problem", None)
-        if isinstance(given, Problem) and not isinstance(given, type(self.problem)):
+        if not isinstance(given, Problem):
+            return
+        if not isinstance(given, type(self.problem)):
             raise ValueError(
                 f"{type(self).__name__} is for {self.problem.kind}, but {type(data).__name__} has {given.kind}: take "
                 "a task for that, or other data"
             )
+        if given.num_classes > self.problem.num_classes:  # fewer are fine: a pretrained network may know more
+            raise ValueError(
+                f"num_classes={self.problem.num_classes} is less than the {given.num_classes} classes of "
+                f"{type(data).__name__}: give num_classes={given.num_classes}"
+            )
+
+    def check_target(self, target: Tensor, first: bool) -> None:
+        """Let the problem look at the targets of a batch: of each on a CPU, else of the ``first``: a GPU waits.
+
+        Raises:
+            ValueError: where they are not what the problem wants.
+        """
+        if first or target.device.type == "cpu":
+            self.problem.check_target(target)
 
     def forward(self, image: Tensor) -> Tensor:
         """Logits of the main network, as the problem wants them.
@@ -92,18 +110,32 @@ class EvaluatedModule(L.LightningModule):
         logits = self(image).float()
         return logits, self.problem.probabilities(logits)
 
+    def _answer(self, image: Tensor) -> tuple[Tensor, Any]:
+        if self._by_logits and not self.problem.needs_probabilities:
+            return self(image).float(), None
+        return self.scores_and_probabilities(image)
+
+    @property
+    def _by_logits(self) -> bool:
+        return type(self).scores_and_probabilities is EvaluatedModule.scores_and_probabilities
+
+    def update_metrics(self, metrics: MetricCollection, batch: Batch) -> None:
+        """Take one batch into the ``loss``, where it is among the metrics, and those of the problem."""
+        scores, probabilities = self._answer(batch.image)
+        found: dict[str, Any] = dict(metrics.items(keep_base=True))
+        if (mean := found.pop("loss", None)) is not None:
+            if self._by_logits:
+                loss = self.problem.loss(scores, batch.target)
+            else:
+                loss = self.problem.loss_of_probabilities(probabilities, batch.target)
+            count = self.problem.count(batch.target)
+            mean.update(loss, count.float() if isinstance(count, Tensor) else count)
+        self.problem.update_metrics(found, scores, probabilities, batch.target)
+
     def _evaluate(self, batch: Any, batch_idx: int, metrics: MetricCollection) -> None:
         batch = as_batch(batch)
-        if batch_idx == 0:
-            self.problem.check_target(batch.target)
-        scores, probabilities = self.scores_and_probabilities(batch.image)
-        if type(self).scores_and_probabilities is EvaluatedModule.scores_and_probabilities:
-            loss = self.problem.loss(scores, batch.target)
-        else:
-            loss = self.problem.loss_of_probabilities(probabilities, batch.target)
-        found = dict(metrics.items(keep_base=True))
-        found.pop("loss").update(loss, self.problem.count(batch.target))
-        self.problem.update_metrics(found, scores, probabilities, batch.target)
+        self.check_target(batch.target, first=batch_idx == 0)
+        self.update_metrics(metrics, batch)
 
     def validation_step(self, batch: Any, batch_idx: int) -> None:
         self._evaluate(batch, batch_idx, self.val_metrics)
@@ -135,7 +167,7 @@ class EvaluatedModule(L.LightningModule):
         """What the problem keeps of a prediction (``prediction``, ``probabilities``) and the ``index``, if known."""
         batch = as_batch(batch)
         index = {} if batch.index is None else {"index": batch.index}
-        return {**index, **self.problem.predict(*self.scores_and_probabilities(batch.image))}
+        return {**index, **self.problem.predict(*self._answer(batch.image))}
 
     # -- checkpoints -------------------------------------------------------------------------------------------------
 
@@ -150,3 +182,8 @@ class EvaluatedModule(L.LightningModule):
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         self.loaded_progress = (checkpoint["epoch"], checkpoint["global_step"])
+
+
+def loss_metric() -> MeanMetric:
+    """The mean of a loss over all labels; NaN where a batch's is: by default torchmetrics would leave that one out."""
+    return MeanMetric(nan_strategy=float("nan"))

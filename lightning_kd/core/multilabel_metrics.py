@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 from torchmetrics import Metric
@@ -28,14 +30,14 @@ def average_precision(scores: Tensor, target: Tensor) -> Tensor:
     ordered, order = scores.sort(0, descending=True)
     label = target.gather(0, order)
     positive = label == 1
-    hits = positive.double().cumsum(0)
-    seen = (label >= 0).double().cumsum(0)
+    hits = positive.cumsum(0)  # int64: a sum of floats is not deterministic on a GPU
+    seen = (label >= 0).cumsum(0)
     # every score has the precision at the last of those equal to it
     row = torch.arange(len(scores), device=scores.device)[:, None].expand_as(ordered)
     is_last = torch.ones_like(positive)
     is_last[:-1] = ordered[:-1] != ordered[1:]
     last = row.masked_fill(~is_last, len(scores)).flip(0).cummin(0).values.flip(0)
-    precision = hits.gather(0, last) / seen.gather(0, last).clamp(min=1)
+    precision = hits.gather(0, last).double() / seen.gather(0, last).clamp(min=1)
     return (precision * positive).sum(0) / hits[-1]
 
 
@@ -84,8 +86,16 @@ class MultiLabelMetric(Metric):
         self.scores.append(probabilities.detach().float())
         self.labels.append(target.to(torch.int8))
 
+    def sync(self, *args: Any, **kwargs: Any) -> None:
+        """torchmetrics', after giving a process without a batch the shape that the others' rows have."""
+        if not self.scores:
+            empty = torch.empty(0, self.num_classes, device=self.device)
+            self.update(empty, empty)
+        super().sync(*args, **kwargs)
+
     def compute(self) -> dict[str, float]:
-        scores, label = dim_zero_cat(self.scores), dim_zero_cat(self.labels)
+        # on the CPU, which has float64
+        scores, label = dim_zero_cat(self.scores).cpu(), dim_zero_cat(self.labels).cpu()
         found = average_precision(scores, label)
         predicted = (scores >= self.threshold) & (label >= 0)
         positive = label == 1

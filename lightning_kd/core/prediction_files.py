@@ -14,7 +14,7 @@ from PIL import Image
 from torch import Tensor
 
 from lightning_kd.core.batch import Batch
-from lightning_kd.core.distributed import gather_by_index, is_first_process
+from lightning_kd.core.distributed import gather_by_index, gather_columns, is_first_process
 from lightning_kd.file_writing import write_text, written_whole
 
 __all__ = ["MaskFolder", "PredictionTable", "PredictionWriter", "colours"]
@@ -30,6 +30,10 @@ class PredictionWriter(Protocol):
         """After the last batch; collective."""
 
 
+# what a process without a batch has
+_NOTHING = {"index": torch.empty(0, dtype=torch.int64)}
+
+
 class PredictionTable:
     """``predictions.csv``: ``index``, ``path`` where samples are files, and the columns of the problem.
 
@@ -42,18 +46,13 @@ class PredictionTable:
         self._parts: list[dict[str, Tensor]] = []
 
     def add(self, folder: Path, outputs: Mapping[str, Tensor], batch: Batch, data: Any) -> None:
-        kept = ("index", "prediction", "probabilities")  # not what a pool is scored by
-        self._parts.append({name: value.cpu() for name, value in outputs.items() if name in kept})
+        self._parts.append({name: value.cpu() for name, value in outputs.items()})
 
     def finish(self, folder: Path, data: Any) -> None:
-        if not self._parts:
-            return
-        names = list(self._parts[0])
-        values = [torch.cat([part[name] for part in self._parts]) for name in names]
-        found = dict(zip(names, values, strict=True))
-        index, *others = gather_by_index(found.pop("index"), *found.values())
-        if is_first_process():
-            outputs = dict(zip(found, others, strict=True))
+        parts = self._parts or [_NOTHING]
+        outputs = gather_columns({name: torch.cat([part[name] for part in parts]) for name in parts[0]})
+        index = outputs.pop("index")
+        if len(index) and is_first_process():
             columns = self.columns(outputs, getattr(data, "class_names", None) or [])
             _write_table(folder, index.tolist(), columns, data)
 
@@ -77,28 +76,40 @@ class MaskFolder:
         target.mkdir(parents=True, exist_ok=True)
         masks = outputs["prediction"].cpu().numpy()
         for index, mask, image in zip(outputs["index"].tolist(), masks, batch.image, strict=True):
-            with written_whole(target / f"{index:06d}.png") as path:
-                Image.fromarray(mask).save(path, format="PNG")
+            with written_whole(target / _mask_name(index)) as path:
+                # PNG knows grey values of 8 and 16 bits
+                Image.fromarray(mask if mask.dtype == np.uint8 else mask.astype(np.uint16)).save(path, format="PNG")
             if len(self._pairs) < self.shown:
                 self._pairs.append((_shown(image, data), self.colours[mask % len(self.colours)]))
         self._index.append(outputs["index"].cpu())
 
     def finish(self, folder: Path, data: Any) -> None:
-        if not self._index:
+        (index,) = gather_by_index(torch.cat(self._index or list(_NOTHING.values())))
+        if not len(index) or not is_first_process():
             return
-        (index,) = gather_by_index(torch.cat(self._index))
-        if is_first_process():
-            rows = [np.concatenate([part for part in pair if part is not None], 1) for pair in self._pairs]
-            height = max(len(row) for row in rows)
-            width = max(row.shape[1] for row in rows)
-            page = np.full((height * -(-len(rows) // 2), 2 * width, 3), 255, dtype=np.uint8)
-            for k, row in enumerate(rows):
-                top, left = k // 2 * height, k % 2 * width
-                page[top : top + len(row), left : left + row.shape[1]] = row
-            with written_whole(folder / "predictions.png") as path:
-                Image.fromarray(page).save(path, format="PNG")
-            masks = [f"predictions/{i:06d}.png" for i in index.tolist()]
-            _write_table(folder, index.tolist(), {"mask": masks}, data)
+        names = [_mask_name(i) for i in index.tolist()]
+        for name in {path.name for path in (folder / "predictions").glob("*.png")} - set(names):
+            (folder / "predictions" / name).unlink()  # of an earlier prediction on more samples
+        if self._pairs:
+            with written_whole(folder / "predictions.png") as part:
+                Image.fromarray(_page(self._pairs)).save(part, format="PNG")
+        _write_table(folder, index.tolist(), {"mask": [f"predictions/{name}" for name in names]}, data)
+
+
+def _mask_name(index: int) -> str:
+    return f"{index:06d}.png"
+
+
+def _page(pairs: Sequence[tuple[np.ndarray | None, np.ndarray]]) -> np.ndarray:
+    """Images beside their masks, two pairs in a row, uint8 ``[H, W, 3]``."""
+    rows = [np.concatenate([part for part in pair if part is not None], 1) for pair in pairs]
+    height = max(len(row) for row in rows)
+    width = max(row.shape[1] for row in rows)
+    page = np.full((height * -(-len(rows) // 2), 2 * width, 3), 255, dtype=np.uint8)
+    for k, row in enumerate(rows):
+        top, left = k // 2 * height, k % 2 * width
+        page[top : top + len(row), left : left + row.shape[1]] = row
+    return page
 
 
 def colours(num_classes: int) -> np.ndarray:

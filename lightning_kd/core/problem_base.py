@@ -4,8 +4,10 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
+from numbers import Integral
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 from torchmetrics import Metric, MetricCollection
 
@@ -38,13 +40,16 @@ class Problem(ABC):
     least = 1
     #: whether each sample has one class, an integer, so that samples can be drawn and split by class
     one_class = False
+    #: whether ``update_metrics`` and ``predict`` look at probabilities; else they get ``None``, and none are made
+    needs_probabilities = True
 
     def __init__(self, num_classes: int) -> None:
-        if not isinstance(num_classes, int) or num_classes < self.least:
+        if not isinstance(num_classes, Integral) or num_classes < self.least:
             raise ValueError(
-                f"num_classes must be at least {self.least}, got {num_classes}: a data module must have num_classes"
+                f"num_classes must be at least {self.least}, and a whole number, got {num_classes!r}: give that of the "
+                "data"
             )
-        self.num_classes = num_classes
+        self.num_classes: int = int(num_classes)
 
     @property
     def monitor(self) -> str:
@@ -75,7 +80,7 @@ class Problem(ABC):
 
     @abstractmethod
     def check_target(self, target: Tensor) -> None:
-        """Look at the targets of one batch.
+        """Look at the targets of one batch: of each on a CPU, of the first of a fit on a GPU, which would wait for it.
 
         Raises:
             ValueError: where dtype, shape or range are wrong.
@@ -87,7 +92,7 @@ class Problem(ABC):
 
     def loss_of_probabilities(self, probabilities: Tensor, target: Tensor) -> Tensor:
         """The same of probabilities, where several networks answer together."""
-        return self.loss(probabilities.clamp_min(1e-38).log(), target)
+        return self.loss(log_of(probabilities), target)
 
     def count(self, target: Tensor) -> int | Tensor:
         """How many labels the loss is the mean over."""
@@ -143,3 +148,8 @@ class Problem(ABC):
     def prediction_writer(self) -> PredictionWriter:
         """What writes predictions into a run folder."""
         return PredictionTable(self.columns)
+
+
+def log_of(probabilities: Tensor) -> Tensor:
+    """Their logarithm, finite where they are 0."""
+    return probabilities.clamp_min(torch.finfo(probabilities.dtype).tiny).log()

@@ -15,7 +15,7 @@ from lightning_kd.core.calibration import CalibrationMetric
 from lightning_kd.core.multilabel_metrics import MultiLabelMetric
 from lightning_kd.core.outputs import class_logits, logits_of, pixel_logits
 from lightning_kd.core.prediction_files import MaskFolder, PredictionWriter
-from lightning_kd.core.problem_base import Problem
+from lightning_kd.core.problem_base import Problem, log_of
 from lightning_kd.core.segmentation_metrics import SegmentationMetric
 
 __all__ = ["MultiLabel", "Problem", "Segmentation", "SingleLabel"]
@@ -24,7 +24,8 @@ __all__ = ["MultiLabel", "Problem", "Segmentation", "SingleLabel"]
 class SingleLabel(Problem):
     """One class an image (or row of features). Targets are int64 ``[B]``, outputs ``[B, C]``.
 
-    Metrics: ``acc``, ``ece`` (15 bins) and, with more than 10 classes, ``acc5``.
+    A sample without a label (-1) is refused: nothing here can learn from it or be measured on it, so data modules leave
+    it out. Metrics: ``acc``, ``ece`` (15 bins) and, with more than 10 classes, ``acc5``.
     """
 
     kind = "one class an image (SingleLabel)"
@@ -42,8 +43,12 @@ class SingleLabel(Problem):
 
     def check_target(self, target: Tensor) -> None:
         if target.ndim != 1 or target.dtype != torch.int64:
+            column = target.ndim == 2 and target.shape[1] == 1
+            remedy = "give one class an image, or take a task for another kind"
+            if column or target.ndim == 1:
+                remedy = "take target" + ".squeeze(1)" * column + ".long()"
             raise ValueError(
-                f"target must be int64 [B], a class for each image, got {target.dtype} {list(target.shape)}"
+                f"target must be int64 [B], a class for each image, got {target.dtype} {list(target.shape)}: {remedy}"
             )
         _check_range(target, 0, self.num_classes - 1)
 
@@ -51,7 +56,7 @@ class SingleLabel(Problem):
         return F.cross_entropy(logits, target, **options)
 
     def loss_of_probabilities(self, probabilities: Tensor, target: Tensor) -> Tensor:
-        return F.nll_loss(_log(probabilities), target)
+        return F.nll_loss(log_of(probabilities), target)
 
     def probabilities(self, logits: Tensor) -> Tensor:
         return logits.softmax(1)
@@ -64,11 +69,12 @@ class SingleLabel(Problem):
 
     def metrics(self) -> dict[str, Metric]:
         found: dict[str, Metric] = {
-            "acc": MulticlassAccuracy(self.num_classes, average="micro"),
-            "ece": MulticlassCalibrationError(self.num_classes, n_bins=15),
+            # without their own look at each batch, for which a GPU waits: check_target has looked
+            "acc": MulticlassAccuracy(self.num_classes, average="micro", validate_args=False),
+            "ece": MulticlassCalibrationError(self.num_classes, n_bins=15, validate_args=False),
         }
         if self.num_classes > 10:
-            found["acc5"] = MulticlassAccuracy(self.num_classes, average="micro", top_k=5)
+            found["acc5"] = MulticlassAccuracy(self.num_classes, average="micro", top_k=5, validate_args=False)
         return found
 
     def curve_metrics(self) -> dict[str, Metric]:
@@ -113,7 +119,7 @@ class MultiLabel(Problem):
                 f"target must be [B, {self.num_classes}] of 1, 0 and -1 (not known), got {list(target.shape)}: one "
                 "column a class"
             )
-        if target.device.type == "cpu" and not ((target == 0) | (target == 1) | (target == -1)).all():
+        if not ((target == 0) | (target == 1) | (target == -1)).all():
             raise ValueError(
                 f"target must hold 1, 0 and -1 (not known), got values from {float(target.min())} to "
                 f"{float(target.max())}: correct the labels"
@@ -125,7 +131,7 @@ class MultiLabel(Problem):
         return (each * known).sum() / known.sum().clamp(min=1)
 
     def loss_of_probabilities(self, probabilities: Tensor, target: Tensor) -> Tensor:
-        return self.loss(_log(probabilities) - _log(1 - probabilities), target)
+        return self.loss(log_of(probabilities) - log_of(1 - probabilities), target)
 
     def count(self, target: Tensor) -> int | Tensor:
         return (target >= 0).sum()
@@ -150,10 +156,11 @@ class MultiLabel(Problem):
             metric.update(probabilities, target)
 
     def columns(self, outputs: Mapping[str, Tensor], class_names: Sequence[str]) -> dict[str, list[Any]]:
+        """``labels``, the names of those predicted joined by ``|`` (``\\|`` inside a name), and probabilities."""
         known = len(class_names) == self.num_classes
-        names = list(class_names) if known else [str(k) for k in range(self.num_classes)]
+        names = [name.replace("|", r"\|") for name in class_names] if known else list(map(str, range(self.num_classes)))
         labels = ["|".join(names[k] for k in row.nonzero().flatten()) for row in outputs["prediction"]]
-        return {"labels": labels, **super().columns({"probability": outputs["probabilities"]}, names)}
+        return {"labels": labels, **super().columns({"probability": outputs["probabilities"]}, class_names)}
 
 
 class Segmentation(Problem):
@@ -168,6 +175,7 @@ class Segmentation(Problem):
     monitored, monitor_mode = "miou", "max"
     training_metric = "pixel_acc"
     least = 2
+    needs_probabilities = False  # as large as the logits
 
     def logits(self, output: Any, image: Tensor, network: nn.Module, name: str = "") -> Tensor:
         return pixel_logits(network, logits_of(output), self.num_classes, image.shape[-2:], name)
@@ -213,10 +221,6 @@ class Segmentation(Problem):
         return MaskFolder(self.num_classes)
 
 
-def _log(probabilities: Tensor) -> Tensor:
-    return probabilities.clamp_min(torch.finfo(probabilities.dtype).tiny).log()
-
-
 def _resized(logits: Tensor, target: Tensor) -> Tensor:
     """``logits`` ``[B, C, h, w]`` of the size of ``target`` ``[B, H, W]``."""
     if logits.shape[-2:] == target.shape[-2:]:
@@ -225,9 +229,14 @@ def _resized(logits: Tensor, target: Tensor) -> Tensor:
 
 
 def _check_range(target: Tensor, low: int, high: int) -> None:
-    if target.device.type == "cpu" and target.numel():  # a GPU would have to wait
-        least, most = int(target.min()), int(target.max())
-        if least < low or most > high:
-            raise ValueError(
-                f"target must be between {low} and {high}, got {least} to {most}: correct labels or num_classes"
-            )
+    if not target.numel():
+        return
+    least, most = (int(value) for value in target.aminmax())
+    if least >= low and most <= high:
+        return
+    remedy = "correct labels or num_classes"
+    if (least, most) == (1, high + 1):
+        remedy = "count classes from 0, not from 1"
+    elif least == -1:
+        remedy = "leave out samples without a label (-1)"
+    raise ValueError(f"target must be between {low} and {high}, got {least} to {most}: {remedy}")

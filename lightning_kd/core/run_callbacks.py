@@ -26,7 +26,7 @@ class RunRecorder(L.Callback):
         run: the run folder.
 
     Attributes:
-        predictions: whether to write ``predictions.csv``; a pass that is made for something else turns it off.
+        predictions: whether to write what is predicted; a pass that is made for something else turns it off.
     """
 
     def __init__(self, run: RunFolder) -> None:
@@ -74,8 +74,9 @@ class RunRecorder(L.Callback):
                     torch.save({k: v.detach().cpu().contiguous() for k, v in network.state_dict().items()}, path)
 
     def on_predict_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        problem = getattr(pl_module, "problem", None)
-        self._writer = problem.prediction_writer() if problem is not None and self.predictions else None
+        problem: Any = getattr(pl_module, "problem", None)
+        writing = problem is not None and self.predictions and not getattr(trainer, "fast_dev_run", 0)
+        self._writer = problem.prediction_writer() if writing else None
 
     def on_predict_batch_end(
         self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, batch: Any, *args: Any
@@ -83,8 +84,10 @@ class RunRecorder(L.Callback):
         if self._writer is None:
             return
         if "index" not in outputs:
-            raise ValueError("predictions.csv needs each sample's index: predict on a lightning_kd data module")
-        self._writer.add(self.run.path, outputs, as_batch(batch), trainer.datamodule)  # type: ignore[attr-defined]
+            raise ValueError("predictions on disk need each sample's index: predict on a lightning_kd data module")
+        names = getattr(pl_module, "written_outputs", None) or tuple(outputs)
+        written = {name: value for name, value in outputs.items() if name in ("index", *names)}
+        self._writer.add(self.run.path, written, as_batch(batch), trainer.datamodule)  # type: ignore[attr-defined]
 
     def on_predict_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         if self._writer is not None:

@@ -37,7 +37,7 @@ class SegmentationMetric(Metric):
         self.counts = self.counts + counted.view_as(self.counts)
 
     def compute(self) -> dict[str, float]:
-        counts = self.counts.double()
+        counts = self.counts.cpu().double()  # a Mac's GPU has no float64
         right = counts.diagonal()
         union = counts.sum(0) + counts.sum(1) - right
         occurs = union > 0

@@ -61,8 +61,6 @@ class SupervisedTask(Task):
 
     def training_step(self, batch: Any, batch_idx: int) -> Tensor:
         batch = as_batch(batch)
-        if batch_idx == 0:
-            self.problem.check_target(batch.target)
         output = self.network(self.format_image(batch.image))
         (logits,) = at_least_float32(self.problem.logits(output, batch.image, self.network))
         return self.step_loss(self.loss(output, logits, batch.target), logits, batch.target)
@@ -94,6 +92,11 @@ class Supervised(SupervisedTask):
     def make_problem(self, num_classes: int) -> Problem:
         if self._given_problem is None:
             raise ValueError("problem must say what the network is asked, got None: give data.problem")
+        if self._given_problem.num_classes != num_classes:
+            raise ValueError(
+                f"num_classes={num_classes} is not that of the problem, {self._given_problem.num_classes}: give "
+                "problem.num_classes"
+            )
         return self._given_problem
 
 

@@ -80,6 +80,7 @@ class Task(EvaluatedModule):
         self.channels_last = channels_last
         self.compile_networks = compile
         self._built: list[nn.Module] = []
+        self._targets_checked = False
         self._means = EpochMeans()
         self._finite = FiniteGuard()
 
@@ -132,6 +133,7 @@ class Task(EvaluatedModule):
         return numpy_generator(seed, stream, self.current_epoch, pass_, self.global_rank)
 
     def setup(self, stage: str) -> None:
+        self._targets_checked = False
         self.check_data(getattr(self.trainer, "datamodule", None))
         if self.compile_networks:
             # or a tapped network would reuse the code of an untapped one of its class, and the tap never fire
@@ -145,6 +147,18 @@ class Task(EvaluatedModule):
         return image.contiguous(memory_format=torch.channels_last) if self.channels_last and image.ndim == 4 else image
 
     # -- training ----------------------------------------------------------------------------------------------------
+
+    def training_target(self, batch: Any) -> Tensor | None:
+        """The targets in a training batch, as the problem has them, to be checked; ``None`` where there are none."""
+        labelled = getattr(batch, "labelled", batch)
+        pair = isinstance(labelled, tuple | list) and len(labelled) > 1
+        return labelled[1] if pair and isinstance(labelled[1], Tensor) else None
+
+    def on_train_batch_start(self, batch: Any, batch_idx: int) -> None:
+        target = self.training_target(batch)
+        if target is not None:
+            self.check_target(target, first=not self._targets_checked)
+            self._targets_checked = True
 
     def configure_callbacks(self) -> list[L.Callback]:
         known = [c for c in self.trainer.callbacks if isinstance(c, EpochSeeding)]  # type: ignore[attr-defined]
@@ -193,9 +207,9 @@ class Task(EvaluatedModule):
             counted = labelled if counted is None else counted
             found = found.to(values.dtype)
             if counted is None:
-                self.accumulate((*names, name), torch.cat([values, found.mean()[None]]), len(target))
+                self.accumulate((*names, name), torch.cat([values, found.mean()[None]]), self.problem.count(target))
             else:
-                self.accumulate(names, values, len(target))
+                self.accumulate(names, values, self.problem.count(target))
                 count = counted.sum()
                 self.accumulate((name,), ((found * counted).sum() / count.clamp(min=1))[None], count)
         every = self.trainer.log_every_n_steps  # type: ignore[attr-defined]  # 0 with barebones

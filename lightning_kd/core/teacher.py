@@ -9,7 +9,6 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from lightning_kd.core.feature_hooks import find_classifier
 from lightning_kd.core.problems import Problem
 from lightning_kd.core.weights import load_weights, pretrained_network
 
@@ -53,11 +52,8 @@ class FrozenTeacher(nn.Module):
         super().__init__()
         if (mean is None) != (std is None):
             raise ValueError("give teacher_mean and teacher_std together, or neither")
-        try:
-            classes = find_classifier(network)[1].out_features
-        except ValueError:  # no linear layer: the first batch tells
-            classes = problem.num_classes
-        if classes != problem.num_classes:
+        classes = _classes_of(network) if problem.one_class else None
+        if classes not in (None, problem.num_classes):
             raise ValueError(
                 f"the teacher has {classes} classes, the data {problem.num_classes}: train or name another"
             )
@@ -148,6 +144,13 @@ def checked_size(size: int | Sequence[int] | None) -> tuple[int, int] | None:
     if len(both) != 2 or not all(isinstance(side, int) and side > 0 for side in both):
         raise ValueError(f"teacher_size must be a whole number above 0 or height and width, got {size}")
     return both[0], both[1]
+
+
+def _classes_of(network: nn.Module) -> int | None:
+    """The outputs of a linear layer that comes last; ``None`` where another comes last, and the first batch tells."""
+    with_weights = [module for module in network.modules() if any(True for _ in module.parameters(recurse=False))]
+    last = with_weights[-1] if with_weights else None
+    return last.out_features if isinstance(last, nn.Linear) else None
 
 
 def _leave_out(module: nn.Module, state_dict: dict[str, Any], prefix: str, local_metadata: dict[str, Any]) -> None:

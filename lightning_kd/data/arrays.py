@@ -45,10 +45,10 @@ class ArrayDataModule(ClassificationDataModule):
     ``feature`` may stand for ``image`` in the names). Further keys are left alone.
     Targets say what is asked of a network:
 
-    - integers ``[N]`` from 0 on: one class a sample (``SingleLabel``);
+    - integers ``[N]`` (or ``[N, 1]``) from 0 on: one class a sample (``SingleLabel``);
     - uint8 ``[N, C]`` of 0, 1 and 255 for "not known": several labels (``MultiLabel``);
-    - uint8 ``[N, H, W]`` with 255 for ignored pixels: a class for each pixel (``Segmentation``). Masks are cropped and
-      flipped with their images.
+    - uint8 ``[N, H, W]`` (or ``[N, H, W, 1]``) with 255 for ignored pixels: a class for each pixel (``Segmentation``).
+      Masks are cropped and flipped with their images.
 
     The file is read when the object is made, and all samples stay in memory. See ``ClassificationDataModule``
     for what it offers and for several processes.
@@ -60,21 +60,23 @@ class ArrayDataModule(ClassificationDataModule):
             as the targets have columns.
         batch_size: training samples a step and process.
         eval_batch_size: the most samples an evaluation step and process.
-        val_fraction: the share of each class of the training samples that becomes the validation set, 0 to below 1.
-        test_fraction: the share of each class that becomes the test set where the file has none, above 0 to below 1.
-        train_fraction: train on this share of what is left, of each class alike, above 0 to 1.
-        train_per_class: train on this many samples of each class instead.
+        val_fraction: the share of the training samples that becomes the validation set, 0 to below 1. This and the
+            other shares are taken of each class alike where each sample has one class.
+        test_fraction: the share that becomes the test set where the file has none, above 0 to below 1.
+        train_fraction: train on this share of what is left, above 0 to 1.
+        train_per_class: train on this many samples of each class instead; only with one class a sample.
         augment: pad training images with black, crop back at random, and flip; not for features.
         crop_padding: pixels of that padding.
         flip: flip half of the training images left-right, with ``augment``.
         cutout: the side in pixels of a box set to the mean colour in each training image; 0 is off.
         mean: subtracted from each channel (0 to 1) or feature; by default that of the training images, for features 0.
         std: divides each channel or feature; by default that of the training images, for features 1.
-        seed: fixes the validation split and the subset, for the same given labels (both are stratified by them);
-            together with ``seed_everything`` also the order of the batches and the augmentation.
+        seed: fixes the validation split and the subset, for the same given labels (one class a sample: both are
+            stratified by them); together with ``seed_everything`` also the order of the batches and the augmentation.
         fake: use a small made-up data set instead, of the shape of the file if there is one, else of 10 classes of
             32 x 32 colour images.
-        noise: gives the training samples wrong labels, see ``LabelNoise``; ``None`` keeps the data set's own.
+        noise: gives the training samples wrong labels, see ``LabelNoise``; only with one class a sample. ``None`` keeps
+            the data set's own.
         kind: ``"single_label"``, ``"multi_label"`` or ``"segmentation"``. By default what the shape of the targets
             says; needed for ``fake`` data of another kind than the first without a file.
 
@@ -111,6 +113,8 @@ class ArrayDataModule(ClassificationDataModule):
         self.path = path
         self.target_path = target_path
         self.test_fraction = test_fraction
+        if kind is not None and kind not in _PROBLEMS:
+            raise ValueError(f"kind must be one of {', '.join(_PROBLEMS)}, or None, got {kind!r}: give one of them")
         self.kind: str = kind or "single_label"
         if fake and not Path(path).exists():
             names = class_names or [str(c) for c in range(10)]
@@ -160,10 +164,18 @@ class ArrayDataModule(ClassificationDataModule):
                 raise ValueError(f"target_path must go with the .npy file {self.path!r}, got None: give its targets")
             arrays = {"image": arrays[""], "target": read_arrays(Path(self.target_path)).get("", np.empty(0))}
         prefix = "train_" if {"train_image", "train_feature", "train_target"} & set(arrays) else ""
-        rank = arrays.get(f"{prefix}target", np.empty(0)).ndim
-        self.kind = kind or {2: "multi_label", 3: "segmentation"}.get(rank, "single_label")
+        shape = arrays.get(f"{prefix}target", np.empty(0)).shape
+        one_each = len(shape) == 2 and shape[1] == 1  # how some libraries keep one class a sample
+        guess = {2: "multi_label", 3: "segmentation", 4: "segmentation"}.get(len(shape), "single_label")
+        self.kind = kind or ("single_label" if one_each else guess)
         image, target = self._pair(arrays, prefix, len(class_names) if class_names else None)
         count = target.shape[1] if self.kind == "multi_label" else int(target.max()) + 1
+        if not class_names and count < _PROBLEMS[self.kind].least:
+            held = "no labelled pixel" if count == 0 else "class 0 alone"
+            raise ValueError(
+                f"{prefix}target of {self.path!r} must hold at least 2 classes, got {held}: correct the targets, or "
+                "give class_names"
+            )
         names = class_names or [str(c) for c in range(count)]
         if {"test_image", "test_feature", "test_target"} & set(arrays):
             test_image, test_target = self._pair(arrays, "test_", len(names))
@@ -191,7 +203,16 @@ class ArrayDataModule(ClassificationDataModule):
         convert = to_feature if arrays[key].ndim == 2 else to_image
         image = convert(arrays[key], f"{key} of {self.path!r}")
         target, name = arrays[f"{prefix}target"], f"{prefix}target of {self.path!r}"
+        if self.kind == "segmentation" and image.ndim == 2:
+            raise ValueError(f"{name} can be masks of images alone, got features: give a class for each sample")
+        if target.ndim == {"single_label": 2, "segmentation": 4}.get(self.kind) and target.shape[-1] == 1:
+            target = target[..., 0]
         if self.kind == "multi_label":
+            if num_classes is not None and target.ndim == 2 and target.shape[1] != num_classes:
+                raise ValueError(
+                    f"class_names must have a name for each of the {target.shape[1]} columns of {name}, got "
+                    f"{num_classes} names: give one a column"
+                )
             return image, to_label_matrix(target, len(image), num_classes, name)
         if self.kind == "segmentation":
             return image, to_masks(target, len(image), num_classes, name, tuple(image.shape[1:]))

@@ -1,4 +1,4 @@
-"""The base of the data modules with one class a sample, and wrong labels for those that ask for them."""
+"""The base of the data modules whose samples may be given wrong labels."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ __all__ = ["ClassificationDataModule"]
 
 
 class ClassificationDataModule(LabelledDataModule):
-    """A ``LabelledDataModule`` of one class a sample, which may be given wrong labels.
+    """A ``LabelledDataModule`` that may be given wrong labels, where each sample has one class.
 
     With ``noise``, ``train_target`` are the given labels, splits and validation samples of the training array
     included, and ``train_clean`` (int64 ``[N]``, else ``None``) the data set's own; its own validation and test labels

@@ -20,7 +20,10 @@ class DerivedDataModule(L.LightningDataModule, ABC):
     """What a data module has from ``source``, of which it keeps a shallow copy.
 
     Args:
-        source: the other data module, which is left as it is.
+        source: the other data module, of one class a sample, which is left as it is.
+
+    Raises:
+        ValueError: where ``source`` is of another kind.
     """
 
     test_indices: np.ndarray
@@ -28,6 +31,11 @@ class DerivedDataModule(L.LightningDataModule, ABC):
 
     def __init__(self, source: ClassificationDataModule) -> None:
         super().__init__()
+        if not source.problem.one_class:
+            raise ValueError(
+                f"source must have one class a sample, {type(source).__name__} has {source.problem.kind}: give other "
+                "data"
+            )
         self.source = copy.copy(source)
         self.source._stored = {}
 

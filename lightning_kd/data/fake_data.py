@@ -46,27 +46,30 @@ def fake_arrays(shape: tuple[int, ...], num_classes: int) -> Arrays:
     return Arrays(*samples(count), *samples(count // 2))
 
 
-def fake_label_arrays(shape: tuple[int, int, int], num_classes: int) -> Arrays:
-    """Images with several labels: a fixed coarse pattern for each class, those of an image's labels added up.
+def fake_label_arrays(shape: tuple[int, ...], num_classes: int) -> Arrays:
+    """Samples with several labels: a fixed coarse pattern for each class, those of a sample's labels added up.
 
     Args:
-        shape: ``(C, H, W)``.
-        num_classes: ``C``; each label has a probability of 0.3, and every image has at least one.
+        shape: ``(C, H, W)`` for uint8 images, ``(D,)`` for float32 features.
+        num_classes: ``C``; each label has a probability of 0.3, and every sample has at least one.
 
     Returns:
         256 training and 128 test samples; targets float32 ``[N, C]``; always the same ones.
     """
     generator = numpy_generator(0, "fake_labels")
-    pattern = generator.integers(-64, 65, (num_classes, shape[0], 4, 4)).astype(np.float64)
-    for axis, length in ((2, shape[1]), (3, shape[2])):
+    pattern = generator.integers(-64, 65, (num_classes, shape[0], *[4] * (len(shape) - 1))).astype(np.float64)
+    for axis, length in enumerate(shape[1:], 2):
         pattern = pattern.take(np.arange(length) * 4 // length, axis)
 
     def samples(count: int) -> tuple[Tensor, Tensor]:
         label = generator.random((count, num_classes)) < 0.3
         label[np.arange(count), generator.integers(0, num_classes, count)] = True
         noise = generator.integers(-16, 17, (count, *shape))
-        image = 128 + np.tensordot(label.astype(np.float64), pattern, 1) + noise
-        return torch.from_numpy(image.clip(0, 255).astype(np.uint8)), torch.from_numpy(label.astype(np.float32))
+        image = np.tensordot(label.astype(np.float64), pattern, 1) + noise
+        target = torch.from_numpy(label.astype(np.float32))
+        if len(shape) == 1:
+            return torch.from_numpy((image / 64).astype(np.float32)), target
+        return torch.from_numpy((128 + image).clip(0, 255).astype(np.uint8)), target
 
     return Arrays(*samples(256), *samples(128))
 

@@ -48,10 +48,10 @@ class LabelledDataModule(SplitLoaders, ABC):
         std: likewise; divided by.
         batch_size: training samples a step and process.
         eval_batch_size: the most samples an evaluation step and process.
-        val_fraction: the share of the training samples, of each class alike, that becomes the validation set, 0 to
-            below 1.
-        train_fraction: train on this share of what is then left, of each class alike, above 0 to 1.
-        train_per_class: train on this many samples of each class instead.
+        val_fraction: the share of the training samples that becomes the validation set, 0 to below 1; of each class
+            alike where each sample has one class.
+        train_fraction: likewise the share of what is then left to train on, above 0 to 1.
+        train_per_class: train on this many samples of each class instead; only with one class a sample.
         crop_flip: the random view of each training image; ``None`` for none.
         cutout: the side in pixels of a box set to the mean colour in each training image; 0 is off.
         seed: fixes the validation split and the subset, for the same given labels (both are stratified by them);
@@ -181,6 +181,7 @@ class LabelledDataModule(SplitLoaders, ABC):
                 per_class=self.train_per_class,
                 fraction=self.train_fraction,
                 all_if_too_few=self.fake,
+                by_class=self.problem.one_class,
             )
         ]
         self._ready = True

@@ -23,7 +23,8 @@ class StoredImages:
     Loaders that share one share its memory. Copies do not follow later changes of ``source`` in place.
 
     Args:
-        source: uint8 ``[N, C, H, W]``, or float features ``[N, D]``.
+        source: uint8 ``[N, C, H, W]``, float features ``[N, D]``, or masks ``[N, H, W]``, of which the copies are
+            ``[N, 1, H, W]``.
         device: where the copies lie.
         fill: the value of the border.
     """
@@ -38,7 +39,9 @@ class StoredImages:
         """The samples, with the border that ``crop_flip`` wants."""
         key = None if crop_flip is None else crop_flip.padding
         if key not in self._copies:
-            image = self.source if crop_flip is None else crop_flip.pad(self.source, self.fill)
+            image = self.source[:, None] if self.source.ndim == 3 else self.source
+            if crop_flip is not None:
+                image = crop_flip.pad(image, self.fill)
             self._copies[key] = image.to(self.device)
         return self._copies[key]
 
@@ -55,7 +58,7 @@ class ResidentLoader(BatchLoader):
         image: uint8 ``[N, C, H, W]``, or float features ``[N, D]``: the full array of the split, or a ``StoredImages``
             of it, whose device is then the one.
         target: int64 ``[N]``, or what else each sample has one row of. Masks, int16 ``[N, H, W]``, are cropped and
-            flipped with their images and come as int64.
+            flipped with their images and come as int64; a ``StoredImages`` of them with -1 as ``fill`` is shared.
         sampler: which samples form the batches of this process.
         normalize: brings stored samples to float32.
         augment: the random crop and flip of weak and strong views; ``None`` takes images as they are.
@@ -73,7 +76,7 @@ class ResidentLoader(BatchLoader):
     def __init__(
         self,
         image: Tensor | StoredImages,
-        target: Tensor,
+        target: Tensor | StoredImages,
         sampler: ShardedSampler,
         normalize: Normalize,
         *,
@@ -87,14 +90,16 @@ class ResidentLoader(BatchLoader):
         super().__init__(sampler)
         self._stored = image if isinstance(image, StoredImages) else StoredImages(image, device)
         shape = self._stored.source.shape
-        self.views = check_views(views, tuple(shape[1:]), masks=target.ndim == 3)
+        if isinstance(target, Tensor) and target.ndim == 3:
+            target = StoredImages(target, self._stored.device, fill=-1)
+        self._masks = target if isinstance(target, StoredImages) else None
+        self.views = check_views(views, tuple(shape[1:]), masks=self._masks is not None)
         self.augment = augment
         self.cutout = cutout
         self.device = self._stored.device
         self._single = isinstance(views, str)
         self._size = (shape[-2], shape[-1]) if len(shape) == 4 else (1, 1)
-        self._target = target.to(self.device)
-        self._masks = StoredImages(target[:, None], self.device, fill=-1) if target.ndim == 3 else None
+        self._target = target.to(self.device) if isinstance(target, Tensor) else target.source
         self._normalize = normalize.to(self.device)
         self._policy = policy or BatchedAutoAugment()
         self._extras = {name: value.to(self.device) for name, value in (extras or {}).items()}

@@ -110,13 +110,11 @@ class SplitLoaders(L.LightningDataModule):
         return self._make_loader(source, sampler, views)
 
     def _make_loader(self, source: str, sampler: ShardedSampler, views: str | Sequence[str]) -> BatchLoader:
-        image, device = getattr(self, f"{source}_image"), self._process()[2]
-        stored = self._stored.get(source)
-        if stored is None or stored.source is not image or stored.device != device:
-            stored = self._stored[source] = StoredImages(image, device)
+        image = getattr(self, f"{source}_image")
+        masks = isinstance(self.problem, Segmentation)
         return ResidentLoader(
-            stored,
-            getattr(self, f"{source}_target"),
+            self._stored_on_device(f"{source}_image"),
+            self._stored_on_device(f"{source}_target", fill=-1) if masks else getattr(self, f"{source}_target"),
             sampler,
             Normalize(self.mean, self.std, self.input_shape, 255.0 if image.dtype == torch.uint8 else 1.0),
             augment=self.crop_flip,
@@ -125,6 +123,14 @@ class SplitLoaders(L.LightningDataModule):
             policy=BatchedAutoAugment(self.strong_policy),
             extras=self._extras(source),
         )
+
+    def _stored_on_device(self, name: str, fill: int = 0) -> StoredImages:
+        """A full array for all loaders to share."""
+        values, device = getattr(self, name), self._process()[2]
+        stored = self._stored.get(name)
+        if stored is None or stored.source is not values or stored.device != device:
+            stored = self._stored[name] = StoredImages(values, device, fill)
+        return stored
 
     def _extras(self, source: str) -> dict[str, Tensor]:
         """What else is known about each sample of a full array."""

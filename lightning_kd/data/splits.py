@@ -69,6 +69,7 @@ def take_training_samples(
     per_class: int | None = None,
     fraction: float | None = None,
     all_if_too_few: bool = False,
+    by_class: bool = True,
 ) -> np.ndarray:
     """The positions in ``target`` to train on: all, so many of each class, or a share of each.
 
@@ -80,6 +81,7 @@ def take_training_samples(
         per_class: so many of each class.
         fraction: this share instead.
         all_if_too_few: take all where a class has too few, rather than raise.
+        by_class: whether ``target`` are classes; else all are one group, which messages then do not call a class.
 
     Raises:
         ValueError: where a class has too few samples, or would be left without.
@@ -105,6 +107,8 @@ def take_training_samples(
         if all_if_too_few:
             return np.arange(len(target))
         c = int(absent.argmax())
+        if not by_class:
+            raise ValueError(f"train_fraction={fraction} of {len(target)} samples leaves none: raise it")
         raise ValueError(
             f"train_fraction={fraction} leaves class {c} ({class_names[c]!r}) without a sample: raise it, or use "
             "train_per_class"

@@ -218,7 +218,7 @@ class DHKD(Distillation):
         logits = self(batch.image)
         head_logits = logits if self.auxiliary_head is None else self.auxiliary_head(self._feature.pop())
         logits, head_logits = at_least_float32(logits, head_logits)
-        ce = self.ce_weight * F.cross_entropy(logits, batch.target)
+        ce = self.ce_weight * self.problem.loss(logits, batch.target)
         if self.stop_epoch is not None and self.current_epoch + 1 >= self.stop_epoch:
             # the idle head stays in the graph with gradient 0: DDP waits for every parameter
             self._objectives = None

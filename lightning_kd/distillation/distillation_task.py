@@ -8,7 +8,6 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor, nn
 
@@ -22,7 +21,9 @@ __all__ = ["Distillation"]
 
 
 class Distillation(Task, ABC):
-    """Train a student with ``ce_weight * cross-entropy + kd_weight * distillation_loss``.
+    """Train a student with ``ce_weight * loss of the problem + kd_weight * distillation_loss``.
+
+    For one class an image the loss of the problem is cross-entropy.
 
     Your own method is a subclass with one method::
 
@@ -114,7 +115,7 @@ class Distillation(Task, ABC):
     def training_step(self, batch: Any, batch_idx: int) -> Tensor:
         batch = as_batch(batch)
         student_logits, teacher_logits = at_least_float32(self(batch.image), self.teacher_logits(batch.image))
-        ce = F.cross_entropy(student_logits, batch.target)
+        ce = self.problem.loss(student_logits, batch.target)
         kd = self.distillation_loss(student_logits, teacher_logits, batch.target)
         return self.step_loss({"ce": self.ce_weight * ce, "kd": self.kd_weight * kd}, student_logits, batch.target)
 
@@ -149,15 +150,20 @@ class Distillation(Task, ABC):
             batch = as_batch(batch)
             values, counted = self.problem.training_values(self.teacher_logits(batch.image), batch.target)
             counted = torch.ones_like(values, dtype=torch.bool) if counted is None else counted
-            sums = torch.stack([(values * counted).sum(), counted.sum()])
+            sums = torch.stack([(values * counted).sum().float(), counted.sum().float()])
             self._teacher_sums = sums if self._teacher_sums is None else self._teacher_sums + sums
 
     def on_validation_epoch_end(self) -> None:
         super().on_validation_epoch_end()
-        if self._teacher_sums is not None:
-            total, count = self.trainer.strategy.reduce(self._teacher_sums, reduce_op="sum").tolist()
-            self._teacher_sums, self._teacher_judged = None, True
-            reached, name, chance = total / max(count, 1), self.problem.training_metric, self.problem.chance
+        if self._teacher_judged or self.trainer.sanity_checking:
+            return
+        # also where this process had no batch: the others wait
+        sums = torch.zeros(2, device=self.device) if self._teacher_sums is None else self._teacher_sums
+        total, count = self.trainer.strategy.reduce(sums, reduce_op="sum").tolist()
+        self._teacher_sums = None
+        if count:
+            self._teacher_judged = True
+            reached, name, chance = total / count, self.problem.training_metric, self.problem.chance
             self.log(f"val/teacher_{name}", reached)
             if chance is not None and reached < min(2 * chance, (1 + chance) / 2):
                 rank_zero_warn(

@@ -64,6 +64,7 @@ class Pass:
         parameter = next(self.model.parameters())
         wide_like = wide(parameter.detach()[:0])
         loss, finite, samples, with_loss = wide_like.new_zeros(()), wide_like.new_ones(()), 0, 0
+        one_class = True  # kappa is of a softmax
         classes = torch.zeros(self.num_classes or 0, dtype=torch.int64, device=wide_like.device)
         self._inputs = inputs or {}
         head = self.layers.get(self.classifier)
@@ -74,6 +75,7 @@ class Pass:
                 for raw in _batches(data):
                     batch = move_data_to_device(raw, parameter.device)
                     target = _target(batch)
+                    one_class &= target is not None or self.loss_fn is None
                     for part in self._inputs.values():
                         part.target = target
                     if target is not None and self.num_classes:
@@ -92,15 +94,15 @@ class Pass:
         finally:
             for handle in handles:
                 handle.remove()
-        sums = torch.stack([loss, 1 - finite, *wide_like.new_tensor([samples, with_loss])])
-        total, wrong, all_samples, all_loss = summed(sums).tolist()
+        sums = torch.stack([loss, 1 - finite, *wide_like.new_tensor([samples, with_loss, not one_class])])
+        total, wrong, all_samples, all_loss, several = summed(sums).tolist()
         if not all_samples:
             raise ValueError("there is no sample to pass through the network: give at least one batch")
         summed(classes)
         return Found(
             int(all_samples),
             total / all_loss if all_loss else None,
-            self._kappa(),
+            None if several else self._kappa(),
             not wrong,
             (classes == 0).nonzero().flatten().tolist() if classes.any() else [],
         )

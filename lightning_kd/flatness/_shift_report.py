@@ -43,7 +43,8 @@ class ShiftReport:
         loss_after: likewise, after the shift, whether or not it was undone.
         held_out_before: mean loss on the held-out samples; ``None`` without them.
         held_out_after: likewise.
-        kappa_before: relative flatness of the classifier on the shift set; ``None`` where it was not among the layers.
+        kappa_before: relative flatness of the classifier on the shift set; ``None`` where it was not among the
+            layers, or samples have more than one class.
         kappa_after: likewise.
         undone: whether everything is as it was before the shift.
         reason: why, empty where it is not.

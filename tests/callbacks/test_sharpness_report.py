@@ -235,3 +235,10 @@ def test_two_processes_report_as_one(tmp_path: Path) -> None:
     assert found["samples"] == 40
     for name in ("loss", "top_eigenvalue", "trace", "kappa", "nc1"):
         assert found[name] == pytest.approx(expected[name], rel=1e-3), name
+
+
+def test_a_trial_run_leaves_the_report_alone(tmp_path: Path) -> None:
+    path = tmp_path / "sharpness.json"
+    path.write_text('[{"epoch": 3, "loss": 1}]')
+    trainer(tmp_path, report(which=["head"]), fast_dev_run=True).fit(Method(), data())
+    assert json.loads(path.read_text()) == [{"epoch": 3, "loss": 1}]

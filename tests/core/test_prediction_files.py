@@ -1,15 +1,24 @@
 """Predictions on disk, by kind of problem."""
 
 import csv
+import os
 from pathlib import Path
 
 import lightning as L
 import numpy as np
 import pytest
 import torch
+import torch.distributed as dist
 from PIL import Image
 
-from lightning_kd.core import Classification, MultiLabelClassification, SemanticSegmentation
+from lightning_kd.core import (
+    Batch,
+    Classification,
+    MultiLabelClassification,
+    Segmentation,
+    SemanticSegmentation,
+    SingleLabel,
+)
 from lightning_kd.core.prediction_files import colours
 from lightning_kd.core.run_callbacks import run_callbacks
 from lightning_kd.core.run_folder import RunFolder
@@ -118,3 +127,71 @@ def test_an_auxiliary_head_learns_where_it_has_a_weight():
     task = SemanticSegmentation("fcn_tiny", 4, aux_weight=0.0)
     logits = torch.zeros(1, 4, 2, 2)
     assert list(task.loss({"out": logits, "aux": logits}, logits, torch.zeros(1, 2, 2).long())) == ["ce"]
+
+
+def test_names_that_hold_the_separator(tmp_path):
+    data = ArrayDataModule("none.npz", kind="multi_label", fake=True, class_names=["a|b", "c", "d", "e"])
+    _, rows = predicted(tmp_path, MultiLabelClassification("cnn_tiny", 4), data)
+    assert any(r"a\|b" in row["labels"] for row in rows)
+    assert not any("a|b" in row["labels"] for row in rows)
+
+
+def test_a_trial_run_leaves_predictions_alone(tmp_path):
+    (tmp_path / "predictions.csv").write_text("index\n7\n")
+    _, rows = predicted(tmp_path, MultiLabelClassification("cnn_tiny", 4), arrays("multi_label"), fast_dev_run=True)
+    assert rows == [{"index": "7"}]
+
+
+def test_masks_of_an_earlier_prediction_go(tmp_path):
+    task = SemanticSegmentation("fcn_tiny", 4)
+    predicted(tmp_path, task, arrays("segmentation"))
+    (tmp_path / "predictions" / "notes.txt").write_text("mine")
+    _, rows = predicted(tmp_path, task, arrays("segmentation"), limit_predict_batches=1)
+    assert 0 < len(rows) < 64
+    stored = sorted(path.name for path in (tmp_path / "predictions").glob("*.png"))
+    assert stored == [f"{k:06d}.png" for k in range(len(rows))]
+    assert (tmp_path / "predictions" / "notes.txt").exists()
+
+
+def test_masks_of_many_classes(tmp_path):
+    writer = Segmentation(300).prediction_writer()
+    scores = torch.zeros(1, 300, 2, 2)
+    scores[0, 299, 0, 0] = 1
+    batch = Batch(torch.zeros(1, 3, 2, 2), torch.zeros(1, 2, 2), torch.tensor([5]))
+    outputs = {"index": batch.index, **Segmentation(300).predict(scores, None)}
+    writer.add(tmp_path, outputs, batch, None)
+    writer.finish(tmp_path, None)
+    stored = np.asarray(Image.open(tmp_path / "predictions" / "000005.png"))
+    assert stored.tolist() == [[299, 0], [0, 0]]
+
+
+def _one_rank_alone(folder):
+    rank = int(os.environ["LOCAL_RANK"])
+    dist.init_process_group("gloo", rank=rank, world_size=2)
+    for name, problem, scores in (
+        ("table", SingleLabel(3), torch.eye(3)[:2]),
+        ("masks", Segmentation(3), torch.zeros(2, 3, 4, 4)),
+    ):
+        writer = problem.prediction_writer()
+        (Path(folder) / name).mkdir(exist_ok=True)
+        if rank == 1:
+            batch = Batch(torch.zeros(2, 3, 4, 4), torch.zeros(2, dtype=torch.int64), torch.tensor([4, 2]))
+            outputs = {"index": batch.index, **problem.predict(scores, scores)}
+            writer.add(Path(folder) / name, outputs, batch, None)
+        writer.finish(Path(folder) / name, None)
+    return rank
+
+
+def test_a_process_without_a_batch(tmp_path):
+    assert on_two_ranks(_one_rank_alone, str(tmp_path)) == [0, 1]
+    assert (tmp_path / "table" / "predictions.csv").read_text().splitlines()[1:] == ["2,1,0,1,0", "4,0,1,0,0"]
+    rows = (tmp_path / "masks" / "predictions.csv").read_text().splitlines()
+    assert rows == ["index,mask", "2,predictions/000002.png", "4,predictions/000004.png"]
+
+
+def test_an_empty_batch(tmp_path):
+    writer = Segmentation(3).prediction_writer()
+    batch = Batch(torch.zeros(0, 3, 2, 2), torch.zeros(0, 2, 2), torch.zeros(0, dtype=torch.int64))
+    writer.add(tmp_path, {"index": batch.index, "prediction": torch.zeros(0, 2, 2)}, batch, None)
+    writer.finish(tmp_path, None)
+    assert not (tmp_path / "predictions.csv").exists()

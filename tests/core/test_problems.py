@@ -1,7 +1,9 @@
 """What each kind of problem wants, measures and refuses."""
 
+import math
 import os
 
+import lightning as L
 import numpy as np
 import pytest
 import torch
@@ -9,14 +11,24 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from sklearn.metrics import average_precision_score, jaccard_score
 from torch import nn
+from torch.utils.data import DataLoader, TensorDataset
 from torchmetrics.classification import MulticlassJaccardIndex, MultilabelF1Score
 
-from lightning_kd.core import Classification, MultiLabel, MultiLabelClassification, Segmentation, SingleLabel
+from lightning_kd.core import (
+    Classification,
+    MultiLabel,
+    MultiLabelClassification,
+    Segmentation,
+    SingleLabel,
+    Supervised,
+)
 from lightning_kd.core.multilabel_metrics import MultiLabelMetric, average_precision, f1_of_counts
 from lightning_kd.core.outputs import auxiliary_logits
 from lightning_kd.core.segmentation_metrics import SegmentationMetric
 from lightning_kd.data import ArrayDataModule
+from lightning_kd.distillation import KD, Distillation
 from lightning_kd.nets import build_network
+from lightning_kd.noisy_labels import CrossEntropy
 from tests.two_processes import on_two_ranks
 
 
@@ -153,7 +165,11 @@ def test_segmentation_brings_outputs_to_the_size_of_the_image():
     ("problem", "target", "message"),
     [
         (SingleLabel(3), torch.tensor([0, 3]), "between 0 and 2, got 0 to 3"),
-        (SingleLabel(3), torch.zeros(2, 3), r"int64 \[B\]"),
+        (SingleLabel(3), torch.zeros(2, 3), r"int64 \[B\].*one class an image"),
+        (SingleLabel(3), torch.zeros(2, 1), r"take target.squeeze\(1\).long\(\)"),
+        (SingleLabel(3), torch.zeros(2), r"take target.long\(\)"),
+        (SingleLabel(3), torch.tensor([1, 3, 2]), "got 1 to 3: count classes from 0"),
+        (SingleLabel(3), torch.tensor([1, -1, 2]), "leave out samples without a label"),
         (MultiLabel(3), torch.tensor([[0.0, 2, 1]]), "must hold 1, 0 and -1"),
         (MultiLabel(3), torch.zeros(2, 4), r"\[B, 3\]"),
         (Segmentation(3), torch.full((1, 2, 2), 3), "between -1 and 2"),
@@ -169,6 +185,146 @@ def test_wrong_targets_are_told(problem, target, message):
 def test_too_few_classes(problem):
     with pytest.raises(ValueError, match="num_classes must be at least"):
         problem(0)
+
+
+def test_a_whole_number_of_any_library_is_a_number_of_classes():
+    problem = MultiLabel(np.int64(3))
+    assert type(problem.num_classes) is int
+    with pytest.raises(ValueError, match=r"at least 2, and a whole number, got 2\.5"):
+        SingleLabel(2.5)
+
+
+class OnGPU:
+    """Targets that say that they lie on a GPU."""
+
+    device = torch.device("cuda")
+
+    def __init__(self, target):
+        self.target = target
+
+    def __getattr__(self, name):
+        return getattr(self.target, name)
+
+    def __eq__(self, other):
+        return self.target == other
+
+    __hash__ = None
+
+
+@pytest.mark.parametrize(
+    ("problem", "target"),
+    [
+        (SingleLabel(3), torch.tensor([0, 255])),
+        (MultiLabel(3), torch.tensor([[0.0, 255, 1]])),
+        (Segmentation(3), torch.full((1, 2, 2), 255)),
+    ],
+)
+def test_targets_on_a_gpu_are_checked_too(problem, target):
+    with pytest.raises(ValueError, match="255"):
+        problem.check_target(OnGPU(target))
+
+
+class Once(SingleLabel):
+    def __init__(self, num_classes):
+        super().__init__(num_classes)
+        self.checked = 0
+
+    def check_target(self, target):
+        self.checked += 1
+
+
+def test_each_batch_is_checked_on_a_cpu_and_the_first_elsewhere():
+    task = Classification(nn.Linear(4, 3), 3)
+    task.problem = Once(3)
+    task.trainer = L.Trainer(accelerator="cpu", barebones=True)
+    for device, expected in (("cpu", 5), ("meta", 1)):
+        task.setup("fit")
+        task.problem.checked = 0
+        for step in range(5):
+            batch = (torch.zeros(2, 4, device=device), torch.zeros(2, dtype=torch.int64, device=device))
+            task.on_train_batch_start(batch, step % 2)  # two epochs and a half
+        assert task.problem.checked == expected
+
+
+@pytest.mark.parametrize("later", [False, True])
+def test_labels_of_a_users_own_loader(later):
+    target = torch.tensor([0, 1, 2, 0] * 2)
+    target[6 if later else 0] = 3
+    loader = DataLoader(TensorDataset(torch.randn(8, 4), target), batch_size=4)
+    for task in (
+        Classification(nn.Linear(4, 3), 3),
+        KD(nn.Linear(4, 3), nn.Linear(4, 3), 3),
+        CrossEntropy(nn.Linear(4, 3), 3),
+    ):
+        with pytest.raises(ValueError, match="target must be between 0 and 2, got 0 to 3"):
+            L.Trainer(accelerator="cpu", barebones=True, max_epochs=1).fit(task, loader)
+
+
+def test_a_task_refuses_data_of_more_classes():
+    with pytest.raises(ValueError, match="num_classes=5 is less than the 10 classes of ArrayDataModule"):
+        Classification(nn.Linear(4, 5), 5).check_data(ArrayDataModule("none.npz", fake=True))
+    Classification(nn.Linear(4, 12), 12).check_data(ArrayDataModule("none.npz", fake=True))  # may know more
+
+
+def test_supervised_refuses_another_number_of_classes_than_its_problem():
+    with pytest.raises(ValueError, match="num_classes=4 is not that of the problem, 3"):
+        Supervised(nn.Linear(4, 4), 4, problem=MultiLabel(3))
+
+
+class Matching(Distillation):
+    problem_class = MultiLabel
+
+    def distillation_loss(self, student_logits, teacher_logits, target):
+        return (student_logits - teacher_logits).square().mean()
+
+
+def test_distillation_of_several_labels_has_their_loss():
+    torch.manual_seed(0)
+    task = Matching(nn.Linear(4, 3), nn.Linear(4, 3), 3, kd_weight=0.0, optimizer=lambda p: torch.optim.SGD(p, lr=0.1))
+    image, target = torch.randn(8, 4), torch.tensor([[1.0, 0, -1]] * 8)
+    weight = task.student.weight.detach().clone().requires_grad_()
+    loss = MultiLabel(3).loss(F.linear(image, weight, task.student.bias.detach()), target)
+    (gradient,) = torch.autograd.grad(loss, weight)
+    loader = DataLoader(TensorDataset(image, target), batch_size=8)
+    L.Trainer(accelerator="cpu", barebones=True, max_steps=1).fit(task, loader)
+    torch.testing.assert_close(task.student.weight.detach(), weight.detach() - 0.1 * gradient)
+
+
+def test_a_loss_that_is_not_finite_shows_in_the_mean():
+    task = Classification(nn.Linear(4, 3), 3)
+    loader = DataLoader(TensorDataset(torch.tensor([[1.0] * 4, [float("nan")] * 4]), torch.tensor([0, 1])))
+    trainer = L.Trainer(accelerator="cpu", logger=False, enable_checkpointing=False, enable_progress_bar=False)
+    (found,) = trainer.validate(task, loader, verbose=False)
+    assert math.isnan(found["val/loss"])
+
+
+def test_losses_are_weighed_by_labels_in_training_as_in_evaluation():
+    problem = MultiLabel(3)
+    task = MultiLabelClassification(nn.Linear(4, 3), 3, optimizer=lambda p: torch.optim.SGD(p, lr=0.0))
+    image = torch.randn(8, 4, generator=torch.Generator().manual_seed(0))
+    target = torch.tensor([[1.0, 0, 1]] * 4 + [[-1.0, -1, 1]] * 4)
+    trainer = L.Trainer(
+        accelerator="cpu", max_epochs=1, logger=False, enable_checkpointing=False, enable_progress_bar=False
+    )
+    trainer.fit(task, DataLoader(TensorDataset(image, target), batch_size=4))
+    expected = problem.loss(task.network(image), target)  # the mean over all sixteen labels
+    assert float(trainer.callback_metrics["train/loss"]) == pytest.approx(expected.item(), rel=1e-5)
+
+
+def _uneven_metrics_of_a_rank():
+    rank = int(os.environ["LOCAL_RANK"])
+    dist.init_process_group("gloo", rank=rank, world_size=2)
+    metric = MultiLabelMetric(5)
+    if rank == 1:
+        metric.update(*labels())
+    return metric.compute()
+
+
+def test_a_process_without_a_batch():
+    metric = MultiLabelMetric(5)
+    metric.update(*labels())
+    for found in on_two_ranks(_uneven_metrics_of_a_rank):
+        assert found == pytest.approx(metric.compute(), rel=1e-9)
 
 
 def test_a_task_refuses_data_of_another_kind():

@@ -1,6 +1,7 @@
 """The frozen teacher: it answers, and stays out of everything else."""
 
 import copy
+import os
 
 import lightning as L
 import pytest
@@ -8,9 +9,10 @@ import torch
 import torch.nn.functional as F
 from lightning.pytorch.callbacks import EMAWeightAveraging, ModelCheckpoint
 from torch import nn
+from torch.utils.data import DataLoader, IterableDataset
 
 from lightning_kd import KD, DigitsDataModule
-from lightning_kd.core.problems import SingleLabel
+from lightning_kd.core.problems import Segmentation, SingleLabel
 from lightning_kd.core.teacher import FrozenTeacher
 from tests.two_processes import on_two_ranks
 
@@ -155,3 +157,48 @@ def test_it_is_in_no_checkpoint_of_a_compiled_task():
     tasks[1].load_state_dict(state)
     assert all(torch.equal(value, tasks[1].state_dict()[key]) for key, value in state.items())
     assert all(torch.equal(value, tasks[1].teacher.network.state_dict()[key]) for key, value in teacher.items())
+
+
+class Squeezed(nn.Module):
+    """A segmentation network with a linear layer that is not its head."""
+
+    def __init__(self, classes):
+        super().__init__()
+        self.stem, self.gate, self.head = nn.Conv2d(3, 8, 3, padding=1), nn.Linear(8, 8), nn.Conv2d(8, classes, 1)
+
+    def forward(self, image):
+        feature = self.stem(image)
+        return self.head(feature * self.gate(feature.mean((2, 3))).sigmoid()[..., None, None])
+
+
+def test_a_linear_layer_that_is_not_the_head():
+    teacher = FrozenTeacher(Squeezed(3), Segmentation(3))
+    assert teacher(torch.zeros(2, 3, 4, 4)).shape == (2, 3, 4, 4)
+    pooled = FrozenTeacher(nn.Sequential(Squeezed(3), nn.AdaptiveAvgPool2d(1), nn.Flatten()), SingleLabel(3))
+    assert pooled(torch.zeros(2, 3, 4, 4)).shape == (2, 3)
+    with pytest.raises(ValueError, match="the teacher has 5 classes, the data 3"):
+        FrozenTeacher(nn.Sequential(nn.Flatten(), nn.Linear(8, 5)), SingleLabel(3))
+
+
+class Stream(IterableDataset):
+    def __init__(self, samples):
+        self.samples = samples
+
+    def __iter__(self):
+        return iter(self.samples)
+
+
+def _teacher_of_a_rank():
+    task = KD(nn.Linear(4, 3), nn.Linear(4, 3), 3, optimizer=lambda p: torch.optim.SGD(p, lr=0.0))
+    rank = int(os.environ["LOCAL_RANK"])
+    rows = torch.arange(8.0).repeat(4, 1).T[:, :4] if rank else torch.zeros(0, 4)
+    loader = DataLoader(Stream([(row, k % 3) for k, row in enumerate(rows)]), batch_size=4)
+    trainer = L.Trainer(
+        accelerator="cpu", devices=2, strategy="ddp", logger=False, enable_checkpointing=False,
+        enable_progress_bar=False, use_distributed_sampler=False,
+    )  # fmt: skip
+    return "val/teacher_acc" in trainer.validate(task, loader, verbose=False)[0]
+
+
+def test_a_process_without_a_batch_does_not_keep_the_others_waiting():
+    assert on_two_ranks(_teacher_of_a_rank) == [True, True]

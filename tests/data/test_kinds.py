@@ -5,7 +5,7 @@ import pytest
 import torch
 
 from lightning_kd.core import MultiLabel, Segmentation, SingleLabel
-from lightning_kd.data import ArrayDataModule, SymmetricNoise
+from lightning_kd.data import ArrayDataModule, OpenSetDataModule, SymmetricNoise
 
 
 def saved(tmp_path, **arrays):
@@ -116,3 +116,61 @@ def test_made_up_data_is_the_same_every_time(kind):
     assert torch.equal(first.train_image, second.train_image)
     assert torch.equal(first.train_target, second.train_target)
     first.problem.check_target(next(iter(first.train_dataloader())).target)
+
+
+def test_columns_of_one(tmp_path):
+    target = np.arange(40)[:, None] % 3
+    data = ArrayDataModule(saved(tmp_path, train_image=images(), train_target=target))
+    assert isinstance(data.problem, SingleLabel)
+    assert data.num_classes == 3
+    data = ArrayDataModule(saved(tmp_path, train_image=images(), train_target=mask_array()[..., None]))
+    assert isinstance(data.problem, Segmentation)
+    data.setup()
+    assert data.train_target.shape == (32, 8, 8)
+
+
+@pytest.mark.parametrize(
+    ("target", "options", "message"),
+    [
+        (np.full((40, 8, 8), 255, np.uint8), {}, "must hold at least 2 classes, got no labelled pixel"),
+        (np.zeros((40, 8, 8), np.uint8), {}, "must hold at least 2 classes, got class 0 alone"),
+        (np.zeros(40, np.int64), {}, "must hold at least 2 classes, got class 0 alone"),
+        (label_matrix(), {"class_names": ["a"]}, "a name for each of the 4 columns .* got 1 names"),
+        (label_matrix(), {"kind": "tags"}, "kind must be one of single_label, multi_label, segmentation, or None, got"),
+    ],
+)
+def test_targets_that_say_too_little(tmp_path, target, options, message):
+    with pytest.raises(ValueError, match=message):
+        ArrayDataModule(saved(tmp_path, train_image=images(), train_target=target), **options)
+
+
+def test_masks_of_features(tmp_path):
+    feature = np.zeros((40, 6), np.float32)
+    with pytest.raises(ValueError, match="masks of images alone, got features"):
+        ArrayDataModule(saved(tmp_path, train_feature=feature, train_target=mask_array()))
+
+
+def test_made_up_features_with_several_labels(tmp_path):
+    path = saved(tmp_path, train_feature=np.zeros((40, 6), np.float32), train_target=label_matrix())
+    data = ArrayDataModule(path, fake=True)
+    batch = next(iter(data.train_dataloader()))
+    assert batch.image.shape == (64, 6)
+    data.problem.check_target(batch.target)
+
+
+def test_a_share_too_small(tmp_path):
+    path = saved(tmp_path, train_image=images(), train_target=mask_array())
+    with pytest.raises(ValueError, match=r"train_fraction=0\.01 of 29 samples leaves none: raise it"):
+        ArrayDataModule(path, train_fraction=0.01).setup()
+
+
+def test_loaders_share_masks(tmp_path):
+    data = ArrayDataModule(saved(tmp_path, train_image=images(), train_target=mask_array()), augment=True)
+    loaders = [data.loader("train", augment=True) for _ in range(3)]
+    assert len({id(loader._masks) for loader in loaders}) == 1
+
+
+@pytest.mark.parametrize("kind", ["multi_label", "segmentation"])
+def test_a_pool_needs_one_class_a_sample(kind):
+    with pytest.raises(ValueError, match="source must have one class a sample, ArrayDataModule has"):
+        OpenSetDataModule(ArrayDataModule("none.npz", kind=kind, fake=True))

@@ -507,3 +507,13 @@ def test_half_precision_network() -> None:
     assert report.layers[0].rank <= 6  # and not what rounding adds
     assert report.layers[0].norm_after < report.layers[0].norm_before
     assert report.loss_after == pytest.approx(report.loss_before, rel=0.02)
+
+
+def test_relative_flatness_is_of_one_class_a_sample() -> None:
+    model = nn.Sequential(nn.Flatten(), nn.Linear(8, 3)).double()
+    batch = normal(5, 8), torch.ones(5, 3)
+    report = shift_network(
+        model, "1", [batch], loss_fn=lambda output, batch: F.binary_cross_entropy_with_logits(output, batch[1].double())
+    )
+    assert report.loss_before is not None
+    assert report.kappa_before is None
