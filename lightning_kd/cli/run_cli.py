@@ -102,6 +102,10 @@ class RunCLI(LightningCLI):
         """The text of ``config.yaml``, as it can be given to ``--config`` again."""
         return config_text(self._parser(self.subcommand), self._settings)
 
+    def instantiate_classes(self) -> None:
+        super().instantiate_classes()
+        self.model.trainer = self.trainer  # a schedule can ask how long the training is before it begins
+
     @property
     def _settings(self) -> Any:
         return self.config[self.subcommand] if self.subcommand else self.config

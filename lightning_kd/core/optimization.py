@@ -10,13 +10,13 @@ import torch
 from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
 from torch import nn
 
-__all__ = ["make_optimizer"]
+__all__ = ["make_optimizer", "training_length"]
 
 
 def make_optimizer(
     task: L.LightningModule,
     parameters: Sequence[nn.Parameter],
-    optimizer_factory: OptimizerCallable | None,
+    optimizer_factory: OptimizerCallable,
     scheduler_factory: LRSchedulerCallable | None,
     interval: str,
 ) -> Any:
@@ -25,19 +25,45 @@ def make_optimizer(
     Args:
         task: whose ``monitor`` a ``ReduceLROnPlateau`` without its own is stepped by.
         parameters: what is trained.
-        optimizer_factory: from parameters to an optimizer. Default: SGD with 0.05, momentum 0.9, weight decay 5e-4.
+        optimizer_factory: from parameters to an optimizer.
         scheduler_factory: from the optimizer to a scheduler. Default: none.
         interval: ``"epoch"`` or ``"step"``.
     """
-    if optimizer_factory is None:
-        optimizer: torch.optim.Optimizer = torch.optim.SGD(parameters, lr=0.05, momentum=0.9, weight_decay=5e-4)
-    else:
-        optimizer = optimizer_factory(parameters)
+    optimizer = optimizer_factory(parameters)
     if scheduler_factory is None:
         return optimizer if task.automatic_optimization else {"optimizer": optimizer}
-    scheduler = {"scheduler": scheduler_factory(optimizer), "interval": interval}
+    schedule: Any = scheduler_factory(optimizer)
+    if getattr(schedule, "to_the_end", False) and is_attached(task):
+        schedule.set_length(training_length(task.trainer, interval))
+    scheduler = {"scheduler": schedule, "interval": interval}
     plateau = isinstance(scheduler["scheduler"], torch.optim.lr_scheduler.ReduceLROnPlateau)
     if plateau and task.automatic_optimization:
         scheduler["monitor"] = getattr(scheduler["scheduler"], "monitor", task.monitor)
         scheduler["frequency"] = task.trainer.check_val_every_n_epoch or 1  # type: ignore[attr-defined]
     return {"optimizer": optimizer, "lr_scheduler": scheduler}
+
+
+def is_attached(task: L.LightningModule) -> bool:
+    """Whether a Trainer works with ``task``, which alone knows how long the training is."""
+    try:
+        return task.trainer is not None
+    except RuntimeError:
+        return False
+
+
+def training_length(trainer: L.Trainer, unit: str) -> int:
+    """How many epochs or optimizer steps the whole training has.
+
+    Args:
+        trainer: of the fit.
+        unit: ``"epoch"`` or ``"step"``.
+
+    Raises:
+        ValueError: where that is not known.
+    """
+    length: float = trainer.estimated_stepping_batches if unit == "step" else trainer.max_epochs or -1
+    if not 0 < length < float("inf"):
+        raise ValueError(
+            f"T_max is missing, and max_epochs={trainer.max_epochs} does not say how long: give one of them"
+        )
+    return int(length)

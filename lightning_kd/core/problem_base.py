@@ -61,6 +61,11 @@ class Problem(ABC):
         """What guessing reaches in ``training_metric``; ``None`` where that says nothing."""
         return None
 
+    @property
+    def chance_loss(self) -> float | None:
+        """The loss of guessing, above which a training has failed; ``None`` where there is no such thing."""
+        return None
+
     # -- outputs and targets -----------------------------------------------------------------------------------------
 
     @abstractmethod

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -37,6 +38,10 @@ class SingleLabel(Problem):
     @property
     def chance(self) -> float | None:
         return 1 / self.num_classes
+
+    @property
+    def chance_loss(self) -> float | None:
+        return math.log(self.num_classes)
 
     def logits(self, output: Any, image: Tensor, network: nn.Module, name: str = "") -> Tensor:
         return class_logits(network, output, self.num_classes, name)
@@ -110,6 +115,10 @@ class MultiLabel(Problem):
     monitored, monitor_mode = "map", "max"
     training_metric = "label_acc"
 
+    @property
+    def chance_loss(self) -> float | None:
+        return math.log(2)
+
     def logits(self, output: Any, image: Tensor, network: nn.Module, name: str = "") -> Tensor:
         return class_logits(network, output, self.num_classes, name)
 
@@ -176,6 +185,10 @@ class Segmentation(Problem):
     training_metric = "pixel_acc"
     least = 2
     needs_probabilities = False  # as large as the logits
+
+    @property
+    def chance_loss(self) -> float | None:
+        return math.log(self.num_classes)
 
     def logits(self, output: Any, image: Tensor, network: nn.Module, name: str = "") -> Tensor:
         return pixel_logits(network, logits_of(output), self.num_classes, image.shape[-2:], name)

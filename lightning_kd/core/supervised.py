@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from lightning_kd.core.batch import as_batch
@@ -23,6 +24,11 @@ class SupervisedTask(Task):
     After ``fit`` the run folder holds ``network.pt``, a plain ``state_dict``; a distillation task takes it (or the
     checkpoint) as ``teacher_weights``.
 
+    Without ``optimizer``, networks with batch normalisation that start from nothing get SGD with learning rate 0.05,
+    momentum 0.9 and weight decay 5e-4, the usual choice for them. That rate throws others off their course, so they get
+    AdamW with weight decay 0.01: learning rate 3e-4 without batch normalisation, and 1e-4 with given ``weights``, which
+    should not be lost in the first steps.
+
     Args:
         network: a network's name (``lightning-kd list``) or any ``nn.Module`` that gives the logits of the problem.
         num_classes: see ``Task``.
@@ -30,6 +36,8 @@ class SupervisedTask(Task):
         weights: checkpoint or ``state_dict`` file to start from. Default: train from scratch.
         kwargs: ``optimizer``, ``lr_scheduler``, ``lr_interval``, ``channels_last``, ``compile`` of ``Task``.
     """
+
+    loss_is_plain = True
 
     def __init__(
         self,
@@ -42,8 +50,16 @@ class SupervisedTask(Task):
     ) -> None:
         super().__init__(num_classes, input_shape=input_shape, **kwargs)
         self.network = self.build(network)
+        self.has_given_weights = weights is not None
         if weights is not None:
             load_weights(self.network, weights, num_classes)
+
+    def default_optimizer(self, parameters: list[nn.Parameter]) -> torch.optim.Optimizer:
+        if self.has_given_weights:
+            return torch.optim.AdamW(parameters, lr=1e-4, weight_decay=0.01)
+        if any(isinstance(module, nn.modules.batchnorm._BatchNorm) for module in self.modules()):
+            return super().default_optimizer(parameters)
+        return torch.optim.AdamW(parameters, lr=3e-4, weight_decay=0.01)
 
     @property
     def main_network(self) -> nn.Module:

@@ -19,6 +19,7 @@ from lightning_kd.core.nan_guard import FiniteGuard
 from lightning_kd.core.optimization import make_optimizer
 from lightning_kd.core.quiet import quiet
 from lightning_kd.core.seeding import EpochSeeding, global_seed, numpy_generator
+from lightning_kd.core.training_watch import TrainingWatch
 from lightning_kd.core.two_pass_step import second_pass
 from lightning_kd.nets import network_for
 
@@ -44,7 +45,7 @@ class Task(EvaluatedModule):
         num_classes: number of classes ``C``, for the problem. From the command line it comes from the data module.
         input_shape: shape of one image ``(C, H, W)`` or of one feature row ``(D,)``; likewise.
         optimizer: factory from parameters to an optimizer. Default: SGD, learning rate 0.05, momentum 0.9, weight
-            decay 5e-4.
+            decay 5e-4; in plain supervised training see ``SupervisedTask``.
         lr_scheduler: factory from the optimizer to a scheduler. Default: constant learning rate. Not
             ``ReduceLROnPlateau`` if a resumed run must equal an undisturbed one: Lightning steps it after the
             checkpoint is written.
@@ -52,6 +53,9 @@ class Task(EvaluatedModule):
         channels_last: memory format of networks and images. Default: on for networks with 2-D convolutions.
         compile: compile the networks in place with ``torch.compile``; worth it only for long runs.
     """
+
+    #: whether ``train/loss``, or ``train/loss_ce``, is the loss of the problem, to be compared with that of guessing
+    loss_is_plain = False
 
     def __init__(
         self,
@@ -80,7 +84,6 @@ class Task(EvaluatedModule):
         self.channels_last = channels_last
         self.compile_networks = compile
         self._built: list[nn.Module] = []
-        self._targets_checked = False
         self._means = EpochMeans()
         self._finite = FiniteGuard()
 
@@ -133,7 +136,6 @@ class Task(EvaluatedModule):
         return numpy_generator(seed, stream, self.current_epoch, pass_, self.global_rank)
 
     def setup(self, stage: str) -> None:
-        self._targets_checked = False
         self.check_data(getattr(self.trainer, "datamodule", None))
         if self.compile_networks:
             # or a tapped network would reuse the code of an untapped one of its class, and the tap never fire
@@ -154,22 +156,21 @@ class Task(EvaluatedModule):
         pair = isinstance(labelled, tuple | list) and len(labelled) > 1
         return labelled[1] if pair and isinstance(labelled[1], Tensor) else None
 
-    def on_train_batch_start(self, batch: Any, batch_idx: int) -> None:
-        target = self.training_target(batch)
-        if target is not None:
-            self.check_target(target, first=not self._targets_checked)
-            self._targets_checked = True
-
     def configure_callbacks(self) -> list[L.Callback]:
-        known = [c for c in self.trainer.callbacks if isinstance(c, EpochSeeding)]  # type: ignore[attr-defined]
-        return [] if known else [EpochSeeding()]
+        known = {type(c) for c in self.trainer.callbacks}  # type: ignore[attr-defined]
+        return [kind() for kind in (EpochSeeding, TrainingWatch) if kind not in known]
 
     def configure_optimizers(self) -> Any:
         return self.optimizer_and_scheduler([p for p in self.parameters() if p.requires_grad])
 
+    def default_optimizer(self, parameters: list[nn.Parameter]) -> torch.optim.Optimizer:
+        """What trains where no ``optimizer`` is given."""
+        return torch.optim.SGD(parameters, lr=0.05, momentum=0.9, weight_decay=5e-4)
+
     def optimizer_and_scheduler(self, parameters: list[nn.Parameter]) -> Any:
         """What ``configure_optimizers`` returns for these parameters, from the factories."""
-        return make_optimizer(self, parameters, self.optimizer_factory, self.lr_scheduler_factory, self.lr_interval)
+        factory: Any = self.optimizer_factory or self.default_optimizer
+        return make_optimizer(self, parameters, factory, self.lr_scheduler_factory, self.lr_interval)
 
     def step_loss(
         self,

@@ -25,6 +25,7 @@ from lightning_kd.core import (
 from lightning_kd.core.multilabel_metrics import MultiLabelMetric, average_precision, f1_of_counts
 from lightning_kd.core.outputs import auxiliary_logits
 from lightning_kd.core.segmentation_metrics import SegmentationMetric
+from lightning_kd.core.training_watch import TrainingWatch
 from lightning_kd.data import ArrayDataModule
 from lightning_kd.distillation import KD, Distillation
 from lightning_kd.nets import build_network
@@ -236,13 +237,13 @@ class Once(SingleLabel):
 def test_each_batch_is_checked_on_a_cpu_and_the_first_elsewhere():
     task = Classification(nn.Linear(4, 3), 3)
     task.problem = Once(3)
-    task.trainer = L.Trainer(accelerator="cpu", barebones=True)
+    trainer, watch = L.Trainer(accelerator="cpu", barebones=True), TrainingWatch()
     for device, expected in (("cpu", 5), ("meta", 1)):
-        task.setup("fit")
+        watch.on_train_start(trainer, task)
         task.problem.checked = 0
         for step in range(5):
             batch = (torch.zeros(2, 4, device=device), torch.zeros(2, dtype=torch.int64, device=device))
-            task.on_train_batch_start(batch, step % 2)  # two epochs and a half
+            watch.on_train_batch_start(trainer, task, batch, step % 2)  # two epochs and a half
         assert task.problem.checked == expected
 
 
