@@ -8,6 +8,7 @@ import yaml
 
 from lightning_kd.cli import get_cli, main
 from lightning_kd.cli.config_names import config_folder, config_names
+from lightning_kd.distillation.dkd import DKD, published_beta
 
 QUIET = ["--trainer.enable_progress_bar", "false", "--trainer.enable_model_summary", "false"]
 SMALL = ["--model.student", "cnn_tiny", "--model.teacher", "cnn", "--model.teacher_weights", "random"]
@@ -180,6 +181,45 @@ def test_pairs_compose(pair):
     small = student.startswith(("mobile", "shuffle"))
     assert cli.model.configure_optimizers()["optimizer"].defaults["lr"] == (0.01 if small else 0.05)
     assert (cli.model.hparams.student, cli.model.hparams.teacher) == (student, teacher)
+
+
+@pytest.mark.parametrize(
+    ("pair", "beta"),
+    [
+        ("resnet56_resnet20", 2),
+        ("resnet110_resnet32", 2),
+        ("resnet32x4_resnet8x4", 8),
+        ("wrn_40_2_wrn_16_2", 6),
+        ("wrn_40_2_wrn_40_1", 6),
+        ("vgg13_vgg8", 6),
+        ("resnet32x4_shufflenetv1", 8),
+        ("resnet32x4_shufflenetv2", 8),
+        ("vgg13_mobilenetv2", 6),
+        ("resnet50_mobilenetv2", 8),
+    ],
+)
+def test_each_pair_has_its_own_weight_in_dkd(pair, beta):
+    given = content(f"distillation/pairs/{pair}")["model"]["init_args"]
+    assert published_beta(given["student"], given["teacher"]) == beta
+    assert "beta" not in content("distillation/dkd_cifar100")["model"]["init_args"]
+
+
+def test_dkd_knows_the_published_weight_and_takes_another():
+    task = DKD("resnet20", "resnet56", 100, teacher_weights="random")
+    assert task.beta == 2
+    assert DKD("resnet20", "resnet56", 100, teacher_weights="random", beta=3.0).beta == 3
+    assert published_beta("torchvision/resnet18", "torchvision/resnet34") == 0.5
+    assert published_beta(task.student, "resnet56") == published_beta("cnn_tiny", "cnn") == 8
+
+
+def test_crops_of_the_imagenet_recipes():
+    for name, scale, ratio in (
+        ("kd", [0.08, 1.0], [3 / 4, 4 / 3]),
+        ("dkd", [0.08, 1.0], [3 / 4, 4 / 3]),
+        ("dhkd", [0.1, 1.0], [0.8, 1.25]),
+    ):
+        data = content(f"distillation/{name}_imagenet")["data"]["init_args"]
+        assert (data["scale"], data["ratio"]) == (pytest.approx(scale), pytest.approx(ratio))
 
 
 def test_recipe_of_the_papers():

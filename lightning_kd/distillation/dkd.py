@@ -15,7 +15,38 @@ from lightning_kd.core.losses import at_least_float32, check_logits, check_posit
 from lightning_kd.distillation.distillation_task import Distillation
 from lightning_kd.distillation.kd import kd_loss
 
-__all__ = ["DKD", "dkd_loss"]
+__all__ = ["DKD", "dkd_loss", "published_beta"]
+
+# (teacher, student) of the paper's tables and the official configurations
+_BETA = {
+    ("resnet56", "resnet20"): 2.0,
+    ("resnet110", "resnet32"): 2.0,
+    ("resnet32x4", "resnet8x4"): 8.0,
+    ("resnet32x4", "shufflenetv1"): 8.0,
+    ("resnet32x4", "shufflenetv2"): 8.0,
+    ("wrn_40_2", "wrn_16_2"): 6.0,
+    ("wrn_40_2", "wrn_40_1"): 6.0,
+    ("wrn_40_2", "shufflenetv1"): 8.0,
+    ("vgg13", "vgg8"): 6.0,
+    ("vgg13", "mobilenetv2"): 6.0,
+    ("resnet50", "mobilenetv2"): 8.0,
+    ("torchvision/resnet34", "torchvision/resnet18"): 0.5,
+}
+
+
+def published_beta(student: str | nn.Module, teacher: str | nn.Module) -> float:
+    """The paper's ``beta`` for a pair of networks: 2, 6 or 8 on CIFAR-100, 0.5 for resnet34 to resnet18 on ImageNet.
+
+    Args:
+        student: its name; a module has none.
+        teacher: likewise.
+
+    Returns:
+        8 for a pair that the paper does not have.
+    """
+    if isinstance(student, str) and isinstance(teacher, str):
+        return _BETA.get((teacher, student), 8.0)
+    return 8.0
 
 
 def dkd_loss(
@@ -64,8 +95,8 @@ class DKD(Distillation):
         teacher: see ``Distillation``.
         num_classes: see ``Task``.
         alpha: weight of the target-class part.
-        beta: weight of the non-target-class part: 8 for resnet32x4 pairs and resnet50 to mobilenetv2, 6 for WRN and
-            VGG pairs, 2 for resnet56/110; on ImageNet 0.5 (resnet34 to resnet18) and 2 (resnet50 to mobilenetv1).
+        beta: weight of the non-target-class part. Default: that of the paper for the pair of names, see
+            ``published_beta``, and 8 for other networks.
         temperature: 4 on CIFAR, 1 on ImageNet.
         warmup_epochs: the loss is multiplied by ``min(epoch / warmup_epochs, 1)``, epochs counted from 1.
         ce_weight: weight of the cross-entropy.
@@ -80,7 +111,7 @@ class DKD(Distillation):
         num_classes: int,
         *,
         alpha: float = 1.0,
-        beta: float = 8.0,
+        beta: float | None = None,
         temperature: float = 4.0,
         warmup_epochs: int = 20,
         ce_weight: float = 1.0,
@@ -91,7 +122,8 @@ class DKD(Distillation):
         check_positive(temperature=temperature)
         if warmup_epochs < 0:
             raise ValueError(f"warmup_epochs must be 0 (none) or more, got {warmup_epochs}")
-        self.alpha, self.beta, self.temperature, self.warmup_epochs = alpha, beta, temperature, warmup_epochs
+        self.beta = published_beta(student, teacher) if beta is None else beta
+        self.alpha, self.temperature, self.warmup_epochs = alpha, temperature, warmup_epochs
 
     def distillation_loss(self, student_logits: Tensor, teacher_logits: Tensor, target: Tensor) -> Tensor:
         warmup = min((self.current_epoch + 1) / max(self.warmup_epochs, 1), 1.0)
