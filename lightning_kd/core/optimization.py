@@ -10,7 +10,7 @@ import torch
 from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
 from torch import nn
 
-__all__ = ["make_optimizer", "training_length"]
+__all__ = ["make_optimizer", "optimizer_for", "training_length"]
 
 
 def make_optimizer(
@@ -41,6 +41,28 @@ def make_optimizer(
         scheduler["monitor"] = getattr(scheduler["scheduler"], "monitor", task.monitor)
         scheduler["frequency"] = task.trainer.check_val_every_n_epoch or 1  # type: ignore[attr-defined]
     return {"optimizer": optimizer, "lr_scheduler": scheduler}
+
+
+def optimizer_for(
+    network: nn.Module, parameters: Sequence[nn.Parameter], has_given_weights: bool = False
+) -> torch.optim.Optimizer:
+    """What a plain training, and a distillation, take without an ``optimizer``: something that trains.
+
+    Networks with batch normalisation that start from nothing get SGD with learning rate 0.05, momentum 0.9 and weight
+    decay 5e-4, the usual choice for them. That rate throws others off their course, so they get AdamW with weight decay
+    0.01: learning rate 3e-4 without batch normalisation, and 1e-4 with given weights, which should not be lost in the
+    first steps.
+
+    Args:
+        network: what is trained.
+        parameters: of it, and what else is trained with it.
+        has_given_weights: whether it starts from weights of an earlier training.
+    """
+    if has_given_weights:
+        return torch.optim.AdamW(parameters, lr=1e-4, weight_decay=0.01)
+    if any(isinstance(module, nn.modules.batchnorm._BatchNorm) for module in network.modules()):
+        return torch.optim.SGD(parameters, lr=0.05, momentum=0.9, weight_decay=5e-4)
+    return torch.optim.AdamW(parameters, lr=3e-4, weight_decay=0.01)
 
 
 def is_attached(task: L.LightningModule) -> bool:

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from lightning_kd.core.batch import as_batch
 from lightning_kd.core.losses import at_least_float32
+from lightning_kd.core.optimization import optimizer_for
 from lightning_kd.core.outputs import auxiliary_logits
 from lightning_kd.core.problems import MultiLabel, Problem, Segmentation
 from lightning_kd.core.task import Task
@@ -24,17 +25,13 @@ class SupervisedTask(Task):
     After ``fit`` the run folder holds ``network.pt``, a plain ``state_dict``; a distillation task takes it (or the
     checkpoint) as ``teacher_weights``.
 
-    Without ``optimizer``, networks with batch normalisation that start from nothing get SGD with learning rate 0.05,
-    momentum 0.9 and weight decay 5e-4, the usual choice for them. That rate throws others off their course, so they get
-    AdamW with weight decay 0.01: learning rate 3e-4 without batch normalisation, and 1e-4 with given ``weights``, which
-    should not be lost in the first steps.
-
     Args:
         network: a network's name (``lightning-kd list``) or any ``nn.Module`` that gives the logits of the problem.
         num_classes: see ``Task``.
         input_shape: see ``Task``.
         weights: checkpoint or ``state_dict`` file to start from. Default: train from scratch.
-        kwargs: ``optimizer``, ``lr_scheduler``, ``lr_interval``, ``channels_last``, ``compile`` of ``Task``.
+        kwargs: ``optimizer`` (default: see ``optimizer_for``), ``lr_scheduler``, ``lr_interval``, ``channels_last``,
+            ``compile`` of ``Task``.
     """
 
     loss_is_plain = True
@@ -55,11 +52,7 @@ class SupervisedTask(Task):
             load_weights(self.network, weights, num_classes)
 
     def default_optimizer(self, parameters: list[nn.Parameter]) -> torch.optim.Optimizer:
-        if self.has_given_weights:
-            return torch.optim.AdamW(parameters, lr=1e-4, weight_decay=0.01)
-        if any(isinstance(module, nn.modules.batchnorm._BatchNorm) for module in self.modules()):
-            return super().default_optimizer(parameters)
-        return torch.optim.AdamW(parameters, lr=3e-4, weight_decay=0.01)
+        return optimizer_for(self.network, parameters, self.has_given_weights)
 
     @property
     def main_network(self) -> nn.Module:

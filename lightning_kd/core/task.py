@@ -45,7 +45,7 @@ class Task(EvaluatedModule):
         num_classes: number of classes ``C``, for the problem. From the command line it comes from the data module.
         input_shape: shape of one image ``(C, H, W)`` or of one feature row ``(D,)``; likewise.
         optimizer: factory from parameters to an optimizer. Default: SGD, learning rate 0.05, momentum 0.9, weight
-            decay 5e-4; in plain supervised training see ``SupervisedTask``.
+            decay 5e-4; in plain training and distillation see ``optimizer_for``.
         lr_scheduler: factory from the optimizer to a scheduler. Default: constant learning rate. Not
             ``ReduceLROnPlateau`` if a resumed run must equal an undisturbed one: Lightning steps it after the
             checkpoint is written.

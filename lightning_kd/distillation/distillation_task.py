@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from lightning_kd.core.batch import as_batch
 from lightning_kd.core.losses import at_least_float32
+from lightning_kd.core.optimization import optimizer_for
 from lightning_kd.core.task import Task
 from lightning_kd.core.teacher import FrozenTeacher, checked_size, teacher_network
 from lightning_kd.core.weights import load_weights
@@ -53,7 +54,8 @@ class Distillation(Task, ABC):
         teacher_std: likewise the standard deviation.
         teacher_size: height and width, or one number for both, that the teacher's images are brought to (bilinear,
             antialiased), where it wants another input size than the student. Default: that of the data.
-        kwargs: ``optimizer``, ``lr_scheduler``, ``lr_interval``, ``channels_last``, ``compile`` of ``Task``.
+        kwargs: ``optimizer`` (default: see ``optimizer_for``), ``lr_scheduler``, ``lr_interval``, ``channels_last``,
+            ``compile`` of ``Task``.
 
     Raises:
         ValueError: if the teacher has no weights or another number of classes, or is the student itself.
@@ -79,6 +81,7 @@ class Distillation(Task, ABC):
         if student is teacher and isinstance(student, nn.Module):
             raise ValueError("student and teacher are one module: give the teacher its own copy")
         self.student = self.build(student)
+        self.has_given_weights = student_weights is not None
         if student_weights is not None:
             load_weights(self.student, student_weights, num_classes)
         size = checked_size(teacher_size)
@@ -118,6 +121,9 @@ class Distillation(Task, ABC):
         ce = self.problem.loss(student_logits, batch.target)
         kd = self.distillation_loss(student_logits, teacher_logits, batch.target)
         return self.step_loss({"ce": self.ce_weight * ce, "kd": self.kd_weight * kd}, student_logits, batch.target)
+
+    def default_optimizer(self, parameters: list[nn.Parameter]) -> torch.optim.Optimizer:
+        return optimizer_for(self.student, parameters, self.has_given_weights)
 
     @property
     def main_network(self) -> nn.Module:

@@ -15,6 +15,7 @@ from lightning_kd.core import Classification, SemanticSegmentation
 from lightning_kd.core.schedules import ConstantThenCosine, CosineAnnealing
 from lightning_kd.core.training_watch import TrainingWatch
 from lightning_kd.data import ArrayDataModule
+from lightning_kd.noisy_labels import CrossEntropy
 
 
 class Rates(L.Callback):
@@ -197,8 +198,11 @@ def test_default_optimizers(tmp_path):
     torch.save(normed.state_dict(), tmp_path / "some.pt")
     given = str(tmp_path / "some.pt")
     assert optimizer_of(Classification(normed, 3, weights=given)) == ("AdamW", 1e-4, 0.01)
-    # methods keep the choice of their papers
-    assert optimizer_of(KD(plain, normed, 3, student_weights=None)) == ("SGD", 0.05, 5e-4)
+    student = nn.Sequential(nn.Linear(4, 4), nn.BatchNorm1d(4), nn.Linear(4, 3))
+    assert optimizer_of(KD(student, plain, 3, student_weights=given)) == ("AdamW", 1e-4, 0.01)
+    assert optimizer_of(KD(nn.Linear(4, 3), normed, 3)) == ("AdamW", 3e-4, 0.01)  # the teacher is not trained
+    # the other methods keep the choice of their papers
+    assert optimizer_of(CrossEntropy(nn.Linear(4, 3), 3)) == ("SGD", 0.05, 5e-4)
 
 
 def test_a_network_without_batch_norm_trains_by_default():
