@@ -123,10 +123,11 @@ class ELRPlus(TwoNetworkTask):
     """ELR+ (Liu et al., NeurIPS 2020, arXiv 2007.00151): two networks, averaged copies of both, and MixUp.
 
     In each epoch network 1 and then network 2 passes over the whole training set in an order of its own. A step of
-    network ``k`` puts the unmixed images through the averaged copy of the other network (eval mode, no gradient) and
-    updates the memory of ``k`` with the result; network ``k`` learns from mixed images, labels and memory rows. Its
-    copy follows after each step: weights by a moving average whose rate rises from near 0 to ``average_rate`` over
-    ``average_steps`` steps, running statistics of batch normalisation as they are.
+    network ``k`` puts the unmixed images through the averaged copy of the other network (no gradient) and updates the
+    memory of ``k`` with the result; network ``k`` learns from mixed images, labels and memory rows. Its copy follows
+    after each step: parameters by a moving average whose rate rises from near 0 to ``average_rate`` over
+    ``average_steps`` steps. As in the official code, the copies are in train mode while they are asked: they normalise
+    by the batch, and gather running statistics of their own, with which they are evaluated.
 
     Predictions: mean of the logits of network 1 and of the averaged copy of network 2. The verdict logged each epoch
     is by the averaged copies, on the augmented training images.
@@ -144,6 +145,9 @@ class ELRPlus(TwoNetworkTask):
         mixup_alpha: both parameters of the Beta distribution of the mixing weight, above 0.
         average_rate: what stays of the averaged copy at each step in the end, at least 0 and below 1.
         average_steps: steps of a network over which that rate rises; 0 for all of it at once.
+        averages_in_train_mode: as the official code. ``False``: the copies answer in eval mode, take over the running
+            statistics of their networks at each step, and the rate after step ``s`` is that of the ramp at ``s``, not
+            at ``s + 1``.
         kwargs: ``gradient_clip_val`` of ``TwoNetworkTask``; ``optimizer``, ``lr_scheduler``, ``lr_interval``,
             ``channels_last``, ``compile`` of ``Task``.
     """
@@ -161,6 +165,7 @@ class ELRPlus(TwoNetworkTask):
         mixup_alpha: float = 1.0,
         average_rate: float = 0.997,
         average_steps: int = 40000,
+        averages_in_train_mode: bool = True,
         **kwargs: Any,
     ) -> None:
         super().__init__(network, num_classes, input_shape=input_shape, **kwargs)
@@ -174,20 +179,21 @@ class ELRPlus(TwoNetworkTask):
         self.momentum, self.weight, self.ramp_steps = momentum, weight, ramp_steps
         self.refine_labels, self.mixup_alpha = refine_labels, mixup_alpha
         self.average_rate, self.average_steps = average_rate, average_steps
-        self.averages = nn.ModuleList(averaged_copy(net) for net in self.networks).eval()
+        self.averages_in_train_mode = averages_in_train_mode
+        self.averages = nn.ModuleList(averaged_copy(net) for net in self.networks).train(averages_in_train_mode)
         for k in range(2):  # not one of two columns: a sample's two passes may be on two processes
             self.add_sample_memory(f"predictions_{k + 1}", (num_classes,))
         self.steps_done = [0, 0]
 
     def train(self, mode: bool = True) -> Self:
         super().train(mode)
-        self.averages.eval()
+        self.averages.train(mode and self.averages_in_train_mode)
         return self
 
     def setup(self, stage: str) -> None:
         super().setup(stage)
-        resting = sum(1 for _ in self.averages.modules())
-        if stage == "fit" and resting == sum(not module.training for module in self.modules()):
+        resting = 0 if self.averages_in_train_mode else sum(1 for _ in self.averages.modules())
+        if stage == "fit" and resting and resting == sum(not module.training for module in self.modules()):
             warnings.filterwarnings("ignore", f"Found {resting} module\\(s\\) in eval mode")
 
     # -- answers -----------------------------------------------------------------------------------------------------
@@ -245,8 +251,10 @@ class ELRPlus(TwoNetworkTask):
     def optimize(self, k: int, terms: dict[str, Tensor], logits: Tensor, target: Tensor) -> None:
         super().optimize(k, terms, logits, target)
         self.steps_done[k] += 1
-        rate = self.average_rate * ramp(self.steps_done[k], self.average_steps)
-        update_average(self.averages[k], self.networks[k], rate)
+        step = self.steps_done[k] + self.averages_in_train_mode
+        rate = self.average_rate * ramp(step, self.average_steps)
+        buffers: Any = "keep" if self.averages_in_train_mode else "copy"
+        update_average(self.averages[k], self.networks[k], rate, buffers=buffers)
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         super().on_save_checkpoint(checkpoint)

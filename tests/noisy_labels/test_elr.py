@@ -1,13 +1,16 @@
 """ELR and ELR+ as tasks: memories, averaged copies, ramps, resume, two processes."""
 
+import copy
 import csv
 import math
 import warnings
+from unittest.mock import patch
 
 import lightning as L
 import pytest
 import torch
 import torch.nn.functional as F
+from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
 from lightning_kd.core.batch import Batch
@@ -16,6 +19,7 @@ from lightning_kd.core.sample_memory import SampleMemory
 from lightning_kd.noisy_labels import ELR, ELRPlus, elr_regularizer
 from lightning_kd.noisy_labels import elr as elr_module
 from lightning_kd.noisy_labels.elr import _clamped, _remember, ramp
+from lightning_kd.noisy_labels.two_networks import TwoNetworkTask
 from tests.noisy_labels.runs import data_module, fitted, resumes_to_the_bit, trainer_of
 from tests.two_processes import on_two_ranks
 
@@ -69,7 +73,12 @@ def test_ramp(step, length, value):
     assert ramp(step, length) == pytest.approx(value)
 
 
-METHODS = [(ELR, {}), (ELRPlus, {}), (ELRPlus, {"ramp_steps": 20, "average_steps": 30, "refine_labels": True})]
+METHODS = [
+    (ELR, {}),
+    (ELRPlus, {}),
+    (ELRPlus, {"averages_in_train_mode": False}),
+    (ELRPlus, {"ramp_steps": 20, "average_steps": 30, "refine_labels": True}),
+]
 
 
 @pytest.mark.parametrize(("method", "arguments"), METHODS)
@@ -124,6 +133,7 @@ def test_resting_copies_are_no_cause_for_a_warning():
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         warnings.filterwarnings("error", ".*in eval mode at the start")
+        fitted(ELRPlus, trainer=trainer_of(max_epochs=1), averages_in_train_mode=False)
         fitted(ELRPlus, trainer=trainer_of(max_epochs=1))
 
 
@@ -143,12 +153,19 @@ class Watched(ELRPlus):
     def network_step(self, k, batch):
         labelled = batch.labelled
         memory = self.memories[f"predictions_{k + 1}"].rows[labelled.index].clone()
-        assert not self.averages[0].training
+        in_train_mode = self.averages_in_train_mode
+        assert all(average.training == in_train_mode for average in self.averages)
+        expected = copy.deepcopy(self.averages[1 - k])
         with torch.no_grad():
-            other = self.averages[1 - k](labelled.image).softmax(1)
-        old = {id(b): b.clone() for b in self.averages.buffers()}
+            other = expected(labelled.image).softmax(1)
+        old = copy.deepcopy(self.averages)
         terms, logits, target = super().network_step(k, batch)
-        assert all(torch.equal(old[id(b)], b) for b in self.averages.buffers())  # no statistics are gathered
+        for mine, before, after in zip(
+            self.averages[1 - k].buffers(), old[1 - k].buffers(), expected.buffers(), strict=True
+        ):
+            torch.testing.assert_close(mine, after)
+            assert torch.equal(before, after) != in_train_mode  # statistics are gathered by a copy that is asked
+        assert all(map(torch.equal, self.averages[k].buffers(), old[k].buffers()))
         rows = self.memories[f"predictions_{k + 1}"].rows[labelled.index]
         torch.testing.assert_close(rows, 0.7 * memory + 0.3 * other)
         weight, partner = self.drawn
@@ -167,16 +184,20 @@ class Watched(ELRPlus):
     def optimize(self, k, terms, logits, target):
         old = [p.clone() for p in self.averages[k].parameters()]
         resting = [p.clone() for p in [*self.networks[1 - k].parameters(), *self.averages[1 - k].parameters()]]
+        statistics = [b.clone() for b in self.averages[k].buffers()]
         super().optimize(k, terms, logits, target)
-        rate = 0.997 * math.exp(-5 * (1 - self.steps_done[k] / 100) ** 2)
+        step = self.steps_done[k] + self.averages_in_train_mode
+        rate = 0.997 * math.exp(-5 * (1 - step / 100) ** 2)
+        theirs = statistics if self.averages_in_train_mode else self.networks[k].buffers()
+        assert all(map(torch.equal, self.averages[k].buffers(), theirs))
         for a, b, p in zip(old, self.averages[k].parameters(), self.networks[k].parameters(), strict=True):
             torch.testing.assert_close(b, rate * a + (1 - rate) * p)
         after = [*self.networks[1 - k].parameters(), *self.averages[1 - k].parameters()]
         assert all(torch.equal(a, b) for a, b in zip(resting, after, strict=True))
 
 
-@pytest.mark.parametrize("refine", [False, True])
-def test_each_step_is_the_algorithm(refine, monkeypatch):
+@pytest.mark.parametrize(("refine", "in_train_mode"), [(False, True), (True, True), (True, False)])
+def test_each_step_is_the_algorithm(refine, in_train_mode, monkeypatch):
     draw = elr_module.draw_mix
 
     def noted(*args):
@@ -193,6 +214,7 @@ def test_each_step_is_the_algorithm(refine, monkeypatch):
         ramp_steps=50,
         average_steps=100,
         refine_labels=refine,
+        averages_in_train_mode=in_train_mode,
     )
     task.steps_seen = []
     data = data_module()
@@ -202,11 +224,40 @@ def test_each_step_is_the_algorithm(refine, monkeypatch):
     assert task.steps_done == [2 * steps, 2 * steps]
 
 
-def test_answers_and_modes():
-    task = ELRPlus("cnn_tiny", 10, input_shape=(1, 8, 8))
+def test_the_rate_of_the_averages_is_one_step_ahead():
+    rates = []
+    for in_train_mode in (True, False):
+        task = ELRPlus(
+            nn.Linear(4, 3).double(), 3, input_shape=(4,), average_steps=40, averages_in_train_mode=in_train_mode
+        )
+        with torch.no_grad():
+            for weights, value in ((task.averages[0], 1.0), (task.networks[0], 0.0)):
+                weights.weight.fill_(value)
+        task.trainer = trainer_of()
+        with patch.object(TwoNetworkTask, "optimize"):
+            task.optimize(0, {}, torch.empty(0), torch.empty(0))
+        rates.append(float(task.averages[0].weight[0, 0].detach()))
+    assert rates == [pytest.approx(0.010938085, abs=1e-8), pytest.approx(0.008598827, abs=1e-8)]
+
+
+def test_a_copy_gathers_statistics_of_its_own():
+    task = ELRPlus(nn.Sequential(nn.BatchNorm1d(4), nn.Linear(4, 3)), 3, input_shape=(4,))
+    image = torch.randn(16, 4) + 3
+    task.averaged_logits(1, image)
+    torch.testing.assert_close(task.averages[1][0].running_mean, 0.1 * image.mean(0))
+    assert torch.equal(task.networks[1][0].running_mean, torch.zeros(4))
+    task.eval()
+    kept = task.averages[1][0].running_mean.clone()
+    task(image)
+    assert torch.equal(task.averages[1][0].running_mean, kept)
+
+
+@pytest.mark.parametrize("in_train_mode", [True, False])
+def test_answers_and_modes(in_train_mode):
+    task = ELRPlus("cnn_tiny", 10, input_shape=(1, 8, 8), averages_in_train_mode=in_train_mode)
     task.train()
     assert task.networks[0].training
-    assert not any(module.training for module in task.averages.modules())
+    assert all(module.training == in_train_mode for module in task.averages.modules())
     with torch.no_grad():
         for p in task.averages[1].parameters():
             p.mul_(1.5)
