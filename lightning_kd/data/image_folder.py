@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Literal
 
 import torch
 from torch import Tensor
@@ -34,7 +35,7 @@ class ImageFolderDataModule(ClassificationDataModule):
     ``val_fraction`` of each class of the training images.
 
     Training images get ``RandomResizedCrop`` and a flip of half of them, evaluation images a resize of the short side
-    to ``image_size * 256 / 224`` and a centre crop, as is usual for ImageNet. What is drawn for an image depends only
+    and a centre crop, as is usual for ImageNet. What is drawn for an image depends only
     on (seed, epoch, pass, index), not on workers or processes. ``train_image`` and so on are lists of paths. See
     ``ClassificationDataModule`` for what it offers and for several processes.
 
@@ -59,6 +60,11 @@ class ImageFolderDataModule(ClassificationDataModule):
         fake: use a small made-up data set in memory instead, of the classes of ``root`` if there is such a folder,
             else of 10 classes.
         noise: gives the training samples wrong labels, see ``LabelNoise``; ``None`` keeps the data set's own.
+        resize: short side that evaluation images are brought to before the centre is cut out. Default: ``image_size *
+            256 / 224``.
+        strong_crop: how strong views are cropped: ``"resized"`` as weak ones; ``"fixed"``: the short side is brought to
+            ``resize``, and a square of ``image_size`` is cut out at random.
+        strong_cutout: the side in pixels of the cutout box of strong views; 0 is off. Default: half of ``image_size``.
 
     Raises:
         ValueError: for an argument out of its range, a root without class folders, and a class without an image.
@@ -87,6 +93,9 @@ class ImageFolderDataModule(ClassificationDataModule):
         seed: int = 0,
         fake: bool = False,
         noise: LabelNoise | None = None,
+        resize: int | None = None,
+        strong_crop: Literal["resized", "fixed"] = "resized",
+        strong_cutout: int | None = None,
     ) -> None:
         check_at_least("image_size", image_size, 1)
         check_at_least("num_workers", num_workers, 0)
@@ -95,10 +104,19 @@ class ImageFolderDataModule(ClassificationDataModule):
         for name, limits in (("scale", scale), ("ratio", ratio)):
             if not 0 < limits[0] <= limits[1]:
                 raise ValueError(f"{name} must be two numbers above 0, the smaller one first, got {limits}: swap them")
+        if resize is not None and resize < image_size:
+            raise ValueError(f"resize must be at least image_size={image_size}, got {resize}: raise it")
+        if strong_crop not in ("resized", "fixed"):
+            raise ValueError(f"strong_crop must be 'resized' or 'fixed', got {strong_crop!r}: give one of them")
+        if strong_cutout is not None:
+            check_at_least("strong_cutout", strong_cutout, 0)
         self.root = root
         self.image_size = image_size
         self.scale = scale
         self.ratio = ratio
+        self.resize = round(image_size * 256 / 224) if resize is None else resize
+        self.strong_crop = strong_crop
+        self.strong_cutout = image_size // 2 if strong_cutout is None else strong_cutout
         self.test_fraction = test_fraction
         self.num_workers = num_workers
         self.augment = augment
@@ -166,16 +184,16 @@ class ImageFolderDataModule(ClassificationDataModule):
         """
         size = self.image_size
         if view != "plain" and self.augment:
-            steps: list[torch.nn.Module] = [
-                v2.RandomResizedCrop(size, scale=self.scale, ratio=self.ratio),
-                v2.RandomHorizontalFlip(),
-            ]
+            steps: list[torch.nn.Module] = [v2.RandomResizedCrop(size, scale=self.scale, ratio=self.ratio)]
+            if view == "strong" and self.strong_crop == "fixed":
+                steps = [v2.Resize(self.resize), v2.RandomCrop(size)]
+            steps.append(v2.RandomHorizontalFlip())
         else:
-            steps = [v2.Resize(round(size * 256 / 224)), v2.CenterCrop(size)]
+            steps = [v2.Resize(self.resize), v2.CenterCrop(size)]
         if view == "strong":
             steps.append(v2.AutoAugment(self.strong_policy))
         steps += [v2.PILToTensor(), v2.ToDtype(torch.float32, scale=True), v2.Normalize(self.mean, self.std)]
-        cutout = {"plain": 0, "weak": self.cutout, "strong": size // 2}[view]
+        cutout = {"plain": 0, "weak": self.cutout, "strong": self.strong_cutout}[view]
         if cutout:
             steps.append(RandomCutout(cutout))
         return v2.Compose(steps)

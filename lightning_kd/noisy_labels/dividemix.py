@@ -46,7 +46,8 @@ class DivideMix(TwoNetworkTask):
         input_shape: see ``Task``.
         warmup_epochs: epochs of plain training at the start, at least 1; batches are twice ``data.batch_size``.
         lambda_u: weight of the unsupervised loss after its ramp.
-        ramp_epochs: length of that ramp after the warm-up.
+        ramp_epochs: length of that ramp after the warm-up. It rises with each step, by the share of the epoch that is
+            done.
         temperature: of the sharpening.
         threshold: labels with a larger clean probability are kept.
         mixup_alpha: both parameters of the Beta distribution of the mixing weight.
@@ -60,7 +61,8 @@ class DivideMix(TwoNetworkTask):
             ``channels_last``, ``compile`` of ``Task``.
     """
 
-    keep_last_labelled = True
+    #: leave out the last batch of either stream where it is smaller than the others
+    drop_last = False
     views: tuple[str, ...] = ("weak", "weak")
 
     def __init__(
@@ -166,10 +168,10 @@ class DivideMix(TwoNetworkTask):
                 elif len(labelled) < data.batch_size * self.trainer.world_size:
                     rank_zero_info(f"network {k + 1}: only {len(labelled)} clean samples, taken as one batch")
                 shared: dict[str, Any] = {"shuffle": True, "batch_size": data.batch_size, "views": self.views}
-                drop_last = not self.keep_last_labelled
+                shared["drop_last"] = self.drop_last
                 return Phase(
                     k,
-                    data.loader("train", labelled, stream=stream, drop_last=drop_last, **shared),
+                    data.loader("train", labelled, stream=stream, **shared),
                     data.loader("train", unlabelled, stream=f"{stream}_unlabelled", **shared),
                 )
             rank_zero_info(
@@ -214,8 +216,12 @@ class DivideMix(TwoNetworkTask):
     def guess(self, k: int, views: Sequence[Tensor]) -> Tensor:
         """Sharpened mean prediction of both networks over the views, ``[B, C]``; network ``k`` is in train mode."""
         own = sum(self.probabilities(self.logits_of(k, view)) for view in views)
-        other = self.probabilities(self.logits_of(1 - k, torch.cat(list(views)))).unflatten(0, (len(views), -1))
+        other = self.probabilities(self.partner_logits(k, torch.cat(list(views)))).unflatten(0, (len(views), -1))
         return sharpen((own + other.sum(0)) / (2 * len(views)), self.temperature)
+
+    def partner_logits(self, k: int, image: Tensor) -> Tensor:
+        """Logits ``[B, C]`` of the network that guesses along with network ``k``, as it is now."""
+        return self.logits_of(1 - k, image)
 
     def refine(self, k: int, views: Sequence[Tensor], labelled: Batch) -> Tensor:
         """The given labels, weighted by their clean probability, mixed with the network's own prediction, sharpened."""

@@ -6,6 +6,7 @@ Noisy Labels. AAAI 2024, arXiv 2401.07062.
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Sequence
 from typing import Any, Literal
 
@@ -14,8 +15,10 @@ from torch import Tensor, nn
 
 from lightning_kd.core.dirichlet import calibrated_softmax, dirichlet_kl, dirichlet_nll, log_calibrated_softmax
 from lightning_kd.core.feature_hooks import penultimate_tap
-from lightning_kd.core.losses import check_positive
+from lightning_kd.core.losses import at_least_float32, check_positive
 from lightning_kd.core.mixture import Mixture
+from lightning_kd.core.outputs import class_logits
+from lightning_kd.core.phased_loader import PhaseBatch
 from lightning_kd.noisy_labels.dividemix import DivideMix
 from lightning_kd.noisy_labels.label_scores import clean_probability, logit_margin, split_scaled
 from lightning_kd.noisy_labels.mixup import mix
@@ -47,14 +50,16 @@ class DPC(DivideMix):
             ``kurtosis_threshold``.
         kurtosis_threshold: see ``split``.
         strong_weight: weight of the consistency with two strongly augmented views (DPC*); 0 is without them.
-        heads: 2, or 1 to let head 1 take the unsupervised loss too.
+        heads: 2, or 1 to let head 1 take the unsupervised loss too. Where that loss has no weight, head 2 still decays
+            and moves by momentum, as in the official code.
         head_width: hidden units of head 2.
         classifier: module path of the classifier.
+        drop_last: leave out the last batch of either stream where it is smaller; ``False`` on WebVision.
+        partner_at_epoch_start: let network 1 guess for network 2 as it was before the epoch, as on WebVision, where
+            both are trained at once; by default as it is after its own pass.
         kwargs: of ``DivideMix``: ``warmup_epochs``, ``lambda_u``, ``ramp_epochs``, ``temperature``, ``threshold``,
             ``mixup_alpha``, ``confidence_penalty``, ``loss_history``, ``clip``; and those it takes.
     """
-
-    keep_last_labelled = False
 
     def __init__(
         self,
@@ -70,6 +75,8 @@ class DPC(DivideMix):
         heads: int = 2,
         head_width: int = 1024,
         classifier: str | None = None,
+        drop_last: bool = True,
+        partner_at_epoch_start: bool = False,
         **kwargs: Any,
     ) -> None:
         super().__init__(network, num_classes, input_shape=input_shape, **kwargs)
@@ -90,6 +97,10 @@ class DPC(DivideMix):
         self.split_by = split
         self.kurtosis_threshold = kurtosis_threshold
         self.strong_weight = strong_weight
+        self.drop_last = drop_last
+        self.partner_at_epoch_start = partner_at_epoch_start
+        self._earlier: list[nn.Module] = []  # network 1 before the epoch; in a list, so that it is in no checkpoint
+        self._semi_supervised = False
         self.views = ("weak", "weak", "strong", "strong") if strong_weight else ("weak", "weak")
         found = [penultimate_tap(network, classifier) for network in self.networks] if heads == 2 else []
         self._taps = [tap for tap, _ in found]
@@ -97,6 +108,35 @@ class DPC(DivideMix):
 
     def parts(self, k: int) -> list[nn.Module]:
         return [self.networks[k], *self.heads[k : k + 1]]
+
+    def on_train_epoch_start(self) -> None:
+        super().on_train_epoch_start()
+        if self.partner_at_epoch_start and self.current_epoch >= self.warmup_epochs:
+            self._earlier = [copy.deepcopy(self.networks[0]).eval().requires_grad_(False)]
+
+    def on_train_epoch_end(self) -> None:
+        super().on_train_epoch_end()
+        self._earlier = []
+
+    def partner_logits(self, k: int, image: Tensor) -> Tensor:
+        if k == 0 or not self._earlier:
+            return super().partner_logits(k, image)
+        (logits,) = at_least_float32(
+            class_logits(self._earlier[0], self._earlier[0](self.format_image(image)), self.num_classes)
+        )
+        return logits
+
+    def network_step(self, k: int, batch: PhaseBatch) -> tuple[dict[str, Tensor], Tensor, Tensor]:
+        self._semi_supervised = batch.unlabelled is not None
+        return super().network_step(k, batch)
+
+    def on_before_optimizer_step(self, optimizer: torch.optim.Optimizer) -> None:
+        if self._semi_supervised:  # a head whose loss has no weight has a gradient of 0, not none
+            for group in optimizer.param_groups:
+                for parameter in group["params"]:
+                    if parameter.grad is None:
+                        parameter.grad = torch.zeros_like(parameter)
+        super().on_before_optimizer_step(optimizer)
 
     def probabilities(self, logits: Tensor) -> Tensor:
         return calibrated_softmax(logits, self.gamma)

@@ -104,6 +104,26 @@ def test_evaluation_images(root):
     assert torch.equal(next(iter(plain)).image, next(iter(same)).image[:8])
 
 
+def test_views_of_a_fixed_size(root):
+    data = make(root, resize=19, strong_crop="fixed", strong_cutout=0, mean=[0.0] * 3, std=[1.0] * 3)
+    batch = next(iter(data.test_dataloader()))
+    pil = Image.open(data.test_image[0]).convert("RGB")
+    expected = np.array(v2.functional.center_crop(v2.functional.resize(pil, 19), 16))
+    torch.testing.assert_close(batch.image[0], torch.from_numpy(expected).permute(2, 0, 1) / 255)
+    strong = data.transform("strong").transforms
+    assert [type(step).__name__ for step in strong[:4]] == [
+        "Resize",
+        "RandomCrop",
+        "RandomHorizontalFlip",
+        "AutoAugment",
+    ]
+    assert strong[0].size == [19]
+    assert strong[1].size == (16, 16)
+    assert type(strong[-1]).__name__ == "Normalize"  # no cutout
+    assert type(data.transform("weak").transforms[0]).__name__ == "RandomResizedCrop"
+    assert make(root).transform("strong").transforms[-1].side == 8
+
+
 def test_workers_change_nothing_and_follow_the_epoch(root):
     def epochs(num_workers):
         data = make(root, num_workers=num_workers, cutout=4)

@@ -218,6 +218,81 @@ def test_each_network_uses_the_split_of_the_other():
 
 
 @pytest.mark.parametrize(
+    ("method", "options", "labelled", "unlabelled"),
+    [
+        (DPC, {}, [8] * 5, [8, 8, 8, 8, 8]),  # the unlabelled stream begins anew after two whole batches
+        (DPC, {"drop_last": False}, [8] * 5, [8, 8, 4, 8, 8]),
+        (DivideMix, {}, [8] * 5, [8, 8, 4, 8, 8]),
+    ],
+)
+def test_partial_batches_of_both_streams(method, options, labelled, unlabelled):
+    assert sizes_of_streams(method, 40, 20, **options) == (labelled, unlabelled)
+
+
+def test_the_last_labelled_batch_is_kept_on_webvision():
+    assert sizes_of_streams(DPC, 20, 40, drop_last=False)[0] == [8, 8, 4]
+    assert sizes_of_streams(DPC, 20, 40)[0] == [8, 8]
+
+
+def sizes_of_streams(method, clean, others, **options):
+    data = data_module(batch_size=8, train_per_class=6)  # 60 samples
+    task = task_of(method, **options)
+    trainer_of(max_epochs=1).fit(task, datamodule=data)
+    assert len(data.train_indices) == clean + others
+    task.clean.rows.fill_(0.1)
+    task.clean.rows[data.train_indices[:clean]] = 0.9
+    batches = list(PhasedLoader(task.phases(data)[:1]))
+    return [len(b.labelled.target) for b in batches], [len(b.unlabelled.target) for b in batches]
+
+
+@pytest.mark.parametrize("at_start", [False, True])
+def test_partner_of_network_2(at_start):
+    task = task_of(DPC, partner_at_epoch_start=at_start)
+    before, guesses = [], []
+
+    class Watch(L.Callback):
+        def on_train_epoch_start(self, trainer, pl_module):
+            before.append([p.clone() for p in pl_module.networks[0].parameters()])
+
+    guess = task.partner_logits
+
+    def watched(k, image):
+        network = task._earlier[0] if task._earlier and k == 1 else task.networks[1 - k]
+        assert not network.training
+        if k == 1:
+            guesses.append(all(map(torch.equal, network.parameters(), before[-1])))
+        return guess(k, image)
+
+    task.partner_logits = watched
+    trainer_of(max_epochs=2, callbacks=[Watch()]).fit(task, datamodule=data_module())
+    assert guesses
+    assert all(same == at_start for same in guesses)
+    assert not task._earlier
+    assert not any("_earlier" in name for name in task.state_dict())
+
+
+def test_head_2_decays_where_its_loss_has_no_weight():
+    task = task_of(DPC, lambda_u=0.0, optimizer=lambda p: torch.optim.SGD(p, lr=0.02, momentum=0.9, weight_decay=5e-4))
+    seen = []
+
+    class Watch(L.Callback):
+        def on_train_start(self, trainer, pl_module):
+            with torch.no_grad():
+                pl_module.heads[0][0].weight.fill_(1.0)
+
+        def on_train_batch_end(self, trainer, pl_module, outputs, batch, batch_idx):
+            if batch.network == 0:
+                seen.append((batch.unlabelled is not None, float(pl_module.heads[0][0].weight[0, 0].detach())))
+
+    trainer_of(max_epochs=2, callbacks=[Watch()]).fit(task, datamodule=data_module())
+    warmup = [value for semi, value in seen if not semi]
+    assert warmup == [1.0] * len(warmup)
+    semi = [value for semi, value in seen if semi]
+    assert semi[0] == pytest.approx(0.99999, abs=1e-7)
+    assert semi[1] == pytest.approx(semi[0] - (0.9 * 1e-5 + 1e-5), abs=2e-7)  # with momentum
+
+
+@pytest.mark.parametrize(
     ("low", "clean", "unlabelled"), [(0.0, 0, False), (1.0, 256, False), (0.0, 1, False), (0.0, 5, True)]
 )
 def test_degenerate_splits_fall_back(low, clean, unlabelled):
