@@ -13,6 +13,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torchmetrics.classification import MulticlassAccuracy
 
 from lightning_kd.core.batch import as_batch
 from lightning_kd.core.losses import at_least_float32
@@ -99,6 +100,9 @@ class CoTeaching(TwoNetworkTask):
     labels among the kept samples, mean over batches and networks. The verdict of each epoch is by the networks' mean,
     from the training steps.
 
+    Predictions, ``val/acc`` and ``test/acc`` are by the sum of both networks' logits. The paper's code tests each
+    network by itself: for its tables see ``test/acc_1`` and ``test/acc_2``.
+
     Several processes: each selects within its own batch.
 
     Args:
@@ -131,6 +135,22 @@ class CoTeaching(TwoNetworkTask):
             )
         forget_rate(0, noise_rate, ramp_epochs, exponent)  # checks them
         self.noise_rate, self.ramp_epochs, self.exponent = noise_rate, ramp_epochs, exponent
+        self.test_each = nn.ModuleList(
+            MulticlassAccuracy(num_classes, average="micro", validate_args=False) for _ in range(2)
+        )
+        self._answers: list[Tensor] = []
+
+    def scores_and_probabilities(self, image: Tensor) -> tuple[Tensor, Tensor]:
+        self._answers = [self.logits_of(k, image) for k in range(2)]
+        first, second = self._answers
+        return first + second, (self.probabilities(first) + self.probabilities(second)) / 2
+
+    def test_step(self, batch: Any, batch_idx: int) -> None:
+        super().test_step(batch, batch_idx)
+        each: Any = self.test_each
+        for k, metric in enumerate(each):
+            metric.update(self._answers[k], as_batch(batch).target)
+            self.log(f"test/acc_{k + 1}", metric, on_step=False, on_epoch=True)
 
     def train_loader(self, data: Any) -> Any:
         return NoisyLabelTask.train_loader(self, data)  # one stream for both networks
@@ -159,7 +179,7 @@ class LateLinearLR(torch.optim.lr_scheduler.LRScheduler):
     Args:
         optimizer: whose rate is set.
         start_epoch: the first epoch, counted from 0, that may have a lower rate.
-        epochs: of the run, above ``start_epoch``.
+        epochs: of the run, above ``start_epoch``. Default: those of the training.
         late_beta1: what Adam's first beta becomes at ``start_epoch``. Default: it stays.
         last_epoch: see ``torch.optim.lr_scheduler.LRScheduler``.
 
@@ -173,14 +193,25 @@ class LateLinearLR(torch.optim.lr_scheduler.LRScheduler):
         self,
         optimizer: torch.optim.Optimizer,
         start_epoch: int,
-        epochs: int,
+        epochs: int | None = None,
         late_beta1: float | None = None,
         last_epoch: int = -1,
     ) -> None:
+        self.to_the_end = epochs is None
+        epochs = start_epoch + 1 if epochs is None else epochs
         if not 0 <= start_epoch < epochs:
             raise ValueError(f"start_epoch must be at least 0 and below epochs={epochs}, got {start_epoch}")
         self.start_epoch, self.epochs, self.late_beta1 = start_epoch, epochs, late_beta1
         super().__init__(optimizer, last_epoch)
+
+    def set_length(self, length: int) -> None:
+        """Be told how many epochs the training has."""
+        if self.to_the_end:
+            self.epochs = max(length, self.start_epoch + 1)
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        own = {"epochs": self.epochs} if self.to_the_end else {}  # of this training
+        super().load_state_dict({**state_dict, "to_the_end": self.to_the_end, **own})
 
     def get_lr(self) -> list[Any]:
         if self.late_beta1 is not None and self.last_epoch >= self.start_epoch:

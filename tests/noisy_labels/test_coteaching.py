@@ -157,6 +157,34 @@ def test_schedule():
         LateLinearLR(optimizer, start_epoch=4, epochs=4)
 
 
+def test_a_schedule_as_long_as_the_training():
+    rates = []
+    for options in ({"epochs": 5}, {}):
+        optimizer = torch.optim.Adam(nn.Linear(1, 1).parameters(), lr=0.1)
+        scheduler = LateLinearLR(optimizer, 2, **options)
+        scheduler.set_length(5)
+        rates.append([])
+        for _ in range(5):
+            rates[-1].append(optimizer.param_groups[0]["lr"])
+            optimizer.step()
+            scheduler.step()
+    assert rates[0] == rates[1]
+
+
+def test_each_network_is_tested_alone():
+    task, trainer = fitted(CoTeaching, noise_rate=0.2)
+    (found,) = trainer.test(task, datamodule=trainer.datamodule, verbose=False)
+    data, right = trainer.datamodule, [0, 0, 0]
+    task.eval()
+    for batch in data.test_dataloader():
+        both = [network(batch.image) for network in task.networks]
+        for k, logits in enumerate([*both, both[0] + both[1]]):
+            right[k] += int((logits.argmax(1) == batch.target).sum())
+    share = [count / data.test_size for count in right]
+    assert [found["test/acc_1"], found["test/acc_2"], found["test/acc"]] == pytest.approx(share)
+    assert share[0] != share[1]
+
+
 def _train_on_two():
     warnings.simplefilter("ignore")
     data = data_module(batch_size=16)
