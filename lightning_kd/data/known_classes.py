@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Literal
+from pathlib import Path
 
 from lightning_kd.core.seeding import numpy_generator
 
@@ -11,10 +11,21 @@ from lightning_kd.core.seeding import numpy_generator
 def choose_known_classes(
     names: Sequence[str],
     given: int | list[int | str] | None,
-    class_order: Literal["first", "random"] | list[int],
+    class_order: str | list[int | str],
     split_seed: int,
+    root: str | None = None,
+    fake: bool = False,
 ) -> list[int]:
     """The numbers of the known classes among those of ``names``, ascending; see ``OpenSetDataModule``.
+
+    Args:
+        names: of all classes of the source.
+        given: ``known_classes``.
+        class_order: see there.
+        split_seed: likewise.
+        root: the folder that a file named by ``class_order`` is looked for in first.
+        fake: whether the classes are made up, so that they are taken as they come where the file does not name
+            them.
 
     Raises:
         ValueError: for classes that do not exist or come twice, and for fewer than 2.
@@ -27,41 +38,57 @@ def choose_known_classes(
             raise ValueError("known_classes must be given, got None: say how many classes are known, or which")
         if given > total:
             raise ValueError(f"known_classes must be at most the {total} classes of the source, got {given}")
-        chosen = _ordered_classes(total, given, class_order, split_seed)[: max(given, 0)]
+        chosen = _ordered_classes(names, given, class_order, split_seed, root, fake)[: max(given, 0)]
     if len(chosen) < 2:
         raise ValueError(f"known_classes must be at least 2, got {len(chosen)}: one class leaves nothing to tell")
     return sorted(chosen)
 
 
-def _named_classes(
-    names: Sequence[str], given: list[int | str], class_order: Literal["first", "random"] | list[int]
-) -> list[int]:
+def _named_classes(names: Sequence[str], given: list[int | str], class_order: str | list[int | str]) -> list[int]:
     if class_order != "first":
         raise ValueError(
             f"class_order goes with a number of known_classes, got the list {given} too: leave class_order out"
         )
-    unheard = [c for c in given if isinstance(c, str) and c not in names]
-    if unheard:
-        raise ValueError(f"known_classes holds {unheard[0]!r}, which is no class of the source: it has {names}")
-    chosen = [names.index(c) if isinstance(c, str) else c for c in given]
-    _check_classes("known_classes", chosen, len(names))
-    return chosen
+    return _numbers("known_classes", given, names)
 
 
 def _ordered_classes(
-    total: int, count: int, class_order: Literal["first", "random"] | list[int], split_seed: int
+    names: Sequence[str], count: int, class_order: str | list[int | str], split_seed: int, root: str | None, fake: bool
 ) -> list[int]:
-    if isinstance(class_order, list):
-        _check_classes("class_order", class_order, total)
-        if len(class_order) < count:
-            raise ValueError(f"class_order names {len(class_order)} classes, known_classes={count} needs as many")
-        return class_order
     if class_order == "random":
-        order: list[int] = numpy_generator(split_seed, "known_classes").permutation(total).tolist()
+        order: list[int] = numpy_generator(split_seed, "known_classes").permutation(len(names)).tolist()
         return order
     if class_order == "first":
-        return list(range(total))
-    raise ValueError(f"class_order must be 'first', 'random' or a list, got {class_order!r}")
+        return list(range(len(names)))
+    if isinstance(class_order, str):
+        inside = Path(root or ".") / class_order
+        path = inside if inside.is_file() else Path(class_order)
+        if fake and not (path.is_file() and {*_read_order(path)} & {*names}):
+            return list(range(len(names)))
+        class_order = _read_order(path)
+    chosen = _numbers("class_order", class_order, names)
+    if len(chosen) < count:
+        raise ValueError(f"class_order names {len(chosen)} classes, known_classes={count} needs as many")
+    return chosen
+
+
+def _read_order(path: Path) -> list[int | str]:
+    try:
+        return [*filter(None, map(str.strip, path.read_text(encoding="utf-8-sig").splitlines()))]
+    except (OSError, UnicodeDecodeError):
+        raise ValueError(
+            f"class_order must be 'first', 'random', a list of classes or a text file of their names, one a line, got "
+            f"{str(path)!r}, which is no such file: correct the name"
+        ) from None
+
+
+def _numbers(argument: str, given: Sequence[int | str], names: Sequence[str]) -> list[int]:
+    unheard = [c for c in given if isinstance(c, str) and c not in names]
+    if unheard:
+        raise ValueError(f"{argument} holds {unheard[0]!r}, which is no class of the source: it has {list(names)[:20]}")
+    chosen = [names.index(c) if isinstance(c, str) else c for c in given]
+    _check_classes(argument, chosen, len(names))
+    return chosen
 
 
 def _check_classes(name: str, ids: Sequence[int], total: int) -> None:

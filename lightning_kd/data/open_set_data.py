@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 import torch
@@ -57,7 +57,8 @@ class OpenSetDataModule(DerivedDataModule):
         known_classes: how many classes of the source are known, or which (numbers or names). Default with ``pool``:
             all.
         class_order: which ones, where ``known_classes`` is a number: the ``"first"``, ``"random"`` ones by
-            ``split_seed``, or the first ones of a list of class numbers.
+            ``split_seed``, or the first ones of a list of class numbers or names, or of a text file of names, one a
+            line, which is looked for in the ``root`` of the source first (``wnids.txt`` of Tiny-ImageNet).
         initial_fraction: the share of the known classes' training samples that is labelled at the start, drawn
             regardless of class.
         initial_count: so many samples instead.
@@ -81,7 +82,7 @@ class OpenSetDataModule(DerivedDataModule):
         self,
         source: ClassificationDataModule,
         known_classes: int | list[int | str] | None = None,
-        class_order: Literal["first", "random"] | list[int] = "first",
+        class_order: str | list[int | str] = "first",
         initial_fraction: float | None = None,
         initial_count: int | None = None,
         budget: int = 1500,
@@ -110,7 +111,8 @@ class OpenSetDataModule(DerivedDataModule):
         self.fake = fake
         everything = len(source.class_names) if pool is not None else None
         given = everything if known_classes is None else known_classes
-        self.known_ids = choose_known_classes(source.class_names, given, class_order, split_seed)
+        root = getattr(source, "root", None)
+        self.known_ids = choose_known_classes(source.class_names, given, class_order, split_seed, root, fake)
         self.class_names = [source.class_names[c] for c in self.known_ids]
         if UNKNOWN in self.class_names:
             raise ValueError(

@@ -62,6 +62,32 @@ def test_known_classes(known, order, ids):
     assert np.array_equal(np.array(ids)[data.train_target.numpy()[data.known_indices]], truth)
 
 
+def test_classes_in_the_order_of_a_file(tmp_path):
+    (tmp_path / "wnids.txt").write_text("7\n2\r\n\n9\n0\n", encoding="utf-8")
+    assert pool_of(known_classes=3, class_order=str(tmp_path / "wnids.txt")).known_ids == [2, 7, 9]
+    assert pool_of(known_classes=2, class_order=["7", 2]).known_ids == [2, 7]
+    with pytest.raises(ValueError, match="class_order names 4 classes, known_classes=5"):
+        pool_of(known_classes=5, class_order=str(tmp_path / "wnids.txt"))
+
+
+def test_the_order_of_tiny_imagenet_lies_in_its_folder(tmp_path):
+    names = ["n02124075", "n04067472", "n04540053", "n04099969", "n07749582"]
+    for name in names:
+        (tmp_path / "train" / name).mkdir(parents=True)
+    (tmp_path / "wnids.txt").write_text("\n".join(names))
+    source = ImageFolderDataModule(str(tmp_path), image_size=8)
+    data = OpenSetDataModule(source, known_classes=3, class_order="wnids.txt", initial_count=3)
+    assert data.class_names == sorted(names[:3])
+    made_up = ImageFolderDataModule("nowhere", image_size=8, fake=True)
+    assert OpenSetDataModule(
+        made_up, known_classes=3, class_order="wnids.txt", initial_count=9, fake=True
+    ).known_ids == [
+        0,
+        1,
+        2,
+    ]
+
+
 def test_random_classes_follow_the_split_seed():
     chosen = [pool_of(class_order="random", split_seed=seed).known_ids for seed in (0, 0, 1, 2)]
     assert chosen[0] == chosen[1]
@@ -191,6 +217,7 @@ def test_a_view_holds_no_hidden_label():
         ({"class_order": "last"}, "class_order must be"),
         ({"class_order": [1, 2, 1, 3]}, "class_order holds class 1 more than once"),
         ({"class_order": [1, 2]}, "class_order names 2 classes"),
+        ({"class_order": ["1", "ten"]}, "class_order holds 'ten', which is no class of the source"),
         ({"budget": 0}, "budget must be at least 1"),
         ({"rounds": 0}, "rounds must be at least 1"),
         ({"budget": 2000}, "budget=2000 is more than the"),
