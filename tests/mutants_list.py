@@ -155,6 +155,34 @@ MUTANTS = [
         (f"{NOISY}/test_elr.py",),
     ),
     Mutant(
+        "ELR+ averages one step behind",
+        "noisy_labels/elr.py",
+        "step = self.steps_done[k] + self.averages_in_train_mode",
+        "step = self.steps_done[k]",
+        (f"{NOISY}/test_elr.py",),
+    ),
+    Mutant(
+        "ELR+ gives its copies the networks' statistics",
+        "noisy_labels/elr.py",
+        '"keep" if self.averages_in_train_mode else "copy"',
+        '"copy"',
+        (f"{NOISY}/test_elr.py",),
+    ),
+    Mutant(
+        "DPC's second head rests where its loss has no weight",
+        "noisy_labels/dpc.py",
+        "if self._semi_supervised:  # a head",
+        "if False:  # a head",
+        (f"{NOISY}/test_two_networks.py",),
+    ),
+    Mutant(
+        "DPC on WebVision asks the network as it is now",
+        "noisy_labels/dpc.py",
+        "if k == 0 or not self._earlier:",
+        "if True:",
+        (f"{NOISY}/test_two_networks.py",),
+    ),
+    Mutant(
         "ELR+ forgets its steps on resume",
         "noisy_labels/elr.py",
         '        self.steps_done = list(checkpoint["steps_done"])\n',
@@ -251,6 +279,41 @@ MUTANTS = [
         "active_learning/bual_score.py",
         "(given + 1 + draw) % num_known",
         "(given + draw) % num_known",
+        (f"{POOL}/test_bual.py",),
+    ),
+    Mutant(
+        "BUAL learns towards the complementary class",
+        "active_learning/bual.py",
+        "loss = negative_learning_loss(logits, wrong, 0.0 if self.exact else 1e-5)",
+        "loss = F.cross_entropy(logits, wrong)",
+        (f"{POOL}/test_bual.py",),
+    ),
+    Mutant(
+        "BUAL's complementary labels shifted by one",
+        "active_learning/bual.py",
+        "wrong = self._labels_of_epoch()[batch.labelled.index]",
+        "wrong = (self._labels_of_epoch()[batch.labelled.index] + 1) % self.num_classes",
+        (f"{POOL}/test_bual.py",),
+    ),
+    Mutant(
+        "BUAL's exact negative loss where the clamp was asked for",
+        "active_learning/bual.py",
+        "0.0 if self.exact else 1e-5",
+        "1e-5 if self.exact else 0.0",
+        (f"{POOL}/test_bual.py",),
+    ),
+    Mutant(
+        "BUAL's auxiliary loss halved",
+        "active_learning/bual.py",
+        'terms = {"auxiliary": F.cross_entropy(logits, target)}',
+        'terms = {"auxiliary": F.cross_entropy(logits, target) / 2}',
+        (f"{POOL}/test_bual.py",),
+    ),
+    Mutant(
+        "BUAL smooths the labels of its positive stage",
+        "active_learning/bual.py",
+        '{"positive": F.cross_entropy(logits, target)}',
+        '{"positive": F.cross_entropy(logits, target, label_smoothing=0.1)}',
         (f"{POOL}/test_bual.py",),
     ),
     Mutant(
@@ -442,8 +505,8 @@ MUTANTS = [
     Mutant(
         "gathered rows keep their order of arrival",
         "core/distributed.py",
-        "np.unique(parts[0].numpy(), return_index=True)[1]",
-        "np.arange(len(parts[0]))",
+        'np.unique(joint["index"].numpy(), return_index=True)[1]',
+        'np.arange(len(joint["index"]))',
         ("tests/core/test_distributed.py", f"{NOISY}/test_two_networks.py", f"{NOISY}/test_elr.py"),
     ),
     Mutant(
@@ -491,8 +554,8 @@ MUTANTS = [
     Mutant(
         "the loss of evaluation not by its samples",
         "core/evaluation.py",
-        "update(loss, self.problem.count(batch.target))",
-        "update(loss)",
+        "mean.update(loss, count.float() if isinstance(count, Tensor) else count)",
+        "mean.update(loss)",
         ("tests/core/test_task.py", "tests/distillation/test_modules.py"),
     ),
     Mutant(
@@ -600,8 +663,8 @@ MUTANTS = [
     Mutant(
         "the teacher's accuracy of one process alone",
         "distillation/distillation_task.py",
-        'self.trainer.strategy.reduce(self._teacher_sums, reduce_op="sum").tolist()',
-        "self._teacher_sums.tolist()",
+        'self.trainer.strategy.reduce(sums, reduce_op="sum").tolist()',
+        "sums.tolist()",
         ("tests/distillation/test_modules.py",),
     ),
     Mutant(
@@ -777,8 +840,8 @@ MUTANTS = [
     Mutant(
         "predictions of one process alone",
         "core/prediction_files.py",
-        'index, *others = gather_by_index(found.pop("index"), *found.values())',
-        'index, *others = found.pop("index"), *found.values()',
+        "outputs = gather_columns({name: torch.cat([part[name] for part in parts]) for name in parts[0]})",
+        "outputs = {name: torch.cat([part[name] for part in parts]) for name in parts[0]}",
         (
             "tests/distillation/test_modules.py",
             "tests/test_cli.py",
@@ -1023,8 +1086,8 @@ MUTANTS = [
     Mutant(
         "the border of a mask counts as class 0",
         "data/resident.py",
-        "self.device, fill=-1)",
-        "self.device)",
+        "StoredImages(target, self._stored.device, fill=-1)",
+        "StoredImages(target, self._stored.device)",
         ("tests/data/test_kinds.py",),
     ),
     # problems
@@ -1038,8 +1101,8 @@ MUTANTS = [
     Mutant(
         "labels that are not known count as absent",
         "core/multilabel_metrics.py",
-        "seen = (label >= 0).double()",
-        "seen = torch.ones_like(label).double()",
+        "seen = (label >= 0).cumsum(0)",
+        "seen = torch.ones_like(label, dtype=torch.int64).cumsum(0)",
         ("tests/core/test_problems.py",),
     ),
     Mutant(
@@ -1112,5 +1175,48 @@ MUTANTS = [
         "after > 0 and after % self.every",
         "after >= 0 and after % self.every",
         (f"{FLAT}/test_shifting_callback.py",),
+    ),
+    # what a training is watched for, and kinds of problems
+    Mutant(
+        "targets are checked once on a CPU too",
+        "core/evaluation.py",
+        'if first or target.device.type == "cpu":',
+        "if first:",
+        ("tests/core/test_problems.py",),
+    ),
+    Mutant(
+        "a cosine keeps the length of the training before",
+        "core/schedules.py",
+        'own = {"T_max": self.T_max} if self.to_the_end else {}',
+        "own = {}",
+        ("tests/core/test_training_watch.py",),
+    ),
+    Mutant(
+        "distillation trains on cross-entropy whatever the problem",
+        "distillation/distillation_task.py",
+        "ce = self.problem.loss(student_logits, batch.target)",
+        "ce = torch.nn.functional.cross_entropy(student_logits, batch.target)",
+        ("tests/core/test_problems.py",),
+    ),
+    Mutant(
+        "what a problem predicts beside the usual is lost",
+        "core/prediction_files.py",
+        "self._parts.append({name: value.cpu() for name, value in outputs.items()})",
+        'self._parts.append({k: v.cpu() for k, v in outputs.items() if k in ("index", "prediction", "probabilities")})',
+        ("tests/test_fourth_problem.py",),
+    ),
+    Mutant(
+        "masks of an earlier prediction stay",
+        "core/prediction_files.py",
+        '(folder / "predictions" / name).unlink()',
+        "pass",
+        ("tests/core/test_prediction_files.py",),
+    ),
+    Mutant(
+        "a test loss of NaN is left out of the mean",
+        "core/evaluation.py",
+        'MeanMetric(nan_strategy=float("nan"))',
+        'MeanMetric(nan_strategy="ignore")',
+        ("tests/core/test_problems.py",),
     ),
 ]

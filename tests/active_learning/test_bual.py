@@ -1,9 +1,13 @@
 """BUAL: losses, labels and scores with worked numbers; the two stages, resume, two processes."""
 
+import copy
+import math
+
 import lightning as L
 import numpy as np
 import pytest
 import torch
+import torch.nn.functional as F
 from lightning.pytorch.callbacks import EarlyStopping, ModelCheckpoint
 from torch import nn
 
@@ -685,3 +689,54 @@ def test_two_processes_agree():
     assert first["moved"] == []
     assert first["snapshots"] == 3
     assert len(first["subset"]) == 40
+
+
+# -- the losses ------------------------------------------------------------------------------------------------------
+
+
+class Steps(L.Callback):
+    """Each step's batch, the complementary labels of its samples, and the trained network before and after it."""
+
+    def __init__(self):
+        self.steps = []
+
+    def on_train_batch_start(self, trainer, task, batch, batch_idx):
+        self.before = copy.deepcopy([task.network, task.auxiliary, task.negative][batch.network])
+
+    def on_train_batch_end(self, trainer, task, outputs, batch, batch_idx):
+        after = [task.network, task.auxiliary, task.negative][batch.network]
+        wrong = task._labels_of_epoch()[batch.labelled.index] if batch.network == 2 else None
+        self.steps.append((batch.network, batch.labelled, wrong, self.before, weights(after)))
+
+
+def loss_written_out(number, logits, target, wrong, exact):
+    """Cross-entropy with the label; in the negative stage, the complementary label is what the sample is not."""
+    chosen = F.one_hot(target if number < 2 else wrong, logits.shape[1]).bool()
+    if number < 2:
+        return (logits.logsumexp(1) - logits[chosen]).mean()
+    log_rest = logits.masked_fill(chosen, float("-inf")).logsumexp(1) - logits.logsumexp(1)
+    return -(log_rest if exact else log_rest.clamp(min=math.log(1e-5))).mean()
+
+
+@pytest.mark.parametrize("exact", [True, False])
+def test_every_step_goes_down_its_own_loss(exact):
+    watch = Steps()
+    trainer = trainer_of(callbacks=[watch], precision="64-true")
+    L.seed_everything(0, verbose=False)
+    task = task_of(exact=exact, optimizer=lambda p: torch.optim.SGD(p, lr=0.1))
+    task.negative.get_submodule(task.classifier_path).weight.data *= 50  # so sure that the clamp acts
+    trainer.fit(task, data_of())
+    assert {number for number, *_ in watch.steps} == {0, 1, 2}
+    clamped = 0
+    for number, batch, wrong, network, after in watch.steps:
+        network = network.double().train()
+        names, parameters = zip(*network.named_parameters(), strict=True)
+        logits = network(batch.image.double())
+        loss = loss_written_out(number, logits, batch.target, wrong, exact)
+        for name, parameter, gradient in zip(names, parameters, torch.autograd.grad(loss, parameters), strict=True):
+            torch.testing.assert_close(after[name], parameter.detach() - 0.1 * gradient, rtol=0, atol=1e-10)
+        if wrong is not None:
+            clamped += int((logits.softmax(1)[torch.arange(len(logits)), wrong] > 1 - 1e-5).sum())
+            known = batch.target >= 0  # of the pool nothing is known
+            assert (wrong[known] != batch.target[known]).all()
+    assert clamped
