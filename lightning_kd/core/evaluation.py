@@ -181,6 +181,9 @@ class EvaluatedModule(L.LightningModule):
         return super().load_from_checkpoint(checkpoint_path, *args, **kwargs)
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        data: Any = getattr(self._trainer, "datamodule", None)
+        if hasattr(data, "check_classes"):  # before the weights, whose shapes would only say that something is wrong
+            data.check_classes(checkpoint.get("class_names", data.class_names))
         self.loaded_progress = (checkpoint["epoch"], checkpoint["global_step"])
 
 

@@ -25,6 +25,7 @@ class TrainingWatch(L.Callback):
 
     - Targets are looked at by the problem: those of every batch on a CPU, else of the first of a fit.
     - A cosine that does not end with the training is told at its start.
+    - Checkpoints hold the names of the classes, so that they are never loaded for others.
     - Once in a fit it warns where the training diverges: where, after one of the first epochs, the loss of a plain
       training is far above that of guessing or the validation loss very far, or where the training loss has risen from
       epoch to epoch for three in a row, to more than that of guessing.
@@ -43,6 +44,11 @@ class TrainingWatch(L.Callback):
             length = training_length(trainer, config.interval) if config.interval == "epoch" else None
             if length is not None:
                 warn_of_another_length(config.scheduler, length)
+
+    def on_save_checkpoint(self, trainer: L.Trainer, pl_module: L.LightningModule, checkpoint: dict[str, Any]) -> None:
+        names = getattr(getattr(trainer, "datamodule", None), "class_names", None)
+        if names is not None:
+            checkpoint["class_names"] = list(names)
 
     def on_train_batch_start(
         self, trainer: L.Trainer, pl_module: L.LightningModule, batch: Any, batch_idx: int

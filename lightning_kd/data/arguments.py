@@ -33,3 +33,31 @@ def check_statistics(mean: Sequence[float], std: Sequence[float], input_shape: S
             raise ValueError(f"{name} must have {input_shape[0]} values, got {list(value)}: one for each channel")
     if not all(value > 0 for value in std):
         raise ValueError(f"std must be above 0, got {list(std)}: give the deviation of each channel")
+
+
+def check_class_names(stored: Sequence[str], names: Sequence[str]) -> None:
+    """Refuse a checkpoint of other classes, whose numbers would mean something else now.
+
+    Args:
+        stored: the names in the checkpoint, in the order of their numbers.
+        names: those of the data.
+
+    Raises:
+        ValueError: where they differ.
+    """
+    if list(stored[: len(names)]) == list(names):  # a data set may lack the last ones
+        return
+    added, gone = [n for n in names if n not in stored], [n for n in stored if n not in names]
+    what = "; ".join(
+        text
+        for text in (
+            f"new are {added[:5]}" if added else "",
+            f"gone are {gone[:5]}" if gone else "",
+            "they stand in another order" if not added and not gone else "",
+        )
+        if text
+    )
+    raise ValueError(
+        f"the classes of the data are not those of the checkpoint ({what}): class 0 was {stored[0]!r} and so on; give "
+        "the data of that run, or start anew"
+    )

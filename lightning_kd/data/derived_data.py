@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 from abc import ABC, abstractmethod
+from collections.abc import Sequence
 from typing import Any
 
 import lightning as L
@@ -11,6 +12,7 @@ import numpy as np
 from torch import Tensor
 
 from lightning_kd.core.problems import SingleLabel
+from lightning_kd.data.arguments import check_class_names
 from lightning_kd.data.classification_data import ClassificationDataModule
 from lightning_kd.data.sampling import BatchLoader
 from lightning_kd.data.split_loaders import train_loader_of
@@ -26,6 +28,7 @@ class DerivedDataModule(L.LightningDataModule, ABC):
         ValueError: where ``source`` is of another kind.
     """
 
+    class_names: list[str]
     test_indices: np.ndarray
     val_indices: np.ndarray
 
@@ -82,6 +85,10 @@ class DerivedDataModule(L.LightningDataModule, ABC):
     @property
     def test_target(self) -> Tensor:
         return self.source.test_target
+
+    def check_classes(self, stored: Sequence[str]) -> None:
+        """See ``LabelledDataModule.check_classes``."""
+        check_class_names(stored, self.class_names)
 
     def prepare_data(self) -> None:
         self.source.prepare_data()

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Literal
 
+import numpy as np
 import torch
+from lightning.pytorch.utilities import rank_zero_info
 from torch import Tensor
-from torchvision.datasets.folder import IMG_EXTENSIONS
 from torchvision.transforms import AutoAugmentPolicy, v2
 
 from lightning_kd.core.seeding import numpy_generator
@@ -17,6 +17,7 @@ from lightning_kd.data.arguments import check_at_least
 from lightning_kd.data.array_files import Arrays
 from lightning_kd.data.augment import CropFlip, cut_out_
 from lightning_kd.data.classification_data import ClassificationDataModule
+from lightning_kd.data.image_files import check_images, class_folders, find_images
 from lightning_kd.data.label_noise import LabelNoise
 from lightning_kd.data.sampling import BatchLoader, ShardedSampler
 from lightning_kd.data.splits import take_fraction, without
@@ -65,6 +66,11 @@ class ImageFolderDataModule(ClassificationDataModule):
         strong_crop: how strong views are cropped: ``"resized"`` as weak ones; ``"fixed"``: the short side is brought to
             ``resize``, and a square of ``image_size`` is cut out at random.
         strong_cutout: the side in pixels of the cutout box of strong views; 0 is off. Default: half of ``image_size``.
+        background: red, green and blue, 0 to 255, that show through what is transparent.
+        image_range: the values that become black and white in images of more than 8 bits. Default: 0 and 65535 for 16
+            bits; floats and integers of 32 bits need it.
+        on_error: ``"skip"`` leaves out image files that are damaged, with a warning; by default they are an error that
+            names all of them, before anything is trained or tested.
 
     Raises:
         ValueError: for an argument out of its range, a root without class folders, and a class without an image.
@@ -96,6 +102,9 @@ class ImageFolderDataModule(ClassificationDataModule):
         resize: int | None = None,
         strong_crop: Literal["resized", "fixed"] = "resized",
         strong_cutout: int | None = None,
+        background: tuple[int, int, int] = (255, 255, 255),
+        image_range: tuple[float, float] | None = None,
+        on_error: Literal["raise", "skip"] = "raise",
     ) -> None:
         check_at_least("image_size", image_size, 1)
         check_at_least("num_workers", num_workers, 0)
@@ -110,6 +119,16 @@ class ImageFolderDataModule(ClassificationDataModule):
             raise ValueError(f"strong_crop must be 'resized' or 'fixed', got {strong_crop!r}: give one of them")
         if strong_cutout is not None:
             check_at_least("strong_cutout", strong_cutout, 0)
+        if len(background) != 3 or not all(0 <= value <= 255 for value in background):
+            raise ValueError(f"background must be three numbers from 0 to 255, got {background}: give a colour")
+        if image_range is not None and not image_range[0] < image_range[1]:
+            raise ValueError(f"image_range must be two numbers, the smaller one first, got {image_range}: swap them")
+        if on_error not in ("raise", "skip"):
+            raise ValueError(f"on_error must be 'raise' or 'skip', got {on_error!r}: give one of them")
+        self.background = background
+        self.image_range = image_range
+        self.on_error = on_error
+        self.checked = False
         self.root = root
         self.image_size = image_size
         self.scale = scale
@@ -124,6 +143,8 @@ class ImageFolderDataModule(ClassificationDataModule):
             names = [f"class_{c}" for c in range(10)]
         else:
             names = class_folders(self._split_root("train") or Path(root))
+            if all(name.isdecimal() for name in names) and names != sorted(names, key=int):
+                rank_zero_info(f"class folders are in the order of their text, as in torchvision: {', '.join(names)}")
         super().__init__(
             class_names=names,
             input_shape=(3, image_size, image_size),
@@ -140,6 +161,23 @@ class ImageFolderDataModule(ClassificationDataModule):
             fake=fake,
             noise=noise,
         )
+
+    def setup(self, stage: str | None = None) -> None:
+        """Load and split the data, once, and under a Trainer look at all image files before they are used."""
+        super().setup(stage)
+        # without a Trainer somebody only looks around; but what is skipped must be so everywhere
+        if not self.checked and not self.fake and (self.trainer is not None or self.on_error == "skip"):
+            self.checked = True
+            self._check_files()
+
+    def _check_files(self) -> None:
+        """Refuse damaged image files, or leave them out."""
+        splits = [("train", "train"), (self._val_source, "val"), ("test", "test")]
+        files = [path for source in dict(splits) for path in getattr(self, f"{source}_image")]
+        damaged = check_images(files, self.on_error, self.trainer)
+        for source, split in splits if damaged else ():
+            paths, indices = getattr(self, f"{source}_image"), getattr(self, f"{split}_indices")
+            setattr(self, f"{split}_indices", np.array([i for i in indices if paths[i] not in damaged], dtype=np.int64))
 
     def _split_root(self, split: str) -> Path | None:
         """``ROOT/SPLIT`` where the root is divided into splits and has that one."""
@@ -168,7 +206,8 @@ class ImageFolderDataModule(ClassificationDataModule):
         if self.fake:
             return super()._make_loader(source, sampler, views)
         transform = self.transform(views) if isinstance(views, str) else [self.transform(view) for view in views]
-        files = ImageFiles(getattr(self, f"{source}_image"), getattr(self, f"{source}_target"), transform, sampler.seed)
+        paths, target = getattr(self, f"{source}_image"), getattr(self, f"{source}_target")
+        files = ImageFiles(paths, target, transform, sampler.seed, self.background, self.image_range)
         return StreamingLoader(
             files,
             sampler,
@@ -209,63 +248,3 @@ class RandomCutout(torch.nn.Module):
     def forward(self, image: Tensor) -> Tensor:
         centre = [torch.randint(length, (1, 1)) for length in image.shape[-2:]]
         return cut_out_(image[None], torch.cat(centre, 1), self.side)[0]
-
-
-def class_folders(root: Path) -> list[str]:
-    """The names of the folders in ``root``, in alphabetical order.
-
-    Raises:
-        FileNotFoundError, PermissionError, ValueError: where ``root`` cannot be listed, or holds no folder.
-    """
-    try:
-        names = sorted(entry.name for entry in os.scandir(root) if entry.is_dir() and not entry.name.startswith("."))
-    except PermissionError:
-        raise PermissionError(f"root {str(root)!r} may not be read: check its permissions") from None
-    except OSError:
-        raise FileNotFoundError(f"root {str(root)!r} is no folder: give the folder that holds the classes") from None
-    if not names:
-        raise ValueError(f"root {str(root)!r} holds no class folders: put the images of each class into a folder there")
-    return names
-
-
-def find_images(root: Path, class_names: list[str]) -> tuple[list[str], Tensor]:
-    """The image files below each class folder of ``root``, sorted, and their classes, int64 ``[N]``.
-
-    Raises:
-        PermissionError: where a folder cannot be read.
-        ValueError: where a folder is none of the classes, or holds no image.
-    """
-
-    paths: list[str] = []
-    target: list[int] = []
-    for name in class_folders(root):
-        if name not in class_names:
-            raise ValueError(f"{str(root)!r} holds {name!r}, which is no class folder of train: remove or rename it")
-        found = images_below(root / name)
-        if not found:
-            raise ValueError(
-                f"class folder {str(root / name)!r} holds no image ({', '.join(IMG_EXTENSIONS)}): add some or remove it"
-            )
-        paths += found
-        target += [class_names.index(name)] * len(found)
-    return paths, torch.tensor(target)
-
-
-def images_below(root: Path) -> list[str]:
-    """The image files anywhere below ``root``, sorted; those that start with a dot are left alone.
-
-    Raises:
-        FileNotFoundError, PermissionError: where there is no such folder, or one cannot be read.
-    """
-    if not root.is_dir():
-        raise FileNotFoundError(f"{str(root)!r} is no folder: name the one that holds the images")
-
-    def refuse(error: OSError) -> None:
-        raise PermissionError(f"folder {error.filename!r} cannot be read ({error}): check its permissions") from error
-
-    return sorted(
-        os.path.join(folder, file)
-        for folder, _, files in os.walk(root, onerror=refuse, followlinks=True)
-        for file in files
-        if file.lower().endswith(IMG_EXTENSIONS) and not file.startswith(".")
-    )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -10,7 +11,7 @@ from torch import Tensor
 
 from lightning_kd.core.problems import Problem, SingleLabel
 from lightning_kd.core.seeding import numpy_generator
-from lightning_kd.data.arguments import check_at_least, check_shares, check_statistics
+from lightning_kd.data.arguments import check_at_least, check_class_names, check_shares, check_statistics
 from lightning_kd.data.array_files import Arrays
 from lightning_kd.data.augment import CropFlip
 from lightning_kd.data.fake_data import fake_arrays
@@ -138,6 +139,14 @@ class LabelledDataModule(SplitLoaders, ABC):
         """Load and split the data, once, whatever the stage."""
         if not self._ready:
             self._load()
+
+    def check_classes(self, stored: Sequence[str]) -> None:
+        """Asked before a checkpoint of other data is loaded, whose class names are ``stored``.
+
+        Raises:
+            ValueError: where they differ from those here, or stand in another order.
+        """
+        check_class_names(stored, self.class_names)
 
     def path_of(self, index: int) -> str | None:
         """The image file of a sample of the prediction set, by its position in the full array; ``None`` for arrays."""

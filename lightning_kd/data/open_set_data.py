@@ -14,7 +14,7 @@ from lightning_kd.data.classification_data import ClassificationDataModule
 from lightning_kd.data.derived_data import DerivedDataModule
 from lightning_kd.data.known_classes import choose_known_classes
 from lightning_kd.data.pool_answers import adopt_settings, answered_labels, find_files, labels_digest, pool_settings
-from lightning_kd.data.pool_samples import PoolSamples, add_unlabelled
+from lightning_kd.data.pool_samples import PoolSamples, add_unlabelled, readable
 from lightning_kd.data.pool_split import (
     UNLABELLED,
     PoolSplit,
@@ -155,6 +155,8 @@ class OpenSetDataModule(DerivedDataModule):
         if self.pool_path is not None:
             samples = add_unlabelled(source, self.pool_path, self.fake)
             split = label_all(source.train_indices, targets.train, len(samples.image) - samples.own_count)
+            if not self.fake:
+                split = split._replace(universe=readable(samples, split.universe, source, self.trainer))
         else:
             samples = PoolSamples(source.train_image, len(targets.train))
             wanted = (self.initial_fraction, self.initial_count)

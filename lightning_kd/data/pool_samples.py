@@ -6,11 +6,12 @@ import os
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import numpy as np
 import torch
 
 from lightning_kd.data.array_files import read_arrays, to_feature, to_image
 from lightning_kd.data.classification_data import ClassificationDataModule
-from lightning_kd.data.image_folder import images_below
+from lightning_kd.data.image_files import check_images, images_below
 
 
 class PoolSamples(NamedTuple):
@@ -63,6 +64,18 @@ def add_unlabelled(source: ClassificationDataModule, path: str, fake: bool) -> P
             f"{tuple(pool.shape[1:])}: give both in one shape and dtype"
         )
     return PoolSamples(torch.cat([image, pool]), own_count, path)
+
+
+def readable(samples: PoolSamples, universe: np.ndarray, source: Any, trainer: Any) -> np.ndarray:
+    """``universe``, positions int64 ``[n]``, without image files of the pool that are damaged.
+
+    Raises:
+        ValueError: naming them, unless the source's ``on_error`` is ``"skip"``.
+    """
+    if not samples.has_files or not hasattr(source, "on_error"):
+        return universe
+    damaged = check_images(samples.image[samples.own_count :], source.on_error, trainer)
+    return np.array([i for i in universe if samples.image[i] not in damaged], dtype=np.int64)
 
 
 def _unlabelled_files(source: ClassificationDataModule, path: str) -> list[str]:

@@ -13,6 +13,7 @@ from torch.utils.data import DataLoader, Dataset
 from lightning_kd.core.batch import Batch
 from lightning_kd.core.seeding import derive_seed, torch_generator
 from lightning_kd.data.augment import view_seed
+from lightning_kd.data.image_files import read_image
 from lightning_kd.data.sampling import BatchLoader, ShardedSampler
 
 Key = tuple[int, int, int]
@@ -33,9 +34,20 @@ class ImageFiles(Dataset[tuple[Any, int, int]]):
         target: int64 ``[N]``.
         transform: from a PIL image in RGB to a tensor; a sequence makes ``image`` a tuple with the result of each.
         seed: the seed of the random numbers.
+        background: see ``read_image``, as ``image_range``.
     """
 
-    def __init__(self, paths: list[str], target: Tensor, transform: Transform | Sequence[Transform], seed: int) -> None:
+    def __init__(
+        self,
+        paths: list[str],
+        target: Tensor,
+        transform: Transform | Sequence[Transform],
+        seed: int,
+        background: Sequence[int] = (255, 255, 255),
+        image_range: Sequence[float] | None = None,
+    ) -> None:
+        self.background = background
+        self.image_range = image_range
         self.paths = paths
         self.target = target
         self.transform = transform
@@ -46,13 +58,7 @@ class ImageFiles(Dataset[tuple[Any, int, int]]):
 
     def __getitem__(self, key: Key) -> tuple[Any, int, int]:
         epoch, pass_, index = key
-        try:
-            with Image.open(self.paths[index]) as file:
-                image = file.convert("RGB")
-        except Exception as error:  # whatever a damaged file makes the decoder raise
-            raise ValueError(
-                f"the image {self.paths[index]!r} cannot be read ({error}): replace or remove it"
-            ) from error
+        image = read_image(self.paths[index], self.background, self.image_range)
         transforms = self.transform if isinstance(self.transform, Sequence) else [self.transform]
         views = []
         with torch.random.fork_rng(devices=[]):

@@ -1,0 +1,245 @@
+"""Reading image files of any kind, and looking at all of them before a training begins."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from collections import Counter
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from lightning.pytorch.utilities import rank_zero_warn
+from PIL import Image, ImageCms, ImageOps
+from torch import Tensor
+from torchvision.datasets.folder import IMG_EXTENSIONS
+
+from lightning_kd.core.distributed import together
+from lightning_kd.file_writing import write_text
+
+__all__ = ["check_images", "class_folders", "damaged_images", "find_images", "images_below", "read_image"]
+
+# from this many files on a progress bar is shown
+MANY = 2000
+
+
+def read_image(
+    path: str | Path, background: Sequence[int] = (255, 255, 255), image_range: Sequence[float] | None = None
+) -> Image.Image:
+    """An image file as 8-bit RGB, upright as its EXIF orientation says.
+
+    What is transparent shows ``background``. Grey values of 16 bits are scaled by their range, 0 to 65535, or by
+    ``image_range``. Floats and integers of 32 bits have no range of their own and need one.
+
+    Args:
+        path: the file.
+        background: red, green and blue, 0 to 255.
+        image_range: the values that become black and white, in images of more than 8 bits.
+
+    Raises:
+        ValueError: naming the file, where it cannot be read, or where its values need an ``image_range``.
+    """
+    try:
+        with Image.open(path) as file:
+            is_png = file.format == "PNG"
+            image = ImageOps.exif_transpose(file)
+            image.load()
+    except Exception as error:  # whatever a damaged file makes the decoder raise
+        raise ValueError(f"the image {str(path)!r} cannot be read ({error}): replace or remove it") from error
+    if image.mode in ("I", "F") or image.mode.startswith("I;16"):
+        deep = image.mode.startswith("I;16") or (image.mode == "I" and is_png)  # a PNG has 16 bits at most
+        if image_range is None and not deep:
+            kind = "floats" if image.mode == "F" else "integers of 32 bits"
+            raise ValueError(
+                f"the image {str(path)!r} holds {kind}, which have no range of their own: give image_range, the values "
+                "that become black and white"
+            )
+        low, high = image_range or (0, 65535)
+        values = np.nan_to_num((np.asarray(image).astype(np.float64) - low) / (high - low)).clip(0, 1)
+        return Image.fromarray(np.round(values * 255).astype(np.uint8)).convert("RGB")
+    if image.mode == "LAB":
+        profiles = ImageCms.createProfile("LAB"), ImageCms.createProfile("sRGB")
+        converted = ImageCms.profileToProfile(image, *profiles, outputMode="RGB")
+        assert converted is not None
+        return converted
+    if image.mode in ("LA", "PA", "RGBA", "La", "RGBa") or "transparency" in image.info:
+        if image.mode in ("La", "RGBa"):
+            image = image.convert({"La": "LA", "RGBa": "RGBA"}[image.mode])
+        image = image.convert("RGBA")
+        ground = Image.new("RGBA", image.size, (*background, 255))  # type: ignore[arg-type]
+        return Image.alpha_composite(ground, image).convert("RGB")
+    return image.convert("RGB")
+
+
+def class_folders(root: Path) -> list[str]:
+    """The names of the folders in ``root``, in alphabetical order.
+
+    Raises:
+        FileNotFoundError, PermissionError, ValueError: where ``root`` cannot be listed, or holds no folder.
+    """
+    try:
+        names = sorted(entry.name for entry in os.scandir(root) if entry.is_dir() and not entry.name.startswith("."))
+    except PermissionError:
+        raise PermissionError(f"root {str(root)!r} may not be read: check its permissions") from None
+    except OSError:
+        raise FileNotFoundError(f"root {str(root)!r} is no folder: give the folder that holds the classes") from None
+    if not names:
+        raise ValueError(f"root {str(root)!r} holds no class folders: put the images of each class into a folder there")
+    return names
+
+
+def find_images(root: Path, class_names: list[str]) -> tuple[list[str], Tensor]:
+    """The image files below each class folder of ``root``, sorted, and their classes, int64 ``[N]``.
+
+    Raises:
+        PermissionError: where a folder cannot be read.
+        ValueError: where a folder is none of the classes, or holds no image.
+    """
+
+    paths: list[str] = []
+    target: list[int] = []
+    for name in class_folders(root):
+        if name not in class_names:
+            raise ValueError(f"{str(root)!r} holds {name!r}, which is no class folder of train: remove or rename it")
+        found = images_below(root / name)
+        if not found:
+            raise ValueError(
+                f"class folder {str(root / name)!r} holds no image ({', '.join(IMG_EXTENSIONS)}): add some or remove it"
+            )
+        paths += found
+        target += [class_names.index(name)] * len(found)
+    return paths, torch.tensor(target)
+
+
+def images_below(root: Path) -> list[str]:
+    """The image files anywhere below ``root``, sorted; those that start with a dot are left alone.
+
+    How many other files there are, by their endings, is told in a warning.
+
+    Raises:
+        FileNotFoundError, PermissionError: where there is no such folder, or one cannot be read.
+    """
+    if not root.is_dir():
+        raise FileNotFoundError(f"{str(root)!r} is no folder: name the one that holds the images")
+
+    def refuse(error: OSError) -> None:
+        raise PermissionError(f"folder {error.filename!r} cannot be read ({error}): check its permissions") from error
+
+    files = [
+        os.path.join(folder, file)
+        for folder, _, files in os.walk(root, onerror=refuse, followlinks=True)
+        for file in files
+        if not file.startswith(".")
+    ]
+    found = sorted(file for file in files if file.lower().endswith(IMG_EXTENSIONS))
+    if len(found) < len(files):
+        others = Counter(Path(file).suffix.lower() or "no ending" for file in {*files} - {*found})
+        kinds = ", ".join(f"{count} x {kind}" for kind, count in others.most_common(8))
+        rank_zero_warn(
+            f"{str(root)!r}: {len(files) - len(found)} of {len(files)} files are left out ({kinds}): images end in "
+            f"{', '.join(IMG_EXTENSIONS)}; convert others"
+        )
+    return found
+
+
+def check_images(paths: Sequence[str], on_error: str, trainer: Any = None) -> set[str]:
+    """The files among ``paths`` that are damaged, after a warning; collective over the processes of ``trainer``.
+
+    Raises:
+        ValueError: naming them, unless ``on_error`` is ``"skip"``.
+    """
+    if trainer is None:
+        damaged = damaged_images(paths)
+    else:
+        damaged = {}
+        with together(trainer.strategy.root_device):
+            if trainer.is_global_zero:
+                damaged = damaged_images(paths)
+        damaged = trainer.strategy.broadcast(damaged)
+    if not damaged:
+        return set()
+    some = "; ".join(f"{path} ({fault})" for path, fault in list(damaged.items())[:10])
+    text = f"{len(damaged)} of {len(paths)} images cannot be read: {some}{'; ...' * (len(damaged) > 10)}"
+    if on_error != "skip":
+        raise ValueError(f"{text}: replace or remove them, or give on_error: skip")
+    rank_zero_warn(f"left out, as {text}")
+    return {*damaged}
+
+
+def damaged_images(paths: Sequence[str], show: bool = True) -> dict[str, str]:
+    """The files that are no whole image, and why, after a quick look at head and tail of each.
+
+    What was looked at before, and has still its size and time, is not looked at again: that is kept in the user's cache
+    folder (``$XDG_CACHE_HOME/lightning_kd``, mostly ``~/.cache``), where that can be written.
+
+    Args:
+        paths: the files.
+        show: a progress bar, where there are many.
+    """
+    paths = list(dict.fromkeys(paths))
+    cache = _cache_of(paths)
+    known = _read_cache(cache)
+    stamps = {path: _stamp(path) for path in paths}
+    fresh = [path for path in paths if stamps[path] is None or known.get(path) != stamps[path]]
+    with ThreadPoolExecutor(min(16, (os.cpu_count() or 1) * 4)) as pool:
+        faults = dict(zip(fresh, _with_bar(pool.map(_fault, fresh), len(fresh), show), strict=True))
+    damaged = {path: fault for path, fault in faults.items() if fault}
+    if fresh:
+        whole = {path: stamp for path, stamp in stamps.items() if path not in damaged and stamp is not None}
+        try:
+            cache.parent.mkdir(parents=True, exist_ok=True)
+            write_text(cache, json.dumps(whole))
+        except OSError:
+            pass  # then all are looked at the next time
+    return damaged
+
+
+def _fault(path: str) -> str:
+    """Why ``path`` is no whole image; empty where it is one."""
+    try:
+        with Image.open(path) as image:
+            kind = image.format
+        with open(path, "rb") as file:
+            file.seek(max(0, os.path.getsize(path) - 4096))
+            tail = file.read()
+        whole = {"JPEG": tail.rstrip(b"\0")[-2:] == b"\xff\xd9", "PNG": tail[-8:-4] == b"IEND"}
+        if not whole.get(str(kind), True):  # cut off, or with something behind: the decoder decides
+            with Image.open(path) as image:
+                image.load()
+    except Exception as error:
+        return str(error) or type(error).__name__
+    return ""
+
+
+def _with_bar(results: object, count: int, show: bool) -> list[str]:
+    if count < MANY or not show:
+        return list(results)  # type: ignore[call-overload, no-any-return]
+    from rich.progress import track
+
+    return list(track(results, "looking at the images", total=count, transient=True))  # type: ignore[arg-type]
+
+
+def _stamp(path: str) -> list[int] | None:
+    try:
+        found = os.stat(path)
+    except OSError:
+        return None
+    return [found.st_mtime_ns, found.st_size]
+
+
+def _cache_of(paths: Sequence[str]) -> Path:
+    base = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
+    name = hashlib.sha256("\n".join(map(os.path.abspath, paths)).encode("utf-8", "surrogateescape")).hexdigest()[:24]
+    return base / "lightning_kd" / f"images_{name}.json"
+
+
+def _read_cache(path: Path) -> dict[str, list[int]]:
+    try:
+        found = json.loads(path.read_text())
+    except (OSError, ValueError):
+        return {}
+    return found if isinstance(found, dict) else {}

@@ -1,0 +1,243 @@
+"""Image files of every kind, and damaged ones."""
+
+import os
+
+import lightning as L
+import numpy as np
+import pytest
+from PIL import Image
+
+from lightning_kd.core import Classification
+from lightning_kd.data import ImageFolderDataModule, OpenSetDataModule
+from lightning_kd.data.image_files import damaged_images, images_below, read_image
+
+# a ramp from dark to bright, in each mode that a file can hold
+RAMP = np.linspace(20, 235, 64).reshape(8, 8)
+KINDS = [
+    ("L", "png"), ("L", "tif"), ("L", "jpg"), ("LA", "png"), ("LA", "tif"), ("P", "png"), ("P", "bmp"), ("P", "tif"),
+    ("RGB", "png"), ("RGB", "jpg"), ("RGB", "webp"), ("RGB", "bmp"), ("RGB", "tif"), ("RGB", "ppm"), ("RGBA", "png"),
+    ("RGBA", "webp"), ("RGBA", "tif"), ("CMYK", "jpg"), ("CMYK", "tif"), ("YCbCr", "jpg"), ("YCbCr", "tif"),
+    ("LAB", "tif"), ("I;16", "png"), ("I;16", "tif"),
+]  # fmt: skip
+
+
+@pytest.fixture(autouse=True)
+def cache(tmp_path_factory, monkeypatch):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path_factory.mktemp("cache")))
+
+
+def image_of(mode):
+    grey = Image.fromarray(RAMP.round().astype(np.uint8))
+    if mode in ("I;16", "I"):
+        deep = (RAMP * 257).round()
+        return Image.fromarray(deep.astype(np.uint16 if mode == "I;16" else np.int32))
+    if mode == "P":
+        return grey.convert("P", palette=Image.Palette.ADAPTIVE, colors=64)
+    if mode == "LAB":
+        return Image.merge("LAB", [grey, *[Image.new("L", grey.size, 128)] * 2])
+    return grey.convert("RGB").convert(mode) if mode not in ("L", "LA") else grey.convert(mode)
+
+
+@pytest.mark.parametrize(("mode", "ending"), KINDS)
+def test_every_mode_keeps_its_brightness(mode, ending, tmp_path):
+    path = tmp_path / f"some.{ending}"
+    image_of(mode).save(path, **({"quality": 100} if ending in ("jpg", "webp") else {}))
+    found = np.asarray(read_image(path)).astype(float)
+    assert found.shape == (8, 8, 3)
+    # LAB is of another scale of grey; lossy formats are near
+    assert np.abs(found - RAMP.round()[..., None]).max() < (60 if mode == "LAB" else 12)
+    assert (np.diff(found.mean(2).reshape(-1)[::8]) > 0).all()
+
+
+def test_black_and_white(tmp_path):
+    Image.fromarray(RAMP > 128).save(tmp_path / "some.png")
+    assert np.asarray(read_image(tmp_path / "some.png"))[..., 0].tolist() == (255 * (RAMP > 128)).tolist()
+
+
+def test_floats_need_a_range(tmp_path):
+    for mode, values in (("F", RAMP.astype(np.float32)), ("I", RAMP.astype(np.int32))):
+        path = tmp_path / f"{mode}.tif"
+        Image.fromarray(values).save(path)
+        with pytest.raises(ValueError, match=rf"{mode}\.tif' holds .*give image_range"):
+            read_image(path)
+        found = np.asarray(read_image(path, image_range=(0, 510)))[..., 0]
+        np.testing.assert_allclose(found, RAMP / 2, atol=1.01)
+    Image.fromarray((RAMP * 4).astype(np.uint16)).save(tmp_path / "deep.png")
+    np.testing.assert_allclose(
+        np.asarray(read_image(tmp_path / "deep.png", image_range=(0, 1020)))[..., 0], RAMP, atol=1.01
+    )
+
+
+@pytest.mark.parametrize("ending", ["jpg", "png", "webp", "tif"])
+def test_photographs_stand_upright(ending, tmp_path):
+    upright = np.zeros((16, 32, 3), np.uint8)
+    upright[:, :16] = 255
+    exif = Image.Exif()
+    exif[0x0112] = 6  # turned by a quarter
+    path = tmp_path / f"some.{ending}"
+    Image.fromarray(np.rot90(upright)).save(path, exif=exif)
+    found = np.asarray(read_image(path)).astype(int)
+    assert found.shape == (16, 32, 3)
+    assert np.abs(found - upright).max() < 40
+
+
+@pytest.mark.parametrize("mode", ["LA", "RGBA", "P", "RGB"])
+def test_what_is_transparent_shows_the_background(mode, tmp_path):
+    path = tmp_path / "some.png"
+    if mode in ("P", "RGB"):  # one colour counts as transparent
+        Image.new("RGB", (4, 4), (10, 20, 30)).convert(mode).save(path, transparency=0 if mode == "P" else (10, 20, 30))
+        if mode == "P":
+            image = Image.new("P", (4, 4), 0)
+            image.putpalette([10, 20, 30])
+            image.save(path, transparency=0)
+    else:
+        Image.new(mode, (4, 4), 0).save(path)
+    assert np.asarray(read_image(path)).min() == 255
+    assert (np.asarray(read_image(path, background=(1, 2, 3))) == [1, 2, 3]).all()
+
+
+def test_other_files_are_counted(tmp_path):
+    for name in ("a.png", "b.gif", "c.gif", "d.jp2", ".hidden.gif"):
+        (tmp_path / name).write_bytes(b"")
+    with pytest.warns(UserWarning, match=r"3 of 4 files are left out \(2 x \.gif, 1 x \.jp2\)"):
+        assert images_below(tmp_path) == [str(tmp_path / "a.png")]
+
+
+def folders(root, classes=("a", "b"), count=6):
+    for name in classes:
+        for k in range(count):
+            path = root / name / f"{k}.png"
+            path.parent.mkdir(parents=True, exist_ok=True)
+            noise = np.random.default_rng(k).integers(0, 256, (12, 12, 3), dtype=np.uint8)
+            Image.fromarray(noise).save(path)
+    return root
+
+
+def spoil(root):
+    """Three damaged files: one cut off, one empty, one that is something else."""
+    whole = (root / "a" / "0.png").read_bytes()
+    (root / "a" / "0.png").write_bytes(whole[: len(whole) // 2])
+    (root / "a" / "1.png").write_bytes(b"")
+    (root / "b" / "2.png").write_bytes(b"a letter")
+    return {str(root / "a" / "0.png"), str(root / "a" / "1.png"), str(root / "b" / "2.png")}
+
+
+def fit(data):
+    task = Classification("cnn_tiny", data.num_classes, input_shape=(3, 8, 8))
+    trainer = L.Trainer(
+        accelerator="cpu", max_epochs=1, logger=False, enable_checkpointing=False, enable_progress_bar=False,
+        enable_model_summary=False,
+    )  # fmt: skip
+    trainer.fit(task, data)
+    return trainer, task
+
+
+def test_damaged_files_are_told_together_before_the_first_epoch(tmp_path):
+    bad = spoil(folders(tmp_path))
+    data = ImageFolderDataModule(str(tmp_path), image_size=8, batch_size=4)
+    with pytest.raises(ValueError, match="3 of 12 images cannot be read") as error:
+        fit(data)
+    assert all(path in str(error.value) for path in bad)
+
+
+def test_damaged_files_can_be_left_out(tmp_path):
+    bad = spoil(folders(tmp_path))
+    data = ImageFolderDataModule(str(tmp_path), image_size=8, batch_size=4, on_error="skip")
+    with pytest.warns(UserWarning, match="left out, as 3 of 12 images cannot be read"):
+        trainer, task = fit(data)
+    trainer.test(task, data, verbose=False)
+    used = [*(data.train_image[i] for i in (*data.train_indices, *data.val_indices))]
+    used += [data.test_image[i] for i in data.test_indices]
+    assert len(used) == 9
+    assert not {*used} & bad
+
+
+def test_damaged_files_of_a_pool(tmp_path):
+    source = folders(tmp_path / "labelled")
+    pool = folders(tmp_path / "pool", classes=("x",))
+    (pool / "x" / "3.png").write_bytes(b"a letter")
+
+    def data(on_error):
+        labelled = ImageFolderDataModule(str(source), image_size=8, batch_size=4, on_error=on_error, val_fraction=0.0)
+        return OpenSetDataModule(labelled, pool=str(pool), budget=2)
+
+    with pytest.raises(ValueError, match=r"1 of 6 images cannot be read: .*3\.png"):
+        data("raise").setup()
+    skipping = data("skip")
+    with pytest.warns(UserWarning, match="left out, as 1 of 6"):
+        skipping.setup()
+    assert len(skipping.unlabelled_indices) == 5
+
+
+def test_what_was_looked_at_is_remembered(tmp_path, monkeypatch):
+    folders(tmp_path)
+    files = images_below(tmp_path)
+    assert damaged_images(files) == {}
+    opened = []
+    real = Image.open
+    monkeypatch.setattr(Image, "open", lambda path, *args: opened.append(str(path)) or real(path, *args))
+    assert damaged_images(files) == {}
+    assert not opened
+    (tmp_path / "a" / "0.png").write_bytes(b"other")
+    assert list(damaged_images(files)) == [str(tmp_path / "a" / "0.png")]
+    assert {*opened} == {str(tmp_path / "a" / "0.png")}
+    os.remove(tmp_path / "b" / "1.png")
+    assert {*damaged_images(files)} == {str(tmp_path / "a" / "0.png"), str(tmp_path / "b" / "1.png")}
+
+
+def test_a_photograph_with_a_preview_that_is_cut_off(tmp_path):
+    path = tmp_path / "some.jpg"
+    image = Image.fromarray(np.random.default_rng(0).integers(0, 256, (64, 64, 3), dtype=np.uint8))
+    image.save(path, comment=b"\xff\xd8 a preview \xff\xd9")
+    assert damaged_images([str(path)]) == {}
+    path.write_bytes(path.read_bytes()[:3000])
+    assert [*damaged_images([str(path)])] == [str(path)]
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"background": (0, 0, 256)}, "background must be three numbers from 0 to 255"),
+        ({"image_range": (1, 0)}, "image_range must be two numbers"),
+        ({"on_error": "ignore"}, "on_error must be 'raise' or 'skip', got 'ignore'"),
+        ({"resize": 4}, "resize must be at least image_size=8"),
+        ({"strong_crop": "centre"}, "strong_crop must be"),
+    ],
+)
+def test_arguments(options, message, tmp_path):
+    with pytest.raises(ValueError, match=message):
+        ImageFolderDataModule(str(folders(tmp_path)), image_size=8, **options)
+
+
+def saved(data, path, **options):
+    trainer, _ = fit(data)
+    trainer.save_checkpoint(path)
+
+
+def test_a_new_class_folder_between_two_runs_is_told(tmp_path):
+    root = folders(tmp_path / "images", classes=("a", "c"))
+    saved(ImageFolderDataModule(str(root), image_size=8, batch_size=4), tmp_path / "some.ckpt")
+    task = Classification("cnn_tiny", 3, input_shape=(3, 8, 8))
+    folders(root, classes=("b",))
+    data = ImageFolderDataModule(str(root), image_size=8, batch_size=4)
+    trainer = L.Trainer(accelerator="cpu", logger=False, enable_progress_bar=False, max_epochs=2)
+    for call in (trainer.fit, trainer.test, trainer.predict):
+        with pytest.raises(ValueError, match=r"not those of the checkpoint \(new are \['b'\]\)"):
+            call(task, datamodule=data, ckpt_path=tmp_path / "some.ckpt", weights_only=True)
+
+
+def test_another_order_of_classes_is_told(tmp_path):
+    data = ImageFolderDataModule(str(folders(tmp_path)), image_size=8)
+    data.check_classes(["a", "b"])
+    data.check_classes(["a", "b", "c"])  # which this data has not
+    with pytest.raises(ValueError, match=r"\(they stand in another order\): class 0 was 'b'"):
+        data.check_classes(["b", "a"])
+    with pytest.raises(ValueError, match=r"\(new are \['b'\]; gone are \['x'\]\)"):
+        data.check_classes(["a", "x"])
+
+
+def test_folders_named_by_numbers(tmp_path, caplog, capsys):
+    with caplog.at_level("INFO", logger="lightning.pytorch.utilities.rank_zero"):
+        data = ImageFolderDataModule(str(folders(tmp_path, classes=("1", "2", "10"))), image_size=8)
+    assert data.class_names == ["1", "10", "2"]
+    assert "in the order of their text, as in torchvision: 1, 10, 2" in caplog.text + capsys.readouterr().err
