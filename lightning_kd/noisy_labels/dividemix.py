@@ -46,8 +46,9 @@ class DivideMix(TwoNetworkTask):
         input_shape: see ``Task``.
         warmup_epochs: epochs of plain training at the start, at least 1; batches are twice ``data.batch_size``.
         lambda_u: weight of the unsupervised loss after its ramp.
-        ramp_epochs: length of that ramp after the warm-up. It rises with each step, by the share of the epoch that is
-            done.
+        ramp_epochs: length of that ramp after the warm-up. It rises with each step, by the share of the epoch's true
+            number of steps that is done; the official code divides by ``floor(n / B) + 1`` for ``n`` clean samples,
+            one step more where the batch size ``B`` divides ``n``.
         temperature: of the sharpening.
         threshold: labels with a larger clean probability are kept.
         mixup_alpha: both parameters of the Beta distribution of the mixing weight.
