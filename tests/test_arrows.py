@@ -21,6 +21,8 @@ MAY_IMPORT = {
     "active_learning": {"core", "nets", "metrics", "pool"},
     "cli": {"core", "nets", "metrics", "pool", "compare", "data", "callbacks", *FAMILIES},
 }
+# which import nothing of the package themselves
+AT_THE_TOP = ("lightning_kd.file_writing", "lightning_kd.spreadsheet")
 
 
 def imported_parts(path):
@@ -29,7 +31,7 @@ def imported_parts(path):
         names += [alias.name for alias in node.names] if isinstance(node, ast.Import) else []
         for name in names:
             assert not (isinstance(node, ast.ImportFrom) and node.level), f"relative import in {path}"
-            if name.startswith("lightning_kd.") and name != "lightning_kd.file_writing":  # which imports nothing itself
+            if name.startswith("lightning_kd.") and name not in AT_THE_TOP:
                 yield name.split(".")[1]
 
 

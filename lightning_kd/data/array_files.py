@@ -10,6 +10,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import torch
+from lightning.pytorch.utilities import rank_zero_info
 from torch import Tensor
 
 from lightning_kd.file_writing import written_whole
@@ -48,6 +49,11 @@ def read_arrays(path: Path) -> dict[str, np.ndarray]:
     except PermissionError:
         raise PermissionError(f"{str(path)!r} may not be read: check the permissions of the file") from None
     except (ValueError, OSError, EOFError, zipfile.BadZipFile, zlib.error) as error:
+        if "Object arrays" in str(error):
+            raise ValueError(
+                f"{str(path)!r} holds Python objects, which are never unpickled: save arrays of numbers, or of text by "
+                "array.astype(str)"
+            ) from None
         raise ValueError(
             f"{str(path)!r} is damaged, or no .npz/.npy file of plain arrays ({error}): replace it, or delete it if it "
             "can be made again"
@@ -122,6 +128,46 @@ def to_target(array: np.ndarray, count: int, num_classes: int | None, name: str)
         limit = "0 or more" if num_classes is None else f"between 0 and {num_classes - 1}"
         raise ValueError(f"{name} must be {limit}, got {array[at]} at position {at}: correct the labels")
     return torch.from_numpy(array.astype(np.int64))
+
+
+def number_classes(
+    targets: Sequence[np.ndarray], class_names: list[str] | None, where: str
+) -> tuple[list[str] | None, list[np.ndarray]]:
+    """Targets of one class a sample as numbers from 0 on, and the names of the classes where these say them.
+
+    Texts are names of classes, numbered in the order of ``class_names`` or of the alphabet. Without ``class_names``,
+    integers that begin above 0, or of whose range less than half occurs, are numbered anew in their order, which is
+    told; their names are what they were.
+
+    Args:
+        targets: arrays ``[N]`` (or ``[N, 1]``) of one data set.
+        class_names: those given.
+        where: what holds the targets, for messages.
+
+    Raises:
+        ValueError: for a text that is none of ``class_names``.
+    """
+    if not targets:  # what is missing is told where it is read
+        return class_names, []
+    kinds = {target.dtype.kind for target in targets}
+    if kinds == {"U"}:
+        values = class_names or np.unique(np.concatenate([target.reshape(-1) for target in targets])).tolist()
+        number = {name: k for k, name in enumerate(values)}
+        for target in targets:
+            if unheard := [name for name in np.unique(target).tolist() if name not in number]:
+                raise ValueError(f"{where} holds the label {unheard[0]!r}, which is none of class_names: correct one")
+        lookup = np.vectorize(number.__getitem__, otypes=[np.int64])
+        return list(values), [lookup(target) if target.size else target.astype(np.int64) for target in targets]
+    if class_names or not kinds <= {"i", "u"} or not all(target.size for target in targets):
+        return class_names, list(targets)
+    labels = np.unique(np.concatenate([target.reshape(-1).astype(np.int64) for target in targets]))
+    if labels[0] < 0 or (labels[0] == 0 and labels[-1] + 1 <= 2 * len(labels)):
+        return None, list(targets)
+    some = ", ".join(map(str, labels[:5].tolist())) + ", ..." * (len(labels) > 5)
+    rank_zero_info(
+        f"{where}: the {len(labels)} classes that occur ({some}) are numbered from 0, and keep these as names"
+    )
+    return [str(label) for label in labels.tolist()], [np.searchsorted(labels, target) for target in targets]
 
 
 def to_label_matrix(array: np.ndarray, count: int, num_classes: int | None, name: str) -> Tensor:

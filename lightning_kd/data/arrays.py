@@ -15,6 +15,7 @@ from lightning_kd.data.array_files import (
     Arrays,
     check_keys,
     image_statistics,
+    number_classes,
     read_arrays,
     to_feature,
     to_image,
@@ -45,7 +46,8 @@ class ArrayDataModule(ClassificationDataModule):
     ``feature`` may stand for ``image`` in the names). Further keys are left alone.
     Targets say what is asked of a network:
 
-    - integers ``[N]`` (or ``[N, 1]``) from 0 on: one class a sample (``SingleLabel``);
+    - integers ``[N]`` (or ``[N, 1]``) from 0 on, or texts, the names of the classes: one class a sample
+      (``SingleLabel``). Integers from 1 on, and those with large gaps, are numbered anew, and keep theirs as names;
     - uint8 ``[N, C]`` of 0, 1 and 255 for "not known": several labels (``MultiLabel``);
     - uint8 ``[N, H, W]`` (or ``[N, H, W, 1]``) with 255 for ignored pixels: a class for each pixel (``Segmentation``).
       Masks are cropped and flipped with their images.
@@ -168,6 +170,10 @@ class ArrayDataModule(ClassificationDataModule):
         one_each = len(shape) == 2 and shape[1] == 1  # how some libraries keep one class a sample
         guess = {2: "multi_label", 3: "segmentation", 4: "segmentation"}.get(len(shape), "single_label")
         self.kind = kind or ("single_label" if one_each else guess)
+        if self.kind == "single_label":
+            keys = [key for key in (f"{prefix}target", "test_target") if key in arrays]
+            found, targets = number_classes([arrays[key] for key in keys], class_names, repr(self.path))
+            arrays, class_names = {**arrays, **dict(zip(keys, targets, strict=True))}, found
         image, target = self._pair(arrays, prefix, len(class_names) if class_names else None)
         count = target.shape[1] if self.kind == "multi_label" else int(target.max()) + 1
         if not class_names and count < _PROBLEMS[self.kind].least:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import csv
 from abc import abstractmethod
 from collections.abc import Sequence
 from pathlib import Path
@@ -13,6 +12,10 @@ from lightning.pytorch.utilities import rank_zero_info
 from lightning_kd.data.array_files import read_arrays, to_target
 from lightning_kd.data.class_noise import SymmetricNoise
 from lightning_kd.data.label_noise import CleanLabels, LabelNoise, estimate_transition, sample_transition
+from lightning_kd.spreadsheet import column_name, read_rows
+
+# columns that say whether their whole numbers are names of classes or numbers of them
+NAMED = ("class_name", "class_index")
 
 
 class StoredNoise(LabelNoise):
@@ -55,19 +58,23 @@ class StoredNoise(LabelNoise):
 class LabelFile(StoredNoise):
     """The given labels are in a file, one for each sample of the training array, in its order.
 
-    Labels are numbers of classes, from 0 on, or names of classes. Where all are whole numbers they are never taken for
-    names, whatever the classes are called. A file may be
+    Labels are numbers of classes, from 0 on, or names of classes; where all are whole numbers they are numbers. Where
+    the classes are called by other whole numbers than their own (folders ``1``, ``10``, ``2``), the column of a
+    ``.csv`` must say which is meant: ``class_name`` or ``class_index`` (``given``, as in this package's files, holds
+    numbers). A file may be
 
     - ``.npy``: one array ``[N]``;
     - ``.npz``: the array ``key``. Clean labels under ``clean`` are compared with the data set's. The ``noise.npz`` of
       another run is such a file, so that two methods can be trained on the same labels;
-    - ``.csv``: one label a line; or with a header (a single cell must be ``key``, ``label`` or ``given``), the column
-      ``key``. With a column ``index`` each line is for that sample, in any order, and samples without a line keep the
-      data set's own label: so a file may hold corrections alone. How many labels it holds is then printed.
+    - ``.csv``, separated by commas, semicolons or tabs: one label a line; or with a header (a single cell must be
+      ``key``, ``label``, ``given``, ``class_name`` or ``class_index``), the column ``key``. With a column ``index``
+      each line is for that sample, in any order, and samples without a line keep the data set's own label: so a file
+      may hold corrections alone. How many labels it holds is then printed.
 
     Args:
         path: the file.
-        key: the name of the array or column. By default ``label``, then ``given``, then the only one.
+        key: the name of the array or column. By default ``label``, then ``given``, ``class_name``, ``class_index``,
+            then the only one.
         synthetic: draw the labels anew with the transition matrix of the stored ones.
         seed: fixes the labels with ``synthetic``; 0 or more.
 
@@ -78,17 +85,17 @@ class LabelFile(StoredNoise):
     """
 
     def __init__(self, path: str, key: str | None = None, synthetic: bool = False, seed: int = 0) -> None:
-        if Path(path).suffix not in (".npy", ".npz", ".csv"):
+        if Path(path).suffix.lower() not in (".npy", ".npz", ".csv"):
             raise ValueError(f"path must end in .npy, .npz or .csv, got {path!r}: convert the labels to one of them")
         self.path = path
         self.key = key
         super().__init__(synthetic, seed)
 
     def read(self, clean: CleanLabels) -> tuple[np.ndarray, np.ndarray | None]:
-        if Path(self.path).suffix == ".csv":
+        if Path(self.path).suffix.lower() == ".csv":
             columns = read_columns(Path(self.path), self.key)
-            labels = columns[self._choose([name for name in columns if name != "index"])]
-            labels = class_indices(labels, clean.class_names, repr(self.path))
+            column = self._choose([name for name in columns if name != "index"])
+            labels = class_indices(columns[column], clean.class_names, repr(self.path), column)
             if "index" in columns:
                 labels = _corrected(clean.target, columns["index"], labels, self.path)
             return labels, None
@@ -98,7 +105,7 @@ class LabelFile(StoredNoise):
 
     def _choose(self, names: list[str]) -> str:
         if self.key is None:
-            for name in ("label", "given"):
+            for name in ("label", "given", *NAMED):
                 if name in names:
                     return name
             if len(names) == 1:
@@ -117,17 +124,10 @@ def read_columns(path: Path, key: str | None = None) -> dict[str, np.ndarray]:
         FileNotFoundError, PermissionError: if there is no such file, or it may not be read.
         ValueError: if it is empty or not text, two columns have one name, or its lines are not equally long.
     """
-    try:
-        with open(path, newline="", encoding="utf-8-sig") as stream:
-            rows = [[cell.strip() for cell in row] for row in csv.reader(stream) if row]
-    except FileNotFoundError:
-        raise FileNotFoundError(f"{str(path)!r} does not exist: give the path of a .csv file") from None
-    except PermissionError:
-        raise PermissionError(f"{str(path)!r} may not be read: check the permissions of the file") from None
-    except (UnicodeDecodeError, csv.Error) as error:
-        raise ValueError(f"{str(path)!r} is no .csv file in UTF-8 ({error}): write it again") from error
-    header = rows[0] if rows and (len(rows[0]) > 1 or rows[0][0] in ("given", "label", key)) else [""]
-    lines = rows if header == [""] else rows[1:]
+    rows = [cells for _, cells in read_rows(path)]
+    named = rows and (len(rows[0]) > 1 or column_name(rows[0][0]) in ("given", "label", *NAMED, key))
+    header = [column_name(cell) if cell != key else cell for cell in rows[0]] if named else [""]
+    lines = rows[1:] if named else rows
     if not lines:
         raise ValueError(f"{str(path)!r} holds no label: give one for each sample")
     if twice := [name for name in header if header.count(name) > 1]:
@@ -138,18 +138,31 @@ def read_columns(path: Path, key: str | None = None) -> dict[str, np.ndarray]:
     return {name: np.array(column) for name, column in zip(header, zip(*lines, strict=True), strict=True)}
 
 
-def class_indices(labels: np.ndarray, class_names: Sequence[str], where: str) -> np.ndarray:
+def class_indices(labels: np.ndarray, class_names: Sequence[str], where: str, column: str | None = None) -> np.ndarray:
     """Texts of labels as int64: whole numbers where all are, else names of classes; other arrays are left alone.
 
+    Args:
+        labels: ``[N]``.
+        class_names: in the order of their numbers.
+        where: what holds the labels, for messages.
+        column: what it is called there, which may say what its whole numbers are; ``None`` for arrays: numbers.
+
     Raises:
-        ValueError: for a text that is none of these.
+        ValueError: for a text that is none of these, and for whole numbers that may be either.
     """
     if labels.dtype.kind != "U":
         return labels
     values, inverse = np.unique(labels, return_inverse=True)
     # 18 digits at most: longer ones do not fit into int64
     number = {v: int(v) for v in values if len(v) <= 18 and v.removeprefix("-").isdecimal()}
-    index = number if len(number) == len(values) else {name: c for c, name in enumerate(class_names)}
+    names = {name: c for c, name in enumerate(class_names)}
+    either = all(name.isdecimal() for name in names) and any(name != str(c) for name, c in names.items())
+    if len(number) == len(values) and either and column not in (None, "given", *NAMED):
+        raise ValueError(
+            f"the labels of {where} may be numbers of classes or their names, which are {', '.join(names)}: call the "
+            "column class_name or class_index"
+        )
+    index = number if len(number) == len(values) and column != "class_name" else names
     for value in sorted(values, key=number.__contains__):  # rather what is no number, where they are mixed
         if value not in index:
             raise ValueError(

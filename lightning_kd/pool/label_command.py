@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import argparse
-import csv
 from collections.abc import Sequence
 from pathlib import Path
 
 from lightning_kd.pool.pool_record import UNKNOWN, PoolRecord, alone
+from lightning_kd.spreadsheet import column_name, read_rows
 
 __all__ = ["main", "take_answers"]
 
@@ -18,8 +18,9 @@ def main(args: Sequence[str]) -> None:
     """The command line; raises a ``ValueError`` or ``OSError`` of one message where something is wrong."""
     parser = argparse.ArgumentParser(
         prog="lightning-kd label",
-        description="Take answers into the pool of a run: a CSV with the columns index and label, such as a "
-        f"query_ROUND.csv that was filled in. A label is a class name or {UNKNOWN!r}; an empty one is no answer yet.",
+        description="Take answers into the pool of a run: a CSV (separated by commas, semicolons or tabs) with the "
+        "columns index and label, such as a query_ROUND.csv that was filled in. A label is a class name or "
+        f"{UNKNOWN!r}; an empty one is no answer yet.",
     )
     parser.add_argument("answers", help="the CSV file")
     parser.add_argument("--run", help="the run folder; default: the folder that the file is in")
@@ -49,9 +50,12 @@ def take_answers(path: Path, folder: Path) -> str:
     repeated = 0
     problems: list[str] = []
     for line, cells in _read(path):
-        label = cells["label"].strip()
+        label = cells["label"]
         if not label:
             continue
+        if label not in classes:  # as somebody typed it
+            alike = [name for name in classes if name.casefold() == label.casefold()]
+            label = alike[0] if len(alike) == 1 else label
         where = f"line {line}"
         try:
             index = int(cells["index"])
@@ -91,15 +95,11 @@ def take_answers(path: Path, folder: Path) -> str:
 
 def _read(path: Path) -> list[tuple[int, dict[str, str]]]:
     """Line number and cells of each row, with the columns ``index`` and ``label``."""
-    try:
-        with path.open(newline="", encoding="utf-8-sig") as file:  # as spreadsheets write it
-            reader = csv.DictReader(file)
-            names = reader.fieldnames or []
-            missing = [name for name in ("index", "label") if name not in names]
-            if missing:
-                raise ValueError(f"{path} has no column {missing[0]!r}, got {list(names)}: give index and label")
-            return [(reader.line_num, {k: v or "" for k, v in row.items() if isinstance(k, str)}) for row in reader]
-    except FileNotFoundError:
-        raise FileNotFoundError(f"{path} does not exist: name the CSV file with the answers") from None
-    except (csv.Error, UnicodeDecodeError) as error:
-        raise ValueError(f"{path} is no CSV file ({error}): save it as comma-separated text") from error
+    if not path.is_file():
+        raise FileNotFoundError(f"{path} does not exist: name the CSV file with the answers")
+    (_, header), *rows = read_rows(path) or [(0, [])]
+    names = [column_name(cell) for cell in header]
+    missing = [name for name in ("index", "label") if name not in names]
+    if missing:
+        raise ValueError(f"{path} has no column {missing[0]!r}, got {header}: give index and label")
+    return [(line, dict(zip(names, [*cells, *[""] * len(names)], strict=False))) for line, cells in rows]

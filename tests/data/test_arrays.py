@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 import torch
 
-from lightning_kd.data import ArrayDataModule
+from lightning_kd.data import ArrayDataModule, array_files
 
 RNG = np.random.default_rng(0)
 
@@ -138,3 +138,46 @@ def test_bad_arguments(tmp_path):
     (tmp_path / "own.npz").write_bytes((tmp_path / "own.npz").read_bytes()[:500])
     with pytest.raises(ValueError, match="damaged"):
         ArrayDataModule(path)
+
+
+@pytest.mark.parametrize(
+    ("labels", "names"), [([1, 2, 3], ["1", "2", "3"]), ([7, 1001, 100000], ["7", "1001", "100000"])]
+)
+def test_labels_with_gaps_or_from_1(tmp_path, labels, names, monkeypatch):
+    said = []
+    monkeypatch.setattr(array_files, "rank_zero_info", said.append)
+    image = np.zeros((60, 8, 8, 3), np.uint8)
+    target = np.array(labels)[np.arange(60) % 3]
+    np.savez(tmp_path / "some.npz", train_image=image, train_target=target, test_image=image, test_target=target[::-1])
+    data = ArrayDataModule(str(tmp_path / "some.npz"))
+    assert (data.num_classes, data.class_names) == (3, names)
+    data.setup()
+    assert data.train_target.tolist() == [k % 3 for k in range(60)]
+    assert data.test_target.tolist() == [k % 3 for k in range(60)][::-1]
+    assert "3 classes that occur" in said[0]
+
+
+def test_a_class_that_is_missing_in_the_middle_keeps_its_number(tmp_path):
+    target = np.array([0, 1, 3])[np.arange(60) % 3]
+    np.savez(tmp_path / "some.npz", train_image=np.zeros((60, 8, 8, 3), np.uint8), train_target=target)
+    assert ArrayDataModule(str(tmp_path / "some.npz")).num_classes == 4
+
+
+def test_texts_are_names_of_classes(tmp_path):
+    target = np.array(["dog", "cat", "eel"])[np.arange(60) % 3]
+    np.savez(tmp_path / "some.npz", train_image=np.zeros((60, 8, 8, 3), np.uint8), train_target=target)
+    data = ArrayDataModule(str(tmp_path / "some.npz"))
+    assert data.class_names == ["cat", "dog", "eel"]
+    data.setup()
+    assert {*data.train_target.tolist()} == {0, 1, 2}
+    ordered = ArrayDataModule(str(tmp_path / "some.npz"), class_names=["eel", "dog", "cat"])
+    ordered.setup()
+    assert torch.equal(ordered.train_target[data.train_target == 2], torch.zeros(16, dtype=torch.int64))
+    with pytest.raises(ValueError, match="holds the label 'eel', which is none of class_names"):
+        ArrayDataModule(str(tmp_path / "some.npz"), class_names=["dog", "cat"])
+
+
+def test_objects_are_not_called_damaged(tmp_path):
+    np.savez(tmp_path / "some.npz", train_image=np.array([{}], dtype=object))
+    with pytest.raises(ValueError, match="holds Python objects, which are never unpickled: save arrays of numbers"):
+        ArrayDataModule(str(tmp_path / "some.npz"))

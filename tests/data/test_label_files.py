@@ -65,6 +65,28 @@ def test_whole_numbers_are_indices_whatever_the_classes_are_called():
     assert LabelFile("names.csv").corrupt([0, 0, 0], ["0", "11", "ten"]).tolist() == [1, 2, 1]
 
 
+@pytest.mark.parametrize(
+    ("column", "expected"), [("class_name", [0, 2, 1]), ("class_index", [1, 2, 0]), ("given", [1, 2, 0])]
+)
+def test_numbers_for_classes_that_are_called_by_numbers(column, expected):
+    names, clean = ["1", "10", "2"], [0, 0, 0]
+    labels = {"class_name": "1\n2\n10\n"}.get(column, "1\n2\n0\n")
+    Path("labels.csv").write_text(f"{column}\n{labels}")
+    assert LabelFile("labels.csv").corrupt(clean, names).tolist() == expected
+    Path("labels.csv").write_text(f"label\n{labels}")
+    with pytest.raises(ValueError, match=r"may be numbers of classes or their names.* class_name or class_index"):
+        LabelFile("labels.csv").corrupt(clean, names)
+
+
+@pytest.mark.parametrize("separator", [",", ";", "\t"])
+@pytest.mark.parametrize("encoding", ["utf-8", "utf-8-sig", "utf-16"])
+def test_what_spreadsheets_write(separator, encoding):
+    rows = [["Index", " Label "], ["3", "bee "], ["1", "cow"]]
+    text = "\r\n".join(separator.join(row) for row in rows) + "\r\n"
+    Path("labels.CSV").write_text(text, encoding=encoding, newline="")
+    assert LabelFile("labels.CSV").corrupt(CLEAN, NAMES)[[3, 1]].tolist() == [NAMES.index("bee"), NAMES.index("cow")]
+
+
 def test_corrections_of_some_samples(monkeypatch):
     lines = []
     monkeypatch.setattr(label_files, "rank_zero_info", lines.append)
@@ -139,7 +161,7 @@ def test_files_that_do_not_fit():
     with pytest.raises(ValueError, match="must hold integers"):
         LabelFile("float.npy").corrupt(CLEAN, NAMES)
     np.save("objects.npy", np.array([{}], dtype=object), allow_pickle=True)
-    with pytest.raises(ValueError, match="damaged, or no"):
+    with pytest.raises(ValueError, match="holds Python objects, which are never unpickled"):
         LabelFile("objects.npy").corrupt(CLEAN, NAMES)
     Path("bytes.csv").write_bytes(b"\xff\xfe\x00")
     with pytest.raises(ValueError, match=r"no .csv file in UTF-8"):

@@ -226,7 +226,7 @@ def test_download_without_a_network(tmp_path, monkeypatch):
         ({"train_target": np.full(40, 10)}, "between 0 and 9, got 10"),
         ({"test_target": np.full(20, -1)}, "test_target.*between 0 and 9, got -1"),
         ({"train_target": np.zeros(40)}, "integers"),
-        ({"train_target": np.array([None] * 40)}, "damaged"),
+        ({"train_target": np.array([None] * 40)}, "holds Python objects"),
         ({"test_image": np.zeros((0, 32, 32, 3), np.uint8), "test_target": np.zeros(0, np.int64)}, "empty"),
     ],
 )

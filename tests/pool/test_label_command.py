@@ -81,6 +81,15 @@ def test_as_a_spreadsheet_saves_it(pool, tmp_path):
     assert answers(pool)[3] == ("cat", "person")
 
 
+@pytest.mark.parametrize("separator", [";", "\t", ","])
+def test_as_somebody_typed_it(pool, tmp_path, separator):
+    rows = [" Index ", "Path", "LABEL", "remark"], ["3", "x/3.png", "Cat", ""], ["1", "x/1.png", " UNKNOWN "]
+    text = "\r\n".join(separator.join(row) for row in rows)
+    (tmp_path / "answers.csv").write_bytes(b"\xef\xbb\xbf" + text.encode())
+    main(["label", str(tmp_path / "answers.csv")])
+    assert answers(pool) == {3: ("cat", "person"), 1: ("unknown", "person"), 8: (None, None)}
+
+
 def test_does_not_wait_for_torch():
     code = "import sys, lightning_kd.cli, lightning_kd.pool.label_command; print(int('torch' in sys.modules))"
     out = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout
