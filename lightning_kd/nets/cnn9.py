@@ -23,7 +23,7 @@ class CNN9(nn.Module):
     Stages are ``layer1`` (128 channels three times) and ``layer2`` (256 three times), each followed by a 2x2 maximum
     and dropout of a quarter of the channels, and ``layer3`` (512, 256, 128, without padding) before a global average;
     the classifier is ``linear``. Images ``[N, C, H, W]``, at least 28x28, to logits ``[N, num_classes]``. Dropout acts
-    in training mode only (in the authors' program in evaluation, too).
+    in training mode only.
 
     Args:
         num_classes: number of logits.
