@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -105,6 +105,12 @@ class CalibrationMetric(Metric):
         """Take a batch: the prediction is the largest of ``scores`` ``[B, C]``, its confidence of ``probabilities``."""
         self.correct += (scores.argmax(1) == target).sum()
         self.sums = self.sums + reliability_sums(probabilities, target)
+
+    def sync(self, *args: Any, **kwargs: Any) -> None:
+        """torchmetrics', after giving a process without a batch the precision that the others' sums have."""
+        if self.sums.device.type != "mps":
+            self.sums = self.sums.double()
+        super().sync(*args, **kwargs)
 
     def compute(self) -> dict[str, float]:
         self.reliability = Reliability.from_sums(self.sums)

@@ -64,8 +64,12 @@ class EvaluatedModule(L.LightningModule):
         metrics: dict[str, Any] = {"loss": loss_metric(), **self.problem.metrics()}
         return MetricCollection(metrics, prefix=prefix, compute_groups=False)
 
-    def check_data(self, data: Any) -> None:
+    def check_data(self, data: Any, has_targets: bool = True) -> None:
         """Refuse data of another kind than the task is for, and of more classes than it has.
+
+        Args:
+            data: a data module; one without ``problem`` is not looked at.
+            has_targets: whether its targets are looked at, so that their number of classes matters.
 
         Raises:
             ValueError: naming both.
@@ -73,12 +77,12 @@ class EvaluatedModule(L.LightningModule):
         given = getattr(data, "problem", None)
         if not isinstance(given, Problem):
             return
-        if not isinstance(given, type(self.problem)):
+        if not isinstance(given, type(self.problem)) and not isinstance(self.problem, type(given)):
             raise ValueError(
                 f"{type(self).__name__} is for {self.problem.kind}, but {type(data).__name__} has {given.kind}: take "
                 "a task for that, or other data"
             )
-        if given.num_classes > self.problem.num_classes:  # fewer are fine: a pretrained network may know more
+        if has_targets and given.num_classes > self.problem.num_classes:  # a network may know more
             raise ValueError(
                 f"num_classes={self.problem.num_classes} is less than the {given.num_classes} classes of "
                 f"{type(data).__name__}: give num_classes={given.num_classes}"

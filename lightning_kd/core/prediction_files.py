@@ -80,7 +80,7 @@ class MaskFolder:
                 # PNG knows grey values of 8 and 16 bits
                 Image.fromarray(mask if mask.dtype == np.uint8 else mask.astype(np.uint16)).save(path, format="PNG")
             if len(self._pairs) < self.shown:
-                self._pairs.append((_shown(image, data), self.colours[mask % len(self.colours)]))
+                self._pairs.append((_shown(image, data), self.colours[mask.astype(np.int64) % len(self.colours)]))
         self._index.append(outputs["index"].cpu())
 
     def finish(self, folder: Path, data: Any) -> None:

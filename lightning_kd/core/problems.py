@@ -98,8 +98,9 @@ class SingleLabel(Problem):
         predicted = outputs["prediction"].tolist()
         known = len(class_names) == self.num_classes  # a network may have classes that the data has not
         names = {"class_name": [class_names[k] for k in predicted]} if known else {}
-        probabilities = super().columns({"probability": outputs["probabilities"]}, class_names)
-        return {"prediction": predicted, **names, **probabilities}
+        others = {name: value for name, value in outputs.items() if name not in ("prediction", "probabilities")}
+        rest = super().columns({"probability": outputs["probabilities"], **others}, class_names)
+        return {"prediction": predicted, **names, **rest}
 
 
 class MultiLabel(Problem):
@@ -128,7 +129,8 @@ class MultiLabel(Problem):
                 f"target must be [B, {self.num_classes}] of 1, 0 and -1 (not known), got {list(target.shape)}: one "
                 "column a class"
             )
-        if not ((target == 0) | (target == 1) | (target == -1)).all():
+        wide = target.float()  # or 255 of uint8 would equal -1
+        if not ((wide == 0) | (wide == 1) | (wide == -1)).all():
             raise ValueError(
                 f"target must hold 1, 0 and -1 (not known), got values from {float(target.min())} to "
                 f"{float(target.max())}: correct the labels"
@@ -169,7 +171,8 @@ class MultiLabel(Problem):
         known = len(class_names) == self.num_classes
         names = [name.replace("|", r"\|") for name in class_names] if known else list(map(str, range(self.num_classes)))
         labels = ["|".join(names[k] for k in row.nonzero().flatten()) for row in outputs["prediction"]]
-        return {"labels": labels, **super().columns({"probability": outputs["probabilities"]}, class_names)}
+        others = {name: value for name, value in outputs.items() if name not in ("prediction", "probabilities")}
+        return {"labels": labels, **super().columns({"probability": outputs["probabilities"], **others}, class_names)}
 
 
 class Segmentation(Problem):
@@ -250,6 +253,8 @@ def _check_range(target: Tensor, low: int, high: int) -> None:
     remedy = "correct labels or num_classes"
     if (least, most) == (1, high + 1):
         remedy = "count classes from 0, not from 1"
-    elif least == -1:
+    elif low == -1 and most == 255:
+        remedy = "give ignored pixels as -1, not as 255"
+    elif low == 0 and least == -1 and most <= high:
         remedy = "leave out samples without a label (-1)"
     raise ValueError(f"target must be between {low} and {high}, got {least} to {most}: {remedy}")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -83,10 +84,11 @@ class RunRecorder(L.Callback):
     ) -> None:
         if self._writer is None:
             return
-        if "index" not in outputs:
-            raise ValueError("predictions on disk need each sample's index: predict on a lightning_kd data module")
+        if not isinstance(outputs, Mapping) or "index" not in outputs:
+            raise ValueError("predictions on disk need a dict with each sample's index: use a lightning_kd data module")
         names = getattr(pl_module, "written_outputs", None) or tuple(outputs)
-        written = {name: value for name, value in outputs.items() if name in ("index", *names)}
+        tensors = {name: value for name, value in outputs.items() if isinstance(value, torch.Tensor)}
+        written = {name: value for name, value in tensors.items() if name in ("index", *names)}
         self._writer.add(self.run.path, written, as_batch(batch), trainer.datamodule)  # type: ignore[attr-defined]
 
     def on_predict_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:

@@ -136,7 +136,7 @@ class Task(EvaluatedModule):
         return numpy_generator(seed, stream, self.current_epoch, pass_, self.global_rank)
 
     def setup(self, stage: str) -> None:
-        self.check_data(getattr(self.trainer, "datamodule", None))
+        self.check_data(getattr(self.trainer, "datamodule", None), has_targets=stage != "predict")
         if self.compile_networks:
             # or a tapped network would reuse the code of an untapped one of its class, and the tap never fire
             torch._dynamo.config.skip_nnmodule_hook_guards = False
@@ -153,8 +153,11 @@ class Task(EvaluatedModule):
     def training_target(self, batch: Any) -> Tensor | None:
         """The targets in a training batch, as the problem has them, to be checked; ``None`` where there are none."""
         labelled = getattr(batch, "labelled", batch)
-        pair = isinstance(labelled, tuple | list) and len(labelled) > 1
-        return labelled[1] if pair and isinstance(labelled[1], Tensor) else None
+        if not isinstance(labelled, tuple | list) or len(labelled) < 2 or not isinstance(labelled[1], Tensor):
+            return None
+        image, target = labelled[0], labelled[1]
+        views = isinstance(image, Tensor) and image.is_floating_point() and image.shape == target.shape
+        return None if views and target.ndim > 2 else target  # of two views, for a method of your own
 
     def configure_callbacks(self) -> list[L.Callback]:
         known = {type(c) for c in self.trainer.callbacks}  # type: ignore[attr-defined]

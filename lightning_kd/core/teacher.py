@@ -52,8 +52,9 @@ class FrozenTeacher(nn.Module):
         super().__init__()
         if (mean is None) != (std is None):
             raise ValueError("give teacher_mean and teacher_std together, or neither")
-        classes = _classes_of(network) if problem.one_class else None
-        if classes not in (None, problem.num_classes):
+        outputs = [module.out_features for module in network.modules() if isinstance(module, nn.Linear)]
+        classes = _classes_of(network) if problem.one_class and problem.num_classes not in outputs else None
+        if classes is not None:  # else another layer may be the head, and the first batch tells
             raise ValueError(
                 f"the teacher has {classes} classes, the data {problem.num_classes}: train or name another"
             )

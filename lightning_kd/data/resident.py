@@ -90,7 +90,7 @@ class ResidentLoader(BatchLoader):
         super().__init__(sampler)
         self._stored = image if isinstance(image, StoredImages) else StoredImages(image, device)
         shape = self._stored.source.shape
-        if isinstance(target, Tensor) and target.ndim == 3:
+        if isinstance(target, Tensor) and target.ndim == 3 and not target.is_floating_point():
             target = StoredImages(target, self._stored.device, fill=-1)
         self._masks = target if isinstance(target, StoredImages) else None
         self.views = check_views(views, tuple(shape[1:]), masks=self._masks is not None)

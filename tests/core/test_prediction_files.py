@@ -153,16 +153,17 @@ def test_masks_of_an_earlier_prediction_go(tmp_path):
     assert (tmp_path / "predictions" / "notes.txt").exists()
 
 
-def test_masks_of_many_classes(tmp_path):
-    writer = Segmentation(300).prediction_writer()
-    scores = torch.zeros(1, 300, 2, 2)
-    scores[0, 299, 0, 0] = 1
+@pytest.mark.parametrize("count", [255, 256, 257, 300])
+def test_masks_of_many_classes(count, tmp_path):
+    writer = Segmentation(count).prediction_writer()
+    scores = torch.zeros(1, count, 2, 2)
+    scores[0, count - 1, 0, 0] = 1
     batch = Batch(torch.zeros(1, 3, 2, 2), torch.zeros(1, 2, 2), torch.tensor([5]))
-    outputs = {"index": batch.index, **Segmentation(300).predict(scores, None)}
+    outputs = {"index": batch.index, **Segmentation(count).predict(scores, None)}
     writer.add(tmp_path, outputs, batch, None)
     writer.finish(tmp_path, None)
     stored = np.asarray(Image.open(tmp_path / "predictions" / "000005.png"))
-    assert stored.tolist() == [[299, 0], [0, 0]]
+    assert stored.tolist() == [[count - 1, 0], [0, 0]]
 
 
 def _one_rank_alone(folder):
@@ -195,3 +196,17 @@ def test_an_empty_batch(tmp_path):
     writer.add(tmp_path, {"index": batch.index, "prediction": torch.zeros(0, 2, 2)}, batch, None)
     writer.finish(tmp_path, None)
     assert not (tmp_path / "predictions.csv").exists()
+
+
+class WithEntropy(Classification):
+    def predict_step(self, batch, batch_idx):
+        found = super().predict_step(batch, batch_idx)
+        p = found["probabilities"]
+        return {**found, "entropy": -(p * p.log()).sum(1), "note": ["a"] * len(p)}
+
+
+def test_what_a_task_of_ones_own_predicts_is_written(tmp_path):
+    _, rows = predicted(tmp_path, WithEntropy("cnn_tiny", 10), ArrayDataModule("none.npz", fake=True))
+    p = torch.tensor([float(rows[0][f"probability_{k}"]) for k in range(10)])
+    assert float(rows[0]["entropy"]) == pytest.approx(float(-(p * p.log()).sum()), rel=1e-3)
+    assert "note" not in rows[0]

@@ -171,6 +171,9 @@ def test_segmentation_brings_outputs_to_the_size_of_the_image():
         (SingleLabel(3), torch.zeros(2), r"take target.long\(\)"),
         (SingleLabel(3), torch.tensor([1, 3, 2]), "got 1 to 3: count classes from 0"),
         (SingleLabel(3), torch.tensor([1, -1, 2]), "leave out samples without a label"),
+        (SingleLabel(3), torch.tensor([-1, 5]), "got -1 to 5: correct labels or num_classes"),
+        (Segmentation(3), torch.tensor([[[-1, 255]]]), "got -1 to 255: give ignored pixels as -1, not as 255"),
+        (MultiLabel(3), torch.tensor([[1, 255, 0]], dtype=torch.uint8), "must hold 1, 0 and -1"),
         (MultiLabel(3), torch.tensor([[0.0, 2, 1]]), "must hold 1, 0 and -1"),
         (MultiLabel(3), torch.zeros(2, 4), r"\[B, 3\]"),
         (Segmentation(3), torch.full((1, 2, 2), 3), "between -1 and 2"),
@@ -342,3 +345,47 @@ def test_segmentation_networks_have_both_heads(name):
         output = network(torch.randn(1, 3, 40, 32))
     assert output["out"].shape == auxiliary_logits(output).shape == (1, 5, 40, 32)
     assert sum(p.numel() for p in build_network("fcn_tiny", 5).parameters()) < 100_000
+
+
+class Weighted(SingleLabel):
+    pass
+
+
+class WeightedTask(Classification):
+    problem_class = Weighted
+
+
+def test_a_problem_of_ones_own_takes_the_data_of_its_kind():
+    WeightedTask(nn.Linear(4, 10), 10).check_data(ArrayDataModule("none.npz", fake=True))
+
+
+def test_more_classes_do_not_matter_where_nothing_is_measured():
+    task, data = Classification(nn.Linear(4, 5), 5), ArrayDataModule("none.npz", fake=True)
+    task.check_data(data, has_targets=False)
+    with pytest.raises(ValueError, match="num_classes=5 is less"):
+        task.check_data(data)
+
+
+class TwoViews(Classification):
+    def training_step(self, batch, batch_idx):
+        first, second = batch
+        return (self(first) - self(second)).square().mean()
+
+
+def test_a_method_of_ones_own_may_take_two_views():
+    views = torch.randn(8, 3, 8, 8), torch.randn(8, 3, 8, 8)
+    task = TwoViews("cnn_tiny", 10, input_shape=(3, 8, 8))
+    L.Trainer(accelerator="cpu", barebones=True, max_steps=1).fit(task, DataLoader(TensorDataset(*views), batch_size=4))
+
+
+def _curve_of_a_rank():
+    rank = int(os.environ["LOCAL_RANK"])
+    dist.init_process_group("gloo", rank=rank, world_size=2)
+    metric = SingleLabel(3).curve_metrics()["calibration"]
+    if rank == 1:
+        metric.update(torch.eye(3), torch.eye(3), torch.arange(3))
+    return metric.compute()
+
+
+def test_a_curve_where_a_process_has_no_batch():
+    assert [found["acc"] for found in on_two_ranks(_curve_of_a_rank)] == [1.0, 1.0]

@@ -180,6 +180,19 @@ def test_a_linear_layer_that_is_not_the_head():
         FrozenTeacher(nn.Sequential(nn.Flatten(), nn.Linear(8, 5)), SingleLabel(3))
 
 
+class Projecting(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.fc, self.projection = nn.Linear(4, 3), nn.Linear(4, 128)
+
+    def forward(self, image):
+        return self.fc(image), self.projection(image)
+
+
+def test_a_head_that_is_not_the_last_layer():
+    assert FrozenTeacher(Projecting(), SingleLabel(3))(torch.zeros(2, 4)).shape == (2, 3)
+
+
 class Stream(IterableDataset):
     def __init__(self, samples):
         self.samples = samples
