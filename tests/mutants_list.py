@@ -1085,9 +1085,9 @@ MUTANTS = [
     ),
     Mutant(
         "the border of a mask counts as class 0",
-        "data/resident.py",
-        "StoredImages(target, self._stored.device, fill=-1)",
-        "StoredImages(target, self._stored.device)",
+        "data/split_loaders.py",
+        'self._stored_on_device(f"{source}_target", fill=-1)',
+        'self._stored_on_device(f"{source}_target")',
         ("tests/data/test_kinds.py",),
     ),
     # problems
