@@ -88,7 +88,9 @@ class MaskFolder:
         if not len(index) or not is_first_process():
             return
         names = [_mask_name(i) for i in index.tolist()]
-        for name in {path.name for path in (folder / "predictions").glob("*.png")} - set(names):
+        for name in {path.name for path in (folder / "predictions").glob("*.png") if path.stem.isdecimal()} - set(
+            names
+        ):
             (folder / "predictions" / name).unlink()  # of an earlier prediction on more samples
         if self._pairs:
             with written_whole(folder / "predictions.png") as part:

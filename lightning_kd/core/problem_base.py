@@ -96,8 +96,8 @@ class Problem(ABC):
         """The loss of a plain training: a scalar, the mean over all that has a label."""
 
     def loss_of_probabilities(self, probabilities: Tensor, target: Tensor) -> Tensor:
-        """The same of probabilities, where several networks answer together."""
-        return self.loss(log_of(probabilities), target)
+        """The same of ``probabilities``, where several networks answer together; by default these are the outputs."""
+        return self.loss(probabilities, target)
 
     def count(self, target: Tensor) -> int | Tensor:
         """How many labels the loss is the mean over."""

@@ -169,7 +169,11 @@ class MultiLabel(Problem):
     def columns(self, outputs: Mapping[str, Tensor], class_names: Sequence[str]) -> dict[str, list[Any]]:
         """``labels``, the names of those predicted joined by ``|`` (``\\|`` inside a name), and probabilities."""
         known = len(class_names) == self.num_classes
-        names = [name.replace("|", r"\|") for name in class_names] if known else list(map(str, range(self.num_classes)))
+        names = (
+            [name.replace("\\", r"\\").replace("|", r"\|") for name in class_names]
+            if known
+            else list(map(str, range(self.num_classes)))
+        )
         labels = ["|".join(names[k] for k in row.nonzero().flatten()) for row in outputs["prediction"]]
         others = {name: value for name, value in outputs.items() if name not in ("prediction", "probabilities")}
         return {"labels": labels, **super().columns({"probability": outputs["probabilities"], **others}, class_names)}
@@ -209,6 +213,9 @@ class Segmentation(Problem):
 
     def count(self, target: Tensor) -> Tensor:
         return (target >= 0).sum()
+
+    def loss_of_probabilities(self, probabilities: Tensor, target: Tensor) -> Tensor:
+        return self.loss(log_of(probabilities), target)
 
     def probabilities(self, logits: Tensor) -> Tensor:
         return logits.softmax(1)

@@ -145,10 +145,12 @@ def test_a_trial_run_leaves_predictions_alone(tmp_path):
 def test_masks_of_an_earlier_prediction_go(tmp_path):
     task = SemanticSegmentation("fcn_tiny", 4)
     predicted(tmp_path, task, arrays("segmentation"))
-    (tmp_path / "predictions" / "notes.txt").write_text("mine")
+    for name in ("notes.txt", "mine.png"):
+        (tmp_path / "predictions" / name).write_text("mine")
     _, rows = predicted(tmp_path, task, arrays("segmentation"), limit_predict_batches=1)
     assert 0 < len(rows) < 64
-    stored = sorted(path.name for path in (tmp_path / "predictions").glob("*.png"))
+    assert (tmp_path / "predictions" / "mine.png").exists()
+    stored = sorted(path.name for path in (tmp_path / "predictions").glob("0*.png"))
     assert stored == [f"{k:06d}.png" for k in range(len(rows))]
     assert (tmp_path / "predictions" / "notes.txt").exists()
 

@@ -30,6 +30,7 @@ from lightning_kd.data import ArrayDataModule
 from lightning_kd.distillation import KD, Distillation
 from lightning_kd.nets import build_network
 from lightning_kd.noisy_labels import CrossEntropy
+from tests.test_fourth_problem import Regression
 from tests.two_processes import on_two_ranks
 
 
@@ -389,3 +390,17 @@ def _curve_of_a_rank():
 
 def test_a_curve_where_a_process_has_no_batch():
     assert [found["acc"] for found in on_two_ranks(_curve_of_a_rank)] == [1.0, 1.0]
+
+
+def test_names_of_labels_can_be_told_apart():
+    both = torch.ones(1, 2, dtype=torch.bool)
+    outputs = {"prediction": both, "probabilities": torch.ones(1, 2)}
+    assert MultiLabel(2).columns(outputs, ["a\\", "b"])["labels"] == ["a\\\\|b"]
+    outputs["prediction"] = torch.tensor([[True, False]])
+    assert MultiLabel(2).columns(outputs, ["a|b", "c"])["labels"] == ["a\\|b"]
+
+
+def test_outputs_that_are_no_probabilities_have_their_loss():
+    problem = Regression(1)
+    output = torch.tensor([[-2.0]])
+    assert problem.loss_of_probabilities(problem.probabilities(output), output) == 0
