@@ -41,9 +41,8 @@ class TrainingWatch(L.Callback):
         if getattr(trainer, "fast_dev_run", 0) or (trainer.max_epochs or 0) < 1:
             return
         for config in trainer.lr_scheduler_configs:
-            length = training_length(trainer, config.interval) if config.interval == "epoch" else None
-            if length is not None:
-                warn_of_another_length(config.scheduler, length)
+            if config.interval == "epoch":
+                warn_of_another_length(config.scheduler, training_length(trainer, "epoch"))
 
     def on_save_checkpoint(self, trainer: L.Trainer, pl_module: L.LightningModule, checkpoint: dict[str, Any]) -> None:
         names = getattr(getattr(trainer, "datamodule", None), "class_names", None)

@@ -128,7 +128,7 @@ class ImageFolderDataModule(ClassificationDataModule):
         self.background = background
         self.image_range = image_range
         self.on_error = on_error
-        self.checked = False
+        self._checked: np.ndarray | None = None  # the training indices after the files were looked at
         self.root = root
         self.image_size = image_size
         self.scale = scale
@@ -166,9 +166,10 @@ class ImageFolderDataModule(ClassificationDataModule):
         """Load and split the data, once, and under a Trainer look at all image files before they are used."""
         super().setup(stage)
         # without a Trainer somebody only looks around; but what is skipped must be so everywhere
-        if not self.checked and not self.fake and (self.trainer is not None or self.on_error == "skip"):
-            self.checked = True
+        wanted = not self.fake and (self.trainer is not None or self.on_error == "skip")
+        if wanted and self._checked is not self.train_indices:  # loading anew, for other labels, brings all back
             self._check_files()
+            self._checked = self.train_indices
 
     def _check_files(self) -> None:
         """Refuse damaged image files, or leave them out."""

@@ -8,7 +8,9 @@ import pytest
 from PIL import Image
 
 from lightning_kd.core import Classification
-from lightning_kd.data import ImageFolderDataModule, OpenSetDataModule
+from lightning_kd.core.run_callbacks import RunRecorder
+from lightning_kd.core.run_folder import RunFolder
+from lightning_kd.data import ImageFolderDataModule, OpenSetDataModule, SymmetricNoise
 from lightning_kd.data.image_files import damaged_images, images_below, read_image
 
 # a ramp from dark to bright, in each mode that a file can hold
@@ -122,10 +124,11 @@ def spoil(root):
     return {str(root / "a" / "0.png"), str(root / "a" / "1.png"), str(root / "b" / "2.png")}
 
 
-def fit(data):
+def fit(data, *callbacks):
     task = Classification("cnn_tiny", data.num_classes, input_shape=(3, 8, 8))
     trainer = L.Trainer(
-        accelerator="cpu", max_epochs=1, logger=False, enable_checkpointing=False, enable_progress_bar=False,
+        accelerator="cpu", max_epochs=1, callbacks=list(callbacks),
+        logger=False, enable_checkpointing=False, enable_progress_bar=False,
         enable_model_summary=False,
     )  # fmt: skip
     trainer.fit(task, data)
@@ -150,6 +153,19 @@ def test_damaged_files_can_be_left_out(tmp_path):
     used += [data.test_image[i] for i in data.test_indices]
     assert len(used) == 9
     assert not {*used} & bad
+
+
+def test_damaged_files_stay_out_when_labels_are_drawn_for_a_run(tmp_path):
+    bad = spoil(folders(tmp_path / "images"))
+    noise = SymmetricNoise(0.2)
+    data = ImageFolderDataModule(str(tmp_path / "images"), image_size=8, batch_size=4, on_error="skip", noise=noise)
+    with pytest.warns(UserWarning, match="left out"):
+        data.setup()  # before there is a run folder, whose record makes it load again
+    recorder = RunRecorder(RunFolder(tmp_path / "run"))
+    (tmp_path / "run").mkdir()
+    with pytest.warns(UserWarning, match="left out"):
+        fit(data, recorder)
+    assert not {data.train_image[i] for i in (*data.train_indices, *data.val_indices)} & bad
 
 
 def test_damaged_files_of_a_pool(tmp_path):
