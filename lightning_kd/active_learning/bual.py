@@ -48,7 +48,8 @@ class BUAL(SequentialTrainingTask):
     first one, with a classifier of its own, and learns from classes that samples are not: the labelled ones and a
     random subset of the pool, each with one newly drawn class an epoch. The predictions of this copy for the pool are
     averaged over snapshots. The reported network is not trained, nor its running statistics moved, in this stage. The
-    optimizer and the learning rate schedule start anew with it, so a schedule counts the epochs of its stage.
+    optimizer and the learning rate schedule start anew with it, so a schedule counts the epochs of its stage. The last
+    round of ``lightning-kd active``, after which nothing is chosen, ends with the positive stage.
 
     The choice leaves out what the auxiliary network takes for unknown and queries the smallest
     ``bidirectional_score`` (the largest with ``combine="paper"``), balanced by the share of known classes in the latest
@@ -82,6 +83,8 @@ class BUAL(SequentialTrainingTask):
         subset: where the subset comes from: the ``"candidates"``, which the auxiliary network does not take for
             unknown, or the whole ``"pool"``, as in the official code.
         normalize_aux: see ``bidirectional_score``.
+        auxiliary_batch_size: labelled samples in a batch of the auxiliary network, 1 or more (100 in the official code);
+            ``None`` takes the batch size of the data.
         classifier: module path of the network's classifier, where it is not the last ``nn.Linear``.
         kwargs: ``warm_start`` of ``PoolTask``; ``optimizer``, ``lr_scheduler``, ``lr_interval``, ``channels_last``,
             ``compile`` of ``Task``. The paper's optimizer is SGD with learning rate 0.01, momentum 0.9 and weight decay
@@ -107,6 +110,7 @@ class BUAL(SequentialTrainingTask):
         exact: bool = True,
         subset: Literal["candidates", "pool"] = "candidates",
         normalize_aux: bool = True,
+        auxiliary_batch_size: int | None = None,
         classifier: str | None = None,
         **kwargs: Any,
     ) -> None:
@@ -114,6 +118,10 @@ class BUAL(SequentialTrainingTask):
         for name, count in (("negative_epochs", negative_epochs), ("subset_size", subset_size)):
             if count < 1:
                 raise ValueError(f"{name} must be at least 1, got {count}: give a whole number from 1 on")
+        if auxiliary_batch_size is not None and auxiliary_batch_size < 1:
+            raise ValueError(
+                f"auxiliary_batch_size must be at least 1, got {auxiliary_batch_size}: leave it out for the data's"
+            )
         if not 1 <= snapshot_interval <= negative_epochs:
             raise ValueError(
                 f"snapshot_interval must be from 1 to negative_epochs={negative_epochs}, got {snapshot_interval}: "
@@ -134,6 +142,7 @@ class BUAL(SequentialTrainingTask):
         self.exact = exact
         self.subset = subset
         self.normalize_aux = normalize_aux
+        self.auxiliary_batch_size = auxiliary_batch_size
         self.network = self.build(network)
         self.classifier_path, _ = find_classifier(self.network, classifier)
         self.auxiliary = self.build_for(network, num_classes + 1, classifier)
@@ -165,7 +174,8 @@ class BUAL(SequentialTrainingTask):
         phases = [Phase(POSITIVE, self.labelled_loader(data, known, ""))]
         if self.stage.auxiliary_trained:
             both = np.union1d(known, data.unknown_indices)
-            phases.append(Phase(AUXILIARY, self.labelled_loader(data, both, "auxiliary")))
+            loader = self.labelled_loader(data, both, "auxiliary", self.auxiliary_batch_size)
+            phases.append(Phase(AUXILIARY, loader))
         return phases
 
     def _labels_of_epoch(self) -> Tensor:
@@ -202,8 +212,15 @@ class BUAL(SequentialTrainingTask):
             if (done - self.stage.start) % self.snapshot_interval == 0:
                 self._take_snapshot()
         elif done >= (self.trainer.max_epochs or 0) - self.negative_epochs:
-            # here, not at the next epoch's start: its loader is made before, and the checkpoint of this epoch has it
-            self._begin_negative_stage(done)
+            if self.choice_follows or not self._may_stop(done):
+                # here, not at the next epoch's start: its loader is made before, and the checkpoint of this epoch has it
+                self._begin_negative_stage(done)
+            else:
+                self.trainer.should_stop = True
+
+    def _may_stop(self, epochs: int) -> bool:
+        trainer: Any = self.trainer
+        return epochs >= (trainer.min_epochs or 0) and trainer.global_step >= (trainer.min_steps or 0)
 
     def _begin_negative_stage(self, epoch: int) -> None:
         self.stage.start = epoch
@@ -268,7 +285,8 @@ class BUAL(SequentialTrainingTask):
         if self.stage.snapshots < due:
             raise ValueError(
                 f"the negative head has {self.stage.snapshots} of {due} snapshots: train through all of the last "
-                f"negative_epochs={self.negative_epochs} epochs, without an early end by max_time or max_steps"
+                f"negative_epochs={self.negative_epochs} epochs, without an early end by max_time or max_steps; the "
+                "last round of a finished run has none"
             )
         if index is None:
             raise ValueError("BUAL remembers the pool by index, got a batch without: use a loader of the data module")

@@ -34,6 +34,9 @@ class PoolTask(Task, ABC):
         kwargs: ``optimizer``, ``lr_scheduler``, ``lr_interval``, ``channels_last``, ``compile`` of ``Task``.
     """
 
+    #: whether a choice comes after the training; not in the last round of ``run_rounds``, where what only serves the
+    #: choice need not be trained
+    choice_follows = True
     #: the pool's scores are read by the query, not written
     written_outputs = ("prediction", "probabilities")
 

@@ -133,11 +133,12 @@ def _train_round(
     before = round_folder.parent / f"round_{number - 1:02d}" / "checkpoints" / "last.ckpt"
     if task.warm_start and number:
         task.load_state_dict(torch.load(before, map_location="cpu", weights_only=True)["state_dict"], strict=False)
+    final = number >= data.rounds or not len(data.unlabelled_indices)
+    task.choice_follows = not final
     began = time.monotonic()
     trainer.fit(task, datamodule=data)
     tested = trainer.test(task, datamodule=data, verbose=False)[0]
     data.set_record(record)
-    final = number >= data.rounds or not len(data.unlabelled_indices)
     result = {**start_result(task, data, number), **{k: float(v) for k, v in tested.items()}}
     if not final:
         query, predicted = select_query(trainer, task, data)

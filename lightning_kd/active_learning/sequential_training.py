@@ -32,12 +32,12 @@ class SequentialTrainingTask(PoolTask, ABC):
     def network_loss(self, batch: PhaseBatch) -> Tensor:
         """The loss of a step of network ``batch.network``, from ``step_loss``."""
 
-    def labelled_loader(self, data: Any, indices: np.ndarray, stream: str) -> Any:
-        """Training batches of some samples, in an order and views of their own for each name."""
+    def labelled_loader(self, data: Any, indices: np.ndarray, stream: str, batch_size: int | None = None) -> Any:
+        """Training batches of some samples, in an order and views of their own for each name; ``batch_size`` is the
+        data's where it is ``None``."""
         overfit = self.trainer.overfit_batches > 0  # type: ignore[attr-defined]
-        return data.loader(
-            "train", indices, shuffle=not overfit, augment=True, batch_size=data.batch_size, stream=stream
-        )
+        size = batch_size or data.batch_size
+        return data.loader("train", indices, shuffle=not overfit, augment=True, batch_size=size, stream=stream)
 
     def train_loader(self, data: Any) -> Any:
         limited = self.trainer.limit_train_batches != 1.0  # type: ignore[attr-defined]

@@ -530,6 +530,37 @@ def test_scores_before_the_negative_stage_are_refused():
         trainer_of().predict(task_of(), datamodule=data)
 
 
+def test_a_last_round_ends_with_the_positive_stage(run):
+    """Nothing is chosen after it; what is reported is the same."""
+    _, _, _, watched = run
+    factory = {
+        "optimizer": lambda p: torch.optim.SGD(p, lr=0.05, momentum=0.9, weight_decay=1e-2),
+        "lr_scheduler": lambda o: torch.optim.lr_scheduler.StepLR(o, 1, 0.5),
+    }
+    for least, epochs in ((None, 2), (3, 4)):  # a Trainer that must train longer does all of it
+        spy = Spy()
+        L.seed_everything(0, verbose=False)
+        task, trainer = task_of(**factory), trainer_of(callbacks=[spy], min_epochs=least)
+        task.choice_follows = False
+        trainer.fit(task, datamodule=data_of())
+        assert len(spy.after) == epochs
+        reported = {name for name in spy.after[-1] if name.startswith("network.")}
+        assert all(torch.equal(task.state_dict()[name], watched.after[-1][name]) for name in reported)
+    task.stage.snapshots = 0
+    with pytest.raises(ValueError, match=r"the last round of a finished run has none"):
+        trainer.predict(task, datamodule=data_of())
+
+
+@pytest.mark.parametrize(("size", "batches"), [(None, 2), (9, 4), (100, 1)])
+def test_batches_of_the_auxiliary_network(size, batches):
+    spy, data = Spy(), data_of(unknown=4, known=4)  # with the 24 at the start, 32 samples
+    fitted(data, trainer_of(max_epochs=2, callbacks=[spy]), negative_epochs=1, auxiliary_batch_size=size)
+    of = {number: [len(b[2]) for b in spy.batches if b[1] == number] for number in (0, 1)}
+    assert len(of[1]) == batches
+    assert sum(of[1]) == 32
+    assert max(of[0]) == 16
+
+
 @pytest.mark.filterwarnings("ignore:.*max_epochs")
 def test_scores_after_an_early_end_are_refused(run):
     task, trainer, data, spy = run
@@ -578,6 +609,7 @@ def test_a_dry_run_works(initial):
     [
         ({"negative_epochs": 0}, "negative_epochs must be at least 1"),
         ({"subset_size": 0}, "subset_size must be at least 1"),
+        ({"auxiliary_batch_size": 0}, "auxiliary_batch_size must be at least 1, got 0"),
         ({"snapshot_interval": 3}, "snapshot_interval must be from 1 to negative_epochs=2, got 3"),
         ({"uncertainty": "sure"}, "uncertainty must be"),
         ({"combine": "both"}, "combine must be"),

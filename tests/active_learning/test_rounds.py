@@ -136,6 +136,24 @@ def test_more_rounds_go_on_from_fewer(tmp_path, whole):
     assert outcome(tmp_path / "grown") == whole
 
 
+def test_more_rounds_of_two_stages_go_on_from_fewer(tmp_path):
+    """The last round is trained for less, and anew where it is the last no more."""
+    started = []
+
+    def start(number, folder):
+        started.append(starter(TASKS["BUAL"], data={"rounds": rounds})(number, folder))
+        return started[-1]
+
+    for folder, ends in (("whole", [2]), ("grown", [1, 2])):
+        for rounds in ends:
+            run_rounds(start, tmp_path / folder, say=str)
+    assert outcome(tmp_path / "grown") == outcome(tmp_path / "whole")
+    trained = [(task.choice_follows, trainer.current_epoch) for trainer, task, _ in started if trainer.current_epoch]
+    epochs = trained[0][1]
+    assert trained[:3] == [(True, epochs), (True, epochs), (False, epochs - 1)]
+    assert trained[3:] == [(True, epochs), (False, epochs - 1), (True, epochs), (False, epochs - 1)]
+
+
 def test_another_strategy_or_seed_in_the_same_folder_is_refused(tmp_path):
     class Other(Greedy):
         pass
