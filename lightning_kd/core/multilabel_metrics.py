@@ -67,7 +67,7 @@ class MultiLabelMetric(Metric):
 
     Args:
         num_classes: ``C``.
-        threshold: what has this probability or more is predicted.
+        threshold: what has this score or more is predicted; 0.5 for probabilities, 0 for logits.
     """
 
     full_state_update = False
@@ -81,9 +81,10 @@ class MultiLabelMetric(Metric):
         self.add_state("scores", [], dist_reduce_fx="cat")
         self.add_state("labels", [], dist_reduce_fx="cat")
 
-    def update(self, probabilities: Tensor, target: Tensor) -> None:
-        """Take a batch: ``probabilities`` ``[B, C]``, ``target`` ``[B, C]`` of 1, 0 and -1 (not known)."""
-        self.scores.append(probabilities.detach().float())
+    def update(self, scores: Tensor, target: Tensor) -> None:
+        """Take a batch: ``scores`` ``[B, C]``, larger for what is likelier, and ``target`` ``[B, C]`` of 1, 0 and -1
+        (not known)."""
+        self.scores.append(scores.detach().float())
         self.labels.append(target.to(torch.int8))
 
     def sync(self, *args: Any, **kwargs: Any) -> None:

@@ -49,8 +49,11 @@ class SingleLabel(Problem):
     def check_target(self, target: Tensor) -> None:
         if target.ndim != 1 or target.dtype != torch.int64:
             column = target.ndim == 2 and target.shape[1] == 1
-            remedy = "give one class an image, or take a task for another kind"
-            if column or target.ndim == 1:
+            remedy = (
+                "give one class an image, or take a task for another kind; a method with batches of its own says what "
+                "to look at in training_target"
+            )
+            if (column or target.ndim == 1) and bool((target.float() % 1 == 0).all()):
                 remedy = "take target" + ".squeeze(1)" * column + ".long()"
             raise ValueError(
                 f"target must be int64 [B], a class for each image, got {target.dtype} {list(target.shape)}: {remedy}"
@@ -109,7 +112,7 @@ class MultiLabel(Problem):
     The loss is binary cross-entropy, the mean over all labels that are known. Metrics: ``map``, the mean over classes
     of the average precision (scikit-learn's definition), without classes that have no positive, which
     ``absent_classes`` counts; ``cf1`` and ``of1``, the F1 of mean precision and recall over classes and over all
-    labels, of what has a probability of 0.5 or more.
+    labels, of what has a probability of 0.5 or more. Logits are compared, as probabilities near 1 would be equal.
     """
 
     kind = "several labels an image (MultiLabel)"
@@ -137,6 +140,8 @@ class MultiLabel(Problem):
             )
 
     def loss(self, logits: Tensor, target: Tensor, **options: Any) -> Tensor:
+        if options:
+            raise TypeError(f"the loss of several labels has no {', '.join(options)}: leave it out")
         known = target >= 0
         each = F.binary_cross_entropy_with_logits(logits, target.clamp(min=0).to(logits.dtype), reduction="none")
         return (each * known).sum() / known.sum().clamp(min=1)
@@ -151,20 +156,20 @@ class MultiLabel(Problem):
         return logits.sigmoid()
 
     def prediction(self, scores: Tensor) -> Tensor:
-        """Bool ``[B, C]``: the labels with a probability of 0.5 or more."""
+        """Bool ``[B, C]``, from logits: the labels with a probability of 0.5 or more."""
         return scores >= 0
 
     def training_values(self, logits: Tensor, target: Tensor) -> tuple[Tensor, Tensor | None]:
         return self.prediction(logits) == (target > 0), target >= 0
 
     def metrics(self) -> dict[str, Metric]:
-        return {"labels": MultiLabelMetric(self.num_classes)}
+        return {"labels": MultiLabelMetric(self.num_classes, threshold=0.0)}  # of logits
 
     def update_metrics(
         self, metrics: MetricCollection | Mapping[str, Metric], scores: Tensor, probabilities: Tensor, target: Tensor
     ) -> None:
         for metric in metrics.values():
-            metric.update(probabilities, target)
+            metric.update(scores, target)
 
     def columns(self, outputs: Mapping[str, Tensor], class_names: Sequence[str]) -> dict[str, list[Any]]:
         """``labels``, the names of those predicted joined by ``|`` (``\\|`` inside a name), and probabilities."""
@@ -202,8 +207,10 @@ class Segmentation(Problem):
 
     def check_target(self, target: Tensor) -> None:
         if target.ndim != 3 or target.dtype != torch.int64:
+            column = target.ndim == 4 and target.shape[1] == 1
             raise ValueError(
-                f"target must be int64 [B, H, W], a class for each pixel, got {target.dtype} {list(target.shape)}"
+                f"target must be int64 [B, H, W], a class for each pixel, got {target.dtype} {list(target.shape)}: "
+                + ("take target" + ".squeeze(1)" * column + ".long()" if column or target.ndim == 3 else "give masks")
             )
         _check_range(target, -1, self.num_classes - 1)
 

@@ -86,6 +86,19 @@ def test_label_metrics():
     assert found["cf1"] == pytest.approx(float(2 * precision * recall / (precision + recall)), rel=1e-9)
 
 
+def test_sure_labels_are_ranked_by_their_logits():
+    """Their probabilities are 1 in single precision."""
+    problem = MultiLabel(1)
+    logits, target = torch.tensor([[18.0], [20.0], [19.0], [-1.0]]), torch.tensor([[0.0], [1.0], [1.0], [0.0]])
+    metrics = problem.metrics()
+    problem.update_metrics(metrics, logits, problem.probabilities(logits), target)
+    found = metrics["labels"].compute()
+    assert found["map"] == pytest.approx(1.0)
+    assert found["of1"] == pytest.approx(0.8)  # what is predicted stays: 3 with 2 hits
+    with pytest.raises(TypeError, match="has no label_smoothing"):
+        problem.loss(logits, target, label_smoothing=0.1)
+
+
 def test_f1_leaves_out_classes_that_were_never_predicted():
     cf1, of1 = f1_of_counts(torch.tensor([2, 0]), torch.tensor([4, 0]), torch.tensor([2, 2]))
     assert cf1 == pytest.approx(0.5)  # precision 0.5 of one class, recall (1 + 0) / 2
@@ -169,6 +182,8 @@ def test_segmentation_brings_outputs_to_the_size_of_the_image():
         (SingleLabel(3), torch.tensor([0, 3]), "between 0 and 2, got 0 to 3"),
         (SingleLabel(3), torch.zeros(2, 3), r"int64 \[B\].*one class an image"),
         (SingleLabel(3), torch.zeros(2, 1), r"take target.squeeze\(1\).long\(\)"),
+        (SingleLabel(3), torch.tensor([0.3, 1.5]), r"in training_target"),
+        (Segmentation(3), torch.zeros(2, 1, 4, 4), r"take target.squeeze\(1\).long\(\)"),
         (SingleLabel(3), torch.zeros(2), r"take target.long\(\)"),
         (SingleLabel(3), torch.tensor([1, 3, 2]), "got 1 to 3: count classes from 0"),
         (SingleLabel(3), torch.tensor([1, -1, 2]), "leave out samples without a label"),
