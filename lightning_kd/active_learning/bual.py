@@ -83,8 +83,8 @@ class BUAL(SequentialTrainingTask):
         subset: where the subset comes from: the ``"candidates"``, which the auxiliary network does not take for
             unknown, or the whole ``"pool"``, as in the official code.
         normalize_aux: see ``bidirectional_score``.
-        auxiliary_batch_size: samples in a batch of the auxiliary network, 1 or more (100 in the official code); ``None``
-            takes the batch size of the data.
+        auxiliary_batch_size: samples in a batch of the auxiliary network, 1 or more (100 in the official code); by
+            default that of the data.
         classifier: module path of the network's classifier, where it is not the last ``nn.Linear``.
         kwargs: ``warm_start`` of ``PoolTask``; ``optimizer``, ``lr_scheduler``, ``lr_interval``, ``channels_last``,
             ``compile`` of ``Task``. The paper's optimizer is SGD with learning rate 0.01, momentum 0.9 and weight decay
