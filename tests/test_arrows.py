@@ -22,7 +22,7 @@ MAY_IMPORT = {
     "cli": {"core", "nets", "metrics", "pool", "compare", "data", "callbacks", *FAMILIES},
 }
 # which import nothing of the package themselves
-AT_THE_TOP = ("lightning_kd.file_writing", "lightning_kd.spreadsheet")
+AT_THE_TOP = ("lightning_kd.argument_checks", "lightning_kd.file_writing", "lightning_kd.spreadsheet")
 
 
 def imported_parts(path):

@@ -35,6 +35,8 @@ def complementary_labels(target: Tensor, num_known: int, generator: np.random.Ge
     """
     if num_known < 2:
         raise ValueError(f"num_known must be at least 2, got {num_known}: with one class no label is complementary")
+    if target.ndim != 1 or target.dtype != torch.int64:
+        raise ValueError(f"target must be int64 [B], got {target.dtype} {list(target.shape)}: give one class a sample")
     given = target.cpu().numpy()
     if len(given) and not -1 <= given.min() <= given.max() < num_known:
         raise ValueError(

@@ -30,7 +30,7 @@ from lightning_kd.active_learning.pool_task import PoolTask
 from lightning_kd.core.batch import as_batch
 from lightning_kd.core.distributed import process_count, summed
 from lightning_kd.core.feature_hooks import penultimate_tap
-from lightning_kd.core.losses import at_least_float32, check_positive
+from lightning_kd.core.losses import at_least_float32, check_positive, check_shapes, check_target
 from lightning_kd.core.outputs import class_logits
 from lightning_kd.pool import PoolView, Query
 
@@ -63,7 +63,13 @@ def discrepancy_loss(
 
     Returns:
         Scalar; every logit within the clamp gets gradient.
+
+    Raises:
+        ValueError: for shapes that do not belong together, a target that is not int64, and for one out of range (which
+            only a CPU is asked for).
     """
+    check_shapes(first_logits=(first_logits, "BK"), second_logits=(second_logits, "BK"))
+    check_target(first_logits, target, num_classes=first_logits.shape[1] + 1)
     first, second = (dirichlet_mean(evidence_alpha(logits, gamma)) for logits in (first_logits, second_logits))
     is_known = target < first.shape[1]
     known, unknown = _shares(is_known, ~is_known)

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import math
-from typing import Literal
+from typing import Literal, get_args
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from lightning_kd.argument_checks import check_numbers
+from lightning_kd.core.losses import check_shapes
 from lightning_kd.core.mixture import fit_mixture
 from lightning_kd.core.scaling import min_max
 
@@ -27,7 +29,13 @@ def uncertainty_score(data: Tensor, distribution: Tensor, how: Coarse = "sum") -
 
     Returns:
         float64 ``[N]``, on the CPU.
+
+    Raises:
+        ValueError: for two shapes, and another way.
     """
+    if how not in get_args(Coarse):
+        raise ValueError(f"how must be one of {', '.join(get_args(Coarse))}, got {how!r}: give one of them")
+    check_shapes(data=(data, "N"), distribution=(distribution, "N"))
     parts = [min_max(values.detach().cpu().double()) for values in (data, distribution)]
     if how == "mixture" and len(data):
         return sum((_unlikely_low(part) for part in parts), torch.zeros_like(parts[0]))
@@ -55,7 +63,14 @@ def coarse_to_fine(coarse: Tensor, fine: Tensor, budget: int, factor: float = 3.
 
     Returns:
         int64 positions ``[min(budget, N)]`` on the CPU, the largest ``fine`` first.
+
+    Raises:
+        ValueError: for two shapes, a negative budget, and a factor below 1.
     """
+    check_shapes(coarse=(coarse, "N"), fine=(fine, "N"))
+    check_numbers(least=0, whole=True, budget=budget)
+    if factor != math.inf:
+        check_numbers(least=1, factor=factor)
     # less a hair: 1.1 * 100 is a little above 110
     count = len(coarse) if math.isinf(factor) else min(len(coarse), math.ceil(factor * budget - 1e-9))
     kept = coarse.cpu().argsort(stable=True)[:count]

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from typing import Literal, NamedTuple
+from typing import Literal, NamedTuple, get_args
 
 import torch
 from torch import Tensor
 
 from lightning_kd.core.dirichlet import dirichlet_kl, dirichlet_nll
-from lightning_kd.core.losses import check_positive
+from lightning_kd.core.losses import check_positive, check_shapes
 
 Discrepancy = Literal["l1", "js"]
 LOGIT_LIMIT = 10.0
@@ -113,7 +113,15 @@ def head_discrepancy(first: Tensor, second: Tensor, measure: Discrepancy = "l1")
 
     Returns:
         ``[B]``, 0 where they are equal.
+
+    Raises:
+        ValueError: for two shapes, and another measure.
     """
+    if measure not in get_args(Discrepancy):
+        raise ValueError(
+            f"measure must be one of {', '.join(get_args(Discrepancy))}, got {measure!r}: give one of them"
+        )
+    check_shapes(first=(first, "BK"), second=(second, "BK"))
     if measure == "l1":
         return (first - second).abs().mean(1)
     mean = (first + second) / 2

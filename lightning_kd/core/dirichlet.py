@@ -7,7 +7,7 @@ import math
 import torch
 from torch import Tensor
 
-from lightning_kd.core.losses import at_least_float32, check_positive, check_target
+from lightning_kd.core.losses import at_least_float32, check_positive, check_shapes, check_target
 
 # From here on the series of the gamma functions is exact to 1e-11 (1e-6); below, cancellation costs less than that.
 _SERIES_FROM = {torch.float64: 1000.0, torch.float32: 30.0}
@@ -21,6 +21,7 @@ def _log_alpha(logits: Tensor, gamma: float) -> Tensor:
 def log_calibrated_softmax(logits: Tensor, gamma: float) -> Tensor:
     """The logarithm of ``calibrated_softmax``, computed without leaving log space."""
     check_positive(gamma=gamma)
+    check_shapes(logits=(logits, "BC"))
     (logits,) = at_least_float32(logits)
     return _log_alpha(logits, gamma).log_softmax(1)
 
@@ -79,6 +80,7 @@ def dirichlet_kl(logits: Tensor, target: Tensor | None, gamma: float) -> Tensor:
     check_positive(gamma=gamma)
     if target is not None:
         check_target(logits, target)
+    check_shapes(logits=(logits, "BC"))
     (logits,) = at_least_float32(logits)
     classes = logits.shape[1]
     wide = logits if logits.device.type == "mps" else logits.double()  # no float64 there

@@ -8,10 +8,31 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from lightning_kd.argument_checks import check_numbers
+
 
 def at_least_float32(*tensors: Tensor) -> tuple[Tensor, ...]:
     """Half-precision tensors as float32, others as they are: losses keep float64 when they are given it."""
     return tuple(t.float() if t.dtype in (torch.float16, torch.bfloat16) else t for t in tensors)
+
+
+def check_shapes(**tensors: tuple[Tensor, str]) -> None:
+    """Refuse tensors that do not belong together, before they are broadcast: a look at shapes alone, no device waits.
+
+    Args:
+        tensors: by name, each with its shape in letters, as ``logits=(logits, "BC"), weight=(weight, "B")``; a letter
+            stands for one size in all of them.
+
+    Raises:
+        ValueError: naming the first tensor of another shape.
+    """
+    sizes: dict[str, int] = {}
+    for name, (tensor, letters) in tensors.items():
+        shape = list(tensor.shape)
+        if len(shape) != len(letters) or any(sizes.get(k, n) != n for k, n in zip(letters, shape, strict=True)):
+            wanted = ", ".join(str(sizes.get(letter, letter)) for letter in letters)
+            raise ValueError(f"{name} must be [{wanted}], got {shape}: give tensors of one batch and the same classes")
+        sizes.update(zip(letters, shape, strict=True))
 
 
 def check_logits(student_logits: Tensor, teacher_logits: Tensor) -> None:
@@ -23,28 +44,45 @@ def check_logits(student_logits: Tensor, teacher_logits: Tensor) -> None:
         )
 
 
-def check_target(logits: Tensor, target: Tensor) -> None:
+def check_target(logits: Tensor, target: Tensor, name: str = "target", num_classes: int | None = None) -> None:
     """Raise ``ValueError`` unless ``logits`` are ``[B, C]`` of 2 classes or more and ``target`` is int64 ``[B]``.
 
     Whether labels are out of range is looked at on a CPU only: a GPU would have to wait.
+
+    Args:
+        logits: or probabilities, ``[B, C]``.
+        target: classes.
+        name: of ``target`` in the message.
+        num_classes: how many classes ``target`` may name. Default: ``C``.
     """
     if logits.ndim != 2 or logits.shape[1] < 2:
         raise ValueError(f"logits must be [B, C] with at least 2 classes, got {list(logits.shape)}: one logit a class")
     if target.shape != logits.shape[:1] or target.dtype != torch.int64:
         raise ValueError(
-            f"target must be int64 [{len(logits)}], got {target.dtype} {list(target.shape)}: give one class a sample"
+            f"{name} must be int64 [{len(logits)}], got {target.dtype} {list(target.shape)}: give one class a sample"
         )
-    if target.device.type == "cpu" and len(target):
-        low, high, most = int(target.min()), int(target.max()), logits.shape[1] - 1
-        if low < 0 or high > most:
-            raise ValueError(f"target must be between 0 and {most}, got {low} to {high}: correct labels or num_classes")
+    _check_range(name, target, logits.shape[1] if num_classes is None else num_classes)
 
 
-def check_positive(**values: float) -> None:
-    """Raise ``ValueError`` naming the first argument that is not above 0."""
+def _check_range(name: str, target: Tensor, num_classes: int) -> None:
+    if target.device.type == "cpu" and target.numel():
+        low, high = (int(value) for value in target.aminmax())
+        if low < 0 or high >= num_classes:
+            raise ValueError(
+                f"{name} must be between 0 and {num_classes - 1}, got {low} to {high}: correct labels or num_classes"
+            )
+
+
+def check_positive(**values: float | Tensor) -> None:
+    """Raise ``ValueError`` naming the first argument that is no finite number above 0.
+
+    A tensor, such as a temperature that is learnt, is looked at on a CPU only.
+    """
     for name, value in values.items():
-        if not value > 0:
-            raise ValueError(f"{name} must be above 0, got {value}")
+        if not isinstance(value, Tensor):
+            check_numbers(above=0, **{name: value})
+        elif value.numel() != 1 or value.device.type == "cpu":
+            check_numbers(above=0, **{name: value.item() if value.numel() == 1 else value})
 
 
 def negative_learning_loss(
@@ -67,7 +105,8 @@ def negative_learning_loss(
         A scalar.
 
     Raises:
-        ValueError: for another shape or dtype, an empty batch, or ``eps`` out of range.
+        ValueError: for another shape or dtype, an empty batch, ``eps`` out of range, and for classes out of range
+            (which only a CPU is asked for).
     """
     if logits.ndim != 2 or logits.shape[1] < 2:
         raise ValueError(f"logits must be [B, C] with at least 2 classes, got {list(logits.shape)}")
@@ -77,8 +116,10 @@ def negative_learning_loss(
             f"complementary_target must be int64 [B] or [B, M] for {len(logits)} samples, got {target.dtype} "
             f"{list(target.shape)}: give one class or several that each sample is not"
         )
-    if not 0 <= eps < 1:
-        raise ValueError(f"eps must be in [0, 1), got {eps}: give 0 for no clamp")
+    _check_range("complementary_target", target, logits.shape[1])
+    check_numbers(least=0, below=1, remedy="give 0 for no clamp", eps=eps)
+    if weight is not None:
+        check_shapes(logits=(logits, "BC"), weight=(weight, "B"))
     (logits,) = at_least_float32(logits)
     target = target.reshape(len(target), -1)
     chosen = logits.gather(1, target)

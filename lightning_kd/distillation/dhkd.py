@@ -41,9 +41,13 @@ def binary_kl_loss(student_logits: Tensor, teacher_logits: Tensor, temperature: 
     Returns:
         Scalar.
 
+    Raises:
+        ValueError: for logits of two shapes, and a temperature that is not above 0.
+
     Source: arXiv 2411.08937, the BinaryKL loss.
     """
     check_logits(student_logits, teacher_logits)
+    check_positive(temperature=temperature)
     student, teacher = (z / temperature for z in at_least_float32(student_logits, teacher_logits))
     on = teacher.sigmoid() * (F.logsigmoid(teacher) - F.logsigmoid(student))
     off = (-teacher).sigmoid() * (F.logsigmoid(-teacher) - F.logsigmoid(-student))
@@ -65,9 +69,13 @@ def binary_kl_norm_loss(student_logits: Tensor, teacher_logits: Tensor, temperat
     Returns:
         Scalar.
 
+    Raises:
+        ValueError: for logits of two shapes, and a temperature that is not above 0.
+
     Source: arXiv 2411.08937, the BinaryKL-Norm loss (the method's own).
     """
     check_logits(student_logits, teacher_logits)
+    check_positive(temperature=temperature)
     student_logits, teacher_logits = at_least_float32(student_logits, teacher_logits)
     return temperature**2 * _log_cosh((student_logits - teacher_logits) / (2 * temperature)).sum(1).mean()
 
@@ -99,7 +107,7 @@ def align_gradients(
         The merged gradients; ``None`` where both were ``None``.
 
     Raises:
-        ValueError: if the lengths differ.
+        ValueError: if the lengths differ, or two gradients of one parameter.
 
     Source: arXiv 2411.08937, gradient alignment.
     """
@@ -108,6 +116,12 @@ def align_gradients(
         raise ValueError(
             f"primary, auxiliary and shared must be of one length, got {len(primary)}, {len(auxiliary)}, {len(mask)}"
         )
+    for k, (p, a) in enumerate(zip(primary, auxiliary, strict=True)):
+        if p is not None and a is not None and p.shape != a.shape:
+            raise ValueError(
+                f"primary and auxiliary must be of one shape each, got {list(p.shape)} and {list(a.shape)} at {k}: "
+                "give the gradients of the same parameters"
+            )
     dot, primary_square, _ = _products(primary, auxiliary, mask)
     coefficient = torch.where((dot < 0) & (primary_square > 0), -dot / primary_square, torch.zeros_like(dot))
     merged: list[Tensor | None] = []

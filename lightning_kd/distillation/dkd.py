@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lightning_kd.core.losses import at_least_float32, check_logits, check_positive
+from lightning_kd.core.losses import at_least_float32, check_logits, check_positive, check_target
 from lightning_kd.distillation.distillation_task import Distillation
 from lightning_kd.distillation.kd import kd_loss
 
@@ -69,9 +69,15 @@ def dkd_loss(
     Returns:
         Scalar, mean over the batch.
 
+    Raises:
+        ValueError: for logits of two shapes, a temperature that is not above 0, a target of another shape or dtype, and
+            for one out of range (which only a CPU is asked for).
+
     Source: arXiv 2203.08679, equation 7.
     """
     check_logits(student_logits, teacher_logits)
+    check_target(student_logits, target)
+    check_positive(temperature=temperature)
     student_logits, teacher_logits = at_least_float32(student_logits, teacher_logits)
     # columns of the other classes, picked by index: exact in every dtype, where a large negative mask value is not
     columns = torch.arange(student_logits.shape[1] - 1, device=target.device)

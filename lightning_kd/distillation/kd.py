@@ -29,9 +29,13 @@ def kd_loss(student_logits: Tensor, teacher_logits: Tensor, temperature: float) 
     Returns:
         Scalar.
 
+    Raises:
+        ValueError: for logits of two shapes, and a temperature that is not above 0.
+
     Source: arXiv 1503.02531, section 2.
     """
     check_logits(student_logits, teacher_logits)
+    check_positive(temperature=temperature)
     student_logits, teacher_logits = at_least_float32(student_logits, teacher_logits)
     log_student = (student_logits / temperature).log_softmax(1)
     log_teacher = (teacher_logits / temperature).log_softmax(1)

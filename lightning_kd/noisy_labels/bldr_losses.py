@@ -1,5 +1,7 @@
 """The losses and rules of BLDR as functions of logits ``[B, C]``; half precision is computed in float32.
 
+All refuse tensors whose shapes do not belong together, targets that are not int64 and, on a CPU, targets out of range.
+
 Source of all: Zong et al., "Noise-Robust Bidirectional Learning with Dynamic Sample Reweighting", arXiv 2209.01334; the
 separate noise variables ``u`` and ``v`` are those of Liu et al., "Robust Training under Label Noise by
 Over-parameterization", arXiv 2202.14026.
@@ -11,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from lightning_kd.core.losses import at_least_float32, check_logits, check_positive
+from lightning_kd.core.losses import at_least_float32, check_positive, check_shapes, check_target
 
 __all__ = [
     "agreement_loss",
@@ -40,6 +42,11 @@ def _noise(u: Tensor, v: Tensor, target: Tensor) -> tuple[Tensor, Tensor, Tensor
     return own, (u.square() * own).clamp(0, 1 - _FLOOR), (v.square() * (1 - own)).clamp(0, 1 - _FLOOR)
 
 
+def _check_rows(logits: Tensor, u: Tensor, v: Tensor, target: Tensor) -> None:
+    check_target(logits, target)
+    check_shapes(logits=(logits, "BC"), u=(u, "BC"), v=(v, "BC"))
+
+
 def corrected_probabilities(logits: Tensor, u: Tensor, v: Tensor, target: Tensor) -> Tensor:
     """The softmax plus the part of a wrong label: ``softmax(logits) + u^2`` at the label ``- v^2`` elsewhere.
 
@@ -54,6 +61,7 @@ def corrected_probabilities(logits: Tensor, u: Tensor, v: Tensor, target: Tensor
     Returns:
         ``[B, C]``.
     """
+    _check_rows(logits, u, v, target)
     (logits,) = at_least_float32(logits)
     _, added, taken = _noise(u, v, target)
     s = (logits.softmax(1) + added - taken.detach()).clamp_min(_FLOOR)
@@ -68,6 +76,8 @@ def corrected_cross_entropy(probabilities: Tensor, target: Tensor, weight: Tenso
         target: int64 ``[B]``.
         weight: ``[B]``, not scaled to sum 1.
     """
+    check_target(probabilities, target)
+    check_shapes(target=(target, "B"), weight=(weight, "B"))
     return (weight * -probabilities.gather(1, target[:, None]).squeeze(1).log()).mean()
 
 
@@ -82,6 +92,7 @@ def separation_loss(logits: Tensor, u: Tensor, v: Tensor, target: Tensor) -> Ten
         v: ``[B, C]``.
         target: int64 ``[B]``.
     """
+    _check_rows(logits, u, v, target)
     own, added, taken = _noise(u, v, target)
     predicted = F.one_hot(logits.argmax(1), logits.shape[1]).to(own.dtype)
     return (predicted + added.detach() - taken - own).square().sum(1).mean()
@@ -93,6 +104,7 @@ def balance_loss(probabilities: Tensor) -> Tensor:
     Args:
         probabilities: ``[B, C]``.
     """
+    check_shapes(probabilities=(probabilities, "BC"))
     return -probabilities.mean(0).clamp(_FLOOR, 1).log().mean()
 
 
@@ -103,7 +115,7 @@ def consistency_loss(weak_logits: Tensor, strong_logits: Tensor) -> Tensor:
         weak_logits: ``[B, C]``.
         strong_logits: ``[B, C]``, of the same images.
     """
-    check_logits(strong_logits, weak_logits)
+    check_shapes(weak_logits=(weak_logits, "BC"), strong_logits=(strong_logits, "BC"))
     weak, strong = at_least_float32(weak_logits.detach(), strong_logits)
     weak, strong = weak.log_softmax(1), strong.log_softmax(1)
     return (weak.exp() * (weak - strong)).sum(1).mean()
@@ -120,6 +132,9 @@ def complementary_loss(logits: Tensor, target: Tensor, predicted: Tensor, weight
         predicted: int64 ``[B]``, what the network says of each sample.
         weight: ``[B]``, not scaled to sum 1.
     """
+    check_target(logits, target)
+    check_target(logits, predicted, "predicted")
+    check_shapes(target=(target, "B"), weight=(weight, "B"))
     (logits,) = at_least_float32(logits)
     complementary = torch.ones_like(logits).scatter(1, torch.stack([target, predicted], 1), 0.0)
     per_class = -(1 - logits.softmax(1)).clamp(1e-5, 1).log()
@@ -150,6 +165,7 @@ def positive_loss(
         balance_weight: of the balance.
         separation_weight: see ``rho``.
     """
+    _check_views(logits, target)
     probabilities = corrected_probabilities(logits[: len(target)], u, v, target)
     separation = separation_loss(logits[: len(target)], u, v, target)
     loss = corrected_cross_entropy(probabilities, target, weight) + separation_weight * rho**2 * separation
@@ -174,10 +190,19 @@ def negative_loss(
         consistency_weight: of the consistency.
         balance_weight: of the balance.
     """
+    _check_views(logits, target)
     (logits,) = at_least_float32(logits)
     weak = logits[: len(target)]
     loss = complementary_loss(weak, target, predicted, weight)
     return loss + _regularisers(logits, weak.softmax(1), consistency_weight, balance_weight)
+
+
+def _check_views(logits: Tensor, target: Tensor) -> None:
+    if logits.ndim != 2 or len(logits) not in (len(target), 2 * len(target)):
+        raise ValueError(
+            f"logits must be [B, C], or [2B, C] of both views, for {len(target)} targets, got {list(logits.shape)}: "
+            "give the weak views first"
+        )
 
 
 def _regularisers(logits: Tensor, probabilities: Tensor, consistency_weight: float, balance_weight: float) -> Tensor:
@@ -196,7 +221,7 @@ def exit_distillation_loss(exit_logits: Tensor, teacher_logits: Tensor, temperat
         teacher_logits: ``[B, C]``, without gradient.
         temperature: positive.
     """
-    check_logits(exit_logits, teacher_logits)
+    check_shapes(exit_logits=(exit_logits, "BC"), teacher_logits=(teacher_logits, "BC"))
     check_positive(temperature=temperature)
     exit_logits, teacher_logits = at_least_float32(exit_logits, teacher_logits.detach())
     soft = (teacher_logits / temperature).softmax(1)
@@ -210,6 +235,7 @@ def exit_feature_loss(exit_feature: Tensor, feature: Tensor) -> Tensor:
         exit_feature: ``[B, D]``.
         feature: ``[B, D]`` of the network, without gradient.
     """
+    check_shapes(exit_feature=(exit_feature, "BD"), feature=(feature, "BD"))
     exit_feature, feature = at_least_float32(exit_feature, feature.detach())
     active = (exit_feature > 0) | (feature > 0)
     return ((exit_feature - feature).square() * active).sum()
@@ -222,7 +248,7 @@ def agreement_loss(positive_logits: Tensor, negative_logits: Tensor) -> Tensor:
         positive_logits: ``[B, C]``, of ``p``.
         negative_logits: ``[B, C]``, of ``q``.
     """
-    check_logits(positive_logits, negative_logits)
+    check_shapes(positive_logits=(positive_logits, "BC"), negative_logits=(negative_logits, "BC"))
     p, q = (z.log_softmax(1) for z in at_least_float32(positive_logits, negative_logits))
     return (p.exp() * (p - q)).mean()
 
@@ -238,6 +264,8 @@ def reweight(probability: Tensor, threshold: float = 0.3) -> tuple[Tensor | None
         The probabilities scaled to [0, 1] by their extremes, ``[n]``, or ``None`` where they are all equal; and the
         share strictly below ``threshold``.
     """
+    if probability.ndim != 1 or not len(probability):
+        raise ValueError(f"probability must be [n] with n above 0, got {list(probability.shape)}: give one a sample")
     low, high = probability.min(), probability.max()
     weight = (probability - low) / (high - low) if high > low else None
     return weight, float((probability < threshold).double().mean())
@@ -262,5 +290,6 @@ def update_rows(rows: Tensor, index: Tensor, gradient: Tensor, lr: float) -> Non
         gradient: ``[B, C]``; nothing is done where one entry is not finite, as a scaler skips the network's step then.
         lr: learning rate.
     """
+    check_shapes(rows=(rows, "NC"), index=(index, "B"), gradient=(gradient, "BC"))
     finite = torch.where(gradient.isfinite().all(), gradient, 0.0)
     rows.index_add_(0, index, finite.to(rows.dtype), alpha=-lr)

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from torchmetrics.classification import MulticlassAccuracy
 
 from lightning_kd.core.batch import as_batch
-from lightning_kd.core.losses import at_least_float32
+from lightning_kd.core.losses import at_least_float32, check_target
 from lightning_kd.noisy_labels.label_scores import LabelScores
 from lightning_kd.noisy_labels.noisy_label_task import NoisyLabelTask
 from lightning_kd.noisy_labels.two_networks import TwoNetworkTask
@@ -68,7 +68,8 @@ def coteaching_losses(logits_1: Tensor, logits_2: Tensor, target: Tensor, forget
         ``(loss_1, loss_2)``, scalars.
 
     Raises:
-        ValueError: for logits of two shapes, and for ``forget_rate`` out of range.
+        ValueError: for logits of two shapes, ``forget_rate`` out of range, a target of another shape or dtype, and for
+            one out of range (which only a CPU is asked for).
 
     Source: arXiv 1804.06872, algorithm 1.
     """
@@ -77,6 +78,7 @@ def coteaching_losses(logits_1: Tensor, logits_2: Tensor, target: Tensor, forget
             f"logits_1 {tuple(logits_1.shape)} and logits_2 {tuple(logits_2.shape)} must both be [B, C]: give both "
             "networks the same batch"
         )
+    check_target(logits_1, target)
     losses, _ = _exchange((logits_1, logits_2), target, forget_rate)
     return losses[0], losses[1]
 

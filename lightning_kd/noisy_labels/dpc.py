@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from lightning_kd.core.dirichlet import calibrated_softmax, dirichlet_kl, dirichlet_nll, log_calibrated_softmax
 from lightning_kd.core.feature_hooks import penultimate_tap
-from lightning_kd.core.losses import at_least_float32, check_positive
+from lightning_kd.core.losses import at_least_float32, check_positive, check_shapes
 from lightning_kd.core.mixture import Mixture
 from lightning_kd.core.outputs import class_logits
 from lightning_kd.core.phased_loader import PhaseBatch
@@ -195,6 +195,7 @@ def consistency_loss(logits: Tensor, reference: Tensor, gamma: float) -> Tensor:
 
     Source: arXiv 2401.07062, DPC*.
     """
+    check_shapes(logits=(logits, "BC"), reference=(reference, "BC"))
     expected = log_calibrated_softmax(reference.detach(), gamma)
     return (expected.exp() * (expected - log_calibrated_softmax(logits, gamma))).sum(1).mean()
 

@@ -16,7 +16,7 @@ from lightning.pytorch.utilities import rank_zero_info
 from torch import Tensor, nn
 
 from lightning_kd.core.batch import Batch
-from lightning_kd.core.losses import at_least_float32
+from lightning_kd.core.losses import at_least_float32, check_target
 from lightning_kd.noisy_labels.noisy_label_task import SingleNetworkTask
 
 __all__ = ["GCE", "gce_loss"]
@@ -36,7 +36,8 @@ def gce_loss(logits: Tensor, target: Tensor, q: float) -> Tensor:
         Scalar.
 
     Raises:
-        ValueError: for ``q`` out of range.
+        ValueError: for ``q`` out of range, a target of another shape or dtype, and for one out of range (which only a
+            CPU is asked for).
 
     Source: arXiv 1805.07836, equation 6.
     """
@@ -47,6 +48,7 @@ def _gce_losses(logits: Tensor, target: Tensor, q: float) -> Tensor:
     """``gce_loss`` of each sample, ``[B]``."""
     if not 0 < q <= 1:
         raise ValueError(f"q must be above 0 and at most 1, got {q}: 0.7 is usual, and 1 gives 1 - p_y")
+    check_target(logits, target)
     (logits,) = at_least_float32(logits)
     log_p = -F.cross_entropy(logits, target, reduction="none")
     return -(q * log_p).expm1() / q  # from log p: a power of p has infinite slope where p is rounded to 0

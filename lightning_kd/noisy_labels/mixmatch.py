@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from lightning_kd.core.losses import at_least_float32
+from lightning_kd.core.losses import at_least_float32, check_positive, check_shapes
 
 __all__ = ["linear_ramp", "prior_penalty", "sharpen"]
 
@@ -22,6 +22,8 @@ def sharpen(probabilities: Tensor, temperature: float) -> Tensor:
 
     Source: arXiv 2002.07394, equation 7.
     """
+    check_positive(temperature=temperature)
+    check_shapes(probabilities=(probabilities, "BC"))
     powered = (probabilities / probabilities.amax(1, keepdim=True)) ** (1 / temperature)
     return powered / powered.sum(1, keepdim=True)
 
@@ -34,6 +36,7 @@ def prior_penalty(probabilities: Tensor) -> Tensor:
 
     Source: arXiv 2002.07394, equation 11.
     """
+    check_shapes(probabilities=(probabilities, "BC"))
     (probabilities,) = at_least_float32(probabilities)
     classes = probabilities.shape[1]
     mean = probabilities.mean(0).clamp_min(torch.finfo(probabilities.dtype).tiny)

@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from lightning_kd.core.batch import Batch, as_batch
-from lightning_kd.core.losses import at_least_float32, check_positive
+from lightning_kd.core.losses import at_least_float32, check_positive, check_target
 from lightning_kd.noisy_labels.noisy_label_task import SingleNetworkTask
 
 __all__ = ["Mixup", "mixup_loss"]
@@ -36,12 +36,15 @@ def mixup_loss(logits: Tensor, target: Tensor, partner_target: Tensor, weight: f
         Scalar, mean over the batch.
 
     Raises:
-        ValueError: for ``weight`` out of range.
+        ValueError: for ``weight`` out of range, targets of another shape or dtype, and for ones out of range (which
+            only a CPU is asked for).
 
     Source: arXiv 1710.09412, equation 1.
     """
     if not 0 <= weight <= 1:
         raise ValueError(f"weight must be in [0, 1], got {weight}: give the share of the first images")
+    check_target(logits, target)
+    check_target(logits, partner_target, "partner_target")
     (logits,) = at_least_float32(logits)
     return weight * F.cross_entropy(logits, target) + (1 - weight) * F.cross_entropy(logits, partner_target)
 

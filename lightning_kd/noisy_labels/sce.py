@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from lightning_kd.core.batch import Batch
-from lightning_kd.core.losses import at_least_float32
+from lightning_kd.core.losses import at_least_float32, check_target
 from lightning_kd.noisy_labels.noisy_label_task import SingleNetworkTask
 
 __all__ = ["SCE", "sce_loss"]
@@ -41,11 +41,13 @@ def sce_loss(logits: Tensor, target: Tensor, alpha: float, beta: float, log_zero
         Scalar, mean over the batch.
 
     Raises:
-        ValueError: for a negative weight, and for ``log_zero`` that is not below 0.
+        ValueError: for a negative weight, ``log_zero`` that is not below 0, a target of another shape or dtype, and for
+            one out of range (which only a CPU is asked for).
 
     Source: arXiv 1908.06112, equations 5 to 7.
     """
     _check(alpha, beta, log_zero)
+    check_target(logits, target)
     (logits,) = at_least_float32(logits)
     others = logits.softmax(1).clamp_min(1e-7).scatter(1, target[:, None], 0.0)
     return alpha * F.cross_entropy(logits, target) - beta * log_zero * others.sum(1).mean()

@@ -1,0 +1,164 @@
+"""What the losses of all families refuse: shapes that would be broadcast, wrong targets, temperatures that are none."""
+
+import inspect
+import math
+
+import numpy as np
+import pytest
+import torch
+
+import lightning_kd
+from lightning_kd import distillation, noisy_labels
+from lightning_kd.active_learning import dcfs, dcfs_selection, lfosa
+from lightning_kd.active_learning.bual_score import complementary_labels
+from lightning_kd.core import dirichlet, losses
+from lightning_kd.core.registry import family_packages
+from lightning_kd.noisy_labels import bldr_losses, dpc, mixmatch
+
+B, C = 4, 3
+
+
+def logits(seed, columns=C):
+    return torch.randn(B, columns, generator=torch.Generator().manual_seed(seed))
+
+
+A, Z, P = logits(0), logits(1), logits(2).softmax(1)
+TARGET, OTHER = torch.tensor([0, 2, 1, 2]), torch.tensor([1, 1, 2, 0])
+WEIGHT = torch.tensor([0.5, 1.0, 0.0, 2.0])
+U, V = logits(3).sigmoid() / 9, logits(4).sigmoid() / 9
+
+# good arguments of every loss
+CASES = {
+    distillation.kd_loss: (A, Z, 2.0),
+    distillation.dkd_loss: (A, Z, TARGET, 1.0, 2.0, 2.0),
+    distillation.binary_kl_loss: (A, Z, 2.0),
+    distillation.binary_kl_norm_loss: (A, Z, 2.0),
+    losses.negative_learning_loss: (A, TARGET, 0.0, WEIGHT),
+    noisy_labels.negative_learning_loss: (A, TARGET),
+    dirichlet.calibrated_softmax: (A, 1.0),
+    dirichlet.log_calibrated_softmax: (A, 1.0),
+    dirichlet.dirichlet_nll: (A, TARGET, 1.0),
+    dirichlet.dirichlet_kl: (A, TARGET, 1.0),
+    noisy_labels.gce_loss: (A, TARGET, 0.7),
+    noisy_labels.sce_loss: (A, TARGET, 1.0, 1.0),
+    noisy_labels.mixup_loss: (A, TARGET, OTHER, 0.3),
+    noisy_labels.coteaching_losses: (A, Z, TARGET, 0.25),
+    noisy_labels.elr_regularizer: (A, P),
+    mixmatch.sharpen: (P, 0.5),
+    mixmatch.prior_penalty: (P,),
+    dpc.consistency_loss: (A, Z, 1.0),
+    bldr_losses.corrected_probabilities: (A, U, V, TARGET),
+    bldr_losses.corrected_cross_entropy: (P, TARGET, WEIGHT),
+    bldr_losses.separation_loss: (A, U, V, TARGET),
+    bldr_losses.balance_loss: (P,),
+    bldr_losses.consistency_loss: (A, Z),
+    bldr_losses.complementary_loss: (A, TARGET, OTHER, WEIGHT),
+    bldr_losses.positive_loss: (A, TARGET, U, V, WEIGHT, 0.1),
+    bldr_losses.negative_loss: (A, TARGET, OTHER, WEIGHT),
+    bldr_losses.exit_distillation_loss: (A, Z, 3.0),
+    bldr_losses.exit_feature_loss: (A, Z),
+    bldr_losses.agreement_loss: (A, Z),
+    lfosa.temperature_cross_entropy: (A, TARGET, C - 1, 0.5, 0.5),
+    dcfs.discrepancy_loss: (A, Z, TARGET),
+    dcfs.evidential_nll: (A, TARGET),
+    dcfs.evidential_kl: (A, TARGET),
+    dcfs.head_discrepancy: (P, P.flip(0)),
+    dcfs_selection.uncertainty_score: (WEIGHT, WEIGHT),
+    dcfs_selection.coarse_to_fine: (WEIGHT, WEIGHT, 2),
+}
+TENSORS = [
+    pytest.param(function, k, id=f"{function.__name__}-{k}")
+    for function, args in CASES.items()
+    for k, value in enumerate(args)
+    if isinstance(value, torch.Tensor)
+]
+TARGETS = [case for case in TENSORS if CASES[case.values[0]][case.values[1]].dtype == torch.int64]
+
+
+def replaced(function, k, value):
+    return (*CASES[function][:k], value, *CASES[function][k + 1 :])
+
+
+def test_every_public_loss_is_here():
+    words = ("loss", "losses", "regularizer", "nll", "kl", "penalty", "discrepancy", "cross_entropy")
+    named = {getattr(package, name) for package in family_packages() for name in package.__all__}
+    named |= {getattr(bldr_losses, name) for name in bldr_losses.__all__}
+    found = {f for f in named if inspect.isfunction(f) and f.__name__.endswith(words)}
+    assert len(found) > 15
+    assert {f.__name__ for f in found} <= {f.__name__ for f in CASES}
+
+
+@pytest.mark.parametrize("function", CASES, ids=lambda f: f.__name__)
+def test_good_arguments_pass(function):
+    out = function(*CASES[function])
+    assert all(part.isfinite().all() for part in (out if isinstance(out, tuple) else (out,)))
+
+
+@pytest.mark.parametrize(("function", "k"), TENSORS)
+def test_a_tensor_of_another_shape_is_refused_and_not_broadcast(function, k):
+    value = CASES[function][k]
+    wrong = [value[..., None], value[:1], value[None]]
+    if value.ndim == 2:
+        wrong += [value[:, :1]]
+    alone = sum(isinstance(other, torch.Tensor) for other in CASES[function]) == 1
+    for tensor in wrong[:1] if alone else wrong:
+        if function.__name__ == "negative_learning_loss" and k == 1 and len(tensor) == B:
+            continue  # several classes of each sample
+        with pytest.raises(ValueError, match=r"must (both )?be .*\["):
+            function(*replaced(function, k, tensor))
+
+
+@pytest.mark.parametrize(("function", "k"), TARGETS)
+def test_a_target_of_another_kind_is_refused(function, k):
+    name = list(inspect.signature(function).parameters)[k]
+    for bad in (9, -1, -100):
+        with pytest.raises(ValueError, match=f"{name} must be between 0 and ., got .*: correct labels"):
+            function(*replaced(function, k, CASES[function][k].clone().fill_(bad)))
+    with pytest.raises(ValueError, match=f"{name} must be int64"):
+        function(*replaced(function, k, CASES[function][k].float()))
+
+
+@pytest.mark.parametrize("bad", [0, -1.0, math.nan, math.inf, None, "2", torch.tensor(-1.0)])
+@pytest.mark.parametrize("function", CASES, ids=lambda f: f.__name__)
+def test_a_temperature_is_above_0(function, bad):
+    names = [n for n in inspect.signature(function).parameters if n.endswith("temperature") or n == "gamma"]
+    for name in names:
+        bound = inspect.signature(function).bind(*CASES[function])
+        with pytest.raises(ValueError, match=f"{name} must be above 0, got "):
+            function(**{**bound.arguments, name: bad})
+
+
+def test_a_learnt_temperature_is_none_of_their_business():
+    temperature = torch.tensor(2.0, requires_grad=True)
+    distillation.kd_loss(A, Z, temperature).backward()
+    assert temperature.grad.isfinite()
+
+
+def test_gradients_to_align_are_of_one_shape():
+    with pytest.raises(ValueError, match=r"primary and auxiliary .* at 1"):
+        lightning_kd.align_gradients([A, torch.zeros(3)], [Z, torch.zeros(1)])
+
+
+def test_views_and_rows_of_bldr():
+    with pytest.raises(ValueError, match=r"logits must be \[B, C\], or \[2B, C\]"):
+        bldr_losses.positive_loss(A.repeat(3, 1), TARGET, U, V, WEIGHT, 0.1)
+    with pytest.raises(ValueError, match=r"gradient must be \[2, 3\], got \[1, 3\]"):
+        bldr_losses.update_rows(torch.zeros(5, 3), torch.tensor([0, 1]), torch.ones(1, 3), 1.0)
+    with pytest.raises(ValueError, match=r"probability must be \[n\]"):
+        bldr_losses.reweight(torch.zeros(0))
+
+
+def test_choices_of_dcfs_and_targets_of_bual():
+    with pytest.raises(ValueError, match="measure must be one of l1, js, got 'l2'"):
+        dcfs.head_discrepancy(P, P, "l2")
+    with pytest.raises(ValueError, match="how must be one of sum"):
+        dcfs_selection.uncertainty_score(WEIGHT, WEIGHT, "total")
+    with pytest.raises(ValueError, match="target must be int64"):
+        complementary_labels(WEIGHT, 3, np.random.default_rng(0))
+    assert dcfs.discrepancy_loss(A, Z, torch.full((B,), C)) <= 0  # K, unknown, is a target of it
+
+
+@pytest.mark.parametrize("function", [distillation.dkd_loss, bldr_losses.complementary_loss, noisy_labels.gce_loss])
+def test_values_are_not_asked_of_a_device(function):
+    args = [value.to("meta") if isinstance(value, torch.Tensor) else value for value in CASES[function]]
+    assert function(*args).shape == ()  # a look at a value would raise there
