@@ -35,7 +35,7 @@ def binary_kl_loss(student_logits: Tensor, teacher_logits: Tensor, temperature: 
 
     Args:
         student_logits: ``[B, C]``; half precision is computed in float32, float64 stays.
-        teacher_logits: ``[B, C]``.
+        teacher_logits: ``[B, C]``; gets no gradient.
         temperature: positive.
 
     Returns:
@@ -48,7 +48,7 @@ def binary_kl_loss(student_logits: Tensor, teacher_logits: Tensor, temperature: 
     """
     check_logits(student_logits, teacher_logits)
     check_positive(temperature=temperature)
-    student, teacher = (z / temperature for z in at_least_float32(student_logits, teacher_logits))
+    student, teacher = (z / temperature for z in at_least_float32(student_logits, teacher_logits.detach()))
     on = teacher.sigmoid() * (F.logsigmoid(teacher) - F.logsigmoid(student))
     off = (-teacher).sigmoid() * (F.logsigmoid(-teacher) - F.logsigmoid(-student))
     return temperature**2 * (on + off).sum(1).mean()
@@ -63,7 +63,7 @@ def binary_kl_norm_loss(student_logits: Tensor, teacher_logits: Tensor, temperat
 
     Args:
         student_logits: ``[B, C]``; half precision is computed in float32, float64 stays.
-        teacher_logits: ``[B, C]``.
+        teacher_logits: ``[B, C]``; gets no gradient.
         temperature: positive.
 
     Returns:
@@ -76,7 +76,7 @@ def binary_kl_norm_loss(student_logits: Tensor, teacher_logits: Tensor, temperat
     """
     check_logits(student_logits, teacher_logits)
     check_positive(temperature=temperature)
-    student_logits, teacher_logits = at_least_float32(student_logits, teacher_logits)
+    student_logits, teacher_logits = at_least_float32(student_logits, teacher_logits.detach())
     return temperature**2 * _log_cosh((student_logits - teacher_logits) / (2 * temperature)).sum(1).mean()
 
 

@@ -60,7 +60,7 @@ def dkd_loss(
 
     Args:
         student_logits: ``[B, C]``, ``C >= 2``; half precision is computed in float32, float64 stays.
-        teacher_logits: ``[B, C]``.
+        teacher_logits: ``[B, C]``; gets no gradient.
         target: int64 ``[B]``.
         alpha: weight of TCKD.
         beta: weight of NCKD.
@@ -78,7 +78,7 @@ def dkd_loss(
     check_logits(student_logits, teacher_logits)
     check_target(student_logits, target)
     check_positive(temperature=temperature)
-    student_logits, teacher_logits = at_least_float32(student_logits, teacher_logits)
+    student_logits, teacher_logits = at_least_float32(student_logits, teacher_logits.detach())
     # columns of the other classes, picked by index: exact in every dtype, where a large negative mask value is not
     columns = torch.arange(student_logits.shape[1] - 1, device=target.device)
     others = columns + (columns >= target[:, None])

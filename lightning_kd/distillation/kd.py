@@ -23,7 +23,7 @@ def kd_loss(student_logits: Tensor, teacher_logits: Tensor, temperature: float) 
 
     Args:
         student_logits: ``[B, C]``; half precision is computed in float32, float64 stays.
-        teacher_logits: ``[B, C]``.
+        teacher_logits: ``[B, C]``; gets no gradient.
         temperature: positive.
 
     Returns:
@@ -36,7 +36,7 @@ def kd_loss(student_logits: Tensor, teacher_logits: Tensor, temperature: float) 
     """
     check_logits(student_logits, teacher_logits)
     check_positive(temperature=temperature)
-    student_logits, teacher_logits = at_least_float32(student_logits, teacher_logits)
+    student_logits, teacher_logits = at_least_float32(student_logits, teacher_logits.detach())
     log_student = (student_logits / temperature).log_softmax(1)
     log_teacher = (teacher_logits / temperature).log_softmax(1)
     teacher = log_teacher.exp()

@@ -134,6 +134,20 @@ def test_a_learnt_temperature_is_none_of_their_business():
     assert temperature.grad.isfinite()
 
 
+@pytest.mark.parametrize(
+    "function",
+    [f for f in CASES if "teacher_logits" in inspect.signature(f).parameters],
+    ids=lambda f: f.__name__,
+)
+def test_no_gradient_reaches_the_teacher(function):
+    bound = inspect.signature(function).bind(*CASES[function])
+    student, *_ = bound.arguments
+    leaves = {name: bound.arguments[name].clone().requires_grad_() for name in (student, "teacher_logits")}
+    function(**{**bound.arguments, **leaves}).backward()
+    assert leaves[student].grad.abs().sum() > 0
+    assert leaves["teacher_logits"].grad is None
+
+
 def test_gradients_to_align_are_of_one_shape():
     with pytest.raises(ValueError, match=r"primary and auxiliary .* at 1"):
         lightning_kd.align_gradients([A, torch.zeros(3)], [Z, torch.zeros(1)])
