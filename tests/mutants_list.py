@@ -574,6 +574,20 @@ MUTANTS = [
         ("tests/core/test_teacher.py", "tests/distillation/test_modules.py"),
     ),
     Mutant(
+        "the teacher is found by those who walk through its holder",
+        "core/teacher.py",
+        "if memo is None:  # asked directly",
+        "if True:",
+        ("tests/core/test_teacher.py",),
+    ),
+    Mutant(
+        "the teacher stays in train mode where somebody put it there",
+        "core/teacher.py",
+        "if any(module.training for module in self._parts):",
+        "if False:",
+        ("tests/core/test_teacher.py",),
+    ),
+    Mutant(
         "the teacher in checkpoints",
         "core/teacher.py",
         "        del state_dict[key]\n",

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -21,6 +21,9 @@ class FrozenTeacher(nn.Module):
     Its parameters ask for no gradient, so that no optimizer takes them. What a module that holds it saves is without
     it, and loading keeps what it has: under ``WeightAveraging``, DDP and ``compile`` too. Its own weights are
     ``teacher.network.state_dict()``.
+
+    ``modules()``, ``parameters()`` and ``buffers()`` of a module that holds it end at the teacher, so that callbacks
+    that train, average or reset what they find there leave it alone; its own give all that it has.
 
     Args:
         network: the trained network; it is frozen in place.
@@ -59,6 +62,7 @@ class FrozenTeacher(nn.Module):
                 f"the teacher has {classes} classes, the data {problem.num_classes}: train or name another"
             )
         self.network = network.requires_grad_(False)
+        self._parts = list(network.modules())  # to look at in each step without walking through the network
         self.problem = problem
         self.mean, self.std = mean, std
         self.size = checked_size(size)
@@ -73,6 +77,16 @@ class FrozenTeacher(nn.Module):
     def train(self, mode: bool = True) -> FrozenTeacher:
         return super().train(False)
 
+    def named_modules(
+        self, memo: set[nn.Module] | None = None, prefix: str = "", remove_duplicate: bool = True
+    ) -> Iterator[tuple[str, nn.Module]]:
+        if memo is None:  # asked directly
+            yield from super().named_modules(None, prefix, remove_duplicate)
+        elif self not in memo:  # a walk through a module that holds it
+            if remove_duplicate:
+                memo.add(self)
+            yield prefix, self
+
     def set_data_normalisation(self, mean: Sequence[float], std: Sequence[float]) -> None:
         """Say what the images were normalised with: they are given the teacher's own normalisation instead."""
         data_mean, data_std, own_mean, own_std = (
@@ -85,6 +99,8 @@ class FrozenTeacher(nn.Module):
     @torch.no_grad()
     def forward(self, image: Tensor) -> Tensor:
         """Logits as the problem has them, without gradient, of images ``[B, C', H, W]`` or rows ``[B, D]``."""
+        if any(module.training for module in self._parts):  # somebody reached into it
+            self.eval()
         given = image
         if self.mean is not None:
             shape = (-1, *[1] * (image.ndim - 2))

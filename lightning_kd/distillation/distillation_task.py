@@ -136,10 +136,8 @@ class Distillation(Task, ABC):
 
     def setup(self, stage: str) -> None:
         super().setup(stage)
-        if stage == "fit":
-            frozen = sum(not module.training for module in self.modules())
-            if frozen == sum(1 for _ in self.teacher.modules()):
-                warnings.filterwarnings("ignore", f"Found {frozen} module\\(s\\) in eval mode")
+        if stage == "fit" and [module for module in self.modules() if not module.training] == [self.teacher]:
+            warnings.filterwarnings("ignore", "Found 1 module\\(s\\) in eval mode")
         if self.teacher.mean is not None:
             data: Any = getattr(self.trainer, "datamodule", None)
             if not hasattr(data, "mean") or not hasattr(data, "std"):

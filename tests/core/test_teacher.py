@@ -7,7 +7,7 @@ import lightning as L
 import pytest
 import torch
 import torch.nn.functional as F
-from lightning.pytorch.callbacks import EMAWeightAveraging, ModelCheckpoint
+from lightning.pytorch.callbacks import EMAWeightAveraging, ModelCheckpoint, StochasticWeightAveraging
 from torch import nn
 from torch.utils.data import DataLoader, IterableDataset
 
@@ -157,6 +157,54 @@ def test_it_is_in_no_checkpoint_of_a_compiled_task():
     tasks[1].load_state_dict(state)
     assert all(torch.equal(value, tasks[1].state_dict()[key]) for key, value in state.items())
     assert all(torch.equal(value, tasks[1].teacher.network.state_dict()[key]) for key, value in teacher.items())
+
+
+class TrainEverything(L.Callback):
+    """Puts all that it can find into train mode before each batch: by a walk, and from within."""
+
+    def on_train_batch_start(self, trainer, pl_module, *args):
+        pl_module.apply(lambda module: module.train())
+        for module in [*pl_module.modules(), *pl_module.teacher.network.modules()]:
+            module.train()
+        assert any(module.training for module in pl_module.teacher.network.modules())
+
+
+def averaging():
+    return StochasticWeightAveraging(swa_lrs=0.01, swa_epoch_start=1, annealing_epochs=1, device=None)
+
+
+@pytest.mark.parametrize("callback", [TrainEverything, averaging, lambda: EMAWeightAveraging(use_buffers=True)])
+def test_callbacks_leave_it_as_it_is(callback):
+    L.seed_everything(0, verbose=False)
+    body = nn.Sequential(
+        nn.Conv2d(1, 8, 3, padding=1), nn.BatchNorm2d(8), nn.ReLU(), nn.Dropout(), nn.Flatten(), nn.Linear(512, 10)
+    )
+    body[1].running_mean.uniform_()
+    body[1].running_var.uniform_(1, 2)
+    task = KD("cnn_tiny", body, 10, input_shape=(1, 8, 8))
+    image = torch.rand(16, 1, 8, 8)
+    before, answer = copy.deepcopy(body.state_dict()), task.teacher_logits(image)
+    student = copy.deepcopy(task.student.state_dict())
+    fit(task, callbacks=[callback()], max_epochs=3)
+    assert not all(value.equal(task.student.state_dict()[key]) for key, value in student.items())
+    assert all(value.equal(body.state_dict()[key]) for key, value in before.items())
+    assert task.teacher_logits(image).equal(answer)
+    assert not any(module.training for module in body.modules())
+
+
+def test_a_copy_guards_itself_and_moves_with_its_holder():
+    holder = Holder()
+    for one in (holder, copy.deepcopy(holder)):
+        one.teacher.network.train()
+        one.teacher.network[1].weight.data.fill_(2.0)
+        image = torch.randn(5, 4)
+        assert one.teacher(image).equal(one.teacher(image))
+        assert not one.teacher.network.training
+        assert one.double().teacher.network[0].weight.dtype == torch.float64
+        assert one.teacher(image.double()).dtype == torch.float64
+        assert not [name for name, _ in one.named_modules() if name.startswith("teacher.")]
+        assert [*one.teacher.modules()][1:] == [*one.teacher.network.modules()]
+        assert len([*one.teacher.parameters()]) == 6
 
 
 class Squeezed(nn.Module):
