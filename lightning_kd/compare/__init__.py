@@ -29,6 +29,7 @@ from typing import NoReturn
 from lightning_kd.compare.groups import Group, Summary, compare_runs
 from lightning_kd.compare.render import to_csv, to_markdown, to_png
 from lightning_kd.compare.runs import Run, direction, expand
+from lightning_kd.file_writing import written_whole
 
 __all__ = ["Group", "Run", "Summary", "compare_runs", "direction", "main", "to_csv", "to_markdown", "to_png"]
 
@@ -70,11 +71,12 @@ def main(argv: Sequence[str]) -> None:
     print(markdown)
     files = {"csv": to_csv(groups).encode(), "md": markdown.encode(), "png": to_png(groups)}
     try:
-        output.mkdir(parents=True, exist_ok=True)
         for suffix, content in files.items():
-            (output / f"compare.{suffix}").write_bytes(content)
+            with written_whole(output / f"compare.{suffix}") as part:
+                part.write_bytes(content)
     except OSError as error:
-        raise ValueError(f"{output} cannot be written ({error.strerror}); name another with --output.") from None
+        reason = os.strerror(error.errno or 0)
+        raise ValueError(f"{output} cannot be written ({reason}); name another with --output.") from None
     for suffix in files:
         print(output / f"compare.{suffix}")
 

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from lightning_kd.core.batch import Batch
 from lightning_kd.core.distributed import gather_by_index, gather_columns, is_first_process
-from lightning_kd.file_writing import write_text, written_whole
+from lightning_kd.file_writing import remove_leftovers, write_text, written_whole
 
 __all__ = ["MaskFolder", "PredictionTable", "PredictionWriter", "colours"]
 
@@ -73,10 +73,11 @@ class MaskFolder:
 
     def add(self, folder: Path, outputs: Mapping[str, Tensor], batch: Batch, data: Any) -> None:
         target = folder / "predictions"
-        target.mkdir(parents=True, exist_ok=True)
+        if not self._index:
+            remove_leftovers(target)
         masks = outputs["prediction"].cpu().numpy()
         for index, mask, image in zip(outputs["index"].tolist(), masks, batch.image, strict=True):
-            with written_whole(target / _mask_name(index)) as path:
+            with written_whole(target / _mask_name(index), tidy=False) as path:
                 # PNG knows grey values of 8 and 16 bits
                 Image.fromarray(mask if mask.dtype == np.uint8 else mask.astype(np.uint16)).save(path, format="PNG")
             if len(self._pairs) < self.shown:

@@ -62,7 +62,7 @@ def read_arrays(path: Path) -> dict[str, np.ndarray]:
 
 def write_npz(path: Path, arrays: dict[str, np.ndarray]) -> None:
     """Write an ``.npz`` whole or not at all: into a temporary file beside ``path``, which then takes its place."""
-    with written_whole(path, durable=True) as part, open(part, "xb") as file:
+    with written_whole(path, durable=True) as part, open(part, "wb") as file:
         np.savez(file, **arrays)  # type: ignore[arg-type]
 
 

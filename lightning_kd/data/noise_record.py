@@ -131,7 +131,6 @@ def _is_plain(value: Any) -> bool:
 
 
 def _write(path: Path, noise: LabelNoise, clean: np.ndarray, given: np.ndarray) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
     values: dict[str, Any] = {
         "given": given,
         "clean": clean,

@@ -99,7 +99,7 @@ class OfficialDataModule(ClassificationDataModule):
             write_npz(self.path, arrays)
         except OSError as error:
             warnings.warn(
-                f"{str(self.path)!r} could not be written ({error}): the official files are decoded each time",
+                f"{error}; until then the official files are decoded each time",
                 stacklevel=2,
             )
 

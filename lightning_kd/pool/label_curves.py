@@ -7,7 +7,7 @@ import io
 from pathlib import Path
 from typing import Any
 
-from lightning_kd.file_writing import write_text
+from lightning_kd.file_writing import write_text, written_whole
 from lightning_kd.pool.pool_record import UNKNOWN, PoolRecord
 
 __all__ = ["curves", "draw_curves", "table", "write_metrics"]
@@ -87,5 +87,5 @@ def draw_curves(rows: list[dict[str, Any]], path: Path, title: str) -> None:
         axes.set(xlabel="labels bought", title=label)
         axes.grid(alpha=0.3)
     figure.suptitle(title)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path, dpi=120)
+    with written_whole(path) as part:
+        figure.savefig(part, format="png", dpi=120)

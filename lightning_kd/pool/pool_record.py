@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import os
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -12,7 +13,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from lightning_kd.file_writing import write_text
+from lightning_kd.file_writing import open_lock, told_of, write_text
 
 __all__ = ["UNKNOWN", "PoolRecord", "PoolView", "Query", "alone", "missing_rows"]
 
@@ -194,15 +195,17 @@ def alone(folder: Path) -> Iterator[None]:
     """Keep other commands from the pool in ``folder``; a process that dies lets go of it.
 
     Raises:
-        ValueError: where another command works on it.
+        ValueError: where another command works on it, or the lock is a symbolic link.
+        OSError: where the folder may not be written.
     """
     try:
         import fcntl
     except ImportError:  # there is no such thing on Windows
         yield
         return
-    folder.mkdir(parents=True, exist_ok=True)
-    with (folder / ".pool.lock").open("w") as file:
+    with told_of(folder / ".pool.lock"):
+        folder.mkdir(parents=True, exist_ok=True)
+    with os.fdopen(open_lock(folder / ".pool.lock"), "w") as file:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError:

@@ -10,7 +10,7 @@ import pytest
 import torch
 import torchvision.datasets as tv
 
-from lightning_kd.data import CIFAR10DataModule, CIFAR100DataModule, FashionMNISTDataModule, array_files, fashion_mnist
+from lightning_kd.data import CIFAR10DataModule, CIFAR100DataModule, FashionMNISTDataModule, fashion_mnist
 
 RNG = np.random.default_rng(0)
 
@@ -152,23 +152,22 @@ def test_interrupted_write_leaves_nothing_that_is_read(cifar10, monkeypatch):
         with pytest.raises(KeyboardInterrupt):
             CIFAR10DataModule(str(root)).prepare_data()
     assert os.listdir(root) == ["cifar-10-batches-py"]
-    (root / ".cifar10.npz.0123.part").write_bytes(b"half")  # what a killed process leaves
+    left = root / f".cifar10.npz.{'0' * 32}.part"  # what a killed process leaves
+    left.write_bytes(b"half")
     data = CIFAR10DataModule(str(root))
     data.prepare_data()
     data.setup()
     assert data.train_size + data.val_size == 20
+    assert not left.exists()
 
 
 def test_unwritable_folder_costs_the_cache_only(cifar10, monkeypatch):
     root, _, _ = cifar10
-    real = open
 
-    def refuse(path, mode="r", *args, **kwargs):
-        if "x" in mode:
-            raise PermissionError(13, "Permission denied", str(path))
-        return real(path, mode, *args, **kwargs)
+    def refuse(file, **arrays):
+        raise PermissionError(13, "Permission denied", file.name)
 
-    monkeypatch.setattr(array_files, "open", refuse, raising=False)
+    monkeypatch.setattr(np, "savez", refuse)
     data = CIFAR10DataModule(str(root))
     with pytest.warns(UserWarning, match=r"cifar10\.npz' could not be written"):
         data.prepare_data()
