@@ -16,7 +16,7 @@ try:
 except ImportError:  # there is no such thing on Windows
     fcntl = None  # type: ignore[assignment]
 
-__all__ = ["open_lock", "remove_leftovers", "told_of", "write_text", "written_whole"]
+__all__ = ["alone", "open_lock", "remove_leftovers", "told_of", "write_text", "written_whole"]
 
 _PART = re.compile(r"\..+\.[0-9a-f]{32}\.part")
 _NOFOLLOW = getattr(os, "O_NOFOLLOW", 0)
@@ -95,6 +95,41 @@ def open_lock(path: Path) -> int:
         if error.errno in (errno.ELOOP, errno.EMLINK) and path.is_symlink():
             raise ValueError(f"{path} is a symbolic link, which is not followed: remove it") from None
         raise
+
+
+@contextmanager
+def alone(lock: Path, refusal: str) -> Iterator[None]:
+    """Hold the file ``lock``, which is removed at the end; a process that dies lets go of it.
+
+    Args:
+        lock: made where it is missing, and its folder.
+        refusal: what is said where another process holds it.
+
+    Raises:
+        ValueError: ``refusal``, and where ``lock`` is a symbolic link.
+        OSError: where the folder may not be written.
+    """
+    if fcntl is None:
+        yield
+        return
+    while True:
+        with told_of(lock):
+            lock.parent.mkdir(parents=True, exist_ok=True)
+        held = open_lock(lock)
+        try:
+            fcntl.flock(held, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:
+            os.close(held)
+            raise ValueError(refusal) from None
+        if os.fstat(held).st_nlink:
+            break
+        os.close(held)  # the process that held it has just removed it
+    try:
+        yield
+    finally:
+        with suppress(OSError):  # the folder may be gone
+            lock.unlink(missing_ok=True)
+        os.close(held)
 
 
 @contextmanager

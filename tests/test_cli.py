@@ -79,9 +79,10 @@ def test_config_names_and_paths(tmp_path):
     own.write_text("")
     assert config_path(str(own)) == str(own)
     args, paths = with_config_paths(["fit", "-c", str(own), "--config=distillation/kd_digits", "--x", "y"])
-    assert args[:2] == ["fit", "-c"]
-    assert args[3] == f"--config={paths[1]}"
-    assert args[4:] == ["--x", "y"]
+    assert args == ["fit", "--config", paths[0], "--config", paths[1], "--x", "y"]
+    # flags win, also over a config after them; a class is there for the settings of that, too
+    args, paths = with_config_paths(["--x", "y", "--model", "KD", f"--config={own}", "--model.y=1"])
+    assert args == ["--model", "KD", "--config", str(own), "--x", "y", "--model", "KD", "--model.y=1"]
     assert default_run_folder([*paths, config_path("_overlay/smoke")], "kd") == "runs/own-kd_digits"
     assert default_run_folder([], "kd") == "runs/kd"
 
@@ -192,20 +193,9 @@ def test_a_moved_run_acts_on_its_new_place(tmp_path):
     # the best score moves too: a worse epoch does not overwrite best.ckpt
     best = (tmp_path / "y/checkpoints/best.ckpt").read_bytes()
     score = max(float(row["val/acc"]) for row in rows(tmp_path / "y"))
-    main(
-        [
-            "fit",
-            "--config",
-            "y/config.yaml",
-            *SMOKE,
-            "--ckpt_path",
-            "last",
-            "--trainer.max_epochs",
-            "3",
-            "--data.mean",
-            "[90.0]",
-        ]
-    )
+    config = tmp_path / "y/config.yaml"
+    config.write_text(config.read_text().replace("    mean: null\n", "    mean: [90.0]\n"))
+    main(["fit", "--config", "y/config.yaml", *SMOKE, "--ckpt_path", "last", "--trainer.max_epochs", "3"])
     assert float(rows(tmp_path / "y")[-1]["val/acc"]) <= score
     assert (tmp_path / "y/checkpoints/best.ckpt").read_bytes() == best
 

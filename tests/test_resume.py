@@ -183,7 +183,7 @@ def test_logger_keeps_earlier_rows_and_drops_the_repeated_epoch(tmp_path):
         first.log_metrics({"epoch": epoch, "val/acc": epoch / 10}, step=epoch * 5)
         first.log_metrics({"epoch": epoch, "train/loss": 1.0}, step=epoch * 5)
     second = RunLogger(tmp_path)
-    second.drop_from(2)
+    second.begin(2)
     second.log_metrics({"epoch": 2, "val/acc": 0.9, "val/new": 3.0}, step=10)
     with (tmp_path / "metrics.csv").open(newline="") as stream:
         rows = list(csv.DictReader(stream))

@@ -10,11 +10,11 @@ from typing import Any
 
 import lightning as L
 import numpy as np
-import torch
 
 from lightning_kd.active_learning.pool_task import PoolTask
 from lightning_kd.active_learning.queries import add_query, select_query, start_result, wait_for_all
 from lightning_kd.active_learning.round_folders import asked_by_hand, remove_round
+from lightning_kd.core.checkpoint_files import read_checkpoint
 from lightning_kd.core.distributed import is_first_process
 from lightning_kd.pool import UNKNOWN, PoolRecord
 from lightning_kd.pool.label_curves import curves, draw_curves, write_metrics
@@ -132,7 +132,7 @@ def _train_round(
     wait_for_all()
     before = round_folder.parent / f"round_{number - 1:02d}" / "checkpoints" / "last.ckpt"
     if task.warm_start and number:
-        task.load_state_dict(torch.load(before, map_location="cpu", weights_only=True)["state_dict"], strict=False)
+        task.load_state_dict(read_checkpoint(before)["state_dict"], strict=False)
     final = number >= data.rounds or not len(data.unlabelled_indices)
     task.choice_follows = not final
     began = time.monotonic()

@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any
 from lightning_kd import __version__
 from lightning_kd.cli.command_words import with_config_of_run
 from lightning_kd.cli.config_names import with_config_paths
+from lightning_kd.cli.signals import stopped_by_signals
 from lightning_kd.cli.usage import VERBS, usage
 
 if TYPE_CHECKING:
@@ -29,7 +30,8 @@ def main(args: Sequence[str] | None = None) -> None:
     """Run one command; ``args`` default to the process's own.
 
     Raises:
-        SystemExit: with status 1 (or jsonargparse's 2) where the command failed; what failed was printed.
+        SystemExit: with status 1 (or jsonargparse's 2) where the command failed; what failed was printed. With 143
+            and 129 where SIGTERM and SIGHUP have stopped it.
     """
     argv = list(sys.argv[1:] if args is None else args)
     name = argv[0] if argv else "--help"
@@ -83,7 +85,8 @@ def _run(argv: list[str]) -> None:
         if request := help_request(argv):
             print(class_help(*request))
             sys.exit(0)
-        RunCLI(args=resolved, run=True, config_paths=paths, command=shlex.join(["lightning-kd", *argv]))
+        with stopped_by_signals():
+            RunCLI(args=resolved, run=True, config_paths=paths, command=shlex.join(["lightning-kd", *argv]))
     except Exception as error:
         if not getattr(error, "told", False):
             if not isinstance(error, (ValueError, OSError, TypeError, ImportError)):

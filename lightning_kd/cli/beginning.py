@@ -37,7 +37,7 @@ class FolderBefore:
         if self._missing:
             return
         shutil.rmtree(self._kept, ignore_errors=True)  # of a command that was killed
-        ignore = shutil.ignore_patterns(self._kept.name)
+        ignore = shutil.ignore_patterns(self._kept.name, ".*.lock")
         shutil.copytree(self.folder.path, self._kept, ignore=ignore, copy_function=_link)
 
     def forget(self) -> None:

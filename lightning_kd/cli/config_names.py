@@ -9,6 +9,9 @@ from pathlib import Path
 __all__ = ["config_folder", "config_names", "config_path", "with_config_paths"]
 
 
+_CLASSES = ("--model", "--data", "--model.class_path", "--data.class_path")
+
+
 def config_folder() -> Path:
     """Where the configs are: inside the installed package, or the repository's folder of an editable install."""
     package = Path(__file__).parent.parent
@@ -42,20 +45,26 @@ def config_path(name: str) -> str:
 
 
 def with_config_paths(args: Sequence[str]) -> tuple[list[str], list[str]]:
-    """The arguments with every config name replaced by its path, and these paths in order."""
-    out: list[str] = []
+    """The arguments with every config name replaced by its path, and these paths in order.
+
+    Configs come first, wherever they stand, so that a flag wins over each of them. A class (``--model DHKD``) that
+    stands before a config is there twice: for the settings in the config, and to win over its class.
+    """
+    words = list(args)
+    verb = [words.pop(0)] if words and not words[0].startswith("-") else []
+    configs: list[str] = []
+    classes: list[str] = []
+    flags: list[str] = []
     paths: list[str] = []
-    expects_value = False
-    for arg in args:
-        flag, equals, value = arg.partition("=")
-        if expects_value:
-            paths.append(config_path(arg))
-            out.append(paths[-1])
-            expects_value = False
-        elif equals and flag in ("--config", "-c"):
-            paths.append(config_path(value))
-            out.append(f"{flag}={paths[-1]}")
+    while words:
+        word = words.pop(0)
+        flag, equals, value = word.partition("=")
+        if flag in ("--config", "-c") and (equals or words):
+            paths.append(config_path(value if equals else words.pop(0)))
+            configs += [*classes, "--config", paths[-1]]
+            classes = []
         else:
-            expects_value = arg in ("--config", "-c")
-            out.append(arg)
-    return out, paths
+            flags.append(word)
+            if flag in _CLASSES:
+                classes += [word] if equals else [word, *words[:1]]
+    return [*verb, *configs, *flags], paths

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import re
 import shlex
 import sys
@@ -114,12 +113,7 @@ def _others_beside(folder: RunFolder) -> bool:
 
 
 def _is_finished_fit(record_file: Path) -> bool:
-    try:
-        record = json.loads(record_file.read_text())
-        fits = [entry for entry in [*record["history"], record] if entry["verb"] in ("fit", "active")]
-        return bool(fits) and fits[-1]["outcome"] == "finished" and (record_file.parent / "config.yaml").is_file()
-    except (OSError, ValueError, KeyError, TypeError):  # whatever else has such a name
-        return False
+    return RunFolder(record_file.parent).fit_is_finished() and (record_file.parent / "config.yaml").is_file()
 
 
 def _way_on(cli: Any, outcome: str, begun: bool) -> str:

@@ -6,8 +6,8 @@ from pathlib import Path
 from typing import Any
 
 import lightning as L
-import torch
 
+from lightning_kd.core.checkpoint_files import read_checkpoint
 from lightning_kd.core.run_folder import RunFolder
 from lightning_kd.core.task import Task
 
@@ -28,15 +28,14 @@ def load_checkpoint(trainer: L.Trainer, task: Task, data: Any, path: Path) -> di
     """Set up the data, load the weights and move the task to its device; returns the checkpoint.
 
     Raises:
-        ValueError: with several processes, or where the file is no checkpoint.
+        FileNotFoundError: where there is no such file.
+        ValueError: with several processes, or where the file is damaged, or no checkpoint.
     """
     if trainer.world_size > 1:
         raise ValueError(
             f"a checkpoint is shifted and measured by one process, got {trainer.world_size}: add --trainer.devices 1"
         )
-    checkpoint = torch.load(path, map_location="cpu", weights_only=True)
-    if not isinstance(checkpoint, dict) or "state_dict" not in checkpoint:
-        raise ValueError(f"ckpt_path {path} holds no state_dict: give a checkpoint of lightning-kd fit")
+    checkpoint = read_checkpoint(path)
     data.trainer = trainer  # its device, and the labels of the run
     data.prepare_data()
     data.setup(None if hasattr(data, "train_target") else "fit")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from contextlib import ExitStack
 from typing import Any
 
 import lightning as L
@@ -17,7 +18,7 @@ from lightning_kd.cli.endings import report
 from lightning_kd.cli.parameter_count import ParameterCount
 from lightning_kd.cli.parser import RunParser
 from lightning_kd.cli.run_trainer import RunTrainer, verb_module
-from lightning_kd.cli.saved_config import config_text
+from lightning_kd.cli.saved_config import check_same_run, config_text
 from lightning_kd.cli.usage import OWN_VERBS
 from lightning_kd.core.distributed import is_first_process
 from lightning_kd.core.registry import family_packages
@@ -60,14 +61,21 @@ class RunCLI(LightningCLI):
             "parser_class": RunParser,
             "parser_kwargs": {"prog": "lightning-kd"},
         }
-        try:
-            super().__init__(**{**defaults, **kwargs})
-        except BaseException as error:
+        with ExitStack() as self._held:
+            try:
+                super().__init__(**{**defaults, **kwargs})
+            except BaseException as error:
+                if self._records and self.is_first:
+                    report(self, error)
+                raise
             if self._records and self.is_first:
-                report(self, error)
-            raise
-        if self._records and self.is_first:
-            report(self, None)
+                report(self, None)
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> RunCLI:
+        return self  # where a callback copies the model, and with it all that it knows
+
+    def _parse_ckpt_path(self) -> None:
+        """Take nothing from the checkpoint: the config says all, and LightningCLI's merge would undo flags."""
 
     @property
     def is_first(self) -> bool:
@@ -131,7 +139,6 @@ class RunCLI(LightningCLI):
                 self.beginning.add(folder, verb, config.get("seed_everything"), text)
 
     def _check_checkpoint(self, config: Any, folder: RunFolder) -> None:
-        # only here: LightningCLI merges the hyperparameters of a checkpoint given by path over the command line
         if config.get("ckpt_path") in ("last", "best"):
             config["ckpt_path"] = str(folder.checkpoint(config["ckpt_path"]))
         config["weights_only"] = True
@@ -142,13 +149,24 @@ class RunCLI(LightningCLI):
                 f"{self.subcommand} without --ckpt_path would take untrained weights, and {folder.path} holds trained "
                 "ones: add --ckpt_path last or best, or name another --run folder"
             )
+        if folder.path.exists() and not folder.path.is_dir():
+            raise NotADirectoryError(f"--run {str(folder.path)!r} is a file: name a folder")
+        if self.is_first:
+            self._hold(folder)
+        if self.subcommand == "fit" and config.get("ckpt_path") and self.is_first:
+            check_same_run(self.saved_config(), config["ckpt_path"])
         if anew and folder.last.is_file() and not config["overwrite"] and self.is_first:
             raise FileExistsError(
                 f"{folder.path} holds a last.ckpt: add --ckpt_path last to go on, --overwrite to start anew, or "
                 "another --run folder"
             )
-        if folder.path.exists() and not folder.path.is_dir():
-            raise NotADirectoryError(f"--run {str(folder.path)!r} is a file: name a folder")
+
+    def _hold(self, folder: RunFolder) -> None:
+        try:
+            self._held.enter_context(folder.alone())
+        except OSError:  # a folder that may only be read can be looked at
+            if self.subcommand in ("fit", "active"):
+                raise
 
     def before_fit(self) -> None:
         # all is parsed and built: now an earlier fit may be thrown away

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -80,9 +81,10 @@ def check_positive(**values: float | Tensor) -> None:
     """
     for name, value in values.items():
         if not isinstance(value, Tensor):
-            check_numbers(above=0, **{name: value})
+            check_numbers(**{name: value}, above=0)  # type: ignore[arg-type]
         elif value.numel() != 1 or value.device.type == "cpu":
-            check_numbers(above=0, **{name: value.item() if value.numel() == 1 else value})
+            number: Any = value.item() if value.numel() == 1 else value
+            check_numbers(**{name: number}, above=0)
 
 
 def negative_learning_loss(

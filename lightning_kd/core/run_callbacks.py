@@ -9,8 +9,10 @@ from typing import Any
 import lightning as L
 import torch
 from lightning.pytorch.callbacks import ModelCheckpoint
+from lightning.pytorch.plugins.io import TorchCheckpointIO
 
 from lightning_kd.core.batch import as_batch
+from lightning_kd.core.checkpoint_files import RunCheckpointIO, read_checkpoint
 from lightning_kd.core.prediction_files import PredictionWriter
 from lightning_kd.core.run_folder import RunFolder
 from lightning_kd.core.run_logger import RunLogger
@@ -23,6 +25,9 @@ __all__ = ["RunCheckpoint", "RunRecorder", "run_callbacks", "run_folder_of"]
 class RunRecorder(L.Callback):
     """Keeps the run folder true while the Trainer works: resume, exports, predictions.
 
+    Checkpoints, those of other callbacks too, are written by ``RunCheckpointIO`` and hold the rows of ``metrics.csv``.
+    A fit that has nothing left to train, but was stopped before it had written its results, writes them.
+
     Args:
         run: the run folder.
 
@@ -34,12 +39,32 @@ class RunRecorder(L.Callback):
         self.run = run
         self.predictions = True
         self._writer: PredictionWriter | None = None
+        self._rows: list[dict[str, Any]] = []
+        self._trained = False
 
-    def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+    def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
+        self._rows, self._trained = [], False
+        if type(trainer.strategy.checkpoint_io) is TorchCheckpointIO:  # a user's own stays
+            trainer.strategy.checkpoint_io = RunCheckpointIO()
+
+    def on_save_checkpoint(self, trainer: L.Trainer, pl_module: L.LightningModule, checkpoint: dict[str, Any]) -> None:
+        connector = trainer._logger_connector
+        # at the end of an epoch Lightning logs what training has gathered after the checkpoint is written
+        pending = connector.metrics["log"] if trainer._results and connector._first_loop_iter is None else {}
+        values = {name: float(value) for name, value in pending.items()}  # type: ignore[arg-type]
         for logger in trainer.loggers:
             if isinstance(logger, RunLogger):
-                logger.drop_from(trainer.current_epoch)
-                logger.epoch = trainer.current_epoch
+                step = trainer.fit_loop.epoch_loop._batches_that_stepped - 1  # as Lightning counts in rows
+                checkpoint["metrics"] = logger.rows_with(values, trainer.current_epoch, step)
+
+    def on_load_checkpoint(self, trainer: L.Trainer, pl_module: L.LightningModule, checkpoint: dict[str, Any]) -> None:
+        self._rows = list(checkpoint.get("metrics", []))
+
+    def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        self._trained = True
+        for logger in trainer.loggers:
+            if isinstance(logger, RunLogger):
+                logger.begin(trainer.current_epoch, self._rows)
         saving = any(isinstance(c, RunCheckpoint) for c in trainer.checkpoint_callbacks)
         # one answer for all: saving is a collective call, and the file may appear while a rank looks
         if trainer.strategy.broadcast(saving and not self.run.last.is_file()):
@@ -69,10 +94,31 @@ class RunRecorder(L.Callback):
             pl_module.write_results(self.run.path)
 
     def on_fit_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        if isinstance(pl_module, Task) and trainer.is_global_zero and not getattr(trainer, "fast_dev_run", 0):
+        if not isinstance(pl_module, Task) or getattr(trainer, "fast_dev_run", False):
+            return
+        if not self._trained and trainer.ckpt_path is not None:
+            exported = all((self.run.path / f"{name}.pt").is_file() for name in pl_module.exports())
+            if trainer.strategy.broadcast(exported and self.run.fit_is_finished()):
+                return  # what is there was made of the weights at the end, which an average may differ from
+            self._end_anew(trainer, pl_module)
+        if trainer.is_global_zero:
             for name, network in pl_module.exports().items():
                 with written_whole(self.run.path / f"{name}.pt") as path:
                     torch.save({k: v.detach().cpu().contiguous() for k, v in network.state_dict().items()}, path)
+
+    def _end_anew(self, trainer: L.Trainer, task: Task) -> None:
+        """What the end of a training does, for one that was stopped after its last checkpoint."""
+        for logger in trainer.loggers:
+            if isinstance(logger, RunLogger):
+                logger.begin(trainer.current_epoch, self._rows)
+        checkpoint = read_checkpoint(str(trainer.ckpt_path))
+        task.on_load_checkpoint(checkpoint)
+        task.load_state_dict(checkpoint["state_dict"], strict=task.strict_loading)  # the average, where there is one
+        task.to(trainer.strategy.root_device)
+        for callback in trainer.callbacks:  # type: ignore[attr-defined]
+            if type(callback).__module__.startswith("lightning_kd."):
+                callback.on_train_end(trainer, task)
+        task.cpu()
 
     def on_predict_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         problem: Any = getattr(pl_module, "problem", None)

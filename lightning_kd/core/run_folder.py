@@ -8,13 +8,14 @@ from __future__ import annotations
 
 import json
 import shutil
+from contextlib import AbstractContextManager
 from datetime import datetime, timezone
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 from lightning_kd import __version__
-from lightning_kd.file_writing import write_text
+from lightning_kd.file_writing import alone, write_text
 
 __all__ = ["RunFolder"]
 
@@ -49,6 +50,25 @@ class RunFolder:
                 "an earlier fit with --run"
             )
         return path
+
+    def fit_is_finished(self) -> bool:
+        """Whether ``run.json`` says that the latest fit in the folder came to its end."""
+        try:
+            record = json.loads(self.record_file.read_text(encoding="utf-8"))
+            fits = [entry for entry in [*record["history"], record] if entry["verb"] in ("fit", "active")]
+            return bool(fits) and fits[-1]["outcome"] == "finished"
+        except (OSError, ValueError, KeyError, TypeError):  # there is none, or it is damaged
+            return False
+
+    def alone(self) -> AbstractContextManager[None]:
+        """Keep other commands out of the folder.
+
+        Raises:
+            ValueError: where another one works in it.
+            OSError: where it may not be written.
+        """
+        refusal = f"another command works in {self.path}: wait until it has ended, or name another --run folder"
+        return alone(self.path / ".run.lock", refusal)
 
     def clear(self) -> None:
         """Remove what an earlier fit left: checkpoints, exported networks (``*.pt``), metrics, predictions, reports."""

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import csv
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from lightning.pytorch.loggers.logger import Logger, rank_zero_experiment
-from lightning.pytorch.utilities import rank_zero_only
+from lightning.pytorch.utilities import rank_zero_only, rank_zero_warn
 
 from lightning_kd.file_writing import written_whole
 
@@ -63,8 +63,7 @@ class RunLogger(Logger):
         if self._rows is None:
             self._rows = []
             if self.file.is_file():
-                with self.file.open(newline="") as stream:
-                    self._rows = [{k: v for k, v in row.items() if v != ""} for row in csv.DictReader(stream)]
+                self._rows = _read(self.file)
         return self._rows
 
     @rank_zero_only
@@ -91,12 +90,41 @@ class RunLogger(Logger):
         # one row per epoch: rewriting the file whole is cheap, and never leaves it torn
         self._write()
 
+    def rows_with(self, values: Mapping[str, float], epoch: int, step: int) -> list[dict[str, Any]]:
+        """The rows as they are once ``values`` are logged, for a checkpoint."""
+        if not values:
+            return [dict(row) for row in self.rows]
+        rows = [dict(row) for row in self.rows]
+        if rows and _place(rows[-1]) == (epoch, step):
+            return [*rows[:-1], {**rows[-1], **values}]
+        return [*rows, {"epoch": epoch, "step": step, **values}]
+
     @rank_zero_only
-    def drop_from(self, epoch: int) -> None:
-        """Forget the rows of ``epoch`` and later ones."""
-        kept = [row for row in self.rows if int(float(row["epoch"])) < epoch]
-        if len(kept) < len(self.rows):
-            self._rows = kept
+    def begin(self, epoch: int, saved: Sequence[Mapping[str, Any]] = ()) -> None:
+        """Forget the rows of ``epoch`` and later ones, as a fit begins there, and take in those of its checkpoint.
+
+        Args:
+            epoch: the first one that is trained now.
+            saved: the rows in the checkpoint. The file may lack the last one, or be damaged; it may also hold what
+                tests have added to them.
+        """
+        self.epoch = epoch
+        try:
+            before = self.rows
+        except ValueError as error:
+            if not saved:
+                raise
+            rank_zero_warn(f"{error}: it is written anew from the checkpoint")
+            before = []
+        rows = [row for row in before if _place(row)[0] < epoch]
+        for row in [row for row in saved if _place(row)[0] < epoch]:
+            same = next((k for k, other in enumerate(rows) if _place(other) == _place(row)), None)
+            if same is None:
+                rows = sorted([*rows, dict(row)], key=_place)
+            else:
+                rows[same] = {**row, **rows[same]}
+        if rows != before or self._rows is None:
+            self._rows = rows
             self._write()
 
     def _write(self) -> None:
@@ -105,3 +133,35 @@ class RunLogger(Logger):
             writer = csv.DictWriter(stream, columns)
             writer.writeheader()
             writer.writerows(self.rows)
+
+
+def _place(row: Mapping[str, Any]) -> tuple[int, int]:
+    return int(float(row["epoch"])), int(float(row["step"]))
+
+
+def _read(file: Path) -> list[dict[str, Any]]:
+    """The rows without empty fields.
+
+    Raises:
+        ValueError: where the file is damaged.
+    """
+    text = file.read_text(encoding="utf-8", errors="replace")
+    remedy = "move it away, or put a copy in its place"
+    if not text.endswith("\n"):
+        raise ValueError(f"{file} is damaged (its last line is cut): {remedy}")
+    header, *lines = csv.reader(text.splitlines())
+    if header[:2] != ["epoch", "step"] or len(set(header)) < len(header):
+        raise ValueError(f"{file} is damaged (its first line names no epoch and step): {remedy}")
+    rows = []
+    for number, line in enumerate(lines, 2):
+        try:
+            if len(line) != len(header):
+                raise ValueError
+            for value in line[2:]:
+                float(value or 0)
+            row = {k: v for k, v in zip(header, line, strict=True) if v != ""}
+            _place(row)
+        except (ValueError, KeyError):
+            raise ValueError(f"{file} is damaged (line {number} is no row of numbers): {remedy}") from None
+        rows.append(row)
+    return rows

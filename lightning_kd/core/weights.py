@@ -11,6 +11,7 @@ import torch
 import torchvision
 from torch import Tensor, nn
 
+from lightning_kd.core.checkpoint_files import check_checksums
 from lightning_kd.core.feature_hooks import find_classifier
 from lightning_kd.nets.library_networks import timm_library, torchvision_name
 
@@ -101,6 +102,7 @@ def _read(path: Path) -> Any:
     try:
         if path.suffix == ".safetensors":
             return load_file(path)
+        check_checksums(path)
         # Public programs save their command line beside the weights; a Namespace runs no code.
         with torch.serialization.safe_globals([argparse.Namespace]):
             return torch.load(path, map_location="cpu", weights_only=True)

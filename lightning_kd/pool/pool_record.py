@@ -4,16 +4,16 @@ from __future__ import annotations
 
 import json
 import math
-import os
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
 
-from lightning_kd.file_writing import open_lock, told_of, write_text
+from lightning_kd import file_writing
+from lightning_kd.file_writing import write_text
 
 __all__ = ["UNKNOWN", "PoolRecord", "PoolView", "Query", "alone", "missing_rows"]
 
@@ -190,27 +190,15 @@ def missing_rows(record: PoolRecord, other: PoolRecord) -> list[dict[str, Any]]:
     return [row for row in record.queries if key(row) not in there or row["answer"] not in (None, there[key(row)])]
 
 
-@contextmanager
-def alone(folder: Path) -> Iterator[None]:
+def alone(folder: Path) -> AbstractContextManager[None]:
     """Keep other commands from the pool in ``folder``; a process that dies lets go of it.
 
     Raises:
         ValueError: where another command works on it, or the lock is a symbolic link.
         OSError: where the folder may not be written.
     """
-    try:
-        import fcntl
-    except ImportError:  # there is no such thing on Windows
-        yield
-        return
-    with told_of(folder / ".pool.lock"):
-        folder.mkdir(parents=True, exist_ok=True)
-    with os.fdopen(open_lock(folder / ".pool.lock"), "w") as file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError:
-            raise ValueError(f"another command works on the pool in {folder}: wait until it has ended") from None
-        yield
+    refusal = f"another command works on the pool in {folder}: wait until it has ended"
+    return file_writing.alone(folder / ".pool.lock", refusal)
 
 
 def _rows(rows: list[dict[str, Any]]) -> list[str]:
