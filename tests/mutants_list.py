@@ -1069,8 +1069,8 @@ MUTANTS = [
     Mutant(
         "a resumed fit takes other noisy labels",
         "data/classification_data.py",
-        'if fitting and state_dict.get("labels_sha256")',
-        'if False and state_dict.get("labels_sha256")',
+        "if fitting and noisy and stored",
+        "if False and noisy and stored",
         ("tests/data/test_label_files.py",),
     ),
     Mutant(

@@ -81,7 +81,7 @@ def test_config_names_and_paths(tmp_path):
     args, paths = with_config_paths(["fit", "-c", str(own), "--config=distillation/kd_digits", "--x", "y"])
     assert args == ["fit", "--config", paths[0], "--config", paths[1], "--x", "y"]
     # flags win, also over a config after them; a class is there for the settings of that, too
-    args, paths = with_config_paths(["--x", "y", "--model", "KD", f"--config={own}", "--model.y=1"])
+    args, _ = with_config_paths(["--x", "y", "--model", "KD", f"--config={own}", "--model.y=1"])
     assert args == ["--model", "KD", "--config", str(own), "--x", "y", "--model", "KD", "--model.y=1"]
     assert default_run_folder([*paths, config_path("_overlay/smoke")], "kd") == "runs/own-kd_digits"
     assert default_run_folder([], "kd") == "runs/kd"

@@ -80,21 +80,25 @@ class ClassificationDataModule(LabelledDataModule):
         )
 
     def state_dict(self) -> dict[str, Any]:
-        """With ``noise``, what checkpoints remember the given labels by: their sha256."""
-        return {"labels_sha256": digest(self.train_target.numpy())} if self.noise is not None and self._ready else {}
+        """What checkpoints remember the data by and, with ``noise``, the given labels: their sha256."""
+        noisy = self.noise is not None and self._ready
+        return super().state_dict() | ({"labels_sha256": digest(self.train_target.numpy())} if noisy else {})
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Before a fit goes on from a checkpoint.
 
         Raises:
-            ValueError: where that was trained on other labels.
+            ValueError: where that was trained on other labels, or other data.
         """
         fitting = self.trainer is not None and self.trainer.state.fn == "fit"
-        if fitting and state_dict.get("labels_sha256") != digest(self.train_target.numpy()):
+        stored = state_dict.get("labels_sha256")
+        noisy = stored is not None or self.noise is not None
+        if fitting and noisy and stored != digest(self.train_target.numpy()):
             raise ValueError(
                 f"the checkpoint was trained on other labels than those of noise={self._noise}: give the data and the "
                 "noise of that run, or start anew without it"
             )
+        super().load_state_dict(state_dict)
 
     @property
     def _noise(self) -> LabelNoise | None:

@@ -14,6 +14,7 @@ from lightning_kd.core.seeding import numpy_generator
 from lightning_kd.data.arguments import check_at_least, check_class_names, check_shares, check_statistics
 from lightning_kd.data.array_files import Arrays
 from lightning_kd.data.augment import CropFlip
+from lightning_kd.data.data_digest import data_digest
 from lightning_kd.data.fake_data import fake_arrays
 from lightning_kd.data.resident import StoredImages
 from lightning_kd.data.split_loaders import SplitLoaders
@@ -122,6 +123,7 @@ class LabelledDataModule(SplitLoaders, ABC):
         self._val_source = "train"
         self._ready = False
         self._stored: dict[str, StoredImages] = {}
+        self._digest: str | None = None
 
     def __str__(self) -> str:
         sizes = f", {self.train_size} + {self.val_size} + {self.test_size} samples" if self._ready else ""
@@ -148,6 +150,28 @@ class LabelledDataModule(SplitLoaders, ABC):
         """
         check_class_names(stored, self.class_names)
 
+    def state_dict(self) -> dict[str, Any]:
+        """For checkpoints: what a memory of each sample hangs on."""
+        if not self._ready:
+            return {}
+        if self._digest is None:
+            self._digest = data_digest(self.train_image, self.train_target, self.train_indices)
+        return {"data_sha256": self._digest}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Before a fit goes on from a checkpoint.
+
+        Raises:
+            ValueError: where that was trained on other samples or labels, or in another order.
+        """
+        fitting = self.trainer is not None and self.trainer.state.fn == "fit"
+        stored = state_dict.get("data_sha256")
+        if fitting and stored is not None and stored != self.state_dict().get("data_sha256"):
+            raise ValueError(
+                f"the checkpoint was trained on other data than {type(self).__name__} has now (other samples, another "
+                "order, or other labels): give it those, or start anew with --overwrite in place of --ckpt_path"
+            )
+
     def path_of(self, index: int) -> str | None:
         """The image file of a sample of the prediction set, by its position in the full array; ``None`` for arrays."""
         self.setup()
@@ -163,7 +187,7 @@ class LabelledDataModule(SplitLoaders, ABC):
         """Called once the arrays are read, before anything is split."""
 
     def _load(self) -> None:
-        self._ready = False  # until all of it has worked
+        self._ready, self._digest = False, None  # until all of it has worked
         arrays = self.fake_arrays() if self.fake else self.load_arrays()
         self.train_image, self.train_target, self.test_image, self.test_target, val_image, val_target = arrays
         self._change_targets()

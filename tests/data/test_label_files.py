@@ -476,6 +476,7 @@ def test_checkpoints_know_their_labels(tmp_path):
     run.fit(Recorder(64), data)
     run.save_checkpoint("one.ckpt")
     stored = torch.load("one.ckpt", weights_only=True)["DigitsDataModule"]
+    assert stored.pop("data_sha256") == data.state_dict()["data_sha256"]
     assert stored == {"labels_sha256": hashlib.sha256(data.train_target.numpy().astype("<i8").tobytes()).hexdigest()}
 
     def resume(data):
@@ -491,7 +492,7 @@ def test_checkpoints_know_their_labels(tmp_path):
     run = L.Trainer(**quiet, max_epochs=1)
     run.fit(Recorder(64), DigitsDataModule())
     run.save_checkpoint("clean.ckpt")
-    assert "DigitsDataModule" not in torch.load("clean.ckpt", weights_only=True)
+    assert list(torch.load("clean.ckpt", weights_only=True)["DigitsDataModule"]) == ["data_sha256"]
 
 
 def test_other_labels_are_refused_only_where_there_is_a_checkpoint():
@@ -599,7 +600,7 @@ def test_from_the_command_line(capsys):
     assert "label noise: " in capsys.readouterr().out
     with pytest.raises(SystemExit):
         main(["fit", *args, *noise, "--data.noise.seed", "1", "--trainer.max_epochs", "3", "--ckpt_path", "last"])
-    assert "was drawn by SymmetricNoise(rate=0.5, kind='inclusive', seed=0), not by" in capsys.readouterr().err
+    assert "was made with data.init_args.noise.init_args.seed=0, got 1: keep it" in capsys.readouterr().err
     assert str(read("out/noise.npz")["sha256"]) == str(drawn["sha256"])
     main(["test", "--config", "out/config.yaml", "--ckpt_path", "last", "--trainer.enable_progress_bar", "false"])
     main(["fit", *args, *noise, "--data.noise.seed", "1", "--trainer.max_epochs", "1", "--overwrite"])
