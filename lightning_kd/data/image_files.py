@@ -76,13 +76,18 @@ def read_image(
 
 
 def class_folders(root: Path) -> list[str]:
-    """The names of the folders in ``root``, in alphabetical order.
+    """The names of the folders in ``root``, in alphabetical order; links to a folder that ``root`` is in are none.
 
     Raises:
         FileNotFoundError, PermissionError, ValueError: where ``root`` cannot be listed, or holds no folder.
     """
     try:
-        names = sorted(entry.name for entry in os.scandir(root) if entry.is_dir() and not entry.name.startswith("."))
+        outside = _with_parents(root)
+        names = sorted(
+            entry.name
+            for entry in os.scandir(root)
+            if _is_folder(entry) and not entry.name.startswith(".") and _identity(entry.path) not in outside
+        )
     except PermissionError:
         raise PermissionError(f"root {str(root)!r} may not be read: check its permissions") from None
     except OSError:
@@ -118,23 +123,15 @@ def find_images(root: Path, class_names: list[str]) -> tuple[list[str], Tensor]:
 def images_below(root: Path) -> list[str]:
     """The image files anywhere below ``root``, sorted; those that start with a dot are left alone.
 
-    How many other files there are, by their endings, is told in a warning.
+    Links to folders are followed, but for those that lead back to a folder that they are in. How many other files
+    there are, by their endings, is told in a warning.
 
     Raises:
         FileNotFoundError, PermissionError: where there is no such folder, or one cannot be read.
     """
     if not root.is_dir():
         raise FileNotFoundError(f"{str(root)!r} is no folder: name the one that holds the images")
-
-    def refuse(error: OSError) -> None:
-        raise PermissionError(f"folder {error.filename!r} cannot be read ({error}): check its permissions") from error
-
-    files = [
-        os.path.join(folder, file)
-        for folder, _, files in os.walk(root, onerror=refuse, followlinks=True)
-        for file in files
-        if not file.startswith(".")
-    ]
+    files = _files_below(str(root), _with_parents(root.resolve().parent))
     found = sorted(file for file in files if file.lower().endswith(IMG_EXTENSIONS))
     if len(found) < len(files):
         others = Counter(Path(file).suffix.lower() or "no ending" for file in {*files} - {*found})
@@ -144,6 +141,37 @@ def images_below(root: Path) -> list[str]:
             f"{', '.join(IMG_EXTENSIONS)}; convert others"
         )
     return found
+
+
+def _files_below(folder: str, above: frozenset[tuple[int, int]]) -> list[str]:
+    """The files below ``folder``, unless it is one of those ``above`` it, as a link can make it."""
+    try:
+        identity = _identity(folder)
+        if identity in above:
+            return []
+        with os.scandir(folder) as entries:
+            found = [(entry.path, _is_folder(entry), entry.name[0] == ".") for entry in entries]
+    except OSError as error:
+        raise PermissionError(f"folder {folder!r} cannot be read ({error}): check its permissions") from error
+    files = [path for path, is_folder, hidden in found if not is_folder and not hidden]
+    for path, is_folder, _ in found:
+        if is_folder:
+            files += _files_below(path, above | {identity})
+    return files
+
+
+def _is_folder(entry: os.DirEntry[str]) -> bool:
+    return os.path.isdir(entry.path) if entry.is_symlink() else entry.is_dir()  # a link may lead in a circle
+
+
+def _with_parents(folder: Path) -> frozenset[tuple[int, int]]:
+    real = folder.resolve()
+    return frozenset(_identity(path) for path in (real, *real.parents))
+
+
+def _identity(folder: str | Path) -> tuple[int, int]:
+    found = os.stat(folder)
+    return found.st_dev, found.st_ino
 
 
 def check_images(paths: Sequence[str], on_error: str, trainer: Any = None) -> set[str]:

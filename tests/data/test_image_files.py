@@ -11,7 +11,7 @@ from lightning_kd.core import Classification
 from lightning_kd.core.run_callbacks import RunRecorder
 from lightning_kd.core.run_folder import RunFolder
 from lightning_kd.data import ImageFolderDataModule, OpenSetDataModule, SymmetricNoise
-from lightning_kd.data.image_files import damaged_images, images_below, read_image
+from lightning_kd.data.image_files import class_folders, damaged_images, find_images, images_below, read_image
 
 # a ramp from dark to bright, in each mode that a file can hold
 RAMP = np.linspace(20, 235, 64).reshape(8, 8)
@@ -103,6 +103,39 @@ def test_other_files_are_counted(tmp_path):
         (tmp_path / name).write_bytes(b"")
     with pytest.warns(UserWarning, match=r"3 of 4 files are left out \(2 x \.gif, 1 x \.jp2\)"):
         assert images_below(tmp_path) == [str(tmp_path / "a.png")]
+
+
+def test_a_link_that_leads_back_multiplies_nothing(tmp_path):
+    for folder in ("pool/deep", "elsewhere"):
+        (tmp_path / folder).mkdir(parents=True)
+    names = ["pool/a.png", "pool/b.png", "pool/deep/c.png", "elsewhere/d.png"]
+    for name in names:
+        (tmp_path / name).write_bytes(b"")
+    links = {"pool/self": "pool", "pool/deep/up": "pool", "pool/root": ".", "pool/there": "elsewhere"}
+    for link, target in {**links, "elsewhere/back": "pool", "pool/nowhere": "gone", "pool/loop": "pool/loop"}.items():
+        (tmp_path / link).symlink_to(tmp_path / target)
+    with pytest.warns(UserWarning, match=r"2 of 6 files are left out"):  # links to nothing
+        found = images_below(tmp_path / "pool")
+    expected = ["pool/a.png", "pool/b.png", "pool/deep/c.png", "pool/there/d.png"]
+    assert found == [str(tmp_path / name) for name in expected]
+    # asked through a link, and for the same folder twice side by side
+    (tmp_path / "link").symlink_to(tmp_path / "elsewhere")
+    (tmp_path / "elsewhere/back").unlink()
+    (tmp_path / "elsewhere/more").mkdir()
+    (tmp_path / "elsewhere/more/e.png").write_bytes(b"")
+    (tmp_path / "elsewhere/same").symlink_to("more")
+    found = images_below(tmp_path / "link")
+    assert found == [str(tmp_path / "link" / name) for name in ("d.png", "more/e.png", "same/e.png")]
+
+
+def test_a_link_that_leads_back_is_no_class(tmp_path):
+    root = folders(tmp_path / "train")
+    (root / "all").symlink_to(root)
+    (root / "a" / "others").symlink_to("..")
+    assert class_folders(root) == ["a", "b"]
+    paths, target = find_images(root, ["a", "b"])
+    assert len(paths) == 12
+    assert target.bincount().tolist() == [6, 6]
 
 
 def folders(root, classes=("a", "b"), count=6):
