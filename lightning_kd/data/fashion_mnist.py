@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
+import hashlib
 from pathlib import Path
 
 import numpy as np
 from torchvision import datasets
-from torchvision.datasets.utils import check_integrity
 
 from lightning_kd.data.augment import CropFlip
 from lightning_kd.data.label_noise import LabelNoise
@@ -105,9 +105,34 @@ class FashionMNISTDataModule(OfficialDataModule):
 
     def open_official(self, root: str, train: bool, download: bool) -> dict[str, np.ndarray]:
         if download:
-            datasets.FashionMNIST(root, train=train, download=True)
-        for name, md5 in MD5.items():
-            if not check_integrity(str(Path(root) / self.folder / name), md5):
-                raise RuntimeError(f"{name} not found or corrupted")
-        data = datasets.FashionMNIST(root, train=train)
-        return {"image": data.data.numpy()[..., None], "target": data.targets.numpy().astype(np.int64)}
+            _RawFiles(root, train=train, download=True)
+        files = {name: _checked(Path(root) / self.folder / name) for name in MD5}
+        stem = "train" if train else "t10k"
+        image, target = (_array(files[f"{stem}-{part}-ubyte"]) for part in ("images-idx3", "labels-idx1"))
+        return {"image": image[..., None], "target": target.astype(np.int64)}
+
+
+class _RawFiles(datasets.FashionMNIST):
+    """torchvision's, without the folder ``processed`` of its early versions, which nothing checks."""
+
+    @property
+    def raw_folder(self) -> str:
+        return str(Path(self.root) / FashionMNISTDataModule.folder)
+
+    def _check_legacy_exist(self) -> bool:
+        return False
+
+
+def _checked(path: Path) -> bytes:
+    """What the file holds, after its checksum was found right."""
+    content = path.read_bytes() if path.is_file() else b""
+    if hashlib.md5(content, usedforsecurity=False).hexdigest() != MD5[path.name]:
+        raise RuntimeError(f"{path.name} not found or corrupted")
+    return content
+
+
+def _array(content: bytes) -> np.ndarray:
+    """The uint8 array in an IDX file."""
+    rank = content[3]
+    shape = np.frombuffer(content, ">i4", rank, offset=4)
+    return np.frombuffer(content, np.uint8, offset=4 + 4 * rank).reshape(shape).copy()  # to be written to

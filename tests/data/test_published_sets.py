@@ -132,12 +132,29 @@ def test_official_fashion_mnist(tmp_path, monkeypatch):
     with pytest.raises(ValueError, match="checksum"):
         FashionMNISTDataModule(str(tmp_path)).prepare_data()
     monkeypatch.setattr(fashion_mnist, "MD5", sums)
+    legacy = tmp_path / "FashionMNIST" / "processed"  # of early versions of torchvision, without any checksum
+    legacy.mkdir()
+    for name in ("training.pt", "test.pt"):
+        torch.save((torch.zeros(5, 28, 28, dtype=torch.uint8), torch.zeros(5, dtype=torch.int64)), legacy / name)
     data = FashionMNISTDataModule(str(tmp_path), val_fraction=0)
     data.prepare_data()
     data.setup()
     assert data.train_image.shape == (30, 1, 28, 28)
     assert data.path.exists()
     np.testing.assert_array_equal(data.test_image[:, 0], image)
+    np.testing.assert_array_equal(data.test_target, target)
+
+    # with download, too, and what is fetched lies where it is looked for
+    fetched = []
+    monkeypatch.setattr(
+        "torchvision.datasets.mnist.download_and_extract_archive",
+        lambda url, download_root, **_: fetched.append(download_root),
+    )
+    data.path.unlink()
+    (raw / "t10k-labels-idx1-ubyte").unlink()
+    with pytest.raises(ValueError, match="missing, damaged"):
+        FashionMNISTDataModule(str(tmp_path), download=True).prepare_data()
+    assert {*fetched} == {str(raw)}
 
 
 def test_interrupted_write_leaves_nothing_that_is_read(cifar10, monkeypatch):
