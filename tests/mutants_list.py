@@ -662,7 +662,7 @@ MUTANTS = [
     Mutant(
         "a fit that fails at once has lost the earlier one",
         "cli/run_cli.py",
-        "            self.beginning.before.set_aside()\n",
+        "            self.beginning.before.set_aside(self.run_folder.written())\n",
         "",
         ("tests/cli/test_endings.py",),
     ),
@@ -885,9 +885,16 @@ MUTANTS = [
     Mutant(
         "--overwrite keeps the old checkpoints",
         "core/run_folder.py",
-        'for name in ("checkpoints", "pictures", "predictions"):',
-        'for name in ("pictures",):',
+        '*("checkpoints/last.ckpt", "checkpoints/best.ckpt",',
+        "*(",
         ("tests/test_cli.py",),
+    ),
+    Mutant(
+        "--overwrite in a folder that was never a run",
+        "core/run_folder.py",
+        "if found and self.read_record() is None:",
+        "if False:",
+        ("tests/cli/test_overwrite.py",),
     ),
     Mutant(
         "an evaluated checkpoint a step late",

@@ -9,11 +9,11 @@ from typing import Any
 import lightning as L
 
 from lightning_kd.active_learning.pool_task import PoolTask
-from lightning_kd.active_learning.round_folders import forget_rounds
+from lightning_kd.active_learning.round_folders import files_of_rounds
 from lightning_kd.active_learning.rounds import run_rounds
 from lightning_kd.cli.pool_verbs import alone_on_pool, check_kept, check_pool
 from lightning_kd.cli.saved_config import check_same_recipe
-from lightning_kd.core.run_folder import RunFolder
+from lightning_kd.core.run_folder import RunFolder, remove_files
 from lightning_kd.pool import PoolRecord
 from lightning_kd.pool.label_curves import table
 
@@ -69,8 +69,9 @@ def _run_rounds(cli: Any, whole: RunFolder, config: Any) -> list[dict[str, Any]]
     if cli.is_first:
         text = cli.saved_config()
         if config["overwrite"]:
-            cli.beginning.before.set_aside()
-            forget_rounds(whole.path)
+            files = files_of_rounds(whole.path)
+            cli.beginning.before.set_aside(files)
+            remove_files(whole.path, files)
         if whole.pool.is_file():
             check_same_recipe(text, whole.path / "config.yaml")
             cli.datamodule.set_record(PoolRecord.load(whole.pool))

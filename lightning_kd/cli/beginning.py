@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import shutil
+from collections.abc import Iterable
 from contextlib import suppress
 from datetime import datetime, timezone
 from pathlib import Path
@@ -32,13 +33,16 @@ class FolderBefore:
         self._has_noise = folder.noise.is_file()
         self._kept = folder.path / ".before"
 
-    def set_aside(self) -> None:
-        """Keep all files for ``restore``, as the command is about to remove some."""
+    def set_aside(self, paths: Iterable[Path]) -> None:
+        """Keep these files for ``restore``, as the command is about to remove them."""
         if self._missing:
             return
         shutil.rmtree(self._kept, ignore_errors=True)  # of a command that was killed
-        ignore = shutil.ignore_patterns(self._kept.name, ".*.lock")
-        shutil.copytree(self.folder.path, self._kept, ignore=ignore, copy_function=_link)
+        for path in paths:
+            place = self._kept / path.relative_to(self.folder.path)
+            place.parent.mkdir(parents=True, exist_ok=True)
+            if path.is_file():
+                _link(path, place)
 
     def forget(self) -> None:
         """Remove what was set aside."""

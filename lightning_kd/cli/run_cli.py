@@ -160,6 +160,9 @@ class RunCLI(LightningCLI):
                 f"{folder.path} holds a last.ckpt: add --ckpt_path last to go on, --overwrite to start anew, or "
                 "another --run folder"
             )
+        folder.read_record()  # or it is none of ours
+        if anew and config["overwrite"] and self.is_first:
+            folder.check_is_run()
 
     def _hold(self, folder: RunFolder) -> None:
         try:
@@ -175,7 +178,7 @@ class RunCLI(LightningCLI):
             if isinstance(self.datamodule, OpenSetDataModule) and self.run_folder.pool.is_file():
                 self.datamodule.setup()
                 self.datamodule.set_record(PoolRecord.load(self.run_folder.pool))  # or it is another pool
-            self.beginning.before.set_aside()
+            self.beginning.before.set_aside(self.run_folder.written())
             self.run_folder.clear()
 
     def active(self, model: Any, datamodule: Any, **kwargs: Any) -> None:

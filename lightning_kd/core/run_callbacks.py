@@ -72,6 +72,7 @@ class RunRecorder(L.Callback):
             trainer.save_checkpoint(self.run.last)
 
     def on_train_epoch_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        self._note_checkpoints(trainer)
         for logger in trainer.loggers:
             if isinstance(logger, RunLogger):
                 logger.epoch = trainer.current_epoch
@@ -105,6 +106,18 @@ class RunRecorder(L.Callback):
             for name, network in pl_module.exports().items():
                 with written_whole(self.run.path / f"{name}.pt") as path:
                     torch.save({k: v.detach().cpu().contiguous() for k, v in network.state_dict().items()}, path)
+                self.run.note_files([self.run.path / f"{name}.pt"])
+        self._note_checkpoints(trainer)
+
+    def on_exception(self, trainer: L.Trainer, pl_module: L.LightningModule, exception: BaseException) -> None:
+        self._note_checkpoints(trainer)
+
+    def _note_checkpoints(self, trainer: L.Trainer) -> None:
+        """Those of a user's own callbacks, too."""
+        for callback in trainer.checkpoint_callbacks:
+            if isinstance(callback, ModelCheckpoint):
+                paths = {callback.best_model_path, callback.last_model_path, *callback.best_k_models}
+                self.run.note_files(path for path in paths if path)
 
     def _end_anew(self, trainer: L.Trainer, task: Task) -> None:
         """What the end of a training does, for one that was stopped after its last checkpoint."""

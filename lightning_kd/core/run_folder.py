@@ -7,17 +7,26 @@
 from __future__ import annotations
 
 import json
-import shutil
-from contextlib import AbstractContextManager
+from collections.abc import Iterable
+from contextlib import AbstractContextManager, suppress
 from datetime import datetime, timezone
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 from lightning_kd import __version__
-from lightning_kd.file_writing import alone, write_text
+from lightning_kd.file_writing import alone, remove_leftovers, write_text
 
-__all__ = ["RunFolder"]
+__all__ = ["RunFolder", "remove_files"]
+
+# what runs write and a fit begins without, beside what their run.json lists as files
+_WRITTEN = [
+    *("checkpoints/last.ckpt", "checkpoints/best.ckpt", "checkpoints/shifted.ckpt", "network.pt", "student.pt"),
+    *("metrics.csv", "predictions.csv", "predictions.png", "predictions/[0-9]*.png", "noisy_labels.csv"),
+    *("wrong_labels.csv", "noise.npz", "shifts.json", "shift.json", "sharpness.json", "traceback.txt"),
+    *(f"pictures/{name}{end}.png" for name in ("label_scores", "reliability") for end in ("", "_epoch[0-9]*")),
+    *("pictures/loss_slice_*.png", "pictures/loss_slice_*.npz"),
+]
 
 
 class RunFolder:
@@ -70,34 +79,61 @@ class RunFolder:
         refusal = f"another command works in {self.path}: wait until it has ended, or name another --run folder"
         return alone(self.path / ".run.lock", refusal)
 
+    def written(self) -> list[Path]:
+        """What an earlier fit left: checkpoints, exported networks, metrics, predictions, reports; nobody else's files.
+
+        Raises:
+            ValueError: where ``run.json`` is none of ours, or damaged.
+        """
+        found = [path for pattern in _WRITTEN for path in self.path.glob(pattern)]
+        found = [path for path in found if path.parent.name != "predictions" or path.stem.isdecimal()]  # masks
+        listed = [Path(name) for name in (self.read_record() or {}).get("files", [])]
+        found += [self.path / name for name in listed if not name.is_absolute() and ".." not in name.parts]
+        return [path for path in dict.fromkeys(found) if path.is_file() or path.is_symlink()]
+
+    def check_is_run(self) -> None:
+        """Before an earlier fit is removed.
+
+        Raises:
+            FileExistsError: where no ``run.json`` tells that what would be removed is of a run.
+            ValueError: as ``written``.
+        """
+        found = [str(path.relative_to(self.path)) for path in self.written() if path != self.noise]
+        if found and self.read_record() is None:
+            raise FileExistsError(
+                f"{self.path} holds {', '.join(found)} but no run.json, so that they may be somebody's own: "
+                "--overwrite removes only what a run wrote; move them elsewhere, or name another --run folder"
+            )
+
     def clear(self) -> None:
-        """Remove what an earlier fit left: checkpoints, exported networks (``*.pt``), metrics, predictions, reports."""
-        for name in ("checkpoints", "pictures", "predictions"):
-            shutil.rmtree(self.path / name, ignore_errors=True)
-        names = [
-            "metrics.csv",
-            "predictions.csv",
-            "predictions.png",
-            "noisy_labels.csv",
-            "wrong_labels.csv",
-            "noise.npz",
-            "traceback.txt",
-        ]
-        names += ["predictions.png", "shifts.json", "shift.json", "sharpness.json"]
-        for path in [*self.path.glob("*.pt"), *(self.path / name for name in names)]:
-            path.unlink(missing_ok=True)
+        """Remove what an earlier fit left, see ``written``."""
+        remove_files(self.path, self.written())
+
+    def read_record(self) -> dict[str, Any] | None:
+        """What ``run.json`` holds; ``None`` where there is none.
+
+        Raises:
+            ValueError: where it is damaged, or none of ours.
+        """
+        if not self.record_file.is_file():
+            return None
+        try:
+            found = json.loads(self.record_file.read_text(encoding="utf-8"))
+        except ValueError as error:
+            raise ValueError(f"{self.record_file} is damaged ({error}): remove it, the run needs it no more") from error
+        if not isinstance(found, dict) or not {"verb", "outcome"} <= found.keys():
+            raise ValueError(f"{self.record_file} is of no run of lightning-kd: name another --run folder")
+        return found
 
     def begin(self, verb: str, command: str, seed: int | None) -> None:
         """Write ``run.json`` with outcome ``running``; earlier commands move to its ``history``."""
         if self.path.exists() and not self.path.is_dir():
             raise NotADirectoryError(f"--run {str(self.path)!r} is a file: name a folder")
-        try:
-            earlier = json.loads(self.record_file.read_text()) if self.record_file.is_file() else {}
-        except json.JSONDecodeError as error:
-            raise ValueError(f"{self.record_file} is damaged ({error}): remove it, the run needs it no more") from error
+        earlier = self.read_record() or {}
         history = earlier.pop("history", [])
+        files = [name for name in earlier.pop("files", []) if (self.path / name).is_file()]
         packages = ("torch", "torchvision", "lightning", "torchmetrics", "numpy")
-        self.record = {
+        record = {
             "verb": verb,
             "command": command,
             "seed": seed,
@@ -105,17 +141,42 @@ class RunFolder:
             "start": _now(),
             "end": None,
             "outcome": "running",
+            "files": files,
             "history": [*history, earlier] if earlier else history,
         }
-        self._write_record()
+        self._write_record(record)
+        self.record = record
+
+    def note_files(self, paths: Iterable[str | Path]) -> None:
+        """List further files that the run wrote in ``run.json``, so that a later fit can remove them."""
+        if not self.record or not self.record_file.is_file():  # no command's, or removed by somebody
+            return
+        home = self.path.absolute()
+        names = [str(path.relative_to(home)) for path in map(Path.absolute, map(Path, paths)) if home in path.parents]
+        files = sorted({*self.record["files"], *names})
+        if files != self.record["files"]:
+            self.record["files"] = files
+            self._write_record(self.record)
 
     def end(self, outcome: str, **details: Any) -> None:
         """Note the outcome (``finished``, ``failed`` or ``interrupted``) and what was reached."""
         self.record.update(end=_now(), outcome=outcome, **details)
-        self._write_record()
+        self._write_record(self.record)
 
-    def _write_record(self) -> None:
-        write_text(self.record_file, json.dumps(self.record, indent=2) + "\n")
+    def _write_record(self, record: dict[str, Any]) -> None:
+        write_text(self.record_file, json.dumps(record, indent=2) + "\n")
+
+
+def remove_files(folder: Path, paths: Iterable[Path]) -> None:
+    """Remove files below ``folder``, and the folders between that are empty then."""
+    paths = list(paths)
+    for path in paths:
+        path.unlink(missing_ok=True)
+    parents = {parent for path in paths for parent in path.parents if folder in parent.parents}
+    for parent in sorted(parents, key=lambda parent: len(parent.parts), reverse=True):
+        remove_leftovers(parent)
+        with suppress(OSError):  # it holds somebody's own files
+            parent.rmdir()
 
 
 def _now() -> str:
