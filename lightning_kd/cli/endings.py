@@ -7,8 +7,11 @@ import shlex
 import sys
 import tempfile
 import traceback
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
+from uuid import uuid4
 
 import lightning_kd
 from lightning_kd.cli.command_words import resume_command
@@ -17,20 +20,33 @@ from lightning_kd.cli.usage import OWN_VERBS
 from lightning_kd.core.run_folder import RunFolder
 from lightning_kd.file_writing import write_text
 
-__all__ = ["report"]
+__all__ = ["check_still_there", "report"]
+
+
+def check_still_there(cli: Any) -> None:
+    """Raise a ``FileNotFoundError`` where somebody removed the folder of the ``RunCLI`` while it worked."""
+    folder = cli.run_folder
+    if cli.beginning.has_begun() and not folder.record_file.is_file():
+        raise FileNotFoundError(
+            f"{folder.path}, or its run.json, was removed while {cli.subcommand} ran: only what was written since then "
+            "is there; run the command again, with another --run folder where that is of use"
+        )
 
 
 def report(cli: Any, error: BaseException | None) -> None:
     """Note the outcome of the ``RunCLI`` in ``run.json`` and print the last lines.
 
-    A command that failed before its work began leaves its folder as it was.
+    A command that failed before its work began leaves its folder as it was. What cannot be written here is told after
+    the first error, and is an error itself where there is none.
     """
     folder, trainer = cli.run_folder, getattr(cli, "trainer", None)
     outcome = "finished" if error is None else "interrupted" if _is_stop(error) else "failed"
     begun = cli.beginning.has_begun()
+    unwritten: list[str] = []
     if error is not None and not begun:
-        cli.beginning.before.restore()
-    elif not begun:
+        with _noted(unwritten):
+            cli.beginning.before.restore()
+    elif not begun and not cli.only_prints:
         cli.beginning.begin(folder)
         begun = True
     metrics = {} if trainer is None else {k: float(v) for k, v in trainer.callback_metrics.items()}
@@ -39,13 +55,17 @@ def report(cli: Any, error: BaseException | None) -> None:
     if error is not None and outcome == "failed":
         sentence = _sentence(error)
         details["error"] = f"{type(_cause(error)).__name__}: {sentence}"
-        trace = _write_trace(error, folder.path / "traceback.txt" if begun else None)
+        inside = begun and folder.record_file.is_file()
+        trace = _write_trace(error, folder.path / "traceback.txt" if inside else None)
         print(f"error: {sentence}{trace}", file=sys.stderr)
         error.told = True  # type: ignore[attr-defined]
-        if not begun:
-            return
-    if begun:
-        folder.end(outcome, **details)
+    if begun and (error is None or folder.record_file.is_file()):
+        with _noted(unwritten):
+            folder.end(outcome, **details)
+    for sentence in unwritten:
+        print(f"error: {sentence}", file=sys.stderr)
+    if outcome == "failed" and not begun:
+        return
     reached = [f"{cli.subcommand} {outcome}"]
     if cli.subcommand == "fit" and error is None and not metrics:
         reached.append("with nothing left to train, as --trainer.max_epochs is reached,")
@@ -53,11 +73,23 @@ def report(cli: Any, error: BaseException | None) -> None:
         reached.append(f"after {epochs} epoch{'' if epochs == 1 else 's'}")
     shown = [f"{k} {v:.4g}" for k, v in sorted(metrics.items()) if k.startswith(("val/", "test/"))]
     print(f"\n{' '.join(reached)}{': ' if shown else ''}{', '.join(shown)}")
+    if cli.only_prints and error is None:
+        print(f"{folder.path} may not be written: its run.json and metrics.csv are as they were")
     if begun:
         file = folder.path / "predictions.csv"
         print(f"in {file if cli.subcommand == 'predict' and file.is_file() else f'{folder.path}/'}")
     if step := _next_step(cli) if outcome == "finished" else _way_on(cli, outcome, begun):
         print(step)
+    if unwritten and error is None:
+        sys.exit(1)
+
+
+@contextmanager
+def _noted(sentences: list[str]) -> Iterator[None]:
+    try:
+        yield
+    except OSError as error:
+        sentences.append(str(error))
 
 
 def _is_stop(error: BaseException) -> bool:
@@ -85,9 +117,11 @@ def _write_trace(error: BaseException, path: Path | None) -> str:
         ours = Path(lightning_kd.__file__).parent
         if ours in Path(traceback.extract_tb(_cause(error).__traceback__)[-1].filename).parents:
             return ""
-        with tempfile.NamedTemporaryFile(prefix="lightning-kd-", suffix=".txt", delete=False) as file:
-            path = Path(file.name)
-    write_text(path, "".join(traceback.format_exception(error)))
+        path = Path(tempfile.gettempdir()) / f"lightning-kd-{uuid4().hex[:12]}.txt"
+    try:
+        write_text(path, "".join(traceback.format_exception(error)))
+    except OSError:  # the error itself is what matters
+        return ""
     return f"\n(trace in {path})"
 
 

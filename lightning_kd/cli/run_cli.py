@@ -14,7 +14,7 @@ import lightning_kd.callbacks  # noqa: F401  (classes are found by name once the
 from lightning_kd.cli.active_command import run_active
 from lightning_kd.cli.beginning import Beginning, FolderBefore
 from lightning_kd.cli.command_words import default_run_folder
-from lightning_kd.cli.endings import report
+from lightning_kd.cli.endings import check_still_there, report
 from lightning_kd.cli.parameter_count import ParameterCount
 from lightning_kd.cli.parser import RunParser
 from lightning_kd.cli.run_trainer import RunTrainer, verb_module
@@ -48,6 +48,7 @@ class RunCLI(LightningCLI):
         self.command = command
         self._verb = next(iter(kwargs.get("args") or ()), None)
         self._records = False
+        self.only_prints = False  # in a folder that may not be written
         self.later_round = False
         defaults: dict[str, Any] = {
             "trainer_class": RunTrainer,
@@ -64,6 +65,8 @@ class RunCLI(LightningCLI):
         with ExitStack() as self._held:
             try:
                 super().__init__(**{**defaults, **kwargs})
+                if self._records and self.is_first:
+                    check_still_there(self)
             except BaseException as error:
                 if self._records and self.is_first:
                     report(self, error)
@@ -133,8 +136,15 @@ class RunCLI(LightningCLI):
             self.beginning.add(folder, None, None, self.saved_config())
         elif not config.trainer.get("fast_dev_run"):
             self._check_checkpoint(config, folder)
+            if not folder.can_be_written():
+                if verb not in ("validate", "test"):
+                    raise PermissionError(
+                        f"{str(folder.path)!r} may not be written, where {verb} would leave its results: change its "
+                        "permissions, or name another folder with --run, and a checkpoint by its path"
+                    )
+                self.only_prints = True
             self._records = True
-            if verb != "active" and self.is_first:  # whose settings change from round to round
+            if verb != "active" and self.is_first and not self.only_prints:  # whose settings change from round to round
                 text = self.saved_config() if verb == "fit" else None
                 self.beginning.add(folder, verb, config.get("seed_everything"), text)
 
@@ -207,9 +217,8 @@ class RunCLI(LightningCLI):
             ours = [callback for callback in ours if not isinstance(callback, ModelCheckpoint)]
         kwargs["callbacks"] = [*callbacks, *ours]
         logger = given.get("logger")
-        if logger is None or logger is True:
-            kwargs["logger"] = RunLogger(self.run_folder.path)
-        elif logger is not False:
-            others = logger if isinstance(logger, list) else [logger]
-            kwargs["logger"] = [RunLogger(self.run_folder.path), *others]
+        if logger is not False:
+            own = [] if self.only_prints else [RunLogger(self.run_folder.path)]
+            others = [] if logger is None or logger is True else logger if isinstance(logger, list) else [logger]
+            kwargs["logger"] = [*own, *others] or False
         return super().instantiate_trainer(**kwargs)

@@ -7,6 +7,7 @@
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Iterable
 from contextlib import AbstractContextManager, suppress
 from datetime import datetime, timezone
@@ -78,6 +79,11 @@ class RunFolder:
         """
         refusal = f"another command works in {self.path}: wait until it has ended, or name another --run folder"
         return alone(self.path / ".run.lock", refusal)
+
+    def can_be_written(self) -> bool:
+        """Whether files can be made in it, or itself where it is missing."""
+        there = next(path for path in (self.path, *self.path.absolute().parents) if path.exists())
+        return os.access(there, os.W_OK | os.X_OK)
 
     def written(self) -> list[Path]:
         """What an earlier fit left: checkpoints, exported networks, metrics, predictions, reports; nobody else's files.
@@ -156,7 +162,8 @@ class RunFolder:
         files = sorted({*self.record["files"], *names})
         if files != self.record["files"]:
             self.record["files"] = files
-            self._write_record(self.record)
+            with suppress(OSError):  # the end of the command tries again
+                self._write_record(self.record)
 
     def end(self, outcome: str, **details: Any) -> None:
         """Note the outcome (``finished``, ``failed`` or ``interrupted``) and what was reached."""

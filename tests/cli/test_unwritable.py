@@ -1,0 +1,182 @@
+"""Folders that may not be written, full disks, and folders that somebody removes under a command."""
+
+import errno
+import json
+import os
+import shutil
+from pathlib import Path
+
+import lightning as L
+import pytest
+
+from lightning_kd.cli import main
+from lightning_kd.core.run_folder import RunFolder
+
+QUIET = ["--trainer.enable_progress_bar", "false"]
+FIT = ["fit", "--config", "distillation/teacher_digits", "--config", "_overlay/smoke", *QUIET, "--run", "x"]
+LAST = ["--config", "x/config.yaml", "--ckpt_path", "last", *QUIET]
+
+
+def content(folder):
+    return {path: path.read_bytes() for path in Path(folder).rglob("*") if path.is_file()}
+
+
+@pytest.fixture(scope="module")
+def once(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("trained")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(folder)
+        main(FIT)
+    return folder
+
+
+@pytest.fixture
+def trained(once, tmp_path):
+    shutil.copytree(once / "x", tmp_path / "x")
+    return tmp_path / "x"
+
+
+def break_writing(monkeypatch, number, folder, names=""):
+    """Nothing more can be written below ``folder``, or only what has none of ``names``."""
+    from lightning_kd import file_writing
+
+    def new_part(path):
+        if folder in path.absolute().parents and (not names or path.name in names):
+            raise OSError(number, os.strerror(number))
+        return real(path)
+
+    real = file_writing._new_part
+    monkeypatch.setattr(file_writing, "_new_part", new_part)
+
+
+@pytest.fixture
+def read_only(trained, monkeypatch):
+    real = os.access
+    monkeypatch.setattr("os.access", lambda path, mode: Path(path).absolute() != trained and real(path, mode))
+    break_writing(monkeypatch, errno.EROFS, trained)
+    return trained
+
+
+@pytest.mark.parametrize("verb", ["test", "validate"])
+def test_a_run_that_may_not_be_written_is_evaluated(verb, read_only, capsys):
+    before = content(read_only)
+    main([verb, *LAST])
+    out = capsys.readouterr().out
+    assert f"{verb} finished: {'val' if verb == 'validate' else verb}/acc" in out
+    assert "x may not be written: its run.json and metrics.csv are as they were\n" in out
+    assert content(read_only) == before
+
+
+@pytest.mark.parametrize(
+    "words", [["predict", *LAST], ["sharpness", *LAST], ["shift", *LAST], [*FIT, "--overwrite"], [*FIT[:-1], "x/y"]]
+)
+def test_what_leaves_files_is_refused_at_the_start(words, read_only, capsys):
+    before = content(read_only)
+    with pytest.raises(SystemExit) as stop:
+        main(words)
+    error = capsys.readouterr().err
+    assert stop.value.code == 1
+    assert error.startswith(f"error: '{words[-1] if words[-1] == 'x/y' else 'x'}' may not be written, where {words[0]}")
+    assert "name another folder with --run" in error
+    assert error.count("\n") == 1
+    assert content(read_only) == before
+
+
+def test_predictions_of_a_run_that_may_not_be_written_go_elsewhere(read_only, tmp_path):
+    main(["predict", *LAST, "--ckpt_path", "x/checkpoints/last.ckpt", "--run", "mine"])
+    assert (tmp_path / "mine/predictions.csv").is_file()
+
+
+@pytest.mark.skipif(not hasattr(os, "geteuid") or os.geteuid() == 0, reason="root may write everywhere")
+def test_permissions_are_looked_at(tmp_path):
+    (tmp_path / "x").mkdir(mode=0o555)
+    assert not RunFolder(tmp_path / "x/y/z").can_be_written()
+    assert RunFolder(tmp_path / "y/z").can_be_written()
+
+
+@pytest.mark.parametrize("names", [(), ("metrics.csv", "run.json")], ids=["everything", "metrics"])
+def test_a_disk_that_fills_up_is_the_error_that_is_told(names, tmp_path, monkeypatch, capsys):
+    class Full(L.Callback):
+        def on_train_epoch_start(self, trainer, pl_module):
+            if trainer.current_epoch == 1:
+                break_writing(monkeypatch, errno.ENOSPC, tmp_path / "x", names)
+
+    monkeypatch.setattr("tests.cli.test_unwritable.Full", Full, raising=False)
+    with pytest.raises(SystemExit) as stop:
+        main([*FIT, "--trainer.callbacks", "tests.cli.test_unwritable.Full"])
+    assert stop.value.code == 1
+    out = capsys.readouterr()
+    first, *more = out.err.splitlines()
+    assert "could not be written, as the disk is full: make room there, or name a folder on another disk" in first
+    assert "run.json" not in first
+    assert not names or "metrics.csv'" in first
+    assert "run.json' could not be written" in more[-1]
+    assert "finished" not in out.out
+
+
+def test_a_record_that_cannot_be_closed_is_no_success(tmp_path, monkeypatch, capsys):
+    class Full(L.Callback):
+        def on_fit_end(self, trainer, pl_module):
+            break_writing(monkeypatch, errno.ENOSPC, tmp_path / "x", ("run.json",))
+
+    monkeypatch.setattr("tests.cli.test_unwritable.Full", Full, raising=False)
+    with pytest.raises(SystemExit) as stop:
+        main([*FIT, "--trainer.callbacks", "tests.cli.test_unwritable.Full"])
+    assert stop.value.code == 1
+    out = capsys.readouterr()
+    assert out.err.startswith("error: 'x/run.json' could not be written, as the disk is full")
+    assert "val/acc" in out.out
+
+
+class Removing(L.Callback):
+    def __init__(self, epoch: int = 1, whole: bool = True):
+        self.epoch, self.whole = epoch, whole
+
+    def on_train_epoch_start(self, trainer, pl_module):
+        if trainer.current_epoch == self.epoch:
+            folder = Path(trainer.default_root_dir)
+            for path in [folder] if self.whole else folder.iterdir():
+                shutil.rmtree(path) if path.is_dir() else path.unlink()
+
+
+@pytest.mark.parametrize("whole", ["true", "false"])
+def test_a_folder_that_is_removed_during_the_run_is_an_error(whole, capsys):
+    with pytest.raises(SystemExit) as stop:
+        main([*FIT, "--trainer.callbacks", "tests.cli.test_unwritable.Removing", "--trainer.callbacks.whole", whole])
+    assert stop.value.code == 1
+    out = capsys.readouterr()
+    assert out.err.startswith("error: x, or its run.json, was removed while fit ran: ")
+    assert out.err.count("\n") == 1
+    assert "finished" not in out.out
+    assert Path("x/checkpoints/last.ckpt").is_file()  # nothing is lost that could be kept
+
+
+def test_an_error_is_told_where_the_folder_was_removed(trained, monkeypatch, capsys):
+    class Failing(L.Callback):
+        def on_test_end(self, trainer, pl_module):
+            shutil.rmtree(trained)
+            raise RuntimeError("first of all")
+
+    monkeypatch.setattr("tests.cli.test_unwritable.Failing", Failing, raising=False)
+    with pytest.raises(SystemExit):
+        main(["test", *LAST, "--trainer.callbacks", "tests.cli.test_unwritable.Failing"])
+    assert capsys.readouterr().err.startswith("error: first of all\n")
+    assert not trained.exists()
+
+
+def test_what_was_set_aside_is_told_where_it_cannot_be_put_back(trained, monkeypatch, capsys):
+    from lightning_kd.cli.beginning import FolderBefore
+
+    class Failing(L.Callback):
+        def on_sanity_check_start(self, trainer, pl_module):
+            raise ValueError("first of all")
+
+    def restore(self):
+        raise OSError(errno.EIO, "second")
+
+    monkeypatch.setattr("tests.cli.test_unwritable.Failing", Failing, raising=False)
+    monkeypatch.setattr(FolderBefore, "restore", restore)
+    with pytest.raises(SystemExit):
+        main([*FIT, "--overwrite", "--trainer.callbacks", "tests.cli.test_unwritable.Failing"])
+    assert capsys.readouterr().err.splitlines()[0] == "error: first of all"
+    assert json.loads((trained / "run.json").read_text())["outcome"] == "finished"
