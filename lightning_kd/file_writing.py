@@ -16,7 +16,7 @@ try:
 except ImportError:  # there is no such thing on Windows
     fcntl = None  # type: ignore[assignment]
 
-__all__ = ["alone", "open_lock", "remove_leftovers", "told_of", "write_text", "written_whole"]
+__all__ = ["alone", "open_lock", "remove_leftovers", "sentence_of", "told_of", "write_text", "written_whole"]
 
 _PART = re.compile(r"\..+\.[0-9a-f]{32}\.part")
 _NOFOLLOW = getattr(os, "O_NOFOLLOW", 0)
@@ -153,6 +153,14 @@ def told_of(path: Path) -> Iterator[None]:
             raise
         told = OSError(f"{str(path)!r} could not be written ({str(error).splitlines()[0]}): is the disk full?")
         raise told from error  # all that torch.save says of a full disk
+
+
+def sentence_of(error: BaseException) -> str:
+    """What an error says; of a full or read-only disk, whoever was writing there, the path and what to do."""
+    if isinstance(error, OSError) and error.strerror and error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EROFS):
+        path = error.filename2 or error.filename
+        return f"{'a file' if path is None else repr(os.fsdecode(path))} could not be written, {_REASONS[error.errno]}"
+    return str(error)
 
 
 def _new_part(path: Path) -> tuple[Path, int | None]:

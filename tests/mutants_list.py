@@ -887,7 +887,7 @@ MUTANTS = [
         "core/run_folder.py",
         '*("checkpoints/last.ckpt", "checkpoints/best.ckpt",',
         "*(",
-        ("tests/test_cli.py",),
+        ("tests/cli/test_overwrite.py",),
     ),
     Mutant(
         "--overwrite in a folder that was never a run",

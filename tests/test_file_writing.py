@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from lightning_kd.data.array_files import write_npz
-from lightning_kd.file_writing import open_lock, remove_leftovers, write_text, written_whole
+from lightning_kd.file_writing import open_lock, remove_leftovers, sentence_of, write_text, written_whole
 from lightning_kd.pool.pool_record import alone
 from tests.forked import run_forked
 
@@ -98,6 +98,17 @@ def test_the_error_names_the_file_and_is_the_first_one(tmp_path, monkeypatch, nu
         raise FileNotFoundError("of another kind")
     with pytest.raises(PermissionError, match="elsewhere/x"), written_whole(tmp_path / "some.csv"):
         raise PermissionError(errno.EACCES, "Permission denied", "/elsewhere/x")
+
+
+def test_a_full_disk_of_others_is_told_alike():
+    full = "could not be written, as the disk is full: make room there, or name a folder on another disk"
+    assert (
+        sentence_of(OSError(errno.ENOSPC, "No space left", "/tmp/x", None, "run/last.ckpt"))
+        == f"'run/last.ckpt' {full}"
+    )
+    assert sentence_of(OSError(errno.ENOSPC, "No space left")) == f"a file {full}"
+    assert sentence_of(OSError(errno.EACCES, "Permission denied", "x")) == "[Errno 13] Permission denied: 'x'"
+    assert sentence_of(ValueError("plain")) == "plain"
 
 
 @pytest.mark.skipif(not Path("/dev/full").exists(), reason="no full disk at hand")

@@ -18,7 +18,7 @@ from lightning_kd.cli.command_words import resume_command
 from lightning_kd.cli.run_trainer import verb_module
 from lightning_kd.cli.usage import OWN_VERBS
 from lightning_kd.core.run_folder import RunFolder
-from lightning_kd.file_writing import write_text
+from lightning_kd.file_writing import sentence_of, write_text
 
 __all__ = ["check_still_there", "report"]
 
@@ -104,8 +104,8 @@ def _cause(error: BaseException) -> BaseException:
 
 
 def _sentence(error: BaseException) -> str:
-    cause = str(_cause(error))
-    if cause != str(error) and cause.startswith("Expected a "):  # what the last of several types made of it
+    cause = sentence_of(_cause(error))
+    if _cause(error) is not error and cause.startswith("Expected a "):  # what the last of several types made of it
         tried = re.findall(r"^\s*- (?!Expected a|Does not validate)(.+)$", str(error), re.MULTILINE)
         return tried[-1] if tried else cause
     return cause
