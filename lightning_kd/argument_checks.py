@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from numbers import Integral, Real
 from typing import Any
 
@@ -10,6 +11,8 @@ __all__ = ["check_numbers"]
 
 
 def check_numbers(
+    named: Mapping[str, Any] | None = None,
+    /,
     *,
     least: float | None = None,
     above: float | None = None,
@@ -23,19 +26,20 @@ def check_numbers(
     """Refuse values that are no finite numbers, or out of range: ``check_numbers(above=0, temperature=temperature)``.
 
     Args:
+        named: further arguments, whose names are known only when it runs.
         least: the smallest number allowed.
         above: what the numbers must be above.
         most: the largest number allowed.
         below: what the numbers must be below.
         whole: refuse what is no integer.
         optional: let ``None`` pass.
-        remedy: ends the message. Default: to give a (whole, finite) number.
+        remedy: ends the message. Default: to give such a number.
         values: the arguments by their names. Booleans are no numbers.
 
     Raises:
         ValueError: naming the first argument that is refused, its value and the range.
     """
-    for name, value in values.items():
+    for name, value in {**(named or {}), **values}.items():
         if optional and value is None:
             continue
         is_number = isinstance(value, Integral if whole else Real) and not isinstance(value, bool)
@@ -45,5 +49,5 @@ def check_numbers(
         if not fits:
             limits = (("at least", least), ("above", above), ("at most", most), ("below", below))
             wanted = " and ".join(f"{words} {limit}" for words, limit in limits if limit is not None)
-            kind = "whole" if whole else "finite"
-            raise ValueError(f"{name} must be {wanted or kind}, got {value!r}: {remedy or f'give a {kind} number'}")
+            usual = f"give {'such ' if wanted else ''}a {'whole' if whole else 'finite'} number"
+            raise ValueError(f"{name} must be {wanted or 'finite'}, got {value!r}: {remedy or usual}")

@@ -25,6 +25,7 @@ from lightning_kd.active_learning.bual_score import (
 )
 from lightning_kd.active_learning.negative_stage import NegativeStage, check_fit
 from lightning_kd.active_learning.sequential_training import SequentialTrainingTask
+from lightning_kd.argument_checks import check_numbers
 from lightning_kd.core.batch import Batch
 from lightning_kd.core.feature_hooks import find_classifier
 from lightning_kd.core.inference_pass import ordered_pass
@@ -115,14 +116,11 @@ class BUAL(SequentialTrainingTask):
         **kwargs: Any,
     ) -> None:
         super().__init__(num_classes, input_shape=input_shape, **kwargs)
-        for name, count in (("negative_epochs", negative_epochs), ("subset_size", subset_size)):
-            if count < 1:
-                raise ValueError(f"{name} must be at least 1, got {count}: give a whole number from 1 on")
-        if auxiliary_batch_size is not None and auxiliary_batch_size < 1:
-            raise ValueError(
-                f"auxiliary_batch_size must be at least 1, got {auxiliary_batch_size}: leave it out for the data's"
-            )
-        if not 1 <= snapshot_interval <= negative_epochs:
+        check_numbers(least=1, whole=True, negative_epochs=negative_epochs, subset_size=subset_size)
+        remedy = "leave it out for the data's"
+        check_numbers(least=1, whole=True, optional=True, remedy=remedy, auxiliary_batch_size=auxiliary_batch_size)
+        check_numbers(least=1, whole=True, snapshot_interval=snapshot_interval)
+        if snapshot_interval > negative_epochs:
             raise ValueError(
                 f"snapshot_interval must be from 1 to negative_epochs={negative_epochs}, got {snapshot_interval}: "
                 "lower it, or there is no snapshot of a trained head"

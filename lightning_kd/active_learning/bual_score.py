@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from lightning_kd.active_learning.evidential_uncertainty import wide
+from lightning_kd.argument_checks import check_numbers
 from lightning_kd.core.scaling import min_max
 
 Uncertainty = Literal["least_confidence", "margin", "entropy"]
@@ -33,8 +34,7 @@ def complementary_labels(target: Tensor, num_known: int, generator: np.random.Ge
 
     Source: arXiv 2402.15198, section 3.2 (random label negative learning).
     """
-    if num_known < 2:
-        raise ValueError(f"num_known must be at least 2, got {num_known}: with one class no label is complementary")
+    check_numbers(least=2, whole=True, remedy="with one class no label is complementary", num_known=num_known)
     if target.ndim != 1 or target.dtype != torch.int64:
         raise ValueError(f"target must be int64 [B], got {target.dtype} {list(target.shape)}: give one class a sample")
     given = target.cpu().numpy()
@@ -144,8 +144,7 @@ def bidirectional_score(
             f"unknown_probability must be [{len(negative_probs)}], got {list(unknown_probability.shape)}: give one "
             "number a sample"
         )
-    if not 0 <= balance <= 1:
-        raise ValueError(f"balance must be in [0, 1], got {balance}: give the share of known classes in the answers")
+    check_numbers(least=0, most=1, remedy="give the share of known classes in the answers", balance=balance)
     if combine not in ("code", "paper"):
         raise ValueError(f"combine must be 'code' or 'paper', got {combine!r}")
     check_finite(negative_probs=negative_probs, positive_probs=positive_probs)  # one NaN would scale all to 0

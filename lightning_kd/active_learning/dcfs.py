@@ -27,10 +27,11 @@ from lightning_kd.active_learning.evidential_uncertainty import (
     wide,
 )
 from lightning_kd.active_learning.pool_task import PoolTask
+from lightning_kd.argument_checks import check_numbers
 from lightning_kd.core.batch import as_batch
 from lightning_kd.core.distributed import process_count, summed
 from lightning_kd.core.feature_hooks import penultimate_tap
-from lightning_kd.core.losses import at_least_float32, check_positive, check_shapes, check_target
+from lightning_kd.core.losses import at_least_float32, check_shapes, check_target
 from lightning_kd.core.outputs import class_logits
 from lightning_kd.pool import PoolView, Query
 
@@ -155,13 +156,11 @@ class DCFS(PoolTask):
         **kwargs: Any,
     ) -> None:
         super().__init__(num_classes, input_shape=input_shape, **kwargs)
-        check_positive(gamma=gamma)
-        least = {"kl_weight": kl_weight, "annealing_epochs": annealing_epochs, "discrepancy_weight": discrepancy_weight}
-        for name, value in (least | {"unknown_evidence_weight": unknown_evidence_weight}).items():
-            if not value >= 0:
-                raise ValueError(f"{name} must be 0 or more, got {value}: give 0 for none")
-        if not coarse_factor >= 1:
-            raise ValueError(f"coarse_factor must be at least 1, got {coarse_factor}: it multiplies the budget")
+        check_numbers(above=0, gamma=gamma)
+        check_numbers(least=0, kl_weight=kl_weight, discrepancy_weight=discrepancy_weight)
+        check_numbers(least=0, unknown_evidence_weight=unknown_evidence_weight)
+        check_numbers(least=0, whole=True, annealing_epochs=annealing_epochs)
+        check_numbers(least=1, remedy="it multiplies the budget", coarse_factor=coarse_factor)
         choices: dict[str, tuple[str, Any]] = {
             "discrepancy": (discrepancy, Discrepancy),
             "coarse_score": (coarse_score, Coarse),

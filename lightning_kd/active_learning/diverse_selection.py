@@ -13,6 +13,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from lightning_kd.argument_checks import check_numbers
+
 __all__ = ["badge_select", "k_center_greedy"]
 
 BLOCK = 1024  # candidates that are kept up to date after each pick
@@ -280,6 +282,5 @@ def _rows(name: str, rows: Tensor) -> Tensor:
 
 
 def _count(budget: int, most: int) -> int:
-    if budget < 0:
-        raise ValueError(f"budget must be at least 0, got {budget}: say how many samples to pick")
+    check_numbers(least=0, whole=True, budget=budget)
     return min(budget, most)

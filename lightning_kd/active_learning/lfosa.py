@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from lightning_kd.active_learning.sequential_training import SequentialTrainingTask
 from lightning_kd.active_learning.strategies import take_best
+from lightning_kd.argument_checks import check_numbers
 from lightning_kd.core.feature_hooks import find_classifier
 from lightning_kd.core.losses import at_least_float32, check_positive, check_target
 from lightning_kd.core.mixture import Mixtures, fit_mixtures
@@ -194,14 +195,11 @@ class LfOSA(SequentialTrainingTask):
         **kwargs: Any,
     ) -> None:
         super().__init__(num_classes, input_shape=input_shape, **kwargs)
-        check_positive(known_temperature=known_temperature, unknown_temperature=unknown_temperature)
-        check_positive(variance_floor=variance_floor)
-        if not isinstance(max_iter, int) or max_iter < 1:
-            raise ValueError(f"max_iter must be a whole number from 1 on, got {max_iter}")
-        if not tol >= 0:
-            raise ValueError(f"tol must be 0 or more, got {tol}: give 0 to go on for all max_iter iterations")
-        if bottleneck_dim is not None and bottleneck_dim < 1:
-            raise ValueError(f"bottleneck_dim must be at least 1, got {bottleneck_dim}: leave it out for none")
+        check_numbers(above=0, known_temperature=known_temperature, unknown_temperature=unknown_temperature)
+        check_numbers(above=0, variance_floor=variance_floor)
+        check_numbers(least=1, whole=True, max_iter=max_iter)
+        check_numbers(least=0, remedy="give 0 to go on for all max_iter iterations", tol=tol)
+        check_numbers(least=1, whole=True, optional=True, bottleneck_dim=bottleneck_dim)
         self.temperatures = (known_temperature, unknown_temperature)
         self.mixture: dict[str, Any] = {
             "max_iter": max_iter,

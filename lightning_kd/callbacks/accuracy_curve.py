@@ -6,6 +6,7 @@ from typing import Any
 
 import lightning as L
 
+from lightning_kd.argument_checks import check_numbers
 from lightning_kd.callbacks._curve_metrics import evaluate
 
 
@@ -28,8 +29,7 @@ class TestCurve(L.Callback):
     """
 
     def __init__(self, last: int = 10) -> None:
-        if last < 1:
-            raise ValueError(f"last must be at least 1, got {last}: give a number of epochs")
+        check_numbers(least=1, whole=True, last=last)
         self.last = last
         self._accuracies: list[float] = []
         self._loader: Any = None

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any, Literal
 import lightning as L
 from lightning.pytorch.utilities import rank_zero_warn
 
+from lightning_kd.argument_checks import check_numbers
 from lightning_kd.callbacks._curve_metrics import evaluate
 from lightning_kd.callbacks.label_figures import label_score_figure, reliability_figure
 from lightning_kd.file_writing import written_whole
@@ -38,8 +39,7 @@ class LabelPictures(L.Callback):
     """
 
     def __init__(self, every: int | None = None, split: Literal["test", "val"] = "test") -> None:
-        if every is not None and every < 1:
-            raise ValueError(f"every must be at least 1, got {every}: give a number of epochs, or nothing")
+        check_numbers(least=1, whole=True, optional=True, every=every)
         if split not in ("test", "val"):
             raise ValueError(f"split must be 'test' or 'val', got {split!r}")
         self.every = every

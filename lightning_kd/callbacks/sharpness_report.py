@@ -17,6 +17,7 @@ from lightning.pytorch.callbacks import StochasticWeightAveraging, WeightAveragi
 from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor, nn
 
+from lightning_kd.argument_checks import check_numbers
 from lightning_kd.callbacks.label_pictures import _keep
 from lightning_kd.callbacks.slice_figure import slice_figure
 from lightning_kd.core.batch import Batch, as_batch
@@ -83,13 +84,14 @@ class SharpnessReport(L.Callback):
         points: int | None = None,
         seed: int = 0,
     ) -> None:
-        if every is not None and every < 1:
-            raise ValueError(f"every must be at least 1, got {every}: give a number of epochs, or nothing")
+        check_numbers(least=1, whole=True, optional=True, every=every)
         if every is None and not at_end:
             raise ValueError("SharpnessReport would never measure, got every=None and at_end=False: give one of them")
-        for name, value in (("samples", samples), ("steps", steps), ("max_probes", max_probes)):
-            if value < 1:
-                raise ValueError(f"{name} must be at least 1, got {value}")
+        check_numbers(least=1, whole=True, samples=samples, steps=steps, max_probes=max_probes)
+        check_numbers(least=2, whole=True, optional=True, points=points)
+        check_numbers(least=0, whole=True, seed=seed)
+        for rho in rhos:
+            check_numbers(above=0, rhos=rho)
         if unknown := set(which) - set(PARTS):
             raise ValueError(f"which must be of {list(PARTS)}, got {sorted(unknown)}")
         if slices not in ("none", "1d", "2d"):

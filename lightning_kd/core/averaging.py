@@ -12,6 +12,8 @@ from typing import Literal, TypeVar
 import torch
 from torch import Tensor, nn
 
+from lightning_kd.argument_checks import check_numbers
+
 Network = TypeVar("Network", bound=nn.Module)
 
 
@@ -45,8 +47,7 @@ def update_average(
     Raises:
         ValueError: for another ``decay`` or ``buffers``, or networks that differ in their tensors.
     """
-    if not 0 <= decay <= 1:
-        raise ValueError(f"decay must be in [0, 1], got {decay}")
+    check_numbers(least=0, most=1, decay=decay)
     if buffers not in ("copy", "average", "keep"):
         raise ValueError(f"buffers must be 'copy', 'average' or 'keep', got {buffers!r}")
     pairs = _pairs(dict(average.named_parameters()), dict(network.named_parameters()))

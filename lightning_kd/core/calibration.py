@@ -8,6 +8,8 @@ import torch
 from torch import Tensor
 from torchmetrics import Metric
 
+from lightning_kd.argument_checks import check_numbers
+
 
 class Reliability(NamedTuple):
     """Calibration by bins of equal width; ``confidence`` and ``accuracy`` of an empty bin are NaN.
@@ -74,8 +76,7 @@ def reliability_sums(probabilities: Tensor, target: Tensor, bins: int = 15) -> T
         raise ValueError(
             f"probabilities must be [N, C] and target [N], got {list(probabilities.shape)} and {list(target.shape)}"
         )
-    if bins < 1:
-        raise ValueError(f"bins must be at least 1, got {bins}")
+    check_numbers(least=1, whole=True, bins=bins)
     confidence, predicted = probabilities.detach().float().max(1)
     borders = torch.linspace(0, 1, bins + 1, device=confidence.device)
     where = (torch.bucketize(confidence, borders) - 1).clamp(0, bins - 1)

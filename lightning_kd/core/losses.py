@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -81,10 +80,9 @@ def check_positive(**values: float | Tensor) -> None:
     """
     for name, value in values.items():
         if not isinstance(value, Tensor):
-            check_numbers(**{name: value}, above=0)  # type: ignore[arg-type]
+            check_numbers({name: value}, above=0)
         elif value.numel() != 1 or value.device.type == "cpu":
-            number: Any = value.item() if value.numel() == 1 else value
-            check_numbers(**{name: number}, above=0)
+            check_numbers({name: value.item() if value.numel() == 1 else value}, above=0)
 
 
 def negative_learning_loss(

@@ -8,6 +8,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from lightning_kd.argument_checks import check_numbers
 from lightning_kd.core.univariate_kmeans import kmeans_partition, lower_of_two
 
 
@@ -77,8 +78,7 @@ def fit_mixture(
     """
     if values.ndim != 1 or not len(values):
         raise ValueError(f"values must be [N] with N at least 1, got {list(values.shape)}: give one number a sample")
-    if components < 1:
-        raise ValueError(f"components must be at least 1, got {components}")
+    check_numbers(least=1, whole=True, components=components)
     x = _checked(values, max_iter, variance_floor)
 
     responsibility = kmeans_partition(x, components)
@@ -207,10 +207,8 @@ def _fit_sorted(
 
 def _checked(values: Tensor, max_iter: int, variance_floor: float) -> Tensor:
     """``values`` in float64 on the CPU, if all is as it must be."""
-    if max_iter < 1:
-        raise ValueError(f"max_iter must be at least 1, got {max_iter}")
-    if not variance_floor > 0:
-        raise ValueError(f"variance_floor must be above 0, got {variance_floor}: equal values have no variance")
+    check_numbers(least=1, whole=True, max_iter=max_iter)
+    check_numbers(above=0, remedy="equal values have no variance", variance_floor=variance_floor)
     x = values.detach().to("cpu", torch.float64)
     if not x.isfinite().all():
         raise ValueError(f"values must be finite, got {int((~x.isfinite()).sum())} of {len(x)} that are not")

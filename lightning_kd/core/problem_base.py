@@ -4,13 +4,13 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
-from numbers import Integral
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torchmetrics import Metric, MetricCollection
 
+from lightning_kd.argument_checks import check_numbers
 from lightning_kd.core.prediction_files import PredictionTable, PredictionWriter
 
 __all__ = ["Problem"]
@@ -44,11 +44,7 @@ class Problem(ABC):
     needs_probabilities = True
 
     def __init__(self, num_classes: int) -> None:
-        if not isinstance(num_classes, Integral) or num_classes < self.least:
-            raise ValueError(
-                f"num_classes must be at least {self.least}, and a whole number, got {num_classes!r}: give that of the "
-                "data"
-            )
+        check_numbers(least=self.least, whole=True, num_classes=num_classes)
         self.num_classes: int = int(num_classes)
 
     @property

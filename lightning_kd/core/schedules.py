@@ -9,6 +9,8 @@ from lightning.pytorch.utilities import rank_zero_warn
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import CosineAnnealingLR, LRScheduler
 
+from lightning_kd.argument_checks import check_numbers
+
 
 class ConstantThenCosine(LRScheduler):
     """A constant learning rate, then half a cosine down to ``eta_min``, which then stays.
@@ -21,16 +23,15 @@ class ConstantThenCosine(LRScheduler):
         eta_min: the rate at its end.
 
     Raises:
-        ValueError: for ``constant_epochs`` below 0 or ``cosine_epochs`` below 1.
+        ValueError: for ``constant_epochs`` or ``eta_min`` below 0 or ``cosine_epochs`` below 1.
     """
 
     def __init__(
         self, optimizer: Optimizer, constant_epochs: int, cosine_epochs: int | None = None, eta_min: float = 0.0
     ) -> None:
-        if constant_epochs < 0:
-            raise ValueError(f"constant_epochs must be at least 0, got {constant_epochs}: give 0 for none")
-        if cosine_epochs is not None and cosine_epochs < 1:
-            raise ValueError(f"cosine_epochs must be at least 1, got {cosine_epochs}: give the length of the descent")
+        check_numbers(least=0, whole=True, constant_epochs=constant_epochs)
+        check_numbers(least=1, whole=True, optional=True, cosine_epochs=cosine_epochs)
+        check_numbers(least=0, eta_min=eta_min)
         self.constant_epochs = constant_epochs
         self.to_the_end = cosine_epochs is None
         self.cosine_epochs = cosine_epochs or 1
@@ -61,11 +62,14 @@ class CosineAnnealing(CosineAnnealingLR):
         optimizer: wrapped optimizer.
         T_max: epochs (steps, where it steps once a step) of the descent. Default: those of the training.
         eta_min: the rate at its end.
+
+    Raises:
+        ValueError: for ``T_max`` below 1 or ``eta_min`` below 0.
     """
 
     def __init__(self, optimizer: Optimizer, T_max: int | None = None, eta_min: float = 0.0) -> None:
-        if T_max is not None and T_max < 1:
-            raise ValueError(f"T_max must be at least 1, got {T_max}: give the length, or leave it out")
+        check_numbers(least=1, whole=True, optional=True, T_max=T_max)
+        check_numbers(least=0, eta_min=eta_min)
         self.to_the_end = T_max is None
         super().__init__(optimizer, T_max or 1, eta_min)
 

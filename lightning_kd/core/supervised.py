@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from lightning_kd.argument_checks import check_numbers
 from lightning_kd.core.batch import as_batch
 from lightning_kd.core.losses import at_least_float32
 from lightning_kd.core.optimization import optimizer_for
@@ -103,8 +104,8 @@ class Supervised(SupervisedTask):
             raise ValueError("problem must say what the network is asked, got None: give data.problem")
         if self._given_problem.num_classes != num_classes:
             raise ValueError(
-                f"num_classes={num_classes} is not that of the problem, {self._given_problem.num_classes}: give "
-                "problem.num_classes"
+                f"num_classes must be that of the problem, {self._given_problem.num_classes}, got {num_classes!r}: "
+                "give problem.num_classes"
             )
         return self._given_problem
 
@@ -135,6 +136,7 @@ class Classification(SupervisedTask):
         **kwargs: Any,
     ) -> None:
         super().__init__(network, num_classes, input_shape=input_shape, weights=weights, **kwargs)
+        check_numbers(least=0, below=1, label_smoothing=label_smoothing)
         self.label_smoothing = label_smoothing
 
     def loss(self, output: Any, logits: Tensor, target: Tensor) -> dict[str, Tensor]:
@@ -182,6 +184,7 @@ class SemanticSegmentation(SupervisedTask):
         **kwargs: Any,
     ) -> None:
         super().__init__(network, num_classes, input_shape=input_shape, weights=weights, **kwargs)
+        check_numbers(least=0, aux_weight=aux_weight)
         self.aux_weight = aux_weight
 
     def loss(self, output: Any, logits: Tensor, target: Tensor) -> dict[str, Tensor]:

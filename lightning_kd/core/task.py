@@ -12,6 +12,7 @@ import torch
 from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
 from torch import Tensor, nn
 
+from lightning_kd.argument_checks import check_numbers
 from lightning_kd.core.epoch_means import EpochMeans
 from lightning_kd.core.evaluation import EvaluatedModule
 from lightning_kd.core.hyperparameters import keep_plain_hyperparameters, without_module_warning
@@ -73,6 +74,8 @@ class Task(EvaluatedModule):
         problem = self.make_problem(num_classes)
         if lr_interval not in ("epoch", "step"):
             raise ValueError(f"lr_interval must be 'epoch' or 'step', got {lr_interval!r}")
+        for size in input_shape:
+            check_numbers(least=1, whole=True, input_shape=size)
         with without_module_warning():
             self.save_hyperparameters()
         keep_plain_hyperparameters(self)

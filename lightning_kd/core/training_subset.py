@@ -18,6 +18,7 @@ from torch.utils.data import (
     default_collate,
 )
 
+from lightning_kd.argument_checks import check_numbers
 from lightning_kd.core.batch import Batch, as_batch
 from lightning_kd.core.distributed import process_count, process_rank
 from lightning_kd.core.seeding import numpy_generator
@@ -100,8 +101,7 @@ def training_samples(
             with ``balanced``, for a label out of range.
         TypeError: with ``balanced``, where its items are no ``(image, target)``.
     """
-    if count is not None and count < 1:
-        raise ValueError(f"count must be at least 1, got {count}: give a number of samples")
+    check_numbers(least=1, whole=True, optional=True, count=count)
     generator = numpy_generator(seed, stream)
     if isinstance(source, DataLoader):
         return _from_dataset(source, count, generator, balanced, num_classes, exclude)

@@ -4,26 +4,19 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-
-def check_at_least(name: str, value: int, least: int) -> None:
-    """Raise a ``ValueError`` where ``value`` is below ``least``."""
-    if value < least:
-        raise ValueError(f"{name} must be at least {least}, got {value}: give a whole number from {least} on")
+from lightning_kd.argument_checks import check_numbers
 
 
 def check_shares(val_fraction: float, train_fraction: float | None, train_per_class: int | None) -> None:
     """Raise a ``ValueError`` where one is out of its range, or both ways to choose a subset are given."""
-    if not 0 <= val_fraction < 1:
-        raise ValueError(f"val_fraction must be from 0 to below 1, got {val_fraction}: give a share, 0 for none")
+    check_numbers(least=0, below=1, remedy="give a share, 0 for none", val_fraction=val_fraction)
     if train_fraction is not None and train_per_class is not None:
         raise ValueError(
             f"train_fraction and train_per_class exclude each other, got {train_fraction} and {train_per_class}: "
             "leave one out"
         )
-    if train_fraction is not None and not 0 < train_fraction <= 1:
-        raise ValueError(f"train_fraction must be above 0 and at most 1, got {train_fraction}: give a share")
-    if train_per_class is not None:
-        check_at_least("train_per_class", train_per_class, 1)
+    check_numbers(above=0, most=1, optional=True, remedy="give a share", train_fraction=train_fraction)
+    check_numbers(least=1, whole=True, optional=True, train_per_class=train_per_class)
 
 
 def check_statistics(mean: Sequence[float], std: Sequence[float], input_shape: Sequence[int]) -> None:
@@ -31,8 +24,10 @@ def check_statistics(mean: Sequence[float], std: Sequence[float], input_shape: S
     for name, value in (("mean", mean), ("std", std)):
         if len(value) != input_shape[0]:
             raise ValueError(f"{name} must have {input_shape[0]} values, got {list(value)}: one for each channel")
-    if not all(value > 0 for value in std):
-        raise ValueError(f"std must be above 0, got {list(std)}: give the deviation of each channel")
+    for each in mean:
+        check_numbers(mean=each)
+    for each in std:
+        check_numbers(above=0, remedy="give the deviation of each channel", std=each)
 
 
 def check_class_names(stored: Sequence[str], names: Sequence[str]) -> None:

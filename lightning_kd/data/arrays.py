@@ -8,9 +8,9 @@ from typing import Literal
 import numpy as np
 from torch import Tensor
 
+from lightning_kd.argument_checks import check_numbers
 from lightning_kd.core.problems import MultiLabel, Problem, Segmentation, SingleLabel
 from lightning_kd.core.seeding import numpy_generator
-from lightning_kd.data.arguments import check_at_least
 from lightning_kd.data.array_files import (
     Arrays,
     check_keys,
@@ -109,9 +109,8 @@ class ArrayDataModule(ClassificationDataModule):
         noise: LabelNoise | None = None,
         kind: Literal["single_label", "multi_label", "segmentation"] | None = None,
     ) -> None:
-        if not 0 < test_fraction < 1:
-            raise ValueError(f"test_fraction must be above 0 and below 1, got {test_fraction}: give a share")
-        check_at_least("crop_padding", crop_padding, 0)
+        check_numbers(above=0, below=1, remedy="give a share", test_fraction=test_fraction)
+        check_numbers(least=0, whole=True, crop_padding=crop_padding)
         self.path = path
         self.target_path = target_path
         self.test_fraction = test_fraction

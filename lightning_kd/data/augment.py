@@ -8,6 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from lightning_kd.argument_checks import check_numbers
 from lightning_kd.core.seeding import derive_seed, numpy_generator
 
 VIEWS = ("plain", "weak", "strong")
@@ -49,10 +50,16 @@ class CropFlip:
     Args:
         padding: black pixels added on every side, and so the largest shift.
         flip: draw a left-right flip too.
+
+    Raises:
+        ValueError: for a ``padding`` that is no whole number from 0 on.
     """
 
     padding: int = 4
     flip: bool = True
+
+    def __post_init__(self) -> None:
+        check_numbers(least=0, whole=True, padding=self.padding)
 
     @property
     def views(self) -> int:

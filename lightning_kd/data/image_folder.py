@@ -12,8 +12,8 @@ from lightning.pytorch.utilities import rank_zero_info
 from torch import Tensor
 from torchvision.transforms import AutoAugmentPolicy, v2
 
+from lightning_kd.argument_checks import check_numbers
 from lightning_kd.core.seeding import numpy_generator
-from lightning_kd.data.arguments import check_at_least
 from lightning_kd.data.array_files import Arrays
 from lightning_kd.data.augment import CropFlip, cut_out_
 from lightning_kd.data.classification_data import ClassificationDataModule
@@ -106,22 +106,25 @@ class ImageFolderDataModule(ClassificationDataModule):
         image_range: tuple[float, float] | None = None,
         on_error: Literal["raise", "skip"] = "raise",
     ) -> None:
-        check_at_least("image_size", image_size, 1)
-        check_at_least("num_workers", num_workers, 0)
-        if not 0 < test_fraction < 1:
-            raise ValueError(f"test_fraction must be above 0 and below 1, got {test_fraction}: give a share")
+        check_numbers(least=1, whole=True, image_size=image_size)
+        check_numbers(least=0, whole=True, num_workers=num_workers)
+        check_numbers(above=0, below=1, remedy="give a share", test_fraction=test_fraction)
         for name, limits in (("scale", scale), ("ratio", ratio)):
-            if not 0 < limits[0] <= limits[1]:
+            for limit in limits:
+                check_numbers({name: limit}, above=0)
+            if len(limits) != 2 or limits[0] > limits[1]:
                 raise ValueError(f"{name} must be two numbers above 0, the smaller one first, got {limits}: swap them")
-        if resize is not None and resize < image_size:
-            raise ValueError(f"resize must be at least image_size={image_size}, got {resize}: raise it")
+        check_numbers(least=image_size, whole=True, optional=True, remedy="no smaller than image_size", resize=resize)
         if strong_crop not in ("resized", "fixed"):
             raise ValueError(f"strong_crop must be 'resized' or 'fixed', got {strong_crop!r}: give one of them")
-        if strong_cutout is not None:
-            check_at_least("strong_cutout", strong_cutout, 0)
-        if len(background) != 3 or not all(0 <= value <= 255 for value in background):
+        check_numbers(least=0, whole=True, optional=True, strong_cutout=strong_cutout)
+        for colour in background:
+            check_numbers(least=0, most=255, background=colour)
+        if len(background) != 3:
             raise ValueError(f"background must be three numbers from 0 to 255, got {background}: give a colour")
-        if image_range is not None and not image_range[0] < image_range[1]:
+        for value in image_range or ():
+            check_numbers(image_range=value)
+        if image_range is not None and (len(image_range) != 2 or image_range[0] >= image_range[1]):
             raise ValueError(f"image_range must be two numbers, the smaller one first, got {image_range}: swap them")
         if on_error not in ("raise", "skip"):
             raise ValueError(f"on_error must be 'raise' or 'skip', got {on_error!r}: give one of them")

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
+from lightning_kd.argument_checks import check_numbers
 from lightning_kd.core.seeding import numpy_generator
 
 
@@ -36,9 +37,8 @@ def choose_known_classes(
     else:
         if given is None:
             raise ValueError("known_classes must be given, got None: say how many classes are known, or which")
-        if given > total:
-            raise ValueError(f"known_classes must be at most the {total} classes of the source, got {given}")
-        chosen = _ordered_classes(names, given, class_order, split_seed, root, fake)[: max(given, 0)]
+        check_numbers(least=2, most=total, whole=True, remedy=f"the source has {total} classes", known_classes=given)
+        chosen = _ordered_classes(names, given, class_order, split_seed, root, fake)[:given]
     if len(chosen) < 2:
         raise ValueError(f"known_classes must be at least 2, got {len(chosen)}: one class leaves nothing to tell")
     return sorted(chosen)

@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 from torch import Tensor
 
+from lightning_kd.argument_checks import check_numbers
 from lightning_kd.core.seeding import numpy_generator
 from lightning_kd.data.array_files import to_target
 
@@ -52,8 +53,7 @@ class LabelNoise(ABC):
     """
 
     def __init__(self, seed: int = 0) -> None:
-        if isinstance(seed, bool) or not isinstance(seed, int) or seed < 0:
-            raise ValueError(f"seed must be a whole number from 0 on, got {seed!r}: give an integer")
+        check_numbers(least=0, whole=True, seed=seed)
         self.seed = seed
 
     @abstractmethod
@@ -109,8 +109,7 @@ def check_rate(rate: float) -> float:
     Raises:
         ValueError: where it is not from 0 to 1.
     """
-    if not 0 <= rate <= 1:
-        raise ValueError(f"rate must be from 0 to 1, got {rate}: give the share of labels to corrupt")
+    check_numbers(least=0, most=1, remedy="give the share of labels to corrupt", rate=rate)
     return float(rate)
 
 

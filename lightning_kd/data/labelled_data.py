@@ -9,9 +9,10 @@ from typing import Any
 import numpy as np
 from torch import Tensor
 
+from lightning_kd.argument_checks import check_numbers
 from lightning_kd.core.problems import Problem, SingleLabel
 from lightning_kd.core.seeding import numpy_generator
-from lightning_kd.data.arguments import check_at_least, check_class_names, check_shares, check_statistics
+from lightning_kd.data.arguments import check_class_names, check_shares, check_statistics
 from lightning_kd.data.array_files import Arrays
 from lightning_kd.data.augment import CropFlip
 from lightning_kd.data.data_digest import data_digest
@@ -94,10 +95,8 @@ class LabelledDataModule(SplitLoaders, ABC):
         problem: Problem | None = None,
     ) -> None:
         super().__init__()
-        check_at_least("batch_size", batch_size, 1)
-        check_at_least("eval_batch_size", eval_batch_size, 1)
-        check_at_least("cutout", cutout, 0)
-        check_at_least("seed", seed, 0)
+        check_numbers(least=1, whole=True, batch_size=batch_size, eval_batch_size=eval_batch_size)
+        check_numbers(least=0, whole=True, cutout=cutout, seed=seed)
         check_shares(val_fraction, train_fraction, train_per_class)
         check_statistics(mean, std, input_shape)
         self.problem = SingleLabel(len(class_names)) if problem is None else problem

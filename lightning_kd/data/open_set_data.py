@@ -8,8 +8,8 @@ from typing import Any
 import numpy as np
 import torch
 
+from lightning_kd.argument_checks import check_numbers
 from lightning_kd.core.run_callbacks import run_folder_of
-from lightning_kd.data.arguments import check_at_least
 from lightning_kd.data.classification_data import ClassificationDataModule
 from lightning_kd.data.derived_data import DerivedDataModule
 from lightning_kd.data.known_classes import choose_known_classes
@@ -93,9 +93,8 @@ class OpenSetDataModule(DerivedDataModule):
         fake: bool = False,
     ) -> None:
         super().__init__(source)  # labels are hidden in its copy, and nowhere else
-        check_at_least("budget", budget, 1)
-        check_at_least("rounds", rounds, 1)
-        check_at_least("split_seed", split_seed, 0)
+        check_numbers(least=1, whole=True, budget=budget, rounds=rounds)
+        check_numbers(least=0, whole=True, split_seed=split_seed)
         if source.noise is not None:
             raise ValueError("source must have no noise: an oracle answers with the data set's own labels")
         check_initial(initial_fraction, initial_count, pool)

@@ -6,8 +6,8 @@ from typing import NamedTuple
 
 import numpy as np
 
+from lightning_kd.argument_checks import check_numbers
 from lightning_kd.core.seeding import numpy_generator
-from lightning_kd.data.arguments import check_at_least
 from lightning_kd.data.classification_data import ClassificationDataModule
 
 UNLABELLED = -1
@@ -81,6 +81,8 @@ def label_some(universe: np.ndarray, truth: np.ndarray, initial: np.ndarray) -> 
 
 def check_initial(fraction: float | None, count: int | None, pool: str | None) -> None:
     """Raise a ``ValueError`` where it is not clear which samples are labelled at the start."""
+    check_numbers(above=0, most=1, optional=True, remedy="give a share", initial_fraction=fraction)
+    check_numbers(least=1, whole=True, optional=True, initial_count=count)
     if pool is None and (fraction is None) == (count is None):
         raise ValueError(
             f"initial_fraction and initial_count: give one of them, got {fraction} and {count}: "
@@ -91,10 +93,6 @@ def check_initial(fraction: float | None, count: int | None, pool: str | None) -
             "initial_fraction and initial_count go without pool: what source holds is labelled, got a pool "
             f"{pool!r} too: leave them out"
         )
-    if fraction is not None and not 0 < fraction <= 1:
-        raise ValueError(f"initial_fraction must be above 0 and at most 1, got {fraction}: give a share")
-    if count is not None:
-        check_at_least("initial_count", count, 1)
 
 
 def draw_initial(

@@ -7,6 +7,7 @@ from collections.abc import Iterator
 
 import numpy as np
 
+from lightning_kd.argument_checks import check_numbers
 from lightning_kd.core.batch import Batch
 from lightning_kd.core.seeding import numpy_generator
 
@@ -54,8 +55,7 @@ class ShardedSampler:
         self.indices = np.asarray(indices, dtype=np.int64)
         if len(self.indices) == 0:
             raise ValueError("indices is empty, got 0 samples: give at least one")
-        if batch_size < 1:
-            raise ValueError(f"batch_size must be at least 1, got {batch_size}: give the samples of one step")
+        check_numbers(least=1, whole=True, batch_size=batch_size)
         if not shuffle and len(self.indices) < world_size:
             raise ValueError(
                 f"an evaluation set of {len(self.indices)} samples cannot be shared by world_size={world_size} "

@@ -15,6 +15,7 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from lightning_kd.argument_checks import check_numbers
 from lightning_kd.core.batch import as_batch
 from lightning_kd.core.distributed import process_count
 from lightning_kd.core.feature_hooks import penultimate_tap
@@ -107,7 +108,7 @@ def align_gradients(
         The merged gradients; ``None`` where both were ``None``.
 
     Raises:
-        ValueError: if the lengths differ, or two gradients of one parameter.
+        ValueError: if the lengths differ, or the shapes of two gradients of one parameter.
 
     Source: arXiv 2411.08937, gradient alignment.
     """
@@ -118,10 +119,8 @@ def align_gradients(
         )
     for k, (p, a) in enumerate(zip(primary, auxiliary, strict=True)):
         if p is not None and a is not None and p.shape != a.shape:
-            raise ValueError(
-                f"primary and auxiliary must be of one shape each, got {list(p.shape)} and {list(a.shape)} at {k}: "
-                "give the gradients of the same parameters"
-            )
+            shapes = f"{list(p.shape)} and {list(a.shape)}"
+            raise ValueError(f"primary and auxiliary must be of the same parameters, got shapes {shapes} at {k}")
     dot, primary_square, _ = _products(primary, auxiliary, mask)
     coefficient = torch.where((dot < 0) & (primary_square > 0), -dot / primary_square, torch.zeros_like(dot))
     merged: list[Tensor | None] = []
@@ -197,7 +196,8 @@ class DHKD(Distillation):
         **kwargs: Any,
     ) -> None:
         super().__init__(student, teacher, num_classes, ce_weight=ce_weight, kd_weight=kd_weight, **kwargs)
-        check_positive(temperature=temperature)
+        check_numbers(above=0, temperature=temperature)
+        check_numbers(least=1, whole=True, optional=True, stop_epoch=stop_epoch)
         for name, value, known in (
             ("loss", loss, ("binary_kl_norm", "binary_kl", "kd")),
             ("heads", heads, (1, 2)),
@@ -206,8 +206,6 @@ class DHKD(Distillation):
         ):
             if value not in known:
                 raise ValueError(f"{name} must be one of {', '.join(map(str, known))}, got {value!r}")
-        if stop_epoch is not None and stop_epoch < 1:
-            raise ValueError(f"stop_epoch counts from 1, got {stop_epoch}")
         self.loss, self.temperature, self.heads = loss, temperature, heads
         self.gradient_alignment, self.stop_epoch = gradient_alignment, stop_epoch
         self.auxiliary_head: nn.Module | None = None

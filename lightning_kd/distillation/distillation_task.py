@@ -11,6 +11,7 @@ import torch
 from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor, nn
 
+from lightning_kd.argument_checks import check_numbers
 from lightning_kd.core.batch import as_batch
 from lightning_kd.core.losses import at_least_float32
 from lightning_kd.core.optimization import optimizer_for
@@ -78,6 +79,7 @@ class Distillation(Task, ABC):
         **kwargs: Any,
     ) -> None:
         super().__init__(num_classes, input_shape=input_shape, **kwargs)
+        check_numbers(least=0, ce_weight=ce_weight, kd_weight=kd_weight)
         if student is teacher and isinstance(student, nn.Module):
             raise ValueError("student and teacher are one module: give the teacher its own copy")
         self.student = self.build(student)
@@ -92,6 +94,8 @@ class Distillation(Task, ABC):
         for name, values in (("teacher_mean", teacher_mean), ("teacher_std", teacher_std)):
             if values is not None and len(values) != self.input_shape[0]:
                 raise ValueError(f"{name} needs {self.input_shape[0]} values, one a channel, got {len(values)}")
+            for value in values or ():
+                check_numbers({name: value}, above=0 if name == "teacher_std" else None)
         self.teacher = FrozenTeacher(
             teacher_network(teacher, teacher_weights, num_classes, build),
             self.problem,

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from lightning_kd.argument_checks import check_numbers
 from lightning_kd.core.losses import at_least_float32, check_logits, check_positive, check_target
 from lightning_kd.distillation.distillation_task import Distillation
 from lightning_kd.distillation.kd import kd_loss
@@ -125,9 +126,10 @@ class DKD(Distillation):
         **kwargs: Any,
     ) -> None:
         super().__init__(student, teacher, num_classes, ce_weight=ce_weight, kd_weight=kd_weight, **kwargs)
-        check_positive(temperature=temperature)
-        if warmup_epochs < 0:
-            raise ValueError(f"warmup_epochs must be 0 (none) or more, got {warmup_epochs}")
+        check_numbers(above=0, temperature=temperature)
+        check_numbers(least=0, alpha=alpha)
+        check_numbers(least=0, optional=True, beta=beta)
+        check_numbers(least=0, whole=True, warmup_epochs=warmup_epochs)
         self.beta = published_beta(student, teacher) if beta is None else beta
         self.alpha, self.temperature, self.warmup_epochs = alpha, temperature, warmup_epochs
 

@@ -10,6 +10,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from lightning_kd.argument_checks import check_numbers
 from lightning_kd.core.losses import at_least_float32, check_logits, check_positive
 from lightning_kd.distillation.distillation_task import Distillation
 
@@ -71,7 +72,7 @@ class KD(Distillation):
         **kwargs: Any,
     ) -> None:
         super().__init__(student, teacher, num_classes, ce_weight=ce_weight, kd_weight=kd_weight, **kwargs)
-        check_positive(temperature=temperature)
+        check_numbers(above=0, temperature=temperature)
         self.temperature = temperature
 
     def distillation_loss(self, student_logits: Tensor, teacher_logits: Tensor, target: Tensor) -> Tensor:

@@ -9,6 +9,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from lightning_kd.argument_checks import check_numbers
+
 MODES = ("fixed", "joint", "free")
 _GRAM_RTOL = (
     1e-7  # eigenvalues of a float64 Gram matrix are squares: singular values below 1e-8 of the largest are noise
@@ -25,8 +27,7 @@ def check_mode(mode: str, has_bias: bool, where: str = "") -> None:
 
 def check_rtol(rtol: float | None) -> None:
     """Raise ``ValueError`` unless ``rtol`` is ``None`` or in [0, 1)."""
-    if rtol is not None and not 0 <= rtol < 1:
-        raise ValueError(f"rtol must be at least 0 and below 1, got {rtol}: leave it out for the default")
+    check_numbers(least=0, below=1, optional=True, remedy="leave it out for the default", rtol=rtol)
 
 
 def default_rtol(rows: int, dim: int, dtype: torch.dtype, device: torch.device) -> float:

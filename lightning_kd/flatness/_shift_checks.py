@@ -11,9 +11,10 @@ from lightning.pytorch.callbacks import StochasticWeightAveraging, WeightAveragi
 from lightning.pytorch.strategies import DeepSpeedStrategy, FSDPStrategy, ModelParallelStrategy
 from torch import Tensor, nn
 
+from lightning_kd.argument_checks import check_numbers
 from lightning_kd.core.batch import as_batch
 from lightning_kd.core.training_subset import Samples, training_samples
-from lightning_kd.flatness._row_space import MODES
+from lightning_kd.flatness._row_space import MODES, check_rtol
 from lightning_kd.flatness._shift_network import MOMENTUM, SELECTIONS
 from lightning_kd.flatness._shift_samples import BY_CLASS
 
@@ -28,6 +29,8 @@ def check_arguments(
     samples: int | None,
     guard: float | None,
     held_out: int,
+    rtol: float | None,
+    seed: int,
 ) -> None:
     """Raise a ``ValueError`` for arguments of ``OptimumShifting`` that are out of range."""
     for name, value, known in (
@@ -37,18 +40,15 @@ def check_arguments(
     ):
         if value not in known:
             raise ValueError(f"{name} must be one of {', '.join(known)}, got {value!r}")
-    if not 0 <= start <= 1:
-        raise ValueError(f"start must be from 0 to 1, got {start}: give a share of the epochs")
-    for name, number, least in (("every", every, 1), ("samples", samples, 1), ("held_out", held_out, 0)):
-        if number is not None and number < least:
-            raise ValueError(f"{name} must be at least {least}, got {number}")
+    check_numbers(least=0, most=1, remedy="give a share of the epochs", start=start)
+    check_numbers(least=1, whole=True, optional=True, every=every, samples=samples)
+    check_numbers(least=0, whole=True, held_out=held_out, seed=seed)
+    check_numbers(least=0, optional=True, remedy="give a share, or null for none", guard=guard)
+    check_rtol(rtol)
     if every is None and not at_end:
         raise ValueError("every=None with at_end=False never shifts: give one of them")
-    if guard is not None and (guard < 0 or not held_out):
-        raise ValueError(
-            f"guard={guard} must be at least 0 and compares losses on held_out={held_out} samples: take some, or "
-            "guard=null"
-        )
+    if guard is not None and not held_out:
+        raise ValueError(f"guard={guard} compares losses on held_out={held_out} samples: take some, or guard=null")
 
 
 def check_setup(

@@ -10,6 +10,7 @@ import torch.distributed as dist
 from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor, nn
 
+from lightning_kd.argument_checks import check_numbers
 from lightning_kd.core.distributed import process_count
 from lightning_kd.core.feature_hooks import find_classifier
 from lightning_kd.flatness._layer_inputs import LayerInputs
@@ -87,11 +88,9 @@ def shift_network(
         raise ValueError(f"selection must be one of {', '.join(SELECTIONS)}, got {selection!r}")
     if momentum not in MOMENTUM:
         raise ValueError(f"momentum must be one of {', '.join(MOMENTUM)}, got {momentum!r}")
-    if guard is not None and (guard < 0 or held_out is None):
-        raise ValueError(
-            f"guard={guard} must be at least 0 and compares the loss on held_out samples, got "
-            f"{'none of them' if held_out is None else 'a negative share'}: give both"
-        )
+    check_numbers(least=0, optional=True, guard=guard)
+    if guard is not None and held_out is None:
+        raise ValueError(f"guard={guard} compares the loss on held_out samples, got none of them: give both")
     if selection == "class_means" and num_classes is None:
         raise ValueError("selection 'class_means' needs the number of classes: give num_classes")
     check_rtol(rtol)

@@ -10,6 +10,7 @@ import lightning as L
 import torch
 from torch import Tensor
 
+from lightning_kd.argument_checks import check_numbers
 from lightning_kd.core.seeding import stream_seed, torch_generator
 from lightning_kd.core.two_pass_step import second_pass
 from lightning_kd.flatness.sam import SAM
@@ -26,14 +27,12 @@ def noise_scale(step: int, eta: float = 0.3, gamma: float = 0.55) -> float:
         gamma: how fast the variance falls.
 
     Raises:
-        ValueError: for a negative ``step`` or ``eta``.
+        ValueError: for a negative ``step``, ``eta`` or ``gamma``.
 
     Source: Neelakantan et al., arXiv 1511.06807.
     """
-    if step < 0:
-        raise ValueError(f"step must be at least 0, got {step}: count optimizer steps from 0")
-    if not eta >= 0:
-        raise ValueError(f"eta is a variance, got {eta}: give a number of at least 0")
+    check_numbers(least=0, whole=True, step=step)
+    check_numbers(least=0, eta=eta, gamma=gamma)
     return math.sqrt(eta / (1 + step) ** gamma)
 
 
@@ -83,13 +82,14 @@ class GradientNoise(L.Callback):
         seed: of the noise.
 
     Raises:
-        ValueError: for a negative ``eta``.
+        ValueError: for a negative ``eta``, ``gamma`` or ``seed``.
         RuntimeError: where a module has manual optimization, which Lightning clips nothing in.
         TypeError: for a sparse gradient.
     """
 
     def __init__(self, eta: float = 0.3, gamma: float = 0.55, seed: int = 0) -> None:
-        noise_scale(0, eta, gamma)  # or says what is wrong
+        check_numbers(least=0, eta=eta, gamma=gamma)
+        check_numbers(least=0, whole=True, seed=seed)
         self.eta = eta
         self.gamma = gamma
         self.seed = seed

@@ -15,6 +15,7 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.optim import Optimizer
 from torch.optim.optimizer import ParamsT
 
+from lightning_kd.argument_checks import check_numbers
 from lightning_kd.core.two_pass_step import FirstPass
 from lightning_kd.flatness._sam_checks import check_accumulation, check_gradients, check_trainer
 
@@ -79,9 +80,7 @@ class SAM(Optimizer):
 
     def _setup(self, params: ParamsT, base: OptimizerCallable, average_first_pass: bool, **own: float) -> None:
         """Build the base optimizer and share everything with it; ``own`` are further settings of each group."""
-        for name, value in own.items():
-            if not 0 <= value < float("inf"):
-                raise ValueError(f"{name} of {type(self).__name__} must be at least 0, got {value}: give a number >= 0")
+        check_numbers(own, least=0)
         self.base_optimizer = base(params)
         if isinstance(self.base_optimizer, (torch.optim.LBFGS, SAM)):
             raise ValueError(

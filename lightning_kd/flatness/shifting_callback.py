@@ -110,7 +110,7 @@ class OptimumShifting(L.Callback):
         seed: int = 0,
         force: bool = False,
     ) -> None:
-        check_arguments(selection, mode, momentum, start, every, at_end, samples, guard, held_out)
+        check_arguments(selection, mode, momentum, start, every, at_end, samples, guard, held_out, rtol, seed)
         self.layers, self.samples, self.selection, self.mode = layers, samples, selection, mode
         self.start, self.every, self.at_end, self.momentum = start, every, at_end, momentum
         self.guard, self.held_out, self.rtol, self.seed, self.force = guard, held_out, rtol, seed, force

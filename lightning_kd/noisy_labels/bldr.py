@@ -14,10 +14,11 @@ import torch
 from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor, nn
 
+from lightning_kd.argument_checks import check_numbers
 from lightning_kd.core.averaging import averaged_copy, update_average
 from lightning_kd.core.batch import Batch, as_batch
 from lightning_kd.core.feature_hooks import penultimate_tap
-from lightning_kd.core.losses import at_least_float32, check_positive
+from lightning_kd.core.losses import at_least_float32
 from lightning_kd.core.outputs import class_logits
 from lightning_kd.core.two_pass_step import second_pass
 from lightning_kd.core.weights import load_weights
@@ -123,7 +124,8 @@ class BLDR(NoisyLabelTask):
         **kwargs: Any,
     ) -> None:
         super().__init__(num_classes, input_shape=input_shape, **kwargs)
-        check_positive(temperature=temperature)
+        check_numbers(above=0, temperature=temperature)
+        check_numbers(least=0, whole=True, warmup_epochs=warmup_epochs)
         if agreement_weight is None:
             agreement_weight = 10.0 if num_classes == 100 else 0.0
         self.warmup_epochs, self.row_lr, self.temperature = warmup_epochs, row_lr, temperature
@@ -132,12 +134,10 @@ class BLDR(NoisyLabelTask):
         self.kd_weight, self.feature_weight = kd_weight, feature_weight
         self.rho_threshold, self.detection_threshold = rho_threshold, detection_threshold
         self.reuse_forward, self.average_buffers = reuse_forward, average_buffers
-        for name in ("warmup_epochs", "row_lr", *(name for name in TermWeights._fields if name != "temperature")):
-            if not getattr(self, name) >= 0:
-                raise ValueError(f"{name} must be at least 0, got {getattr(self, name)}: give 0 to leave it out")
-        for name, value in (("rho_threshold", rho_threshold), ("detection_threshold", detection_threshold)):
-            if not 0 < value < 1:
-                raise ValueError(f"{name} must be between 0 and 1, got {value}: give a probability")
+        for name in ("row_lr", *(name for name in TermWeights._fields if name != "temperature")):
+            check_numbers({name: getattr(self, name)}, least=0, remedy="give 0 to leave it out")
+        thresholds = {"rho_threshold": rho_threshold, "detection_threshold": detection_threshold}
+        check_numbers(thresholds, above=0, below=1, remedy="give a probability")
         self.network = self.build(network)
         if weights is not None:
             load_weights(self.network, weights, num_classes)

@@ -15,6 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torchmetrics.classification import MulticlassAccuracy
 
+from lightning_kd.argument_checks import check_numbers
 from lightning_kd.core.batch import as_batch
 from lightning_kd.core.losses import at_least_float32, check_target
 from lightning_kd.noisy_labels.label_scores import LabelScores
@@ -41,12 +42,9 @@ def forget_rate(epoch: int, noise_rate: float, ramp_epochs: int = 10, exponent: 
 
     Source: arXiv 1804.06872, section 4, as in the paper's code.
     """
-    if not 0 <= noise_rate < 1:
-        raise ValueError(f"noise_rate must be at least 0 and below 1, got {noise_rate}: give the share of wrong labels")
-    if ramp_epochs < 1:
-        raise ValueError(f"ramp_epochs must be at least 1, got {ramp_epochs}: give a whole number of epochs")
-    if not exponent > 0:
-        raise ValueError(f"exponent must be above 0, got {exponent}: 1 is usual")
+    check_numbers(least=0, below=1, remedy="give the share of wrong labels", noise_rate=noise_rate)
+    check_numbers(least=1, whole=True, ramp_epochs=ramp_epochs)
+    check_numbers(above=0, remedy="1 is usual", exponent=exponent)
     if epoch >= ramp_epochs:
         return noise_rate
     return noise_rate**exponent * epoch / max(ramp_epochs - 1, 1)
@@ -85,8 +83,7 @@ def coteaching_losses(logits_1: Tensor, logits_2: Tensor, target: Tensor, forget
 
 def _exchange(logits: Sequence[Tensor], target: Tensor, forget_rate: float) -> tuple[list[Tensor], list[Tensor]]:
     """The losses of ``coteaching_losses``, and the positions that each network chose, int64 ``[n]``."""
-    if not 0 <= forget_rate <= 1:
-        raise ValueError(f"forget_rate must be in [0, 1], got {forget_rate}: give the share to drop")
+    check_numbers(least=0, most=1, remedy="give the share to drop", forget_rate=forget_rate)
     kept = math.floor((1 - forget_rate) * len(target) + 1e-9)  # (1 - 0.9) * 10 is a little below 1
     each = [F.cross_entropy(z, target, reduction="none") for z in at_least_float32(*logits)]
     chosen = [loss.detach().argsort(stable=True)[:kept] for loss in each]
@@ -186,7 +183,7 @@ class LateLinearLR(torch.optim.lr_scheduler.LRScheduler):
         last_epoch: see ``torch.optim.lr_scheduler.LRScheduler``.
 
     Raises:
-        ValueError: if ``epochs`` is not above ``start_epoch``.
+        ValueError: if ``epochs`` is not above ``start_epoch``, and for an argument out of range.
 
     Source: arXiv 1804.06872, as in the paper's code: start 80, 200 epochs, beta1 0.1.
     """
@@ -199,10 +196,14 @@ class LateLinearLR(torch.optim.lr_scheduler.LRScheduler):
         late_beta1: float | None = None,
         last_epoch: int = -1,
     ) -> None:
+        check_numbers(least=0, whole=True, start_epoch=start_epoch)
+        check_numbers(least=1, whole=True, optional=True, epochs=epochs)
+        check_numbers(least=0, below=1, optional=True, late_beta1=late_beta1)
+        check_numbers(least=-1, whole=True, last_epoch=last_epoch)
         self.to_the_end = epochs is None
         epochs = start_epoch + 1 if epochs is None else epochs
-        if not 0 <= start_epoch < epochs:
-            raise ValueError(f"start_epoch must be at least 0 and below epochs={epochs}, got {start_epoch}")
+        if start_epoch >= epochs:
+            raise ValueError(f"start_epoch must be below epochs={epochs}, got {start_epoch}: lower it")
         self.start_epoch, self.epochs, self.late_beta1 = start_epoch, epochs, late_beta1
         super().__init__(optimizer, last_epoch)
 

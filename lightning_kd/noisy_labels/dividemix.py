@@ -14,6 +14,7 @@ import torch.nn.functional as F
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 from torch import Tensor, nn
 
+from lightning_kd.argument_checks import check_numbers
 from lightning_kd.core.batch import Batch
 from lightning_kd.core.mixture import Mixture
 from lightning_kd.core.phased_loader import Phase, PhaseBatch
@@ -85,19 +86,11 @@ class DivideMix(TwoNetworkTask):
         **kwargs: Any,
     ) -> None:
         super().__init__(network, num_classes, input_shape=input_shape, **kwargs)
-        for name, value, least in (("warmup_epochs", warmup_epochs, 1), ("loss_history", loss_history, 1)):
-            if value < least:
-                raise ValueError(f"{name} must be at least {least}, got {value}: give a whole number of epochs")
-        for name, number in (("lambda_u", lambda_u), ("ramp_epochs", ramp_epochs)):
-            if not number >= 0:
-                raise ValueError(f"{name} must be 0 or more, got {number}")
-        for name, number in (("temperature", temperature), ("mixup_alpha", mixup_alpha)):
-            if not number > 0:
-                raise ValueError(f"{name} must be above 0, got {number}")
-        if not 0 < threshold < 1:
-            raise ValueError(f"threshold must be above 0 and below 1, got {threshold}: give a probability")
-        if not 0 <= clip < 0.5:
-            raise ValueError(f"clip must be in [0, 0.5), got {clip}: give the share to cut off at either end")
+        check_numbers(least=1, whole=True, warmup_epochs=warmup_epochs, loss_history=loss_history)
+        check_numbers(least=0, lambda_u=lambda_u, ramp_epochs=ramp_epochs)
+        check_numbers(above=0, temperature=temperature, mixup_alpha=mixup_alpha)
+        check_numbers(above=0, below=1, remedy="give a probability", threshold=threshold)
+        check_numbers(least=0, below=0.5, remedy="give the share to cut off at either end", clip=clip)
         self.warmup_epochs = warmup_epochs
         self.lambda_u = lambda_u
         self.ramp_epochs = ramp_epochs

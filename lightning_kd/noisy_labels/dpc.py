@@ -13,9 +13,10 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
+from lightning_kd.argument_checks import check_numbers
 from lightning_kd.core.dirichlet import calibrated_softmax, dirichlet_kl, dirichlet_nll, log_calibrated_softmax
 from lightning_kd.core.feature_hooks import penultimate_tap
-from lightning_kd.core.losses import at_least_float32, check_positive, check_shapes
+from lightning_kd.core.losses import at_least_float32, check_shapes
 from lightning_kd.core.mixture import Mixture
 from lightning_kd.core.outputs import class_logits
 from lightning_kd.core.phased_loader import PhaseBatch
@@ -80,6 +81,10 @@ class DPC(DivideMix):
         **kwargs: Any,
     ) -> None:
         super().__init__(network, num_classes, input_shape=input_shape, **kwargs)
+        check_numbers(least=0, beta=beta, strong_weight=strong_weight)
+        check_numbers(above=0, optional=True, gamma=gamma)
+        check_numbers(kurtosis_threshold=kurtosis_threshold)
+        check_numbers(least=1, whole=True, heads=heads, head_width=head_width)
         if split not in ("gmm", "margin", "auto"):
             raise ValueError(f"split must be 'gmm', 'margin' or 'auto', got {split!r}: give one of them")
         if strong_weight and len(self.input_shape) != 3:
@@ -88,11 +93,7 @@ class DPC(DivideMix):
             )
         if heads not in (1, 2):
             raise ValueError(f"heads must be 1 or 2, got {heads}")
-        for name, value in (("beta", beta), ("strong_weight", strong_weight)):
-            if not value >= 0:
-                raise ValueError(f"{name} must be 0 or more, got {value}")
         self.gamma = 10 / num_classes if gamma is None else gamma
-        check_positive(gamma=self.gamma)
         self.beta = beta
         self.split_by = split
         self.kurtosis_threshold = kurtosis_threshold

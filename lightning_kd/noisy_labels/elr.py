@@ -16,9 +16,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from typing_extensions import Self
 
+from lightning_kd.argument_checks import check_numbers
 from lightning_kd.core.averaging import averaged_copy, update_average
 from lightning_kd.core.batch import Batch
-from lightning_kd.core.losses import at_least_float32, check_positive
+from lightning_kd.core.losses import at_least_float32
 from lightning_kd.core.outputs import class_logits
 from lightning_kd.core.phased_loader import Phase, PhaseBatch
 from lightning_kd.core.sample_memory import SampleMemory
@@ -69,10 +70,8 @@ def _remember(memory: SampleMemory, index: Tensor, probabilities: Tensor, moment
 
 
 def _check(momentum: float, weight: float) -> None:
-    if not 0 <= momentum < 1:
-        raise ValueError(f"momentum must be at least 0 and below 1, got {momentum}: 0.7 or 0.9 in the paper")
-    if not weight >= 0:
-        raise ValueError(f"weight must be 0 or more, got {weight}: 3 on CIFAR-10 and 7 on CIFAR-100 in the paper")
+    check_numbers(least=0, below=1, remedy="0.7 or 0.9 in the paper", momentum=momentum)
+    check_numbers(least=0, remedy="3 on CIFAR-10 and 7 on CIFAR-100 in the paper", weight=weight)
 
 
 def ramp(step: int, length: int) -> float:
@@ -170,12 +169,9 @@ class ELRPlus(TwoNetworkTask):
     ) -> None:
         super().__init__(network, num_classes, input_shape=input_shape, **kwargs)
         _check(momentum, weight)
-        check_positive(mixup_alpha=mixup_alpha)
-        for name, steps in (("ramp_steps", ramp_steps), ("average_steps", average_steps)):
-            if steps < 0:
-                raise ValueError(f"{name} must be at least 0, got {steps}: give a number of steps, 0 for no ramp")
-        if not 0 <= average_rate < 1:
-            raise ValueError(f"average_rate must be at least 0 and below 1, got {average_rate}: 0.997 in the paper")
+        check_numbers(above=0, mixup_alpha=mixup_alpha)
+        check_numbers(least=0, whole=True, ramp_steps=ramp_steps, average_steps=average_steps)
+        check_numbers(least=0, below=1, remedy="0.997 in the paper", average_rate=average_rate)
         self.momentum, self.weight, self.ramp_steps = momentum, weight, ramp_steps
         self.refine_labels, self.mixup_alpha = refine_labels, mixup_alpha
         self.average_rate, self.average_steps = average_rate, average_steps

@@ -15,6 +15,7 @@ import torch.nn.functional as F
 from lightning.pytorch.utilities import rank_zero_info
 from torch import Tensor, nn
 
+from lightning_kd.argument_checks import check_numbers
 from lightning_kd.core.batch import Batch
 from lightning_kd.core.losses import at_least_float32, check_target
 from lightning_kd.noisy_labels.noisy_label_task import SingleNetworkTask
@@ -46,8 +47,7 @@ def gce_loss(logits: Tensor, target: Tensor, q: float) -> Tensor:
 
 def _gce_losses(logits: Tensor, target: Tensor, q: float) -> Tensor:
     """``gce_loss`` of each sample, ``[B]``."""
-    if not 0 < q <= 1:
-        raise ValueError(f"q must be above 0 and at most 1, got {q}: 0.7 is usual, and 1 gives 1 - p_y")
+    check_numbers(above=0, most=1, remedy="0.7 is usual, and 1 gives 1 - p_y", q=q)
     check_target(logits, target)
     (logits,) = at_least_float32(logits)
     log_p = -F.cross_entropy(logits, target, reduction="none")
@@ -89,14 +89,10 @@ class GCE(SingleNetworkTask):
         **kwargs: Any,
     ) -> None:
         super().__init__(network, num_classes, input_shape=input_shape, **kwargs)
-        if not 0 < q <= 1:
-            raise ValueError(f"q must be above 0 and at most 1, got {q}: 0.7 is usual, and 1 gives 1 - p_y")
-        if truncation is not None and not 0 < truncation < 1:
-            raise ValueError(f"truncation must be above 0 and below 1, got {truncation}: leave it out for none")
-        if start_epoch < 0:
-            raise ValueError(f"start_epoch must be at least 0, got {start_epoch}: epochs count from 0")
-        if refresh_every < 1:
-            raise ValueError(f"refresh_every must be at least 1, got {refresh_every}: give a whole number of epochs")
+        check_numbers(above=0, most=1, remedy="0.7 is usual, and 1 gives 1 - p_y", q=q)
+        check_numbers(above=0, below=1, optional=True, remedy="leave it out for none", truncation=truncation)
+        check_numbers(least=0, whole=True, start_epoch=start_epoch)
+        check_numbers(least=1, whole=True, refresh_every=refresh_every)
         self.q, self.truncation = q, truncation
         self.start_epoch, self.refresh_every = start_epoch, refresh_every
         if truncation is not None:

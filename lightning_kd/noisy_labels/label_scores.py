@@ -12,6 +12,7 @@ import torch
 from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor
 
+from lightning_kd.argument_checks import check_numbers
 from lightning_kd.core.losses import at_least_float32, check_target
 from lightning_kd.core.mixture import Mixture, fit_mixture
 from lightning_kd.core.scaling import min_max
@@ -53,8 +54,7 @@ def unit_scores(scores: Tensor, clip: float = 0.0) -> Tensor:
     """
     if scores.ndim != 1 or len(scores) == 0:
         raise ValueError(f"scores must be [N] with N above 0, got shape {tuple(scores.shape)}: give one a sample")
-    if not 0 <= clip < 0.5:
-        raise ValueError(f"clip must be in [0, 0.5), got {clip}: give the share to cut off at either end")
+    check_numbers(least=0, below=0.5, remedy="give the share to cut off at either end", clip=clip)
     scores = scores.detach().double().cpu()
     if not scores.isfinite().all():
         at = int((~scores.isfinite()).nonzero()[0])

@@ -14,8 +14,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from lightning_kd.argument_checks import check_numbers
 from lightning_kd.core.batch import Batch, as_batch
-from lightning_kd.core.losses import at_least_float32, check_positive, check_target
+from lightning_kd.core.losses import at_least_float32, check_target
 from lightning_kd.noisy_labels.noisy_label_task import SingleNetworkTask
 
 __all__ = ["Mixup", "mixup_loss"]
@@ -41,8 +42,7 @@ def mixup_loss(logits: Tensor, target: Tensor, partner_target: Tensor, weight: f
 
     Source: arXiv 1710.09412, equation 1.
     """
-    if not 0 <= weight <= 1:
-        raise ValueError(f"weight must be in [0, 1], got {weight}: give the share of the first images")
+    check_numbers(least=0, most=1, remedy="give the share of the first images", weight=weight)
     check_target(logits, target)
     check_target(logits, partner_target, "partner_target")
     (logits,) = at_least_float32(logits)
@@ -92,7 +92,7 @@ class Mixup(SingleNetworkTask):
         **kwargs: Any,
     ) -> None:
         super().__init__(network, num_classes, input_shape=input_shape, **kwargs)
-        check_positive(alpha=alpha)
+        check_numbers(above=0, alpha=alpha)
         self.alpha = alpha
 
     def on_train_epoch_start(self) -> None:

@@ -12,6 +12,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from lightning_kd.argument_checks import check_numbers
 from lightning_kd.core import losses
 from lightning_kd.core.batch import Batch
 from lightning_kd.noisy_labels.noisy_label_task import SingleNetworkTask
@@ -74,10 +75,8 @@ class NegativeLearning(SingleNetworkTask):
         **kwargs: Any,
     ) -> None:
         super().__init__(network, num_classes, input_shape=input_shape, **kwargs)
-        if complementary_labels < 1:
-            raise ValueError(f"complementary_labels must be at least 1, got {complementary_labels}: 1 is usual")
-        if not 0 <= eps < 1:
-            raise ValueError(f"eps must be in [0, 1), got {eps}: give 0 for no clamp")
+        check_numbers(least=1, whole=True, complementary_labels=complementary_labels)
+        check_numbers(least=0, below=1, remedy="give 0 for no clamp", eps=eps)
         self.complementary_labels, self.balanced, self.eps = complementary_labels, balanced, eps
         self._class_weight: Tensor | None = None
 

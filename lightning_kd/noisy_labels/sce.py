@@ -13,6 +13,7 @@ from typing import Any
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from lightning_kd.argument_checks import check_numbers
 from lightning_kd.core.batch import Batch
 from lightning_kd.core.losses import at_least_float32, check_target
 from lightning_kd.noisy_labels.noisy_label_task import SingleNetworkTask
@@ -54,11 +55,8 @@ def sce_loss(logits: Tensor, target: Tensor, alpha: float, beta: float, log_zero
 
 
 def _check(alpha: float, beta: float, log_zero: float) -> None:
-    for name, value in (("alpha", alpha), ("beta", beta)):
-        if not value >= 0:
-            raise ValueError(f"{name} must be 0 or more, got {value}: give the weight of a loss term")
-    if not log_zero < 0:
-        raise ValueError(f"log_zero must be below 0, got {log_zero}: -4 in the paper, ln 1e-4 by default")
+    check_numbers(least=0, alpha=alpha, beta=beta)
+    check_numbers(below=0, remedy="-4 in the paper, ln 1e-4 by default", log_zero=log_zero)
 
 
 class SCE(SingleNetworkTask):

@@ -15,6 +15,7 @@ import torch.distributed as dist
 from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor, nn
 
+from lightning_kd.argument_checks import check_numbers
 from lightning_kd.core.distributed import average_gradients
 from lightning_kd.core.losses import at_least_float32
 from lightning_kd.core.outputs import class_logits
@@ -57,8 +58,7 @@ class TwoNetworkTask(NoisyLabelTask, ABC):
         **kwargs: Any,
     ) -> None:
         super().__init__(num_classes, input_shape=input_shape, **kwargs)
-        if gradient_clip_val is not None and not gradient_clip_val > 0:
-            raise ValueError(f"gradient_clip_val must be above 0, got {gradient_clip_val}: leave it out for none")
+        check_numbers(above=0, optional=True, remedy="leave it out for none", gradient_clip_val=gradient_clip_val)
         self.automatic_optimization = False
         self.gradient_clip_val = gradient_clip_val
         first = self.build(network)

@@ -449,7 +449,7 @@ def test_wrong_arguments():
     with pytest.raises(ValueError, match=r"^gamma must be above 0, got 0"):
         task_of(gamma=0)
     for name in ("kl_weight", "annealing_epochs", "discrepancy_weight", "unknown_evidence_weight"):
-        with pytest.raises(ValueError, match=f"^{name} must be 0 or more, got -1"):
+        with pytest.raises(ValueError, match=f"^{name} must be at least 0, got -1"):
             task_of(**{name: -1})
     with pytest.raises(ValueError, match=r"^coarse_factor must be at least 1, got 0.5"):
         task_of(coarse_factor=0.5)

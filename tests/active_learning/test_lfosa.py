@@ -425,10 +425,10 @@ def test_wrong_arguments():
         with pytest.raises(ValueError, match=f"^{name} must be above 0, got 0"):
             task_of(**{name: 0})
     for value in (0, 2.5, float("nan")):
-        with pytest.raises(ValueError, match=f"^max_iter must be a whole number from 1 on, got {value}"):
+        with pytest.raises(ValueError, match=f"^max_iter must be at least 1, got {value}"):
             task_of(max_iter=value)
     for value in (-1, float("nan")):
-        with pytest.raises(ValueError, match=f"^tol must be 0 or more, got {value}"):
+        with pytest.raises(ValueError, match=f"^tol must be at least 0, got {value}"):
             task_of(tol=value)
     with pytest.raises(ValueError, match=r"^bottleneck_dim must be at least 1, got 0"):
         task_of(bottleneck_dim=0)

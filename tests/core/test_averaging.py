@@ -67,7 +67,7 @@ def test_network_without_buffers_and_shared_weights() -> None:
 def test_wrong_arguments() -> None:
     trained = network()
     average = averaged_copy(trained)
-    with pytest.raises(ValueError, match=r"^decay must be in \[0, 1\], got 1\.5"):
+    with pytest.raises(ValueError, match=r"^decay must be at least 0 and at most 1, got 1\.5"):
         update_average(average, trained, 1.5)
     with pytest.raises(ValueError, match=r"^buffers must be 'copy', 'average' or 'keep', got 'none'"):
         update_average(average, trained, 0.5, "none")

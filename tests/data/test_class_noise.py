@@ -296,13 +296,13 @@ def test_matrices_in_files_that_are_none(tmp_path):
 @pytest.mark.parametrize("rate", [-0.1, 1.1, math.nan])
 @pytest.mark.parametrize("kind", [SymmetricNoise, PairFlipNoise, AsymmetricNoise, InstanceDependentNoise])
 def test_rates_out_of_range(kind, rate):
-    with pytest.raises(ValueError, match=f"rate must be from 0 to 1, got {rate}"):
+    with pytest.raises(ValueError, match=f"rate must be at least 0 and at most 1, got {rate}"):
         kind(rate)
 
 
 @pytest.mark.parametrize("seed", ["123", -1, 1.5, True])
 def test_seeds_are_whole_numbers(seed):
-    with pytest.raises(ValueError, match="seed must be a whole number from 0 on"):
+    with pytest.raises(ValueError, match=r"seed must be at least 0, got .*: give such a whole number"):
         SymmetricNoise(0.5, "dividemix", seed)
 
 

@@ -206,8 +206,8 @@ def test_a_view_holds_no_hidden_label():
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"known_classes": 1}, "known_classes must be at least 2, got 1"),
-        ({"known_classes": 11}, "known_classes must be at most the 10 classes"),
+        ({"known_classes": 1}, "known_classes must be at least 2 and at most 10, got 1"),
+        ({"known_classes": 11}, "known_classes must be at least 2 and at most 10, got 11: the source has 10 classes"),
         ({"known_classes": None}, "known_classes must be given"),
         ({"known_classes": [1, 1]}, "known_classes holds class 1 more than once"),
         ({"known_classes": [0, 10]}, "known_classes holds 10"),

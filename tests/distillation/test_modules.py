@@ -122,7 +122,7 @@ def test_wrong_arguments_are_named():
         ({"loss": "mse"}, "loss must be one of binary_kl_norm, binary_kl, kd, got 'mse'"),
         ({"heads": 3}, "heads must be one of 1, 2, got 3"),
         ({"gradient_alignment": "some"}, "gradient_alignment must be one of off, all, shared"),
-        ({"stop_epoch": 0}, "stop_epoch counts from 1"),
+        ({"stop_epoch": 0}, "stop_epoch must be at least 1"),
         ({"lr_interval": "batch"}, "lr_interval must be 'epoch' or 'step'"),
     ):
         with pytest.raises(ValueError, match=message):

@@ -48,7 +48,7 @@ def test_variance_and_no_noise():
 
 
 def test_what_it_refuses():
-    with pytest.raises(ValueError, match=r"eta is a variance, got -0\.1"):
+    with pytest.raises(ValueError, match=r"eta must be at least 0, got -0\.1"):
         GradientNoise(eta=-0.1)
     with pytest.raises(ValueError, match="step must be at least 0, got -1"):
         noise_scale(-1)

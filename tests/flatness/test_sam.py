@@ -212,7 +212,7 @@ def test_weights_are_back_when_the_second_evaluation_raises():
 
 def test_what_it_refuses():
     w = vector(1.0)
-    with pytest.raises(ValueError, match="rho of SAM must be at least 0, got -1"):
+    with pytest.raises(ValueError, match="rho must be at least 0, got -1"):
         SAM([w], SGD, rho=-1)
     with pytest.raises(ValueError, match="cannot step by LBFGS"):
         SAM([w], torch.optim.LBFGS)

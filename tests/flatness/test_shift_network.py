@@ -417,7 +417,7 @@ def changed(change: str) -> nn.Module:
         ("", {"num_classes": 2}, r"target must be in 0\.\.1"),
         ("", {"data": iter([samples()])}, "samples must be a batch or batches that can be iterated again"),
         ("", {"data": []}, "there is no sample"),
-        ("", {"guard": 0.1}, "guard=0.1 must be at least 0"),
+        ("", {"guard": 0.1}, "guard=0.1 compares"),
         ("", {"guard": 0.1, "held_out": samples().image}, "guard=0.1 compares the loss"),
         ("", {"momentum": "half"}, "momentum must be one of"),
         ("", {"selection": "some"}, "selection must be one of"),

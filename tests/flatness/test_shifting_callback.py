@@ -324,10 +324,10 @@ def test_samples_of_a_shift() -> None:
         ({"selection": "some"}, "selection must be one of"),
         ({"mode": "some"}, "mode must be one of"),
         ({"momentum": "some"}, "momentum must be one of"),
-        ({"start": 2.0}, "start must be from 0 to 1"),
+        ({"start": 2.0}, "start must be at least 0 and at most 1"),
         ({"every": 0}, "every must be at least 1"),
         ({"at_end": False}, "every=None with at_end=False never shifts"),
-        ({"held_out": 0}, "guard=0.05 must be at least 0 and compares"),
+        ({"held_out": 0}, "guard=0.05 compares"),
     ],
 )
 def test_wrong_arguments(options: dict, message: str) -> None:

@@ -461,7 +461,7 @@ def test_bad_batches_are_named():
     ("options", "message"),
     [
         ({"balance_weight": -0.1}, "balance_weight must be at least 0, got -0.1"),
-        ({"detection_threshold": 1.0}, "detection_threshold must be between 0 and 1, got 1.0"),
+        ({"detection_threshold": 1.0}, "detection_threshold must be above 0 and below 1, got 1.0"),
         ({"temperature": 0.0}, "temperature must be above 0, got 0.0"),
     ],
 )

@@ -153,7 +153,7 @@ def test_schedule():
     rates, betas = zip(*seen, strict=True)
     assert rates == pytest.approx([0.1, 0.1, 0.1, 0.05, 0.0, 0.0])
     assert betas == (0.9, 0.9, 0.1, 0.1, 0.1, 0.1)
-    with pytest.raises(ValueError, match="start_epoch must be at least 0 and below epochs=4, got 4"):
+    with pytest.raises(ValueError, match="start_epoch must be below epochs=4, got 4"):
         LateLinearLR(optimizer, start_epoch=4, epochs=4)
 
 

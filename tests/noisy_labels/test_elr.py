@@ -107,7 +107,7 @@ def test_resumes_to_the_bit(method, arguments, tmp_path):
     ("arguments", "message"),
     [
         ({"momentum": 1.0}, "momentum must be at least 0 and below 1, got 1.0"),
-        ({"weight": -1.0}, "weight must be 0 or more, got -1.0"),
+        ({"weight": -1.0}, "weight must be at least 0, got -1.0"),
     ],
 )
 def test_refuses(method, arguments, message):

@@ -98,7 +98,11 @@ def test_reverse_cross_entropy_is_the_definition_and_bounded():
 
 @pytest.mark.parametrize(
     ("arguments", "message"),
-    [((-1.0, 1.0), "alpha must be 0 or more"), ((1.0, -0.1), "beta must be 0"), ((1.0, 1.0, 0.0), "log_zero must be")],
+    [
+        ((-1.0, 1.0), "alpha must be at least 0"),
+        ((1.0, -0.1), "beta must be at least 0"),
+        ((1.0, 1.0, 0.0), "log_zero"),
+    ],
 )
 def test_sce_refuses(arguments, message):
     with pytest.raises(ValueError, match=message):
@@ -151,7 +155,7 @@ def test_mixup_is_cross_entropy_with_mixed_labels(weight):
 
 
 def test_mixup_refuses():
-    with pytest.raises(ValueError, match=r"weight must be in \[0, 1\], got 1.5"):
+    with pytest.raises(ValueError, match=r"weight must be at least 0 and at most 1, got 1.5"):
         mixup_loss(LOGITS, RIGHT, WRONG, 1.5)
 
 
@@ -257,7 +261,7 @@ def test_coteaching_keeps_the_floor(rate, size, kept):
 def test_coteaching_refuses():
     with pytest.raises(ValueError, match=r"logits_1 \(1, 3\) and logits_2 \(2, 3\)"):
         coteaching_losses(LOGITS, LOGITS.repeat(2, 1), RIGHT, 0.1)
-    with pytest.raises(ValueError, match=r"forget_rate must be in \[0, 1\], got 1.2"):
+    with pytest.raises(ValueError, match=r"forget_rate must be at least 0 and at most 1, got 1.2"):
         coteaching_losses(LOGITS, LOGITS, RIGHT, 1.2)
 
 

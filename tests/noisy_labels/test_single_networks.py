@@ -53,10 +53,10 @@ def test_resumes_to_the_bit(name, tmp_path):
         (GCE, {"truncation": 1.0}, "truncation must be above 0 and below 1, got 1.0"),
         (GCE, {"start_epoch": -1}, "start_epoch must be at least 0, got -1"),
         (GCE, {"refresh_every": 0}, "refresh_every must be at least 1, got 0"),
-        (SCE, {"alpha": -1.0}, "alpha must be 0 or more, got -1.0"),
+        (SCE, {"alpha": -1.0}, "alpha must be at least 0, got -1.0"),
         (SCE, {"log_zero": 1.0}, "log_zero must be below 0, got 1.0"),
         (NegativeLearning, {"complementary_labels": 0}, "complementary_labels must be at least 1, got 0"),
-        (NegativeLearning, {"eps": 1.0}, r"eps must be in \[0, 1\), got 1.0"),
+        (NegativeLearning, {"eps": 1.0}, r"eps must be at least 0 and below 1, got 1.0"),
         (Mixup, {"alpha": 0.0}, "alpha must be above 0, got 0.0"),
     ],
 )
