@@ -1,17 +1,51 @@
-"""Tables of text as spreadsheets write them. Imports nothing, so that light commands can use it."""
+"""Tables of text as spreadsheets read and write them. Imports nothing, so that light commands can use it.
+
+A spreadsheet takes a cell that begins with ``=``, ``+``, ``-``, ``@`` or a control character for a formula, whoever
+named a class or a file so. Such a text (never a number) is written with an apostrophe before it, and read without.
+"""
 
 from __future__ import annotations
 
 import codecs
 import csv
 import io
+import re
+from collections.abc import Iterable, Sequence
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
-__all__ = ["column_name", "read_rows"]
+__all__ = ["column_name", "csv_text", "read_rows"]
+
+_FORMULA = re.compile(r"'*[=+\-@\t\r\n]")
+_NUMBER = r"(?:[+-]?(?:[\d.]+(?:e[+-]?\d+)?|inf|nan))?"
+_NUMBERS = re.compile(f"{_NUMBER}(?:;{_NUMBER})*")  # a list of them too
+
+
+def csv_text(rows: Iterable[Sequence[Any]]) -> str:
+    """The rows as the text of a ``.csv``, separated by commas.
+
+    Args:
+        rows: of numbers, texts and ``None`` for an empty cell. Texts that a spreadsheet would take for a formula get
+            an apostrophe, which ``read_rows`` takes away again.
+    """
+    lines: list[str] = []
+    # the usual \r\n while it writes: so cells that hold either are quoted
+    writer = csv.writer(SimpleNamespace(write=lines.append), lineterminator="\r\n")
+    writer.writerows([_marked(cell) if isinstance(cell, str) else cell for cell in row] for row in rows)
+    return "".join(f"{line[:-2]}\n" for line in lines)
+
+
+def _marked(text: str) -> str:
+    return f"'{text}" if _FORMULA.match(text) and not _NUMBERS.fullmatch(text) else text
+
+
+def _unmarked(text: str) -> str:
+    return text[1:] if text.startswith("'") and _FORMULA.match(text) else text
 
 
 def read_rows(path: Path) -> list[tuple[int, list[str]]]:
-    """Line number and cells of each line that is not empty, without blanks around the cells.
+    """Line number and cells of each line that is not empty, without blanks around the cells and ``csv_text``'s marks.
 
     The cells are separated by commas, semicolons or tabs, whichever the first line has most of (or as a first line
     ``sep=;`` says). The text is UTF-8, with or without a mark at its beginning, or UTF-16 with one.
@@ -36,7 +70,7 @@ def read_rows(path: Path) -> list[tuple[int, list[str]]]:
         if said:
             separator = first.strip()[4]
         reader = csv.reader(io.StringIO(text, newline=""), delimiter=separator)
-        rows = [(reader.line_num, [cell.strip() for cell in row]) for row in reader if row]
+        rows = [(reader.line_num, [_unmarked(cell.strip()) for cell in row]) for row in reader if row]
     except (UnicodeDecodeError, csv.Error) as error:
         raise ValueError(f"{str(path)!r} is no .csv file in UTF-8 ({error}): save it as text in UTF-8") from error
     return rows[1:] if said else rows

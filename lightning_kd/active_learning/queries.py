@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import csv
-import io
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +16,7 @@ from lightning_kd.core.run_callbacks import RunRecorder
 from lightning_kd.core.seeding import global_seed, numpy_generator
 from lightning_kd.file_writing import write_text
 from lightning_kd.pool import PoolRecord, Query
+from lightning_kd.spreadsheet import csv_text
 
 __all__ = ["select_query", "write_query"]
 
@@ -93,7 +92,8 @@ def write_query(trainer: L.Trainer, task: PoolTask, data: Any, folder: Path, ckp
     """Choose what to label next, note it in ``pool.json`` and write ``query_ROUND.csv`` for a person.
 
     The file has the columns ``index``, ``path`` where there is one, ``score``, ``predicted`` and an empty ``label``,
-    the best first.
+    the best first. Names that a spreadsheet would take for formulas have an apostrophe before them, see
+    ``lightning_kd.spreadsheet``.
 
     Raises:
         ValueError: where an earlier query waits for answers.
@@ -146,13 +146,11 @@ def add_query(record: PoolRecord, data: Any, query: Query, predicted: dict[int, 
 
 def _query_csv(rows: list[dict[str, Any]]) -> str:
     names = [name for name in ("index", "path", "score", "predicted") if name in rows[0]]
-    text = io.StringIO()
-    writer = csv.writer(text, lineterminator="\n")
-    writer.writerow([*names, "label"])
+    cells = [[*names, "label"]]
     for row in rows:
         score = "" if row["score"] is None else f"{row['score']:.6g}"
-        writer.writerow([score if name == "score" else row[name] for name in names] + [""])
-    return text.getvalue()
+        cells.append([score if name == "score" else row[name] for name in names] + [""])
+    return csv_text(cells)
 
 
 def wait_for_all() -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import csv
 import io
 import math
 from collections.abc import Sequence
@@ -12,6 +11,7 @@ import numpy as np
 
 from lightning_kd.compare.groups import Group
 from lightning_kd.compare.runs import direction
+from lightning_kd.spreadsheet import csv_text
 
 # blue, vermilion, green, purple, orange, sky blue, black, grey: after Okabe and Ito, for colour-blind eyes too
 _COLORS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000", "#999999")
@@ -29,9 +29,7 @@ def to_csv(groups: Sequence[Group]) -> str:
     def digits(values: Sequence[float | None]) -> list[str]:
         return ["" if value is None else f"{value:.7g}" for value in values]
 
-    text = io.StringIO()
-    writer = csv.writer(text, lineterminator="\n")
-    writer.writerow(_COLUMNS.split())
+    rows: list[list[Any]] = [_COLUMNS.split()]
     for metric in groups[0].metrics:
         for group in groups:
             s = group.metrics[metric]
@@ -43,8 +41,8 @@ def to_csv(groups: Sequence[Group]) -> str:
                 [str(run.path) for run in group.runs if not run.finished],
             ]
             numbers = digits([s.mean, s.std, s.best, s.best_std])
-            writer.writerow([group.label, metric, s.n, *numbers, *map(";".join, lists)])
-    return text.getvalue()
+            rows.append([group.label, metric, s.n, *numbers, *map(";".join, lists)])
+    return csv_text(rows)
 
 
 def to_markdown(groups: Sequence[Group], left_out: Sequence[str] = ()) -> str:

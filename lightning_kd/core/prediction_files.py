@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import csv
-import io
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Protocol
@@ -16,6 +14,7 @@ from torch import Tensor
 from lightning_kd.core.batch import Batch
 from lightning_kd.core.distributed import gather_by_index, gather_columns, is_first_process
 from lightning_kd.file_writing import remove_leftovers, write_text, written_whole
+from lightning_kd.spreadsheet import csv_text
 
 __all__ = ["MaskFolder", "PredictionTable", "PredictionWriter", "colours"]
 
@@ -36,6 +35,8 @@ _NOTHING = {"index": torch.empty(0, dtype=torch.int64)}
 
 class PredictionTable:
     """``predictions.csv``: ``index``, ``path`` where samples are files, and the columns of the problem.
+
+    Names that a spreadsheet would take for formulas have an apostrophe before them, see ``lightning_kd.spreadsheet``.
 
     Args:
         columns: from the outputs of all samples and the names of the classes to columns by name.
@@ -140,9 +141,8 @@ def _write_table(folder: Path, index: list[int], columns: dict[str, list[Any]], 
     paths = [data.path_of(i) for i in index] if hasattr(data, "path_of") else [None]
     if None not in paths:
         first["path"] = paths
-    text = io.StringIO()
-    writer = csv.writer(text, lineterminator="\n")
-    writer.writerow([*first, *columns])
-    for row in zip(*first.values(), *columns.values(), strict=True):
-        writer.writerow([f"{value:.6g}" if isinstance(value, float) else value for value in row])
-    write_text(folder / "predictions.csv", text.getvalue())
+    rows = [
+        [f"{value:.6g}" if isinstance(value, float) else value for value in row]
+        for row in zip(*first.values(), *columns.values(), strict=True)
+    ]
+    write_text(folder / "predictions.csv", csv_text([[*first, *columns], *rows]))

@@ -69,7 +69,8 @@ class LabelFile(StoredNoise):
     - ``.csv``, separated by commas, semicolons or tabs: one label a line; or with a header (a single cell must be
       ``key``, ``label``, ``given``, ``class_name`` or ``class_index``), the column ``key``. With a column ``index``
       each line is for that sample, in any order, and samples without a line keep the data set's own label: so a file
-      may hold corrections alone. How many labels it holds is then printed.
+      may hold corrections alone. How many labels it holds is then printed. The apostrophe that this package's files
+      have before a name that would be a formula (``'=x``) is not part of the name.
 
     Args:
         path: the file.

@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import csv
-from io import StringIO
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -18,6 +16,7 @@ from lightning_kd.core.mixture import Mixture, fit_mixture
 from lightning_kd.core.scaling import min_max
 from lightning_kd.file_writing import write_text
 from lightning_kd.metrics import memorisation, selection_metrics
+from lightning_kd.spreadsheet import csv_text
 
 
 def logit_margin(logits: Tensor, target: Tensor) -> Tensor:
@@ -150,13 +149,11 @@ class LabelScores(NamedTuple):
             file_names: of all training images, for one more column.
         """
         order = np.lexsort((self.margin.numpy(), self.clean_probability.numpy())).tolist()
-        text = StringIO()
-        writer = csv.writer(text, lineterminator="\n")
         extra = [] if file_names is None else ["path"]
-        writer.writerow(["index", "given", "predicted", "clean_probability", "margin", *extra])
+        rows: list[list[Any]] = [["index", "given", "predicted", "clean_probability", "margin", *extra]]
         for i in order:
             index = int(self.index[i])
             row = [index, int(self.given[i]), int(self.predicted[i])]
             numbers = [f"{float(self.clean_probability[i]):.6g}", f"{float(self.margin[i]):.6g}"]
-            writer.writerow([*row, *numbers, *([] if file_names is None else [file_names[index]])])
-        write_text(path, text.getvalue())
+            rows.append([*row, *numbers, *([] if file_names is None else [file_names[index]])])
+        write_text(path, csv_text(rows))

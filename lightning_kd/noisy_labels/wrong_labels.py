@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import csv
-from io import StringIO
 from pathlib import Path
+from typing import Any
 
 import torch
 from lightning.pytorch.utilities import rank_zero_info
@@ -14,6 +13,7 @@ from lightning_kd.file_writing import write_text
 from lightning_kd.metrics import selection_metrics
 from lightning_kd.noisy_labels.bldr_losses import flag_wrong
 from lightning_kd.noisy_labels.label_scores import LabelScores
+from lightning_kd.spreadsheet import csv_text
 
 
 def wrong_label_metrics(scores: LabelScores, threshold: float) -> dict[str, float]:
@@ -36,13 +36,11 @@ def write_wrong_labels(path: Path, scores: LabelScores, suggested: Tensor, thres
     probability = scores.clean_probability
     order = probability.argsort(stable=True)
     order = order[flag_wrong(probability[order], threshold)]
-    text = StringIO()
-    writer = csv.writer(text, lineterminator="\n")
-    writer.writerow(["index", "given", "probability", "suggested"])
+    rows: list[list[Any]] = [["index", "given", "probability", "suggested"]]
     for i in order.tolist():
         row = [int(scores.index[i]), int(scores.given[i]), f"{float(probability[i]):.6g}", int(suggested[i])]
-        writer.writerow(row)
-    write_text(path, text.getvalue())
+        rows.append(row)
+    write_text(path, csv_text(rows))
     found = ", ".join(f"{name} {value:.3f}" for name, value in wrong_label_metrics(scores, threshold).items())
     rank_zero_info(f"{len(order)} of {len(probability)} labels look wrong ({found or f'see {path.name}'})")
 
