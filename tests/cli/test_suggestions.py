@@ -60,7 +60,6 @@ def test_the_learning_rate_is_the_optimizers(name, capsys):
         ("model: {class_path: DHKD, init_args: {temperatur: 3}}", "did you mean --model.temperature?"),
         ("modle: {class_path: DHKD}", "--modle.class_path does not exist: did you mean --model.class_path?"),
         ("trainer: {max_epoch: 3}", "--trainer.max_epoch does not exist: did you mean --trainer.max_epochs"),
-        ("model: [", "line 2"),
     ],
 )
 def test_a_config_file_too(text, expected, capsys, tmp_path):
