@@ -65,9 +65,12 @@ def written_whole(path: Path, durable: bool = False, tidy: bool = True) -> Itera
 
 
 def write_text(path: Path, text: str, durable: bool = False) -> None:
-    """Write all or nothing: a reader never sees half a file."""
+    r"""Write all or nothing: a reader never sees half a file.
+
+    The text is UTF-8; bytes in the names of files that are none are written as ``\udce9``, which JSON reads back.
+    """
     with written_whole(path, durable) as part:
-        part.write_text(text, encoding="utf-8")
+        part.write_text(text, encoding="utf-8", errors="backslashreplace")
 
 
 def remove_leftovers(folder: Path) -> None:

@@ -131,15 +131,11 @@ class BUAL(SequentialTrainingTask):
             raise ValueError(f"combine must be 'code' or 'paper', got {combine!r}")
         if subset not in ("candidates", "pool"):
             raise ValueError(f"subset must be 'candidates' or 'pool', got {subset!r}")
-        self.negative_epochs = negative_epochs
-        self.subset_size = subset_size
-        self.snapshot_interval = snapshot_interval
-        self.include_initial_snapshot = include_initial_snapshot
+        self.negative_epochs, self.subset_size = negative_epochs, subset_size
+        self.snapshot_interval, self.include_initial_snapshot = snapshot_interval, include_initial_snapshot
         self.uncertainty: Uncertainty = uncertainty
         self.combine: Combine = combine
-        self.exact = exact
-        self.subset = subset
-        self.normalize_aux = normalize_aux
+        self.exact, self.subset, self.normalize_aux = exact, subset, normalize_aux
         self.auxiliary_batch_size = auxiliary_batch_size
         self.network = self.build(network)
         self.classifier_path, _ = find_classifier(self.network, classifier)
