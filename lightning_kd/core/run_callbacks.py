@@ -40,10 +40,10 @@ class RunRecorder(L.Callback):
         self.predictions = True
         self._writer: PredictionWriter | None = None
         self._rows: list[dict[str, Any]] = []
-        self._trained = False
+        self._trained = self._ended = False
 
     def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
-        self._rows, self._trained = [], False
+        self._rows, self._trained, self._ended = [], False, stage == "fit" and self.run.fit_is_finished()
         if type(trainer.strategy.checkpoint_io) is TorchCheckpointIO:  # a user's own stays
             trainer.strategy.checkpoint_io = RunCheckpointIO()
 
@@ -99,7 +99,7 @@ class RunRecorder(L.Callback):
             return
         if not self._trained and trainer.ckpt_path is not None:
             exported = all((self.run.path / f"{name}.pt").is_file() for name in pl_module.exports())
-            if trainer.strategy.broadcast(exported and self.run.fit_is_finished()):
+            if trainer.strategy.broadcast(exported and self._ended):
                 return  # what is there was made of the weights at the end, which an average may differ from
             self._end_anew(trainer, pl_module)
         if trainer.is_global_zero:

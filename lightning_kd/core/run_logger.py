@@ -157,10 +157,8 @@ def _read(file: Path) -> list[dict[str, Any]]:
         try:
             if len(line) != len(header):
                 raise ValueError
-            for value in line[2:]:
-                float(value or 0)
-            row = {k: v for k, v in zip(header, line, strict=True) if v != ""}
-            _place(row)
+            row: dict[str, Any] = {k: float(v) for k, v in zip(header, line, strict=True) if v != ""}
+            row["epoch"], row["step"] = _place(row)
         except (ValueError, KeyError):
             raise ValueError(f"{file} is damaged (line {number} is no row of numbers): {remedy}") from None
         rows.append(row)

@@ -1,0 +1,384 @@
+"""Checkpoints are replaced whole and read with care; a fit that goes on is the same fit; one command at a time."""
+
+import csv
+import os
+import pickle
+import shutil
+import signal
+import subprocess
+import sys
+import time
+import zipfile
+from pathlib import Path
+
+import lightning as L
+import pytest
+import torch
+import yaml
+from lightning.pytorch.callbacks import ModelCheckpoint
+
+from lightning_kd.cli import get_cli, main
+from lightning_kd.cli.signals import Stopped, stopped_by_signals
+from lightning_kd.core import Classification
+from lightning_kd.core.checkpoint_files import RunCheckpointIO, read_checkpoint
+from lightning_kd.core.run_callbacks import run_callbacks
+from lightning_kd.core.run_folder import RunFolder
+from lightning_kd.core.run_logger import RunLogger
+from lightning_kd.core.weights import load_weights
+from lightning_kd.data import DigitsDataModule
+from tests.forked import THREADS
+
+QUIET = ["--trainer.enable_progress_bar", "false", "--trainer.enable_model_summary", "false"]
+SMOKE = ["--config", "_overlay/smoke", "--trainer.accelerator", "cpu", *QUIET]
+STUDENT = ["--config", "distillation/student_digits", *SMOKE]
+
+
+def told(capsys, words):
+    """The one sentence of a command that fails."""
+    capsys.readouterr()
+    with pytest.raises(SystemExit) as stopped:
+        main(words)
+    assert stopped.value.code == 1
+    lines = capsys.readouterr().err.strip().splitlines()
+    sentences = [line for line in lines if not line.startswith("(trace in ")]
+    assert len(sentences) == 1, lines
+    return sentences[0]
+
+
+def rows(folder):
+    with (folder / "metrics.csv").open(newline="") as stream:
+        return list(csv.DictReader(stream))
+
+
+# -- checkpoints on disk ---------------------------------------------------------------------------------------------
+
+
+def test_a_checkpoint_is_there_whole_or_as_it_was(tmp_path, monkeypatch):
+    io, path = RunCheckpointIO(), tmp_path / "new" / "last.ckpt"
+    io.save_checkpoint({"state_dict": {"a": torch.ones(3)}}, path)
+
+    def full(content, file):
+        file.write(b"half")
+        raise OSError(28, "No space left on device")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(torch, "save", full)
+        with pytest.raises(OSError, match=r"last.ckpt' could not be written, as the disk is full"):
+            io.save_checkpoint({"state_dict": {}}, path)
+    assert [p.name for p in path.parent.iterdir()] == ["last.ckpt"]
+    assert torch.equal(io.load_checkpoint(path)["state_dict"]["a"], torch.ones(3))
+    first = path.read_bytes()
+    io.save_checkpoint({"state_dict": {"a": torch.ones(3)}}, path)
+    assert path.read_bytes() == first  # nothing of the name on the way is in it
+
+
+def test_checkpoints_of_other_callbacks_are_written_so_too(tmp_path, monkeypatch):
+    monkeypatch.setenv("TMPDIR", str(tmp_path / "nowhere"))  # where Lightning's own would write
+    own = ModelCheckpoint(tmp_path / "own", "{epoch}", save_top_k=-1)
+    trainer = L.Trainer(
+        max_epochs=1,
+        accelerator="cpu",
+        logger=False,
+        callbacks=[own, *run_callbacks(RunFolder(tmp_path / "run"))],
+        enable_progress_bar=False,
+        enable_model_summary=False,
+    )
+    trainer.fit(Classification("mlp_8", 10, input_shape=(1, 8, 8)), DigitsDataModule(fake=True))
+    assert type(trainer.strategy.checkpoint_io) is RunCheckpointIO
+    assert [path.name for path in (tmp_path / "own").iterdir()] == ["epoch=0.ckpt"]
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory):
+    """A fit of two epochs."""
+    folder = tmp_path_factory.mktemp("finished")
+    here = Path.cwd()
+    os.chdir(folder)
+    try:
+        main(["fit", *STUDENT, "--data.noise", "SymmetricNoise", "--data.noise.rate", "0.4", "--run", "r"])
+    finally:
+        os.chdir(here)
+    return folder / "r"
+
+
+@pytest.fixture
+def run(finished, tmp_path):
+    return Path(shutil.copytree(finished, tmp_path / "r"))
+
+
+def flipped(content, where):
+    place = int(where * (len(content) - 1))
+    return content[:place] + bytes([content[place] ^ 4]) + content[place + 1 :]
+
+
+DAMAGES = {
+    "emptied": lambda content: b"",
+    "cut in half": lambda content: content[: len(content) // 2],
+    "last byte cut": lambda content: content[:-1],
+    "other text": lambda content: b"<html>not found</html>\n" * 40,
+    "zeros": lambda content: bytes(len(content)),
+    **{f"flipped at {where}": lambda content, where=where: flipped(content, where) for where in (0.1, 0.3, 0.5, 0.7)},
+}
+FILES = {
+    "checkpoints/last.ckpt": ["test", "--config", "r/config.yaml", "--ckpt_path", "last", *QUIET],
+    "metrics.csv": ["test", "--config", "r/config.yaml", "--ckpt_path", "last", *QUIET],
+    "noise.npz": ["test", "--config", "r/config.yaml", "--ckpt_path", "last", *QUIET],
+    "config.yaml": ["test", "--config", "r/config.yaml", "--ckpt_path", "last", *QUIET],
+    "run.json": ["test", "--config", "r/config.yaml", "--ckpt_path", "last", *QUIET],
+}
+
+
+def check_damage(run, capsys, file, damage):
+    """One sentence that names the file, or the right result."""
+    path, before = run / file, rows(run)
+    path.write_bytes(DAMAGES[damage](path.read_bytes()))
+    capsys.readouterr()
+    try:
+        main(FILES[file])
+    except SystemExit:
+        err = capsys.readouterr().err.strip()
+        sentences = [line for line in err.splitlines() if not line.startswith("(trace in ")]
+        assert len(sentences) == 1, err
+        assert path.name in sentences[0], err
+        assert "weights_only" not in err
+    else:
+        after = rows(run)
+        assert len(after) >= len(before)
+        assert 0 <= float(after[-1]["test/acc"]) <= 1
+
+
+@pytest.mark.parametrize("damage", ["emptied", "cut in half", "flipped at 0.5"])
+@pytest.mark.parametrize("file", ["checkpoints/last.ckpt", "metrics.csv"])
+def test_damaged_files(run, capsys, file, damage):
+    check_damage(run, capsys, file, damage)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("damage", DAMAGES)
+@pytest.mark.parametrize("file", FILES)
+def test_each_file_with_each_damage(run, capsys, file, damage):
+    check_damage(run, capsys, file, damage)
+
+
+def test_every_flipped_byte_of_a_checkpoint_is_noticed_or_changes_nothing(tmp_path):
+    content = {"state_dict": {"a": torch.arange(6.0), "b": torch.ones(2, 2)}, "epoch": 3}
+    RunCheckpointIO().save_checkpoint(content, tmp_path / "a.ckpt")
+    good = (tmp_path / "a.ckpt").read_bytes()
+    noticed = 0
+    for place in range(0, len(good), 3):
+        (tmp_path / "b.ckpt").write_bytes(good[:place] + bytes([good[place] ^ 16]) + good[place + 1 :])
+        try:
+            found = read_checkpoint(tmp_path / "b.ckpt")
+        except ValueError:
+            noticed += 1
+            continue
+        assert found["epoch"] == 3
+        assert all(torch.equal(found["state_dict"][k], v) for k, v in content["state_dict"].items())
+    assert noticed
+
+
+def test_what_is_no_checkpoint(tmp_path):
+    with pytest.raises(FileNotFoundError, match=r"a.ckpt: there is no such file; give last, best or"):
+        read_checkpoint(tmp_path / "a.ckpt")
+    torch.save([1], tmp_path / "b.ckpt")
+    with pytest.raises(ValueError, match=r"b.ckpt holds no state_dict: give a checkpoint of lightning-kd fit"):
+        read_checkpoint(tmp_path / "b.ckpt")
+    torch.save({"state_dict": {}, "path": Path("x")}, tmp_path / "c.ckpt")
+    with pytest.raises(ValueError, match=r"c.ckpt holds objects other than tensors and plain values: give another"):
+        read_checkpoint(tmp_path / "c.ckpt")
+    (tmp_path / "d.ckpt").write_bytes(pickle.dumps({"state_dict": Path("x")}))
+    with pytest.raises(ValueError, match=r"d.ckpt is damaged, or no checkpoint"):
+        read_checkpoint(tmp_path / "d.ckpt")
+
+
+def test_weights_with_a_flipped_bit_are_refused(tmp_path):
+    network = torch.nn.Linear(8, 4)
+    torch.save(network.state_dict(), tmp_path / "n.pt")
+    with zipfile.ZipFile(tmp_path / "n.pt") as archive:
+        part = next(info for info in archive.infolist() if "/data/0" in info.filename)
+        good = archive.read(part)
+    content = (tmp_path / "n.pt").read_bytes()
+    place = content.index(good)
+    (tmp_path / "n.pt").write_bytes(content[:place] + bytes([content[place] ^ 1]) + content[place + 1 :])
+    with pytest.raises(ValueError, match=r"n.pt' cannot be read: the file is damaged"):
+        load_weights(network, tmp_path / "n.pt")
+
+
+# -- what is not undone ----------------------------------------------------------------------------------------------
+
+
+def test_the_config_of_a_run_undoes_no_flag(run, capsys):
+    saved = yaml.safe_load((run / "config.yaml").read_text())
+    assert not {"run", "overwrite", "ckpt_path", "weights_only"} & saved.keys()
+    cli = get_cli(["--model.label_smoothing", "0.3", "--config", "r/config.yaml", *QUIET])
+    assert cli.model.label_smoothing == 0.3
+    # as older versions wrote it
+    with (run / "config.yaml").open("a") as file:
+        file.write("run: null\noverwrite: false\nckpt_path: null\n")
+    before = (run / "checkpoints/last.ckpt").read_bytes()
+    main(["fit", "--run", "new", "--overwrite", "--trainer.max_epochs", "1", "--config", "r/config.yaml", *QUIET])
+    assert (run / "checkpoints/last.ckpt").read_bytes() == before
+    assert read_checkpoint("new/checkpoints/last.ckpt")["epoch"] == 0
+    assert "none.ckpt" in told(capsys, ["sharpness", "--ckpt_path", "none.ckpt", "--config", "r/config.yaml", *QUIET])
+
+
+def test_flags_win_over_what_a_checkpoint_holds(run):
+    cli = get_cli(
+        ["test", "--config", "r/config.yaml", "--ckpt_path", "r/checkpoints/last.ckpt"]
+        + ["--model.label_smoothing", "0.3", *QUIET],
+        run=True,
+    )
+    assert cli.model.label_smoothing == 0.3
+    assert "test/acc" in rows(run)[-1]
+
+
+@pytest.mark.parametrize("ended", [True, False])
+def test_resuming_a_finished_average_leaves_the_network_that_was_tested(tmp_path, ended):
+    fit = ["fit", "--config", "flatness/ema_digits", *SMOKE, "--run", "r"]
+    main(fit)
+    before = torch.load("r/network.pt", weights_only=True)
+    last = read_checkpoint("r/checkpoints/last.ckpt")
+    assert not all(torch.equal(before[k], last["current_model_state"][f"network.{k}"]) for k in before)
+    if not ended:
+        Path("r/network.pt").unlink()
+    main([*fit, "--ckpt_path", "last"])
+    after = torch.load("r/network.pt", weights_only=True)
+    assert all(torch.equal(before[k], after[k]) for k in before)
+
+
+def test_the_end_of_a_fit_is_made_up_for(run):
+    results = ["noisy_labels.csv", "network.pt"]
+    main(["fit", "--config", "noisy_labels/ce_digits", *SMOKE, "--run", "n"])
+    kept = {name: Path("n", name).read_bytes() for name in results}
+    for lost in results:
+        Path("n", lost).unlink()
+        record = RunFolder("n")
+        record.record = record.read_record()
+        record.end("running")  # as a kill leaves it
+        main(["fit", "--config", "noisy_labels/ce_digits", *SMOKE, "--run", "n", "--ckpt_path", "last"])
+        assert {name: Path("n", name).read_bytes() for name in ["noisy_labels.csv"]} == {
+            "noisy_labels.csv": kept["noisy_labels.csv"]
+        }
+        assert Path("n", "network.pt").is_file()
+        assert RunFolder("n").fit_is_finished()
+
+
+def test_rows_that_a_kill_or_a_cut_lost_come_back(run, capsys):
+    whole = rows(run)
+    lines = (run / "metrics.csv").read_text().splitlines(keepends=True)
+    noise = ["--data.noise", "SymmetricNoise", "--data.noise.rate", "0.4"]
+    more = ["fit", *STUDENT, *noise, "--run", "r", "--ckpt_path", "last", "--trainer.max_epochs", "3"]
+    (run / "metrics.csv").write_text("".join(lines[:-1]))
+    main(more)
+    assert rows(run)[:2] == whole
+    (run / "metrics.csv").write_text("".join(lines)[:-20])  # in the midst of a row
+    with pytest.warns(UserWarning, match=r"metrics.csv is damaged .*: it is written anew from the checkpoint"):
+        main([*more[:-1], "4"])
+    assert rows(run)[:2] == whole
+    assert [row["epoch"] for row in rows(run)] == ["0", "1", "2", "3"]
+
+
+def test_a_damaged_table_is_refused_where_it_would_be_rewritten(tmp_path):
+    for text, what in (
+        ("epoch,step,a\n0,1,0.5\n1,3,0.", "its last line is cut"),
+        ("epoch,step,a\n0,1\n", "line 2 is no row"),
+        ("epoch,step,a\n0,1,x\n", "line 2 is no row"),
+        ("a,b\n1,2\n", "its first line names no epoch"),
+    ):
+        (tmp_path / "metrics.csv").write_text(text)
+        with pytest.raises(ValueError, match=rf"metrics.csv is damaged \({what}"):
+            RunLogger(tmp_path).log_metrics({"epoch": 2, "a": 1.0}, step=5)
+        assert (tmp_path / "metrics.csv").read_text() == text
+
+
+# -- the same fit ----------------------------------------------------------------------------------------------------
+
+
+def test_going_on_with_other_settings_is_refused(run, capsys):
+    config = (run / "config.yaml").read_bytes()
+    noise = ["--data.noise", "SymmetricNoise", "--data.noise.rate", "0.4"]
+    more = ["fit", *STUDENT, *noise, "--run", "r", "--ckpt_path", "last", "--trainer.max_epochs", "3"]
+    for change, key in (
+        (["--model.optimizer.lr", "0.3"], "model.init_args.optimizer.init_args.lr=0.05, got 0.3"),
+        (["--data.batch_size", "7"], "data.init_args.batch_size="),
+        (["--seed_everything", "5"], "seed_everything=0, got 5"),
+        (["--model.network", "mlp_8"], "model.init_args.network="),
+    ):
+        assert f"the run in {run} was made with {key}" in told(capsys, [*more, *change])
+    assert (run / "config.yaml").read_bytes() == config
+    # what makes no other training
+    main([*more, "--data.eval_batch_size", "50", "--trainer.log_every_n_steps", "2"])
+    assert len(rows(run)) == 3
+
+
+def test_a_schedule_with_a_length_of_its_own_takes_no_other_number_of_epochs(tmp_path, capsys):
+    schedule = "torch.optim.lr_scheduler.CosineAnnealingLR"
+    fit = ["fit", *STUDENT, "--model.lr_scheduler", schedule, "--model.lr_scheduler.T_max", "2", "--run", "r"]
+    main(fit)
+    message = told(capsys, [*fit, "--ckpt_path", "last", "--trainer.max_epochs", "4"])
+    assert (
+        "has a length of its own (model.init_args.lr_scheduler.init_args.T_max=2), got max_epochs=4 after 2" in message
+    )
+    main([*fit, "--ckpt_path", "last"])
+
+
+def test_a_folder_has_one_command_at_a_time(run, capsys):
+    before = (run / "run.json").read_bytes()
+    with RunFolder(run).alone():
+        for words in (["fit", *STUDENT, "--overwrite", "--run", "r"], FILES["metrics.csv"]):
+            assert "another command works in r: wait until it has ended" in told(capsys, words)
+    assert (run / "run.json").read_bytes() == before
+    assert not list(run.glob(".*"))
+
+
+# -- signals ---------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("name", "status"), [("SIGTERM", 143), ("SIGHUP", 129)])
+def test_a_signal_ends_with_its_status(name, status):
+    number = getattr(signal, name)
+    before = signal.getsignal(number)
+    if before != signal.SIG_DFL:
+        pytest.skip(f"{name} has a handler here")
+
+    def wait():
+        with stopped_by_signals():
+            os.kill(os.getpid(), number)
+            time.sleep(5)
+
+    with pytest.raises(Stopped) as stopped:
+        wait()
+    assert stopped.value.code == status
+    assert signal.getsignal(number) == signal.SIG_DFL
+
+
+def test_an_ignored_signal_stays_ignored():
+    before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    try:
+        with stopped_by_signals():
+            os.kill(os.getpid(), signal.SIGHUP)
+    finally:
+        signal.signal(signal.SIGHUP, before)
+
+
+def test_sigterm_tells_the_outcome_and_the_command_that_goes_on(tmp_path):
+    (tmp_path / "stopping.py").write_text(
+        "import os, signal\nfrom torch import nn\n\n\nclass Stopping(nn.Module):\n"
+        "    def __init__(self):\n        super().__init__()\n        self.layer = nn.Linear(64, 10)\n"
+        "    def forward(self, x):\n"
+        "        if self.training and os.path.exists('r/checkpoints/best.ckpt'):\n"
+        "            os.kill(os.getpid(), signal.SIGTERM)\n        return self.layer(x.flatten(1))\n"
+    )
+    words = [*STUDENT, "--run", "r", "--model.network.class_path", "stopping.Stopping"]
+    done = subprocess.run(
+        [sys.executable, "-m", "lightning_kd", "fit", *words],
+        cwd=tmp_path,
+        env={**os.environ, "OMP_NUM_THREADS": THREADS, "PYTHONPATH": os.pathsep.join(sys.path)},
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
+    assert done.returncode == 143, done.stderr
+    assert "fit interrupted after 1 epoch" in done.stdout
+    assert done.stdout.rstrip().endswith("--ckpt_path last")
+    assert RunFolder(tmp_path / "r").read_record()["outcome"] == "interrupted"
