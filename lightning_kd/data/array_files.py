@@ -10,9 +10,9 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import torch
-from lightning.pytorch.utilities import rank_zero_info
 from torch import Tensor
 
+from lightning_kd.core.notes import note
 from lightning_kd.file_writing import written_whole
 
 
@@ -164,9 +164,7 @@ def number_classes(
     if labels[0] < 0 or (labels[0] == 0 and labels[-1] + 1 <= 2 * len(labels)):
         return None, list(targets)
     some = ", ".join(map(str, labels[:5].tolist())) + ", ..." * (len(labels) > 5)
-    rank_zero_info(
-        f"{where}: the {len(labels)} classes that occur ({some}) are numbered from 0, and keep these as names"
-    )
+    note(f"{where}: the {len(labels)} classes that occur ({some}) are numbered from 0, and keep these as names")
     return [str(label) for label in labels.tolist()], [np.searchsorted(labels, target) for target in targets]
 
 

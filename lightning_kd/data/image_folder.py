@@ -8,11 +8,11 @@ from typing import Literal
 
 import numpy as np
 import torch
-from lightning.pytorch.utilities import rank_zero_info
 from torch import Tensor
 from torchvision.transforms import AutoAugmentPolicy, v2
 
 from lightning_kd.argument_checks import check_numbers
+from lightning_kd.core.notes import note
 from lightning_kd.core.seeding import numpy_generator
 from lightning_kd.data.array_files import Arrays
 from lightning_kd.data.augment import CropFlip, cut_out_
@@ -147,7 +147,7 @@ class ImageFolderDataModule(ClassificationDataModule):
         else:
             names = class_folders(self._split_root("train") or Path(root))
             if all(name.isdecimal() for name in names) and names != sorted(names, key=int):
-                rank_zero_info(f"class folders are in the order of their text, as in torchvision: {', '.join(names)}")
+                note(f"class folders are in the order of their text, as in torchvision: {', '.join(names)}")
         super().__init__(
             class_names=names,
             input_shape=(3, image_size, image_size),

@@ -7,8 +7,8 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
-from lightning.pytorch.utilities import rank_zero_info
 
+from lightning_kd.core.notes import note
 from lightning_kd.data.array_files import read_arrays, to_target
 from lightning_kd.data.class_noise import SymmetricNoise
 from lightning_kd.data.label_noise import CleanLabels, LabelNoise, estimate_transition, sample_transition
@@ -190,7 +190,7 @@ def _corrected(own: np.ndarray, index: np.ndarray, labels: np.ndarray, path: str
             f"the column index of {path!r} holds {values[count > 1][0]} more than once: keep one line for each sample"
         )
     if len(place) < len(own):
-        rank_zero_info(f"{path!r} holds {len(place)} of {len(own)} labels: the other samples keep the data set's own")
+        note(f"{path!r} holds {len(place)} of {len(own)} labels: the other samples keep the data set's own")
     given = own.copy()
     given[place] = labels
     return given

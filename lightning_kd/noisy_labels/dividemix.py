@@ -11,12 +11,13 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
+from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor, nn
 
 from lightning_kd.argument_checks import check_numbers
 from lightning_kd.core.batch import Batch
 from lightning_kd.core.mixture import Mixture
+from lightning_kd.core.notes import note
 from lightning_kd.core.phased_loader import Phase, PhaseBatch
 from lightning_kd.noisy_labels.label_scores import LabelScores, logit_margin, split_scaled, unit_scores
 from lightning_kd.noisy_labels.mixmatch import linear_ramp, prior_penalty, sharpen
@@ -155,12 +156,12 @@ class DivideMix(TwoNetworkTask):
             # batch normalisation needs two samples on each process
             if min(len(labelled), len(unlabelled)) >= 2 * self.trainer.world_size:
                 if not 0.01 <= len(labelled) / len(data.train_indices) <= 0.99:
-                    rank_zero_info(
+                    note(
                         f"network {k + 1}: {len(labelled)} of {len(data.train_indices)} labels taken for clean, an "
                         "extreme split: look at the margins (LabelPictures), or set clip"
                     )
                 elif len(labelled) < data.batch_size * self.trainer.world_size:
-                    rank_zero_info(f"network {k + 1}: only {len(labelled)} clean samples, taken as one batch")
+                    note(f"network {k + 1}: only {len(labelled)} clean samples, taken as one batch")
                 shared: dict[str, Any] = {"shuffle": True, "batch_size": data.batch_size, "views": self.views}
                 shared["drop_last"] = self.drop_last
                 return Phase(
@@ -168,7 +169,7 @@ class DivideMix(TwoNetworkTask):
                     data.loader("train", labelled, stream=stream, **shared),
                     data.loader("train", unlabelled, stream=f"{stream}_unlabelled", **shared),
                 )
-            rank_zero_info(
+            note(
                 f"network {k + 1}: {len(labelled)} samples taken for clean, {len(unlabelled)} not: an epoch of warm-up"
             )
         return Phase(k, data.loader("train", shuffle=True, augment=True, batch_size=2 * data.batch_size, stream=stream))

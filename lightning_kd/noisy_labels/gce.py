@@ -12,12 +12,12 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from lightning.pytorch.utilities import rank_zero_info
 from torch import Tensor, nn
 
 from lightning_kd.argument_checks import check_numbers
 from lightning_kd.core.batch import Batch
 from lightning_kd.core.losses import at_least_float32, check_target
+from lightning_kd.core.notes import note
 from lightning_kd.noisy_labels.noisy_label_task import SingleNetworkTask
 
 __all__ = ["GCE", "gce_loss"]
@@ -126,6 +126,6 @@ class GCE(SingleNetworkTask):
         device = self.kept.rows.device
         kept = losses < self.bound
         if not bool(kept.any()):
-            rank_zero_info(f"no label is more probable than truncation={self.truncation} yet: all samples are kept")
+            note(f"no label is more probable than truncation={self.truncation} yet: all samples are kept")
             kept = torch.ones_like(kept)
         self.kept.write(index.to(device), kept.to(device))

@@ -6,9 +6,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from lightning.pytorch.utilities import rank_zero_info
 from torch import Tensor
 
+from lightning_kd.core.notes import note
 from lightning_kd.file_writing import write_text
 from lightning_kd.metrics import selection_metrics
 from lightning_kd.noisy_labels.bldr_losses import flag_wrong
@@ -42,7 +42,7 @@ def write_wrong_labels(path: Path, scores: LabelScores, suggested: Tensor, thres
         rows.append(row)
     write_text(path, csv_text(rows))
     found = ", ".join(f"{name} {value:.3f}" for name, value in wrong_label_metrics(scores, threshold).items())
-    rank_zero_info(f"{len(order)} of {len(probability)} labels look wrong ({found or f'see {path.name}'})")
+    note(f"{len(order)} of {len(probability)} labels look wrong ({found or f'see {path.name}'})")
 
 
 def lost_classes(weight: Tensor, given: Tensor, num_classes: int) -> list[int]:

@@ -145,7 +145,7 @@ def test_bad_arguments(tmp_path):
 )
 def test_labels_with_gaps_or_from_1(tmp_path, labels, names, monkeypatch):
     said = []
-    monkeypatch.setattr(array_files, "rank_zero_info", said.append)
+    monkeypatch.setattr(array_files, "note", said.append)
     image = np.zeros((60, 8, 8, 3), np.uint8)
     target = np.array(labels)[np.arange(60) % 3]
     np.savez(tmp_path / "some.npz", train_image=image, train_target=target, test_image=image, test_target=target[::-1])

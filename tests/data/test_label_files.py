@@ -89,7 +89,7 @@ def test_what_spreadsheets_write(separator, encoding):
 
 def test_corrections_of_some_samples(monkeypatch):
     lines = []
-    monkeypatch.setattr(label_files, "rank_zero_info", lines.append)
+    monkeypatch.setattr(label_files, "note", lines.append)
     Path("labels.csv").write_text("index,given,label\n3,0,bee\n1,1,cow\n")
     assert LabelFile("labels.csv").corrupt(CLEAN, NAMES).tolist() == [0, 2, 2, 1, 1]
     assert lines == ["'labels.csv' holds 2 of 5 labels: the other samples keep the data set's own"]
