@@ -13,6 +13,7 @@ from lightning.pytorch.plugins.io import TorchCheckpointIO
 
 from lightning_kd.core.batch import as_batch
 from lightning_kd.core.checkpoint_files import RunCheckpointIO, read_checkpoint
+from lightning_kd.core.notes import note
 from lightning_kd.core.prediction_files import PredictionWriter
 from lightning_kd.core.run_folder import RunFolder
 from lightning_kd.core.run_logger import RunLogger
@@ -154,6 +155,19 @@ class RunRecorder(L.Callback):
         if self._writer is not None:
             self._writer.finish(self.run.path, trainer.datamodule)  # type: ignore[attr-defined]
             self._writer = None
+            self._note_part(trainer)
+
+    @staticmethod
+    def _note_part(trainer: L.Trainer) -> None:
+        """Say where the files hold predictions for a part of the samples alone."""
+        done, loader = sum(trainer.num_predict_batches), trainer.predict_dataloaders
+        loaders: list[Any] = list(loader) if isinstance(loader, list | tuple) else [loader]
+        whole = sum(len(each) if hasattr(each, "__len__") else 0 for each in loaders)
+        if done < whole:
+            limit = trainer.limit_predict_batches  # type: ignore[attr-defined]
+            note(
+                f"predictions are of {done} of {whole} batches, as limit_predict_batches={limit}: leave it out for all"
+            )
 
 
 def run_folder_of(trainer: L.Trainer | None) -> RunFolder | None:

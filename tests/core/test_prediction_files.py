@@ -142,6 +142,15 @@ def test_a_trial_run_leaves_predictions_alone(tmp_path):
     assert rows == [{"index": "7"}]
 
 
+@pytest.mark.parametrize(("limit", "noted"), [(2, True), (0.5, True), (1.0, False), (6, False), (100, False)])
+def test_a_part_of_the_predictions_is_told(limit, noted, tmp_path, capsys):
+    predicted(tmp_path, MultiLabelClassification("cnn_tiny", 4), arrays("multi_label"), limit_predict_batches=limit)
+    said = capsys.readouterr().err
+    part = f"predictions are of {2 if limit == 2 else 3} of 6 batches, as limit_predict_batches={limit}: leave it out"
+    assert (part in said) == noted
+    assert ("predictions are of" in said) == noted
+
+
 def test_masks_of_an_earlier_prediction_go(tmp_path):
     task = SemanticSegmentation("fcn_tiny", 4)
     predicted(tmp_path, task, arrays("segmentation"))
