@@ -223,11 +223,8 @@ def test_the_config_of_a_run_undoes_no_flag(run, capsys):
 
 
 def test_flags_win_over_what_a_checkpoint_holds(run):
-    cli = get_cli(
-        ["test", "--config", "r/config.yaml", "--ckpt_path", "r/checkpoints/last.ckpt"]
-        + ["--model.label_smoothing", "0.3", *QUIET],
-        run=True,
-    )
+    words = ["test", "--config", "r/config.yaml", "--ckpt_path", "r/checkpoints/last.ckpt", *QUIET]
+    cli = get_cli([*words, "--model.label_smoothing", "0.3"], run=True)
     assert cli.model.label_smoothing == 0.3
     assert "test/acc" in rows(run)[-1]
 
