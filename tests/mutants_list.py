@@ -568,7 +568,7 @@ MUTANTS = [
     Mutant(
         "a run's folder is shared",
         "cli/run_cli.py",
-        "            self._hold(folder)\n",
+        "            self._held.enter_context(folder.alone())\n",
         "            pass\n",
         ("tests/test_nothing_lost.py",),
     ),

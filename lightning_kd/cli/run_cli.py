@@ -138,7 +138,6 @@ class RunCLI(LightningCLI):
         if verb is None:
             self.beginning.add(folder, None, None, self.saved_config())
         elif not config.trainer.get("fast_dev_run"):
-            self._check_checkpoint(config, folder)
             if not folder.can_be_written():
                 if verb not in ("validate", "test"):
                     raise PermissionError(
@@ -146,6 +145,7 @@ class RunCLI(LightningCLI):
                         "permissions, or name another folder with --run, and a checkpoint by its path"
                     )
                 self.only_prints = True
+            self._check_checkpoint(config, folder)
             self._records = True
             if verb != "active" and self.is_first and not self.only_prints:  # whose settings change from round to round
                 text = self.saved_config() if verb == "fit" else None
@@ -164,8 +164,8 @@ class RunCLI(LightningCLI):
             )
         if folder.path.exists() and not folder.path.is_dir():
             raise NotADirectoryError(f"--run {str(folder.path)!r} is a file: name a folder")
-        if self.is_first:
-            self._hold(folder)
+        if self.is_first and not self.only_prints:
+            self._held.enter_context(folder.alone())
         if self.subcommand == "fit" and config.get("ckpt_path") and self.is_first:
             check_same_run(self.saved_config(), config["ckpt_path"])
         if anew and folder.last.is_file() and not config["overwrite"] and self.is_first:
@@ -176,13 +176,6 @@ class RunCLI(LightningCLI):
         folder.read_record()  # or it is none of ours
         if anew and config["overwrite"] and self.is_first:
             folder.check_is_run()
-
-    def _hold(self, folder: RunFolder) -> None:
-        try:
-            self._held.enter_context(folder.alone())
-        except OSError:  # a folder that may only be read can be looked at
-            if self.subcommand in ("fit", "active"):
-                raise
 
     def before_fit(self) -> None:
         # all is parsed and built: now an earlier fit may be thrown away
