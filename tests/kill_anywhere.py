@@ -89,7 +89,7 @@ def _content(path: Path) -> Any:
             return {name: arrays[name].tolist() for name in arrays}
     if path.name == "run.json":
         record = json.loads(path.read_text())
-        return {key: record.get(key) for key in ("verb", "seed", "outcome", "epochs", "files")}
+        return {key: record.get(key) for key in ("verb", "seed", "outcome", "epochs", "rounds", "files")}
     if path.name == "pool.json":
         record = json.loads(path.read_text())
         for row in record["results"]:

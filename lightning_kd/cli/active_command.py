@@ -13,6 +13,7 @@ from lightning_kd.active_learning.round_folders import files_of_rounds
 from lightning_kd.active_learning.rounds import run_rounds
 from lightning_kd.cli.pool_verbs import alone_on_pool, check_kept, check_pool
 from lightning_kd.cli.saved_config import check_same_recipe
+from lightning_kd.core.checkpoint_files import read_checkpoint
 from lightning_kd.core.run_folder import RunFolder, remove_files
 from lightning_kd.pool import PoolRecord
 from lightning_kd.pool.label_curves import table
@@ -79,7 +80,7 @@ def _run_rounds(cli: Any, whole: RunFolder, config: Any) -> list[dict[str, Any]]
 
     def enter(folder: RunFolder, seed: int, outcome: str) -> None:
         if cli.run_folder is not whole and cli.run_folder.record:
-            cli.run_folder.end(outcome)
+            cli.run_folder.end(outcome, epochs=cli.trainer.fit_loop.epoch_progress.current.processed)
         cli.run_folder = folder
         config["seed_everything"], config["run"] = seed, str(folder.path)
 
@@ -98,7 +99,20 @@ def _run_rounds(cli: Any, whole: RunFolder, config: Any) -> list[dict[str, Any]]
         outcome = "finished"
     finally:
         enter(whole, seed, outcome)
+    if cli.is_first:
+        _end_rounds(whole.path, len(rows))
     return rows
+
+
+def _end_rounds(folder: Path, count: int) -> None:
+    """Say of rounds that were done when their command was killed that they are."""
+    for number in range(count):
+        round_folder = RunFolder(folder / f"round_{number:02d}")
+        record = round_folder.read_record()
+        if record is not None and record["outcome"] != "finished":
+            round_folder.record = record
+            saved = round_folder.last.is_file()
+            round_folder.end("finished", epochs=read_checkpoint(round_folder.last)["epoch"] + 1 if saved else None)
 
 
 def next_step(config: str, answer: Any) -> str:

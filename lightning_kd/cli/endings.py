@@ -51,7 +51,11 @@ def report(cli: Any, error: BaseException | None) -> None:
         begun = True
     metrics = {} if trainer is None else {k: float(v) for k, v in trainer.callback_metrics.items()}
     epochs = 0 if trainer is None else trainer.current_epoch
-    details: dict[str, Any] = {"epochs": epochs, "metrics": metrics}
+    details: dict[str, Any] = {"metrics": metrics}
+    if cli.subcommand == "active":  # each round has its own
+        details["rounds"] = len(list(folder.path.glob("round_[0-9]*")))
+    else:
+        details["epochs"] = epochs
     if error is not None and outcome == "failed":
         sentence = _sentence(error)
         details["error"] = f"{type(_cause(error)).__name__}: {sentence}"
