@@ -121,9 +121,11 @@ def alone(lock: Path, refusal: str) -> Iterator[None]:
         held = open_lock(lock)
         try:
             fcntl.flock(held, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError:
+        except BlockingIOError:
             os.close(held)
             raise ValueError(refusal) from None
+        except OSError:  # a file system without locks: better alone by luck than not at all
+            break
         if os.fstat(held).st_nlink:
             break
         os.close(held)  # the process that held it has just removed it

@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 import torch
 
+from lightning_kd import file_writing
 from lightning_kd.data.array_files import write_npz
 from lightning_kd.file_writing import open_lock, remove_leftovers, sentence_of, write_text, written_whole
 from lightning_kd.pool.pool_record import alone
@@ -130,3 +131,13 @@ def test_a_full_disk_with_every_kind_of_content(tmp_path, monkeypatch):
     with pytest.raises(OSError, match=r"c\.pt' could not be written"), written_whole(tmp_path / "c.pt") as part:
         torch.save({"x": torch.zeros(100_000)}, part)
     assert names(tmp_path) == []
+
+
+def test_a_file_system_without_locks_is_no_obstacle(tmp_path, monkeypatch):
+    def unsupported(*args):
+        raise OSError(errno.ENOLCK, "No locks available")
+
+    monkeypatch.setattr(file_writing.fcntl, "flock", unsupported)
+    with file_writing.alone(tmp_path / "new" / ".lock", "no"):
+        assert (tmp_path / "new").is_dir()
+    assert not list((tmp_path / "new").iterdir())

@@ -308,6 +308,17 @@ def test_going_on_with_other_settings_is_refused(run, capsys):
     assert len(rows(run)) == 3
 
 
+def test_weights_may_have_moved(tmp_path, capsys):
+    torch.save(get_cli(STUDENT).model.network.state_dict(), "a.pt")
+    fit = ["fit", *STUDENT, "--run", "r", "--model.weights"]
+    main([*fit, "a.pt"])
+    more = ["--ckpt_path", "last", "--trainer.max_epochs", "3"]
+    shutil.copy("a.pt", "b.pt")
+    assert "made with model.init_args.weights=a.pt, got b.pt" in told(capsys, [*fit, "b.pt", *more])
+    Path("a.pt").unlink()
+    main([*fit, "b.pt", *more])
+
+
 def test_a_schedule_with_a_length_of_its_own_takes_no_other_number_of_epochs(tmp_path, capsys):
     schedule = "torch.optim.lr_scheduler.CosineAnnealingLR"
     fit = ["fit", *STUDENT, "--model.lr_scheduler", schedule, "--model.lr_scheduler.T_max", "2", "--run", "r"]

@@ -55,8 +55,8 @@ def check_same_run(text: str, checkpoint: str | Path) -> None:
     """Raise a ``ValueError`` where a fit would go on from a checkpoint with other settings than those of its run.
 
     What makes no other training may change: the machine, the loggers and callbacks, how validation is batched, and the
-    number of epochs, unless a schedule of torch's has a length of its own. Settings that only one of the two has, as
-    another version may, are not looked at. A checkpoint without a ``config.yaml`` above its folder is not, either.
+    number of epochs, unless a schedule of torch's has a length of its own. A file may be elsewhere where the old path
+    leads nowhere. Settings that only one of the two has, as another version may, are not looked at. A checkpoint without a ``config.yaml`` above its folder is not, either.
     """
     path = Path(checkpoint).absolute().parent.parent / "config.yaml"
     changes = list(_changes(text, path))
@@ -95,8 +95,13 @@ def _differing(key: str, old: Any, new: Any) -> Iterator[tuple[str, Any, Any]]:
     if isinstance(old, dict) and isinstance(new, dict):
         for name in [name for name in old if name in new]:
             yield from _differing(f"{key}.{name}" if key else str(name), old[name], new[name])
-    elif old != new:
+    elif old != new and not _moved(old, new):
         yield key, _short(old), _short(new)
+
+
+def _moved(old: Any, new: Any) -> bool:
+    """Whether these are paths, of which the old one leads nowhere any more."""
+    return isinstance(old, str) and isinstance(new, str) and not Path(old).exists() and Path(new).exists()
 
 
 def _short(value: Any) -> Any:
