@@ -12,10 +12,12 @@ import zipfile
 from pathlib import Path
 
 import lightning as L
+import numpy as np
 import pytest
 import torch
 import yaml
 from lightning.pytorch.callbacks import ModelCheckpoint
+from PIL import Image
 
 from lightning_kd.cli import get_cli, main
 from lightning_kd.cli.signals import Stopped, stopped_by_signals
@@ -390,3 +392,17 @@ def test_sigterm_tells_the_outcome_and_the_command_that_goes_on(tmp_path):
     assert "fit interrupted after 1 epoch" in done.stdout
     assert done.stdout.rstrip().endswith("--ckpt_path last")
     assert RunFolder(tmp_path / "r").read_record()["outcome"] == "interrupted"
+
+
+def test_names_of_files_that_are_no_utf8(tmp_path):
+    rng = np.random.default_rng(0)
+    for k in range(24):
+        path = tmp_path / "data" / ("train", "test")[k % 3 == 2] / str(k % 2) / os.fsdecode(b"caf\xe9_%02d.png" % k)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        Image.fromarray(rng.integers(0, 256, (8, 8, 3), np.uint8)).save(path)
+    data = ["--data", "ImageFolderDataModule", "--data.root", "data", "--data.image_size", "8", "--data.val_fraction"]
+    words = ["--model", "CrossEntropy", "--model.network", "mlp_8", *data, "0", "--run", "r", *QUIET]
+    main(["fit", *words, "--trainer.max_epochs", "1", "--trainer.accelerator", "cpu"])
+    main(["predict", "--config", "r/config.yaml", "--ckpt_path", "last", *QUIET])
+    for name in ("noisy_labels.csv", "predictions.csv"):
+        assert "caf\\udce9_0" in Path("r", name).read_text(encoding="utf-8")

@@ -56,7 +56,8 @@ def check_same_run(text: str, checkpoint: str | Path) -> None:
 
     What makes no other training may change: the machine, the loggers and callbacks, how validation is batched, and the
     number of epochs, unless a schedule of torch's has a length of its own. A file may be elsewhere where the old path
-    leads nowhere. Settings that only one of the two has, as another version may, are not looked at. A checkpoint without a ``config.yaml`` above its folder is not, either.
+    leads nowhere. Settings that only one of the two has, as another version may, are not looked at. A checkpoint
+    without a ``config.yaml`` above its folder is not, either.
     """
     path = Path(checkpoint).absolute().parent.parent / "config.yaml"
     changes = list(_changes(text, path))
