@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from typing import Literal
 
 import torch
 import torch.nn.functional as F
@@ -130,3 +131,65 @@ def negative_learning_loss(
     if weight is not None:
         loss = loss * weight[:, None]
     return loss.mean()
+
+
+def asymmetric_loss(
+    logits: Tensor,
+    target: Tensor,
+    gamma_negative: float = 4.0,
+    gamma_positive: float = 0.0,
+    margin: float = 0.05,
+    detach_focus: bool = True,
+    reduction: Literal["sum", "mean", "none"] = "sum",
+) -> Tensor:
+    """Binary cross-entropy that lets go of easy negatives: the asymmetric loss of several labels an image.
+
+    With ``p = sigmoid(logits)`` and ``q = min(1 - p + margin, 1)``: ``-(1 - p)^gamma_positive log p`` where the target
+    is 1, ``-(1 - q)^gamma_negative log q`` where it is 0. It is computed from the logits, so that loss and gradient are
+    finite for any of them; a negative with ``p <= margin`` has neither.
+
+    Args:
+        logits: ``[B, C]``; half precision is computed in float32, float64 stays.
+        target: ``[B, C]`` of 1, 0 and -1 (not known: counts nothing).
+        gamma_negative: exponent of negatives, 0 or more.
+        gamma_positive: exponent of positives, 0 or more.
+        margin: by which probabilities of negatives are lowered, in [0, 1).
+        detach_focus: let no gradient go through the powers.
+        reduction: over all labels that are known; ``"none"`` gives ``[B, C]``.
+
+    Raises:
+        ValueError: for shapes that differ, numbers out of range, and a target of other values (which only a CPU is
+            asked for).
+
+    Source: Ridnik et al., arXiv 2009.14119, equations 4 to 7.
+    """
+    check_numbers(least=0, gamma_negative=gamma_negative, gamma_positive=gamma_positive)
+    check_numbers(least=0, below=1, margin=margin)
+    if reduction not in ("sum", "mean", "none"):
+        raise ValueError(f"reduction must be 'sum', 'mean' or 'none', got {reduction!r}: give one of them")
+    check_shapes(logits=(logits, "BC"), target=(target, "BC"))
+    check_label_values(target, (-1, 0, 1))
+    (logits,) = at_least_float32(logits)
+    p, rest = logits.sigmoid(), (-logits).sigmoid()
+    negative = (rest + margin).clamp(max=1).log() if margin else F.logsigmoid(-logits)
+    focus_positive, focus_negative = rest**gamma_positive, (p - margin).clamp(min=0) ** gamma_negative
+    if detach_focus:
+        focus_positive, focus_negative = focus_positive.detach(), focus_negative.detach()
+    positive = focus_positive * F.logsigmoid(logits)
+    each = -torch.where(target > 0, positive, focus_negative * negative).masked_fill(target < 0, 0.0)
+    if reduction == "none":
+        return each
+    return each.sum() / (target >= 0).sum().clamp(min=1) if reduction == "mean" else each.sum()
+
+
+def check_label_values(target: Tensor, allowed: tuple[int, ...], name: str = "target") -> None:
+    """Raise ``ValueError`` where ``target`` holds other values; a GPU, which would have to wait, is not asked."""
+    if target.device.type != "cpu":
+        return
+    wide = target.float()  # or 255 of uint8 would equal -1
+    if not torch.isin(wide, torch.tensor(allowed, dtype=wide.dtype)).all():
+        values = " and ".join(map(str, allowed))
+        raise ValueError(
+            f"{name} must hold {values}, got values from {float(wide.min()):g} to {float(wide.max()):g}: correct the "
+            "labels"
+        )

@@ -25,6 +25,7 @@ def logits(seed, columns=C):
 A, Z, P = logits(0), logits(1), logits(2).softmax(1)
 TARGET, OTHER = torch.tensor([0, 2, 1, 2]), torch.tensor([1, 1, 2, 0])
 WEIGHT = torch.tensor([0.5, 1.0, 0.0, 2.0])
+LABELS, E = (logits(5) > 0).float(), logits(6, 2 * C).unflatten(1, (C, 2))  # several an image, and their embeddings
 U, V = logits(3).sigmoid() / 9, logits(4).sigmoid() / 9
 
 # good arguments of every loss
@@ -33,6 +34,11 @@ CASES = {
     distillation.dkd_loss: (A, Z, TARGET, 1.0, 2.0, 2.0),
     distillation.binary_kl_loss: (A, Z, 2.0),
     distillation.binary_kl_norm_loss: (A, Z, 2.0),
+    distillation.multi_label_logits_loss: (A, Z),
+    distillation.partial_softmax_loss: (A, Z, LABELS),
+    distillation.class_aware_loss: (E, E.flip(0), LABELS),
+    distillation.instance_aware_loss: (E, E.flip(0), LABELS),
+    losses.asymmetric_loss: (A, LABELS),
     losses.negative_learning_loss: (A, TARGET, 0.0, WEIGHT),
     noisy_labels.negative_learning_loss: (A, TARGET),
     dirichlet.calibrated_softmax: (A, 1.0),

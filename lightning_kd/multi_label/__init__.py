@@ -1,0 +1,5 @@
+"""Several labels an image."""
+
+from lightning_kd.core.registry import export_modules
+
+__all__ = export_modules(__name__, globals())
