@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import re
 import sys
+from collections.abc import Sequence
 from typing import NoReturn
 
 from lightning.pytorch.cli import LightningArgumentParser
@@ -18,12 +19,23 @@ class RunParser(LightningArgumentParser):
     """LightningCLI's parser, without the usage and jsonargparse's tree of what it tried.
 
     With ``JSONARGPARSE_DEBUG`` in the environment both are printed.
+
+    Attributes:
+        words: of the command line; an error about anything else is said to be of the ``configs``.
+        configs: the paths of the config files.
     """
+
+    words: Sequence[str] = ()
+    configs: Sequence[str] = ()
 
     def error(self, message: str, ex: Exception | None = None) -> NoReturn:
         if not self.exit_on_error or "JSONARGPARSE_DEBUG" in os.environ:
             super().error(message, ex)
         parser = getattr(ex, "subcommand_parser", None) or self
         options = re.findall(r"--[\w.]+", parser.format_help())
-        print(f"error: {one_sentence(message, options)}", file=sys.stderr)
+        sentence = one_sentence(message, options)
+        flags = {word.partition("=")[0] for word in self.words}
+        if self.configs and not flags & set(re.findall(r"--[\w.]+", sentence.partition(":")[0])):
+            sentence += f" (in {', '.join(self.configs)})"
+        print(f"error: {sentence}", file=sys.stderr)
         sys.exit(2)

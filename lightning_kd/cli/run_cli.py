@@ -116,6 +116,11 @@ class RunCLI(LightningCLI):
         """The text of ``config.yaml``, as it can be given to ``--config`` again."""
         return config_text(self._parser(self.subcommand), self._settings)
 
+    def parse_arguments(self, parser: LightningArgumentParser, args: Any) -> None:
+        if isinstance(parser, RunParser):
+            parser.words, parser.configs = list(args or ()), self.config_paths
+        super().parse_arguments(parser, args)
+
     def instantiate_classes(self) -> None:
         super().instantiate_classes()
         self.model.trainer = self.trainer  # a schedule can ask how long the training is before it begins

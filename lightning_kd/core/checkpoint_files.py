@@ -77,7 +77,8 @@ def read_checkpoint(path: str | Path, map_location: Any = "cpu") -> dict[str, An
         raise ValueError(f"{path} {reason}: {remedy}") from error
     except Exception as error:  # damaged files raise anything from KeyError to struct.error
         reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
-        raise ValueError(f"{path} is damaged, or no checkpoint ({reason}): {remedy}") from error
+        reason = "" if "weights_only" in reason else f" ({reason})"  # torch's advice is to trust the file
+        raise ValueError(f"{path} is damaged, or no checkpoint{reason}: {remedy}") from error
     if not isinstance(content, dict) or "state_dict" not in content:
         raise ValueError(f"ckpt_path {path} holds no state_dict: give a checkpoint of lightning-kd fit")
     return content
