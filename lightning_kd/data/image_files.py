@@ -8,23 +8,36 @@ import os
 from collections import Counter
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 from lightning.pytorch.utilities import rank_zero_warn
-from PIL import Image, ImageCms, ImageOps
+from PIL import ExifTags, Image, ImageCms, ImageFile
 from torch import Tensor
 from torchvision.datasets.folder import IMG_EXTENSIONS
 
 from lightning_kd.core.distributed import together
 from lightning_kd.file_writing import write_text
 
-__all__ = ["check_images", "class_folders", "damaged_images", "find_images", "images_below", "read_image"]
+__all__ = ["check_images", "class_folders", "damaged_images", "find_images", "images_below", "read_image", "upright"]
 
 # from this many files on a progress bar is shown
 MANY = 2000
+
+
+# what stands an image upright, by the orientation that its EXIF names; 1 is upright
+TURNS = {
+    2: Image.Transpose.FLIP_LEFT_RIGHT,
+    3: Image.Transpose.ROTATE_180,
+    4: Image.Transpose.FLIP_TOP_BOTTOM,
+    5: Image.Transpose.TRANSPOSE,
+    6: Image.Transpose.ROTATE_270,
+    7: Image.Transpose.TRANSVERSE,
+    8: Image.Transpose.ROTATE_90,
+}
 
 
 def read_image(
@@ -46,8 +59,7 @@ def read_image(
     try:
         with Image.open(path) as file:
             is_png = file.format == "PNG"
-            image = ImageOps.exif_transpose(file)
-            image.load()
+            image = upright(file)
     except Exception as error:  # whatever a damaged file makes the decoder raise
         raise ValueError(f"the image {str(path)!r} cannot be read ({error}): replace or remove it") from error
     if image.mode in ("I", "F") or image.mode.startswith("I;16"):
@@ -73,6 +85,22 @@ def read_image(
         ground = Image.new("RGBA", image.size, (*background, 255))  # type: ignore[arg-type]
         return Image.alpha_composite(ground, image).convert("RGB")
     return image.convert("RGB")
+
+
+def upright(image: ImageFile.ImageFile) -> Image.Image:
+    """The pixels of an opened file, turned as its EXIF orientation says; not turned where the EXIF is broken.
+
+    ``ImageOps.exif_transpose`` writes the EXIF anew, which fails on tags that Pillow reads but cannot write.
+    """
+    image.filename = ""  # or Pillow maps the file, and takes width for height in a TIFF that is to be turned
+    if image.format == "TIFF":  # turned as it is loaded
+        with suppress(Exception):
+            image.getexif()  # what fails here would fail there, but only once
+    image.load()
+    turn = None
+    with suppress(Exception):  # whatever a broken EXIF makes Pillow raise
+        turn = TURNS.get(image.getexif().get(ExifTags.Base.Orientation, 1))
+    return image.copy() if turn is None else image.transpose(turn)
 
 
 def class_folders(root: Path) -> list[str]:

@@ -1,11 +1,12 @@
 """Image files of every kind, and damaged ones."""
 
 import os
+import struct
 
 import lightning as L
 import numpy as np
 import pytest
-from PIL import Image
+from PIL import Image, ImageOps
 
 from lightning_kd.core import Classification
 from lightning_kd.core.run_callbacks import RunRecorder
@@ -81,6 +82,69 @@ def test_photographs_stand_upright(ending, tmp_path):
     found = np.asarray(read_image(path)).astype(int)
     assert found.shape == (16, 32, 3)
     assert np.abs(found - upright).max() < 40
+
+
+def exif_of(*tags):
+    """An EXIF block of one folder with ``tags``: number, type, count and four bytes of each."""
+    entries = b"".join(struct.pack("<HHI", *tag[:3]) + tag[3] for tag in tags)
+    return b"Exif\0\0II*\0\x08\0\0\0" + struct.pack("<H", len(tags)) + entries + bytes(20)
+
+
+@pytest.mark.parametrize("mode", ["L", "RGBA", "CMYK", "I;16"])
+def test_turned_tiffs_keep_their_pixels(mode, tmp_path):
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    image = image_of(mode).crop((0, 0, 4, 8))
+    image.save(tmp_path / "straight.tif")
+    image.save(tmp_path / "turned.tif", exif=exif)
+    found, straight = (np.asarray(read_image(tmp_path / f"{name}.tif")) for name in ("turned", "straight"))
+    np.testing.assert_array_equal(found, np.rot90(straight, -1))
+
+
+def test_a_tiff_with_strange_metadata_is_read(tmp_path):
+    image_of("L").save(tmp_path / "some.tif")
+    whole = (tmp_path / "some.tif").read_bytes()
+    strip = struct.pack("<HHI", 278, 4, 1)  # rows a strip, of no need for a single one
+    assert strip in whole
+    (tmp_path / "some.tif").write_bytes(whole.replace(strip, struct.pack("<HHI", 700, 4, 1)))  # XMP that is a number
+    np.testing.assert_array_equal(np.asarray(read_image(tmp_path / "some.tif"))[..., 0], RAMP.round())
+
+
+TURNED = (0x0112, 3, 1, b"\6\0\0\0")
+
+
+@pytest.mark.parametrize("ending", ["jpg", "png", "webp"])
+@pytest.mark.parametrize(
+    ("exif", "shape"),
+    [
+        # tags of a type that Pillow reads, but cannot write again
+        (exif_of((0x0100, 11, 1, struct.pack("<f", 3.5)), TURNED), (16, 32)),
+        (exif_of((0x0100, 9, 1, struct.pack("<i", -3)), TURNED), (16, 32)),
+        (exif_of(TURNED, (0xA005, 2, 4, b"abc\0")), (16, 32)),
+        # broken: not turned, and no reason to call the photograph damaged
+        (exif_of((0x0112, 2, 2, b"6\0\0\0")), (32, 16)),
+        (exif_of((0x0112, 3, 1, b"\x09\0\0\0")), (32, 16)),
+        (exif_of((0x0112, 5, 1, b"\0\0\0\x7f")), (32, 16)),
+        (b"Exif\0\0no EXIF at all", (32, 16)),
+        (b"Exif\0\0MM\0*\xff\xff\xff\xff", (32, 16)),
+    ],
+    ids=["float", "negative", "text", "letter", "ninth", "far", "garbage", "nowhere"],
+)
+@pytest.mark.filterwarnings("ignore:.*EXIF:UserWarning", "ignore:Truncated:UserWarning")
+def test_photographs_with_a_strange_exif_are_read(exif, shape, ending, tmp_path):
+    path = tmp_path / f"some.{ending}"
+    Image.new("RGB", (16, 32)).save(path, exif=exif)
+    assert np.asarray(read_image(path)).shape == (*shape, 3)
+
+
+@pytest.mark.parametrize("orientation", range(1, 9))
+def test_every_orientation_is_turned_as_pillow_does(orientation, tmp_path):
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    Image.fromarray(RAMP.astype(np.uint8)[:4]).save(tmp_path / "some.png", exif=exif)
+    with Image.open(tmp_path / "some.png") as image:
+        expected = np.asarray(ImageOps.exif_transpose(image).convert("RGB"))
+    np.testing.assert_array_equal(np.asarray(read_image(tmp_path / "some.png")), expected)
 
 
 @pytest.mark.parametrize("mode", ["LA", "RGBA", "P", "RGB"])
