@@ -22,7 +22,7 @@ from torchvision.datasets.folder import IMG_EXTENSIONS
 from lightning_kd.core.distributed import together
 from lightning_kd.file_writing import write_text
 
-__all__ = ["check_images", "class_folders", "damaged_images", "find_images", "images_below", "read_image", "upright"]
+__all__ = ["check_images", "class_folders", "damaged_images", "find_images", "images_below", "read_image", "upright", "without_range"]
 
 # from this many files on a progress bar is shown
 MANY = 2000
@@ -58,18 +58,13 @@ def read_image(
     """
     try:
         with Image.open(path) as file:
-            is_png = file.format == "PNG"
+            rangeless = without_range(file)
             image = upright(file)
     except Exception as error:  # whatever a damaged file makes the decoder raise
         raise ValueError(f"the image {str(path)!r} cannot be read ({error}): replace or remove it") from error
     if image.mode in ("I", "F") or image.mode.startswith("I;16"):
-        deep = image.mode.startswith("I;16") or (image.mode == "I" and is_png)  # a PNG has 16 bits at most
-        if image_range is None and not deep:
-            kind = "floats" if image.mode == "F" else "integers of 32 bits"
-            raise ValueError(
-                f"the image {str(path)!r} holds {kind}, which have no range of their own: give image_range, the values "
-                "that become black and white"
-            )
+        if image_range is None and rangeless:
+            raise ValueError(f"the image {str(path)!r} {rangeless}")
         low, high = image_range or (0, 65535)
         values = np.nan_to_num((np.asarray(image).astype(np.float64) - low) / (high - low)).clip(0, 1)
         return Image.fromarray(np.round(values * 255).astype(np.uint8)).convert("RGB")
@@ -85,6 +80,15 @@ def read_image(
         ground = Image.new("RGBA", image.size, (*background, 255))  # type: ignore[arg-type]
         return Image.alpha_composite(ground, image).convert("RGB")
     return image.convert("RGB")
+
+
+def without_range(image: ImageFile.ImageFile) -> str:
+    """What an opened file holds that has no range of its own, and what to do; empty where it has one."""
+    # what Pillow reads as integers of 32 bits are 16 bits in a PNG, and scaled to 16 bits in a PGM
+    if image.mode != "F" and (image.mode != "I" or image.format in ("PNG", "PPM")):
+        return ""
+    kind = "floats" if image.mode == "F" else "integers of 32 bits"
+    return f"holds {kind}, which have no range of their own: give image_range, the values that become black and white"
 
 
 def upright(image: ImageFile.ImageFile) -> Image.Image:

@@ -71,6 +71,13 @@ def test_floats_need_a_range(tmp_path):
     )
 
 
+@pytest.mark.parametrize(("most", "kind"), [(65535, ">u2"), (1023, ">u2"), (255, "u1")])
+def test_a_pgm_is_scaled_by_the_range_that_it_names(most, kind, tmp_path):
+    values = np.round(RAMP / 255 * most).astype(kind)
+    (tmp_path / "some.pgm").write_bytes(f"P5 8 8 {most}\n".encode() + values.tobytes())
+    np.testing.assert_allclose(np.asarray(read_image(tmp_path / "some.pgm"))[..., 0], RAMP, atol=1.01)
+
+
 @pytest.mark.parametrize("ending", ["jpg", "png", "webp", "tif"])
 def test_photographs_stand_upright(ending, tmp_path):
     upright = np.zeros((16, 32, 3), np.uint8)
