@@ -132,6 +132,8 @@ def class_folders(root: Path) -> list[str]:
 def find_images(root: Path, class_names: list[str]) -> tuple[list[str], Tensor]:
     """The image files below each class folder of ``root``, sorted, and their classes, int64 ``[N]``.
 
+    As with ``images_below``, with one warning for all classes.
+
     Raises:
         PermissionError: where a folder cannot be read.
         ValueError: where a folder is none of the classes, or holds no image.
@@ -139,16 +141,19 @@ def find_images(root: Path, class_names: list[str]) -> tuple[list[str], Tensor]:
 
     paths: list[str] = []
     target: list[int] = []
+    others: list[str] = []
     for name in class_folders(root):
         if name not in class_names:
             raise ValueError(f"{str(root)!r} holds {name!r}, which is no class folder of train: remove or rename it")
-        found = images_below(root / name)
+        found, no_images = _images_and_others(root / name)
         if not found:
             raise ValueError(
                 f"class folder {str(root / name)!r} holds no image ({', '.join(IMG_EXTENSIONS)}): add some or remove it"
             )
         paths += found
         target += [class_names.index(name)] * len(found)
+        others += no_images
+    _tell_others(root, others, len(paths) + len(others))
     return paths, torch.tensor(target)
 
 
@@ -163,16 +168,25 @@ def images_below(root: Path) -> list[str]:
     """
     if not root.is_dir():
         raise FileNotFoundError(f"{str(root)!r} is no folder: name the one that holds the images")
+    found, others = _images_and_others(root)
+    _tell_others(root, others, len(found) + len(others))
+    return found
+
+
+def _images_and_others(root: Path) -> tuple[list[str], list[str]]:
     files = _files_below(str(root), _with_parents(root.resolve().parent))
     found = sorted(file for file in files if file.lower().endswith(IMG_EXTENSIONS))
-    if len(found) < len(files):
-        others = Counter(Path(file).suffix.lower() or "no ending" for file in {*files} - {*found})
-        kinds = ", ".join(f"{count} x {kind}" for kind, count in others.most_common(8))
+    return found, [*({*files} - {*found})]
+
+
+def _tell_others(root: Path, others: list[str], count: int) -> None:
+    if others:
+        endings = Counter(Path(file).suffix.lower() or "no ending" for file in others)
+        kinds = ", ".join(f"{number} x {ending}" for ending, number in endings.most_common(8))
         rank_zero_warn(
-            f"{str(root)!r}: {len(files) - len(found)} of {len(files)} files are left out ({kinds}): images end in "
+            f"{str(root)!r}: {len(others)} of {count} files are left out ({kinds}): images end in "
             f"{', '.join(IMG_EXTENSIONS)}; convert others"
         )
-    return found
 
 
 def _files_below(folder: str, above: frozenset[tuple[int, int]]) -> list[str]:

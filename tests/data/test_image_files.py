@@ -176,6 +176,18 @@ def test_other_files_are_counted(tmp_path):
         assert images_below(tmp_path) == [str(tmp_path / "a.png")]
 
 
+def test_other_files_in_every_class_are_told_once(tmp_path):
+    names = [f"n{k:02d}" for k in range(12)]
+    for name in names:
+        folders(tmp_path, [name], count=2)
+        (tmp_path / name / f"{name}_boxes.txt").write_text("")
+    with pytest.warns(UserWarning) as told:
+        paths, _ = find_images(tmp_path, names)
+    assert len(paths) == 24
+    assert len(told) == 1
+    assert f"{str(tmp_path)!r}: 12 of 36 files are left out (12 x .txt)" in str(told[0].message)
+
+
 def test_a_link_that_leads_back_multiplies_nothing(tmp_path):
     for folder in ("pool/deep", "elsewhere"):
         (tmp_path / folder).mkdir(parents=True)
