@@ -1,16 +1,12 @@
-"""Reading image files of any kind, and looking at all of them before a training begins."""
+"""Finding image files in folders, and reading those of any kind."""
 
 from __future__ import annotations
 
-import hashlib
-import json
 import os
 from collections import Counter
 from collections.abc import Sequence
-from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
@@ -19,13 +15,7 @@ from PIL import ExifTags, Image, ImageCms, ImageFile
 from torch import Tensor
 from torchvision.datasets.folder import IMG_EXTENSIONS
 
-from lightning_kd.core.distributed import together
-from lightning_kd.file_writing import write_text
-
-__all__ = ["check_images", "class_folders", "damaged_images", "find_images", "images_below", "read_image", "upright", "without_range"]
-
-# from this many files on a progress bar is shown
-MANY = 2000
+__all__ = ["class_folders", "find_images", "images_below", "read_image", "upright", "without_range"]
 
 
 # what stands an image upright, by the orientation that its EXIF names; 1 is upright
@@ -218,102 +208,3 @@ def _with_parents(folder: Path) -> frozenset[tuple[int, int]]:
 def _identity(folder: str | Path) -> tuple[int, int]:
     found = os.stat(folder)
     return found.st_dev, found.st_ino
-
-
-def check_images(paths: Sequence[str], on_error: str, trainer: Any = None) -> set[str]:
-    """The files among ``paths`` that are damaged, after a warning; collective over the processes of ``trainer``.
-
-    Raises:
-        ValueError: naming them, unless ``on_error`` is ``"skip"``.
-    """
-    if trainer is None:
-        damaged = damaged_images(paths)
-    else:
-        damaged = {}
-        with together(trainer.strategy.root_device):
-            if trainer.is_global_zero:
-                damaged = damaged_images(paths)
-        damaged = trainer.strategy.broadcast(damaged)
-    if not damaged:
-        return set()
-    some = "; ".join(f"{path} ({fault})" for path, fault in list(damaged.items())[:10])
-    text = f"{len(damaged)} of {len(paths)} images cannot be read: {some}{'; ...' * (len(damaged) > 10)}"
-    if on_error != "skip":
-        raise ValueError(f"{text}: replace or remove them, or give on_error: skip")
-    rank_zero_warn(f"left out, as {text}")
-    return {*damaged}
-
-
-def damaged_images(paths: Sequence[str], show: bool = True) -> dict[str, str]:
-    """The files that are no whole image, and why, after a quick look at head and tail of each.
-
-    What was looked at before, and has still its size and time, is not looked at again: that is kept in the user's cache
-    folder (``$XDG_CACHE_HOME/lightning_kd``, mostly ``~/.cache``), where that can be written.
-
-    Args:
-        paths: the files.
-        show: a progress bar, where there are many.
-    """
-    paths = list(dict.fromkeys(paths))
-    cache = _cache_of(paths)
-    known = _read_cache(cache)
-    stamps = {path: _stamp(path) for path in paths}
-    fresh = [path for path in paths if stamps[path] is None or known.get(path) != stamps[path]]
-    with ThreadPoolExecutor(min(16, (os.cpu_count() or 1) * 4)) as pool:
-        faults = dict(zip(fresh, _with_bar(pool.map(_fault, fresh), len(fresh), show), strict=True))
-    damaged = {path: fault for path, fault in faults.items() if fault}
-    if fresh:
-        whole = {path: stamp for path, stamp in stamps.items() if path not in damaged and stamp is not None}
-        try:
-            cache.parent.mkdir(parents=True, exist_ok=True)
-            write_text(cache, json.dumps(whole))
-        except OSError:
-            pass  # then all are looked at the next time
-    return damaged
-
-
-def _fault(path: str) -> str:
-    """Why ``path`` is no whole image; empty where it is one."""
-    try:
-        with Image.open(path) as image:
-            kind = image.format
-        with open(path, "rb") as file:
-            file.seek(max(0, os.path.getsize(path) - 4096))
-            tail = file.read()
-        whole = {"JPEG": tail.rstrip(b"\0")[-2:] == b"\xff\xd9", "PNG": tail[-8:-4] == b"IEND"}
-        if not whole.get(str(kind), True):  # cut off, or with something behind: the decoder decides
-            with Image.open(path) as image:
-                image.load()
-    except Exception as error:
-        return str(error) or type(error).__name__
-    return ""
-
-
-def _with_bar(results: object, count: int, show: bool) -> list[str]:
-    if count < MANY or not show:
-        return list(results)  # type: ignore[call-overload, no-any-return]
-    from rich.progress import track
-
-    return list(track(results, "looking at the images", total=count, transient=True))  # type: ignore[arg-type]
-
-
-def _stamp(path: str) -> list[int] | None:
-    try:
-        found = os.stat(path)
-    except OSError:
-        return None
-    return [found.st_mtime_ns, found.st_size]
-
-
-def _cache_of(paths: Sequence[str]) -> Path:
-    base = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
-    name = hashlib.sha256("\n".join(map(os.path.abspath, paths)).encode("utf-8", "surrogateescape")).hexdigest()[:24]
-    return base / "lightning_kd" / f"images_{name}.json"
-
-
-def _read_cache(path: Path) -> dict[str, list[int]]:
-    try:
-        found = json.loads(path.read_text())
-    except (OSError, ValueError):
-        return {}
-    return found if isinstance(found, dict) else {}

@@ -17,7 +17,8 @@ from lightning_kd.core.seeding import numpy_generator
 from lightning_kd.data.array_files import Arrays
 from lightning_kd.data.augment import CropFlip, cut_out_
 from lightning_kd.data.classification_data import ClassificationDataModule
-from lightning_kd.data.image_files import check_images, class_folders, find_images
+from lightning_kd.data.image_check import check_images
+from lightning_kd.data.image_files import class_folders, find_images
 from lightning_kd.data.label_noise import LabelNoise
 from lightning_kd.data.sampling import BatchLoader, ShardedSampler
 from lightning_kd.data.splits import take_fraction, without
@@ -178,7 +179,7 @@ class ImageFolderDataModule(ClassificationDataModule):
         """Refuse damaged image files, or leave them out."""
         splits = [("train", "train"), (self._val_source, "val"), ("test", "test")]
         files = [path for source in dict(splits) for path in getattr(self, f"{source}_image")]
-        damaged = check_images(files, self.on_error, self.trainer)
+        damaged = check_images(files, self.root, self.on_error, self.image_range, self.trainer)
         for source, split in splits if damaged else ():
             paths, indices = getattr(self, f"{source}_image"), getattr(self, f"{split}_indices")
             setattr(self, f"{split}_indices", np.array([i for i in indices if paths[i] not in damaged], dtype=np.int64))

@@ -11,7 +11,8 @@ import torch
 
 from lightning_kd.data.array_files import read_arrays, to_feature, to_image
 from lightning_kd.data.classification_data import ClassificationDataModule
-from lightning_kd.data.image_files import check_images, images_below
+from lightning_kd.data.image_check import check_images
+from lightning_kd.data.image_files import images_below
 
 
 class PoolSamples(NamedTuple):
@@ -67,14 +68,15 @@ def add_unlabelled(source: ClassificationDataModule, path: str, fake: bool) -> P
 
 
 def readable(samples: PoolSamples, universe: np.ndarray, source: Any, trainer: Any) -> np.ndarray:
-    """``universe``, positions int64 ``[n]``, without image files of the pool that are damaged.
+    """``universe``, positions int64 ``[n]``, without image files of the pool that cannot be used.
 
     Raises:
         ValueError: naming them, unless the source's ``on_error`` is ``"skip"``.
     """
     if not samples.has_files or not hasattr(source, "on_error"):
         return universe
-    damaged = check_images(samples.image[samples.own_count :], source.on_error, trainer)
+    added = samples.image[samples.own_count :]
+    damaged = check_images(added, str(samples.path), source.on_error, source.image_range, trainer)
     return np.array([i for i in universe if samples.image[i] not in damaged], dtype=np.int64)
 
 

@@ -1,6 +1,5 @@
-"""Image files of every kind, and damaged ones."""
+"""Image files of every kind, and folders of them."""
 
-import os
 import struct
 
 import lightning as L
@@ -9,10 +8,9 @@ import pytest
 from PIL import Image, ImageOps
 
 from lightning_kd.core import Classification
-from lightning_kd.core.run_callbacks import RunRecorder
-from lightning_kd.core.run_folder import RunFolder
-from lightning_kd.data import ImageFolderDataModule, OpenSetDataModule, SymmetricNoise
-from lightning_kd.data.image_files import class_folders, damaged_images, find_images, images_below, read_image
+from lightning_kd.data import ImageFolderDataModule
+from lightning_kd.data.image_files import class_folders, find_images, images_below, read_image
+from tests.data.image_trees import fit, folders
 
 # a ramp from dark to bright, in each mode that a file can hold
 RAMP = np.linspace(20, 235, 64).reshape(8, 8)
@@ -22,11 +20,6 @@ KINDS = [
     ("RGBA", "webp"), ("RGBA", "tif"), ("CMYK", "jpg"), ("CMYK", "tif"), ("YCbCr", "jpg"), ("YCbCr", "tif"),
     ("LAB", "tif"), ("I;16", "png"), ("I;16", "tif"),
 ]  # fmt: skip
-
-
-@pytest.fixture(autouse=True)
-def cache(tmp_path_factory, monkeypatch):
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path_factory.mktemp("cache")))
 
 
 def image_of(mode):
@@ -181,7 +174,7 @@ def test_other_files_in_every_class_are_told_once(tmp_path):
     for name in names:
         folders(tmp_path, [name], count=2)
         (tmp_path / name / f"{name}_boxes.txt").write_text("")
-    with pytest.warns(UserWarning) as told:
+    with pytest.warns(UserWarning, match="left out") as told:
         paths, _ = find_images(tmp_path, names)
     assert len(paths) == 24
     assert len(told) == 1
@@ -219,111 +212,6 @@ def test_a_link_that_leads_back_is_no_class(tmp_path):
     paths, target = find_images(root, ["a", "b"])
     assert len(paths) == 12
     assert target.bincount().tolist() == [6, 6]
-
-
-def folders(root, classes=("a", "b"), count=6):
-    for name in classes:
-        for k in range(count):
-            path = root / name / f"{k}.png"
-            path.parent.mkdir(parents=True, exist_ok=True)
-            noise = np.random.default_rng(k).integers(0, 256, (12, 12, 3), dtype=np.uint8)
-            Image.fromarray(noise).save(path)
-    return root
-
-
-def spoil(root):
-    """Three damaged files: one cut off, one empty, one that is something else."""
-    whole = (root / "a" / "0.png").read_bytes()
-    (root / "a" / "0.png").write_bytes(whole[: len(whole) // 2])
-    (root / "a" / "1.png").write_bytes(b"")
-    (root / "b" / "2.png").write_bytes(b"a letter")
-    return {str(root / "a" / "0.png"), str(root / "a" / "1.png"), str(root / "b" / "2.png")}
-
-
-def fit(data, *callbacks):
-    task = Classification("cnn_tiny", data.num_classes, input_shape=(3, 8, 8))
-    trainer = L.Trainer(
-        accelerator="cpu", max_epochs=1, callbacks=list(callbacks),
-        logger=False, enable_checkpointing=False, enable_progress_bar=False,
-        enable_model_summary=False,
-    )  # fmt: skip
-    trainer.fit(task, data)
-    return trainer, task
-
-
-def test_damaged_files_are_told_together_before_the_first_epoch(tmp_path):
-    bad = spoil(folders(tmp_path))
-    data = ImageFolderDataModule(str(tmp_path), image_size=8, batch_size=4)
-    with pytest.raises(ValueError, match="3 of 12 images cannot be read") as error:
-        fit(data)
-    assert all(path in str(error.value) for path in bad)
-
-
-def test_damaged_files_can_be_left_out(tmp_path):
-    bad = spoil(folders(tmp_path))
-    data = ImageFolderDataModule(str(tmp_path), image_size=8, batch_size=4, on_error="skip")
-    with pytest.warns(UserWarning, match="left out, as 3 of 12 images cannot be read"):
-        trainer, task = fit(data)
-    trainer.test(task, data, verbose=False)
-    used = [*(data.train_image[i] for i in (*data.train_indices, *data.val_indices))]
-    used += [data.test_image[i] for i in data.test_indices]
-    assert len(used) == 9
-    assert not {*used} & bad
-
-
-def test_damaged_files_stay_out_when_labels_are_drawn_for_a_run(tmp_path):
-    bad = spoil(folders(tmp_path / "images"))
-    noise = SymmetricNoise(0.2)
-    data = ImageFolderDataModule(str(tmp_path / "images"), image_size=8, batch_size=4, on_error="skip", noise=noise)
-    with pytest.warns(UserWarning, match="left out"):
-        data.setup()  # before there is a run folder, whose record makes it load again
-    recorder = RunRecorder(RunFolder(tmp_path / "run"))
-    (tmp_path / "run").mkdir()
-    with pytest.warns(UserWarning, match="left out"):
-        fit(data, recorder)
-    assert not {data.train_image[i] for i in (*data.train_indices, *data.val_indices)} & bad
-
-
-def test_damaged_files_of_a_pool(tmp_path):
-    source = folders(tmp_path / "labelled")
-    pool = folders(tmp_path / "pool", classes=("x",))
-    (pool / "x" / "3.png").write_bytes(b"a letter")
-
-    def data(on_error):
-        labelled = ImageFolderDataModule(str(source), image_size=8, batch_size=4, on_error=on_error, val_fraction=0.0)
-        return OpenSetDataModule(labelled, pool=str(pool), budget=2)
-
-    with pytest.raises(ValueError, match=r"1 of 6 images cannot be read: .*3\.png"):
-        data("raise").setup()
-    skipping = data("skip")
-    with pytest.warns(UserWarning, match="left out, as 1 of 6"):
-        skipping.setup()
-    assert len(skipping.unlabelled_indices) == 5
-
-
-def test_what_was_looked_at_is_remembered(tmp_path, monkeypatch):
-    folders(tmp_path)
-    files = images_below(tmp_path)
-    assert damaged_images(files) == {}
-    opened = []
-    real = Image.open
-    monkeypatch.setattr(Image, "open", lambda path, *args: opened.append(str(path)) or real(path, *args))
-    assert damaged_images(files) == {}
-    assert not opened
-    (tmp_path / "a" / "0.png").write_bytes(b"other")
-    assert list(damaged_images(files)) == [str(tmp_path / "a" / "0.png")]
-    assert {*opened} == {str(tmp_path / "a" / "0.png")}
-    os.remove(tmp_path / "b" / "1.png")
-    assert {*damaged_images(files)} == {str(tmp_path / "a" / "0.png"), str(tmp_path / "b" / "1.png")}
-
-
-def test_a_photograph_with_a_preview_that_is_cut_off(tmp_path):
-    path = tmp_path / "some.jpg"
-    image = Image.fromarray(np.random.default_rng(0).integers(0, 256, (64, 64, 3), dtype=np.uint8))
-    image.save(path, comment=b"\xff\xd8 a preview \xff\xd9")
-    assert damaged_images([str(path)]) == {}
-    path.write_bytes(path.read_bytes()[:3000])
-    assert [*damaged_images([str(path)])] == [str(path)]
 
 
 @pytest.mark.parametrize(
