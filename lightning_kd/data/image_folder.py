@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -23,6 +23,9 @@ from lightning_kd.data.label_noise import LabelNoise
 from lightning_kd.data.sampling import BatchLoader, ShardedSampler
 from lightning_kd.data.splits import take_fraction, without
 from lightning_kd.data.streaming import ImageFiles, StreamingLoader
+
+# the splits whose images a stage uses
+SPLITS_OF = {"fit": ("train", "val"), "validate": ("val",), "test": ("test",), "predict": ("test",)}
 
 
 class ImageFolderDataModule(ClassificationDataModule):
@@ -70,8 +73,8 @@ class ImageFolderDataModule(ClassificationDataModule):
         background: red, green and blue, 0 to 255, that show through what is transparent.
         image_range: the values that become black and white in images of more than 8 bits. Default: 0 and 65535 for 16
             bits; floats and integers of 32 bits need it.
-        on_error: ``"skip"`` leaves out image files that are damaged, with a warning; by default they are an error that
-            names all of them, before anything is trained or tested.
+        on_error: ``"skip"`` leaves out image files that are damaged, with a warning, but never all of a split or class;
+            by default they are an error that names all of them, before anything is trained or tested on them.
 
     Raises:
         ValueError: for an argument out of its range, a root without class folders, and a class without an image.
@@ -132,7 +135,7 @@ class ImageFolderDataModule(ClassificationDataModule):
         self.background = background
         self.image_range = image_range
         self.on_error = on_error
-        self._checked: np.ndarray | None = None  # the training indices after the files were looked at
+        self._checked: set[str] = set()  # splits whose files were looked at
         self.root = root
         self.image_size = image_size
         self.scale = scale
@@ -167,32 +170,67 @@ class ImageFolderDataModule(ClassificationDataModule):
         )
 
     def setup(self, stage: str | None = None) -> None:
-        """Load and split the data, once, and under a Trainer look at all image files before they are used."""
+        """Load and split the data, once, and look at the image files of the splits that the stage uses."""
         super().setup(stage)
+        self._check(SPLITS_OF.get(stage or "", ()) if self.trainer is not None else ("train", "val", "test"))
+
+    def check_files(self, *splits: str) -> None:
+        """Look at the image files of some splits, once; without a Trainer only to leave out damaged ones.
+
+        Raises:
+            ValueError: where some cannot be read, or leaving them out would leave a split or a class without images.
+        """
+        self.setup()
+        self._check(splits)
+
+    def _check(self, splits: Sequence[str]) -> None:
         # without a Trainer somebody only looks around; but what is skipped must be so everywhere
         wanted = not self.fake and (self.trainer is not None or self.on_error == "skip")
-        if wanted and self._checked is not self.train_indices:  # loading anew, for other labels, brings all back
-            self._check_files()
-            self._checked = self.train_indices
+        splits = [split for split in splits if wanted and split not in self._checked]
+        files = [path for split in splits for path in self._files(split)]
+        damaged = check_images(files, self.root, self.on_error, self.image_range, self.trainer) if splits else set()
+        for split in splits if damaged else ():
+            self._leave_out(split, damaged)
+        self._checked = {*self._checked, *splits}
 
-    def _check_files(self) -> None:
-        """Refuse damaged image files, or leave them out."""
-        splits = [("train", "train"), (self._val_source, "val"), ("test", "test")]
-        files = [path for source in dict(splits) for path in getattr(self, f"{source}_image")]
-        damaged = check_images(files, self.root, self.on_error, self.image_range, self.trainer)
-        for source, split in splits if damaged else ():
-            paths, indices = getattr(self, f"{source}_image"), getattr(self, f"{split}_indices")
-            setattr(self, f"{split}_indices", np.array([i for i in indices if paths[i] not in damaged], dtype=np.int64))
+    def _leave_out(self, split: str, damaged: set[str]) -> None:
+        indices, target = getattr(self, f"{split}_indices"), self._of(split, "target").numpy()
+        is_whole = np.array([path not in damaged for path in self._files(split)], dtype=bool)
+        kept = indices[is_whole]
+        gone = np.setdiff1d(target[indices], target[kept])
+        # of a class in a drawn evaluation split there may be so few that chance alone takes them
+        told = split == "train" or (self._val_source == "val" if split == "val" else self._test_root() is not None)
+        if len(gone) and (told or not len(kept)):
+            emptied = f"class {self.class_names[gone[0]]!r} in split {split!r}" if len(kept) else f"split {split!r}"
+            raise ValueError(
+                f"no image of {emptied} can be read, so that on_error='skip' leaves none: replace or remove them"
+            )
+        setattr(self, f"{split}_indices", kept)
+        self._digest = None
+
+    def _files(self, split: str) -> list[str]:
+        paths = self._of(split, "image")
+        return [paths[i] for i in getattr(self, f"{split}_indices")]
+
+    def _of(self, split: str, what: str) -> Any:
+        return getattr(self, f"{self._val_source if split == 'val' else split}_{what}")
+
+    def _load(self) -> None:
+        super()._load()
+        self._checked = set()  # all are back
 
     def _split_root(self, split: str) -> Path | None:
         """``ROOT/SPLIT`` where the root is divided into splits and has that one."""
         path = Path(self.root) / split
         return path if (Path(self.root) / "train").is_dir() and path.is_dir() else None
 
+    def _test_root(self) -> Path | None:
+        return self._split_root("test") or self._split_root("val")
+
     def load_arrays(self) -> Arrays:
         roots = {split: self._split_root(split) for split in ("train", "val", "test")}
         train = find_images(roots["train"] or Path(self.root), self.class_names)
-        test_root = roots["test"] or roots["val"]
+        test_root = self._test_root()
         if test_root is not None:
             test = find_images(test_root, self.class_names)
             own_val = roots["val"] if roots["test"] else None

@@ -140,6 +140,7 @@ class OpenSetDataModule(DerivedDataModule):
     def setup(self, stage: str | None = None) -> None:
         """Load and split the samples, once; take the answers given so far from the run folder, each time."""
         self.source.trainer = self.trainer
+        self.source.check_files("train", "val", "test")  # the pool is made of all of them, whatever the stage
         self.source.setup(stage)
         if not self._ready:
             self._load()

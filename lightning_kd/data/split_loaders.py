@@ -42,6 +42,9 @@ class SplitLoaders(L.LightningDataModule):
     def setup(self, stage: str | None = None) -> None:
         """Make the arrays and splits, once."""
 
+    def check_files(self, *splits: str) -> None:
+        """Called before samples of ``splits`` are used, for data that is read only then."""
+
     def loader(
         self,
         split: str = "train",
@@ -84,6 +87,7 @@ class SplitLoaders(L.LightningDataModule):
         self.setup()
         if split not in ("train", "val", "test"):
             raise ValueError(f"split must be 'train', 'val' or 'test', got {split!r}: give one of them")
+        self.check_files(split)
         if views is None:
             views = "weak" if augment else "plain"
         check_views(views, self.input_shape, masks=isinstance(self.problem, Segmentation))

@@ -3,10 +3,12 @@
 import json
 import os
 
+import lightning as L
 import numpy as np
 import pytest
 from PIL import Image
 
+from lightning_kd import callbacks
 from lightning_kd.core.run_callbacks import RunRecorder
 from lightning_kd.core.run_folder import RunFolder
 from lightning_kd.data import ImageFolderDataModule, OpenSetDataModule, SymmetricNoise
@@ -15,28 +17,123 @@ from lightning_kd.data.image_files import images_below, read_image
 from tests.data.image_trees import fit, folders, spoil
 
 
+def opened_files(monkeypatch):
+    opened = []
+    real = Image.open
+    monkeypatch.setattr(Image, "open", lambda path, *args: opened.append(str(path)) or real(path, *args))
+    return opened
+
+
+def splits(root, *names, count=6):
+    for name in names:
+        folders(root / name, count=count)
+    return root
+
+
+def module(root, **options):
+    return ImageFolderDataModule(str(root), image_size=8, batch_size=4, **options)
+
+
 def test_damaged_files_are_told_together_before_the_first_epoch(tmp_path):
-    bad = spoil(folders(tmp_path))
-    data = ImageFolderDataModule(str(tmp_path), image_size=8, batch_size=4)
+    bad = spoil(splits(tmp_path, "train", "test") / "train")
     with pytest.raises(ValueError, match="3 of 12 images cannot be read") as error:
-        fit(data)
+        fit(module(tmp_path))
     assert all(path in str(error.value) for path in bad)
 
 
 def test_damaged_files_can_be_left_out(tmp_path):
-    bad = spoil(folders(tmp_path))
-    data = ImageFolderDataModule(str(tmp_path), image_size=8, batch_size=4, on_error="skip")
+    splits(tmp_path, "train", "test")
+    bad = spoil(tmp_path / "train") | spoil(tmp_path / "test")
+    data = module(tmp_path, on_error="skip")
     with pytest.warns(UserWarning, match="left out, as 3 of 12 images cannot be read"):
         trainer, task = fit(data)
-    trainer.test(task, data, verbose=False)
+    with pytest.warns(UserWarning, match="left out, as 3 of 12 images cannot be read"):
+        trainer.test(task, data, verbose=False)
     used = [*(data.train_image[i] for i in (*data.train_indices, *data.val_indices))]
     used += [data.test_image[i] for i in data.test_indices]
-    assert len(used) == 9
+    assert len(used) == 18
     assert not {*used} & bad
 
 
+def test_files_of_other_stages_are_left_alone(tmp_path, monkeypatch):
+    spoil(splits(tmp_path, "train", "val", "test") / "train")
+    trainer, task = fit(module(splits(tmp_path / "other", "train")))
+    data, opened = module(tmp_path), opened_files(monkeypatch)
+    trainer.test(task, data, verbose=False)
+    trainer.predict(task, data)
+    trainer.validate(task, data, verbose=False)
+    assert not any(f"{os.sep}train{os.sep}" in path for path in opened)
+    with pytest.raises(ValueError, match="3 of 12 images cannot be read"):  # those of val are known
+        fit(data)
+
+
+@pytest.mark.parametrize("use", ["test", "predict", "curve", "loader"])
+def test_damaged_test_files_are_told_when_they_are_first_used(use, tmp_path):
+    spoil(splits(tmp_path, "train", "test") / "test")
+    data = module(tmp_path)
+    if use != "curve":
+        trainer, task = fit(data)
+    uses = {
+        "test": lambda: trainer.test(task, data),
+        "predict": lambda: trainer.predict(task, data),
+        "curve": lambda: fit(data, callbacks.TestCurve()),
+        "loader": lambda: data.loader("test"),
+    }
+    with pytest.raises(ValueError, match="3 of 12 images cannot be read"):
+        uses[use]()
+
+
+@pytest.mark.parametrize(
+    ("split", "damaged", "emptied"),
+    [
+        ("train", "b/*", r"class 'b' in split 'train'"),
+        ("train", "*/*", r"split 'train'"),
+        ("val", "a/*", r"class 'a' in split 'val'"),
+        ("val", "*/*", r"split 'val'"),
+        ("test", "b/*", r"class 'b' in split 'test'"),
+        ("test", "*/*", r"split 'test'"),
+    ],
+)
+def test_no_split_or_class_is_left_out_whole(split, damaged, emptied, tmp_path):
+    splits(tmp_path, "train", "val", "test")
+    for path in (tmp_path / split).glob(damaged):
+        path.write_bytes(b"")
+    data = module(tmp_path, on_error="skip")
+    with (
+        pytest.warns(UserWarning, match="left out"),
+        pytest.raises(ValueError, match=f"^no image of {emptied} can be read, so that on_error='skip' leaves none"),
+    ):
+        data.setup()
+
+
+def test_few_of_a_class_in_a_drawn_split_may_be_left_out(tmp_path):
+    data = module(folders(tmp_path, count=10), val_fraction=0.2)
+    data.setup()
+    few = data.val_indices[data.train_target[data.val_indices] == 0]
+    for i in few:
+        with open(data.train_image[i], "wb"):
+            pass
+    skipping = module(tmp_path, val_fraction=0.2, on_error="skip")
+    with pytest.warns(UserWarning, match="left out"):
+        skipping.setup()
+    assert skipping.val_indices.tolist() == [*set(data.val_indices.tolist()) - {*few.tolist()}]
+
+
+def test_a_pool_is_the_same_in_every_stage(tmp_path):
+    spoil(folders(tmp_path, classes=("a", "b", "c"), count=12))
+
+    def pool(stage):
+        data = OpenSetDataModule(module(tmp_path, on_error="skip"), 2, initial_fraction=0.4, budget=2, rounds=2)
+        data.trainer = L.Trainer(accelerator="cpu", logger=False, enable_checkpointing=False)
+        with pytest.warns(UserWarning, match="left out"):
+            data.setup(stage)
+        return [indices.tolist() for indices in (data.known_indices, data.unlabelled_indices, data.test_indices)]
+
+    assert pool("fit") == pool("test") == pool("predict")
+
+
 def test_damaged_files_stay_out_when_labels_are_drawn_for_a_run(tmp_path):
-    bad = spoil(folders(tmp_path / "images"))
+    bad = spoil(folders(tmp_path / "images", count=20))
     noise = SymmetricNoise(0.2)
     data = ImageFolderDataModule(str(tmp_path / "images"), image_size=8, batch_size=4, on_error="skip", noise=noise)
     with pytest.warns(UserWarning, match="left out"):
@@ -69,9 +166,7 @@ def test_what_was_looked_at_is_remembered(tmp_path, monkeypatch):
     folders(tmp_path)
     files = images_below(tmp_path)
     assert damaged_images(files, tmp_path) == {}
-    opened = []
-    real = Image.open
-    monkeypatch.setattr(Image, "open", lambda path, *args: opened.append(str(path)) or real(path, *args))
+    opened = opened_files(monkeypatch)
     assert damaged_images(files, tmp_path) == {}
     assert not opened
     (tmp_path / "a" / "0.png").write_bytes(b"other")
@@ -124,13 +219,6 @@ def test_images_without_a_range_are_told_with_the_damaged_ones(tmp_path):
         assert {*damaged_images(files, root, (0, 10))} == {str(root / "a" / "0.png")}
 
 
-def opened_files(monkeypatch):
-    opened = []
-    real = Image.open
-    monkeypatch.setattr(Image, "open", lambda path, *args: opened.append(os.path.basename(path)) or real(path, *args))
-    return opened
-
-
 def test_one_file_more_is_the_only_one_looked_at(tmp_path, monkeypatch):
     root = folders(tmp_path / "images")
     files = images_below(root)
@@ -141,7 +229,7 @@ def test_one_file_more_is_the_only_one_looked_at(tmp_path, monkeypatch):
     assert damaged_images(files[2:], root) == {}
     monkeypatch.chdir(root)
     assert damaged_images(["a/0.png", "b/new.png"], ".") == {}
-    assert opened == ["new.png"]
+    assert opened == [str(root / "b" / "new.png")]
 
 
 def test_each_root_has_one_record_without_files_that_are_gone(tmp_path, monkeypatch):
