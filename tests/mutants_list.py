@@ -1271,9 +1271,9 @@ MUTANTS = [
     Mutant(
         "a cosine keeps the length of the training before",
         "core/schedules.py",
-        'own = {"T_max": self.T_max} if self.to_the_end else {}',
+        "own = {self.length_name: now} if self.to_the_end and now is not None else {}",
         "own = {}",
-        ("tests/core/test_training_watch.py",),
+        ("tests/core/test_schedule_lengths.py",),
     ),
     Mutant(
         "distillation trains on cross-entropy whatever the problem",

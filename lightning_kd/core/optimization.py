@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import math
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import lightning as L
@@ -10,11 +11,13 @@ import torch
 from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
 from torch import nn
 
-__all__ = ["make_optimizer", "optimizer_for", "training_length"]
+from lightning_kd.core.schedules import schedule_parts, set_training_length
+
+__all__ = ["epoch_steps", "make_optimizer", "optimizer_for", "tell_length", "training_length"]
 
 
 def make_optimizer(
-    task: L.LightningModule,
+    task: Any,
     parameters: Sequence[nn.Parameter],
     optimizer_factory: OptimizerCallable,
     scheduler_factory: LRSchedulerCallable | None,
@@ -23,7 +26,8 @@ def make_optimizer(
     """What ``configure_optimizers`` returns.
 
     Args:
-        task: whose ``monitor`` a ``ReduceLROnPlateau`` without its own is stepped by.
+        task: a ``Task``; its ``schedule_length`` is told to a schedule that ends with the training, and its ``monitor``
+            is what a ``ReduceLROnPlateau`` without its own is stepped by.
         parameters: what is trained.
         optimizer_factory: from parameters to an optimizer.
         scheduler_factory: from the optimizer to a scheduler. Default: none.
@@ -33,13 +37,12 @@ def make_optimizer(
     if scheduler_factory is None:
         return optimizer if task.automatic_optimization else {"optimizer": optimizer}
     schedule: Any = scheduler_factory(optimizer)
-    if getattr(schedule, "to_the_end", False) and is_attached(task):
-        schedule.set_length(training_length(task.trainer, interval))
+    tell_length(schedule, task, interval)
     scheduler = {"scheduler": schedule, "interval": interval}
     plateau = isinstance(scheduler["scheduler"], torch.optim.lr_scheduler.ReduceLROnPlateau)
     if plateau and task.automatic_optimization:
         scheduler["monitor"] = getattr(scheduler["scheduler"], "monitor", task.monitor)
-        scheduler["frequency"] = task.trainer.check_val_every_n_epoch or 1  # type: ignore[attr-defined]
+        scheduler["frequency"] = task.trainer.check_val_every_n_epoch or 1
     return {"optimizer": optimizer, "lr_scheduler": scheduler}
 
 
@@ -73,19 +76,58 @@ def is_attached(task: L.LightningModule) -> bool:
         return False
 
 
-def training_length(trainer: L.Trainer, unit: str) -> int:
-    """How many epochs or optimizer steps the whole training has.
+def tell_length(schedule: Any, task: Any, unit: str) -> None:
+    """Tell a schedule that ends with the training how long that is; nothing where no Trainer works with ``task``.
+
+    Raises:
+        ValueError: where that is not known in advance.
+    """
+    tied = [part for part, _, _ in schedule_parts(schedule) if getattr(part, "to_the_end", False)]
+    if not tied or not is_attached(task):
+        return
+    length = task.schedule_length(unit)
+    if length is None:
+        epochs, steps = task.trainer.max_epochs, task.trainer.max_steps
+        remedy = "max_epochs" if steps == -1 else "max_epochs without max_steps"
+        remedy = f"lr_interval epoch with {remedy}" if unit == "step" else remedy
+        raise ValueError(
+            f"{type(tied[0]).__name__} ends with the training, and max_epochs={epochs} with max_steps={steps} does not "
+            f"say how many {unit}s {type(task).__name__} trains: give {remedy}, or a schedule of a length of its own"
+        )
+    set_training_length(schedule, length)
+
+
+def epoch_steps(trainer: L.Trainer) -> int | None:
+    """Optimizer steps of an epoch of automatic optimization; ``None`` for data without a length."""
+    if trainer.train_dataloader is None:
+        trainer.fit_loop.setup_data()
+    batches = trainer.num_training_batches
+    return None if math.isinf(batches) else math.ceil(batches / trainer.accumulate_grad_batches)
+
+
+def training_length(trainer: L.Trainer, unit: str, steps_of_epoch: Callable[[], int | None]) -> int | None:
+    """How many epochs or optimizer steps the whole training has, by ``max_epochs`` and ``max_steps``.
 
     Args:
         trainer: of the fit.
         unit: ``"epoch"`` or ``"step"``.
+        steps_of_epoch: gives the steps of an epoch, ``None`` where they are not known; asked only where needed.
 
-    Raises:
-        ValueError: where that is not known.
+    Returns:
+        At least 1; ``None`` where it is not known in advance.
     """
-    length: float = trainer.estimated_stepping_batches if unit == "step" else trainer.max_epochs or -1
-    if not 0 < length < float("inf"):
-        raise ValueError(
-            f"T_max is missing, and max_epochs={trainer.max_epochs} does not say how long: give one of them"
-        )
-    return int(length)
+    epochs = -1 if trainer.max_epochs is None else trainer.max_epochs
+    limited = trainer.max_steps != -1
+    if unit == "epoch" and (not limited or epochs in (0, 1)):
+        return None if epochs == -1 else max(epochs, 1)
+    if unit == "step" and epochs == -1:
+        return max(trainer.max_steps, 1) if limited else None
+    count = steps_of_epoch()
+    if count is None:
+        return None
+    count = max(count, 1)
+    if unit == "epoch":
+        least = max(math.ceil(trainer.max_steps / count), 1)
+        return least if epochs == -1 else min(epochs, least)
+    steps = count * max(epochs, 1)
+    return min(steps, max(trainer.max_steps, 1)) if limited else steps

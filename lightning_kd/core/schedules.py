@@ -1,30 +1,106 @@
-"""Learning rate schedules that torch cannot build from a configuration file."""
+"""Learning rate schedules as long as the training, which torch cannot build from a configuration file."""
 
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
 from typing import Any
 
-from lightning.pytorch.utilities import rank_zero_warn
+import torch
 from torch.optim import Optimizer
-from torch.optim.lr_scheduler import CosineAnnealingLR, LRScheduler
+from torch.optim.lr_scheduler import ChainedScheduler, CosineAnnealingLR, LRScheduler, SequentialLR
 
 from lightning_kd.argument_checks import check_numbers
 
 
-class ConstantThenCosine(LRScheduler):
+class TiedSchedule(LRScheduler):
+    """A schedule that ends with the training unless it is given a length: a task tells it how long that is.
+
+    A resumed training of another length goes on at the rate that a whole training of the new length has there.
+
+    Attributes:
+        to_the_end: whether it ends with the training.
+        raised: the rates of the last epoch trained and of the next one, where such a resume raises the rate.
+    """
+
+    #: the attribute that holds its length, ``None`` as long as that is not known
+    length_name = "T_max"
+    to_the_end: bool
+    raised: tuple[float, float] | None = None
+
+    def rates(self, epoch: int, length: int) -> list[Any]:
+        """The rate of each parameter group in ``epoch``, counted from 0, where ``length_name`` is ``length``."""
+        raise NotImplementedError(f"{type(self).__name__} does not say its rates")
+
+    def length_in(self, training: int) -> int:
+        """What ``length_name`` is in a training of ``training`` epochs (or steps)."""
+        return training
+
+    def set_length(self, length: int) -> None:
+        """Be told how long the training is, in epochs (or steps)."""
+        if self.to_the_end:
+            setattr(self, self.length_name, self.length_in(length))
+
+    def known_length(self) -> int:
+        """Its length.
+
+        Raises:
+            ValueError: where it was never told.
+        """
+        length: int | None = getattr(self, self.length_name)
+        if length is None:
+            name = type(self).__name__
+            raise ValueError(
+                f"{name} ends with the training, and was not told when that is: give it to a task as lr_scheduler, "
+                f"alone or in SequentialLR or ChainedScheduler, or set {self.length_name}"
+            )
+        return length
+
+    def get_lr(self) -> list[Any]:
+        return self.rates(self.last_epoch, self.known_length() if self.last_epoch > 0 else 1)
+
+    def state_dict(self) -> dict[str, Any]:
+        return {key: value for key, value in super().state_dict().items() if key != "raised"}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        now, before = getattr(self, self.length_name), state_dict.get(self.length_name)
+        own = {self.length_name: now} if self.to_the_end and now is not None else {}  # of this training
+        super().load_state_dict({**state_dict, "to_the_end": self.to_the_end, **own})
+        self.raised = None
+        if own and before is not None and before != now and self.last_epoch > 0:
+            self._stretch(before, now)
+
+    def _stretch(self, before: int, now: int) -> None:
+        """Set the rate of this epoch to that of the length ``now``, after epochs that had the length ``before``."""
+        old, new = self.rates(self.last_epoch, before), self.rates(self.last_epoch, now)
+        for group, was, rate in zip(self.optimizer.param_groups, old, new, strict=True):
+            if was > 0:
+                rate *= float(group["lr"]) / was  # other schedules of a chain have their share in it
+            if isinstance(group["lr"], torch.Tensor):
+                group["lr"].fill_(rate)
+            else:
+                group["lr"] = rate
+        self._last_lr = [group["lr"] for group in self.optimizer.param_groups]
+        trained, next_ = max(self.rates(self.last_epoch - 1, before)), max(new)
+        if next_ > trained:
+            self.raised = trained, next_
+
+
+class ConstantThenCosine(TiedSchedule):
     """A constant learning rate, then half a cosine down to ``eta_min``, which then stays.
 
     Args:
         optimizer: wrapped optimizer.
         constant_epochs: epochs (steps, where it steps once a step) at the full rate before the cosine begins; the
             first epoch of the cosine is at the full rate too.
-        cosine_epochs: length of the cosine. Default: what is left of the training.
+        cosine_epochs: length of the cosine. Default: what is left of the training, see ``TiedSchedule``.
         eta_min: the rate at its end.
 
     Raises:
         ValueError: for ``constant_epochs`` or ``eta_min`` below 0 or ``cosine_epochs`` below 1.
     """
+
+    length_name = "cosine_epochs"
 
     def __init__(
         self, optimizer: Optimizer, constant_epochs: int, cosine_epochs: int | None = None, eta_min: float = 0.0
@@ -34,33 +110,26 @@ class ConstantThenCosine(LRScheduler):
         check_numbers(least=0, eta_min=eta_min)
         self.constant_epochs = constant_epochs
         self.to_the_end = cosine_epochs is None
-        self.cosine_epochs = cosine_epochs or 1
+        self.cosine_epochs = cosine_epochs
         self.eta_min = eta_min
         super().__init__(optimizer)
 
-    def set_length(self, length: int) -> None:
-        """Be told how long the training is, in epochs (or steps)."""
-        if self.to_the_end:
-            self.cosine_epochs = max(1, length - self.constant_epochs)
+    def length_in(self, training: int) -> int:
+        return max(1, training - self.constant_epochs)
 
-    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        own = {"cosine_epochs": self.cosine_epochs} if self.to_the_end else {}  # of this training
-        super().load_state_dict({**state_dict, "to_the_end": self.to_the_end, **own})
-
-    def get_lr(self) -> list[Any]:
-        done = min(max(self.last_epoch - self.constant_epochs, 0) / self.cosine_epochs, 1.0)
+    def rates(self, epoch: int, length: int) -> list[Any]:
+        done = min(max(epoch - self.constant_epochs, 0) / length, 1.0)
         share = (1 + math.cos(math.pi * done)) / 2
         return [self.eta_min + (base - self.eta_min) * share for base in self.base_lrs]
 
 
-class CosineAnnealing(CosineAnnealingLR):
+class CosineAnnealing(TiedSchedule, CosineAnnealingLR):
     """torch's ``CosineAnnealingLR``, by default as long as the training: one number for both.
-
-    A resumed training of another length goes on from the rate that it had, and ends at ``eta_min`` all the same.
 
     Args:
         optimizer: wrapped optimizer.
-        T_max: epochs (steps, where it steps once a step) of the descent. Default: those of the training.
+        T_max: epochs (steps, where it steps once a step) of the descent. Default: those of the training, see
+            ``TiedSchedule``.
         eta_min: the rate at its end.
 
     Raises:
@@ -71,40 +140,83 @@ class CosineAnnealing(CosineAnnealingLR):
         check_numbers(least=1, whole=True, optional=True, T_max=T_max)
         check_numbers(least=0, eta_min=eta_min)
         self.to_the_end = T_max is None
-        super().__init__(optimizer, T_max or 1, eta_min)
+        CosineAnnealingLR.__init__(self, optimizer, T_max, eta_min)  # type: ignore[arg-type]  # None until it is told
 
-    def set_length(self, length: int) -> None:
-        """Be told how long the training is, in epochs (or steps)."""
-        if self.to_the_end:
-            self.T_max = length
+    def rates(self, epoch: int, length: int) -> list[Any]:
+        share = (1 + math.cos(math.pi * min(epoch / length, 1.0))) / 2
+        return [self.eta_min + (base - self.eta_min) * share for base in self.base_lrs]
 
-    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        own = {"T_max": self.T_max} if self.to_the_end else {}  # of this training, not of the one before
-        super().load_state_dict({**state_dict, "to_the_end": self.to_the_end, **own})
+    def get_lr(self) -> list[Any]:
+        if self.last_epoch > 0:
+            self.known_length()
+        return CosineAnnealingLR.get_lr(self)  # from the rate before, so that schedules chain
 
 
-def warn_of_another_length(schedule: LRScheduler, length: int) -> None:
-    """Say where a cosine does not end with the training: it would stop at a high rate, or rise again.
+def schedule_parts(schedule: Any, begin: int = 0, end: int | None = None) -> Iterator[tuple[Any, int, int | None]]:
+    """What a schedule is made of: those inside torch's ``SequentialLR`` and ``ChainedScheduler``, else itself.
+
+    Args:
+        schedule: any.
+        begin: the epoch (or step) that it begins with.
+        end: the one that it ends before. Default: the end of the training.
+
+    Returns:
+        ``(schedule, begin, end)`` of each.
+    """
+    if isinstance(schedule, SequentialLR):
+        marks = [begin, *(begin + milestone for milestone in schedule._milestones)]
+        for part, first, last in zip(schedule._schedulers, marks, [*marks[1:], end], strict=True):
+            yield from schedule_parts(part, first, last)
+    elif isinstance(schedule, ChainedScheduler):
+        for part in schedule._schedulers:
+            yield from schedule_parts(part, begin, end)
+    else:
+        yield schedule, begin, end
+
+
+def set_training_length(schedule: Any, length: int) -> None:
+    """Tell each part of a schedule that ends with the training how long it is: ``length`` epochs (or steps) in all."""
+    for part, begin, end in schedule_parts(schedule):
+        if getattr(part, "to_the_end", False):
+            part.set_length(max(1, (length if end is None else end) - begin))
+
+
+def told_of_length(schedule: Any, length: int, training: str) -> list[str]:
+    """A sentence where a cosine does not end with the training: it would stop at a high rate, or rise again.
 
     Args:
         schedule: any; only a cosine has an end.
-        length: of the training, in epochs.
+        length: epochs of the training.
+        training: what they are the epochs of.
     """
-    if getattr(schedule, "to_the_end", False):
-        return
-    if isinstance(schedule, CosineAnnealingLR):
-        own, names = schedule.T_max, "T_max"
-    elif isinstance(schedule, ConstantThenCosine):
-        own, names = schedule.constant_epochs + schedule.cosine_epochs, "constant_epochs + cosine_epochs"
-        if own < length:  # stays at its end
-            return
-    else:
-        return
-    if own != length:
-        effect = "ends at a high learning rate" if own > length else "raises the learning rate again"
-        own_length = names == "T_max"
-        other = ", or take lightning_kd.core.schedules.CosineAnnealing, as long as the training" if own_length else ""
-        rank_zero_warn(
-            f"{type(schedule).__name__} has {names} {own}, the training has {length} epochs, so it {effect}: set "
-            f"{names} to {length}{other}"
-        )
+    found = []
+    for part, begin, end in schedule_parts(schedule):
+        if end is not None or getattr(part, "to_the_end", False):
+            continue
+        left, after = length - begin, f" after the first {begin}" if begin else ""
+        if isinstance(part, CosineAnnealingLR):
+            own, names = part.T_max, "T_max"
+        elif isinstance(part, ConstantThenCosine) and part.cosine_epochs is not None:
+            own, names = part.constant_epochs + part.cosine_epochs, "constant_epochs + cosine_epochs"
+            if own < left:  # stays at its end
+                continue
+        else:
+            continue
+        if own != left > 0:
+            effect = "ends at a high learning rate" if own > left else "raises the learning rate again"
+            other = f", or take lightning_kd.core.schedules.CosineAnnealing, as long as the {training.split()[-1]}"
+            found.append(
+                f"{type(part).__name__} has {names} {own}, the {training} has {left} epochs{after}, so it {effect}: "
+                f"set {names} to {left}{other if names == 'T_max' else ''}"
+            )
+    return found
+
+
+def told_of_rise(schedule: Any, interval: str) -> list[str]:
+    """A sentence where a resume with another length raises the rate; ``interval`` is ``"epoch"`` or ``"step"``."""
+    return [
+        f"the training is longer than before, and {type(part).__name__} with it: the learning rate goes from "
+        f"{part.raised[0]:.3g} in the last {interval} trained up to {part.raised[1]:.3g}"
+        for part, _, _ in schedule_parts(schedule)
+        if getattr(part, "raised", None)
+    ]

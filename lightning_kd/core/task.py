@@ -17,7 +17,7 @@ from lightning_kd.core.epoch_means import EpochMeans
 from lightning_kd.core.evaluation import EvaluatedModule
 from lightning_kd.core.hyperparameters import keep_plain_hyperparameters, without_module_warning
 from lightning_kd.core.nan_guard import FiniteGuard
-from lightning_kd.core.optimization import make_optimizer
+from lightning_kd.core.optimization import epoch_steps, make_optimizer, training_length
 from lightning_kd.core.quiet import quiet
 from lightning_kd.core.seeding import EpochSeeding, global_seed, numpy_generator
 from lightning_kd.core.training_watch import TrainingWatch
@@ -57,6 +57,8 @@ class Task(EvaluatedModule):
 
     #: whether ``train/loss``, or ``train/loss_ce``, is the loss of the problem, to be compared with that of guessing
     loss_is_plain = False
+    #: what a schedule is to last as long as, in words
+    scheduled_part = "training"
 
     def __init__(
         self,
@@ -177,6 +179,21 @@ class Task(EvaluatedModule):
         """What ``configure_optimizers`` returns for these parameters, from the factories."""
         factory: Any = self.optimizer_factory or self.default_optimizer
         return make_optimizer(self, parameters, factory, self.lr_scheduler_factory, self.lr_interval)
+
+    def steps_of_epoch(self) -> int | None:
+        """Optimizer steps of an epoch, of all networks together; ``None`` where that is not known in advance."""
+        return epoch_steps(self.trainer)
+
+    def schedule_length(self, unit: str) -> int | None:
+        """How long a schedule is that ends with the training: how many times a scheduler steps.
+
+        Args:
+            unit: ``"epoch"`` or ``"step"``, as ``lr_interval``.
+
+        Returns:
+            At least 1; ``None`` where that is not known in advance.
+        """
+        return training_length(self.trainer, unit, self.steps_of_epoch)
 
     def step_loss(
         self,

@@ -8,10 +8,9 @@ import lightning as L
 from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor
 
-from lightning_kd.core.optimization import training_length
-from lightning_kd.core.schedules import warn_of_another_length
+from lightning_kd.core.schedules import told_of_length, told_of_rise
 
-__all__ = ["TrainingWatch"]
+__all__ = ["TrainingWatch", "warn_of_schedules"]
 
 # A loss this many times that of guessing is no matter of a slow start: a network that knows nothing reaches 1.
 TRAIN_LIMIT = 1.3
@@ -24,7 +23,8 @@ class TrainingWatch(L.Callback):
     """Added by every task. It changes nothing, and speaks only where something is wrong.
 
     - Targets are looked at by the problem: those of every batch on a CPU, else of the first of a fit.
-    - A cosine that does not end with the training is told at its start.
+    - A cosine that does not end with the training is told at its start, and so is a learning rate that goes up because
+      a resumed training is longer than it was.
     - Checkpoints hold the names of the classes, so that they are never loaded for others.
     - Once in a fit it warns where the training diverges: where, after one of the first epochs, the loss of a plain
       training is far above that of guessing or the validation loss very far, or where the training loss has risen from
@@ -38,11 +38,7 @@ class TrainingWatch(L.Callback):
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         self._targets_checked = self._warned = False
         self._losses = []
-        if getattr(trainer, "fast_dev_run", 0) or (trainer.max_epochs or 0) < 1:
-            return
-        for config in trainer.lr_scheduler_configs:
-            if config.interval == "epoch":
-                warn_of_another_length(config.scheduler, training_length(trainer, "epoch"))
+        warn_of_schedules(trainer, pl_module)
 
     def on_save_checkpoint(self, trainer: L.Trainer, pl_module: L.LightningModule, checkpoint: dict[str, Any]) -> None:
         names = getattr(getattr(trainer, "datamodule", None), "class_names", None)
@@ -88,3 +84,17 @@ class TrainingWatch(L.Callback):
                 f"diverges; take a lower learning rate (it began at {rate:.3g}), such as --model.optimizer SGD "
                 f"--model.optimizer.lr {rate / 10:.1g}, or --model.optimizer AdamW --model.optimizer.lr 3e-4"
             )
+
+
+def warn_of_schedules(trainer: L.Trainer, task: Any) -> None:
+    """Say where a schedule does not end with the training, or raises the rate of a resumed one."""
+    found: list[str] = []
+    if getattr(trainer, "fast_dev_run", 0):
+        return
+    for config in trainer.lr_scheduler_configs:
+        length = task.schedule_length("epoch") if config.interval == "epoch" else None
+        if length is not None:
+            found += told_of_length(config.scheduler, length, task.scheduled_part)
+        found += told_of_rise(config.scheduler, config.interval)
+    for sentence in dict.fromkeys(found):  # once for two networks
+        rank_zero_warn(sentence)

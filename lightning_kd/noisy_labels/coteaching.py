@@ -18,6 +18,7 @@ from torchmetrics.classification import MulticlassAccuracy
 from lightning_kd.argument_checks import check_numbers
 from lightning_kd.core.batch import as_batch
 from lightning_kd.core.losses import at_least_float32, check_target
+from lightning_kd.core.schedules import TiedSchedule
 from lightning_kd.noisy_labels.label_scores import LabelScores
 from lightning_kd.noisy_labels.noisy_label_task import NoisyLabelTask
 from lightning_kd.noisy_labels.two_networks import TwoNetworkTask
@@ -172,13 +173,13 @@ class CoTeaching(TwoNetworkTask):
         super().log_scores(*scores, without=[*without, "pure_ratio"])  # that of the selection is logged instead
 
 
-class LateLinearLR(torch.optim.lr_scheduler.LRScheduler):
+class LateLinearLR(TiedSchedule):
     """A constant learning rate up to ``start_epoch``, then linear to 0 at ``epochs``, as in Co-teaching's code.
 
     Args:
         optimizer: whose rate is set.
         start_epoch: the first epoch, counted from 0, that may have a lower rate.
-        epochs: of the run, above ``start_epoch``. Default: those of the training.
+        epochs: of the run, above ``start_epoch``. Default: those of the training, see ``TiedSchedule``.
         late_beta1: what Adam's first beta becomes at ``start_epoch``. Default: it stays.
         last_epoch: see ``torch.optim.lr_scheduler.LRScheduler``.
 
@@ -187,6 +188,8 @@ class LateLinearLR(torch.optim.lr_scheduler.LRScheduler):
 
     Source: arXiv 1804.06872, as in the paper's code: start 80, 200 epochs, beta1 0.1.
     """
+
+    length_name = "epochs"
 
     def __init__(
         self,
@@ -201,24 +204,20 @@ class LateLinearLR(torch.optim.lr_scheduler.LRScheduler):
         check_numbers(least=0, below=1, optional=True, late_beta1=late_beta1)
         check_numbers(least=-1, whole=True, last_epoch=last_epoch)
         self.to_the_end = epochs is None
-        epochs = start_epoch + 1 if epochs is None else epochs
-        if start_epoch >= epochs:
+        if epochs is not None and start_epoch >= epochs:
             raise ValueError(f"start_epoch must be below epochs={epochs}, got {start_epoch}: lower it")
         self.start_epoch, self.epochs, self.late_beta1 = start_epoch, epochs, late_beta1
         super().__init__(optimizer, last_epoch)
 
-    def set_length(self, length: int) -> None:
-        """Be told how many epochs the training has."""
-        if self.to_the_end:
-            self.epochs = max(length, self.start_epoch + 1)
+    def length_in(self, training: int) -> int:
+        return max(training, self.start_epoch + 1)
 
-    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        own = {"epochs": self.epochs} if self.to_the_end else {}  # of this training
-        super().load_state_dict({**state_dict, "to_the_end": self.to_the_end, **own})
+    def rates(self, epoch: int, length: int) -> list[Any]:
+        left = (length - epoch) / (length - self.start_epoch) if epoch > self.start_epoch else 1.0
+        return [base * min(max(left, 0.0), 1.0) for base in self.base_lrs]
 
     def get_lr(self) -> list[Any]:
         if self.late_beta1 is not None and self.last_epoch >= self.start_epoch:
             for group in self.optimizer.param_groups:
                 group["betas"] = (self.late_beta1, group["betas"][1])
-        left = (self.epochs - self.last_epoch) / (self.epochs - self.start_epoch)
-        return [base * min(max(left, 0.0), 1.0) for base in self.base_lrs]
+        return super().get_lr()

@@ -1,141 +1,17 @@
-"""What a training is watched for, the default optimizers, and schedules as long as the training."""
+"""What a training is watched for, and the default optimizers."""
 
 import warnings
-from functools import partial
 
-import lightning as L
 import pytest
 import torch
 from torch import nn
-from torch.optim.lr_scheduler import CosineAnnealingLR
-from torch.utils.data import DataLoader, TensorDataset
 
 from lightning_kd import KD
 from lightning_kd.core import Classification, SemanticSegmentation
-from lightning_kd.core.schedules import ConstantThenCosine, CosineAnnealing
 from lightning_kd.core.training_watch import TrainingWatch
 from lightning_kd.data import ArrayDataModule
 from lightning_kd.noisy_labels import CrossEntropy
-
-
-class Rates(L.Callback):
-    def __init__(self):
-        self.rates = []
-
-    def on_train_epoch_start(self, trainer, pl_module):
-        self.rates.append(trainer.optimizers[0].param_groups[0]["lr"])
-
-
-def trainer(epochs, *callbacks, **options):
-    return L.Trainer(
-        accelerator="cpu",
-        max_epochs=epochs,
-        callbacks=list(callbacks),
-        logger=False,
-        enable_checkpointing=False,
-        enable_progress_bar=False,
-        enable_model_summary=False,
-        **options,
-    )
-
-
-def loader(count=32, spread=1.0):
-    generator = torch.Generator().manual_seed(0)
-    image = spread * torch.randn(count, 4, generator=generator)
-    return DataLoader(TensorDataset(image, torch.randint(0, 3, (count,), generator=generator)), batch_size=8)
-
-
-def sgd(lr=0.1):
-    return partial(torch.optim.SGD, lr=lr)
-
-
-def rates_of(schedule, epochs, ckpt_path=None, save=None, **options):
-    seen = Rates()
-    task = Classification(nn.Linear(4, 3), 3, optimizer=sgd(), lr_scheduler=schedule, **options)
-    fitter = trainer(epochs, seen)
-    fitter.fit(task, loader(), ckpt_path=ckpt_path, weights_only=True)
-    if save is not None:
-        fitter.save_checkpoint(save)
-    return seen.rates
-
-
-def test_a_cosine_is_as_long_as_the_training():
-    assert rates_of(CosineAnnealing, 5) == rates_of(partial(CosineAnnealingLR, T_max=5), 5)
-    assert rates_of(partial(CosineAnnealing, T_max=5, eta_min=0.01), 5) == rates_of(
-        partial(CosineAnnealingLR, T_max=5, eta_min=0.01), 5
-    )
-    schedules = []
-
-    def kept(optimizer):
-        schedules.append(CosineAnnealing(optimizer))
-        return schedules[0]
-
-    rates_of(kept, 3, lr_interval="step")
-    assert schedules[0].T_max == 12  # four batches an epoch
-
-
-def test_a_cosine_after_a_constant_rate_ends_with_the_training():
-    whole = rates_of(partial(ConstantThenCosine, constant_epochs=2), 6)
-    assert whole == rates_of(partial(ConstantThenCosine, constant_epochs=2, cosine_epochs=4), 6)
-
-
-def test_a_training_that_is_made_longer_goes_down_to_the_end(tmp_path):
-    path = str(tmp_path / "some.ckpt")
-    first = rates_of(CosineAnnealing, 4, save=path)
-    later = rates_of(CosineAnnealing, 8, ckpt_path=path)
-    assert first == sorted(first, reverse=True)
-    assert first[-1] > later[0]
-    assert later == sorted(later, reverse=True)
-    assert len(later) == 4
-
-
-def test_a_resumed_cosine_is_the_undisturbed_one(tmp_path):
-    path = str(tmp_path / "some.ckpt")
-    whole = rates_of(CosineAnnealing, 6)
-
-    class Stop(L.Callback):
-        def on_train_epoch_end(self, trainer, pl_module):
-            trainer.should_stop = trainer.current_epoch == 2
-
-    seen = Rates()
-    fitter = trainer(6, seen, Stop())
-    fitter.fit(Classification(nn.Linear(4, 3), 3, optimizer=sgd(), lr_scheduler=CosineAnnealing), loader())
-    fitter.save_checkpoint(path)
-    assert seen.rates + rates_of(CosineAnnealing, 6, ckpt_path=path) == whole
-
-
-@pytest.mark.parametrize(
-    ("schedule", "message"),
-    [
-        (
-            partial(CosineAnnealingLR, T_max=9),
-            "CosineAnnealingLR has T_max 9, the training has 2 epochs, so it ends at",
-        ),
-        (partial(CosineAnnealing, T_max=1), "T_max 1, the training has 2 epochs, so it raises"),
-        (partial(ConstantThenCosine, constant_epochs=2, cosine_epochs=2), r"constant_epochs \+ cosine_epochs 4"),
-    ],
-)
-def test_a_schedule_of_another_length_is_told(schedule, message):
-    with pytest.warns(UserWarning, match=message):
-        rates_of(schedule, 2)
-
-
-@pytest.mark.parametrize(
-    "schedule",
-    [CosineAnnealing, partial(ConstantThenCosine, constant_epochs=0, cosine_epochs=1), None],
-)
-def test_a_schedule_of_the_right_length_is_not(schedule):
-    with warnings.catch_warnings():
-        warnings.filterwarnings("error", message=".*the training has")
-        rates_of(schedule, 2)
-
-
-def test_a_cosine_without_a_length():
-    task = Classification(nn.Linear(4, 3), 3, optimizer=sgd(), lr_scheduler=CosineAnnealing)
-    with pytest.raises(ValueError, match="T_max is missing, and max_epochs=-1"):
-        trainer(-1, max_steps=3).fit(task, loader())
-    with pytest.raises(ValueError, match="T_max must be at least 1, got 0"):
-        rates_of(partial(CosineAnnealing, T_max=0), 2)
+from tests.core.runs import loader, sgd, trainer
 
 
 def test_a_training_that_diverges_is_told_once():
