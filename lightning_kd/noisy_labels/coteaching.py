@@ -155,6 +155,10 @@ class CoTeaching(TwoNetworkTask):
     def train_loader(self, data: Any) -> Any:
         return NoisyLabelTask.train_loader(self, data)  # one stream for both networks
 
+    def steps_of_epoch(self) -> int | None:
+        batches = super().steps_of_epoch()
+        return None if batches is None else 2 * batches  # both networks learn from each
+
     def training_step(self, batch: Any, batch_idx: int) -> None:
         batch = as_batch(batch)
         logits = [self.logits_of(k, batch.image) for k in range(2)]

@@ -174,6 +174,9 @@ class DivideMix(TwoNetworkTask):
             )
         return Phase(k, data.loader("train", shuffle=True, augment=True, batch_size=2 * data.batch_size, stream=stream))
 
+    def steps_of_epoch(self) -> None:
+        """Not known in advance: the split decides."""
+
     def on_train_epoch_start(self) -> None:
         super().on_train_epoch_start()
         self._draws = [self.generator("mix", k) for k in range(2)]

@@ -182,6 +182,12 @@ class TwoNetworkTask(NoisyLabelTask, ABC):
             for k in range(2):
                 self._scheduler_step(k)
 
+    def schedule_length(self, unit: str) -> int | None:
+        if unit == "step" and self.steps_of_epoch() is None:
+            return None
+        length = super().schedule_length(unit)
+        return length if unit == "epoch" or length is None else (length + 1) // 2  # each scheduler has half of them
+
     def _scheduler_step(self, k: int) -> None:
         schedulers: Any = self.lr_schedulers()
         if not schedulers:
