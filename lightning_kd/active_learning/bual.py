@@ -23,7 +23,7 @@ from lightning_kd.active_learning.bual_score import (
     rank,
     unknown_lead,
 )
-from lightning_kd.active_learning.negative_stage import NegativeStage, check_fit
+from lightning_kd.active_learning.negative_stage import NegativeStage, check_choices, check_fit
 from lightning_kd.active_learning.sequential_training import SequentialTrainingTask
 from lightning_kd.argument_checks import check_numbers
 from lightning_kd.core.batch import Batch
@@ -49,8 +49,9 @@ class BUAL(SequentialTrainingTask):
     first one, with a classifier of its own, and learns from classes that samples are not: the labelled ones and a
     random subset of the pool, each with one newly drawn class an epoch. The predictions of this copy for the pool are
     averaged over snapshots. The reported network is not trained, nor its running statistics moved, in this stage. The
-    optimizer and the learning rate schedule start anew with it, so a schedule counts the epochs of its stage. The last
-    round of ``lightning-kd active``, after which nothing is chosen, ends with the positive stage.
+    optimizer and the learning rate schedule start anew with it: a schedule counts the epochs of its stage, and one that
+    ends with the training ends with each stage. The last round of ``lightning-kd active``, after which nothing is
+    chosen, ends with the positive stage.
 
     The choice leaves out what the auxiliary network takes for unknown and queries the smallest
     ``bidirectional_score`` (the largest with ``combine="paper"``), balanced by the share of known classes in the latest
@@ -125,12 +126,7 @@ class BUAL(SequentialTrainingTask):
                 f"snapshot_interval must be from 1 to negative_epochs={negative_epochs}, got {snapshot_interval}: "
                 "lower it, or there is no snapshot of a trained head"
             )
-        if uncertainty not in ("least_confidence", "margin", "entropy"):
-            raise ValueError(f"uncertainty must be 'least_confidence', 'margin' or 'entropy', got {uncertainty!r}")
-        if combine not in ("code", "paper"):
-            raise ValueError(f"combine must be 'code' or 'paper', got {combine!r}")
-        if subset not in ("candidates", "pool"):
-            raise ValueError(f"subset must be 'candidates' or 'pool', got {subset!r}")
+        check_choices(uncertainty, combine, subset)
         self.negative_epochs, self.subset_size = negative_epochs, subset_size
         self.snapshot_interval, self.include_initial_snapshot = snapshot_interval, include_initial_snapshot
         self.uncertainty: Uncertainty = uncertainty
@@ -149,6 +145,15 @@ class BUAL(SequentialTrainingTask):
         return self.network
 
     # -- training ----------------------------------------------------------------------------------------------------
+
+    @property
+    def scheduled_part(self) -> str:  # type: ignore[override]
+        return "positive stage" if self.stage.start is None else "negative stage"
+
+    def schedule_length(self, unit: str) -> int | None:
+        last: Any = self.trainer.max_epochs
+        epochs = max(last - (self.negative_epochs if self.stage.start is None else self.stage.start), 1)
+        return epochs if unit == "epoch" else epochs * max(self.steps_of_epoch() or 0, 1)
 
     def setup(self, stage: str) -> None:
         super().setup(stage)

@@ -100,3 +100,13 @@ def check_fit(trainer: Any, negative_epochs: int) -> None:
             f"max_epochs must be above negative_epochs={negative_epochs}, got {epochs}: raise "
             "trainer.max_epochs, or lower model.negative_epochs; what is left are the epochs of the positive stage"
         )
+
+
+def check_choices(uncertainty: str, combine: str, subset: str) -> None:
+    """Raise a ``ValueError`` for an argument of ``BUAL`` that is none of its choices."""
+    if uncertainty not in ("least_confidence", "margin", "entropy"):
+        raise ValueError(f"uncertainty must be 'least_confidence', 'margin' or 'entropy', got {uncertainty!r}")
+    if combine not in ("code", "paper"):
+        raise ValueError(f"combine must be 'code' or 'paper', got {combine!r}")
+    if subset not in ("candidates", "pool"):
+        raise ValueError(f"subset must be 'candidates' or 'pool', got {subset!r}")

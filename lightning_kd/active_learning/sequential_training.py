@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from abc import ABC, abstractmethod
 from typing import Any
 
@@ -10,7 +11,9 @@ from torch import Tensor
 
 from lightning_kd.active_learning.pool_task import PoolTask
 from lightning_kd.core.distributed import average_gradients, share_buffers
+from lightning_kd.core.optimization import tell_length
 from lightning_kd.core.phased_loader import Phase, PhaseBatch, PhasedLoader
+from lightning_kd.core.training_watch import warn_of_schedules
 
 
 class SequentialTrainingTask(PoolTask, ABC):
@@ -48,6 +51,12 @@ class SequentialTrainingTask(PoolTask, ABC):
         if stage == "fit":
             _ = self.pool  # says what is wrong with another data module
 
+    def steps_of_epoch(self) -> int | None:
+        # of the phases as they are now: where a stage begins, the Trainer's loader is that of the one before
+        batches, limit = len(self.train_loader(self.pool)), self.trainer.limit_train_batches  # type: ignore[attr-defined]
+        batches = min(batches, limit) if isinstance(limit, int) else int(batches * limit)
+        return math.ceil(batches / self.trainer.accumulate_grad_batches)
+
     def on_train_start(self) -> None:
         super().on_train_start()
         parallel: Any = getattr(self.trainer.strategy, "model", None)
@@ -61,7 +70,10 @@ class SequentialTrainingTask(PoolTask, ABC):
         optimizer = fresh["optimizer"] if isinstance(fresh, dict) else fresh
         self.trainer.optimizers[0].load_state_dict(optimizer.state_dict())
         if scheduler is not None:
-            self.trainer.lr_scheduler_configs[0].scheduler.load_state_dict(scheduler["scheduler"].state_dict())
+            config = self.trainer.lr_scheduler_configs[0]
+            tell_length(config.scheduler, self, config.interval)
+            config.scheduler.load_state_dict(scheduler["scheduler"].state_dict())
+            warn_of_schedules(self.trainer, self)
 
     def training_step(self, batch: PhaseBatch, batch_idx: int) -> Tensor:
         return self.network_loss(batch)

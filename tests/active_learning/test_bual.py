@@ -2,6 +2,7 @@
 
 import copy
 import math
+import warnings
 
 import lightning as L
 import numpy as np
@@ -14,6 +15,7 @@ from torch import nn
 from lightning_kd.active_learning import BUAL, bidirectional_score, complementary_labels
 from lightning_kd.active_learning.bual_score import unknown_lead
 from lightning_kd.core.losses import negative_learning_loss
+from lightning_kd.core.schedules import CosineAnnealing
 from lightning_kd.core.seeding import numpy_generator
 from lightning_kd.data import DigitsDataModule, OpenSetDataModule
 from lightning_kd.pool import UNKNOWN, PoolRecord, PoolView
@@ -463,9 +465,10 @@ def test_logged_names(tmp_path):
 
 
 @pytest.mark.parametrize("stop", [0, 1, 2])
-def test_resume_equals_an_undisturbed_run(tmp_path, stop):
+@pytest.mark.parametrize("interval", ["epoch", "step"])
+def test_resume_equals_an_undisturbed_run(tmp_path, stop, interval):
     """After the first epoch, exactly at the switch, and inside the negative stage."""
-    factory = {"lr_scheduler": lambda o: torch.optim.lr_scheduler.CosineAnnealingLR(o, 2)}
+    factory = {"lr_scheduler": CosineAnnealing, "lr_interval": interval}
     every = ModelCheckpoint(
         tmp_path, "{epoch}", save_top_k=-1, every_n_epochs=1, save_on_train_epoch_end=True, auto_insert_metric_name=True
     )
@@ -478,6 +481,64 @@ def test_resume_equals_an_undisturbed_run(tmp_path, stop):
     assert torch.equal(whole.stage.sum.rows, again.stage.sum.rows)
     assert again.stage.snapshots == 3
     assert np.array_equal(whole.stage.subset, again.stage.subset)
+
+
+def cosine(length):
+    return pytest.approx([0.05 * (1 + math.cos(math.pi * epoch / length)) for epoch in range(length)])
+
+
+def rates_of(schedule, max_epochs=5, last_round=False, ckpt_path=None, save=None, **kwargs):
+    """The rate of each epoch, and of the end; the last 2 epochs are the negative stage."""
+    spy = Spy()
+    task = task_of(optimizer=lambda p: torch.optim.SGD(p, lr=0.1), lr_scheduler=schedule, **kwargs)
+    task.choice_follows = not last_round
+    trainer = trainer_of(max_epochs=max_epochs, callbacks=[spy])
+    trainer.fit(task, datamodule=data_of(), ckpt_path=ckpt_path, weights_only=True)
+    if save is not None:
+        trainer.save_checkpoint(save)
+    return [*spy.lr, trainer.optimizers[0].param_groups[0]["lr"]]
+
+
+@pytest.mark.parametrize("interval", ["epoch", "step"])
+def test_each_stage_has_a_whole_schedule(interval):
+    rates = rates_of(CosineAnnealing, lr_interval=interval)
+    assert rates[:3] == cosine(3)
+    assert rates[3:5] == cosine(2)
+    assert rates[5] == pytest.approx(0, abs=1e-9)
+    assert rates_of(CosineAnnealing, last_round=True, lr_interval=interval)[:3] == cosine(3)
+
+    def after_a_warmup(optimizer):
+        parts = [torch.optim.lr_scheduler.ConstantLR(optimizer, 0.5, 1), CosineAnnealing(optimizer)]
+        return torch.optim.lr_scheduler.SequentialLR(optimizer, parts, [1])
+
+    if interval == "epoch":
+        assert rates_of(after_a_warmup, 6) == pytest.approx([0.05, 0.1, 0.1 * 0.75, 0.1 * 0.25, 0.05, 0.1, 0], abs=1e-9)
+
+
+def test_each_stage_has_a_whole_schedule_after_a_resume_with_more_epochs(tmp_path):
+    rates_of(CosineAnnealing, 5, last_round=True, save=tmp_path / "some.ckpt")  # which ends after the positive stage
+    with pytest.warns(UserWarning, match=r"goes from 0\.025 in the last epoch trained up to 0\.0345"):
+        later = rates_of(CosineAnnealing, 7, ckpt_path=tmp_path / "some.ckpt")
+    assert later[:-1] == pytest.approx([0.03454915, 0.00954915, 0.1, 0.05], abs=1e-6)
+
+
+def schedule_warnings(schedule, **kwargs):
+    with warnings.catch_warnings(record=True) as record:
+        warnings.simplefilter("always")
+        rates_of(schedule, **kwargs)
+    return [str(one.message) for one in record if "T_max" in str(one.message)]
+
+
+def test_a_schedule_of_another_length_than_its_stage_is_told():
+    def of(length):
+        return lambda optimizer: torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, length)
+
+    assert schedule_warnings(of(2), max_epochs=4) == []
+    (found,) = schedule_warnings(of(3), max_epochs=5)
+    assert "T_max 3, the negative stage has 2 epochs, so it ends at" in found
+    found = schedule_warnings(of(5), max_epochs=5)
+    assert ["set T_max to 3" in found[0], "set T_max to 2" in found[1], len(found)] == [True, True, 2]
+    assert "CosineAnnealing, as long as the stage" in found[0]
 
 
 @pytest.mark.filterwarnings("ignore:You're resuming from a checkpoint that ended before")
