@@ -120,12 +120,8 @@ class BUAL(SequentialTrainingTask):
         check_numbers(least=1, whole=True, negative_epochs=negative_epochs, subset_size=subset_size)
         remedy = "leave it out for the data's"
         check_numbers(least=1, whole=True, optional=True, remedy=remedy, auxiliary_batch_size=auxiliary_batch_size)
-        check_numbers(least=1, whole=True, snapshot_interval=snapshot_interval)
-        if snapshot_interval > negative_epochs:
-            raise ValueError(
-                f"snapshot_interval must be from 1 to negative_epochs={negative_epochs}, got {snapshot_interval}: "
-                "lower it, or there is no snapshot of a trained head"
-            )
+        remedy = "or there is no snapshot of a trained head"
+        check_numbers(least=1, most=negative_epochs, whole=True, remedy=remedy, snapshot_interval=snapshot_interval)
         check_choices(uncertainty, combine, subset)
         self.negative_epochs, self.subset_size = negative_epochs, subset_size
         self.snapshot_interval, self.include_initial_snapshot = snapshot_interval, include_initial_snapshot

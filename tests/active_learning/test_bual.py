@@ -671,7 +671,7 @@ def test_a_dry_run_works(initial):
         ({"negative_epochs": 0}, "negative_epochs must be at least 1"),
         ({"subset_size": 0}, "subset_size must be at least 1"),
         ({"auxiliary_batch_size": 0}, "auxiliary_batch_size must be at least 1, got 0"),
-        ({"snapshot_interval": 3}, "snapshot_interval must be from 1 to negative_epochs=2, got 3"),
+        ({"snapshot_interval": 3}, "snapshot_interval must be at least 1 and at most 2, got 3"),
         ({"uncertainty": "sure"}, "uncertainty must be"),
         ({"combine": "both"}, "combine must be"),
         ({"subset": "all"}, "subset must be"),
