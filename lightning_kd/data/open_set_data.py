@@ -58,7 +58,8 @@ class OpenSetDataModule(DerivedDataModule):
             all.
         class_order: which ones, where ``known_classes`` is a number: the ``"first"``, ``"random"`` ones by
             ``split_seed``, or the first ones of a list of class numbers or names, or of a text file of names, one a
-            line, which is looked for in the ``root`` of the source first (``wnids.txt`` of Tiny-ImageNet).
+            line, which is looked for in the ``root`` of the source first (``wnids.txt`` of Tiny-ImageNet). Such a file
+            is not looked at where ``known_classes`` says which.
         initial_fraction: the share of the known classes' training samples that is labelled at the start, drawn
             regardless of class.
         initial_count: so many samples instead.

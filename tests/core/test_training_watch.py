@@ -2,6 +2,8 @@
 
 import warnings
 
+import lightning as L
+import numpy as np
 import pytest
 import torch
 from torch import nn
@@ -24,28 +26,81 @@ def test_a_training_that_diverges_is_told_once():
     assert "began at 30" in str(next(one.message for one in w if "diverges" in str(one.message)))
 
 
-def test_a_validation_loss_out_of_all_proportion_is_told():
-    class Wild(KD):
-        def distillation_loss(self, student_logits, teacher_logits, target):
-            return student_logits.sum() * 0
-
-    task = Wild(nn.Linear(4, 3), nn.Linear(4, 3), 3, optimizer=sgd(30.0))
-    with pytest.warns(UserWarning, match="the validation loss is .* diverges"):
-        trainer(2).fit(task, loader(spread=5.0), loader(spread=50.0))
+def told_of(losses, task=None, optimizer=None):
+    """What is said of epochs with these training and validation losses, ``None`` for no validation in one."""
+    watch, task, fitter = TrainingWatch(), task or Classification(nn.Linear(4, 3), 3, optimizer=sgd()), trainer(9)
+    task.trainer = fitter
+    fitter.optimizers = [optimizer or torch.optim.SGD(task.parameters(), lr=0.1)]
+    watch.on_train_start(fitter, task)
+    with warnings.catch_warnings(record=True) as record:
+        warnings.simplefilter("always")
+        for train, val in losses:
+            fitter.callback_metrics["train/loss"] = torch.tensor(train)
+            if val is not None:
+                fitter.callback_metrics["val/loss"] = torch.tensor(val)
+                watch.on_validation_end(fitter, task)
+            watch.on_train_epoch_start(fitter, task)
+    return [str(one.message) for one in record]
 
 
 def test_a_loss_that_only_rises_is_told():
-    watch, task = TrainingWatch(), Classification(nn.Linear(4, 3), 3)
-    fitter = trainer(9)
-    task.trainer = fitter
-    fitter.optimizers = [torch.optim.SGD(task.parameters(), lr=0.1)]
-    watch.on_train_start(fitter, task)
-    for loss in (1.0, 0.9, 0.7, 0.8, 1.2):
-        fitter.callback_metrics["train/loss"] = torch.tensor(loss)
-        watch.on_train_epoch_start(fitter, task)
-    fitter.callback_metrics["train/loss"] = torch.tensor(1.3)
-    with pytest.warns(UserWarning, match="the training loss has risen to 1.3 in 3 epochs"):
-        watch.on_train_epoch_start(fitter, task)
+    losses = [(loss, 0.5) for loss in (1.0, 0.9, 0.7, 0.8, 1.2)]
+    assert told_of(losses) == []
+    (found,) = told_of([*losses, (1.3, 0.5)])
+    assert "the training loss has risen to 1.3 in 3 epochs" in found
+
+
+@pytest.mark.parametrize(
+    ("losses", "plain", "message"),
+    [
+        ([(1.2, 0.5), (8.6, 0.7)], True, "the training loss is 8.6 after"),
+        ([(60.0, 1.5), (1.7, 1.2), (1.12, 1.1), (1.15, 1.1)], True, "the training loss was 60 and stays at 1.15"),
+        ([(60.0, 1.5), (25.0, 1.5), (28.0, 1.5)], True, "the training loss is 28 after"),
+        ([(0.9, 12.0), (0.1, 68.0)], True, "the validation loss is 68 after"),
+        ([(0.9, 12.0), (0.1, 68.0)], False, "the validation loss is 68 after"),
+        # inputs of another scale begin far above, but come down; a steep one to guessing and below
+        ([(7.1, 5.0), (2.9, 2.0), (1.2, 0.9)], True, None),
+        ([(2.9, 20.0), (2.8, 19.0), (2.7, 18.0), (2.6, 17.0)], True, None),
+        ([(30.0, 20.0), (1.15, 1.12), (1.05, 1.0)], True, None),
+        ([(1.0, 90.0), (0.8, 12.0), (0.7, 14.0)], True, None),
+        # another loss than that of the problem says nothing, nor does a validation that there was not
+        ([(7.0, 0.5), (7.1, 0.5)], False, None),
+        ([(1.0, 90.0), (0.8, None), (0.7, None)], True, None),
+        ([(7.0, 0.5)], True, None),
+    ],
+)
+def test_which_losses_are_told(losses, plain, message):
+    task = Classification(nn.Linear(4, 3), 3, optimizer=sgd())
+    task.loss_is_plain = plain
+    found = told_of(losses, task)
+    assert len(found) == (message is not None)
+    assert all(message in sentence for sentence in found)
+
+
+def test_the_remedy_is_not_what_is_in_use():
+    diverging = [(2.0, 0.5), (9.0, 0.5)]
+    task = Classification(nn.Linear(4, 3), 3)
+    (found,) = told_of(diverging, task, task.configure_optimizers())
+    assert found.endswith("such as --model.optimizer AdamW --model.optimizer.lr 3e-05")
+    (found,) = told_of(diverging)
+    assert found.endswith("such as --model.optimizer.lr 0.01, or --model.optimizer AdamW --model.optimizer.lr 3e-4")
+    norm = Classification(nn.Sequential(nn.Linear(4, 3), nn.BatchNorm1d(3)), 3)
+    (found,) = told_of(diverging, norm, norm.configure_optimizers())
+    assert "such as --model.optimizer SGD --model.optimizer.lr 0.005, or --model.optimizer AdamW" in found
+
+
+def test_features_as_they_are_learn_in_peace(tmp_path):
+    rng = np.random.default_rng(0)
+    target = rng.integers(0, 2, 400)
+    feature = (rng.normal(size=(400, 10)) * 30 + target[:, None] * 60).astype(np.float32)
+    np.savez(tmp_path / "some.npz", feature=feature, target=target)
+    fitter = trainer(6)
+    L.seed_everything(0, verbose=False)
+    with warnings.catch_warnings():
+        warnings.filterwarnings("error", message=".*diverges")
+        data = ArrayDataModule(str(tmp_path / "some.npz"), batch_size=32)
+        fitter.fit(Classification("mlp_64", 2, input_shape=(10,)), data)
+    assert float(fitter.callback_metrics["train/acc"]) > 0.8
 
 
 def test_what_learns_is_left_in_peace():
