@@ -137,6 +137,25 @@ def test_the_measured_flatness_setting_composes():
         assert cli.model.configure_optimizers()["lr_scheduler"]["scheduler"].T_max == cli.trainer.max_epochs == 30
 
 
+@pytest.mark.parametrize(
+    ("base", "overlay"),
+    [
+        ("distillation/classification_cifar100", "distillation/cifar100_10k"),
+        ("flatness/sgd_cifar10", "flatness/cifar10_10k"),
+        ("noisy_labels/ce_cifar10", "noisy_labels/cifar10_10k"),
+        ("active_learning/entropy_cifar10", "active_learning/cifar10_10k"),
+    ],
+)
+def test_an_overlay_with_a_schedule_ends_it_with_its_training(tmp_path, base, overlay):
+    """Also where a schedule of one's own, of another length, stands before it."""
+    own = {"class_path": "torch.optim.lr_scheduler.CosineAnnealingLR", "init_args": {"T_max": 240}}
+    (tmp_path / "own.yaml").write_text(yaml.safe_dump({"model": {"init_args": {"lr_scheduler": own}}}))
+    parts = [base, str(tmp_path / "own.yaml"), overlay]
+    cli = get_cli([*(word for part in parts for word in ("--config", part)), *QUIET, "--model.network", "cnn_tiny"])
+    schedule = cli.model.configure_optimizers()["lr_scheduler"]["scheduler"]
+    assert (type(schedule).__name__, schedule.T_max) == ("CosineAnnealing", cli.trainer.max_epochs)
+
+
 @pytest.mark.parametrize("name", OPENNESS)
 def test_openness_overlays_compose(name):
     dataset, _, known = name.rpartition("/")[2].rpartition("_")
