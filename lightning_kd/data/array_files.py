@@ -136,8 +136,9 @@ def number_classes(
     """Targets of one class a sample as numbers from 0 on, and the names of the classes where these say them.
 
     Texts are names of classes, numbered in the order of ``class_names`` or of the alphabet. Without ``class_names``,
-    integers that begin above 0, or of whose range less than half occurs, are numbered anew in their order, which is
-    told; their names are what they were.
+    integers that begin above 0, or of whose range less than half occurs, are numbered anew in their order; their names
+    are what they were. With ``class_names`` that are such whole numbers, integers are looked up among them, and with
+    ``C`` others, integers that are exactly 1 to ``C`` are numbered from 0. What is done is told.
 
     Args:
         targets: arrays ``[N]`` (or ``[N, 1]``) of one data set.
@@ -145,7 +146,8 @@ def number_classes(
         where: what holds the targets, for messages.
 
     Raises:
-        ValueError: for a text that is none of ``class_names``.
+        ValueError: for a label that is none of ``class_names``, and for integers that may be numbers of classes or
+            names of them.
     """
     if not targets:  # what is missing is told where it is read
         return class_names, []
@@ -158,14 +160,56 @@ def number_classes(
                 raise ValueError(f"{where} holds the label {unheard[0]!r}, which is none of class_names: correct one")
         lookup = np.vectorize(number.__getitem__, otypes=[np.int64])
         return list(values), [lookup(target) if target.size else target.astype(np.int64) for target in targets]
-    if class_names or not kinds <= {"i", "u"} or not all(target.size for target in targets):
+    if not kinds <= {"i", "u"} or not all(target.size for target in targets):
         return class_names, list(targets)
     labels = np.unique(np.concatenate([target.reshape(-1).astype(np.int64) for target in targets]))
+    if class_names:
+        return class_names, _numbers_among(labels, targets, class_names, where)
     if labels[0] < 0 or (labels[0] == 0 and labels[-1] + 1 <= 2 * len(labels)):
         return None, list(targets)
-    some = ", ".join(map(str, labels[:5].tolist())) + ", ..." * (len(labels) > 5)
-    note(f"{where}: the {len(labels)} classes that occur ({some}) are numbered from 0, and keep these as names")
+    note(
+        f"{where}: the {len(labels)} classes that occur ({_some(labels)}) are numbered from 0, and keep these as names"
+    )
     return [str(label) for label in labels.tolist()], [np.searchsorted(labels, target) for target in targets]
+
+
+def _numbers_among(
+    labels: np.ndarray, targets: Sequence[np.ndarray], class_names: list[str], where: str
+) -> list[np.ndarray]:
+    """Integers as numbers of ``class_names``; ``labels`` are all that occur."""
+    count = len(class_names)
+    numbered = labels[0] >= 0 and labels[-1] < count
+    if not only_numbers(class_names):
+        if labels.tolist() != [*range(1, count + 1)]:
+            return list(targets)
+        note(f"{where}: the labels 1 to {count} are the classes {_some(class_names)}, numbered from 0")
+        return [target - 1 for target in targets]
+    names = [int(name) for name in class_names]
+    if names == [*range(count)]:
+        return list(targets)
+    unheard = sorted({*labels.tolist()} - {*names})
+    if unheard and not numbered:
+        raise ValueError(f"{where} holds the label {unheard[0]}, which is none of class_names: correct one")
+    if unheard:
+        note(f"{where}: the labels are taken for numbers of classes, 0 for {class_names[0]!r} and so on")
+        return list(targets)
+    if numbered and names != sorted(names):  # as of folders, in the order of their text
+        raise ValueError(
+            f"the labels of {where} may be numbers of classes or their names, which are {_some(class_names)}: save the "
+            "names as text"
+        )
+    note(f"{where}: the labels are taken for names of classes, which are {_some(class_names)}")
+    order = np.argsort(names)
+    return [order[np.searchsorted(names, target, sorter=order)] for target in targets]
+
+
+def only_numbers(names: Sequence[str]) -> bool:
+    """Whether all classes are called by whole numbers."""
+    return all(name.isdecimal() for name in names)
+
+
+def _some(names: Sequence[Any]) -> str:
+    return ", ".join(map(str, names[:5])) + ", ..." * (len(names) > 5)
 
 
 def to_label_matrix(array: np.ndarray, count: int, num_classes: int | None, name: str) -> Tensor:

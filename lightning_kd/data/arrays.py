@@ -59,7 +59,8 @@ class ArrayDataModule(ClassificationDataModule):
         path: the ``.npz`` file, or the ``.npy`` file of the samples. With ``fake`` it may be missing.
         target_path: the ``.npy`` file of the targets, if ``path`` is a ``.npy``.
         class_names: a name for each class; by default their numbers, as many as the largest training target says, or
-            as the targets have columns.
+            as the targets have columns. Where all are whole numbers, but not 0 to C - 1, integer targets are looked up
+            among them: so a file that lacks some classes of another one is given that one's ``class_names``.
         batch_size: training samples a step and process.
         eval_batch_size: the most samples an evaluation step and process.
         val_fraction: the share of the training samples that becomes the validation set, 0 to below 1. This and the
@@ -111,6 +112,7 @@ class ArrayDataModule(ClassificationDataModule):
     ) -> None:
         check_numbers(above=0, below=1, remedy="give a share", test_fraction=test_fraction)
         check_numbers(least=0, whole=True, crop_padding=crop_padding)
+        class_names = None if class_names is None else [str(name) for name in class_names]
         self.path = path
         self.target_path = target_path
         self.test_fraction = test_fraction

@@ -181,3 +181,55 @@ def test_objects_are_not_called_damaged(tmp_path):
     np.savez(tmp_path / "some.npz", train_image=np.array([{}], dtype=object))
     with pytest.raises(ValueError, match="holds Python objects, which are never unpickled: save arrays of numbers"):
         ArrayDataModule(str(tmp_path / "some.npz"))
+
+
+def with_labels(tmp_path, labels, class_names):
+    target = np.array(labels)[np.arange(30) % len(labels)]
+    np.savez(tmp_path / "some.npz", image=np.zeros((30, 4, 4), np.uint8), target=target)
+    data = ArrayDataModule(str(tmp_path / "some.npz"), class_names=class_names)
+    data.setup()
+    assert data.class_names == class_names
+    return [sorted({*target.tolist()}) for target in (data.train_target, data.test_target)]
+
+
+@pytest.mark.parametrize(
+    ("labels", "names", "numbers", "said"),
+    [
+        ([1, 2], "1 2 3", [0, 1], "names of classes, which are 1, 2, 3"),
+        ([2, 3], "1 2 3", [1, 2], "names of classes"),
+        ([7, 1001], "7 20 1001", [0, 2], "names of classes"),
+        ([10, 2], "1 10 2", [1, 2], "names of classes"),
+        ([0, 2], "1 2 3", [0, 2], "numbers of classes, 0 for '1'"),
+        ([1, 2, 3], "a b c", [0, 1, 2], "the labels 1 to 3 are the classes a, b, c"),
+        ([1, 2], "a b c", [1, 2], ""),
+        ([0, 2], "0 1 2", [0, 2], ""),
+    ],
+)
+def test_integers_among_the_names_of_another_file(tmp_path, labels, names, numbers, said, capsys):
+    assert with_labels(tmp_path, labels, names.split()) == [numbers, numbers]
+    out = capsys.readouterr().out
+    assert said in out
+    assert bool(out) == bool(said)
+
+
+@pytest.mark.parametrize(
+    ("labels", "names", "message"),
+    [
+        ([1, 4], "1 2 3", "holds the label 4, which is none of class_names"),
+        ([-1, 2], "1 2 3", "holds the label -1, which is none of class_names"),
+        ([1, 2], "1 10 2", "may be numbers of classes or their names, which are 1, 10, 2: save the names as text"),
+        ([2, 3], "a b c", "must be between 0 and 2, got 3"),
+    ],
+)
+def test_integers_that_are_not_among_the_names(tmp_path, labels, names, message):
+    with pytest.raises(ValueError, match=message):
+        with_labels(tmp_path, labels, names.split())
+
+
+def test_a_part_of_the_classes_is_refused_with_the_remedy(tmp_path):
+    image, whole = np.zeros((30, 4, 4), np.uint8), ["1", "2", "3"]
+    np.savez(tmp_path / "some.npz", image=image, target=np.arange(30) % 2 + 2)
+    with pytest.raises(ValueError, match=r"give arrays that lack some of its classes class_names=\['1', '2', '3'\]"):
+        ArrayDataModule(str(tmp_path / "some.npz")).check_classes(whole)
+    for names in (whole, [1, 2, 3]):
+        ArrayDataModule(str(tmp_path / "some.npz"), class_names=names).check_classes(whole)
