@@ -168,7 +168,7 @@ def number_classes(
     if labels[0] < 0 or (labels[0] == 0 and labels[-1] + 1 <= 2 * len(labels)):
         return None, list(targets)
     note(
-        f"{where}: the {len(labels)} classes that occur ({_some(labels)}) are numbered from 0, and keep these as names"
+        f"{where}: the {len(labels)} classes that occur ({_some(labels.tolist())}) are numbered from 0, and keep these as names"
     )
     return [str(label) for label in labels.tolist()], [np.searchsorted(labels, target) for target in targets]
 

@@ -9,13 +9,13 @@ from pathlib import Path
 import numpy as np
 
 from lightning_kd.core.notes import note
-from lightning_kd.data.array_files import read_arrays, to_target
+from lightning_kd.data.array_files import only_numbers, read_arrays, to_target
 from lightning_kd.data.class_noise import SymmetricNoise
 from lightning_kd.data.label_noise import CleanLabels, LabelNoise, estimate_transition, sample_transition
 from lightning_kd.spreadsheet import column_name, read_rows
 
-# columns that say whether their whole numbers are names of classes or numbers of them
-NAMED = ("class_name", "class_index")
+# columns that say that their whole numbers are numbers of classes; those of class_name are names
+NUMBERED = ("given", "class_index")
 
 
 class StoredNoise(LabelNoise):
@@ -59,9 +59,9 @@ class LabelFile(StoredNoise):
     """The given labels are in a file, one for each sample of the training array, in its order.
 
     Labels are numbers of classes, from 0 on, or names of classes; where all are whole numbers they are numbers. Where
-    the classes are called by other whole numbers than their own (folders ``1``, ``10``, ``2``), the column of a
-    ``.csv`` must say which is meant: ``class_name`` or ``class_index`` (``given``, as in this package's files, holds
-    numbers). A file may be
+    the classes are called by other whole numbers than their own (folders ``1``, ``10``, ``2``, labels from 1 on), the
+    column of a ``.csv`` or the key of an ``.npz`` must say which is meant: ``class_name`` or ``class_index``
+    (``given``, as in this package's files, holds numbers). A file may be
 
     - ``.npy``: one array ``[N]``;
     - ``.npz``: the array ``key``. Clean labels under ``clean`` are compared with the data set's. The ``noise.npz`` of
@@ -101,12 +101,16 @@ class LabelFile(StoredNoise):
                 labels = _corrected(clean.target, columns["index"], labels, self.path)
             return labels, None
         arrays = read_arrays(Path(self.path))
-        labels = arrays[self._choose(list(arrays))]
-        return class_indices(labels, clean.class_names, repr(self.path)), arrays.get("clean")
+        key = self._choose(list(arrays))
+        indices = {
+            name: class_indices(arrays[name], clean.class_names, repr(self.path), key)
+            for name in {key, "clean"} & {*arrays}
+        }
+        return indices[key], indices.get("clean")
 
     def _choose(self, names: list[str]) -> str:
         if self.key is None:
-            for name in ("label", "given", *NAMED):
+            for name in ("label", "given", "class_name", "class_index"):
                 if name in names:
                     return name
             if len(names) == 1:
@@ -126,7 +130,7 @@ def read_columns(path: Path, key: str | None = None) -> dict[str, np.ndarray]:
         ValueError: if it is empty or not text, two columns have one name, or its lines are not equally long.
     """
     rows = [cells for _, cells in read_rows(path)]
-    named = rows and (len(rows[0]) > 1 or column_name(rows[0][0]) in ("given", "label", *NAMED, key))
+    named = rows and (len(rows[0]) > 1 or column_name(rows[0][0]) in ("label", "class_name", *NUMBERED, key))
     header = [column_name(cell) if cell != key else cell for cell in rows[0]] if named else [""]
     lines = rows[1:] if named else rows
     if not lines:
@@ -139,29 +143,31 @@ def read_columns(path: Path, key: str | None = None) -> dict[str, np.ndarray]:
     return {name: np.array(column) for name, column in zip(header, zip(*lines, strict=True), strict=True)}
 
 
-def class_indices(labels: np.ndarray, class_names: Sequence[str], where: str, column: str | None = None) -> np.ndarray:
-    """Texts of labels as int64: whole numbers where all are, else names of classes; other arrays are left alone.
+def class_indices(labels: np.ndarray, class_names: Sequence[str], where: str, column: str) -> np.ndarray:
+    """Labels as int64: numbers of classes where all are whole numbers, else names of them.
 
     Args:
-        labels: ``[N]``.
+        labels: texts or integers ``[N]``; other arrays are left alone.
         class_names: in the order of their numbers.
         where: what holds the labels, for messages.
-        column: what it is called there, which may say what its whole numbers are; ``None`` for arrays: numbers.
+        column: what they are called there, which may say what whole numbers are.
 
     Raises:
         ValueError: for a text that is none of these, and for whole numbers that may be either.
     """
+    names = {name: c for c, name in enumerate(class_names)}
+    either = only_numbers(class_names) and any(name != str(c) for name, c in names.items())
+    if labels.dtype.kind in "iu" and (column == "class_name" or (either and column not in NUMBERED)):
+        labels = labels.astype(str)
     if labels.dtype.kind != "U":
         return labels
     values, inverse = np.unique(labels, return_inverse=True)
     # 18 digits at most: longer ones do not fit into int64
     number = {v: int(v) for v in values if len(v) <= 18 and v.removeprefix("-").isdecimal()}
-    names = {name: c for c, name in enumerate(class_names)}
-    either = all(name.isdecimal() for name in names) and any(name != str(c) for name, c in names.items())
-    if len(number) == len(values) and either and column not in (None, "given", *NAMED):
+    if len(number) == len(values) and either and column not in ("class_name", *NUMBERED):
         raise ValueError(
             f"the labels of {where} may be numbers of classes or their names, which are {', '.join(names)}: call the "
-            "column class_name or class_index"
+            "column of a .csv, or the key of an .npz, class_name or class_index"
         )
     index = number if len(number) == len(values) and column != "class_name" else names
     for value in sorted(values, key=number.__contains__):  # rather what is no number, where they are mixed

@@ -58,8 +58,8 @@ def test_whole_numbers_are_indices_whatever_the_classes_are_called():
     clean = torch.arange(48) % 12
     scores = LabelScores(torch.arange(48), clean, clean, torch.zeros(48), torch.zeros(48), torch.ones(48).double())
     scores.write(Path("noisy_labels.csv"))
-    np.save("labels.npy", clean.numpy().astype(str))
-    for path in ("noisy_labels.csv", "labels.npy"):
+    np.savez("labels.npz", class_index=clean.numpy().astype(str))
+    for path in ("noisy_labels.csv", "labels.npz"):
         assert LabelFile(path).corrupt((clean + 1) % 12, names).tolist() == clean.tolist()
     Path("names.csv").write_text("11\nten\n11\n")
     assert LabelFile("names.csv").corrupt([0, 0, 0], ["0", "11", "ten"]).tolist() == [1, 2, 1]
@@ -76,6 +76,24 @@ def test_numbers_for_classes_that_are_called_by_numbers(column, expected):
     Path("labels.csv").write_text(f"label\n{labels}")
     with pytest.raises(ValueError, match=r"may be numbers of classes or their names.* class_name or class_index"):
         LabelFile("labels.csv").corrupt(clean, names)
+
+
+@pytest.mark.parametrize("dtype", [np.int64, np.uint8, str])
+def test_arrays_of_numbers_for_classes_that_are_called_by_numbers(dtype):
+    names, clean, given = ["1", "2", "3"], np.array([0, 1, 2]), np.array([2, 1, 2]).astype(dtype)
+    np.save("labels.npy", given)
+    np.savez("labels.npz", label=given)
+    for path in ("labels.npy", "labels.npz"):
+        with pytest.raises(ValueError, match=r"may be numbers of classes or their names.* the key of an .npz, class_n"):
+            LabelFile(path).corrupt(clean, names)
+    np.savez("labels.npz", class_name=given, clean=clean + 1)
+    assert LabelFile("labels.npz").corrupt(clean, names).tolist() == [1, 0, 1]
+    for key in ("class_index", "given"):
+        np.savez("labels.npz", **{key: given, "clean": clean})
+        assert LabelFile("labels.npz").corrupt(clean, names).tolist() == [2, 1, 2]
+    np.savez("labels.npz", class_name=np.array([4, 1, 2]))
+    with pytest.raises(ValueError, match="holds the label '4'"):
+        LabelFile("labels.npz").corrupt(clean, names)
 
 
 @pytest.mark.parametrize("separator", [",", ";", "\t"])
