@@ -45,7 +45,8 @@ def _unmarked(text: str) -> str:
 
 
 def read_rows(path: Path) -> list[tuple[int, list[str]]]:
-    """Line number and cells of each line that is not empty, without blanks around the cells and ``csv_text``'s marks.
+    """Line number and cells of each line that has more than empty cells, without blanks around the cells and
+    ``csv_text``'s marks.
 
     The cells are separated by commas, semicolons or tabs, whichever the first line has most of (or as a first line
     ``sep=;`` says). The text is UTF-8, with or without a mark at its beginning, or UTF-16 with one.
@@ -70,7 +71,8 @@ def read_rows(path: Path) -> list[tuple[int, list[str]]]:
         if said:
             separator = first.strip()[4]
         reader = csv.reader(io.StringIO(text, newline=""), delimiter=separator)
-        rows = [(reader.line_num, [_unmarked(cell.strip()) for cell in row]) for row in reader if row]
+        stripped = ((reader.line_num, [cell.strip() for cell in row]) for row in reader)
+        rows = [(line, [_unmarked(cell) for cell in row]) for line, row in stripped if any(row)]
     except (UnicodeDecodeError, csv.Error) as error:
         raise ValueError(f"{str(path)!r} is no .csv file in UTF-8 ({error}): save it as text in UTF-8") from error
     return rows[1:] if said else rows

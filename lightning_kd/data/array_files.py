@@ -167,10 +167,9 @@ def number_classes(
         return class_names, _numbers_among(labels, targets, class_names, where)
     if labels[0] < 0 or (labels[0] == 0 and labels[-1] + 1 <= 2 * len(labels)):
         return None, list(targets)
-    note(
-        f"{where}: the {len(labels)} classes that occur ({_some(labels.tolist())}) are numbered from 0, and keep these as names"
-    )
-    return [str(label) for label in labels.tolist()], [np.searchsorted(labels, target) for target in targets]
+    names = [str(label) for label in labels.tolist()]
+    note(f"{where}: the {len(names)} classes that occur ({_some(names)}) are numbered from 0, and keep these as names")
+    return names, [np.searchsorted(labels, target) for target in targets]
 
 
 def _numbers_among(
@@ -208,8 +207,8 @@ def only_numbers(names: Sequence[str]) -> bool:
     return all(name.isdecimal() for name in names)
 
 
-def _some(names: Sequence[Any]) -> str:
-    return ", ".join(map(str, names[:5])) + ", ..." * (len(names) > 5)
+def _some(names: Sequence[str]) -> str:
+    return ", ".join(names[:5]) + ", ..." * (len(names) > 5)
 
 
 def to_label_matrix(array: np.ndarray, count: int, num_classes: int | None, name: str) -> Tensor:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from abc import abstractmethod
 from collections.abc import Sequence
 from pathlib import Path
@@ -68,9 +69,10 @@ class LabelFile(StoredNoise):
       another run is such a file, so that two methods can be trained on the same labels;
     - ``.csv``, separated by commas, semicolons or tabs: one label a line; or with a header (a single cell must be
       ``key``, ``label``, ``given``, ``class_name`` or ``class_index``), the column ``key``. With a column ``index``
-      each line is for that sample, in any order, and samples without a line keep the data set's own label: so a file
-      may hold corrections alone. How many labels it holds is then printed. The apostrophe that this package's files
-      have before a name that would be a formula (``'=x``) is not part of the name.
+      each line is for that sample, in any order, and samples without a line, or with an empty label, keep the data
+      set's own: so a file may hold corrections alone. How many labels it holds is then printed. ``2.0``, as programs
+      write whole numbers beside empty cells, is 2. The apostrophe that this package's
+      files have before a name that would be a formula (``'=x``) is not part of the name.
 
     Args:
         path: the file.
@@ -96,6 +98,10 @@ class LabelFile(StoredNoise):
         if Path(self.path).suffix.lower() == ".csv":
             columns = read_columns(Path(self.path), self.key)
             column = self._choose([name for name in columns if name != "index"])
+            if "index" in columns:
+                columns = {name: cells[columns[column] != ""] for name, cells in columns.items()}
+                if not len(columns["index"]):
+                    raise ValueError(f"the column {column} of {self.path!r} is empty: fill in the labels to correct")
             labels = class_indices(columns[column], clean.class_names, repr(self.path), column)
             if "index" in columns:
                 labels = _corrected(clean.target, columns["index"], labels, self.path)
@@ -130,6 +136,8 @@ def read_columns(path: Path, key: str | None = None) -> dict[str, np.ndarray]:
         ValueError: if it is empty or not text, two columns have one name, or its lines are not equally long.
     """
     rows = [cells for _, cells in read_rows(path)]
+    width = max((k + 1 for cells in rows for k, cell in enumerate(cells) if cell), default=0)
+    rows = [cells[:width] for cells in rows]  # without columns that are empty from the first line on
     named = rows and (len(rows[0]) > 1 or column_name(rows[0][0]) in ("label", "class_name", *NUMBERED, key))
     header = [column_name(cell) if cell != key else cell for cell in rows[0]] if named else [""]
     lines = rows[1:] if named else rows
@@ -162,14 +170,16 @@ def class_indices(labels: np.ndarray, class_names: Sequence[str], where: str, co
     if labels.dtype.kind != "U":
         return labels
     values, inverse = np.unique(labels, return_inverse=True)
+    text = {v: v if v in names else _without_zeros(v) for v in values.tolist()}
     # 18 digits at most: longer ones do not fit into int64
-    number = {v: int(v) for v in values if len(v) <= 18 and v.removeprefix("-").isdecimal()}
+    number = {v: int(t) for v, t in text.items() if len(t) <= 18 and t.removeprefix("-").isdecimal()}
+    name = {v: names[t] for v, t in text.items() if t in names}
     if len(number) == len(values) and either and column not in ("class_name", *NUMBERED):
         raise ValueError(
             f"the labels of {where} may be numbers of classes or their names, which are {', '.join(names)}: call the "
             "column of a .csv, or the key of an .npz, class_name or class_index"
         )
-    index = number if len(number) == len(values) and column != "class_name" else names
+    index = number if len(number) == len(values) and column != "class_name" else name
     for value in sorted(values, key=number.__contains__):  # rather what is no number, where they are mixed
         if value not in index:
             raise ValueError(
@@ -179,10 +189,15 @@ def class_indices(labels: np.ndarray, class_names: Sequence[str], where: str, co
     return np.array([index[value] for value in values], dtype=np.int64)[inverse]
 
 
+def _without_zeros(text: str) -> str:
+    """``2`` for ``2.0``."""
+    return re.sub(r"(?<=\d)\.0+$", "", text)
+
+
 def _corrected(own: np.ndarray, index: np.ndarray, labels: np.ndarray, path: str) -> np.ndarray:
     """A copy of the labels ``own`` with ``labels`` at the positions that the texts in ``index`` say."""
     try:
-        place = index.astype(np.int64)
+        place = np.array([*map(_without_zeros, index)]).astype(np.int64)
     except (ValueError, OverflowError) as error:
         raise ValueError(f"the column index of {path!r} must hold whole numbers ({error}): correct it") from None
     outside = place[(place < 0) | (place >= len(own))]

@@ -41,6 +41,10 @@ TEXTS = {
     "indexed": "index,label\n3,1\n0,0\n1,2\n4,1\n2,2\n",
     "one_of_many": "index,given,predicted,clean_probability\n3,1,0,.9\n0,0,1,.8\n1,2,2,.7\n4,1,1,.6\n2,2,2,.5\n",
     "relabelled": "index,given,label\n0,1,ant\n1,1,cow\n2,1,cow\n3,1,bee\n4,1,bee\n",
+    "empty_lines": "index;label;;\n;;;\n3;1;;\n0;0;;\n1;2;;\n4;1;;\n2;2;;\n;;;\n;;;\n",
+    "some_empty": "index,given,label\n0,1,\n1,1,cow\n2,1, \n3,1,bee\n4,1,\n",
+    "floats": "index,label\n0,\n1,2.0\n2.0,2.00\n3,1.0\n4,1\n",
+    "plain_floats": "0.0\n2.0\n2.0\n1.0\n1.0\n",
     "of_windows": "\ufefflabel\r\n0\r\n2\r\n2\r\n1\r\n1\r\n",
 }
 
@@ -76,6 +80,13 @@ def test_numbers_for_classes_that_are_called_by_numbers(column, expected):
     Path("labels.csv").write_text(f"label\n{labels}")
     with pytest.raises(ValueError, match=r"may be numbers of classes or their names.* class_name or class_index"):
         LabelFile("labels.csv").corrupt(clean, names)
+
+
+def test_names_that_end_in_zeros():
+    Path("labels.csv").write_text("2.0\n1.0\n1.10\n")
+    assert LabelFile("labels.csv").corrupt([0, 0, 0], ["1.0", "1.10", "2.0"]).tolist() == [2, 0, 1]
+    Path("labels.csv").write_text("class_name\n2.0\n10\n")
+    assert LabelFile("labels.csv").corrupt([0, 0], ["10", "2"]).tolist() == [1, 0]
 
 
 @pytest.mark.parametrize("dtype", [np.int64, np.uint8, str])
@@ -161,6 +172,8 @@ def test_npy_and_npz():
         ("index,label\n1,0\n5,0\n", "must be from 0 to 4, got 5"),
         ("index,label\n1,0\n-1,0\n", "must be from 0 to 4, got -1"),
         ("index,label\n1,0\n2,3\n", "between 0 and 2, got 3 at position 2"),
+        ("index,label\n1,\n2,\n", "the column label of 'labels.csv' is empty: fill in"),
+        ("label,note\n0,\n,x\n", "holds the label ''"),
         ("index,label\na,0\n", "must hold whole numbers"),
         ("index,label\n" + "9" * 30 + ",0\n", "must hold whole numbers"),
     ],
