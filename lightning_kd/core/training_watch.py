@@ -12,9 +12,12 @@ from lightning_kd.core.schedules import told_of_length, told_of_rise
 
 __all__ = ["TrainingWatch", "warn_of_schedules"]
 
-# A loss this many times that of guessing is no matter of a slow start: a network that knows nothing reaches 1.
+# A loss this many times that of guessing is no matter of a slow start: a network that knows nothing reaches 1. With
+# inputs of another scale it begins there all the same, but comes down.
 TRAIN_LIMIT = 1.3
 VAL_LIMIT = 10.0
+# and this many times is where a network stays that lost all it had
+LOST_LIMIT = 1.1
 # how many epochs are a beginning, and how many rises of the loss in a row are no accident
 EPOCHS = 3
 
@@ -26,18 +29,20 @@ class TrainingWatch(L.Callback):
     - A cosine that does not end with the training is told at its start, and so is a learning rate that goes up because
       a resumed training is longer than it was.
     - Checkpoints hold the names of the classes, so that they are never loaded for others.
-    - Once in a fit it warns where the training diverges: where, after one of the first epochs, the loss of a plain
-      training is far above that of guessing or the validation loss very far, or where the training loss has risen from
-      epoch to epoch for three in a row, to more than that of guessing.
+    - Once in a fit it warns where the training diverges: where, in one of the first epochs, the loss of a plain
+      training is far above that of guessing and no lower than in the epoch before, or the validation loss very far and
+      no lower than ever; where the training loss came down from very far above to that of guessing, and stays there; or
+      where it has risen from epoch to epoch for three in a row, to more than that of guessing.
     """
 
     def __init__(self) -> None:
-        self._targets_checked = self._warned = False
+        self._targets_checked = self._warned = self._validated = False
         self._losses: list[float] = []
+        self._val_losses: list[float] = []
 
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        self._targets_checked = self._warned = False
-        self._losses = []
+        self._targets_checked = self._warned = self._validated = False
+        self._losses, self._val_losses = [], []
         warn_of_schedules(trainer, pl_module)
 
     def on_save_checkpoint(self, trainer: L.Trainer, pl_module: L.LightningModule, checkpoint: dict[str, Any]) -> None:
@@ -54,6 +59,9 @@ class TrainingWatch(L.Callback):
             task.check_target(target, first=not self._targets_checked)
             self._targets_checked = True
 
+    def on_validation_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        self._validated = True
+
     def on_train_epoch_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         self._look(trainer, pl_module)  # the metrics of the epoch before are here now
 
@@ -66,24 +74,42 @@ class TrainingWatch(L.Callback):
         rate = max((group.get("initial_lr", group["lr"]) for group in groups), default=0.0)
         if not rate or self._warned or guessing is None or "train/loss" not in values:
             return
-        train = float(values.get("train/loss_ce", values["train/loss"]))
-        val = float(values.get("val/loss", 0.0))
-        self._losses = [*self._losses, train][-EPOCHS - 1 :]
-        plain = task.loss_is_plain
-        found = None
-        if len(self._losses) <= EPOCHS and plain and train > TRAIN_LIMIT * guessing:
-            found = f"the training loss is {train:.3g}"
-        elif len(self._losses) <= EPOCHS and val > VAL_LIMIT * guessing:
-            found = f"the validation loss is {val:.3g}"
-        elif plain and len(self._losses) > EPOCHS and sorted(set(self._losses)) == self._losses and train > guessing:
-            found = f"the training loss has risen to {train:.3g} in {EPOCHS} epochs"
+        self._losses.append(float(values.get("train/loss_ce", values["train/loss"])))
+        if self._validated and "val/loss" in values:
+            self._val_losses.append(float(values["val/loss"]))
+        self._validated = False
+        found = self._divergence(guessing, task.loss_is_plain)
         if found is not None:
             self._warned = True
             rank_zero_warn(
                 f"{found} after epoch {trainer.current_epoch - 1}, that of guessing is {guessing:.3g}: the training "
-                f"diverges; take a lower learning rate (it began at {rate:.3g}), such as --model.optimizer SGD "
-                f"--model.optimizer.lr {rate / 10:.1g}, or --model.optimizer AdamW --model.optimizer.lr 3e-4"
+                f"diverges; take a lower learning rate (it began at {rate:.3g}), such as {_remedy(trainer, task, rate)}"
             )
+
+    def _divergence(self, guessing: float, plain: bool) -> str | None:
+        """What speaks for one; ``guessing`` is the loss of that, ``plain`` whether the training's compares with it."""
+        losses, now = self._losses, self._losses[-1]
+        if 1 < len(losses) <= EPOCHS + 1:
+            if plain and now > TRAIN_LIMIT * guessing and now >= losses[-2]:
+                return f"the training loss is {now:.3g}"
+            lost = guessing < min(losses[-2:]) and max(losses[-2:]) < LOST_LIMIT * guessing
+            if plain and lost and max(losses) > VAL_LIMIT * guessing:
+                return f"the training loss was {max(losses):.3g} and stays at {now:.3g}"
+            val = self._val_losses
+            if len(val) > 1 and val[-1] > VAL_LIMIT * guessing and val[-1] >= max(val):
+                return f"the validation loss is {val[-1]:.3g}"
+        last = losses[-EPOCHS - 1 :]
+        if plain and len(last) > EPOCHS and sorted(set(last)) == last and now > guessing:
+            return f"the training loss has risen to {now:.3g} in {EPOCHS} epochs"
+        return None
+
+
+def _remedy(trainer: L.Trainer, task: Any, rate: float) -> str:
+    """Options of the command line, other than what is in use."""
+    kind = type(trainer.optimizers[0]).__name__
+    same = f"--model.optimizer {kind} " if task.optimizer_factory is None else ""
+    other = "" if "Adam" in kind else ", or --model.optimizer AdamW --model.optimizer.lr 3e-4"
+    return f"{same}--model.optimizer.lr {rate / 10:.1g}{other}"
 
 
 def warn_of_schedules(trainer: L.Trainer, task: Any) -> None:

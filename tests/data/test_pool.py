@@ -66,6 +66,8 @@ def test_classes_in_the_order_of_a_file(tmp_path):
     (tmp_path / "wnids.txt").write_text("7\n2\r\n\n9\n0\n", encoding="utf-8")
     assert pool_of(known_classes=3, class_order=str(tmp_path / "wnids.txt")).known_ids == [2, 7, 9]
     assert pool_of(known_classes=2, class_order=["7", 2]).known_ids == [2, 7]
+    # a shipped config has a file, whatever the command line says is known
+    assert pool_of(known_classes=["7", 1], class_order=str(tmp_path / "wnids.txt")).known_ids == [1, 7]
     with pytest.raises(ValueError, match="class_order names 4 classes, known_classes=5"):
         pool_of(known_classes=5, class_order=str(tmp_path / "wnids.txt"))
 
@@ -214,6 +216,7 @@ def test_a_view_holds_no_hidden_label():
         ({"known_classes": [0, -1]}, "known_classes holds -1"),
         ({"known_classes": ["0", "ten"]}, "known_classes holds 'ten'"),
         ({"known_classes": [0, 1], "class_order": "random"}, "class_order goes with a number"),
+        ({"known_classes": [0, 1], "class_order": [2, 1]}, "class_order goes with a number"),
         ({"class_order": "last"}, "class_order must be"),
         ({"class_order": [1, 2, 1, 3]}, "class_order holds class 1 more than once"),
         ({"class_order": [1, 2]}, "class_order names 2 classes"),
