@@ -49,5 +49,7 @@ def check_numbers(
         if not fits:
             limits = (("at least", least), ("above", above), ("at most", most), ("below", below))
             wanted = " and ".join(f"{words} {limit}" for words, limit in limits if limit is not None)
+            if whole and isinstance(value, Real) and not isinstance(value, Integral):
+                wanted = "a whole number"
             usual = f"give {'such ' if wanted else ''}a {'whole' if whole else 'finite'} number"
             raise ValueError(f"{name} must be {wanted or 'finite'}, got {value!r}: {remedy or usual}")

@@ -129,12 +129,26 @@ def alone(lock: Path, refusal: str) -> Iterator[None]:
         if os.fstat(held).st_nlink:
             break
         os.close(held)  # the process that held it has just removed it
+    _HELD.add(held)
     try:
         yield
     finally:
-        with suppress(OSError):  # the folder may be gone
-            lock.unlink(missing_ok=True)
-        os.close(held)
+        if held in _HELD:  # else this is a child, which has let go
+            _HELD.discard(held)
+            with suppress(OSError):  # the folder may be gone
+                lock.unlink(missing_ok=True)
+            os.close(held)
+
+
+def _let_go() -> None:
+    """In a child, such as a worker of a loader: a lock must not outlive the process that took it."""
+    while _HELD:
+        os.close(_HELD.pop())
+
+
+_HELD: set[int] = set()
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_let_go)
 
 
 @contextmanager

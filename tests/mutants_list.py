@@ -533,7 +533,7 @@ MUTANTS = [
     Mutant(
         "checkpoints hold no rows",
         "core/run_callbacks.py",
-        '        self._rows = list(checkpoint.get("metrics", []))\n',
+        "        self._rows = list(checkpoint.get(_ROWS, []))\n",
         "        self._rows = []\n",
         ("tests/test_nothing_lost.py",),
     ),
@@ -589,8 +589,8 @@ MUTANTS = [
     Mutant(
         "a resumed run has lost its earlier rows",
         "core/run_logger.py",
-        "            if self.file.is_file():\n",
-        "            if False:\n",
+        "_read(self.file) if self.file.is_file() else []",
+        "[]",
         ("tests/test_resume.py", "tests/test_cli.py"),
     ),
     Mutant(

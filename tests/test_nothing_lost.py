@@ -19,6 +19,7 @@ import yaml
 from lightning.pytorch.callbacks import ModelCheckpoint
 from PIL import Image
 
+from lightning_kd import file_writing
 from lightning_kd.cli import get_cli, main
 from lightning_kd.cli.signals import Stopped, stopped_by_signals
 from lightning_kd.core import Classification
@@ -188,6 +189,8 @@ def test_what_is_no_checkpoint(tmp_path):
     torch.save({"state_dict": {}, "path": Path("x")}, tmp_path / "c.ckpt")
     with pytest.raises(ValueError, match=r"c.ckpt holds objects other than tensors and plain values: give another"):
         read_checkpoint(tmp_path / "c.ckpt")
+    trusted = RunCheckpointIO().load_checkpoint(tmp_path / "c.ckpt", weights_only=False)
+    assert trusted["path"] == Path("x")
     (tmp_path / "d.ckpt").write_bytes(pickle.dumps({"state_dict": Path("x")}))
     with pytest.raises(ValueError, match=r"d.ckpt is damaged, or no checkpoint"):
         read_checkpoint(tmp_path / "d.ckpt")
@@ -271,8 +274,9 @@ def test_rows_that_a_kill_or_a_cut_lost_come_back(run, capsys):
     main(more)
     assert rows(run)[:2] == whole
     (run / "metrics.csv").write_text("".join(lines)[:-20])  # in the midst of a row
-    with pytest.warns(UserWarning, match=r"metrics.csv is damaged .*: it is written anew from the checkpoint"):
+    with pytest.warns(UserWarning, match=r"damaged .* kept as metrics.csv.damaged, and written anew from the chec"):
         main([*more[:-1], "4"])
+    assert (run / "metrics.csv.damaged").read_text() == "".join(lines)[:-20]
     assert rows(run)[:2] == whole
     assert [row["epoch"] for row in rows(run)] == ["0", "1", "2", "3"]
 
@@ -285,8 +289,10 @@ def test_a_damaged_table_is_refused_where_it_would_be_rewritten(tmp_path):
         ("a,b\n1,2\n", "its first line names no epoch"),
     ):
         (tmp_path / "metrics.csv").write_text(text)
-        with pytest.raises(ValueError, match=rf"metrics.csv is damaged \({what}"):
-            RunLogger(tmp_path).log_metrics({"epoch": 2, "a": 1.0}, step=5)
+        logger = RunLogger(tmp_path)
+        for _ in range(2):  # the second time is no excuse
+            with pytest.raises(ValueError, match=rf"metrics.csv is damaged \({what}"):
+                logger.log_metrics({"epoch": 2, "a": 1.0}, step=5)
         assert (tmp_path / "metrics.csv").read_text() == text
 
 
@@ -306,8 +312,32 @@ def test_going_on_with_other_settings_is_refused(run, capsys):
         assert f"the run in {run} was made with {key}" in told(capsys, [*more, *change])
     assert (run / "config.yaml").read_bytes() == config
     # what makes no other training
-    main([*more, "--data.eval_batch_size", "50", "--trainer.log_every_n_steps", "2"])
+    same = ["--trainer.precision", "32-true", "--trainer.gradient_clip_val", "0", "--model.optimizer.foreach", "false"]
+    main([*more, "--data.eval_batch_size", "50", "--trainer.log_every_n_steps", "2", *same])
     assert len(rows(run)) == 3
+
+
+def test_the_checkpoint_of_another_run_does_not_overwrite_this_one(run, tmp_path, capsys):
+    before = (run / "checkpoints/last.ckpt").read_bytes()
+    fit = ["fit", *STUDENT, "--run", "other"]
+    main(fit)
+    mine = Path("other/checkpoints/last.ckpt").read_bytes()
+    noise = ["--data.noise", "SymmetricNoise", "--data.noise.rate", "0.4"]
+    more = [*fit, *noise, "--ckpt_path", "r/checkpoints/last.ckpt", "--trainer.max_epochs", "3"]
+    assert "other holds a last.ckpt: add" in told(capsys, more)
+    assert Path("other/checkpoints/last.ckpt").read_bytes() == mine
+    main([*more, "--overwrite"])
+    assert [row["epoch"] for row in rows(Path("other"))] == ["0", "1", "2"]  # two of them from the checkpoint
+    assert (run / "checkpoints/last.ckpt").read_bytes() == before
+
+
+def test_a_long_path_leaves_nothing_in_the_config(tmp_path):
+    run = "a folder of the laboratory with many words in its name/" * 2 + "and one more that is long/run one"
+    main(["fit", *STUDENT, "--trainer.max_epochs", "1", "--run", run])
+    saved = yaml.safe_load(Path(run, "config.yaml").read_text())
+    assert saved["data"]["init_args"]["noise"] is None
+    main(["fit", *STUDENT, "--run", run, "--ckpt_path", "last"])
+    assert len(rows(Path(run))) == 2
 
 
 def test_weights_may_have_moved(tmp_path, capsys):
@@ -330,6 +360,10 @@ def test_a_schedule_with_a_length_of_its_own_takes_no_other_number_of_epochs(tmp
         "has a length of its own (model.init_args.lr_scheduler.init_args.T_max=2), got max_epochs=4 after 2" in message
     )
     main([*fit, "--ckpt_path", "last"])
+    # and to its own length it may
+    main([*fit, "--run", "s", "--trainer.max_epochs", "1"])
+    main([*fit, "--run", "s", "--ckpt_path", "last"])
+    assert len(rows(Path("s"))) == 2
 
 
 def test_a_folder_has_one_command_at_a_time(run, capsys):
@@ -406,3 +440,43 @@ def test_names_of_files_that_are_no_utf8(tmp_path):
     main(["predict", "--config", "r/config.yaml", "--ckpt_path", "last", *QUIET])
     for name in ("noisy_labels.csv", "predictions.csv"):
         assert "caf\\udce9_0" in Path("r", name).read_text(encoding="utf-8")
+
+
+class Counting(Classification):
+    """Has a key of its own in its checkpoints."""
+
+    def on_save_checkpoint(self, checkpoint):
+        checkpoint["metrics"] = {"acc": 1.0}
+
+
+def test_a_key_of_the_users_own_in_checkpoints(tmp_path):
+    for epochs, path in ((1, None), (2, RunFolder(tmp_path).last)):
+        trainer = L.Trainer(
+            max_epochs=epochs,
+            accelerator="cpu",
+            logger=RunLogger(tmp_path),
+            callbacks=run_callbacks(RunFolder(tmp_path)),
+            enable_progress_bar=False,
+            enable_model_summary=False,
+        )
+        task = Counting("mlp_8", 10, input_shape=(1, 8, 8))
+        trainer.fit(task, DigitsDataModule(fake=True), ckpt_path=path, weights_only=True)
+    assert len(rows(tmp_path)) == 2
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="there is no fork here")
+def test_a_child_does_not_hold_the_lock(tmp_path):
+    held = RunFolder(tmp_path).alone()
+    held.__enter__()
+    child = os.fork()
+    if not child:
+        time.sleep(60)
+        os._exit(0)
+    try:
+        os.close(file_writing._HELD.pop())  # as a kill does, which leaves the workers of a loader behind for a while
+        with RunFolder(tmp_path).alone():
+            pass
+    finally:
+        os.kill(child, signal.SIGKILL)
+        os.waitpid(child, 0)
+        held.__exit__(None, None, None)

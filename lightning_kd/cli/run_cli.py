@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from contextlib import ExitStack
+from pathlib import Path
 from typing import Any
 
 import lightning as L
@@ -50,7 +51,7 @@ class RunCLI(LightningCLI):
         self.config_paths = list(config_paths)
         self.command = command
         self._verb = next(iter(kwargs.get("args") or ()), None)
-        self._records = False
+        self._records = self._begins = False
         self.only_prints = False  # in a folder that may not be written
         self.later_round = False
         defaults: dict[str, Any] = {
@@ -160,7 +161,9 @@ class RunCLI(LightningCLI):
         if config.get("ckpt_path") in ("last", "best"):
             config["ckpt_path"] = str(folder.checkpoint(config["ckpt_path"]))
         config["weights_only"] = True
-        anew = self.subcommand == "fit" and not config.get("ckpt_path")
+        given = config.get("ckpt_path")
+        elsewhere = given and Path(given).absolute().parent.parent != folder.path.absolute()
+        anew = self._begins = self.subcommand == "fit" and (not given or bool(elsewhere))
         evaluates = self.subcommand not in ("fit", "active")
         if evaluates and not config.get("ckpt_path") and folder.last.is_file():
             raise ValueError(
@@ -185,7 +188,7 @@ class RunCLI(LightningCLI):
     def before_fit(self) -> None:
         # all is parsed and built: now an earlier fit may be thrown away
         config = self.config["fit"]
-        if config["overwrite"] and self._records and self.is_first and not config.get("ckpt_path"):
+        if config["overwrite"] and self._records and self.is_first and self._begins:
             if isinstance(self.datamodule, OpenSetDataModule) and self.run_folder.pool.is_file():
                 self.datamodule.setup()
                 self.datamodule.set_record(PoolRecord.load(self.run_folder.pool))  # or it is another pool

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -17,7 +18,15 @@ _OF_ONE_COMMAND = ("ckpt_path", "overwrite", "run", "weights_only")
 # what may change while a benchmark goes on: more rounds, another machine, another look
 _FREE_OF_TRAINER = (
     *("accelerator", "devices", "num_nodes", "strategy", "logger", "callbacks", "profiler", "default_root_dir"),
-    *("log_every_n_steps", "plugins", "benchmark", "deterministic", "check_val_every_n_epoch", "enable_"),
+    *(
+        "log_every_n_steps",
+        "sync_batchnorm",
+        "plugins",
+        "benchmark",
+        "deterministic",
+        "check_val_every_n_epoch",
+        "enable_",
+    ),
 )
 _FREE = ("data.init_args.rounds", *_OF_ONE_COMMAND, *(f"trainer.{name}" for name in _FREE_OF_TRAINER))
 # what a fit may change besides
@@ -25,20 +34,30 @@ _FREE_OF_TRAINER_OF_A_FIT = (
     *("max_epochs", "max_steps", "min_epochs", "min_steps", "max_time", "limit_val", "limit_test", "limit_predict"),
     *("val_check_interval", "num_sanity_val_steps", "detect_anomaly", "barebones", "inference_mode", "model_registry"),
 )
-_DATA_OF_A_FIT = ("num_workers", "pin_memory", "eval_batch_size", "root", "path", "target_path", "predict", "device")
+_DATA_OF_A_FIT = ("eval_batch_size", "predict", "device")
 _FREE_OF_A_FIT = (
     *(f"trainer.{name}" for name in _FREE_OF_TRAINER_OF_A_FIT),
     *(f"data.init_args.{source}{name}" for name in _DATA_OF_A_FIT for source in ("", "source.init_args.")),
     *("model.init_args.compile", "model.init_args.channels_last"),
 )
+# what is the default, said in other words
+_SAME = {
+    **{("trainer.precision", word): None for word in ("32", "32-true")},
+    **{("trainer.gradient_clip_val", word): None for word in ("0", "0.0")},
+}
 # of the schedulers of torch that end with the training
 _LENGTHS = ("T_max", "total_steps", "epochs", "steps_per_epoch")
 
 
 def config_text(parser: Any, config: Any) -> str:
     """The text of the file, without what belongs to one command: given again, it would undo flags."""
-    lines = parser.dump(config, skip_none=False).splitlines(keepends=True)
-    return "".join(line for line in lines if line.partition(":")[0] not in _OF_ONE_COMMAND)
+    kept, dropping = [], False
+    for line in parser.dump(config, skip_none=False).splitlines(keepends=True):
+        if not line.startswith((" ", "\n")):  # or it goes on with a long value
+            dropping = line.partition(":")[0] in _OF_ONE_COMMAND
+        if not dropping:
+            kept.append(line)
+    return "".join(kept)
 
 
 def check_same_recipe(text: str, path: Path) -> None:
@@ -61,21 +80,31 @@ def check_same_run(text: str, checkpoint: str | Path) -> None:
     """
     path = Path(checkpoint).absolute().parent.parent / "config.yaml"
     changes = list(_changes(text, path))
-    epochs = [(old, new) for key, old, new in changes if key in ("trainer.max_epochs", "trainer.max_steps")]
     for key, old, new in changes:
-        if key.startswith((*_FREE, *_FREE_OF_A_FIT)):
+        if key.startswith((*_FREE, *_FREE_OF_A_FIT)) or _is_free(key):
             continue
         raise ValueError(
             f"the run in {path.parent} was made with {key}={old}, got {new}: keep it, or train anew in another --run "
             "folder, from the weights of the old one where the method takes weights"
         )
-    for key, value in flat(yaml.safe_load(text)).items() if epochs else ():
-        if "lr_scheduler" in key and key.rpartition(".")[2] in _LENGTHS and value is not None:
-            raise ValueError(
-                f"the schedule of the run in {path.parent} has a length of its own ({key}={value}), got max_epochs="
-                f"{epochs[0][1]} after {epochs[0][0]}: keep that, or take lightning_kd.core.schedules.CosineAnnealing "
-                "in a run of its own, which is as long as the training"
-            )
+    settings = flat(yaml.safe_load(text))
+    unit = "max_steps" if settings.get("model.init_args.lr_interval") == "step" else "max_epochs"
+    for old, new in [(old, new) for key, old, new in changes if key == f"trainer.{unit}"]:
+        for key, value in settings.items():
+            if "lr_scheduler" in key and key.rpartition(".")[2] in _LENGTHS and value not in (None, new):
+                raise ValueError(
+                    f"the schedule of the run in {path.parent} has a length of its own ({key}={value}), got {unit}="
+                    f"{new} after {old}: keep that, or take lightning_kd.core.schedules.CosineAnnealing in a run of "
+                    "its own, which is as long as the training"
+                )
+
+
+def _is_free(key: str) -> bool:
+    """Whether a setting is of the implementation, or of where and how data are read: the data have a digest."""
+    name = key.rpartition(".")[2]
+    if key.startswith("data."):
+        return re.search("dir$|root$|path$|workers|pin_memory|persistent|prefetch", name) is not None
+    return ".optimizer." in key and name in ("foreach", "fused", "capturable")
 
 
 def _changes(text: str, path: Path) -> Iterator[tuple[str, Any, Any]]:
@@ -87,7 +116,7 @@ def _changes(text: str, path: Path) -> Iterator[tuple[str, Any, Any]]:
         if not isinstance(old, dict):
             raise ValueError("it holds no settings")
     except (yaml.YAMLError, ValueError) as error:
-        reason = " ".join(str(error).split())
+        reason = " ".join(str(error).split()).replace('in "<unicode string>", ', "in ")
         raise ValueError(f"{path} is damaged ({reason}): put back a copy, or name another --run folder") from None
     yield from _differing("", old, yaml.safe_load(text))
 
@@ -96,13 +125,15 @@ def _differing(key: str, old: Any, new: Any) -> Iterator[tuple[str, Any, Any]]:
     if isinstance(old, dict) and isinstance(new, dict):
         for name in [name for name in old if name in new]:
             yield from _differing(f"{key}.{name}" if key else str(name), old[name], new[name])
-    elif old != new and not _moved(old, new):
+    elif old != new and _SAME.get((key, str(old)), old) != _SAME.get((key, str(new)), new) and not _moved(old, new):
         yield key, _short(old), _short(new)
 
 
 def _moved(old: Any, new: Any) -> bool:
-    """Whether these are paths, of which the old one leads nowhere any more."""
-    return isinstance(old, str) and isinstance(new, str) and not Path(old).exists() and Path(new).exists()
+    """Whether these are paths of one file, or the old one leads nowhere any more."""
+    if not isinstance(old, str) or not isinstance(new, str) or not Path(new).exists():
+        return False
+    return not Path(old).exists() or Path(old).samefile(new)
 
 
 def _short(value: Any) -> Any:

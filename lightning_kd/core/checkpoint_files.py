@@ -19,8 +19,8 @@ class RunCheckpointIO(TorchCheckpointIO):
     """Writes a checkpoint beside its place and then puts it there, so that a kill or a full disk leaves the old one.
 
     Lightning's own writes into ``$TMPDIR`` and moves, which is a copy over the old file where that is another file
-    system. Checkpoints are read with ``weights_only=True``, after a look at their checksums. Addresses such as ``s3://``
-    are left to Lightning.
+    system. Checkpoints are read with ``weights_only=True`` unless told otherwise, after a look at their checksums.
+    Addresses such as ``s3://`` are left to Lightning.
     """
 
     def save_checkpoint(self, checkpoint: dict[str, Any], path: Any, storage_options: Any | None = None) -> None:
@@ -34,7 +34,7 @@ class RunCheckpointIO(TorchCheckpointIO):
     def load_checkpoint(self, path: Any, map_location: Any = None, weights_only: bool | None = None) -> dict[str, Any]:
         if "://" in str(path):
             return super().load_checkpoint(path, map_location, weights_only)
-        return read_checkpoint(path, map_location or "cpu")
+        return read_checkpoint(path, map_location or "cpu", weights_only is not False)
 
 
 def check_checksums(path: Path) -> None:
@@ -51,12 +51,13 @@ def check_checksums(path: Path) -> None:
             raise ValueError(f"the checksum of {damaged} is wrong")
 
 
-def read_checkpoint(path: str | Path, map_location: Any = "cpu") -> dict[str, Any]:
+def read_checkpoint(path: str | Path, map_location: Any = "cpu", weights_only: bool = True) -> dict[str, Any]:
     """The content of a checkpoint. Nothing but tensors and plain values is unpickled.
 
     Args:
         path: the file.
         map_location: where its tensors go, see ``torch.load``.
+        weights_only: turned off, whatever the file says is run: only for one that you have made yourself.
 
     Raises:
         FileNotFoundError: where there is no such file.
@@ -68,12 +69,15 @@ def read_checkpoint(path: str | Path, map_location: Any = "cpu") -> dict[str, An
     remedy = "give another checkpoint, such as best, or start anew with --overwrite"
     try:
         check_checksums(path)
-        content = torch.load(path, map_location=map_location, weights_only=True)
+        content = torch.load(path, map_location=map_location, weights_only=weights_only)
     except PermissionError:
         raise
     except pickle.UnpicklingError as error:
         objects = zipfile.is_zipfile(path)
-        reason = "holds objects other than tensors and plain values" if objects else "is damaged, or no checkpoint"
+        reason = "is damaged, or no checkpoint"
+        if objects:
+            reason = "holds objects other than tensors and plain values"
+            remedy = "give another one or, of a file that is your own, call trainer.fit(..., weights_only=False)"
         raise ValueError(f"{path} {reason}: {remedy}") from error
     except Exception as error:  # damaged files raise anything from KeyError to struct.error
         reason = (str(error).strip().splitlines() or [type(error).__name__])[0]

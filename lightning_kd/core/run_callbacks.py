@@ -12,7 +12,7 @@ from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.plugins.io import TorchCheckpointIO
 
 from lightning_kd.core.batch import as_batch
-from lightning_kd.core.checkpoint_files import RunCheckpointIO, read_checkpoint
+from lightning_kd.core.checkpoint_files import RunCheckpointIO
 from lightning_kd.core.notes import note
 from lightning_kd.core.prediction_files import PredictionWriter
 from lightning_kd.core.run_folder import RunFolder
@@ -21,6 +21,10 @@ from lightning_kd.core.task import Task
 from lightning_kd.file_writing import written_whole
 
 __all__ = ["RunCheckpoint", "RunRecorder", "run_callbacks", "run_folder_of"]
+
+
+# where checkpoints hold the rows of metrics.csv
+_ROWS = "lightning_kd_metrics"
 
 
 class RunRecorder(L.Callback):
@@ -41,6 +45,7 @@ class RunRecorder(L.Callback):
         self.predictions = True
         self._writer: PredictionWriter | None = None
         self._rows: list[dict[str, Any]] = []
+        self._loaded: dict[str, Any] = {}
         self._trained = self._ended = False
 
     def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
@@ -56,13 +61,14 @@ class RunRecorder(L.Callback):
         for logger in trainer.loggers:
             if isinstance(logger, RunLogger):
                 step = trainer.fit_loop.epoch_loop._batches_that_stepped - 1  # as Lightning counts in rows
-                checkpoint["metrics"] = logger.rows_with(values, trainer.current_epoch, step)
+                checkpoint[_ROWS] = logger.rows_with(values, trainer.current_epoch, step)
 
     def on_load_checkpoint(self, trainer: L.Trainer, pl_module: L.LightningModule, checkpoint: dict[str, Any]) -> None:
-        self._rows = list(checkpoint.get("metrics", []))
+        self._loaded = checkpoint
+        self._rows = list(checkpoint.get(_ROWS, []))
 
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        self._trained = True
+        self._trained, self._loaded = True, {}
         for logger in trainer.loggers:
             if isinstance(logger, RunLogger):
                 logger.begin(trainer.current_epoch, self._rows)
@@ -125,9 +131,9 @@ class RunRecorder(L.Callback):
         for logger in trainer.loggers:
             if isinstance(logger, RunLogger):
                 logger.begin(trainer.current_epoch, self._rows)
-        checkpoint = read_checkpoint(str(trainer.ckpt_path))
-        task.on_load_checkpoint(checkpoint)
-        task.load_state_dict(checkpoint["state_dict"], strict=task.strict_loading)  # the average, where there is one
+        task.on_load_checkpoint(self._loaded)
+        task.load_state_dict(self._loaded["state_dict"], strict=task.strict_loading)  # the average, where there is one
+        self._loaded = {}
         task.to(trainer.strategy.root_device)
         for callback in trainer.callbacks:  # type: ignore[attr-defined]
             if type(callback).__module__.startswith("lightning_kd."):

@@ -61,9 +61,7 @@ class RunLogger(Logger):
     @property
     def rows(self) -> list[dict[str, Any]]:
         if self._rows is None:
-            self._rows = []
-            if self.file.is_file():
-                self._rows = _read(self.file)
+            self._rows = _read(self.file) if self.file.is_file() else []  # or it raises, each time
         return self._rows
 
     @rank_zero_only
@@ -114,7 +112,9 @@ class RunLogger(Logger):
         except ValueError as error:
             if not saved:
                 raise
-            rank_zero_warn(f"{error}: it is written anew from the checkpoint")
+            kept = self.file.with_name(f"{self.file.name}.damaged")
+            rank_zero_warn(f"{error}; it is kept as {kept.name}, and written anew from the checkpoint")
+            self.file.replace(kept)
             before = []
         rows = [row for row in before if _place(row)[0] < epoch]
         for row in [row for row in saved if _place(row)[0] < epoch]:
