@@ -468,10 +468,13 @@ def test_a_key_of_the_users_own_in_checkpoints(tmp_path):
 def test_a_child_does_not_hold_the_lock(tmp_path):
     held = RunFolder(tmp_path).alone()
     held.__enter__()
+    there, here = os.pipe()
     child = os.fork()
     if not child:
+        os.write(here, b"x")
         time.sleep(60)
         os._exit(0)
+    os.read(there, 1)
     try:
         os.close(file_writing._HELD.pop())  # as a kill does, which leaves the workers of a loader behind for a while
         with RunFolder(tmp_path).alone():
