@@ -1,0 +1,155 @@
+"""The page that a person labels on: what is in it, and what a browser does with it."""
+
+import json
+import re
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from lightning_kd.core.label_page import PageRow, label_page, write_page
+from lightning_kd.spreadsheet import read_rows
+from tests.browser import Browser, needs_browser, wait_until
+
+NAMES = ["</script><b>x", 'say "yes" & <no>', "=1+1", "猫, кот", "a\\u003cb", "'s"]
+
+
+def picture(value, side=8):
+    return Image.fromarray(np.full((side, side), value, np.uint8))
+
+
+def page_of(class_names=NAMES, count=6, keep_open=True, none="unknown"):
+    rows = []
+    for k in range(count):
+        path = f"{class_names[k % len(class_names)]}/{k}.png"
+        name = class_names[k % len(class_names)]
+        facts = [("path", path), ("predicted", name)]
+        rows.append(PageRow([k * 10, path], picture(k), facts, name))
+    options = {"file_name": "out.csv", "command": "label out.csv --run RUN", "none": none, "keep_open": keep_open}
+    return label_page('<title> & "more"', rows, ["index", "path", "label"], class_names, **options)
+
+
+def content(text):
+    (inside,) = re.findall(r'<script type="application/json" id="page">(.*?)</script>', text, re.DOTALL)
+    return json.loads(inside)
+
+
+def test_names_stay_inside_the_data():
+    text = page_of()
+    assert text.count("</script>") == 2
+    found = content(text)
+    assert [choice["name"] for choice in found["choices"]] == [*NAMES, "unknown"]
+    assert found["rows"][0]["facts"][0] == ["path", "</script><b>x/0.png"]
+
+
+def test_the_same_arguments_give_the_same_page_and_others_another_key():
+    assert page_of() == page_of()
+    assert content(page_of())["key"] != content(page_of(count=5))["key"]
+
+
+def test_nothing_is_fetched():
+    text = page_of()
+    assert "default-src 'none'" in text
+    assert not re.findall(r"(?:src|href)\s*=\s*[\"']?(?:https?:)?//", text)
+
+
+def test_large_pictures_become_small():
+    row = PageRow([0], Image.new("RGB", (3000, 1500), "red"), [("index", "0")], "a")
+    text = label_page("t", [row], ["index", "label"], ["a", "b"], file_name="o.csv", command="")
+    assert content(text)["rows"][0]["picture"].startswith("data:image/jpeg;base64,")
+    assert len(text) < 25_000
+
+
+def test_a_page_that_cannot_be_made_is_told(tmp_path, capsys):
+    def fails():
+        raise RuntimeError("no idea")
+
+    write_page(tmp_path / "x.html", fails)
+    assert "no x.html to label on (no idea)" in capsys.readouterr().err
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.fixture(scope="module")
+def browser(tmp_path_factory):
+    with Browser(tmp_path_factory.mktemp("browser")) as found:
+        yield found
+
+
+def opened(browser, tmp_path, text):
+    (tmp_path / "page.html").write_text(text, encoding="utf-8")
+    browser.open(tmp_path / "page.html")
+    return browser
+
+
+def count(browser):
+    return browser.read("document.getElementById('count').textContent")
+
+
+def saved(browser):
+    path = browser.downloads / "out.csv"
+    path.unlink(missing_ok=True)
+    browser.press("s", control=True)
+    rows = [cells for _, cells in read_rows(browser.downloaded("out.csv"))]
+    return rows[0], {int(row[0]): row[-1] for row in rows[1:]}, rows
+
+
+@needs_browser
+def test_choosing_by_keys_and_mouse(browser, tmp_path):
+    opened(browser, tmp_path, page_of())
+    assert browser.read("document.title") == '<title> & "more"'
+    assert count(browser) == "1 of 6, 0 of 6 chosen"
+    browser.press("1", "4", "ArrowRight", "0", "x")  # the third stays open, x is no key
+    browser.press("Backspace", "ArrowLeft", "Delete")  # back to the fourth, the third
+    browser.press("3", "2")  # the fourth anew
+    browser.click("#choices button:nth-child(5)")
+    assert count(browser) == "6 of 6, 5 of 6 chosen"
+    header, labels, rows = saved(browser)
+    assert header == ["index", "path", "label"]
+    assert labels == {0: NAMES[0], 10: NAMES[3], 20: NAMES[2], 30: NAMES[1], 40: NAMES[4], 50: ""}
+    assert [row[1] for row in rows[1:]] == [f"{name}/{k}.png" for k, name in enumerate(NAMES)]
+    assert "label out.csv --run '" + str(tmp_path) in browser.read("document.getElementById('told').textContent")
+    browser.open(tmp_path / "page.html")  # as a reload
+    assert count(browser) == "6 of 6, 5 of 6 chosen"
+    assert saved(browser)[1] == labels
+    browser.press("ArrowLeft", "Delete")
+    assert saved(browser)[1][40] == ""
+
+
+@needs_browser
+def test_unknown_and_what_is_left_out(browser, tmp_path):
+    opened(browser, tmp_path, page_of([str(digit) for digit in range(10)], 5, keep_open=False))
+    browser.press("7", "u", "0", "ArrowRight", "Enter")  # digits are their own keys; Enter is the prediction
+    assert saved(browser)[1] == {0: "7", 10: "unknown", 20: "0", 40: "4"}
+
+
+@needs_browser
+def test_many_classes(browser, tmp_path):
+    names = [f"class {k}" for k in range(1, 120)] + ["猫"]
+    opened(browser, tmp_path, page_of(names, 6))
+    browser.press("0", "1", "2")
+    browser.press(*"LASS 11", "Enter")  # the first one that has it, but for one that is it
+    browser.press("猫", "Enter")
+    browser.press("0", "0", "0")
+    browser.press("x", "Backspace", "Backspace", "Delete", "ArrowRight")  # into the text, then back
+    browser.press("Enter")
+    _, labels, _ = saved(browser)
+    assert labels == {0: "class 12", 10: "class 11", 20: "猫", 30: "", 40: "class 5", 50: ""}
+
+
+@needs_browser
+def test_looking_at_one_predicted_class(browser, tmp_path):
+    opened(browser, tmp_path, page_of(["a", "b", "<i>c"], 6))
+    options = "[...document.getElementById('filter').options].map(option => option.textContent)"
+    assert browser.read(options) == ["all (6)", "<i>c (2)", "a (2)", "b (2)"]
+    browser.read("(f => { f.selectedIndex = 3; f.dispatchEvent(new Event('change')) })"
+                 "(document.getElementById('filter'))")  # fmt: skip
+    assert count(browser) == "1 of 2, 0 of 6 chosen"
+    browser.press("3", "3")
+    assert saved(browser)[1] == {0: "", 10: "<i>c", 20: "", 30: "", 40: "<i>c", 50: ""}
+
+
+@needs_browser
+def test_pictures_are_shown(browser, tmp_path):
+    opened(browser, tmp_path, page_of(count=3))
+    wait_until(lambda: browser.read("document.getElementById('picture').naturalWidth") == 8)
+    assert browser.read("document.getElementById('picture').className") == "small"
