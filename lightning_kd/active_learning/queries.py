@@ -12,10 +12,11 @@ import torch.distributed as dist
 
 from lightning_kd.active_learning.pool_task import PoolTask
 from lightning_kd.core.distributed import gather_by_index
+from lightning_kd.core.label_page import PageRow, label_page, pictures_of, write_page
 from lightning_kd.core.run_callbacks import RunRecorder
 from lightning_kd.core.seeding import global_seed, numpy_generator
 from lightning_kd.file_writing import write_text
-from lightning_kd.pool import PoolRecord, Query
+from lightning_kd.pool import UNKNOWN, PoolRecord, Query
 from lightning_kd.spreadsheet import csv_text
 
 __all__ = ["select_query", "write_query"]
@@ -93,7 +94,8 @@ def write_query(trainer: L.Trainer, task: PoolTask, data: Any, folder: Path, ckp
 
     The file has the columns ``index``, ``path`` where there is one, ``score``, ``predicted`` and an empty ``label``,
     the best first. Names that a spreadsheet would take for formulas have an apostrophe before them, see
-    ``lightning_kd.spreadsheet``.
+    ``lightning_kd.spreadsheet``. ``query_ROUND.html`` shows the same with pictures, to choose by mouse or keys, where
+    the samples are images; it saves such a file.
 
     Raises:
         ValueError: where an earlier query waits for answers.
@@ -105,7 +107,7 @@ def write_query(trainer: L.Trainer, task: PoolTask, data: Any, folder: Path, ckp
         path = folder / f"query_{record.pending[0]['round']:02d}.csv"
         if not path.is_file():  # it broke between the record and this file
             if trainer.is_global_zero:
-                write_text(path, _query_csv(record.pending), durable=True)
+                _write_files(path, record.pending, data)
             return path
         raise ValueError(
             f"{len(record.pending)} samples of {path.name} wait for an answer: fill in the column label and run "
@@ -119,7 +121,7 @@ def write_query(trainer: L.Trainer, task: PoolTask, data: Any, folder: Path, ckp
     path = folder / f"query_{number:02d}.csv"
     if trainer.is_global_zero:
         record.save()
-        write_text(path, _query_csv(record.pending), durable=True)
+        _write_files(path, record.pending, data)
     wait_for_all()
     return path
 
@@ -144,13 +146,39 @@ def add_query(record: PoolRecord, data: Any, query: Query, predicted: dict[int, 
     record.add_query(indices, query.score, names, None if None in paths else paths)
 
 
-def _query_csv(rows: list[dict[str, Any]]) -> str:
-    names = [name for name in ("index", "path", "score", "predicted") if name in rows[0]]
-    cells = [[*names, "label"]]
+def _write_files(path: Path, rows: list[dict[str, Any]], data: Any) -> None:
+    """The CSV ``path`` for the entries ``rows`` of a record, after the page, as it tells that all is there."""
+    names: list[str] = [name for name in ("index", "path", "score", "predicted") if name in rows[0]]
+    cells = []
     for row in rows:
         score = "" if row["score"] is None else f"{row['score']:.6g}"
-        cells.append([score if name == "score" else row[name] for name in names] + [""])
-    return csv_text(cells)
+        cells.append([score if name == "score" else row[name] for name in names])
+    write_page(path.with_suffix(".html"), lambda: _page(path.name, names, cells, data))
+    write_text(path, csv_text([[*names, "label"], *([*row, ""] for row in cells)]), durable=True)
+
+
+def _page(file_name: str, names: list[str], cells: list[list[Any]], data: Any) -> str:
+    facts = [[(name, str(value)) for name, value in zip(names, row, strict=True)] for row in cells]
+    if "path" in names:
+        facts = [[row[1], row[0], *row[2:]] for row in facts]
+        place = {data.path_of(i): i for i in data.unlabelled_indices.tolist()}  # files may have come or gone
+        indices = [place[row[1]] for row in cells]
+    else:
+        indices = [row[0] for row in cells]
+    rows = [
+        PageRow(row, picture, fact, row[-1])
+        for row, picture, fact in zip(cells, pictures_of(data, indices), facts, strict=True)
+    ]
+    command = f"lightning-kd label {file_name} --run RUN"
+    return label_page(
+        "what to label next",
+        rows,
+        [*names, "label"],
+        data.class_names,
+        file_name=file_name,
+        command=command,
+        none=UNKNOWN,
+    )
 
 
 def wait_for_all() -> None:

@@ -44,4 +44,6 @@ def check(config: Any) -> None:
 def next_step(config: str, path: Path) -> str:
     """The command after it."""
     file = shlex.quote(str(path))
-    return f"fill in the column label of {file}, then lightning-kd label {file}"
+    page = path.with_suffix(".html")
+    opened = f"open {shlex.quote(str(page))} in a browser, or " if page.is_file() else ""
+    return f"{opened}fill in the column label of {file}, then lightning-kd label {file}"

@@ -9,6 +9,7 @@ from typing import Any
 
 import lightning as L
 import numpy as np
+from PIL import Image
 from torch import Tensor
 
 from lightning_kd.core.problems import SingleLabel
@@ -85,6 +86,10 @@ class DerivedDataModule(L.LightningDataModule, ABC):
     @property
     def test_target(self) -> Tensor:
         return self.source.test_target
+
+    def picture(self, index: int) -> Image.Image | None:
+        """See ``LabelledDataModule.picture``."""
+        return self.source.picture(index)
 
     def check_classes(self, stored: Sequence[str]) -> None:
         """See ``LabelledDataModule.check_classes``."""

@@ -8,6 +8,7 @@ from typing import Any, Literal
 
 import numpy as np
 import torch
+from PIL import Image
 from torch import Tensor
 from torchvision.transforms import AutoAugmentPolicy, v2
 
@@ -18,7 +19,7 @@ from lightning_kd.data.array_files import Arrays
 from lightning_kd.data.augment import CropFlip, cut_out_
 from lightning_kd.data.classification_data import ClassificationDataModule
 from lightning_kd.data.image_check import check_images
-from lightning_kd.data.image_files import class_folders, find_images
+from lightning_kd.data.image_files import class_folders, find_images, read_image
 from lightning_kd.data.label_noise import LabelNoise
 from lightning_kd.data.sampling import BatchLoader, ShardedSampler
 from lightning_kd.data.splits import take_fraction, without
@@ -244,6 +245,12 @@ class ImageFolderDataModule(ClassificationDataModule):
             )
         rest = without(len(paths), chosen)
         return Arrays([paths[i] for i in rest], target[rest], [paths[i] for i in chosen], target[chosen])
+
+    def picture(self, index: int) -> Image.Image | None:
+        """See ``LabelledDataModule.picture``; of a file all that is in it, whatever the network gets to see."""
+        self.setup()
+        path = self.train_image[index]
+        return read_image(path, self.background, self.image_range) if isinstance(path, str) else super().picture(index)
 
     def _make_loader(self, source: str, sampler: ShardedSampler, views: str | Sequence[str]) -> BatchLoader:
         if self.fake:

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
+from PIL import Image
 from torch import Tensor
 
 from lightning_kd.argument_checks import check_numbers
@@ -175,6 +176,16 @@ class LabelledDataModule(SplitLoaders, ABC):
         """The image file of a sample of the prediction set, by its position in the full array; ``None`` for arrays."""
         self.setup()
         return self.test_image[index] if isinstance(self.test_image, list) else None
+
+    def picture(self, index: int) -> Image.Image | None:
+        """The training sample at a position of the full array as a person sees it, grey or RGB in 8 bits and without
+        augmentation; ``None`` for features."""
+        self.setup()
+        image = self.train_image[index]
+        if image.ndim != 3:
+            return None
+        shown = image[: 3 if len(image) >= 3 else 1].permute(1, 2, 0).contiguous()  # of other channels nothing is known
+        return Image.fromarray((shown if shown.shape[2] == 3 else shown[..., 0]).numpy())
 
     def _classes(self, target: Tensor) -> tuple[np.ndarray, int]:
         """What splits are stratified by, int64 ``[N]``, and how many classes of it there are."""

@@ -141,6 +141,11 @@ class LabelScores(NamedTuple):
             values.update(memorisation(self.predicted, self.given, self.clean))
         return values
 
+    def order(self) -> list[int]:
+        """Positions in these arrays, the labels that are most probably wrong first."""
+        order: list[int] = np.lexsort((self.margin.numpy(), self.clean_probability.numpy())).tolist()
+        return order
+
     def write(self, path: Path, file_names: list[str] | None = None) -> None:
         """Write them as CSV, the labels that are most probably wrong first.
 
@@ -148,10 +153,9 @@ class LabelScores(NamedTuple):
             path: the file.
             file_names: of all training images, for one more column.
         """
-        order = np.lexsort((self.margin.numpy(), self.clean_probability.numpy())).tolist()
         extra = [] if file_names is None else ["path"]
         rows: list[list[Any]] = [["index", "given", "predicted", "clean_probability", "margin", *extra]]
-        for i in order:
+        for i in self.order():
             index = int(self.index[i])
             row = [index, int(self.given[i]), int(self.predicted[i])]
             numbers = [f"{float(self.clean_probability[i]):.6g}", f"{float(self.margin[i]):.6g}"]

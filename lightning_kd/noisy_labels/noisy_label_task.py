@@ -10,14 +10,17 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from lightning_kd.argument_checks import check_numbers
 from lightning_kd.core.batch import Batch, as_batch
 from lightning_kd.core.distributed import gather_by_index
 from lightning_kd.core.inference_pass import ordered_pass
+from lightning_kd.core.label_page import write_page
 from lightning_kd.core.losses import at_least_float32
 from lightning_kd.core.sample_memory import SampleMemory
 from lightning_kd.core.task import Task
 from lightning_kd.core.two_pass_step import second_pass
 from lightning_kd.core.weights import load_weights
+from lightning_kd.noisy_labels.correction_page import correction_page
 from lightning_kd.noisy_labels.label_scores import LabelScores, logit_margin, split_scaled, unit_scores
 
 __all__ = ["NoisyLabelTask", "SingleNetworkTask"]
@@ -33,20 +36,29 @@ class NoisyLabelTask(Task, ABC):
 
     After ``fit`` the run folder holds ``noisy_labels.csv``: index, given, predicted, clean_probability and margin of
     every training sample, the labels that are most probably wrong first. A clean probability is the posterior of the
-    higher of two Gaussians over the margins, unless the method has its own.
+    higher of two Gaussians over the margins, unless the method has its own. ``noisy_labels.html`` shows the first of
+    them, for a person to correct.
 
     Several processes: what is known of the samples is gathered by index and judged once.
 
     Args:
         num_classes: see ``Task``.
         input_shape: see ``Task``.
+        label_page: how many labels ``noisy_labels.html`` shows, 0 for no such page.
         kwargs: ``optimizer``, ``lr_scheduler``, ``lr_interval``, ``channels_last``, ``compile`` of ``Task``.
+
+    Raises:
+        ValueError: where an argument is out of range.
     """
 
     needs_index = False
 
-    def __init__(self, num_classes: int, *, input_shape: Sequence[int] = (3, 32, 32), **kwargs: Any) -> None:
+    def __init__(
+        self, num_classes: int, *, input_shape: Sequence[int] = (3, 32, 32), label_page: int = 200, **kwargs: Any
+    ) -> None:
         super().__init__(num_classes, input_shape=input_shape, **kwargs)
+        check_numbers(least=0, whole=True, remedy="give 0 for no page", label_page=label_page)
+        self.label_page = label_page
         self.memories: dict[str, SampleMemory] = {}
         self._judged: tuple[int, LabelScores] | None = None
         self._seen: dict[int, list[tuple[Tensor, ...]]] = {}
@@ -208,6 +220,8 @@ class NoisyLabelTask(Task, ABC):
         if self.trainer.is_global_zero:
             files = data.train_image if isinstance(data.train_image, list) else None
             scores.write(folder / "noisy_labels.csv", files)
+            if self.label_page:
+                write_page(folder / "noisy_labels.html", lambda: correction_page(scores, data, self.label_page))
 
 
 class SingleNetworkTask(NoisyLabelTask, ABC):
