@@ -13,9 +13,9 @@ import re
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, NamedTuple
 
-__all__ = ["column_name", "csv_text", "read_rows"]
+__all__ = ["Table", "column_name", "csv_text", "read_rows", "read_table"]
 
 _FORMULA = re.compile(r"'*[=+\-@\t\r\n]")
 _NUMBER = r"(?:[+-]?(?:[\d.]+(?:e[+-]?\d+)?|inf|nan))?"
@@ -44,7 +44,24 @@ def _unmarked(text: str) -> str:
     return text[1:] if text.startswith("'") and _FORMULA.match(text) else text
 
 
+class Table(NamedTuple):
+    """What ``read_table`` read.
+
+    Attributes:
+        rows: line number and cells of each line.
+        form: in words, what is not as ``csv_text`` would have written it; mostly nothing.
+    """
+
+    rows: list[tuple[int, list[str]]]
+    form: list[str]
+
+
 def read_rows(path: Path) -> list[tuple[int, list[str]]]:
+    """The ``rows`` of ``read_table``."""
+    return read_table(path).rows
+
+
+def read_table(path: Path) -> Table:
     """Line number and cells of each line that has more than empty cells, without blanks around the cells and
     ``csv_text``'s marks.
 
@@ -75,7 +92,10 @@ def read_rows(path: Path) -> list[tuple[int, list[str]]]:
         rows = [(line, [_unmarked(cell) for cell in row]) for line, row in stripped if any(row)]
     except (UnicodeDecodeError, csv.Error) as error:
         raise ValueError(f"{str(path)!r} is no .csv file in UTF-8 ({error}): save it as text in UTF-8") from error
-    return rows[1:] if said else rows
+    form = [f"cells separated by {'semicolons' if separator == ';' else 'tabs'}"] if separator in ";\t" else []
+    form += ["UTF-16"] if wide else ["a byte order mark"] if content.startswith(codecs.BOM_UTF8) else []
+    form += ["Windows line ends"] if "\r\n" in text else []
+    return Table(rows[1:] if said else rows, form)
 
 
 def column_name(cell: str) -> str:

@@ -4,14 +4,17 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image
 
+from lightning_kd import CrossEntropy
 from lightning_kd.cli import main
 from lightning_kd.core.run_folder import RunFolder
-from lightning_kd.data import DigitsDataModule, ImageFolderDataModule, LabelFile
+from lightning_kd.data import DigitsDataModule, ImageFolderDataModule, LabelFile, OpenSetDataModule
 from lightning_kd.pool import PoolRecord
 from lightning_kd.spreadsheet import read_rows
 from tests.browser import Browser, needs_browser
+from tests.noisy_labels.runs import fitted
 
 QUIET = ["--trainer.enable_progress_bar", "false", "--trainer.enable_model_summary", "false"]
 SHORT = [*QUIET, "--trainer.max_epochs", "1", "--trainer.accelerator", "cpu", "--run", "r"]
@@ -79,17 +82,20 @@ def test_labels_are_corrected_in_a_browser(browser, tmp_path):
     main(["fit", "--config", "r/config.yaml", *again])
 
 
-@pytest.mark.parametrize("count", [0, 7])
-def test_how_many_labels_are_shown(count, capsys):
+def test_how_many_labels_are_shown(tmp_path):
+    count = 7
     words = ["--config", "noisy_labels/ce_digits", "--config", "_overlay/smoke", "--model.label_page", str(count)]
     main(["fit", *words, *QUIET, "--run", "r"])
-    assert Path("r/noisy_labels.html").is_file() == (count > 0)
-    if count:
-        page = Path("r/noisy_labels.html").read_text()
-        first = [line.split(",")[0] for line in Path("r/noisy_labels.csv").read_text().splitlines()[1 : count + 1]]
-        assert page.count('"cells"') == count
-        assert [cells.split('"')[0] for cells in page.split('"cells": "')[1:]] == first
-        assert Path("r/noisy_labels.html") in RunFolder("r").written()
+    page = Path("r/noisy_labels.html").read_text()
+    first = [line.split(",")[0] for line in Path("r/noisy_labels.csv").read_text().splitlines()[1 : count + 1]]
+    assert [cells.split('"')[0] for cells in page.split('"cells": "')[1:]] == first
+    assert Path("r/noisy_labels.html") in RunFolder("r").written()
+    task, _ = fitted(CrossEntropy, label_page=0)
+    task.write_results(tmp_path)
+    assert (tmp_path / "noisy_labels.csv").is_file()
+    assert not (tmp_path / "noisy_labels.html").exists()
+    with pytest.raises(ValueError, match="label_page must be at least 0, got -1: give 0 for no page"):
+        CrossEntropy("cnn_tiny", 10, label_page=-1)
 
 
 def test_features_have_no_page_and_that_is_told(tmp_path, capsys):
@@ -108,3 +114,64 @@ def test_a_picture_is_the_sample():
     picture = data.picture(5)
     assert picture.mode == "L"
     assert np.array_equal(np.asarray(picture), data.train_image[5, 0].numpy())
+
+
+def label_some(folder, *labels):
+    text = Path(folder, "query_00.csv").read_text().splitlines()
+    labels = [*labels, *[""] * (len(text) - 1 - len(labels))]
+    lines = [line + label for line, label in zip(text[1:], labels, strict=True)]
+    Path(folder, "answers.csv").write_text("\n".join([text[0], *lines]))
+
+
+def test_a_new_class_in_a_run(tmp_path, capsys):
+    photos(tmp_path / "photos", *PLACES, "pool")
+    source = [word.replace("--data.", "--data.source.") for word in FOLDER]
+    pool = ["--data", "OpenSetDataModule", "--data.source", *source, "--data.pool", "photos/pool", "--data.budget", "3"]
+    main(["fit", "--model", "LfOSA", "--model.network", "mlp_8", *pool, *SHORT])
+    main(["query", "--config", "r/config.yaml", *QUIET])
+    label_some("r", "bird", "<b>cat")
+    with pytest.raises(SystemExit):
+        main(["label", "r/answers.csv"])
+    assert "'bird' is none of <b>cat, =dög, unknown" in capsys.readouterr().err
+    main(["label", "r/answers.csv", "--new_class", "bird"])
+    capsys.readouterr()
+    for words in (["fit", "--ckpt_path", "last", "--trainer.max_epochs", "2"], ["test", "--ckpt_path", "last"]):
+        with pytest.raises(SystemExit):
+            main([words[0], "--config", "r/config.yaml", *words[1:]])
+        assert "the classes of the data are not those of the checkpoint (new are ['bird'])" in capsys.readouterr().err
+    main(["fit", "--config", "r/config.yaml", "--overwrite"])
+    assert torch.load("r/checkpoints/last.ckpt", weights_only=True)["class_names"] == ["<b>cat", "=dög", "bird"]
+    assert "new_classes:\n    - bird\n" in Path("r/config.yaml").read_text()
+    main(["test", "--config", "r/config.yaml", "--ckpt_path", "last"])
+    with pytest.raises(SystemExit):
+        main(["query", "--config", "r/config.yaml", *QUIET])
+    assert "1 samples of query_00.csv wait" in capsys.readouterr().err
+    label_some("r", "=dög")  # the bird was none
+    main(["label", "r/answers.csv", "--correct"])
+    with pytest.raises(SystemExit):
+        main(["fit", "--config", "r/config.yaml", "--overwrite"])
+    assert "no sample of the new class 'bird' is left" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"new_classes": ["bird"], "known_classes": 4, "initial_count": 20}, "for a pool of your own"),
+        ({"new_classes": ["3"], "pool": "p.npz"}, "holds '3', which is a class already"),
+        ({"new_classes": ["bird", "bird"], "pool": "p.npz"}, "holds 'bird', which is a class already"),
+    ],
+)
+def test_new_classes_that_are_none(arguments, message):
+    with pytest.raises(ValueError, match=message):
+        OpenSetDataModule(DigitsDataModule(), **arguments)
+
+
+def test_data_without_the_new_class_of_a_record_are_told(tmp_path):
+    np.savez("p.npz", image=np.zeros((40, 8, 8, 1), np.uint8))
+    data = OpenSetDataModule(DigitsDataModule(), pool="p.npz", budget=3)
+    data.setup()
+    record = PoolRecord(tmp_path / "pool.json")
+    data.set_record(record)
+    record.add_classes(["bird"])
+    with pytest.raises(ValueError, match=r"give OpenSetDataModule new_classes=\['bird'\]"):
+        data.set_record(record)

@@ -9,9 +9,10 @@ from typing import Any
 from lightning_kd.active_learning.pool_task import PoolTask
 from lightning_kd.core.distributed import is_first_process
 from lightning_kd.data import OpenSetDataModule
+from lightning_kd.pool import PoolRecord
 from lightning_kd.pool.pool_record import alone
 
-__all__ = ["alone_on_pool", "check_kept", "check_pool"]
+__all__ = ["add_new_classes", "alone_on_pool", "check_kept", "check_pool"]
 
 
 def check_kept(verb: str, config: Any) -> None:
@@ -36,6 +37,20 @@ def check_pool(verb: str, model: Any, datamodule: Any) -> Any:
         )
     datamodule.setup()
     return datamodule
+
+
+def add_new_classes(config: Any, file: Path) -> None:
+    """Give the data of a run the classes that came with answers, which ``pool.json`` tells of.
+
+    Raises:
+        ValueError: where that is damaged.
+    """
+    arguments = config.data.get("init_args") if config.get("data") else None
+    if arguments is None or "new_classes" not in arguments or not file.is_file():
+        return
+    given = arguments["new_classes"] or []
+    added = [name for name in PoolRecord.load(file).settings.get("new_classes", []) if name not in given]
+    arguments["new_classes"] = [*given, *added] or None
 
 
 def alone_on_pool(folder: Path) -> AbstractContextManager[None]:

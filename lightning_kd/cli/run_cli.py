@@ -19,6 +19,7 @@ from lightning_kd.cli.config_check import check_config
 from lightning_kd.cli.endings import check_still_there, report
 from lightning_kd.cli.parameter_count import ParameterCount
 from lightning_kd.cli.parser import RunParser
+from lightning_kd.cli.pool_verbs import add_new_classes
 from lightning_kd.cli.run_trainer import RunTrainer, verb_module
 from lightning_kd.cli.saved_config import check_same_run, config_text
 from lightning_kd.cli.usage import OWN_VERBS
@@ -137,6 +138,7 @@ class RunCLI(LightningCLI):
         self.run_folder = folder
         self.beginning = Beginning(FolderBefore(folder), self.command)
         config["run"] = str(folder.path)
+        add_new_classes(config, folder.pool)
         if verb in OWN_VERBS:
             getattr(verb_module(verb), "check", lambda config: None)(config)
             if verb != "active":

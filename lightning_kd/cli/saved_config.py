@@ -34,7 +34,7 @@ _FREE_OF_TRAINER_OF_A_FIT = (
     *("max_epochs", "max_steps", "min_epochs", "min_steps", "max_time", "limit_val", "limit_test", "limit_predict"),
     *("val_check_interval", "num_sanity_val_steps", "detect_anomaly", "barebones", "inference_mode", "model_registry"),
 )
-_DATA_OF_A_FIT = ("eval_batch_size", "predict", "device")
+_DATA_OF_A_FIT = ("eval_batch_size", "predict", "device", "new_classes")
 _FREE_OF_A_FIT = (
     *(f"trainer.{name}" for name in _FREE_OF_TRAINER_OF_A_FIT),
     *(f"data.init_args.{source}{name}" for name in _DATA_OF_A_FIT for source in ("", "source.init_args.")),

@@ -54,5 +54,6 @@ def check_class_names(stored: Sequence[str], names: Sequence[str]) -> None:
     )
     raise ValueError(
         f"the classes of the data are not those of the checkpoint ({what}): class 0 was {stored[0]!r} and so on; give "
-        f"the data of that run, give arrays that lack some of its classes class_names={list(stored)}, or start anew"
+        f"the data of that run, give arrays that lack some of its classes class_names={list(stored)}, or start anew "
+        "with fit --overwrite"
     )

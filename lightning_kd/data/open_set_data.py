@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import warnings
 from typing import Any
 
 import numpy as np
@@ -13,7 +12,15 @@ from lightning_kd.core.run_callbacks import run_folder_of
 from lightning_kd.data.classification_data import ClassificationDataModule
 from lightning_kd.data.derived_data import DerivedDataModule
 from lightning_kd.data.known_classes import choose_known_classes
-from lightning_kd.data.pool_answers import adopt_settings, answered_labels, find_files, labels_digest, pool_settings
+from lightning_kd.data.pool_answers import (
+    adopt_settings,
+    answered_labels,
+    check_new_classes,
+    check_same_labels,
+    find_files,
+    labels_digest,
+    pool_settings,
+)
 from lightning_kd.data.pool_samples import PoolSamples, add_unlabelled, readable
 from lightning_kd.data.pool_split import (
     UNLABELLED,
@@ -69,6 +76,8 @@ class OpenSetDataModule(DerivedDataModule):
         score_with_train_augmentation: score the pool on augmented samples, as the official implementations do.
         pool: a folder of images (for an image folder), or an ``.npy`` or ``.npz`` with the array ``image`` or
             ``feature`` (for other sources): samples without any label.
+        new_classes: names of further known classes, after those of the source, of which only answers give samples. The
+            commands take them from ``pool.json`` of the run folder, where ``lightning-kd label --new_class`` puts them.
         fake: let ``source`` use its made-up data set, and no more budget than suits that.
 
     Raises:
@@ -91,6 +100,7 @@ class OpenSetDataModule(DerivedDataModule):
         split_seed: int = 0,
         score_with_train_augmentation: bool = False,
         pool: str | None = None,
+        new_classes: list[str] | None = None,
         fake: bool = False,
     ) -> None:
         super().__init__(source)  # labels are hidden in its copy, and nowhere else
@@ -113,7 +123,9 @@ class OpenSetDataModule(DerivedDataModule):
         given = everything if known_classes is None else known_classes
         root = getattr(source, "root", None)
         self.known_ids = choose_known_classes(source.class_names, given, class_order, split_seed, root, fake)
-        self.class_names = [source.class_names[c] for c in self.known_ids]
+        self.new_classes = list(new_classes or [])
+        check_new_classes(self.new_classes, source.class_names, pool)
+        self.class_names = [*(source.class_names[c] for c in self.known_ids), *self.new_classes]
         if UNKNOWN in self.class_names:
             raise ValueError(
                 f"a known class may not be named {UNKNOWN!r}, which is the answer for all others, got "
@@ -131,7 +143,7 @@ class OpenSetDataModule(DerivedDataModule):
     @property
     def num_classes(self) -> int:
         """The number of known classes ``K``."""
-        return len(self.known_ids)
+        return len(self.class_names)
 
     def __str__(self) -> str:
         return f"{type(self).__name__}: {self.num_classes} known classes of {self.source}"
@@ -152,7 +164,7 @@ class OpenSetDataModule(DerivedDataModule):
     def _load(self) -> None:
         """Nothing is changed before all has been looked at."""
         source = self.source
-        targets = number_known(source, self.known_ids)
+        targets = number_known(source, self.known_ids, self.num_classes)
         if self.pool_path is not None:
             samples = add_unlabelled(source, self.pool_path, self.fake)
             split = label_all(source.train_indices, targets.train, len(samples.image) - samples.own_count)
@@ -165,7 +177,7 @@ class OpenSetDataModule(DerivedDataModule):
                 source.train_indices, targets.train, self.num_classes, *wanted, self.split_seed, self.fake
             )
             split = label_some(source.train_indices, targets.train, initial)
-        check_every_class(split, self.class_names)
+        check_every_class(split, self.class_names[: len(self.known_ids)])
         unlabelled = int((split.label[split.universe] == UNLABELLED).sum())
         if self.fake:
             self.budget = min(self.budget, max(1, unlabelled // (2 * self.rounds)))
@@ -179,7 +191,8 @@ class OpenSetDataModule(DerivedDataModule):
         self.test_indices, self.val_indices = targets.test_indices, targets.val_indices
         self._truth = targets.train if self.pool_path is None else None
         self._samples, self._split = samples, split
-        self._identity = pool_settings(self.class_names, samples, split, source.train_target.numpy(), self.split_seed)
+        names = self.class_names, [name for name in source.class_names if name not in self.class_names]
+        self._identity = pool_settings(*names, samples, split, source.train_target.numpy(), self.split_seed)
         self._apply(split.label)
         self._ready = True
 
@@ -203,7 +216,7 @@ class OpenSetDataModule(DerivedDataModule):
         adopt_settings(record, self._identity)
         if record.queries and self._samples.has_files:
             find_files(record, self._samples)
-        label = answered_labels(record, self._split.label, self.class_names)
+        label = answered_labels(record, self._split.label, self.class_names, self.new_classes)
         self.record = record
         self._apply(label)
 
@@ -241,17 +254,10 @@ class OpenSetDataModule(DerivedDataModule):
 
     def view(self, unlabelled: np.ndarray | None = None, labelled_scores: dict[str, Any] | None = None) -> PoolView:
         """The pool as a strategy may see it, with copies of all arrays."""
-        known = self.known_indices
-        return PoolView(
-            np.array(self.unlabelled_indices if unlabelled is None else unlabelled),
-            known.copy(),
-            self.source.train_target.numpy()[known].copy(),
-            self.unknown_indices.copy(),
-            self.num_classes,
-            self.round,
-            self.precision,
-            labelled_scores or {},
-        )
+        known, target = self.known_indices, self.source.train_target.numpy()
+        indices = np.array(self.unlabelled_indices if unlabelled is None else unlabelled)
+        arrays = (indices, known.copy(), target[known].copy(), self.unknown_indices.copy())
+        return PoolView(*arrays, self.num_classes, self.round, self.precision, labelled_scores or {})
 
     # -- what tasks and the Trainer ask for --------------------------------------------------------------------------
 
@@ -269,15 +275,8 @@ class OpenSetDataModule(DerivedDataModule):
         Raises:
             ValueError: where that was trained on other labels.
         """
-        same = state_dict.get("labels_sha256") == self._digest()
         stage = None if self.trainer is None else self.trainer.state.fn
-        if stage == "fit" and not same:
-            raise ValueError(
-                "the checkpoint was trained on other labels than the pool has now: begin the round anew with "
-                "--overwrite in place of --ckpt_path (the answers stay)"
-            )
-        if stage == "predict" and not same:
-            warnings.warn("answers have come in since this checkpoint was trained: fit again first", stacklevel=2)
+        check_same_labels(state_dict.get("labels_sha256") == self._digest(), stage)
 
     def _digest(self) -> str:
         return labels_digest(self._samples, self.train_target.numpy())

@@ -14,14 +14,29 @@ from lightning_kd.pool import UNKNOWN, PoolRecord
 
 
 def pool_settings(
-    class_names: list[str], samples: PoolSamples, split: PoolSplit, own_target: np.ndarray, split_seed: int
+    class_names: list[str],
+    others: list[str],
+    samples: PoolSamples,
+    split: PoolSplit,
+    own_target: np.ndarray,
+    split_seed: int,
 ) -> dict[str, Any]:
-    """What must not change as long as a record is in use; ``own_target`` are the source's own labels."""
+    """What must not change as long as a record is in use.
+
+    Args:
+        class_names: of the known classes.
+        others: the names of the source's other classes, which no new class may have.
+        samples: of the pool.
+        split: of them.
+        own_target: the source's own labels.
+        split_seed: of the initial labels.
+    """
     if samples.has_files:
-        return {"classes": class_names}  # answers are found by the names of files
+        return {"classes": class_names, "others": others}  # answers are found by the names of files
     if samples.path is not None:
         return {
             "classes": class_names,
+            "others": others,
             "labelled": samples.own_count,
             "labelled_sha256": _sha256(own_target),
             "pool_sha256": _sha256(samples.image[samples.own_count :].numpy()),
@@ -42,6 +57,15 @@ def adopt_settings(record: PoolRecord, settings: dict[str, Any]) -> None:
         ValueError: where it is the record of another pool.
     """
     for name in settings.keys() & record.settings.keys():
+        if (
+            name == "classes"
+            and record.settings[name][: len(settings[name])] == settings[name] != record.settings[name]
+        ):
+            added = record.settings[name][len(settings[name]) :]
+            raise ValueError(
+                f"{record.path} has the new classes {added}, which the data lack: give OpenSetDataModule "
+                f"new_classes={record.settings.get('new_classes', added)}"
+            )
         if settings[name] != record.settings[name]:
             raise ValueError(
                 f"{record.path} was begun with {name}={record.settings[name]}, got {settings[name]}: keep the data "
@@ -64,11 +88,13 @@ def find_files(record: PoolRecord, samples: PoolSamples) -> None:
         )
 
 
-def answered_labels(record: PoolRecord, initial_label: np.ndarray, class_names: list[str]) -> np.ndarray:
+def answered_labels(
+    record: PoolRecord, initial_label: np.ndarray, class_names: list[str], new_classes: list[str]
+) -> np.ndarray:
     """The initial labels ``[N]`` with the answers of ``record``, and none else.
 
     Raises:
-        ValueError: for an answer that is no class, or of no sample.
+        ValueError: for an answer that is no class, or of no sample, and for a new class without a sample.
     """
     number = {name: k for k, name in enumerate(class_names)} | {UNKNOWN: len(class_names)}
     label = initial_label.copy()
@@ -78,7 +104,24 @@ def answered_labels(record: PoolRecord, initial_label: np.ndarray, class_names: 
             raise ValueError(f"{record.path} holds an answer for sample {index} that does not fit this pool")
         if index >= 0:
             label[index] = answer
+    for name in new_classes:
+        if not (label == number[name]).any():
+            raise ValueError(
+                f"no sample of the new class {name!r} is left in {record.path}: label one, with lightning-kd label "
+                "--correct where it has another answer"
+            )
     return label
+
+
+def check_new_classes(new_classes: list[str], source_names: list[str], pool: str | None) -> None:
+    """Raise a ``ValueError`` where they cannot be classes beside those of the source."""
+    if new_classes and pool is None:
+        raise ValueError(
+            f"new_classes are for a pool of your own, got {new_classes} without pool: name the known_classes instead"
+        )
+    for k, name in enumerate(new_classes):
+        if name in source_names or name in new_classes[:k]:
+            raise ValueError(f"new_classes holds {name!r}, which is a class already: leave it out")
 
 
 def labels_digest(samples: PoolSamples, label: np.ndarray) -> str:
@@ -89,6 +132,21 @@ def labels_digest(samples: PoolSamples, label: np.ndarray) -> str:
     own, added = index[index < samples.own_count], index[index >= samples.own_count]
     names = "\n".join(f"{samples.path_of(i)} {label[i]}" for i in added.tolist())
     return hashlib.sha256((_sha256(np.stack([own, label[own]])) + names).encode()).hexdigest()
+
+
+def check_same_labels(same: bool, stage: str | None) -> None:
+    """Before a checkpoint is used that was trained on the ``same`` labels as there are now, or on others.
+
+    Raises:
+        ValueError: where a fit would go on with others; a prediction is warned of.
+    """
+    if stage == "fit" and not same:
+        raise ValueError(
+            "the checkpoint was trained on other labels than the pool has now: begin the round anew with "
+            "--overwrite in place of --ckpt_path (the answers stay)"
+        )
+    if stage == "predict" and not same:
+        warnings.warn("answers have come in since this checkpoint was trained: fit again first", stacklevel=3)
 
 
 def _sha256(array: np.ndarray) -> str:

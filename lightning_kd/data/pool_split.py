@@ -31,15 +31,15 @@ class KnownTargets(NamedTuple):
     val_indices: np.ndarray
 
 
-def number_known(source: ClassificationDataModule, known_ids: list[int]) -> KnownTargets:
-    """The targets of ``source``, numbered by the place of their class in ``known_ids``.
+def number_known(source: ClassificationDataModule, known_ids: list[int], num_known: int) -> KnownTargets:
+    """The targets of ``source``, numbered by the place of their class in ``known_ids``, ``num_known`` for others.
 
     Raises:
         ValueError: where no test sample is of a known class.
     """
-    k = len(known_ids)
+    k = num_known
     internal = np.full(source.num_classes, k)
-    internal[known_ids] = np.arange(k)
+    internal[known_ids] = np.arange(len(known_ids))
     train = internal[source.train_target.numpy()]
     test = internal[source.test_target.numpy()]
     val = internal[source.val_target.numpy()] if source._val_source == "val" else train

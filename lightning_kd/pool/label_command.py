@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 import argparse
-from collections.abc import Sequence
+import shlex
+from collections import Counter
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from lightning_kd.pool.pool_record import UNKNOWN, PoolRecord, alone
-from lightning_kd.spreadsheet import column_name, read_rows
+from lightning_kd.spreadsheet import column_name, read_table
 
 __all__ = ["main", "take_answers"]
 
 MOST_SHOWN = 10
+COLUMNS = ("index", "path", "score", "predicted", "label")
 
 
 def main(args: Sequence[str]) -> None:
@@ -24,38 +27,52 @@ def main(args: Sequence[str]) -> None:
     )
     parser.add_argument("answers", help="the CSV file")
     parser.add_argument("--run", help="the run folder; default: the folder that the file is in")
+    parser.add_argument(
+        "--correct",
+        action="store_true",
+        help="let other labels replace earlier answers, and empty ones take them back; pool.json keeps the old ones",
+    )
+    parser.add_argument(
+        "--new_class", action="append", default=[], metavar="NAME", help="a new known class, with labels in the file"
+    )
     given = parser.parse_args(args)
     path = Path(given.answers)
     folder = Path(given.run) if given.run is not None else path.parent
     if not (folder / "pool.json").is_file():
         raise FileNotFoundError(f"there is no {folder / 'pool.json'}: name the folder of the run with --run")
     with alone(folder):
-        print(take_answers(path, folder))
+        print(take_answers(path, folder, correct=given.correct, new_classes=given.new_class))
 
 
-def take_answers(path: Path, folder: Path) -> str:
+def take_answers(path: Path, folder: Path, correct: bool = False, new_classes: Sequence[str] = ()) -> str:
     """Take the answers in the CSV file ``path`` into ``folder/pool.json``: all of them, or none.
 
     Answers that are there already may come again. Returns a message for the person.
 
+    Args:
+        path: the file.
+        folder: of the run.
+        correct: let other labels replace a person's earlier answers, and empty ones take them back.
+        new_classes: names that are known classes from now on; the file must have labels of each.
+
     Raises:
         ValueError: with everything that is wrong in the file: names that are no known class, samples that were not
-            asked for, samples that come twice, answers that contradict earlier ones.
+            asked for, samples that come twice, answers that contradict earlier ones; and for a new class that is none.
         FileNotFoundError: where a file does not exist.
     """
     record = PoolRecord.load(folder / "pool.json")
-    classes = [*record.settings.get("classes", []), UNKNOWN]
+    added = _added_classes(record, new_classes)
+    classes = [*record.settings.get("classes", []), *added, UNKNOWN]
     asked = {row["index"]: row for row in record.queries}
-    answers: dict[int, str] = {}
-    repeated = 0
+    rows, read_as = _read(path)
+    seen: dict[int, str | None] = {}
+    repeated = typed = 0
     problems: list[str] = []
-    for line, cells in _read(path):
-        label = cells["label"]
-        if not label:
+    for line, cells in rows:
+        label = _class_of(cells["label"], classes)
+        if not label and not correct:
             continue
-        if label not in classes:  # as somebody typed it
-            alike = [name for name in classes if name.casefold() == label.casefold()]
-            label = alike[0] if len(alike) == 1 else label
+        typed += label != cells["label"]
         where = f"line {line}"
         try:
             index = int(cells["index"])
@@ -63,43 +80,123 @@ def take_answers(path: Path, folder: Path) -> str:
             problems.append(f"{where}: index {cells['index']!r} is no whole number")
             continue
         row = asked.get(index)
-        if label not in classes:
+        if label and label not in classes:
             problems.append(f"{where}: {label!r} is none of {', '.join(classes)}")
-        if index in answers:
+        if index in seen:
             problems.append(f"{where}: index {index} comes twice")
         elif row is None:
             problems.append(f"{where}: index {index} was not asked for")
-        elif cells.get("path") and row.get("path") and cells["path"] != row["path"]:
+        elif cells.get("path") and row.get("path") and cells["path"] != _as_written(row["path"]):
             problems.append(f"{where}: index {index} is {row['path']!r}, not {cells['path']!r}")
-        elif row["answer"] is not None and row["answer"] != label:
-            problems.append(f"{where}: index {index} was answered {row['answer']!r} before, now {label!r}")
-        answers[index] = label
-        repeated += row is not None and row["answer"] == label
+        elif row["answer"] not in (None, label) and not correct:
+            was = f"was answered {row['answer']!r} before, now {label!r}"
+            problems.append(f"{where}: index {index} {was} (--correct changes it)")
+        elif row["answer"] not in (None, label) and row["by"] != "person":
+            problems.append(f"{where}: index {index} was answered {row['answer']!r} by the {row['by']}, not a person")
+        seen[index] = label or None
+        repeated += row is not None and bool(label) and row["answer"] == label
+    problems += [f"no line is labelled {name!r}, the new class" for name in added if name not in seen.values()]
     if problems:
         more = len(problems) - MOST_SHOWN
         shown = [*problems[:MOST_SHOWN], *([f"and {more} more"] if more > 0 else [])]
         raise ValueError("\n  ".join([f"nothing was taken from {path}, as {len(problems)} things are wrong:", *shown]))
-    if not answers:
+    before = {index: asked[index]["answer"] for index in seen}
+    if not any(seen.values()) and not any(before.values()):
         raise ValueError(f"{path} holds no answer: fill in the column label with a class name or {UNKNOWN!r}")
+    if added:
+        record.add_classes(added)
+    if correct:
+        record.correct_answers(seen, "person")
+    answers = {index: label for index, label in seen.items() if label is not None}
     record.add_answers(answers, "person")
     record.save()
-    taken = len(answers) - repeated
-    unknown = sum(label == UNKNOWN for label in answers.values())
-    again = f", {repeated} of them known before" if repeated else ""
-    text = f"{len(answers)} answers, {unknown} of them {UNKNOWN}{again}; {taken} new in {record.path}"
+    text = _told_of_answers(record, seen, before, repeated, classes)
+    if typed:
+        read_as.append(f"{typed} labels in other letters, or blanks, than the class")
+    if read_as:
+        text += f"\nread: {'; '.join(read_as)}"
+    if added:
+        text += (
+            f"\n{', '.join(map(repr, added))}: known from now on. The next fit has {len(classes) - 1} classes, and "
+            "goes on from no earlier checkpoint"
+        )
     waiting = len(record.pending)
     if waiting:
         return f"{text}\n{waiting} samples still wait for an answer"
-    return f"{text}\nnext: lightning-kd fit --config {folder}/config.yaml --overwrite"
+    return f"{text}\nnext: lightning-kd fit --config {shlex.quote(f'{folder}/config.yaml')} --overwrite"
 
 
-def _read(path: Path) -> list[tuple[int, dict[str, str]]]:
-    """Line number and cells of each row, with the columns ``index`` and ``label``."""
+def _added_classes(record: PoolRecord, names: Sequence[str]) -> list[str]:
+    """Those of ``names`` that are no classes yet; some may have been added by the same command before.
+
+    Raises:
+        ValueError: where one cannot be a new class.
+    """
+    settings = record.settings
+    if names and "samples" in settings:
+        raise ValueError(
+            f"--new_class is for a pool of your own, and {record.path} is of a data set with classes of its own: name "
+            "the known_classes of the data instead"
+        )
+    added: list[str] = []
+    taken = {_plain(name) for name in (*settings.get("classes", []), *settings.get("others", []), UNKNOWN)}
+    for name in (name.strip() for name in names):
+        if name in settings.get("new_classes", []):
+            continue
+        if not name or _plain(name) in taken:
+            raise ValueError(f"--new_class {name!r} must be a new name, of no class that there is: give another one")
+        taken.add(_plain(name))
+        added.append(name)
+    return added
+
+
+def _class_of(label: str, classes: Sequence[str]) -> str:
+    """The class that somebody meant by ``label``; as it is where there is none."""
+    alike = [name for name in classes if _plain(name) == _plain(label)]
+    return alike[0] if label not in classes and len(alike) == 1 else label
+
+
+def _plain(name: str) -> str:
+    return " ".join(name.casefold().split())
+
+
+def _as_written(path: str) -> str:
+    """As it comes out of a CSV: see ``write_text`` and ``read_table``."""
+    return path.encode("utf-8", "backslashreplace").decode().strip()
+
+
+def _told_of_answers(
+    record: PoolRecord,
+    seen: Mapping[int, str | None],
+    before: Mapping[int, str | None],
+    repeated: int,
+    classes: Sequence[str],
+) -> str:
+    """What came in, by class."""
+    count = Counter(label for label in seen.values() if label is not None)
+    changed = sum(bool(seen[index]) and before[index] not in (None, seen[index]) for index in seen)
+    back = sum(seen[index] is None and before[index] is not None for index in seen)
+    total = sum(count.values())
+    again = f", {repeated} of them known before" if repeated else ""
+    text = f"{total} answers, {count[UNKNOWN]} of them {UNKNOWN}{again}; {total - repeated - changed} new"
+    text += f", {changed} changed" if changed else ""
+    text += f", {back} taken back" if back else ""
+    shown = ", ".join(f"{name} {count[name]}" for name in classes if count[name])
+    return f"{text} in {record.path}\nby class: {shown or 'none'}; open: {len(record.pending)}"
+
+
+def _read(path: Path) -> tuple[list[tuple[int, dict[str, str]]], list[str]]:
+    """Line number and cells of each row, with the columns ``index`` and ``label``; and what is unusual in the file."""
     if not path.is_file():
         raise FileNotFoundError(f"{path} does not exist: name the CSV file with the answers")
-    (_, header), *rows = read_rows(path) or [(0, [])]
+    table = read_table(path)
+    (_, header), *rows = table.rows or [(0, [])]
     names = [column_name(cell) for cell in header]
     missing = [name for name in ("index", "label") if name not in names]
     if missing:
         raise ValueError(f"{path} has no column {missing[0]!r}, got {header}: give index and label")
-    return [(line, dict(zip(names, [*cells, *[""] * len(names)], strict=False))) for line, cells in rows]
+    if twice := [name for name in ("index", "path", "label") if names.count(name) > 1]:
+        raise ValueError(f"{path} names the column {twice[0]!r} twice in its first line: rename or remove one")
+    others = [cell for cell, name in zip(header, names, strict=True) if cell and name not in COLUMNS]
+    form = [*table.form, *([f"columns not looked at: {', '.join(others)}"] if others else [])]
+    return [(line, dict(zip(names, [*cells, *[""] * len(names)], strict=False))) for line, cells in rows], form

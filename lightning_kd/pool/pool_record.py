@@ -64,11 +64,13 @@ class PoolRecord:
 
     Each entry of ``queries`` is one sample: ``round``, ``index`` (position in the full training array), ``path`` where
     there is one, ``score``, ``predicted`` (class name), ``answer`` (a class name, ``"unknown"``, or ``None`` as long as
-    nobody answered) and ``by`` (``"oracle"`` or ``"person"``).
+    nobody answered) and ``by`` (``"oracle"`` or ``"person"``). Where an answer was changed or taken back, ``history``
+    holds what was there before: entries ``answer`` and ``by``, the oldest first.
 
     Args:
         path: the file, ``RUN/pool.json``.
-        settings: what makes this pool this pool: classes, seeds, sizes; compared when a run goes on.
+        settings: what makes this pool this pool: classes, seeds, sizes; compared when a run goes on. ``new_classes``
+            are those of its classes that came with answers.
         queries: the samples asked for, in the order they were asked for.
         results: what each finished round reached.
     """
@@ -179,15 +181,37 @@ class PoolRecord:
             if row["answer"] is None and row["index"] in answers:
                 row |= {"answer": answers[row["index"]], "by": by}
 
+    def correct_answers(self, answers: Mapping[int, str | None], by: str) -> None:
+        """Change the answers to answered entries by index, or take them back with ``None``; the old ones are kept in
+        their ``history``. Nothing is written to the disk yet."""
+        for row in self.queries:
+            if row["answer"] is not None and row["index"] in answers and answers[row["index"]] != row["answer"]:
+                row.setdefault("history", []).append({"answer": row["answer"], "by": row["by"]})
+                new = answers[row["index"]]
+                row |= {"answer": new, "by": None if new is None else by}
+
+    def add_classes(self, names: Sequence[str]) -> None:
+        """Let these be known classes from now on, after the others. Nothing is written to the disk yet."""
+        for setting in ("classes", "new_classes"):
+            self.settings[setting] = [*self.settings.get(setting, []), *names]
+
 
 def missing_rows(record: PoolRecord, other: PoolRecord) -> list[dict[str, Any]]:
-    """The rows of ``record`` that ``other`` lacks, or has another answer to."""
+    """The rows of ``record`` that ``other`` lacks, or does not know the answer to, as it is or in its history."""
 
     def key(row: dict[str, Any]) -> tuple[Any, ...]:
         return row["round"], row.get("path", row["index"])
 
-    there = {key(row): row["answer"] for row in other.queries}
-    return [row for row in record.queries if key(row) not in there or row["answer"] not in (None, there[key(row)])]
+    def is_kept(row: dict[str, Any]) -> bool:
+        found = there.get(key(row))
+        if found is None:
+            return False
+        old, new = row.get("history", []), found.get("history", [])
+        latest = new[len(old)] if len(new) > len(old) else found
+        return bool(new[: len(old)] == old and row["answer"] in (None, latest["answer"]))
+
+    there = {key(row): row for row in other.queries}
+    return [row for row in record.queries if not is_kept(row)]
 
 
 def alone(folder: Path) -> AbstractContextManager[None]:

@@ -6,7 +6,9 @@ import sys
 import pytest
 
 from lightning_kd.cli import main
+from lightning_kd.file_writing import write_text
 from lightning_kd.pool import PoolRecord
+from lightning_kd.spreadsheet import csv_text
 
 
 @pytest.fixture
@@ -94,3 +96,135 @@ def test_does_not_wait_for_torch():
     code = "import sys, lightning_kd.cli, lightning_kd.pool.label_command; print(int('torch' in sys.modules))"
     out = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout
     assert out == "0\n"
+
+
+def rows_of(path):
+    return {row["index"]: row for row in PoolRecord.load(path).queries}
+
+
+def test_what_came_in_is_told_by_class(pool, tmp_path, capsys):
+    answer(tmp_path, "index,label\n3,cat\n1,unknown\n8,\n")
+    assert "by class: cat 1, unknown 1; open: 1\n" in capsys.readouterr().out
+
+
+def test_what_is_unusual_in_a_file_is_told(pool, tmp_path, capsys):
+    text = 'Label;remark;INDEX\r\nC at;x;3\r\n"CAT  ";;1\r\ndog;;8\r\n'
+    (tmp_path / "answers.csv").write_bytes(b"\xef\xbb\xbf" + text.replace("C at", "cAt").encode())
+    main(["label", str(tmp_path / "answers.csv")])
+    out = capsys.readouterr().out
+    assert (
+        "read: cells separated by semicolons; a byte order mark; Windows line ends; columns not looked at: rem" in out
+    )
+    assert "; 2 labels in other letters, or blanks, than the class\n" in out
+    answer(tmp_path, "index,label\n3,cat\n")
+    assert "read:" not in capsys.readouterr().out
+
+
+def test_a_column_that_comes_twice_is_refused(pool, tmp_path, capsys):
+    with pytest.raises(SystemExit):
+        answer(tmp_path, "index,label,Label\n3,cat,dog\n")
+    assert "names the column 'label' twice" in capsys.readouterr().err
+
+
+def correct(tmp_path, text):
+    (tmp_path / "answers.csv").write_text(text)
+    main(["label", str(tmp_path / "answers.csv"), "--correct"])
+
+
+def test_answers_are_corrected_and_the_old_ones_kept(pool, tmp_path, capsys):
+    answer(tmp_path, "index,label\n3,cat\n1,dog\n")
+    capsys.readouterr()
+    correct(tmp_path, "index,label\n3,dog\n1,\n8,cat\n")
+    assert "2 answers, 0 of them unknown; 1 new, 1 changed, 1 taken back" in capsys.readouterr().out
+    assert answers(pool) == {3: ("dog", "person"), 1: (None, None), 8: ("cat", "person")}
+    correct(tmp_path, "index,label\n3,cat\n1,unknown\n")
+    found = rows_of(pool)
+    assert found[3]["history"] == [{"answer": "cat", "by": "person"}, {"answer": "dog", "by": "person"}]
+    assert (found[1]["history"], found[1]["answer"]) == ([{"answer": "dog", "by": "person"}], "unknown")
+    assert "history" not in found[8]
+    before = pool.read_text()
+    correct(tmp_path, "index,label\n3,cat\n1,unknown\n")  # again
+    assert pool.read_text() == before
+
+
+def test_only_correct_changes_an_answer(pool, tmp_path, capsys):
+    answer(tmp_path, "index,label\n3,cat\n")
+    before = pool.read_text()
+    with pytest.raises(SystemExit):
+        answer(tmp_path, "index,label\n3,dog\n")
+    assert "(--correct changes it)" in capsys.readouterr().err
+    answer(tmp_path, "index,label\n3,cat\n8,\n")
+    assert pool.read_text() == before
+
+
+def test_an_oracle_is_not_corrected(pool, tmp_path, capsys):
+    record = PoolRecord.load(pool)
+    record.add_answers({3: "cat"}, "oracle")
+    record.save()
+    with pytest.raises(SystemExit):
+        correct(tmp_path, "index,label\n3,dog\n1,dog\n")
+    assert "index 3 was answered 'cat' by the oracle" in capsys.readouterr().err
+    assert answers(pool)[1] == (None, None)
+
+
+def test_a_record_from_before_a_correction_is_not_written(pool, tmp_path):
+    answer(tmp_path, "index,label\n3,cat\n")
+    old = PoolRecord.load(pool)
+    correct(tmp_path, "index,label\n3,\n")
+    with pytest.raises(ValueError, match="would be lost"):
+        old.save()
+
+
+def with_new_class(tmp_path, text, *names):
+    (tmp_path / "answers.csv").write_text(text)
+    main(["label", str(tmp_path / "answers.csv"), *(word for name in names for word in ("--new_class", name))])
+
+
+def test_a_new_class(pool, tmp_path, capsys):
+    for _ in range(2):  # a command may be given again
+        with_new_class(tmp_path, "index,label\n3,bird\n1,dog\n", "bird")
+        assert PoolRecord.load(pool).settings == {"classes": ["cat", "dog", "bird"], "new_classes": ["bird"]}
+    assert "'bird': known from now on. The next fit has 3 classes" in capsys.readouterr().out
+    answer(tmp_path, "index,label\n8,Bird\n")
+    assert answers(pool) == {3: ("bird", "person"), 1: ("dog", "person"), 8: ("bird", "person")}
+
+
+@pytest.mark.parametrize(
+    ("names", "message"),
+    [
+        (["bird", "cow"], "no line is labelled 'cow', the new class"),
+        (["Dog"], "--new_class 'Dog' must be a new name"),
+        (["unknown"], "--new_class 'unknown' must be a new name"),
+        ([" "], "--new_class '' must be a new name"),
+        (["horse"], "--new_class 'horse' must be a new name"),  # another class of the source
+    ],
+)
+def test_no_new_class(pool, tmp_path, capsys, names, message):
+    record = PoolRecord.load(pool)
+    record.settings["others"] = ["horse"]
+    record.save()
+    before = pool.read_text()
+    with pytest.raises(SystemExit):
+        with_new_class(tmp_path, "index,label\n3,bird\n1,dog\n", *names)
+    assert message in capsys.readouterr().err
+    assert pool.read_text() == before
+
+
+def test_a_benchmark_has_no_new_class(pool, tmp_path, capsys):
+    record = PoolRecord.load(pool)
+    record.settings["samples"] = 10
+    record.save()
+    with pytest.raises(SystemExit):
+        with_new_class(tmp_path, "index,label\n3,bird\n", "bird")
+    assert "name the known_classes of the data instead" in capsys.readouterr().err
+
+
+def test_names_of_files_that_are_no_utf8_or_end_in_blanks(tmp_path):
+    paths = ["caf\udce9.png", " b .png "]
+    record = PoolRecord(tmp_path / "pool.json", {"classes": ["cat", "dog"]})
+    record.add_query([0, 1], [0.9, 0.5], ["cat", "dog"], paths)
+    record.save()
+    rows = [["index", "path", "label"], *([k, path, "cat"] for k, path in enumerate(paths))]
+    write_text(tmp_path / "answers.csv", csv_text(rows))
+    main(["label", str(tmp_path / "answers.csv")])
+    assert {row["answer"] for row in PoolRecord.load(tmp_path / "pool.json").queries} == {"cat"}
