@@ -79,7 +79,16 @@ def test_labels_are_corrected_in_a_browser(browser, tmp_path):
     expected[index[0]], expected[index[1]], expected[index[2]] = 1, 1, 0
     assert corrected.train_target.tolist() == expected.tolist()
     again = ["--data.noise", "LabelFile", "--data.noise.path", str(path), "--run", "again"]  # as the page says
-    main(["fit", "--config", "r/config.yaml", *again])
+    main(["fit", "--config", "r/config.yaml", *again, "--model.label_page", "6", *QUIET])
+    browser.open(Path("again/noisy_labels.html"))  # a second round keeps the first
+    _, *rows = [cells for _, cells in read_rows(Path("again/noisy_labels.csv"))]
+    browser.press("1")
+    path.unlink()
+    browser.press("s", control=True)
+    corrected = ImageFolderDataModule(**options, noise=LabelFile(str(browser.downloaded("corrections.csv"))))
+    corrected.setup()
+    expected[int(rows[0][0])] = 0
+    assert corrected.train_target.tolist() == expected.tolist()
 
 
 def test_how_many_labels_are_shown(tmp_path):

@@ -31,6 +31,7 @@ class PageRow(NamedTuple):
         facts: names and texts shown beside it; the first one stands for it.
         predicted: the name of the predicted class, by which a person can filter.
         given: the name of the class it has now, where it has one.
+        otherwise: the name of the class that is saved where nobody chooses one.
     """
 
     cells: Sequence[Any]
@@ -38,6 +39,7 @@ class PageRow(NamedTuple):
     facts: Sequence[tuple[str, str]]
     predicted: str
     given: str | None = None
+    otherwise: str | None = None
 
 
 def label_page(
@@ -50,6 +52,7 @@ def label_page(
     command: str,
     none: str | None = None,
     keep_open: bool = True,
+    more: Sequence[Sequence[Any]] = (),
 ) -> str:
     """The text of an HTML page on which a person gives each picture a class and saves a CSV.
 
@@ -64,6 +67,7 @@ def label_page(
         command: what to do with it, in which ``RUN`` becomes the folder that the page is in.
         none: a further choice, for what is none of the classes.
         keep_open: whether the CSV has lines for what nobody chose anything for, with an empty label.
+        more: further lines of the CSV, whatever is chosen.
     """
     choices: list[dict[str, Any]] = [{"name": name, "cell": _cells([name])} for name in class_names]
     if none is not None:
@@ -75,6 +79,7 @@ def label_page(
         "command": command,
         "keep_open": keep_open,
         "choices": choices,
+        "more": [_cells(cells) for cells in more],
         "rows": [
             {
                 "cells": _cells(row.cells),
@@ -82,6 +87,7 @@ def label_page(
                 "facts": list(row.facts),
                 "predicted": row.predicted,
                 "given": row.given,
+                "otherwise": None if row.otherwise is None else _cells([row.otherwise]),
             }
             for row in rows
         ],

@@ -182,8 +182,12 @@ def test_one_command_at_a_time(capsys, tmp_path):
             with pytest.raises(SystemExit):
                 main(args)
             assert "another command works on the pool" in capsys.readouterr().err
+    page = tmp_path / "r/query_00.html"
+    before = page.read_bytes()
     (tmp_path / "r/query_00.csv").unlink()
-    main(["query", "--config", "r/config.yaml", *QUIET])  # brings the lost file back
+    page.unlink()
+    main(["query", "--config", "r/config.yaml", *QUIET])  # brings the lost files back
+    assert page.read_bytes() == before
     assert len((tmp_path / "r/query_00.csv").read_text().splitlines()) == 41
     assert PoolRecord.load("r/pool.json").round == 1
 
