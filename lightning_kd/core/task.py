@@ -165,8 +165,9 @@ class Task(EvaluatedModule):
         return None if views and target.ndim > 2 else target  # of two views, for a method of your own
 
     def configure_callbacks(self) -> list[L.Callback]:
-        known = {type(c) for c in self.trainer.callbacks}  # type: ignore[attr-defined]
-        return [kind() for kind in (EpochSeeding, TrainingWatch) if kind not in known]
+        known: list[L.Callback] = self.trainer.callbacks  # type: ignore[attr-defined]
+        kinds = (EpochSeeding, TrainingWatch)
+        return [kind() for kind in kinds if not any(isinstance(callback, kind) for callback in known)]
 
     def configure_optimizers(self) -> Any:
         return self.optimizer_and_scheduler([p for p in self.parameters() if p.requires_grad])

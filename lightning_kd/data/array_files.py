@@ -120,7 +120,9 @@ def to_target(array: np.ndarray, count: int, num_classes: int | None, name: str)
         ValueError: if there are none, if rank, dtype or number do not fit, or a label is out of range.
     """
     if array.ndim != 1 or not np.issubdtype(array.dtype, np.integer):
-        raise ValueError(f"{name} must hold integers [N], got {array.dtype} {array.shape}: give one class a sample")
+        remedy = "save names by array.astype(str)" if array.dtype.kind == "S" else "convert it by array.astype(int)"
+        remedy = "give one class a sample" if array.ndim != 1 else remedy
+        raise ValueError(f"{name} must hold integers [N], got {array.dtype} {array.shape}: {remedy}")
     _check_count(array, count, name)
     wrong = array < 0 if num_classes is None else (array < 0) | (array >= num_classes)
     if wrong.any():
@@ -151,6 +153,7 @@ def number_classes(
     """
     if not targets:  # what is missing is told where it is read
         return class_names, []
+    targets = [target.astype(np.uint8) if target.dtype == bool else target for target in targets]
     kinds = {target.dtype.kind for target in targets}
     if kinds == {"U"}:
         values = class_names or np.unique(np.concatenate([target.reshape(-1) for target in targets])).tolist()

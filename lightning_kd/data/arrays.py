@@ -46,8 +46,9 @@ class ArrayDataModule(ClassificationDataModule):
     ``feature`` may stand for ``image`` in the names). Further keys are left alone.
     Targets say what is asked of a network:
 
-    - integers ``[N]`` (or ``[N, 1]``) from 0 on, or texts, the names of the classes: one class a sample
-      (``SingleLabel``). Integers from 1 on, and those with large gaps, are numbered anew, and keep theirs as names;
+    - integers ``[N]`` (or ``[N, 1]``) from 0 on, false and true, or texts, the names of the classes: one class a
+      sample (``SingleLabel``). Integers from 1 on, and those with large gaps, are numbered anew, and keep theirs as
+      names;
     - uint8 ``[N, C]`` of 0, 1 and 255 for "not known": several labels (``MultiLabel``);
     - uint8 ``[N, H, W]`` (or ``[N, H, W, 1]``) with 255 for ignored pixels: a class for each pixel (``Segmentation``).
       Masks are cropped and flipped with their images.
@@ -174,16 +175,18 @@ class ArrayDataModule(ClassificationDataModule):
         if self.kind == "single_label":
             keys = [key for key in (f"{prefix}target", "test_target") if key in arrays]
             found, targets = number_classes([arrays[key] for key in keys], class_names, repr(self.path))
-            arrays, class_names = {**arrays, **dict(zip(keys, targets, strict=True))}, found
-        image, target = self._pair(arrays, prefix, len(class_names) if class_names else None)
+            arrays = {**arrays, **dict(zip(keys, targets, strict=True))}
+        else:
+            found = class_names
+        image, target = self._pair(arrays, prefix, len(found) if found else None)
         count = target.shape[1] if self.kind == "multi_label" else int(target.max()) + 1
-        if not class_names and count < _PROBLEMS[self.kind].least:
-            held = "no labelled pixel" if count == 0 else "class 0 alone"
+        names = found or [str(c) for c in range(count)]
+        if not class_names and len(names) < _PROBLEMS[self.kind].least:
+            held = f"class {names[0]} alone" if names else "no labelled pixel"
             raise ValueError(
                 f"{prefix}target of {self.path!r} must hold at least 2 classes, got {held}: correct the targets, or "
                 "give class_names"
             )
-        names = class_names or [str(c) for c in range(count)]
         if {"test_image", "test_feature", "test_target"} & set(arrays):
             test_image, test_target = self._pair(arrays, "test_", len(names))
             if test_image.shape[1:] != image.shape[1:] or test_image.dtype != image.dtype:

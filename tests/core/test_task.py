@@ -10,6 +10,8 @@ from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
 from lightning_kd import Classification, DigitsDataModule
+from lightning_kd.core.seeding import EpochSeeding
+from lightning_kd.core.training_watch import TrainingWatch
 from tests.two_processes import on_two_ranks
 
 
@@ -62,3 +64,14 @@ def test_draws_depend_on_epoch_pass_and_process():
     alone, (first, second) = _drawn(), on_two_ranks(_drawn_on_two)
     assert _drawn() == alone == first
     assert len({*first, *second}) == 8  # two epochs, passes and processes
+
+
+class OwnSeeding(EpochSeeding):
+    """A user's own, in place of that of the task."""
+
+
+def test_a_callback_of_ones_own_takes_the_place_of_its_kind():
+    trainer = trainer_of(max_epochs=1, callbacks=[OwnSeeding()])
+    trainer.fit(Classification("mlp_8", 10, input_shape=(1, 8, 8)), DigitsDataModule(fake=True))
+    kinds = [type(c) for c in trainer.callbacks if isinstance(c, EpochSeeding | TrainingWatch)]
+    assert kinds == [OwnSeeding, TrainingWatch]

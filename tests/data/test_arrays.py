@@ -94,7 +94,8 @@ def test_constant_channel_does_not_divide_by_zero(tmp_path):
         ({"image": images(shape=(2, 2, 2, 2)), "target": labels()}, "uint8 images"),
         ({"image": np.full((60, 4), np.nan), "target": labels()}, "finite"),
         ({"image": images(), "target": labels() - 1}, "0 or more, got -1"),
-        ({"image": images(), "target": labels() * 0.5}, "integers"),
+        ({"image": images(), "target": labels() * 0.5}, r"integers \[N\], got float64 \(60,\): convert it"),
+        ({"image": images(), "target": labels().astype("S")}, r"integers .*: save names by array.astype\(str\)"),
         ({"image": images(0), "target": labels(0)}, "empty"),
         ({"image": images(3), "target": labels(3)}, "test_fraction=0.2 of 3 samples"),
         (
@@ -175,6 +176,16 @@ def test_texts_are_names_of_classes(tmp_path):
     assert torch.equal(ordered.train_target[data.train_target == 2], torch.zeros(16, dtype=torch.int64))
     with pytest.raises(ValueError, match="holds the label 'eel', which is none of class_names"):
         ArrayDataModule(str(tmp_path / "some.npz"), class_names=["dog", "cat"])
+
+
+def test_true_and_false_are_two_classes(tmp_path):
+    target = np.arange(30) % 3 == 1
+    for given, names in ((target, ["0", "1"]), (target[:, None], ["no", "yes"])):
+        path = save(tmp_path, train_image=images(30), train_target=given, test_image=images(30), test_target=given)
+        data = ArrayDataModule(path, class_names=names if given.ndim == 2 else None)
+        data.setup()
+        assert data.class_names == names
+        assert data.train_target.tolist() == data.test_target.tolist() == target.astype(int).tolist()
 
 
 def test_objects_are_not_called_damaged(tmp_path):

@@ -135,6 +135,8 @@ def test_columns_of_one(tmp_path):
         (np.full((40, 8, 8), 255, np.uint8), {}, "must hold at least 2 classes, got no labelled pixel"),
         (np.zeros((40, 8, 8), np.uint8), {}, "must hold at least 2 classes, got class 0 alone"),
         (np.zeros(40, np.int64), {}, "must hold at least 2 classes, got class 0 alone"),
+        (np.full(40, 3), {}, "must hold at least 2 classes, got class 3 alone"),
+        (np.full(40, "ant"), {}, "must hold at least 2 classes, got class ant alone"),
         (label_matrix(), {"class_names": ["a"]}, "a name for each of the 4 columns .* got 1 names"),
         (label_matrix(), {"kind": "tags"}, "kind must be one of single_label, multi_label, segmentation, or None, got"),
     ],
