@@ -10,6 +10,7 @@ import lightning as L
 import numpy as np
 import torch
 from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
+from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor, nn
 
 from lightning_kd.argument_checks import check_numbers
@@ -22,6 +23,7 @@ from lightning_kd.core.quiet import quiet
 from lightning_kd.core.seeding import EpochSeeding, global_seed, numpy_generator
 from lightning_kd.core.training_watch import TrainingWatch
 from lightning_kd.core.two_pass_step import second_pass
+from lightning_kd.core.weights import other_classes
 from lightning_kd.nets import network_for
 
 __all__ = ["Task"]
@@ -148,6 +150,17 @@ class Task(EvaluatedModule):
             for network in self._built:
                 if network._compiled_call_impl is None:
                     network.compile()
+
+    def on_fit_start(self) -> None:
+        if self.trainer.ckpt_path is not None:  # its weights have taken the place of those given
+            return
+        data = getattr(self.trainer, "datamodule", None)
+        trained = [network for network in self._built if any(p.requires_grad for p in network.parameters())]
+        for what in {other_classes(network, data) for network in trained} - {None}:
+            rank_zero_warn(
+                f"the given weights were trained on other classes, or in another order ({what}): good to start from, "
+                "but what the network answers before it is trained is wrong"
+            )
 
     def format_image(self, image: Tensor) -> Tensor:
         """The image in the memory format of the networks."""

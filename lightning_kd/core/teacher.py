@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from lightning_kd.core.problems import Problem
-from lightning_kd.core.weights import load_weights, pretrained_network
+from lightning_kd.core.weights import load_weights, other_classes, pretrained_network
 
 __all__ = ["FrozenTeacher", "teacher_network"]
 
@@ -86,6 +86,18 @@ class FrozenTeacher(nn.Module):
             if remove_duplicate:
                 memo.add(self)
             yield prefix, self
+
+    def check_classes(self, data: Any) -> None:
+        """Refuse data of other classes than those that the weights were trained on, as far as both are known by name.
+
+        Raises:
+            ValueError: where they differ, or stand in another order.
+        """
+        if (what := other_classes(self.network, data)) is not None:
+            raise ValueError(
+                f"the teacher was trained on other classes than the data has, or in another order ({what}): give "
+                "teacher_weights of the same classes, or the data in the same order"
+            )
 
     def set_data_normalisation(self, mean: Sequence[float], std: Sequence[float]) -> None:
         """Say what the images were normalised with: they are given the teacher's own normalisation instead."""

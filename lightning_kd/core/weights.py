@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 from collections.abc import Mapping
+from itertools import zip_longest
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +20,8 @@ from lightning_kd.nets.library_networks import timm_library, torchvision_name
 _NESTS = ("state_dict", "model", "net", "network", "model_state_dict")
 # Ours are saved as part of a task, under the name that the network has in it.
 _PREFIXES = ("network.", "student.", "")
+# Under which a network keeps the names of the classes that its weights were trained on.
+_CLASSES = "classes_of_weights"
 
 
 def load_weights(network: nn.Module, source: str | Path, num_classes: int | None = None) -> None:
@@ -27,7 +30,8 @@ def load_weights(network: nn.Module, source: str | Path, num_classes: int | None
     The file is a checkpoint of a task here (the network under ``network.`` or ``student.``; its other parts are
     ignored), a plain state_dict, or what the public distillation programs save (the state_dict inside ``model``,
     ``state_dict`` or ``net``, the names perhaps after ``module.``). A ``.safetensors`` file needs that package. Nothing
-    but tensors and plain values is ever unpickled.
+    but tensors and plain values is ever unpickled. The classes that a checkpoint was trained on are kept with the
+    network, for ``other_classes``.
 
     Args:
         network: the network to load into; names and shapes must match exactly. Only ``num_batches_tracked``, which old
@@ -43,11 +47,31 @@ def load_weights(network: nn.Module, source: str | Path, num_classes: int | None
     """
     path = Path(source).expanduser()
     own = network.state_dict()
-    weights = _matching(_state_dict(_read(path), path), own)
+    content = _read(path)
+    weights = _matching(_state_dict(content, path), own)
     _check(weights, own, path, type(network).__name__)
     if num_classes is not None:
         _check_classes(network, num_classes, path)
     network.load_state_dict(weights, strict=False)  # checked above; strict would ask for num_batches_tracked
+    network.__dict__[_CLASSES] = content.get("class_names")
+
+
+def other_classes(network: nn.Module, data: Any) -> str | None:
+    """Where the weights loaded into ``network`` were trained on other classes than those of ``data``: which one.
+
+    Args:
+        network: what ``load_weights`` loaded into.
+        data: a data module; one without ``class_names`` is not looked at.
+
+    Returns:
+        What differs, such as ``class 0 was 'ant', here it is 'bee'``; ``None`` where nothing does, where the file did
+        not say, and where the classes of either are called by plain numbers, which may mean anything.
+    """
+    stored, names = network.__dict__.get(_CLASSES), getattr(data, "class_names", None)
+    if not stored or not names or any(all(name.isdecimal() for name in both) for both in (stored, names)):
+        return None
+    pairs = enumerate(zip_longest(stored[: len(names)], names))  # a data set may lack the last ones
+    return next((f"class {k} was {was!r}, here it is {name!r}" for k, (was, name) in pairs if was != name), None)
 
 
 def pretrained_network(name: str, num_classes: int) -> nn.Module:

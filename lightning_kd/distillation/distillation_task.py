@@ -59,7 +59,8 @@ class Distillation(Task, ABC):
             ``compile`` of ``Task``.
 
     Raises:
-        ValueError: if the teacher has no weights or another number of classes, or is the student itself.
+        ValueError: if the teacher has no weights or another number of classes, or is the student itself; before a fit
+            where its checkpoint names other classes than the data.
     """
 
     def __init__(
@@ -140,6 +141,8 @@ class Distillation(Task, ABC):
 
     def setup(self, stage: str) -> None:
         super().setup(stage)
+        if stage in ("fit", "validate"):  # else it is not asked
+            self.teacher.check_classes(getattr(self.trainer, "datamodule", None))
         if stage == "fit" and [module for module in self.modules() if not module.training] == [self.teacher]:
             warnings.filterwarnings("ignore", "Found 1 module\\(s\\) in eval mode")
         if self.teacher.mean is not None:

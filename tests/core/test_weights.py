@@ -7,12 +7,14 @@ from pathlib import Path
 from typing import Any
 
 import lightning as L
+import numpy as np
 import pytest
 import torch
 import torchvision
 from torch import Tensor, nn
 
-from lightning_kd.core.weights import load_weights, pretrained_network
+from lightning_kd import KD, ArrayDataModule, Classification
+from lightning_kd.core.weights import load_weights, other_classes, pretrained_network
 from lightning_kd.nets import build_network
 
 
@@ -309,3 +311,74 @@ def test_default_without_a_connection(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_default_of_other_names(name: str) -> None:
     with pytest.raises(ValueError, match=f"'default' exist only for timm/ and torchvision/ names, not for '{name}'"):
         pretrained_network(name, 10)
+
+
+# -- the classes they were trained on --------------------------------------------------------------------------------
+
+
+def animals(*names: str, **options: Any) -> ArrayDataModule:
+    target = np.array(names)[np.arange(30) % len(names)]
+    np.savez("animals.npz", image=np.zeros((30, 4, 4), np.uint8), target=target)
+    return ArrayDataModule("animals.npz", class_names=list(names), **options)
+
+
+def quiet_trainer(**options: Any) -> L.Trainer:
+    quiet: dict[str, Any] = {"logger": False, "enable_checkpointing": False, "enable_progress_bar": False}
+    return L.Trainer(**{**quiet, "enable_model_summary": False, "accelerator": "cpu", "max_epochs": 1, **options})
+
+
+def task_of(**options: Any) -> Classification:
+    return Classification("mlp_8", 3, input_shape=(1, 4, 4), **options)
+
+
+def student_of(**options: Any) -> KD:
+    return KD("mlp_8", "mlp_8", 3, input_shape=(1, 4, 4), **options)
+
+
+@pytest.fixture
+def trained() -> str:
+    trainer = quiet_trainer()
+    trainer.fit(task_of(), animals("ant", "bee", "cat"))
+    trainer.save_checkpoint("animals.ckpt")
+    return "animals.ckpt"
+
+
+@pytest.mark.filterwarnings("ignore:the teacher's validation accuracy")
+@pytest.mark.parametrize("names", ["bee cat dog", "bee ant cat"])
+def test_a_teacher_of_other_classes_is_refused(trained: str, names: str) -> None:
+    message = r"the teacher was trained on other classes .*class 0 was 'ant', here it is 'bee'"
+    for verb in ("fit", "validate"):
+        with pytest.raises(ValueError, match=message):
+            getattr(quiet_trainer(), verb)(student_of(teacher_weights=trained), animals(*names.split()))
+    quiet_trainer().test(student_of(teacher_weights=trained), animals(*names.split()), verbose=False)
+    quiet_trainer().fit(student_of(teacher_weights=trained), animals("ant", "bee", "cat"))
+
+
+@pytest.mark.filterwarnings("ignore:the teacher's validation accuracy")
+@pytest.mark.parametrize(
+    "make", [lambda w: task_of(weights=w), lambda w: student_of(teacher_weights="random", student_weights=w)]
+)
+def test_weights_of_other_classes_are_told(trained: str, make: Any, recwarn: pytest.WarningsRecorder) -> None:
+    def told() -> int:
+        said = [str(w.message) for w in recwarn]
+        recwarn.clear()
+        return sum("trained on other classes, or in another order (class 1 was 'bee', here" in text for text in said)
+
+    quiet_trainer().fit(make(trained), animals("ant", "bee", "cat"))
+    assert told() == 0
+    trainer, task, data = quiet_trainer(), make(trained), animals("ant", "cat", "bee")
+    trainer.fit(task, data)
+    assert told() == 1
+    trainer.save_checkpoint("next.ckpt")
+    quiet_trainer(max_epochs=2).fit(make(trained), data, ckpt_path="next.ckpt", weights_only=True)
+    assert told() == 0
+
+
+def test_plain_numbers_say_nothing_about_classes(trained: str) -> None:
+    network = build_network("mlp_8", 3, 16)
+    load_weights(network, trained)
+    assert other_classes(network, animals("1", "2", "3")) is None
+    assert other_classes(network, animals("ant", "bee")) is None  # a data set may lack the last ones
+    assert other_classes(network, animals("ant", "cat")) == "class 1 was 'bee', here it is 'cat'"
+    assert other_classes(network, None) is None
+    assert other_classes(task_of().network, animals("ant", "cat")) is None
