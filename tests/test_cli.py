@@ -126,8 +126,9 @@ def test_fit_test_predict_in_one_folder(tmp_path, capsys):
     probabilities = [float(predictions[0][f"probability_{k}"]) for k in range(10)]
     assert sum(probabilities) == pytest.approx(1, abs=1e-4)
     assert int(predictions[0]["prediction"]) == max(range(10), key=probabilities.__getitem__)
-    history = json.loads((run / "run.json").read_text())["history"]
-    assert [entry["verb"] for entry in history] == ["fit", "test", "validate"]
+    record = json.loads((run / "run.json").read_text())
+    assert [entry["verb"] for entry in record["history"]] == ["fit", "test", "validate"]
+    assert record["class_names"] == record["history"][0]["class_names"] == [str(digit) for digit in range(10)]
 
 
 def test_a_finished_fit_is_not_trained_over(tmp_path, capsys):

@@ -84,14 +84,14 @@ class Beginning(L.Callback):
         self._waiting = [entry for entry in self._waiting if entry[1] != verb]  # a round that was done already
         self._waiting.append((folder, verb, seed, config))
 
-    def begin(self, only: RunFolder | None = None) -> None:
-        """Write what waits, all or, when the command has ended, that of one folder."""
+    def begin(self, only: RunFolder | None = None, class_names: list[str] | None = None) -> None:
+        """Write what waits, all or, when the command has ended, that of one folder; ``class_names`` are the data's."""
         waiting, self._waiting = self._waiting, []
         for folder, verb, seed, config in waiting:
             if only is not None and folder is not only:
                 continue
             if verb is not None:
-                folder.begin(verb, self.command, seed)
+                folder.begin(verb, self.command, seed, class_names)
                 if only is not None:
                     folder.record["start"] = self._start
             if config is not None:
@@ -112,7 +112,8 @@ class Beginning(L.Callback):
 
     def _note(self, trainer: L.Trainer) -> None:
         if trainer.is_global_zero:
-            self.begin()
+            names = getattr(trainer.datamodule, "class_names", None)  # type: ignore[attr-defined]
+            self.begin(class_names=None if names is None else [*map(str, names)])
 
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         self._note(trainer)

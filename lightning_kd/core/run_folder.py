@@ -139,8 +139,19 @@ class RunFolder:
             raise ValueError(f"{self.record_file} is of no run of lightning-kd: name another --run folder")
         return found
 
-    def begin(self, verb: str, command: str, seed: int | None) -> None:
-        """Write ``run.json`` with outcome ``running``; earlier commands move to its ``history``."""
+    def begin(self, verb: str, command: str, seed: int | None, class_names: list[str] | None = None) -> None:
+        """Write ``run.json`` with outcome ``running``; earlier commands move to its ``history``.
+
+        Args:
+            verb: what the command does.
+            command: the command line.
+            seed: of ``seed_everything``.
+            class_names: of the data, in the order of their numbers; ``None`` where it has none.
+
+        Raises:
+            NotADirectoryError: where the folder is a file.
+            ValueError: where an earlier ``run.json`` is damaged.
+        """
         if self.path.exists() and not self.path.is_dir():
             raise NotADirectoryError(f"--run {str(self.path)!r} is a file: name a folder")
         earlier = self.read_record() or {}
@@ -151,6 +162,7 @@ class RunFolder:
             "verb": verb,
             "command": command,
             "seed": seed,
+            "class_names": class_names,
             "versions": {"lightning-kd": __version__, **{name: version(name) for name in packages}},
             "start": _now(),
             "end": None,

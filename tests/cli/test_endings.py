@@ -4,6 +4,7 @@ import json
 from pathlib import Path
 
 import lightning as L
+import numpy as np
 import pytest
 
 from lightning_kd.cli import get_cli, main
@@ -99,6 +100,23 @@ def test_a_failed_benchmark_leaves_the_earlier_rounds_untouched(tmp_path, capsys
         main([*active, "--overwrite", *BREAKING[2]])
     assert content("r") == before
     assert "go on with" not in capsys.readouterr().out
+
+
+class Reading(L.Callback):
+    record: dict = {}
+
+    def on_train_batch_start(self, *args):
+        Reading.record = json.loads(Path("x/run.json").read_text())
+
+
+def test_the_classes_of_the_data_are_written_when_the_work_begins():
+    image, target = np.zeros((30, 4, 4), np.uint8), np.array(["bee", "ant", "cat"] * 10)
+    np.savez("own.npz", image=image, target=target)
+    data = ["--data", "ArrayDataModule", "--data.path", "own.npz", "--run", "x", "--trainer.accelerator", "cpu"]
+    task = ["--model", "Classification", "--model.network", "mlp_8", "--trainer.max_epochs", "1"]
+    main(["fit", *task, *data, *QUIET, "--trainer.callbacks", "tests.cli.test_endings.Reading"])
+    assert Reading.record["outcome"] == "running"
+    assert Reading.record["class_names"] == ["ant", "bee", "cat"]
 
 
 def test_a_fit_that_broke_while_training_says_how_to_go_on(tmp_path, capsys):
