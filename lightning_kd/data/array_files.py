@@ -171,7 +171,10 @@ def number_classes(
     if labels[0] < 0 or (labels[0] == 0 and labels[-1] + 1 <= 2 * len(labels)):
         return None, list(targets)
     names = [str(label) for label in labels.tolist()]
-    note(f"{where}: the {len(names)} classes that occur ({_some(names)}) are numbered from 0, and keep these as names")
+    if len(names) > 1:  # else they are refused
+        note(
+            f"{where}: the {len(names)} classes that occur ({_some(names)}) are numbered from 0, and keep these as names"
+        )
     return names, [np.searchsorted(labels, target) for target in targets]
 
 

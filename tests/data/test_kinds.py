@@ -141,9 +141,10 @@ def test_columns_of_one(tmp_path):
         (label_matrix(), {"kind": "tags"}, "kind must be one of single_label, multi_label, segmentation, or None, got"),
     ],
 )
-def test_targets_that_say_too_little(tmp_path, target, options, message):
+def test_targets_that_say_too_little(tmp_path, target, options, message, capsys):
     with pytest.raises(ValueError, match=message):
         ArrayDataModule(saved(tmp_path, train_image=images(), train_target=target), **options)
+    assert capsys.readouterr().out == ""
 
 
 def test_masks_of_features(tmp_path):
