@@ -172,9 +172,8 @@ def number_classes(
         return None, list(targets)
     names = [str(label) for label in labels.tolist()]
     if len(names) > 1:  # else they are refused
-        note(
-            f"{where}: the {len(names)} classes that occur ({_some(names)}) are numbered from 0, and keep these as names"
-        )
+        what = f"the {len(names)} classes that occur ({_some(names)})"
+        note(f"{where}: {what} are numbered from 0, and keep these as names")
     return names, [np.searchsorted(labels, target) for target in targets]
 
 
