@@ -69,6 +69,8 @@ class Browser:
     def open(self, path):
         self.call("Page.navigate", url=path.absolute().as_uri())
         wait_until(lambda: self.read("document.readyState === 'complete' && location.protocol === 'file:'"))
+        drawn = "new Promise(done => requestAnimationFrame(() => requestAnimationFrame(done)))"
+        self.call("Runtime.evaluate", expression=drawn, awaitPromise=True)  # before that keys may be lost
 
     def read(self, expression):
         """The value of a JavaScript expression."""

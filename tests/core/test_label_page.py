@@ -2,6 +2,7 @@
 
 import json
 import re
+import time
 
 import numpy as np
 import pytest
@@ -108,6 +109,7 @@ def test_choosing_by_keys_and_mouse(browser, tmp_path):
     assert labels == {0: NAMES[0], 10: NAMES[3], 20: NAMES[2], 30: NAMES[1], 40: NAMES[4], 50: ""}
     assert [row[1] for row in rows[1:]] == [f"{name}/{k}.png" for k, name in enumerate(NAMES)]
     assert "label out.csv --run '" + str(tmp_path) in browser.read("document.getElementById('told').textContent")
+    time.sleep(1)  # the browser keeps what a page stores a moment later
     browser.open(tmp_path / "page.html")  # as a reload
     assert count(browser) == "6 of 6, 5 of 6 chosen"
     assert saved(browser)[1] == labels
