@@ -80,8 +80,11 @@ def report(cli: Any, error: BaseException | None) -> None:
     if cli.only_prints and error is None:
         print(f"{folder.path} may not be written: its run.json and metrics.csv are as they were")
     if begun:
-        file = folder.path / "predictions.csv"
-        print(f"in {file if cli.subcommand == 'predict' and file.is_file() else f'{folder.path}/'}")
+        file, page = folder.path / "predictions.csv", folder.path / "predictions.html"
+        if cli.subcommand == "predict" and file.is_file():
+            print(f"in {file}{f', and to look at in {page}' if page.is_file() else ''}")
+        else:
+            print(f"in {folder.path}/")
     if step := _next_step(cli) if outcome == "finished" else _way_on(cli, outcome, begun):
         print(step)
     if unwritten and error is None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from contextlib import ExitStack
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import lightning as L
 from lightning.pytorch.callbacks import ModelCheckpoint, ModelSummary, ProgressBar, RichProgressBar
@@ -17,6 +17,7 @@ from lightning_kd.cli.beginning import Beginning, FolderBefore
 from lightning_kd.cli.command_words import default_run_folder
 from lightning_kd.cli.config_check import check_config
 from lightning_kd.cli.endings import check_still_there, report
+from lightning_kd.cli.new_samples import take_from_run
 from lightning_kd.cli.parameter_count import ParameterCount
 from lightning_kd.cli.parser import RunParser
 from lightning_kd.cli.pool_verbs import add_new_classes
@@ -111,6 +112,13 @@ class RunCLI(LightningCLI):
             default=False,
             help="Start anew in a folder that holds a last.ckpt (active: a pool.json).",
         )
+        if self._verb == "predict":
+            parser.add_argument(
+                "--sort",
+                type=Literal["index", "confidence"],
+                default="index",
+                help="Order of predictions.csv: as the samples come, or the highest probability first.",
+            )
         for name in ("num_classes", "input_shape", "problem"):
             parser.link_arguments(f"data.{name}", f"model.init_args.{name}", apply_on="instantiate")
 
@@ -154,6 +162,8 @@ class RunCLI(LightningCLI):
                     )
                 self.only_prints = True
             self._check_checkpoint(config, folder)
+            if verb == "predict":
+                take_from_run(config)
             self._records = True
             if verb != "active" and self.is_first and not self.only_prints:  # whose settings change from round to round
                 text = self.saved_config() if verb == "fit" else None
@@ -218,7 +228,7 @@ class RunCLI(LightningCLI):
             callbacks += [] if self.later_round else [ParameterCount()]
         if given.get("enable_progress_bar") is not False and not any(isinstance(c, ProgressBar) for c in callbacks):
             callbacks.append(RichProgressBar(refresh_rate=4))  # redraws a second
-        ours = run_callbacks(self.run_folder, self.model.monitor, self.model.monitor_mode)
+        ours = run_callbacks(self.run_folder, self.model.monitor, self.model.monitor_mode, config.get("sort", "index"))
         if given.get("enable_checkpointing") is False or given.get("fast_dev_run"):
             ours = [callback for callback in ours if not isinstance(callback, ModelCheckpoint)]
         kwargs["callbacks"] = [*callbacks, *ours]

@@ -16,7 +16,7 @@ from lightning_kd.core.notes import note
 from lightning_kd.file_writing import write_text
 from lightning_kd.spreadsheet import csv_text
 
-__all__ = ["PageRow", "label_page", "pictures_of", "write_page"]
+__all__ = ["PageRow", "label_page", "picture_uri", "pictures_of", "write_page"]
 
 MOST_PIXELS = 256  # of a side
 SMALL = 64  # pictures up to this are kept to the pixel
@@ -83,7 +83,7 @@ def label_page(
         "rows": [
             {
                 "cells": _cells(row.cells),
-                "picture": _data_uri(row.picture),
+                "picture": picture_uri(row.picture),
                 "facts": list(row.facts),
                 "predicted": row.predicted,
                 "given": row.given,
@@ -126,16 +126,17 @@ def _cells(cells: Sequence[Any]) -> str:
     return csv_text([cells])[:-1].encode("utf-8", "backslashreplace").decode()
 
 
-def _small(picture: Image.Image) -> Image.Image:
-    if max(picture.size) > MOST_PIXELS:
-        picture = picture.copy()
-        picture.thumbnail((MOST_PIXELS, MOST_PIXELS))
-    return picture
-
-
-def _data_uri(picture: Image.Image) -> str:
-    picture = _small(picture)
+def picture_uri(picture: Image.Image, most: int = MOST_PIXELS) -> str:
+    """A ``data:`` URI of ``picture``, 8-bit grey or RGB, made smaller where a side has more than ``most`` pixels."""
+    picture = _small(picture, most)
     kind, options = ("png", {}) if max(picture.size) <= SMALL else ("jpeg", {"quality": 85})
     file = io.BytesIO()
     picture.save(file, kind, **options)
     return f"data:image/{kind};base64,{base64.b64encode(file.getvalue()).decode()}"
+
+
+def _small(picture: Image.Image, most: int = MOST_PIXELS) -> Image.Image:
+    if max(picture.size) > most:
+        picture = picture.copy()
+        picture.thumbnail((most, most))
+    return picture

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from lightning_kd.core.batch import Batch
 from lightning_kd.core.distributed import gather_by_index, gather_columns, is_first_process
+from lightning_kd.core.prediction_page import write_page
 from lightning_kd.file_writing import remove_leftovers, write_text, written_whole
 from lightning_kd.spreadsheet import csv_text
 
@@ -36,11 +37,18 @@ _NOTHING = {"index": torch.empty(0, dtype=torch.int64)}
 class PredictionTable:
     """``predictions.csv``: ``index``, ``path`` where samples are files, and the columns of the problem.
 
+    ``predictions.html`` beside it shows the first 500 of them, where the samples are pictures.
+
     Names that a spreadsheet would take for formulas have an apostrophe before them, see ``lightning_kd.spreadsheet``.
 
     Args:
         columns: from the outputs of all samples and the names of the classes to columns by name.
+
+    Attributes:
+        sort: ``"index"``, or ``"confidence"`` for the highest probability first.
     """
+
+    sort = "index"
 
     def __init__(self, columns: Callable[[Mapping[str, Tensor], Sequence[str]], dict[str, list[Any]]]) -> None:
         self.columns = columns
@@ -54,8 +62,24 @@ class PredictionTable:
         outputs = gather_columns({name: torch.cat([part[name] for part in parts]) for name in parts[0]})
         index = outputs.pop("index")
         if len(index) and is_first_process():
+            order = torch.arange(len(index))
+            confidence = _confidence(outputs)
+            if self.sort == "confidence":
+                if confidence is None:
+                    raise ValueError("sort must be 'index', got 'confidence': these predictions have no probabilities")
+                order = confidence.argsort(descending=True, stable=True)
+            index, outputs = index[order], {name: values[order] for name, values in outputs.items()}
             columns = self.columns(outputs, getattr(data, "class_names", None) or [])
             _write_table(folder, index.tolist(), columns, data)
+            answers = next((columns[name] for name in ("class_name", "labels", "prediction") if name in columns), None)
+            shares = None if confidence is None else confidence[order].tolist()
+            write_page(folder, index.tolist(), answers or [""] * len(index), shares, data)
+
+
+def _confidence(outputs: Mapping[str, Tensor]) -> Tensor | None:
+    """The highest probability of each sample, ``[N]``."""
+    probabilities = outputs.get("probabilities")
+    return None if probabilities is None or probabilities.ndim != 2 else probabilities.amax(1)
 
 
 class MaskFolder:

@@ -38,11 +38,13 @@ class RunRecorder(L.Callback):
 
     Attributes:
         predictions: whether to write what is predicted; a pass that is made for something else turns it off.
+        sort: the order of the predictions in their table, see ``PredictionTable``.
     """
 
     def __init__(self, run: RunFolder) -> None:
         self.run = run
         self.predictions = True
+        self.sort = "index"
         self._writer: PredictionWriter | None = None
         self._rows: list[dict[str, Any]] = []
         self._loaded: dict[str, Any] = {}
@@ -50,6 +52,9 @@ class RunRecorder(L.Callback):
 
     def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
         self._rows, self._trained, self._ended = [], False, stage == "fit" and self.run.fit_is_finished()
+        problem: Any = getattr(pl_module, "problem", None)
+        if self.sort != "index" and problem is not None and not hasattr(problem.prediction_writer(), "sort"):
+            raise ValueError(f"sort must be 'index' for {problem.kind}, got {self.sort!r}: leave it out")
         if type(trainer.strategy.checkpoint_io) is TorchCheckpointIO:  # a user's own stays
             trainer.strategy.checkpoint_io = RunCheckpointIO()
 
@@ -144,6 +149,8 @@ class RunRecorder(L.Callback):
         problem: Any = getattr(pl_module, "problem", None)
         writing = problem is not None and self.predictions and not getattr(trainer, "fast_dev_run", 0)
         self._writer = problem.prediction_writer() if writing else None
+        if self._writer is not None and self.sort != "index":
+            self._writer.sort = self.sort  # type: ignore[attr-defined]  # looked at in setup
 
     def on_predict_batch_end(
         self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, batch: Any, *args: Any
@@ -199,7 +206,7 @@ class RunCheckpoint(ModelCheckpoint):
         super().load_state_dict(moved)
 
 
-def run_callbacks(run: RunFolder, monitor: str = "val/acc", mode: str = "max") -> list[L.Callback]:
+def run_callbacks(run: RunFolder, monitor: str = "val/acc", mode: str = "max", sort: str = "index") -> list[L.Callback]:
     """Checkpoints ``best.ckpt`` (by ``monitor``) and ``last.ckpt`` at each epoch's end, and the recorder."""
     shared: dict[str, Any] = {
         "dirpath": str(run.last.parent.absolute()),
@@ -210,4 +217,6 @@ def run_callbacks(run: RunFolder, monitor: str = "val/acc", mode: str = "max") -
     }
     # last comes second, so that it holds the first one's latest score
     best = RunCheckpoint(filename="best", monitor=monitor, mode=mode, **shared)
-    return [best, RunCheckpoint(filename="last", **shared), RunRecorder(run)]
+    recorder = RunRecorder(run)
+    recorder.sort = sort
+    return [best, RunCheckpoint(filename="last", **shared), recorder]

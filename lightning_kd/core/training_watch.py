@@ -28,7 +28,8 @@ class TrainingWatch(L.Callback):
     - Targets are looked at by the problem: those of every batch on a CPU, else of the first of a fit.
     - A cosine that does not end with the training is told at its start, and so is a learning rate that goes up because
       a resumed training is longer than it was.
-    - Checkpoints hold the names of the classes, so that they are never loaded for others.
+    - Checkpoints hold the names of the classes, so that they are never loaded for others, and what a prediction has to
+      know of the data.
     - Once in a fit it warns where the training diverges: where, in one of the first epochs, the loss of a plain
       training is far above that of guessing and no lower than in the epoch before, or the validation loss very far and
       no lower than ever; where the training loss came down from very far above to that of guessing, and stays there; or
@@ -46,9 +47,12 @@ class TrainingWatch(L.Callback):
         warn_of_schedules(trainer, pl_module)
 
     def on_save_checkpoint(self, trainer: L.Trainer, pl_module: L.LightningModule, checkpoint: dict[str, Any]) -> None:
-        names = getattr(getattr(trainer, "datamodule", None), "class_names", None)
+        data: Any = getattr(trainer, "datamodule", None)
+        names = getattr(data, "class_names", None)
         if names is not None:
             checkpoint["class_names"] = list(names)
+        if hasattr(data, "describe"):
+            checkpoint["data_description"] = data.describe()
 
     def on_train_batch_start(
         self, trainer: L.Trainer, pl_module: L.LightningModule, batch: Any, batch_idx: int

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
 from torch import Tensor
@@ -27,6 +27,7 @@ from lightning_kd.data.augment import CropFlip
 from lightning_kd.data.classification_data import ClassificationDataModule
 from lightning_kd.data.fake_data import fake_arrays, fake_label_arrays, fake_mask_arrays
 from lightning_kd.data.label_noise import LabelNoise
+from lightning_kd.data.new_samples import read_unlabelled
 from lightning_kd.data.splits import take_fraction, without
 
 _PROBLEMS: dict[str, type[Problem]] = {
@@ -83,6 +84,9 @@ class ArrayDataModule(ClassificationDataModule):
             the data set's own.
         kind: ``"single_label"``, ``"multi_label"`` or ``"segmentation"``. By default what the shape of the targets
             says; needed for ``fake`` data of another kind than the first without a file.
+        predict: what to predict in place of the test set, without labels: a ``.npy``, or an ``.npz`` with ``image`` or
+            ``feature``. With ``class_names``, ``mean`` and ``std`` (and ``kind``, but for one class a sample) ``path``
+            need not exist then; ``lightning-kd predict`` takes them from the checkpoint.
 
     Raises:
         ValueError: for an argument out of its range, and for arrays that are damaged or do not fit together.
@@ -110,6 +114,7 @@ class ArrayDataModule(ClassificationDataModule):
         fake: bool = False,
         noise: LabelNoise | None = None,
         kind: Literal["single_label", "multi_label", "segmentation"] | None = None,
+        predict: str | None = None,
     ) -> None:
         check_numbers(above=0, below=1, remedy="give a share", test_fraction=test_fraction)
         check_numbers(least=0, whole=True, crop_padding=crop_padding)
@@ -120,7 +125,18 @@ class ArrayDataModule(ClassificationDataModule):
         if kind is not None and kind not in _PROBLEMS:
             raise ValueError(f"kind must be one of {', '.join(_PROBLEMS)}, or None, got {kind!r}: give one of them")
         self.kind: str = kind or "single_label"
-        if fake and not Path(path).exists():
+        self.predict = predict
+        self._new: Tensor | None = None
+        self._arrays: Arrays | None = None
+        there = Path(path).exists()
+        if predict is not None and class_names and mean and std and (kind or not there):
+            names, shape = class_names, tuple(self.load_new().shape[1:])
+            if len(mean) != shape[0]:
+                raise ValueError(
+                    f"samples of predict {predict!r} are of shape {shape}, and those trained on have {len(mean)} "
+                    f"{'channels' if len(shape) == 3 else 'features'}: give samples like those"
+                )
+        elif fake and not there:
             names = class_names or [str(c) for c in range(10)]
             self._arrays = _FAKE[self.kind]((3, 32, 32), len(names))  # type: ignore[operator]
         else:
@@ -128,12 +144,15 @@ class ArrayDataModule(ClassificationDataModule):
             if fake:
                 shape = tuple(self._arrays.train_image.shape[1:])
                 self._arrays = _FAKE[self.kind](shape, len(names))  # type: ignore[operator]
-        shape = tuple(self._arrays.train_image.shape[1:])
+        if self._arrays is not None:
+            shape = tuple(self._arrays.train_image.shape[1:])
         if len(shape) == 1 and (augment or cutout):
             raise ValueError(f"augment and cutout need images, got features of shape {shape}: leave them off")
         if self.kind == "segmentation" and cutout:
             raise ValueError(f"cutout={cutout} does not go with masks: leave it off")
-        own = image_statistics(self._arrays.train_image) if len(shape) == 3 else ([0.0] * shape[0], [1.0] * shape[0])
+        own: tuple[list[float], list[float]] = ([0.0] * shape[0], [1.0] * shape[0])
+        if len(shape) == 3 and self._arrays is not None:
+            own = image_statistics(self._arrays.train_image)
         super().__init__(
             class_names=names,
             input_shape=shape,
@@ -150,16 +169,34 @@ class ArrayDataModule(ClassificationDataModule):
             fake=fake,
             noise=noise,
             problem=_PROBLEMS[self.kind](len(names)),
+            predict=predict,
         )
         self.augment = augment
         self.crop_padding = crop_padding
         self.flip = flip
 
     def load_arrays(self) -> Arrays:
+        if self._arrays is None:  # so far there was only something to predict
+            self._arrays = self._read(self.class_names, self.kind)[1]
         return self._arrays
 
     def fake_arrays(self) -> Arrays:
-        return self._arrays
+        return self.load_arrays()
+
+    def load_new(self) -> Tensor:
+        if self._new is None:
+            self._new = read_unlabelled(str(self.predict), "predict")
+        own = None if self._arrays is None else self._arrays.train_image
+        if own is not None and (own.shape[1:] != self._new.shape[1:] or own.dtype != self._new.dtype):
+            raise ValueError(
+                f"samples of predict {self.predict!r} must be like those trained on {tuple(own.shape[1:])}, got "
+                f"{tuple(self._new.shape[1:])}: give both in one shape and dtype"
+            )
+        return self._new
+
+    def describe(self) -> dict[str, Any]:
+        """See ``LabelledDataModule.describe``; and the ``kind``."""
+        return super().describe() | {"kind": self.kind}
 
     def _read(self, class_names: list[str] | None, kind: str | None) -> tuple[list[str], Arrays]:
         arrays = read_arrays(Path(self.path))

@@ -46,7 +46,9 @@ class ClassificationDataModule(LabelledDataModule):
         self._noise_folder: Path | None = None
 
     def setup(self, stage: str | None = None) -> None:
-        """Load and split the data, once, whatever the stage."""
+        """Load and split the data, once; to predict new samples, load those alone."""
+        if self._only_new(stage):
+            return
         folder = self._folder()
         if self.noise is None and stage == "fit":
             check_no_noise(folder, self.trainer)

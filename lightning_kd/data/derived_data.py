@@ -26,7 +26,7 @@ class DerivedDataModule(L.LightningDataModule, ABC):
         source: the other data module, of one class a sample, which is left as it is.
 
     Raises:
-        ValueError: where ``source`` is of another kind.
+        ValueError: where ``source`` is of another kind, or has samples to predict.
     """
 
     class_names: list[str]
@@ -39,6 +39,11 @@ class DerivedDataModule(L.LightningDataModule, ABC):
             raise ValueError(
                 f"source must have one class a sample, {type(source).__name__} has {source.problem.kind}: give other "
                 "data"
+            )
+        if source.predict is not None:
+            raise ValueError(
+                f"the source of a pool takes no predict, got {source.predict!r}: the prediction set is the pool; for "
+                "other samples see lightning_kd.load(RUN).predict"
             )
         self.source = copy.copy(source)
         self.source._stored = {}
@@ -94,6 +99,10 @@ class DerivedDataModule(L.LightningDataModule, ABC):
     def check_classes(self, stored: Sequence[str]) -> None:
         """See ``LabelledDataModule.check_classes``."""
         check_class_names(stored, self.class_names)
+
+    def describe(self) -> dict[str, Any]:
+        """See ``LabelledDataModule.describe``."""
+        return {**self.source.describe(), "class_names": list(self.class_names)}
 
     def prepare_data(self) -> None:
         self.source.prepare_data()

@@ -6,7 +6,6 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Literal
 
-import numpy as np
 import torch
 from PIL import Image
 from torch import Tensor
@@ -17,19 +16,16 @@ from lightning_kd.core.notes import note
 from lightning_kd.core.seeding import numpy_generator
 from lightning_kd.data.array_files import Arrays
 from lightning_kd.data.augment import CropFlip, cut_out_
-from lightning_kd.data.classification_data import ClassificationDataModule
-from lightning_kd.data.image_check import check_images
 from lightning_kd.data.image_files import class_folders, find_images, read_image
 from lightning_kd.data.label_noise import LabelNoise
+from lightning_kd.data.new_samples import files_to_predict
 from lightning_kd.data.sampling import BatchLoader, ShardedSampler
+from lightning_kd.data.split_files import SplitFiles
 from lightning_kd.data.splits import take_fraction, without
 from lightning_kd.data.streaming import ImageFiles, StreamingLoader
 
-# the splits whose images a stage uses
-SPLITS_OF = {"fit": ("train", "val"), "validate": ("val",), "test": ("test",), "predict": ("test",)}
 
-
-class ImageFolderDataModule(ClassificationDataModule):
+class ImageFolderDataModule(SplitFiles):
     """Your own images in folders, read from disk as they are needed.
 
     Either ``ROOT/train/CLASS/...``, with ``ROOT/val`` and ``ROOT/test`` likewise if there are any, or plain
@@ -75,7 +71,11 @@ class ImageFolderDataModule(ClassificationDataModule):
         image_range: the values that become black and white in images of more than 8 bits. Default: 0 and 65535 for 16
             bits; floats and integers of 32 bits need it.
         on_error: ``"skip"`` leaves out image files that are damaged, with a warning, but never all of a split or class;
-            by default they are an error that names all of them, before anything is trained or tested on them.
+            by default they are an error that names all of them, before anything is done with them.
+        class_names: the classes in the order of their numbers, one for each folder. Default: the folders as they are.
+            With them ``root`` need not exist to predict; ``lightning-kd predict`` takes them from the checkpoint.
+        predict: what to predict in place of the test set, without labels: a folder of any depth, an image, or a list of
+            images (``.txt``, ``.csv``; see ``files_to_predict``).
 
     Raises:
         ValueError: for an argument out of its range, a root without class folders, and a class without an image.
@@ -110,6 +110,8 @@ class ImageFolderDataModule(ClassificationDataModule):
         background: tuple[int, int, int] = (255, 255, 255),
         image_range: tuple[float, float] | None = None,
         on_error: Literal["raise", "skip"] = "raise",
+        class_names: list[str] | None = None,
+        predict: str | None = None,
     ) -> None:
         check_numbers(least=1, whole=True, image_size=image_size)
         check_numbers(least=0, whole=True, num_workers=num_workers)
@@ -136,7 +138,7 @@ class ImageFolderDataModule(ClassificationDataModule):
         self.background = background
         self.image_range = image_range
         self.on_error = on_error
-        self._checked: set[str] = set()  # splits whose files were looked at
+        self._checked = set()
         self.root = root
         self.image_size = image_size
         self.scale = scale
@@ -147,7 +149,9 @@ class ImageFolderDataModule(ClassificationDataModule):
         self.test_fraction = test_fraction
         self.num_workers = num_workers
         self.augment = augment
-        if fake and not Path(root).is_dir():
+        if class_names is not None:
+            names = list(class_names)
+        elif fake and not Path(root).is_dir():
             names = [f"class_{c}" for c in range(10)]
         else:
             names = class_folders(self._split_root("train") or Path(root))
@@ -168,69 +172,24 @@ class ImageFolderDataModule(ClassificationDataModule):
             seed=seed,
             fake=fake,
             noise=noise,
+            predict=predict,
         )
 
-    def setup(self, stage: str | None = None) -> None:
-        """Load and split the data, once, and look at the image files of the splits that the stage uses."""
-        super().setup(stage)
-        self._check(SPLITS_OF.get(stage or "", ()) if self.trainer is not None else ("train", "val", "test"))
+    def load_new(self) -> list[str]:
+        return files_to_predict(str(self.predict))
 
-    def check_files(self, *splits: str) -> None:
-        """Look at the image files of some splits, once; without a Trainer only to leave out damaged ones.
-
-        Raises:
-            ValueError: where some cannot be read, or leaving them out would leave a split or a class without images.
-        """
-        self.setup()
-        self._check(splits)
-
-    def _check(self, splits: Sequence[str]) -> None:
-        # without a Trainer somebody only looks around; but what is skipped must be so everywhere
-        wanted = not self.fake and (self.trainer is not None or self.on_error == "skip")
-        splits = [split for split in splits if wanted and split not in self._checked]
-        files = [path for split in splits for path in self._files(split)]
-        damaged = check_images(files, self.root, self.on_error, self.image_range, self.trainer) if splits else set()
-        for split in splits if damaged else ():
-            self._leave_out(split, damaged)
-        self._checked = {*self._checked, *splits}
-
-    def _leave_out(self, split: str, damaged: set[str]) -> None:
-        indices, target = getattr(self, f"{split}_indices"), self._of(split, "target").numpy()
-        is_whole = np.array([path not in damaged for path in self._files(split)], dtype=bool)
-        kept = indices[is_whole]
-        gone = np.setdiff1d(target[indices], target[kept])
-        # of a class in a drawn evaluation split there may be so few that chance alone takes them
-        told = split == "train" or (self._val_source == "val" if split == "val" else self._test_root() is not None)
-        if len(gone) and (told or not len(kept)):
-            emptied = f"class {self.class_names[gone[0]]!r} in split {split!r}" if len(kept) else f"split {split!r}"
-            raise ValueError(
-                f"no image of {emptied} can be read, so that on_error='skip' leaves none: replace or remove them"
-            )
-        setattr(self, f"{split}_indices", kept)
-        self._digest = None
-
-    def _files(self, split: str) -> list[str]:
-        paths = self._of(split, "image")
-        return [paths[i] for i in getattr(self, f"{split}_indices")]
-
-    def _of(self, split: str, what: str) -> Any:
-        return getattr(self, f"{self._val_source if split == 'val' else split}_{what}")
-
-    def _load(self) -> None:
-        super()._load()
-        self._checked = set()  # all are back
-
-    def _split_root(self, split: str) -> Path | None:
-        """``ROOT/SPLIT`` where the root is divided into splits and has that one."""
-        path = Path(self.root) / split
-        return path if (Path(self.root) / "train").is_dir() and path.is_dir() else None
-
-    def _test_root(self) -> Path | None:
-        return self._split_root("test") or self._split_root("val")
+    def describe(self) -> dict[str, Any]:
+        """See ``LabelledDataModule.describe``; and how an image is brought to its size."""
+        found: dict[str, Any] = {"resize": self.resize, "background": list(self.background)}
+        found["image_range"] = None if self.image_range is None else list(self.image_range)
+        return super().describe() | found
 
     def load_arrays(self) -> Arrays:
         roots = {split: self._split_root(split) for split in ("train", "val", "test")}
-        train = find_images(roots["train"] or Path(self.root), self.class_names)
+        train_root = roots["train"] or Path(self.root)
+        if lacking := [name for name in self.class_names if not (train_root / name).is_dir()]:
+            raise ValueError(f"class_names has {lacking[0]!r}, which is no folder of {str(train_root)!r}: correct one")
+        train = find_images(train_root, self.class_names)
         test_root = self._test_root()
         if test_root is not None:
             test = find_images(test_root, self.class_names)
@@ -246,14 +205,12 @@ class ImageFolderDataModule(ClassificationDataModule):
         rest = without(len(paths), chosen)
         return Arrays([paths[i] for i in rest], target[rest], [paths[i] for i in chosen], target[chosen])
 
-    def picture(self, index: int) -> Image.Image | None:
-        """See ``LabelledDataModule.picture``; of a file all that is in it, whatever the network gets to see."""
-        self.setup()
-        path = self.train_image[index]
-        return read_image(path, self.background, self.image_range) if isinstance(path, str) else super().picture(index)
+    def _shown(self, image: Any) -> Image.Image | None:
+        """Of a file all that is in it, whatever the network gets to see."""
+        return read_image(image, self.background, self.image_range) if isinstance(image, str) else super()._shown(image)
 
     def _make_loader(self, source: str, sampler: ShardedSampler, views: str | Sequence[str]) -> BatchLoader:
-        if self.fake:
+        if self.fake and source != "predict":
             return super()._make_loader(source, sampler, views)
         transform = self.transform(views) if isinstance(views, str) else [self.transform(view) for view in views]
         paths, target = getattr(self, f"{source}_image"), getattr(self, f"{source}_target")

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
+import torch
 from PIL import Image
 from torch import Tensor
 
@@ -18,6 +19,7 @@ from lightning_kd.data.array_files import Arrays
 from lightning_kd.data.augment import CropFlip
 from lightning_kd.data.data_digest import data_digest
 from lightning_kd.data.fake_data import fake_arrays
+from lightning_kd.data.image_files import read_image
 from lightning_kd.data.resident import StoredImages
 from lightning_kd.data.split_loaders import SplitLoaders
 from lightning_kd.data.splits import take_fraction, take_training_samples, without
@@ -39,7 +41,8 @@ class LabelledDataModule(SplitLoaders, ABC):
     ``val_target``. Splits are stratified by class where each sample has one class.
 
     Loaders yield ``Batch`` with ``index`` the position in the full array. With ``val_fraction=0`` there is no
-    validation loader, so that nothing is selected on the test set. The prediction set is the test set.
+    validation loader, so that nothing is selected on the test set. The prediction set is the test set, or with
+    ``predict`` the new samples there, without labels (their targets are -1); then nothing else is loaded for it.
 
     Several processes: only one prepares files. Each rank reads its own part of every batch and Lightning adds no
     sampler; ``batch_size`` is that of one process, and all ranks together see the batches of one process with
@@ -63,6 +66,7 @@ class LabelledDataModule(SplitLoaders, ABC):
         fake: use a small made-up data set of the same shape and classes, without any file; all of it, where it is too
             small for the subset asked for.
         problem: what is asked of a network. Default: one class a sample.
+        predict: where the samples to predict are, which have no labels. Default: the test set is predicted.
 
     Raises:
         ValueError: for an argument out of its range, and for both ``train_fraction`` and ``train_per_class``.
@@ -74,6 +78,9 @@ class LabelledDataModule(SplitLoaders, ABC):
     val_target: Tensor
     test_image: Any
     test_target: Tensor
+    predict_image: Any
+    predict_target: Tensor
+    predict_indices: np.ndarray
     train_indices: np.ndarray
     test_indices: np.ndarray
 
@@ -94,6 +101,7 @@ class LabelledDataModule(SplitLoaders, ABC):
         seed: int = 0,
         fake: bool = False,
         problem: Problem | None = None,
+        predict: str | None = None,
     ) -> None:
         super().__init__()
         check_numbers(least=1, whole=True, batch_size=batch_size, eval_batch_size=eval_batch_size)
@@ -120,8 +128,9 @@ class LabelledDataModule(SplitLoaders, ABC):
         self.cutout = cutout
         self.seed = seed
         self.fake = fake
+        self.predict = predict
         self._val_source = "train"
-        self._ready = False
+        self._ready = self._new_ready = False
         self._stored: dict[str, StoredImages] = {}
         self._digest: str | None = None
 
@@ -138,9 +147,34 @@ class LabelledDataModule(SplitLoaders, ABC):
         return fake_arrays(self.input_shape, self.num_classes)
 
     def setup(self, stage: str | None = None) -> None:
-        """Load and split the data, once, whatever the stage."""
-        if not self._ready:
+        """Load and split the data, once; to predict new samples, load those alone."""
+        if not self._only_new(stage) and not self._ready:
             self._load()
+
+    def load_new(self) -> Any:
+        """The samples of ``predict``: files, or a tensor like ``test_image``. Called once, in every process."""
+        raise ValueError(f"{type(self).__name__} cannot read predict={self.predict!r}: leave it out")
+
+    def _only_new(self, stage: str | None) -> bool:
+        """Whether the new samples are all that is asked for; they are there then."""
+        if stage != "predict" or self.predict is None:
+            return False
+        if not self._new_ready:
+            self.predict_image = self.load_new()
+            self.predict_target = torch.full((len(self.predict_image),), -1)
+            self.predict_indices = np.arange(len(self.predict_image))
+            self._new_ready = True
+        return True
+
+    def describe(self) -> dict[str, Any]:
+        """What a prediction has to know of the data, in plain values. Checkpoints hold it as ``data_description``."""
+        return {
+            "problem": type(self.problem).__name__,
+            "class_names": list(self.class_names),
+            "input_shape": list(self.input_shape),
+            "mean": list(self.mean),
+            "std": list(self.std),
+        }
 
     def check_classes(self, stored: Sequence[str]) -> None:
         """Asked before a checkpoint of other data is loaded, whose class names are ``stored``.
@@ -174,14 +208,27 @@ class LabelledDataModule(SplitLoaders, ABC):
 
     def path_of(self, index: int) -> str | None:
         """The image file of a sample of the prediction set, by its position in the full array; ``None`` for arrays."""
-        self.setup()
-        return self.test_image[index] if isinstance(self.test_image, list) else None
+        image = self._predicted()
+        return image[index] if isinstance(image, list) else None
+
+    def picture_of(self, index: int) -> Image.Image | None:
+        """A sample of the prediction set, as ``picture`` has those of the training set."""
+        return self._shown(self._predicted()[index])
+
+    def _predicted(self) -> Any:
+        """The full array of the prediction set."""
+        self.setup("predict")
+        return self.test_image if self.predict is None else self.predict_image
 
     def picture(self, index: int) -> Image.Image | None:
         """The training sample at a position of the full array as a person sees it, grey or RGB in 8 bits and without
         augmentation; ``None`` for features."""
         self.setup()
-        image = self.train_image[index]
+        return self._shown(self.train_image[index])
+
+    def _shown(self, image: Any) -> Image.Image | None:
+        if isinstance(image, str):
+            return read_image(image)
         if image.ndim != 3:
             return None
         shown = image[: 3 if len(image) >= 3 else 1].permute(1, 2, 0).contiguous()  # of other channels nothing is known

@@ -9,10 +9,10 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 
-from lightning_kd.data.array_files import read_arrays, to_feature, to_image
 from lightning_kd.data.classification_data import ClassificationDataModule
 from lightning_kd.data.image_check import check_images
 from lightning_kd.data.image_files import images_below
+from lightning_kd.data.new_samples import read_unlabelled
 
 
 class PoolSamples(NamedTuple):
@@ -53,12 +53,7 @@ def add_unlabelled(source: ClassificationDataModule, path: str, fake: bool) -> P
         return PoolSamples(torch.cat([image, source.test_image]), own_count, path)
     if isinstance(image, list):
         return PoolSamples([*image, *_unlabelled_files(source, path)], own_count, path)
-    arrays = read_arrays(Path(path))
-    key = next((name for name in ("image", "feature", "") if name in arrays), None)
-    if key is None:
-        raise ValueError(f"pool {path!r} must hold the array 'image' or 'feature', got {sorted(arrays)}")
-    what = f"{key or 'the array'} of {path!r}"
-    pool = (to_feature if arrays[key].ndim == 2 else to_image)(arrays[key], what)
+    pool = read_unlabelled(path, "pool")
     if pool.shape[1:] != image.shape[1:] or pool.dtype != image.dtype:
         raise ValueError(
             f"samples of pool {path!r} must be like those of the source {tuple(image.shape[1:])}, got "

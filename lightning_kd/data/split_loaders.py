@@ -35,6 +35,7 @@ class SplitLoaders(L.LightningDataModule):
     crop_flip: CropFlip | None
     cutout: int
     seed: int
+    predict: str | None
     val_indices: np.ndarray
     _val_source: str
     _stored: dict[str, StoredImages]
@@ -69,7 +70,7 @@ class SplitLoaders(L.LightningDataModule):
         Masks of the same samples get the same crop and flip. ``Batch.extras`` holds what else is known of each sample.
 
         Args:
-            split: ``"train"``, ``"val"`` or ``"test"``.
+            split: ``"train"``, ``"val"``, ``"test"``, or ``"predict"`` where there are such samples.
             indices: positions in the full array of the split (``"val"``: in the array it is taken from, mostly the
                 training one); by default those in use.
             shuffle: a new order each epoch, and the training rule for the last batch.
@@ -84,8 +85,8 @@ class SplitLoaders(L.LightningDataModule):
         Raises:
             ValueError: for an unknown split or view, indices out of range, and strong views of features.
         """
-        self.setup()
-        if split not in ("train", "val", "test"):
+        self.setup("predict" if split == "predict" else None)
+        if split not in ("train", "val", "test") and (split != "predict" or self.predict is None):
             raise ValueError(f"split must be 'train', 'val' or 'test', got {split!r}: give one of them")
         self.check_files(split)
         if views is None:
@@ -115,7 +116,7 @@ class SplitLoaders(L.LightningDataModule):
 
     def _make_loader(self, source: str, sampler: ShardedSampler, views: str | Sequence[str]) -> BatchLoader:
         image = getattr(self, f"{source}_image")
-        masks = isinstance(self.problem, Segmentation)
+        masks = isinstance(self.problem, Segmentation) and source != "predict"
         return ResidentLoader(
             self._stored_on_device(f"{source}_image"),
             self._stored_on_device(f"{source}_target", fill=-1) if masks else getattr(self, f"{source}_target"),
@@ -158,7 +159,7 @@ class SplitLoaders(L.LightningDataModule):
         return self.loader("test")
 
     def predict_dataloader(self) -> BatchLoader:
-        return self.loader("test")
+        return self.loader("test" if self.predict is None else "predict")
 
 
 def train_loader_of(data: Any) -> Any:

@@ -1,0 +1,85 @@
+"""Samples without labels: image files by their folder or a list, and arrays."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+from torch import Tensor
+from torchvision.datasets.folder import IMG_EXTENSIONS
+
+from lightning_kd.data.array_files import read_arrays, to_feature, to_image
+from lightning_kd.data.image_files import images_below
+from lightning_kd.spreadsheet import column_name, read_rows
+
+__all__ = ["files_to_predict", "read_unlabelled"]
+
+
+def files_to_predict(given: str) -> list[str]:
+    """The image files that ``given`` stands for.
+
+    Args:
+        given: a folder of any depth; one image; or a list, a ``.txt`` with a path a line, or a ``.csv`` with paths in
+            its column ``path``, or in its first column where none has that name. Paths in a list are those from the
+            folder that you are in, or else from that of the list.
+
+    Raises:
+        FileNotFoundError: where there is no such folder or file.
+        ValueError: where it holds no image.
+    """
+    path = Path(given)
+    if path.is_dir():
+        found = images_below(path)
+    elif not path.exists():
+        raise FileNotFoundError(f"predict {given!r} does not exist: name a folder, an image, or a list of images")
+    elif path.suffix.lower() in (".txt", ".csv"):
+        found = [_from(path.parent, name) for name in _listed(path)]
+    elif path.suffix.lower() in IMG_EXTENSIONS:
+        found = [given]
+    else:
+        raise ValueError(
+            f"predict {given!r} is no folder, no image ({', '.join(IMG_EXTENSIONS)}) and no list (.txt, .csv): name one"
+        )
+    if not found:
+        raise ValueError(f"predict {given!r} holds no image ({', '.join(IMG_EXTENSIONS)}): name another")
+    return found
+
+
+def _listed(path: Path) -> list[str]:
+    if path.suffix.lower() == ".csv":
+        rows = [cells for _, cells in read_rows(path)]
+        header = [column_name(cell) for cell in rows[0]] if rows else []
+        column = header.index("path") if "path" in header else 0
+        rows = rows[1:] if "path" in header else rows
+        return [cells[column] for cells in rows if len(cells) > column and cells[column]]
+    try:
+        text = path.read_text(encoding="utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise ValueError(f"predict {str(path)!r} is no text in UTF-8 ({error}): save it as UTF-8") from error
+    return [line.strip() for line in text.splitlines() if line.strip()]
+
+
+def _from(folder: Path, name: str) -> str:
+    beside = os.path.join(folder, name)
+    return beside if os.path.exists(beside) and not os.path.exists(name) else name
+
+
+def read_unlabelled(path: str, name: str) -> Tensor:
+    """The samples in a ``.npy``, or in an ``.npz`` as ``image`` or ``feature``, see ``to_image`` and ``to_feature``.
+
+    Args:
+        path: the file.
+        name: what to call it in errors.
+
+    Raises:
+        FileNotFoundError, PermissionError, ValueError: as ``read_arrays`` and ``to_image``, and where it is empty.
+    """
+    arrays = read_arrays(Path(path))
+    key = next((key for key in ("image", "feature", "") if key in arrays), None)
+    if key is None:
+        raise ValueError(f"{name} {path!r} must hold the array 'image' or 'feature', got {sorted(arrays)}: rename one")
+    array = arrays[key]
+    found = (to_feature if array.ndim == 2 else to_image)(array, f"{key or 'the array'} of {path!r}")
+    if not len(found):
+        raise ValueError(f"{name} {path!r} holds no sample: name another file")
+    return found

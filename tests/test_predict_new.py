@@ -1,0 +1,302 @@
+"""Predictions for new samples, without labels and without the data trained on, through the real command."""
+
+import base64
+import csv
+import io
+import shutil
+from html.parser import HTMLParser
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from lightning_kd.cli import main
+from lightning_kd.core import prediction_page
+from lightning_kd.data import ArrayDataModule, ImageFolderDataModule, OpenSetDataModule
+
+QUIET = ["--trainer.enable_progress_bar", "false", "--trainer.accelerator", "cpu"]
+FIT = ["fit", "--model", "Classification", "--model.network", "cnn_tiny", "--trainer.max_epochs", "2", "--run", "r"]
+FIT += ["--model.optimizer", "AdamW", "--model.optimizer.lr", "0.01", *QUIET]
+FILES = [
+    "--data",
+    "ImageFolderDataModule",
+    "--data.root",
+    "photos",
+    "--data.image_size",
+    "16",
+    "--data.augment",
+    "false",
+]
+NAMES = ["=blue", "a <b> & c", "rot"]
+COLOURS = {"=blue": (20, 30, 220), "a <b> & c": (30, 200, 40), "rot": (220, 30, 20)}
+
+
+def picture(path, colour, size=(24, 20), seed=0):
+    path.parent.mkdir(parents=True, exist_ok=True)
+    noise = np.random.default_rng(seed).integers(-20, 20, (size[1], size[0], 3))
+    Image.fromarray((np.array(colour) + noise).clip(0, 255).astype(np.uint8)).save(path)
+
+
+def rows(path="r/predictions.csv"):
+    with open(path, newline="") as file:
+        return list(csv.DictReader(file))
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory):
+    """A run on an image folder, which is gone afterwards, and one on arrays; and new samples."""
+    folder = tmp_path_factory.mktemp("trained")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(folder)
+        for name, colour in COLOURS.items():
+            for i in range(20):
+                picture(Path(f"photos/{name}/{i:02d}.png"), colour, seed=i)
+        main([*FIT, *FILES, "--data.mean", "[0.4, 0.4, 0.4]"])
+        shutil.rmtree("photos")
+        for i, colour in enumerate([*COLOURS.values(), *COLOURS.values()]):
+            picture(Path(f"new/{'deep/' if i % 2 else ''}{i}.{'png' if i < 4 else 'jpg'}"), colour, seed=50 + i)
+        generator = np.random.default_rng(0)
+        target = np.arange(60) % 3
+        image = (generator.integers(0, 60, (60, 12, 12, 1)) + 90 * target[:, None, None, None]).clip(0, 255)
+        np.savez("mine.npz", image=image.astype(np.uint8), target=np.array(["no", "some", "all"])[target])
+        main([*FIT[:-4], "--run", "a", *QUIET, "--data", "ArrayDataModule", "--data.path", "mine.npz"])
+        np.save("new.npy", image[:9].astype(np.uint8))
+        np.savez("new.npz", image=image[:9].astype(np.uint8))
+    return folder
+
+
+@pytest.fixture
+def run(trained, tmp_path):
+    shutil.copytree(trained, tmp_path, dirs_exist_ok=True)
+    return tmp_path
+
+
+PREDICT = ["predict", "--config", "r/config.yaml", "--ckpt_path", "last", *QUIET]
+ARRAYS = ["predict", "--config", "a/config.yaml", "--ckpt_path", "best", *QUIET]
+
+
+def test_a_folder_of_any_depth_where_the_data_trained_on_is_gone(run):
+    assert not Path("photos").exists()
+    main([*PREDICT, "--data.predict", "new"])
+    found = rows()
+    assert [row["path"] for row in found] == sorted(str(p) for p in Path("new").rglob("*.*"))
+    assert [row["index"] for row in found] == [str(i) for i in range(6)]
+    names = ["'=blue", *NAMES[1:]]  # a spreadsheet takes it for no formula
+    colour = {f"{i}": names[i % 3] for i in range(6)}
+    assert [row["class_name"] for row in found] == [colour[Path(row["path"]).stem] for row in found]
+    for row in found:
+        probabilities = [float(row[f"probability_{k}"]) for k in range(3)]
+        assert sum(probabilities) == pytest.approx(1, abs=1e-4)
+        assert names[int(np.argmax(probabilities))] == row["class_name"]
+
+
+def test_it_is_what_the_network_says_of_the_image(run):
+    main([*PREDICT, "--data.predict", "new"])
+    data = ImageFolderDataModule("gone", image_size=16, class_names=NAMES, mean=[0.4] * 3, predict="new")
+    (batch,) = data.predict_dataloader()
+    assert batch.target.tolist() == [-1] * 6
+    checkpoint = torch.load("r/checkpoints/last.ckpt", weights_only=True)
+    assert checkpoint["data_description"]["mean"] == [0.4] * 3
+    from lightning_kd import build_network
+
+    network = build_network("cnn_tiny", 3).eval()
+    weights = checkpoint["state_dict"]
+    network.load_state_dict({k.removeprefix("network."): v for k, v in weights.items() if k.startswith("network.")})
+    with torch.no_grad():
+        expected = network(batch.image).softmax(1)
+    found = torch.tensor([[float(row[f"probability_{k}"]) for k in range(3)] for row in rows()])
+    torch.testing.assert_close(found, expected, atol=1e-4, rtol=0)
+
+
+def test_one_image_and_lists(run):
+    main([*PREDICT, "--data.predict", "new/0.png"])
+    assert [row["path"] for row in rows()] == ["new/0.png"]
+    main([*PREDICT, "--data.predict", "new"])
+    whole = {row["path"]: row["probability_0"] for row in rows()}
+    wanted = ["new/deep/1.png", "new/0.png", "new/deep/5.jpg"]
+    Path("list.txt").write_text("\ufeff" + "\n".join(wanted) + "\n\n", encoding="utf-8")
+    Path("new/list.csv").write_text("number;Path\n1;deep/1.png\n2;0.png\n3;deep/5.jpg\n")  # from its own folder
+    Path("bare.csv").write_text("\r\n".join(wanted))
+    for name in ("list.txt", "new/list.csv", "bare.csv"):
+        main([*PREDICT, "--data.predict", name])
+        assert [row["path"] for row in rows()] == wanted
+        assert [float(row["probability_0"]) for row in rows()] == pytest.approx([float(whole[p]) for p in wanted])
+
+
+def test_damaged_and_missing_files(run, capsys):
+    Path("new/deep/broken.jpg").write_bytes(Path("new/deep/5.jpg").read_bytes()[:200])
+    Path("list.txt").write_text("new/0.png\nnew/deep/broken.jpg\nnew/gone.png\nnew/2.png\n")
+    for given, culprits in (("new", ["broken.jpg"]), ("list.txt", ["broken.jpg", "gone.png"])):
+        before = Path("r/run.json").read_bytes()
+        with pytest.raises(SystemExit):
+            main([*PREDICT, "--data.predict", given])
+        error = capsys.readouterr().err
+        assert all(culprit in error for culprit in culprits)
+        assert "on_error: skip" in error
+        assert Path("r/run.json").read_bytes() == before
+    with pytest.warns(UserWarning, match="2 of 4 images cannot be read"):
+        main([*PREDICT, "--data.predict", "list.txt", "--data.on_error", "skip"])
+    assert [(row["index"], row["path"]) for row in rows()] == [("0", "new/0.png"), ("3", "new/2.png")]
+    with pytest.raises(SystemExit), pytest.warns(UserWarning, match="cannot be read"):
+        main([*PREDICT, "--data.predict", "new/deep/broken.jpg", "--data.on_error", "skip"])
+    assert "no image of split 'predict' can be read" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        ("nowhere", "'nowhere' does not exist"),
+        ("empty", "'empty' holds no image"),
+        ("none.txt", "'none.txt' holds no image"),
+        ("notes.md", "'notes.md' is no folder, no image"),
+    ],
+)
+def test_what_holds_nothing_is_told(given, message, run, capsys):
+    Path("empty").mkdir()
+    Path("none.txt").write_text("\n")
+    Path("notes.md").write_text("no image")
+    with pytest.raises(SystemExit):
+        main([*PREDICT, "--data.predict", given])
+    assert message in capsys.readouterr().err
+
+
+def test_arrays_where_the_data_trained_on_is_gone(run, capsys):
+    main([*ARRAYS, "--data.predict", "new.npz"])
+    there = rows("a/predictions.csv")
+    Path("mine.npz").unlink()
+    for name in ("new.npz", "new.npy"):
+        main([*ARRAYS, "--data.predict", name])
+        assert rows("a/predictions.csv") == there  # the mean and deviation of the run
+    assert [row["index"] for row in there] == [str(i) for i in range(9)]
+    assert {row["class_name"] for row in there} <= {"no", "some", "all"}
+    np.save("colour.npy", np.zeros((2, 12, 12, 3), np.uint8))
+    with pytest.raises(SystemExit):
+        main([*ARRAYS, "--data.predict", "colour.npy"])
+    assert "those trained on have 1 channels" in capsys.readouterr().err
+    np.savez("strange.npz", pictures=np.zeros((2, 12, 12), np.uint8))
+    with pytest.raises(SystemExit):
+        main([*ARRAYS, "--data.predict", "strange.npz"])
+    assert "must hold the array 'image' or 'feature', got ['pictures']" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("kind", ["multi_label", "segmentation"])
+def test_other_kinds_of_problems(kind, tmp_path):
+    generator = np.random.default_rng(0)
+    image = generator.integers(0, 256, (30, 8, 8, 3), dtype=np.uint8)
+    shape = (30, 4) if kind == "multi_label" else (30, 8, 8)
+    np.savez("mine.npz", image=image, target=generator.integers(0, 2, shape, dtype=np.uint8))
+    task, network = {
+        "multi_label": ("MultiLabelClassification", "cnn_tiny"),
+        "segmentation": ("SemanticSegmentation", "fcn_tiny"),
+    }[kind]
+    data = ["--data", "ArrayDataModule", "--data.path", "mine.npz"]
+    limits = ["--trainer.max_epochs", "1", "--run", "r", *QUIET]
+    main(["fit", "--model", task, "--model.network", network, *data, *limits])
+    Path("mine.npz").unlink()
+    np.save("new.npy", image[:5])
+    main([*PREDICT, "--data.predict", "new.npy"])
+    assert len(rows()) == 5
+    assert len(list(Path("r/predictions").glob("*.png"))) == 5 * (kind == "segmentation")
+
+
+def test_a_fit_with_new_samples_trains_and_tests_on_its_own(run):
+    for name, colour in COLOURS.items():
+        for i in range(10):
+            picture(Path(f"photos/{name}/{i:02d}.png"), colour, seed=i)
+    data = ImageFolderDataModule("photos", image_size=16, predict="new")
+    assert (data.class_names, data.test_size) == (NAMES, 6)
+    assert len(data.predict_dataloader().sampler.indices) == 6
+    assert data.path_of(0) == "new/0.png"
+    with pytest.raises(ValueError, match="class_names has 'green', which is no folder"):
+        ImageFolderDataModule("photos", class_names=[*NAMES, "green"]).setup()
+    other = ImageFolderDataModule("photos", image_size=16, class_names=NAMES[::-1])
+    other.setup()
+    assert other.train_target[0] == 2
+    with pytest.raises(ValueError, match="split must be 'train', 'val' or 'test', got 'predict'"):
+        other.loader("predict")
+
+
+def test_arrays_in_python(run):
+    data = ArrayDataModule("mine.npz", predict="new.npy")
+    assert (data.train_size + data.val_size + data.test_size, len(data.class_names)) == (60, 3)
+    (batch,) = data.predict_dataloader()
+    assert batch.image.shape == (9, 1, 12, 12)
+    np.save("large.npy", np.zeros((2, 20, 20), np.uint8))
+    with pytest.raises(ValueError, match=r"must be like those trained on \(1, 12, 12\), got \(1, 20, 20\)"):
+        ArrayDataModule("mine.npz", predict="large.npy").setup("predict")
+
+
+def test_a_pool_says_where_other_samples_are_predicted(run):
+    with pytest.raises(ValueError, match=r"lightning_kd\.load"):
+        OpenSetDataModule(ArrayDataModule("mine.npz", predict="new.npy"), known_classes=2, initial_count=4, budget=2)
+
+
+def test_the_highest_probability_first_and_a_page_to_look_at(run, capsys):
+    main([*PREDICT, "--data.predict", "new"])
+    plain = rows()
+    main([*PREDICT, "--data.predict", "new", "--sort", "confidence"])
+    assert "and to look at in r/predictions.html" in capsys.readouterr().out
+    found = rows()
+    highest = [max(float(row[f"probability_{k}"]) for k in range(3)) for row in found]
+    assert highest == sorted(highest, reverse=True)
+    assert sorted(found, key=lambda row: int(row["index"])) == plain
+    page = Page()
+    page.feed(Path("r/predictions.html").read_text(encoding="utf-8"))
+    assert page.tags.count("img") == page.tags.count("figure") == 6
+    assert "c" not in page.tags  # no name is taken for a tag
+    assert not {"script", "link"} & {*page.tags}
+    for row, text, source in zip(found, page.captions, page.sources, strict=True):
+        probability = max(float(row[f"probability_{k}"]) for k in range(3))
+        assert text == f"{row['class_name'].lstrip(chr(39))} {probability:.1%}{row['path']}"
+        with Image.open(io.BytesIO(base64.b64decode(source.partition(";base64,")[2]))) as image:
+            seen = np.asarray(image).mean((0, 1))
+        assert np.abs(seen - COLOURS[text.partition(" ")[0].replace("a", "a <b> & c")]).max() < 20
+
+
+class Page(HTMLParser):
+    def __init__(self):
+        super().__init__()
+        self.tags, self.sources, self.captions = [], [], []
+        self.inside = False
+
+    def handle_starttag(self, tag, attrs):
+        self.tags.append(tag)
+        self.sources += [dict(attrs)["src"]] if tag == "img" else []
+        if tag == "figcaption":
+            self.inside = True
+            self.captions.append("")
+
+    def handle_endtag(self, tag):
+        self.inside = self.inside and tag != "figcaption"
+
+    def handle_data(self, data):
+        if self.inside:
+            self.captions[-1] += data
+
+
+def test_the_page_ends_after_some_and_is_gone_where_there_is_nothing_to_see(tmp_path, monkeypatch):
+    monkeypatch.setattr(prediction_page, "PAGE_IMAGES", 3)
+    np.save("new.npy", np.zeros((5, 8, 8), np.uint8))
+    options = {"class_names": ["a", "b"], "mean": [0.5], "std": [0.2]}
+    data = ArrayDataModule("gone.npz", predict="new.npy", **options)
+    prediction_page.write_page(tmp_path, [4, 2, 0, 1, 3], ["a"] * 5, None, data)
+    text = Path("predictions.html").read_text()
+    assert text.count("<figure>") == 3
+    assert "The first 3 of 5 predictions" in text
+    assert text.index("sample 4") < text.index("sample 2") < text.index("sample 0")
+    np.save("new.npy", np.zeros((5, 1), np.float32))
+    features = ArrayDataModule("gone.npz", predict="new.npy", **options)
+    prediction_page.write_page(tmp_path, [0, 1], ["a"] * 2, None, features)
+    assert not Path("predictions.html").exists()
+
+
+def test_masks_have_no_order_of_confidence(tmp_path, capsys):
+    data = ["--data", "ArrayDataModule", "--data.path", "none.npz", "--data.fake", "true"]
+    kind = ["--data.kind", "segmentation"]
+    model = ["--model", "SemanticSegmentation", "--model.network", "fcn_tiny"]
+    with pytest.raises(SystemExit):
+        main(["predict", *model, *data, *kind, "--run", "s", "--sort", "confidence", *QUIET])
+    assert "sort must be 'index' for a class for each pixel" in capsys.readouterr().err
+    assert not Path("s").exists()
