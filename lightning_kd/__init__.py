@@ -1,7 +1,7 @@
 """Research methods that train better classifiers, as PyTorch Lightning modules.
 
-``from lightning_kd import DHKD, CIFAR100DataModule`` works for every method and data module; they are imported when
-asked for, so that light commands start fast.
+``from lightning_kd import DHKD, CIFAR100DataModule`` works for every method and data module, and ``lightning_kd.load``
+for a trained run; they are imported when asked for, so that light commands start fast.
 """
 
 from __future__ import annotations
@@ -18,7 +18,9 @@ def __getattr__(name: str) -> Any:
 
     from lightning_kd.core.registry import family_packages
 
-    places = [importlib.import_module(f"lightning_kd.{part}") for part in ("core", "data", "nets", "callbacks")]
+    places = [
+        importlib.import_module(f"lightning_kd.{part}") for part in ("core", "data", "nets", "callbacks", "deploy")
+    ]
     for place in [*places, *family_packages()]:
         if name in getattr(place, "__all__", ()):
             return getattr(place, name)

@@ -18,8 +18,9 @@ MAY_IMPORT = {
     "data": {"core", "pool"},
     "callbacks": {"core", "metrics"},
     **{family: {"core", "nets", "metrics"} for family in FAMILIES},
+    "deploy": {"core", "data"},
     "active_learning": {"core", "nets", "metrics", "pool"},
-    "cli": {"core", "nets", "metrics", "pool", "compare", "data", "callbacks", *FAMILIES},
+    "cli": {"core", "nets", "metrics", "pool", "compare", "data", "callbacks", "deploy", *FAMILIES},
 }
 # which import nothing of the package themselves
 AT_THE_TOP = ("lightning_kd.argument_checks", "lightning_kd.file_writing", "lightning_kd.spreadsheet")

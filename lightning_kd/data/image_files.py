@@ -15,8 +15,15 @@ from PIL import ExifTags, Image, ImageCms, ImageFile
 from torch import Tensor
 from torchvision.datasets.folder import IMG_EXTENSIONS
 
-__all__ = ["class_folders", "find_images", "images_below", "read_image", "upright", "without_range"]
-
+__all__ = [
+    "as_rgb",
+    "class_folders",
+    "find_images",
+    "images_below",
+    "read_image",
+    "upright",
+    "without_range",
+]
 
 # what stands an image upright, by the orientation that its EXIF names; 1 is upright
 TURNS = {
@@ -52,9 +59,32 @@ def read_image(
             image = upright(file)
     except Exception as error:  # whatever a damaged file makes the decoder raise
         raise ValueError(f"the image {str(path)!r} cannot be read ({error}): replace or remove it") from error
+    return as_rgb(image, repr(str(path)), background, image_range, rangeless)
+
+
+def as_rgb(
+    image: Image.Image,
+    name: str = "given",
+    background: Sequence[int] = (255, 255, 255),
+    image_range: Sequence[float] | None = None,
+    rangeless: str | None = None,
+) -> Image.Image:
+    """An image as 8-bit RGB, see ``read_image``.
+
+    Args:
+        image: of any mode.
+        name: what to call it in errors.
+        background: see ``read_image``, as ``image_range``.
+        image_range: likewise.
+        rangeless: see ``without_range``, where the file that it is from is known; by default asked of ``image``.
+
+    Raises:
+        ValueError: where its values need an ``image_range``.
+    """
     if image.mode in ("I", "F") or image.mode.startswith("I;16"):
+        rangeless = without_range(image) if rangeless is None else rangeless
         if image_range is None and rangeless:
-            raise ValueError(f"the image {str(path)!r} {rangeless}")
+            raise ValueError(f"the image {name} {rangeless}")
         low, high = image_range or (0, 65535)
         values = np.nan_to_num((np.asarray(image).astype(np.float64) - low) / (high - low)).clip(0, 1)
         return Image.fromarray(np.round(values * 255).astype(np.uint8)).convert("RGB")
@@ -72,8 +102,8 @@ def read_image(
     return image.convert("RGB")
 
 
-def without_range(image: ImageFile.ImageFile) -> str:
-    """What an opened file holds that has no range of its own, and what to do; empty where it has one."""
+def without_range(image: Image.Image) -> str:
+    """What an image, as it was opened, holds that has no range of its own, and what to do; empty where it has one."""
     # what Pillow reads as integers of 32 bits are 16 bits in a PNG, and scaled to 16 bits in a PGM
     if image.mode != "F" and (image.mode != "I" or image.format in ("PNG", "PPM")):
         return ""
@@ -81,16 +111,18 @@ def without_range(image: ImageFile.ImageFile) -> str:
     return f"holds {kind}, which have no range of their own: give image_range, the values that become black and white"
 
 
-def upright(image: ImageFile.ImageFile) -> Image.Image:
-    """The pixels of an opened file, turned as its EXIF orientation says; not turned where the EXIF is broken.
+def upright(image: Image.Image) -> Image.Image:
+    """The pixels of an opened image, turned as its EXIF orientation says; not turned where the EXIF is broken.
 
     ``ImageOps.exif_transpose`` writes the EXIF anew, which fails on tags that Pillow reads but cannot write.
     """
-    image.filename = ""  # or Pillow maps the file, and takes width for height in a TIFF that is to be turned
     if image.format == "TIFF":  # turned as it is loaded
         with suppress(Exception):
             image.getexif()  # what fails here would fail there, but only once
-    image.load()
+    if isinstance(image, ImageFile.ImageFile):
+        name, image.filename = image.filename, ""  # or Pillow maps the file, and takes width for height in a TIFF
+        image.load()  # that is to be turned
+        image.filename = name
     turn = None
     with suppress(Exception):  # whatever a broken EXIF makes Pillow raise
         turn = TURNS.get(image.getexif().get(ExifTags.Base.Orientation, 1))

@@ -1,0 +1,216 @@
+"""Predictions from Python, of images in any form, by a run that was trained."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from PIL import Image, ImageOps
+from torch import Tensor, nn
+from torchvision.transforms import v2
+
+from lightning_kd.argument_checks import check_numbers
+from lightning_kd.core.task import Task
+from lightning_kd.data.image_files import as_rgb, read_image, upright, without_range
+from lightning_kd.data.new_samples import files_to_predict
+from lightning_kd.deploy.trained_run import load_trained
+
+__all__ = ["Predictions", "Predictor", "load"]
+
+
+@dataclass
+class Predictions:
+    """What was predicted for ``N`` samples, on the CPU.
+
+    Attributes:
+        prediction: the class, int64 ``[N]``; of several labels bool ``[N, C]``, of masks ``[N, H, W]``.
+        names: the name of each class; of several labels a list of them; ``None`` for masks.
+        probabilities: float32 ``[N, C]``; ``None`` for masks.
+        paths: the image files; ``None`` where something else was given.
+    """
+
+    prediction: Tensor
+    names: list[Any] | None
+    probabilities: Tensor | None
+    paths: list[str] | None = None
+
+    def __len__(self) -> int:
+        return len(self.prediction)
+
+
+class Predictor:
+    """A trained method that answers; made by ``load``.
+
+    Attributes:
+        task: the method, in eval mode.
+        class_names: of the data that it was trained on.
+        input_shape: of an image ``(C, H, W)``, or of a row of features ``(D,)``.
+        mean: subtracted from each channel (0 to 1) or feature.
+        std: divides it.
+        checkpoint: the file that the weights are from.
+    """
+
+    def __init__(self, task: Task, description: dict[str, Any], checkpoint: Path) -> None:
+        self.task = task
+        self.checkpoint = checkpoint
+        self.input_shape = tuple(description.get("input_shape") or task.input_shape)
+        channels = self.input_shape[0]
+        names = description.get("class_names") or ()
+        known = len(names) == task.num_classes
+        self.class_names: list[str] = list(names) if known else [str(k) for k in range(task.num_classes)]
+        self.mean = list(description.get("mean") or [0.0] * channels)
+        self.std = list(description.get("std") or [1.0] * channels)
+        self.resize: int | None = description.get("resize")
+        self.background = tuple(description.get("background") or (255, 255, 255))
+        self.image_range = description.get("image_range")
+
+    @property
+    def network(self) -> nn.Module:
+        """The plain network that answers: from normalised images, see ``prepare``, to logits."""
+        return self.task.main_network
+
+    @property
+    def device(self) -> torch.device:
+        return next((p.device for p in self.task.parameters()), torch.device("cpu"))
+
+    def to(self, device: str | torch.device) -> Predictor:
+        """Move it, in place."""
+        self.task.to(device)
+        return self
+
+    def predict(self, images: Any, batch_size: int = 64) -> Predictions:
+        """What the method says of one image or several.
+
+        Args:
+            images: one of these, or a list of them:
+
+                - a path: of an image; given alone also of a folder or of a list (see ``files_to_predict``);
+                - a PIL image;
+                - a uint8 array ``[H, W, C]`` or ``[H, W]``; given alone also ``[N, H, W, C]``. These three are brought
+                  to the size of the network as the images of an evaluation are;
+                - a tensor ``[C, H, W]`` of the size of the network, uint8 or float from 0 to 1, not normalised; given
+                  alone also ``[N, C, H, W]``. Features are floats ``[D]`` or ``[N, D]``, as tensor or array.
+            batch_size: how many go through the network at once.
+
+        Raises:
+            ValueError: where a file cannot be read, and for images of another shape or dtype.
+        """
+        check_numbers(least=1, whole=True, batch_size=batch_size)
+        samples, paths = self._samples(images)
+        parts: list[dict[str, Tensor]] = []
+        with torch.inference_mode():
+            for start in range(0, len(samples), batch_size):
+                batch = torch.stack([self._prepared(one) for one in samples[start : start + batch_size]])
+                scores, probabilities = self.task.scores_and_probabilities(batch.to(self.device))
+                found = self.task.problem.predict(scores, probabilities)
+                parts.append({name: value.cpu() for name, value in found.items()})
+        columns = {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
+        prediction = columns["prediction"]
+        return Predictions(prediction, self._names(prediction), columns.get("probabilities"), paths)
+
+    def prepare(self, images: Any) -> Tensor:
+        """Images of ``predict`` as the network wants them: normalised float32 ``[N, C, H, W]``, on the CPU."""
+        return torch.stack([self._prepared(one) for one in self._samples(images)[0]])
+
+    def _names(self, prediction: Tensor) -> list[Any] | None:
+        if prediction.ndim == 1 and not prediction.is_floating_point():
+            return [self.class_names[k] for k in prediction.tolist()]
+        if prediction.ndim == 2 and prediction.dtype == torch.bool:
+            return [[self.class_names[k] for k in row.nonzero().flatten().tolist()] for row in prediction]
+        return None
+
+    def _samples(self, images: Any) -> tuple[Sequence[Any], list[str] | None]:
+        """One by one, and the files among them where all are files."""
+        if isinstance(images, str | Path):
+            files = files_to_predict(str(images))
+            return files, files
+        if isinstance(images, Image.Image):
+            return [images], None
+        if isinstance(images, np.ndarray | Tensor):
+            several = len(self.input_shape) + 1
+            return images if images.ndim == several else [images], None  # type: ignore[return-value]
+        samples = list(images)
+        if not samples:
+            raise ValueError("images is empty: give one image at least")
+        paths = [str(one) for one in samples if isinstance(one, str | Path)]
+        return samples, paths if len(paths) == len(samples) else None
+
+    def _prepared(self, sample: Any) -> Tensor:
+        """One sample, normalised."""
+        if isinstance(sample, np.ndarray) and (len(self.input_shape) == 1 or self.input_shape[0] not in (1, 3)):
+            sample = torch.from_numpy(sample if sample.ndim == 1 else np.ascontiguousarray(sample.transpose(2, 0, 1)))
+        if not isinstance(sample, Tensor):
+            sample = v2.functional.pil_to_tensor(self._sized(self._picture(sample)))
+        if tuple(sample.shape) != self.input_shape:
+            raise ValueError(
+                f"a tensor must be of the shape that was trained on, {self.input_shape}, got {tuple(sample.shape)}: "
+                "bring it to that, or give a PIL image or a uint8 array [H, W, C]"
+            )
+        if sample.dtype == torch.uint8:
+            sample = sample.float() / 255
+        elif not sample.is_floating_point():
+            raise ValueError(f"a tensor must be uint8, or float from 0 to 1, got {sample.dtype}: convert it")
+        shape = (-1, *[1] * (sample.ndim - 1))
+        mean, std = (torch.tensor(values, dtype=torch.float32).view(shape) for values in (self.mean, self.std))
+        return (sample.cpu().float() - mean) / std
+
+    def _picture(self, sample: Any) -> Image.Image:
+        """A path, an image or an array as a picture of as many channels as the network has."""
+        if len(self.input_shape) == 1:
+            raise ValueError(
+                f"this run is of rows of {self.input_shape[0]} features, got {type(sample).__name__}: give float arrays"
+            )
+        if isinstance(sample, str | Path):
+            picture = read_image(sample, self.background, self.image_range)
+        elif isinstance(sample, Image.Image):
+            picture = as_rgb(upright(sample), "given", self.background, self.image_range, without_range(sample))
+        elif isinstance(sample, np.ndarray):
+            channels = sample.shape[2] if sample.ndim == 3 else 1
+            if sample.dtype != np.uint8 or sample.ndim not in (2, 3) or channels not in (1, 3, 4):
+                raise ValueError(
+                    f"an array must be a uint8 image [H, W, C] of 1, 3 or 4 channels, got {sample.dtype} "
+                    f"{sample.shape}: convert it"
+                )
+            picture = as_rgb(Image.fromarray(sample[..., 0] if channels == 1 and sample.ndim == 3 else sample))
+        else:
+            raise TypeError(
+                f"an image must be a path, a PIL image, an array or a tensor, got {type(sample).__name__}: convert it"
+            )
+        if self.input_shape[0] not in (1, 3):
+            raise ValueError(f"this run is of images with {self.input_shape[0]} channels: give tensors or uint8 arrays")
+        return picture.convert("L") if self.input_shape[0] == 1 else picture
+
+    def _sized(self, picture: Image.Image) -> Image.Image:
+        """As an evaluation of files does it; else the middle of the picture, as large as it fits."""
+        height, width = self.input_shape[1:]
+        if self.resize is not None:
+            return v2.CenterCrop((height, width))(v2.Resize(self.resize)(picture))  # type: ignore[no-any-return]
+        if picture.size == (width, height):
+            return picture
+        return ImageOps.fit(picture, (width, height), Image.Resampling.BILINEAR)
+
+
+def load(run: str | Path, device: str | torch.device | None = None) -> Predictor:
+    """A trained run, to predict with. The data trained on need not be there.
+
+    ::
+
+        predictor = lightning_kd.load("runs/photos")
+        found = predictor.predict(["a.jpg", "b.jpg"])
+        print(found.names, found.probabilities.max(1).values)
+
+    Args:
+        run: a run folder, of which ``best.ckpt`` is taken, or ``last.ckpt`` where there is no best; or a checkpoint in
+            a run folder.
+        device: where to compute, such as ``"cpu"`` or ``"cuda:1"``. Default: a GPU where there is one.
+
+    Raises:
+        FileNotFoundError: where there is no checkpoint, or no ``config.yaml`` of its run.
+        ValueError: where one is damaged, or does not go with the other.
+    """
+    predictor = Predictor(*load_trained(run))
+    return predictor.to(device or ("cuda" if torch.cuda.is_available() else "cpu"))

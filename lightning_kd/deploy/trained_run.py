@@ -1,0 +1,119 @@
+"""The task of a finished run with its weights, without the data trained on and without a Trainer."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import lightning as L
+import torch
+import yaml
+from lightning.pytorch.cli import LightningArgumentParser
+
+from lightning_kd.core import problems
+from lightning_kd.core.checkpoint_files import read_checkpoint
+from lightning_kd.core.registry import family_packages
+from lightning_kd.core.run_folder import RunFolder
+from lightning_kd.core.task import Task
+
+__all__ = ["load_trained"]
+
+# what a method begins with; all of it is in the checkpoint, but for the teacher, who has no say in a prediction
+_BEGINNINGS = {"weights": None, "student_weights": None, "teacher_weights": "random"}
+
+
+class _Described:
+    """What a task has from its data module."""
+
+    def __init__(self, problem: str, num_classes: int, input_shape: list[int]) -> None:
+        self.problem = getattr(problems, problem)(num_classes)
+        self.num_classes = num_classes
+        self.input_shape = tuple(input_shape)
+
+
+def load_trained(run: str | Path) -> tuple[Task, dict[str, Any], Path]:
+    """The task of a run on the CPU, in eval mode; what it has to know of the data; and the checkpoint it is from.
+
+    Args:
+        run: a run folder, of which ``best.ckpt`` is taken, or ``last.ckpt`` where there is no best; or a checkpoint in
+            a run folder.
+
+    Raises:
+        FileNotFoundError: where there is no checkpoint, or no ``config.yaml`` of its run.
+        ValueError: where one is damaged, or does not go with the other.
+    """
+    path = Path(run)
+    if path.is_dir():
+        folder = RunFolder(path)
+        path = folder.best if folder.best.is_file() else folder.last
+        if not path.is_file():
+            raise FileNotFoundError(f"{str(run)!r} holds no checkpoint: name the folder of a run, or a checkpoint")
+    checkpoint = read_checkpoint(path)
+    config = _settings(path.absolute().parent.parent / "config.yaml")
+    family_packages()  # their classes are known by name then
+    description = checkpoint.get("data_description") or {}
+    if not hasattr(problems, str(description.get("problem"))):  # written before there was such a thing, or a kind of
+        task, description = _with_data(config)  # problem that is not ours
+        description["class_names"] = checkpoint.get("class_names") or description["class_names"]
+    else:
+        task = _without_data(config, description)
+    task.on_load_checkpoint(checkpoint)  # first, as Lightning does: it may put in what the file leaves out
+    try:
+        task.load_state_dict(checkpoint["state_dict"], strict=task.strict_loading)
+    except RuntimeError as error:
+        raise ValueError(
+            f"{path} does not go with the config.yaml of its run ({error}): give those of one run"
+        ) from error
+    return task.eval(), description, path
+
+
+def _settings(path: Path) -> dict[str, Any]:
+    if not path.is_file():
+        raise FileNotFoundError(
+            f"there is no {path}, which says what network it is: give a checkpoint in its run folder"
+        )
+    try:
+        found = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise ValueError(f"{path} is damaged ({' '.join(str(error).split())}): put back a copy") from error
+    if not isinstance(found, dict) or not isinstance(found.get("model"), dict):
+        raise ValueError(f"{path} is no config of a run, it has no model: put back a copy")
+    arguments = found["model"].setdefault("init_args", {})
+    arguments |= {name: value for name, value in _BEGINNINGS.items() if arguments.get(name) is not None}
+    return found
+
+
+def _parser() -> LightningArgumentParser:
+    parser = LightningArgumentParser(exit_on_error=False)
+    parser.add_lightning_class_args(Task, "model", subclass_mode=True)
+    return parser
+
+
+def _instantiate(parser: LightningArgumentParser, settings: dict[str, Any]) -> Any:
+    for name in ("num_classes", "input_shape", "problem"):
+        parser.link_arguments(f"data.{name}", f"model.init_args.{name}", apply_on="instantiate")
+    with torch.random.fork_rng(devices=[]):  # weights are drawn, and thrown away
+        return parser.instantiate_classes(parser.parse_object(settings))
+
+
+def _without_data(config: dict[str, Any], description: dict[str, Any]) -> Task:
+    parser = _parser()
+    parser.add_class_arguments(_Described, "data")
+    data = {
+        "problem": description["problem"],
+        "num_classes": len(description["class_names"]),
+        "input_shape": list(description["input_shape"]),
+    }
+    task: Task = _instantiate(parser, {"model": config["model"], "data": data}).model
+    return task
+
+
+def _with_data(config: dict[str, Any]) -> tuple[Task, dict[str, Any]]:
+    parser = _parser()
+    parser.add_lightning_class_args(L.LightningDataModule, "data", subclass_mode=True)
+    made = _instantiate(parser, {"model": config["model"], "data": config.get("data")})
+    data = made.data
+    if hasattr(data, "describe"):
+        return made.model, data.describe()
+    known = {name: getattr(data, name, None) for name in ("class_names", "input_shape", "mean", "std")}
+    return made.model, known
