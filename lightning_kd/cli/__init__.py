@@ -1,4 +1,4 @@
-"""The door: ``lightning-kd fit | validate | test | predict | shift | sharpness | query | label | active | ...``.
+"""The door: ``lightning-kd fit | validate | test | predict | export | query | label | active | ...``.
 
 Only light modules are imported before the verb is known: ``compare``, ``label``, ``list`` and ``--version`` start at
 once.
@@ -39,10 +39,10 @@ def main(args: Sequence[str] | None = None) -> None:
         print(usage())
     elif name == "--version":
         print(f"lightning-kd {__version__}")
-    elif name in VERBS and VERBS[name].light:
+    elif name in VERBS and (VERBS[name].light or VERBS[name].standalone):
         try:
             importlib.import_module(VERBS[name].module).main(argv[1:])
-        except (ValueError, OSError) as error:
+        except (ValueError, OSError, ImportError) as error:
             print(f"error: {error}", file=sys.stderr)
             sys.exit(1)
     elif name in VERBS or name.startswith("-"):

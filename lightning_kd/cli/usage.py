@@ -20,12 +20,14 @@ class Verb:
             further arguments are the options. A light verb's module has ``main(args)`` instead. Lightning's own have
             none.
         light: needs neither torch nor lightning.
+        standalone: reads its options itself: its module has ``main(args)``, as that of a light verb.
         of_checkpoint: knows its config from the checkpoint or run folder that it is given.
     """
 
     sentence: str
     module: str = ""
     light: bool = False
+    standalone: bool = False
     of_checkpoint: bool = False
 
 
@@ -34,6 +36,11 @@ VERBS = {
     "validate": Verb("evaluate on the validation split, test on the test split, with --ckpt_path last | best | PATH"),
     "test": Verb(""),
     "predict": Verb("write predictions.csv into the run folder"),
+    "export": Verb(
+        "a network for other programs:   lightning-kd export RUN --format onnx | torchscript | state_dict",
+        "lightning_kd.cli.export_command",
+        standalone=True,
+    ),
     "shift": Verb(
         "optimum shifting of a finished checkpoint:  lightning-kd shift --ckpt_path RUN/checkpoints/last.ckpt",
         "lightning_kd.cli.shift_command",
@@ -63,7 +70,7 @@ VERBS = {
         "mean and std over seeds of finished runs: lightning-kd compare RUN...", "lightning_kd.compare", light=True
     ),
 }
-OWN_VERBS = {name: verb for name, verb in VERBS.items() if verb.module and not verb.light}
+OWN_VERBS = {name: verb for name, verb in VERBS.items() if verb.module and not (verb.light or verb.standalone)}
 CHECKPOINT_VERBS = [name for name, verb in VERBS.items() if verb.of_checkpoint]
 
 

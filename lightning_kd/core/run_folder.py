@@ -23,6 +23,7 @@ __all__ = ["RunFolder", "remove_files"]
 # what runs write and a fit begins without, beside what their run.json lists as files
 _WRITTEN = [
     *("checkpoints/last.ckpt", "checkpoints/best.ckpt", "checkpoints/shifted.ckpt", "network.pt", "student.pt"),
+    *("exported.onnx", "exported.torchscript", "exported.pt"),
     *("metrics.csv", "predictions.csv", "predictions.html", "predictions.png", "predictions/[0-9]*.png"),
     *("noisy_labels.csv", "noisy_labels.html", "wrong_labels.csv", "noise.npz", "shifts.json", "shift.json"),
     *("sharpness.json", "traceback.txt"),

@@ -143,7 +143,7 @@ class ArrayDataModule(ClassificationDataModule):
             names, self._arrays = self._read(class_names, kind)
             if fake:
                 shape = tuple(self._arrays.train_image.shape[1:])
-                self._arrays = _FAKE[self.kind](shape, len(names))  # type: ignore[operator]
+                self._arrays = _FAKE[self.kind](shape, len(names))  # type: ignore[operator, arg-type]
         if self._arrays is not None:
             shape = tuple(self._arrays.train_image.shape[1:])
         if len(shape) == 1 and (augment or cutout):

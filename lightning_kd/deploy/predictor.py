@@ -17,7 +17,7 @@ from lightning_kd.argument_checks import check_numbers
 from lightning_kd.core.task import Task
 from lightning_kd.data.image_files import as_rgb, read_image, upright, without_range
 from lightning_kd.data.new_samples import files_to_predict
-from lightning_kd.deploy.trained_run import load_trained
+from lightning_kd.deploy.trained_run import load_trained, test_images
 
 __all__ = ["Predictions", "Predictor", "load"]
 
@@ -116,6 +116,22 @@ class Predictor:
         """Images of ``predict`` as the network wants them: normalised float32 ``[N, C, H, W]``, on the CPU."""
         return torch.stack([self._prepared(one) for one in self._samples(images)[0]])
 
+    def images_to_compare(self, images: Any, count: int) -> tuple[Tensor, str | None]:
+        """At most ``count`` samples as ``prepare`` has them before they are normalised, and what they are.
+
+        Args:
+            images: see ``predict``. ``None`` for the test set of the run; where that is not there, noise is given, and
+                no name.
+            count: how many.
+        """
+        if images is not None:
+            samples, _ = self._samples(images)
+            return torch.stack([self._unit(one) for one in samples[:count]]), str(images)
+        found = test_images(self.checkpoint, count)
+        if found is not None:
+            return found
+        return torch.rand(count, *self.input_shape, generator=torch.Generator().manual_seed(0)), None
+
     def _names(self, prediction: Tensor) -> list[Any] | None:
         if prediction.ndim == 1 and not prediction.is_floating_point():
             return [self.class_names[k] for k in prediction.tolist()]
@@ -141,6 +157,13 @@ class Predictor:
 
     def _prepared(self, sample: Any) -> Tensor:
         """One sample, normalised."""
+        sample = self._unit(sample)
+        shape = (-1, *[1] * (sample.ndim - 1))
+        mean, std = (torch.tensor(values, dtype=torch.float32).view(shape) for values in (self.mean, self.std))
+        return (sample - mean) / std
+
+    def _unit(self, sample: Any) -> Tensor:
+        """One sample as float32, of an image from 0 to 1, on the CPU."""
         if isinstance(sample, np.ndarray) and (len(self.input_shape) == 1 or self.input_shape[0] not in (1, 3)):
             sample = torch.from_numpy(sample if sample.ndim == 1 else np.ascontiguousarray(sample.transpose(2, 0, 1)))
         if not isinstance(sample, Tensor):
@@ -154,9 +177,7 @@ class Predictor:
             sample = sample.float() / 255
         elif not sample.is_floating_point():
             raise ValueError(f"a tensor must be uint8, or float from 0 to 1, got {sample.dtype}: convert it")
-        shape = (-1, *[1] * (sample.ndim - 1))
-        mean, std = (torch.tensor(values, dtype=torch.float32).view(shape) for values in (self.mean, self.std))
-        return (sample.cpu().float() - mean) / std
+        return sample.cpu().float()
 
     def _picture(self, sample: Any) -> Image.Image:
         """A path, an image or an array as a picture of as many channels as the network has."""

@@ -8,15 +8,18 @@ from typing import Any
 import lightning as L
 import torch
 import yaml
+from jsonargparse import ArgumentError
 from lightning.pytorch.cli import LightningArgumentParser
+from torch import Tensor
 
 from lightning_kd.core import problems
+from lightning_kd.core.batch import as_batch
 from lightning_kd.core.checkpoint_files import read_checkpoint
 from lightning_kd.core.registry import family_packages
 from lightning_kd.core.run_folder import RunFolder
 from lightning_kd.core.task import Task
 
-__all__ = ["load_trained"]
+__all__ = ["load_trained", "test_images"]
 
 # what a method begins with; all of it is in the checkpoint, but for the teacher, who has no say in a prediction
 _BEGINNINGS = {"weights": None, "student_weights": None, "teacher_weights": "random"}
@@ -65,6 +68,29 @@ def load_trained(run: str | Path) -> tuple[Task, dict[str, Any], Path]:
             f"{path} does not go with the config.yaml of its run ({error}): give those of one run"
         ) from error
     return task.eval(), description, path
+
+
+def test_images(checkpoint: Path, count: int) -> tuple[Tensor, str] | None:
+    """Some of what the run of a checkpoint predicts, float32 ``[N, C, H, W]`` of 0 to 1, and what it is.
+
+    ``None`` where that is not there. Nothing is downloaded.
+    """
+    settings = _settings(checkpoint.absolute().parent.parent / "config.yaml").get("data")
+    parser = LightningArgumentParser(exit_on_error=False)
+    parser.add_lightning_class_args(L.LightningDataModule, "data", subclass_mode=True)
+    try:
+        data = parser.instantiate_classes(parser.parse_object({"data": settings})).data
+        data.setup("predict")
+        batch = as_batch(next(iter(data.predict_dataloader())))
+    except (OSError, ValueError, TypeError, ArgumentError, StopIteration):  # the files are gone, or elsewhere
+        return None
+    shape = (-1, *[1] * (batch.image.ndim - 2))
+    mean, std = (torch.tensor(values).view(shape) for values in (data.mean, data.std))
+    image = batch.image[:count].float() * std + mean
+    features = image.ndim == 2
+    return (
+        image if features else image.clamp(0, 1)
+    ), f"the {'pool' if hasattr(data, 'source') else 'test set'} of the run"
 
 
 def _settings(path: Path) -> dict[str, Any]:

@@ -1,0 +1,165 @@
+"""A trained run as one file for other programs, with the normalisation inside, checked on images."""
+
+from __future__ import annotations
+
+import json
+import warnings
+from collections.abc import Callable
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from lightning_kd.core.checkpoint_files import check_checksums
+from lightning_kd.core.outputs import logits_of
+from lightning_kd.core.teacher import FrozenTeacher
+from lightning_kd.deploy.predictor import Predictor
+from lightning_kd.file_writing import written_whole
+
+__all__ = ["FORMATS", "Answer", "export", "formats_missing"]
+
+#: the formats, with the name of the file that each is written to by default
+FORMATS = {"onnx": "exported.onnx", "torchscript": "exported.torchscript", "state_dict": "exported.pt"}
+# the packages that an ONNX file is written and checked with
+ONNX_PACKAGES = ("onnx", "onnxruntime", "onnxscript")
+
+
+class Answer(nn.Module):
+    """From images, float32 ``[B, C, H, W]`` of 0 to 1 (features ``[B, D]``), to probabilities.
+
+    These are of each class ``[B, K]``, of masks ``[B, K, H, W]``; of several networks what they say together.
+
+    Args:
+        predictor: the trained run; its task is changed to the usual memory format.
+    """
+
+    mean: Tensor
+    std: Tensor
+
+    def __init__(self, predictor: Predictor) -> None:
+        super().__init__()
+        task = predictor.task
+        task.channels_last = False
+        task.to(memory_format=torch.contiguous_format).requires_grad_(False)
+        shape = (-1, *[1] * (len(predictor.input_shape) - 1))
+        self.register_buffer("mean", torch.tensor(predictor.mean).view(shape))
+        self.register_buffer("std", torch.tensor(predictor.std).view(shape))
+        # the networks of the task, but not the task: exporters look at every attribute of a module
+        networks = [
+            m for m in task.children() if any(True for _ in m.parameters()) and not isinstance(m, FrozenTeacher)
+        ]
+        self.networks = nn.ModuleList(networks)
+        self._answer: tuple[Callable[[Tensor], tuple[Tensor, Tensor]]] = (task.scores_and_probabilities,)
+        self.eval()
+
+    def forward(self, image: Tensor) -> Tensor:
+        return self._answer[0]((image - self.mean) / self.std)[1]
+
+
+def formats_missing() -> list[str]:
+    """The packages for ONNX that are not installed."""
+    return [name for name in ONNX_PACKAGES if find_spec(name) is None]
+
+
+def export(predictor: Predictor, kind: str, path: Path, images: Tensor) -> float:
+    """Write the network of a trained run to ``path``, read it again and compare the answers.
+
+    - ``onnx``: input ``image``, output ``probabilities``, see ``Answer``; any batch size; the names of the classes as
+      JSON in the metadata ``class_names``.
+    - ``torchscript``: the same as a TorchScript module, with the names in the extra file ``class_names.json``.
+    - ``state_dict``: the weights of the plain network alone, for ``torch.load``; the normalisation is not in them.
+
+    Args:
+        predictor: the run, on the CPU.
+        kind: one of ``FORMATS``.
+        path: the file.
+        images: float32 ``[N, C, H, W]`` of 0 to 1, not normalised, to compare with; features ``[N, D]``.
+
+    Returns:
+        The largest difference of a probability (``state_dict``: of a logit) between the file and the run.
+
+    Raises:
+        ImportError: where a package for ONNX is missing.
+        ValueError: for another kind, and where the network cannot be exported, or answers differently then.
+        OSError: where the file cannot be written.
+    """
+    if kind not in FORMATS:
+        raise ValueError(f"format must be one of {', '.join(FORMATS)}, got {kind!r}: give one of them")
+    if kind == "onnx" and (missing := formats_missing()):
+        raise ImportError(f"format onnx needs {', '.join(missing)}: pip install 'lightning_kd[onnx]'")
+    write, read = {
+        "onnx": (_write_onnx, _read_onnx),
+        "torchscript": (_write_torchscript, _read_torchscript),
+        "state_dict": (_write_weights, _read_weights),
+    }[kind]
+    whole = Answer(predictor)
+    answer: nn.Module = whole
+    if kind == "state_dict":
+        answer, images = predictor.network, (images - whole.mean) / whole.std
+    with torch.no_grad(), warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # what exporters say of themselves
+        expected = logits_of(answer(images))
+        with written_whole(path) as part:
+            try:
+                write(answer, images[:2].repeat(2, *[1] * (images.ndim - 1))[:2], part, predictor.class_names)
+            except OSError:
+                raise
+            except Exception as error:  # whatever an exporter raises
+                reason = " ".join(str(error).split())[:300]
+                raise ValueError(
+                    f"this network cannot be exported as {kind} ({type(error).__name__}: {reason}): try another of "
+                    f"{', '.join(FORMATS)}"
+                ) from error
+            found = logits_of(read(answer, part, images))
+            largest = float((found - expected).abs().max())
+            if not largest < 1e-3 * max(1.0, float(expected.abs().max())):
+                raise ValueError(
+                    f"the exported {kind} answers differently, by up to {largest:.3g}, and is not kept: try another of "
+                    f"{', '.join(FORMATS)}"
+                )
+    return largest
+
+
+def _write_onnx(answer: nn.Module, example: Tensor, path: Path, names: list[str]) -> None:
+    program: Any = torch.onnx.export(
+        answer,
+        (example,),
+        input_names=["image"],
+        output_names=["probabilities"],
+        dynamic_shapes=({0: torch.export.Dim("batch")},),
+        dynamo=True,
+        verbose=False,
+    )
+    program.model.metadata_props["class_names"] = json.dumps(names)
+    program.save(str(path), external_data=False)
+
+
+def _read_onnx(answer: nn.Module, path: Path, images: Tensor) -> Tensor:
+    import onnxruntime
+
+    session = onnxruntime.InferenceSession(path.read_bytes(), providers=["CPUExecutionProvider"])
+    return torch.from_numpy(session.run(None, {"image": images.numpy()})[0])
+
+
+def _write_torchscript(answer: nn.Module, example: Tensor, path: Path, names: list[str]) -> None:
+    traced: Any = torch.jit.trace(answer, example, check_trace=False)
+    torch.jit.save(traced, str(path), _extra_files={"class_names.json": json.dumps(names)})
+
+
+def _read_torchscript(answer: nn.Module, path: Path, images: Tensor) -> Tensor:
+    found: Tensor = torch.jit.load(str(path), map_location="cpu")(images)
+    return found
+
+
+def _write_weights(network: nn.Module, example: Tensor, path: Path, names: list[str]) -> None:
+    weights = {name: value.detach().cpu().contiguous() for name, value in network.state_dict().items()}
+    with path.open("wb") as file:  # given a name, torch would put it into the content
+        torch.save(weights, file)
+
+
+def _read_weights(network: nn.Module, path: Path, images: Tensor) -> Any:
+    check_checksums(path)
+    network.load_state_dict(torch.load(path, map_location="cpu", weights_only=True))
+    return network(images)
