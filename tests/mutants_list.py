@@ -993,8 +993,8 @@ MUTANTS = [
     Mutant(
         "last.ckpt is saved before the best score is known",
         "core/run_callbacks.py",
-        '[best, RunCheckpoint(filename="last", **shared), RunRecorder(run)]',
-        '[RunCheckpoint(filename="last", **shared), best, RunRecorder(run)]',
+        '[best, RunCheckpoint(filename="last", **shared), RunRecorder(run, sort)]',
+        '[RunCheckpoint(filename="last", **shared), best, RunRecorder(run, sort)]',
         (
             "tests/test_cli.py",
             "tests/test_resume.py",

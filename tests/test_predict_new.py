@@ -237,7 +237,7 @@ def test_the_highest_probability_first_and_a_page_to_look_at(run, capsys):
     main([*PREDICT, "--data.predict", "new"])
     plain = rows()
     main([*PREDICT, "--data.predict", "new", "--sort", "confidence"])
-    assert "and to look at in r/predictions.html" in capsys.readouterr().out
+    assert "to look at: r/predictions.html" in capsys.readouterr().out
     found = rows()
     highest = [max(float(row[f"probability_{k}"]) for k in range(3)) for row in found]
     assert highest == sorted(highest, reverse=True)

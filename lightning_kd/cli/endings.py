@@ -82,7 +82,9 @@ def report(cli: Any, error: BaseException | None) -> None:
     if begun:
         file, page = folder.path / "predictions.csv", folder.path / "predictions.html"
         if cli.subcommand == "predict" and file.is_file():
-            print(f"in {file}{f', and to look at in {page}' if page.is_file() else ''}")
+            print(f"in {file}")
+            if page.is_file():
+                print(f"to look at: {page}")
         else:
             print(f"in {folder.path}/")
     if step := _next_step(cli) if outcome == "finished" else _way_on(cli, outcome, begun):

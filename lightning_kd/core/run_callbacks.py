@@ -35,16 +35,16 @@ class RunRecorder(L.Callback):
 
     Args:
         run: the run folder.
+        sort: the order of the predictions in their table, see ``PredictionTable``.
 
     Attributes:
         predictions: whether to write what is predicted; a pass that is made for something else turns it off.
-        sort: the order of the predictions in their table, see ``PredictionTable``.
     """
 
-    def __init__(self, run: RunFolder) -> None:
+    def __init__(self, run: RunFolder, sort: str = "index") -> None:
         self.run = run
+        self.sort = sort
         self.predictions = True
-        self.sort = "index"
         self._writer: PredictionWriter | None = None
         self._rows: list[dict[str, Any]] = []
         self._loaded: dict[str, Any] = {}
@@ -217,6 +217,4 @@ def run_callbacks(run: RunFolder, monitor: str = "val/acc", mode: str = "max", s
     }
     # last comes second, so that it holds the first one's latest score
     best = RunCheckpoint(filename="best", monitor=monitor, mode=mode, **shared)
-    recorder = RunRecorder(run)
-    recorder.sort = sort
-    return [best, RunCheckpoint(filename="last", **shared), recorder]
+    return [best, RunCheckpoint(filename="last", **shared), RunRecorder(run, sort)]
