@@ -15,7 +15,7 @@ from lightning_kd.active_learning.strategies import Strategy
 from lightning_kd.core.batch import as_batch
 from lightning_kd.core.feature_hooks import penultimate_tap
 from lightning_kd.core.losses import at_least_float32
-from lightning_kd.core.weights import load_weights
+from lightning_kd.core.starting_weights import network_with_weights
 from lightning_kd.pool import PoolView, Query
 
 __all__ = ["PoolClassifier"]
@@ -38,7 +38,9 @@ class PoolClassifier(PoolTask):
         strategy: ``"random"``, ``"least_confidence"``, ``"margin"``, ``"entropy"``, ``"certainty"``, ``"k_center"``,
             ``"badge"``, or a ``Strategy``. The latter is not in checkpoints: give it again to
             ``load_from_checkpoint``.
-        weights: checkpoint or ``state_dict`` file to start from. Default: train from scratch.
+        weights: checkpoint or ``state_dict`` file to start from; ``"default"`` for the published weights of a ``timm/``
+            or ``torchvision/`` network. Default: train from scratch.
+        new_classifier: take all but the classifier from ``weights``.
         classifier: module path of the layer whose input is the feature, where it is not the last ``nn.Linear``.
         kwargs: ``warm_start`` of ``PoolTask``; ``optimizer``, ``lr_scheduler``, ``lr_interval``, ``channels_last``,
             ``compile`` of ``Task``.
@@ -55,6 +57,7 @@ class PoolClassifier(PoolTask):
         input_shape: Sequence[int] = (3, 32, 32),
         strategy: str | Strategy = "entropy",
         weights: str | None = None,
+        new_classifier: bool = False,
         classifier: str | None = None,
         **kwargs: Any,
     ) -> None:
@@ -63,9 +66,9 @@ class PoolClassifier(PoolTask):
             raise ValueError(f"strategy must be one of {', '.join(STRATEGIES)} or a Strategy, got {strategy!r}")
         self._strategy_name = strategy if isinstance(strategy, str) else type(strategy).__name__
         self.strategy = STRATEGIES[strategy]() if isinstance(strategy, str) else strategy
-        self.network = self.build(network)
-        if weights is not None:
-            load_weights(self.network, weights, num_classes)
+        self.network = network_with_weights(
+            network, weights, num_classes, self.build, new_classifier=new_classifier, input_shape=self.input_shape
+        )
         self._tap = penultimate_tap(self.network, classifier)[0] if self.strategy.needs_features else None
 
     @property

@@ -29,6 +29,7 @@ from lightning_kd.core.registry import family_packages
 from lightning_kd.core.run_callbacks import run_callbacks
 from lightning_kd.core.run_folder import RunFolder
 from lightning_kd.core.run_logger import RunLogger
+from lightning_kd.core.starting_weights import weights_from_checkpoint
 from lightning_kd.core.task import Task
 from lightning_kd.data import OpenSetDataModule
 from lightning_kd.pool import PoolRecord
@@ -132,7 +133,8 @@ class RunCLI(LightningCLI):
         super().parse_arguments(parser, args)
 
     def instantiate_classes(self) -> None:
-        super().instantiate_classes()
+        with weights_from_checkpoint(bool(self._settings.get("ckpt_path"))):
+            super().instantiate_classes()
         self.model.trainer = self.trainer  # a schedule can ask how long the training is before it begins
 
     @property

@@ -10,6 +10,7 @@ from torchmetrics import MeanMetric, MetricCollection
 
 from lightning_kd.core.batch import Batch, as_batch
 from lightning_kd.core.problems import Problem, SingleLabel
+from lightning_kd.core.starting_weights import weights_from_checkpoint
 
 if TYPE_CHECKING:
     from typing_extensions import Self
@@ -179,10 +180,12 @@ class EvaluatedModule(L.LightningModule):
     def load_from_checkpoint(cls, checkpoint_path: Any, *args: Any, **kwargs: Any) -> Self:
         """Lightning's, with ``weights_only=True`` unless said otherwise: nothing but tensors and plain values is read.
 
-        A network that was given as a module is not in the checkpoint's hyperparameters: give it again.
+        A network that was given as a module is not in the checkpoint's hyperparameters: give it again. The weights that
+        the training started from are not looked for.
         """
         kwargs.setdefault("weights_only", True)
-        return super().load_from_checkpoint(checkpoint_path, *args, **kwargs)
+        with weights_from_checkpoint():
+            return super().load_from_checkpoint(checkpoint_path, *args, **kwargs)
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         data: Any = getattr(self._trainer, "datamodule", None)

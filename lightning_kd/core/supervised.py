@@ -5,22 +5,19 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
 from lightning_kd.argument_checks import check_numbers
 from lightning_kd.core.batch import as_batch
+from lightning_kd.core.fine_tuning import FineTunedTask
 from lightning_kd.core.losses import at_least_float32
-from lightning_kd.core.optimization import optimizer_for
 from lightning_kd.core.outputs import auxiliary_logits
 from lightning_kd.core.problems import MultiLabel, Problem, Segmentation
-from lightning_kd.core.task import Task
-from lightning_kd.core.weights import load_weights
 
 __all__ = ["Classification", "MultiLabelClassification", "SemanticSegmentation", "Supervised", "SupervisedTask"]
 
 
-class SupervisedTask(Task):
+class SupervisedTask(FineTunedTask):
     """One network, trained with the loss of the problem. A subclass names its ``problem_class``.
 
     After ``fit`` the run folder holds ``network.pt``, a plain ``state_dict``; a distillation task takes it (or the
@@ -30,9 +27,10 @@ class SupervisedTask(Task):
         network: a network's name (``lightning-kd list``) or any ``nn.Module`` that gives the logits of the problem.
         num_classes: see ``Task``.
         input_shape: see ``Task``.
-        weights: checkpoint or ``state_dict`` file to start from. Default: train from scratch.
-        kwargs: ``optimizer`` (default: see ``optimizer_for``), ``lr_scheduler``, ``lr_interval``, ``channels_last``,
-            ``compile`` of ``Task``.
+        weights: checkpoint or ``state_dict`` file to start from; ``"default"`` for the published weights of a ``timm/``
+            or ``torchvision/`` network. Default: train from scratch.
+        kwargs: ``new_classifier``, ``freeze``, ``backbone_lr`` of ``FineTunedTask``; ``optimizer`` (default: see
+            ``optimizer_for``), ``lr_scheduler``, ``lr_interval``, ``channels_last``, ``compile`` of ``Task``.
     """
 
     loss_is_plain = True
@@ -47,13 +45,7 @@ class SupervisedTask(Task):
         **kwargs: Any,
     ) -> None:
         super().__init__(num_classes, input_shape=input_shape, **kwargs)
-        self.network = self.build(network)
-        self.has_given_weights = weights is not None
-        if weights is not None:
-            load_weights(self.network, weights, num_classes)
-
-    def default_optimizer(self, parameters: list[nn.Parameter]) -> torch.optim.Optimizer:
-        return optimizer_for(self.network, parameters, self.has_given_weights)
+        self.network = self.build_to_train(network, weights)
 
     @property
     def main_network(self) -> nn.Module:
@@ -87,7 +79,7 @@ class Supervised(SupervisedTask):
         num_classes: see ``Task``.
         problem: what the network is asked. From the command line it comes from the data module; like a network that is
             given as a module it is not in the checkpoint's hyperparameters.
-        kwargs: ``input_shape``, ``weights`` of ``SupervisedTask``, and the arguments of ``Task``.
+        kwargs: ``input_shape``, ``weights`` of ``SupervisedTask``, and the arguments of ``FineTunedTask`` and ``Task``.
 
     Raises:
         ValueError: without a problem.
@@ -120,9 +112,11 @@ class Classification(SupervisedTask):
         network: a network's name (``lightning-kd list``) or any ``nn.Module`` that gives logits ``[B, C]``.
         num_classes: see ``Task``.
         input_shape: see ``Task``.
-        weights: checkpoint or ``state_dict`` file to start from. Default: train from scratch.
+        weights: checkpoint or ``state_dict`` file to start from; ``"default"`` for the published weights of a ``timm/``
+            or ``torchvision/`` network. Default: train from scratch.
         label_smoothing: of the cross-entropy, in [0, 1).
-        kwargs: ``optimizer``, ``lr_scheduler``, ``lr_interval``, ``channels_last``, ``compile`` of ``Task``.
+        kwargs: ``new_classifier``, ``freeze``, ``backbone_lr`` of ``FineTunedTask``; ``optimizer``, ``lr_scheduler``,
+            ``lr_interval``, ``channels_last``, ``compile`` of ``Task``.
     """
 
     def __init__(
@@ -150,8 +144,10 @@ class MultiLabelClassification(SupervisedTask):
         network: a network's name (``lightning-kd list``) or any ``nn.Module`` that gives logits ``[B, C]``.
         num_classes: see ``Task``.
         input_shape: see ``Task``.
-        weights: checkpoint or ``state_dict`` file to start from. Default: train from scratch.
-        kwargs: ``optimizer``, ``lr_scheduler``, ``lr_interval``, ``channels_last``, ``compile`` of ``Task``.
+        weights: checkpoint or ``state_dict`` file to start from; ``"default"`` for the published weights of a ``timm/``
+            or ``torchvision/`` network. Default: train from scratch.
+        kwargs: ``new_classifier``, ``freeze``, ``backbone_lr`` of ``FineTunedTask``; ``optimizer``, ``lr_scheduler``,
+            ``lr_interval``, ``channels_last``, ``compile`` of ``Task``.
     """
 
     problem_class = MultiLabel
@@ -165,10 +161,12 @@ class SemanticSegmentation(SupervisedTask):
             ``[B, C, h, w]``.
         num_classes: see ``Task``.
         input_shape: see ``Task``.
-        weights: checkpoint or ``state_dict`` file to start from. Default: train from scratch.
+        weights: checkpoint or ``state_dict`` file to start from; ``"default"`` for the published weights of a ``timm/``
+            or ``torchvision/`` network. Default: train from scratch.
         aux_weight: weight of the same loss of the auxiliary head (the entry ``aux`` of what the network returns), where
             the network has one; 0 leaves it out.
-        kwargs: ``optimizer``, ``lr_scheduler``, ``lr_interval``, ``channels_last``, ``compile`` of ``Task``.
+        kwargs: ``new_classifier``, ``freeze``, ``backbone_lr`` of ``FineTunedTask``; ``optimizer``, ``lr_scheduler``,
+            ``lr_interval``, ``channels_last``, ``compile`` of ``Task``.
     """
 
     problem_class = Segmentation

@@ -191,8 +191,12 @@ class Task(EvaluatedModule):
 
     def optimizer_and_scheduler(self, parameters: list[nn.Parameter]) -> Any:
         """What ``configure_optimizers`` returns for these parameters, from the factories."""
+        return make_optimizer(self, parameters, self.build_optimizer, self.lr_scheduler_factory, self.lr_interval)
+
+    def build_optimizer(self, parameters: list[nn.Parameter]) -> torch.optim.Optimizer:
+        """The optimizer of these parameters, or groups of them, without a schedule."""
         factory: Any = self.optimizer_factory or self.default_optimizer
-        return make_optimizer(self, parameters, factory, self.lr_scheduler_factory, self.lr_interval)
+        return factory(parameters)
 
     def steps_of_epoch(self) -> int | None:
         """Optimizer steps of an epoch, of all networks together; ``None`` where that is not known in advance."""

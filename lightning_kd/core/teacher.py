@@ -10,7 +10,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from lightning_kd.core.problems import Problem
-from lightning_kd.core.weights import load_weights, other_classes, pretrained_network
+from lightning_kd.core.starting_weights import pretrained_network
+from lightning_kd.core.weights import load_weights, other_classes
 
 __all__ = ["FrozenTeacher", "teacher_network"]
 

@@ -1,4 +1,4 @@
-"""Weights from a file into a network, and networks with their published weights."""
+"""Weights from a file into a network."""
 
 from __future__ import annotations
 
@@ -9,12 +9,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import torchvision
 from torch import Tensor, nn
 
 from lightning_kd.core.checkpoint_files import check_checksums
 from lightning_kd.core.feature_hooks import find_classifier
-from lightning_kd.nets.library_networks import timm_library, torchvision_name
 
 # Where training programs keep the weights inside what they save.
 _NESTS = ("state_dict", "model", "net", "network", "model_state_dict")
@@ -24,7 +22,9 @@ _PREFIXES = ("network.", "student.", "")
 _CLASSES = "classes_of_weights"
 
 
-def load_weights(network: nn.Module, source: str | Path, num_classes: int | None = None) -> None:
+def load_weights(
+    network: nn.Module, source: str | Path, num_classes: int | None = None, new_classifier: bool | None = None
+) -> None:
     """Load the weights in a file into ``network``, in place; after an error the network is as it was.
 
     The file is a checkpoint of a task here (the network under ``network.`` or ``student.``; its other parts are
@@ -38,6 +38,9 @@ def load_weights(network: nn.Module, source: str | Path, num_classes: int | None
             files lack, may be missing.
         source: the file.
         num_classes: where given, the outputs that the classifier (the last ``nn.Linear``) must have.
+        new_classifier: load all but the classifier (the last ``nn.Linear``, and what differs in its number of outputs
+            alone), which stays as it is. With ``False`` a message about other classes names this argument; ``None`` is
+            for callers that have none.
 
     Raises:
         FileNotFoundError: where there is no such file.
@@ -49,11 +52,17 @@ def load_weights(network: nn.Module, source: str | Path, num_classes: int | None
     own = network.state_dict()
     content = _read(path)
     weights = _matching(_state_dict(content, path), own)
-    _check(weights, own, path, type(network).__name__)
+    if new_classifier:
+        classifiers = {*differing_classifiers(weights, own), *last_linear(network)}
+        weights, own = (
+            {key: value for key, value in part.items() if key.rpartition(".")[0] not in classifiers}
+            for part in (weights, own)
+        )
+    _check(weights, own, path, type(network).__name__, remedy=new_classifier is not None)
     if num_classes is not None:
         _check_classes(network, num_classes, path)
     network.load_state_dict(weights, strict=False)  # checked above; strict would ask for num_batches_tracked
-    network.__dict__[_CLASSES] = content.get("class_names")
+    network.__dict__[_CLASSES] = None if new_classifier else content.get("class_names")  # a new one knows none
 
 
 def other_classes(network: nn.Module, data: Any) -> str | None:
@@ -72,47 +81,6 @@ def other_classes(network: nn.Module, data: Any) -> str | None:
         return None
     pairs = enumerate(zip_longest(stored[: len(names)], names))  # a data set may lack the last ones
     return next((f"class {k} was {was!r}, here it is {name!r}" for k, (was, name) in pairs if was != name), None)
-
-
-def pretrained_network(name: str, num_classes: int) -> nn.Module:
-    """``timm/NAME`` or ``torchvision/NAME`` with its published weights, which may be downloaded.
-
-    Args:
-        name: the network, with its library.
-        num_classes: classes of the data; the published classifier must have as many.
-
-    Raises:
-        ValueError: where the name has no library in front or is unknown to it, no weights are published, or they are
-            for another number of classes.
-        ImportError: where ``timm/NAME`` is asked for and timm is not installed.
-        OSError: where the weights cannot be downloaded.
-    """
-    library, _, short = name.partition("/")
-    if library == "timm":
-        timm = timm_library(name)
-        if not timm.models.is_model_pretrained(short):
-            raise ValueError(f"network {name!r} has no published weights: give a file as weights")
-        published = timm.models.get_pretrained_cfg(short).num_classes
-    elif library == "torchvision":
-        short = torchvision_name(name)
-        published = len(torchvision.models.get_model_weights(short).DEFAULT.meta["categories"])
-    else:
-        raise ValueError(
-            f"weights 'default' exist only for timm/ and torchvision/ names, not for {name!r}: give a file as weights"
-        )
-    if published != num_classes:
-        raise ValueError(
-            f"the published weights of {name!r} have {published} classes, the data has {num_classes}: "
-            "train this network on the data first and give its checkpoint as weights"
-        )
-    try:
-        if library == "timm":
-            return timm.create_model(short, pretrained=True)
-        return torchvision.models.get_model(short, weights="DEFAULT")
-    except OSError as error:
-        raise OSError(
-            f"the published weights of {name!r} cannot be downloaded ({error}): connect, or give a file as weights"
-        ) from error
 
 
 def _read(path: Path) -> Any:
@@ -171,7 +139,9 @@ def _matching(content: dict[str, Any], own: Mapping[str, Tensor]) -> dict[str, A
     return part
 
 
-def _check(weights: Mapping[str, Any], own: Mapping[str, Tensor], path: Path, network: str) -> None:
+def _check(
+    weights: Mapping[str, Any], own: Mapping[str, Tensor], path: Path, network: str, remedy: bool = False
+) -> None:
     missing = [key for key in own if key not in weights and not key.endswith("num_batches_tracked")]
     unexpected = [key for key in weights if key not in own]
     if missing or unexpected:
@@ -186,10 +156,12 @@ def _check(weights: Mapping[str, Any], own: Mapping[str, Tensor], path: Path, ne
             "save it again with torch.save(network.state_dict(), path)"
         )
     different = [key for key, value in weights.items() if value.shape != own[key].shape]
-    if different and _only_classes(different, weights, own):
+    if different and len(differing_classifiers(weights, own)) == 1 == len({_layer(key) for key in different}):
         raise ValueError(
             f"weights {str(path)!r} has {len(weights[different[0]])} classes, the network has "
             f"{len(own[different[0]])}: give weights trained on the same classes"
+            + ", or new_classifier: true to load all but the classifier"
+            * remedy
         )
     if different:
         shapes = ", ".join(f"{key} {tuple(weights[key].shape)} for {tuple(own[key].shape)}" for key in different[:3])
@@ -202,12 +174,28 @@ def _check(weights: Mapping[str, Any], own: Mapping[str, Tensor], path: Path, ne
             raise ValueError(f"weights {str(path)!r}: {key} holds values that are not finite; give another file")
 
 
-def _only_classes(different: list[str], weights: Mapping[str, Tensor], own: Mapping[str, Tensor]) -> bool:
-    """Whether the shapes differ in the number of outputs of one layer only, which is then the classifier."""
-    layers = {key.rpartition(".")[0] for key in different}
-    return len(layers) == 1 and all(
-        weights[key].dim() == own[key].dim() > 0 and weights[key].shape[1:] == own[key].shape[1:] for key in different
-    )
+def _layer(key: str) -> str:
+    return key.rpartition(".")[0]
+
+
+def differing_classifiers(weights: Mapping[str, Any], own: Mapping[str, Tensor]) -> list[str]:
+    """The layers that both have, and that differ in the number of their outputs only: those of other classes."""
+    shared = [key for key, value in weights.items() if key in own and isinstance(value, Tensor)]
+    different = [key for key in shared if weights[key].shape != own[key].shape]
+    strange = {
+        _layer(key)
+        for key in different
+        if not weights[key].dim() == own[key].dim() > 0 or weights[key].shape[1:] != own[key].shape[1:]
+    }
+    return [layer for layer in dict.fromkeys(map(_layer, different)) if layer not in strange]
+
+
+def last_linear(network: nn.Module) -> list[str]:
+    """The path of the classifier, where there is one."""
+    try:
+        return [find_classifier(network)[0]]
+    except ValueError:  # a convolution, or a network of its own kind
+        return []
 
 
 def _check_classes(network: nn.Module, num_classes: int, path: Path) -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import warnings
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from typing import Any
@@ -13,16 +12,14 @@ from torch import Tensor, nn
 
 from lightning_kd.argument_checks import check_numbers
 from lightning_kd.core.batch import as_batch
+from lightning_kd.core.fine_tuning import FineTunedTask
 from lightning_kd.core.losses import at_least_float32
-from lightning_kd.core.optimization import optimizer_for
-from lightning_kd.core.task import Task
 from lightning_kd.core.teacher import FrozenTeacher, checked_size, teacher_network
-from lightning_kd.core.weights import load_weights
 
 __all__ = ["Distillation"]
 
 
-class Distillation(Task, ABC):
+class Distillation(FineTunedTask, ABC):
     """Train a student with ``ce_weight * loss of the problem + kd_weight * distillation_loss``.
 
     For one class an image the loss of the problem is cross-entropy.
@@ -47,7 +44,8 @@ class Distillation(Task, ABC):
         input_shape: see ``Task``.
         teacher_weights: a checkpoint or ``state_dict`` file; ``"default"`` for the published weights of a
             ``timm/`` or ``torchvision/`` network; ``"random"`` for an untrained teacher (only to try things out).
-        student_weights: file to start the student from. Default: from scratch.
+        student_weights: checkpoint or ``state_dict`` file to start the student from; ``"default"`` for the published
+            weights of a ``timm/`` or ``torchvision/`` network. Default: from scratch.
         ce_weight: weight of the cross-entropy.
         kd_weight: weight of the distillation loss.
         teacher_mean: per-channel mean that the teacher's images were normalised with, where it differs from the data
@@ -55,8 +53,9 @@ class Distillation(Task, ABC):
         teacher_std: likewise the standard deviation.
         teacher_size: height and width, or one number for both, that the teacher's images are brought to (bilinear,
             antialiased), where it wants another input size than the student. Default: that of the data.
-        kwargs: ``optimizer`` (default: see ``optimizer_for``), ``lr_scheduler``, ``lr_interval``, ``channels_last``,
-            ``compile`` of ``Task``.
+        kwargs: ``new_classifier``, ``freeze``, ``backbone_lr`` of ``FineTunedTask``, for the student; ``optimizer``
+            (default: see ``optimizer_for``), ``lr_scheduler``, ``lr_interval``, ``channels_last``, ``compile`` of
+            ``Task``.
 
     Raises:
         ValueError: if the teacher has no weights or another number of classes, or is the student itself; before a fit
@@ -83,10 +82,7 @@ class Distillation(Task, ABC):
         check_numbers(least=0, ce_weight=ce_weight, kd_weight=kd_weight)
         if student is teacher and isinstance(student, nn.Module):
             raise ValueError("student and teacher are one module: give the teacher its own copy")
-        self.student = self.build(student)
-        self.has_given_weights = student_weights is not None
-        if student_weights is not None:
-            load_weights(self.student, student_weights, num_classes)
+        self.student = self.build_to_train(student, student_weights, "student_weights")
         size = checked_size(teacher_size)
 
         def build(network: str | nn.Module) -> nn.Module:
@@ -127,8 +123,8 @@ class Distillation(Task, ABC):
         kd = self.distillation_loss(student_logits, teacher_logits, batch.target)
         return self.step_loss({"ce": self.ce_weight * ce, "kd": self.kd_weight * kd}, student_logits, batch.target)
 
-    def default_optimizer(self, parameters: list[nn.Parameter]) -> torch.optim.Optimizer:
-        return optimizer_for(self.student, parameters, self.has_given_weights)
+    def modules_at_rest(self) -> list[nn.Module]:
+        return [*super().modules_at_rest(), self.teacher]
 
     @property
     def main_network(self) -> nn.Module:
@@ -143,8 +139,6 @@ class Distillation(Task, ABC):
         super().setup(stage)
         if stage in ("fit", "validate"):  # else it is not asked
             self.teacher.check_classes(getattr(self.trainer, "datamodule", None))
-        if stage == "fit" and [module for module in self.modules() if not module.training] == [self.teacher]:
-            warnings.filterwarnings("ignore", "Found 1 module\\(s\\) in eval mode")
         if self.teacher.mean is not None:
             data: Any = getattr(self.trainer, "datamodule", None)
             if not hasattr(data, "mean") or not hasattr(data, "std"):

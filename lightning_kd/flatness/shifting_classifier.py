@@ -39,8 +39,8 @@ class OptimumShiftingClassifier(Classification):
         rtol: singular values up to this share of the largest count as 0.
         seed: of the draws.
         force: shift without samples of all classes.
-        kwargs: ``weights``, ``label_smoothing`` of ``Classification``; ``optimizer``, ``lr_scheduler``,
-            ``lr_interval``, ``channels_last``, ``compile`` of ``Task``.
+        kwargs: ``weights``, ``label_smoothing`` of ``Classification``, and the arguments of ``FineTunedTask`` and
+            ``Task``.
 
     Raises:
         ValueError: see ``OptimumShifting``; at the start of a fit with another one among its callbacks.

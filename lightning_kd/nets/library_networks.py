@@ -83,3 +83,13 @@ def torchvision_network(name: str, num_classes: int, in_channels: int = 3) -> nn
         if short.startswith("lraspp"):  # has none
             options.pop("aux_loss")
     return torchvision.models.get_model(short, weights=None, num_classes=num_classes, **options)
+
+
+def without_auxiliary_heads(short: str, network: nn.Module) -> nn.Module:
+    """A torchvision network with published weights, without the heads that make ``forward`` return several outputs."""
+    if short in _WITH_AUXILIARY:
+        network.aux_logits = False  # type: ignore[assignment]
+        for head in ("aux1", "aux2", "AuxLogits"):
+            if hasattr(network, head):
+                setattr(network, head, None)
+    return network

@@ -20,8 +20,8 @@ from lightning_kd.core.batch import Batch, as_batch
 from lightning_kd.core.feature_hooks import penultimate_tap
 from lightning_kd.core.losses import at_least_float32
 from lightning_kd.core.outputs import class_logits
+from lightning_kd.core.starting_weights import network_with_weights
 from lightning_kd.core.two_pass_step import second_pass
-from lightning_kd.core.weights import load_weights
 from lightning_kd.noisy_labels.bldr_losses import average_decay, reweight
 from lightning_kd.noisy_labels.bldr_terms import (
     HeadOutputs,
@@ -68,7 +68,9 @@ class BLDR(NoisyLabelTask):
             pooled feature. In the paper: ``resnet34``.
         num_classes: see ``Task``.
         input_shape: see ``Task``.
-        weights: checkpoint or ``state_dict`` file to start from. Default: train from scratch.
+        weights: checkpoint or ``state_dict`` file to start from; ``"default"`` for the published weights of a ``timm/``
+            or ``torchvision/`` network. Default: train from scratch.
+        new_classifier: take all but the classifier from ``weights``.
         warmup_epochs: from the end of this epoch (counted from 0) on, samples are weighted. In the paper 20 for
             CIFAR-10N and 40 for CIFAR-100N, the learning rate constant as long. The second head starts by believing in
             one class or two and needs some thousand steps to leave that; weights from it before would shut out whole
@@ -106,6 +108,7 @@ class BLDR(NoisyLabelTask):
         *,
         input_shape: Sequence[int] = (3, 32, 32),
         weights: str | None = None,
+        new_classifier: bool = False,
         warmup_epochs: int = 20,
         stages: list[str] | None = None,
         classifier: str | None = None,
@@ -138,9 +141,9 @@ class BLDR(NoisyLabelTask):
             check_numbers({name: getattr(self, name)}, least=0, remedy="give 0 to leave it out")
         thresholds = {"rho_threshold": rho_threshold, "detection_threshold": detection_threshold}
         check_numbers(thresholds, above=0, below=1, remedy="give a probability")
-        self.network = self.build(network)
-        if weights is not None:
-            load_weights(self.network, weights, num_classes)
+        self.network = network_with_weights(
+            network, weights, num_classes, self.build, new_classifier=new_classifier, input_shape=self.input_shape
+        )
         self._feature, linear = penultimate_tap(self.network, classifier)
         self.negative_head = nn.Linear(linear.in_features, num_classes)
         # copied before there are exits: only training needs them, and their taps hold on to large maps

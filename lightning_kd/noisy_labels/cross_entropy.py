@@ -20,8 +20,7 @@ class CrossEntropy(SingleNetworkTask):
         network: see ``SingleNetworkTask``.
         num_classes: see ``Task``.
         input_shape: see ``Task``.
-        kwargs: ``weights`` of ``SingleNetworkTask``; ``optimizer``, ``lr_scheduler``, ``lr_interval``,
-            ``channels_last``, ``compile`` of ``Task``.
+        kwargs: ``weights`` of ``SingleNetworkTask``, and the arguments of ``FineTunedTask`` and ``Task``.
     """
 
     def noisy_loss(self, logits: Tensor, batch: Batch) -> Tensor:

@@ -94,8 +94,7 @@ class ELR(SingleNetworkTask):
         momentum: what stays of the memory at each visit (beta in the paper), at least 0 and below 1: 0.7 on CIFAR-10
             with symmetric noise, 0.9 with asymmetric noise and on CIFAR-100.
         weight: of the regularizer (lambda): 3, 1 and 7 in these cases.
-        kwargs: ``weights`` of ``SingleNetworkTask``; ``optimizer``, ``lr_scheduler``, ``lr_interval``,
-            ``channels_last``, ``compile`` of ``Task``.
+        kwargs: ``weights`` of ``SingleNetworkTask``, and the arguments of ``FineTunedTask`` and ``Task``.
     """
 
     def __init__(

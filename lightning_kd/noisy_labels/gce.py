@@ -72,8 +72,7 @@ class GCE(SingleNetworkTask):
         truncation: ``k``, above 0 and below 1; 0.5 in the paper. Default: the plain loss.
         start_epoch: first epoch, counted from 0, with an indicator other than 1: 40 on CIFAR-10, 80 on CIFAR-100.
         refresh_every: epochs between two passes.
-        kwargs: ``weights`` of ``SingleNetworkTask``; ``optimizer``, ``lr_scheduler``, ``lr_interval``,
-            ``channels_last``, ``compile`` of ``Task``.
+        kwargs: ``weights`` of ``SingleNetworkTask``, and the arguments of ``FineTunedTask`` and ``Task``.
     """
 
     def __init__(

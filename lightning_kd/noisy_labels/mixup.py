@@ -78,8 +78,7 @@ class Mixup(SingleNetworkTask):
         num_classes: see ``Task``.
         input_shape: see ``Task``.
         alpha: both parameters of the Beta distribution of the weight, above 0.
-        kwargs: ``weights`` of ``SingleNetworkTask``; ``optimizer``, ``lr_scheduler``, ``lr_interval``,
-            ``channels_last``, ``compile`` of ``Task``.
+        kwargs: ``weights`` of ``SingleNetworkTask``, and the arguments of ``FineTunedTask`` and ``Task``.
     """
 
     def __init__(

@@ -59,8 +59,7 @@ class NegativeLearning(SingleNetworkTask):
         balanced: weight each sample by (size of the largest class) / (size of its own), by given labels, as the paper's
             code does. Needs a data module of this package.
         eps: see ``negative_learning_loss``.
-        kwargs: ``weights`` of ``SingleNetworkTask``; ``optimizer``, ``lr_scheduler``, ``lr_interval``,
-            ``channels_last``, ``compile`` of ``Task``.
+        kwargs: ``weights`` of ``SingleNetworkTask``, and the arguments of ``FineTunedTask`` and ``Task``.
     """
 
     def __init__(

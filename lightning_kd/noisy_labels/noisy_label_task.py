@@ -13,13 +13,13 @@ from torch import Tensor, nn
 from lightning_kd.argument_checks import check_numbers
 from lightning_kd.core.batch import Batch, as_batch
 from lightning_kd.core.distributed import gather_by_index
+from lightning_kd.core.fine_tuning import FineTunedTask
 from lightning_kd.core.inference_pass import ordered_pass
 from lightning_kd.core.label_page import write_page
 from lightning_kd.core.losses import at_least_float32
 from lightning_kd.core.sample_memory import SampleMemory
 from lightning_kd.core.task import Task
 from lightning_kd.core.two_pass_step import second_pass
-from lightning_kd.core.weights import load_weights
 from lightning_kd.noisy_labels.correction_page import correction_page
 from lightning_kd.noisy_labels.label_scores import LabelScores, logit_margin, split_scaled, unit_scores
 
@@ -224,7 +224,7 @@ class NoisyLabelTask(Task, ABC):
                 write_page(folder / "noisy_labels.html", lambda: correction_page(scores, data, self.label_page))
 
 
-class SingleNetworkTask(NoisyLabelTask, ABC):
+class SingleNetworkTask(NoisyLabelTask, FineTunedTask, ABC):
     """Train one network with a loss of its own. Your method is a subclass with one method::
 
         class Mine(SingleNetworkTask):
@@ -238,8 +238,11 @@ class SingleNetworkTask(NoisyLabelTask, ABC):
         network: a network's name (``lightning-kd list``) or any ``nn.Module`` that gives logits ``[B, C]``.
         num_classes: see ``Task``.
         input_shape: see ``Task``.
-        weights: checkpoint or ``state_dict`` file to start from. Default: train from scratch.
-        kwargs: ``optimizer``, ``lr_scheduler``, ``lr_interval``, ``channels_last``, ``compile`` of ``Task``.
+        weights: checkpoint or ``state_dict`` file to start from; ``"default"`` for the published weights of a ``timm/``
+            or ``torchvision/`` network. Default: train from scratch.
+        kwargs: ``new_classifier``, ``freeze``, ``backbone_lr`` of ``FineTunedTask``; ``optimizer`` (default: that of
+            ``Task``, with weights that of ``optimizer_for``), ``lr_scheduler``, ``lr_interval``, ``channels_last``,
+            ``compile`` of ``Task``.
     """
 
     def __init__(
@@ -252,9 +255,11 @@ class SingleNetworkTask(NoisyLabelTask, ABC):
         **kwargs: Any,
     ) -> None:
         super().__init__(num_classes, input_shape=input_shape, **kwargs)
-        self.network = self.build(network)
-        if weights is not None:
-            load_weights(self.network, weights, num_classes)
+        self.network = self.build_to_train(network, weights)
+
+    def default_optimizer(self, parameters: list[Any]) -> torch.optim.Optimizer:
+        given = self.has_given_weights or self.freeze_part is not None
+        return (super() if given else super(FineTunedTask, self)).default_optimizer(parameters)
 
     @property
     def main_network(self) -> nn.Module:

@@ -71,8 +71,7 @@ class SCE(SingleNetworkTask):
         alpha: weight of the cross-entropy: 0.1 on CIFAR-10, 6 on CIFAR-100.
         beta: weight of the reverse cross-entropy.
         log_zero: see ``sce_loss``.
-        kwargs: ``weights`` of ``SingleNetworkTask``; ``optimizer``, ``lr_scheduler``, ``lr_interval``,
-            ``channels_last``, ``compile`` of ``Task``.
+        kwargs: ``weights`` of ``SingleNetworkTask``, and the arguments of ``FineTunedTask`` and ``Task``.
     """
 
     def __init__(

@@ -14,7 +14,8 @@ import torchvision
 from torch import Tensor, nn
 
 from lightning_kd import KD, ArrayDataModule, Classification
-from lightning_kd.core.weights import load_weights, other_classes, pretrained_network
+from lightning_kd.core.starting_weights import pretrained_network
+from lightning_kd.core.weights import load_weights, other_classes
 from lightning_kd.nets import build_network
 
 
@@ -382,3 +383,8 @@ def test_plain_numbers_say_nothing_about_classes(trained: str) -> None:
     assert other_classes(network, animals("ant", "cat")) == "class 1 was 'bee', here it is 'cat'"
     assert other_classes(network, None) is None
     assert other_classes(task_of().network, animals("ant", "cat")) is None
+
+
+def test_a_new_classifier_has_been_trained_on_no_classes(trained: str) -> None:
+    assert other_classes(task_of(weights=trained).network, animals("ant", "cat")) is not None
+    assert other_classes(task_of(weights=trained, new_classifier=True).network, animals("ant", "cat")) is None

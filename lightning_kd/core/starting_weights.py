@@ -1,0 +1,149 @@
+"""The network that a training starts from: as it is built, with the weights of a file, or with published ones."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+
+import torchvision
+from torch import nn
+
+from lightning_kd.core.weights import differing_classifiers, last_linear, load_weights
+from lightning_kd.nets.library_networks import (
+    timm_library,
+    torchvision_name,
+    torchvision_network,
+    without_auxiliary_heads,
+)
+
+__all__ = ["network_with_weights", "pretrained_network", "weights_from_checkpoint"]
+
+_come_from_checkpoint = False
+
+
+def network_with_weights(
+    network: str | nn.Module,
+    weights: str | None,
+    num_classes: int,
+    build: Callable[[str | nn.Module], nn.Module],
+    *,
+    new_classifier: bool = False,
+    input_shape: Sequence[int] = (3, 32, 32),
+    argument: str = "weights",
+) -> nn.Module:
+    """The network that a training starts from.
+
+    Args:
+        network: its name or the module.
+        weights: a checkpoint or ``state_dict`` file; ``"default"`` for the published weights of a ``timm/`` or
+            ``torchvision/`` network, with a new classifier where they are for another number of classes; ``None`` for
+            the network as it is built.
+        num_classes: of its logits.
+        build: makes the network of a name, as ``Task.build``.
+        new_classifier: take all but the classifier from ``weights``.
+        input_shape: of one image; published weights for another number of channels are adapted by timm.
+        argument: what a message calls ``weights``.
+
+    Raises:
+        ValueError: for ``"default"`` with a module or for features, and as ``load_weights`` and ``pretrained_network``.
+    """
+    if weights == "default" and not _come_from_checkpoint:
+        if not isinstance(network, str):
+            raise ValueError(
+                f"{argument} 'default' needs the network by name, got a {type(network).__name__}: give its name, or a "
+                "file of weights"
+            )
+        if len(input_shape) != 3:
+            raise ValueError(
+                f"{argument} 'default' are for images (C, H, W), but input_shape is {tuple(input_shape)}: for features "
+                "train an mlp from scratch, or give a file of weights"
+            )
+        return build(pretrained_network(network, num_classes, new_classifier, input_shape[0]))
+    built = build(network)
+    if weights == "default" and hasattr(built, "transform_input"):
+        built.transform_input = True  # type: ignore[assignment]  # as torchvision has it with published weights
+    elif weights is not None and not _come_from_checkpoint:
+        load_weights(built, weights, num_classes, new_classifier)
+    return built
+
+
+@contextmanager
+def weights_from_checkpoint(given: bool = True) -> Iterator[None]:
+    """While it lasts, networks are built without the weights that they once started from, as a checkpoint follows.
+
+    So a checkpoint needs neither the file nor the download that its training began with.
+
+    Args:
+        given: whether one follows.
+    """
+    global _come_from_checkpoint
+    before, _come_from_checkpoint = _come_from_checkpoint, given
+    try:
+        yield
+    finally:
+        _come_from_checkpoint = before
+
+
+def pretrained_network(
+    name: str, num_classes: int, new_classifier: bool | None = None, in_channels: int = 3
+) -> nn.Module:
+    """``timm/NAME`` or ``torchvision/NAME`` with its published weights, which may be downloaded.
+
+    Published weights expect images normalised as the library says, mostly by the mean and the standard deviation of
+    ImageNet.
+
+    Args:
+        name: the network, with its library.
+        num_classes: classes of the data.
+        new_classifier: whether the network gets a new classifier: ``True`` always, ``False`` where the published one
+            has another number of classes, ``None`` never, which is then refused.
+        in_channels: of the images. Other than 3 for a ``timm/`` network alone, which adapts its first layer.
+
+    Raises:
+        ValueError: where the name has no library in front or is unknown to it, no weights are published, they are for
+            another number of classes, or the library cannot take so many channels.
+        ImportError: where ``timm/NAME`` is asked for and timm is not installed.
+        OSError: where the weights cannot be downloaded.
+    """
+    library, _, short = name.partition("/")
+    if library == "timm":
+        timm = timm_library(name)
+        if not timm.models.is_model_pretrained(short):
+            raise ValueError(f"network {name!r} has no published weights: give a file as weights")
+        published = timm.models.get_pretrained_cfg(short).num_classes
+    elif library == "torchvision":
+        short = torchvision_name(name)
+        published = len(torchvision.models.get_model_weights(short).DEFAULT.meta["categories"])
+    else:
+        raise ValueError(
+            f"weights 'default' exist only for timm/ and torchvision/ names, not for {name!r}: give a file as weights"
+        )
+    if published != num_classes and new_classifier is None:
+        raise ValueError(
+            f"the published weights of {name!r} have {published} classes, the data has {num_classes}: "
+            "train this network on the data first and give its checkpoint as weights"
+        )
+    replaced = bool(new_classifier) or published != num_classes
+    try:
+        if library == "timm":
+            options = {"num_classes": num_classes} if published != num_classes else {}
+            if in_channels != 3:
+                options["in_chans"] = in_channels
+            network = timm.create_model(short, pretrained=True, **options)
+            if replaced and published == num_classes:
+                network.reset_classifier(num_classes)
+            return network
+        # the layers that depend on the number of classes, and a refusal of other channels, before any download
+        fresh = torchvision_network(name, num_classes, in_channels) if replaced or in_channels != 3 else None
+        network = torchvision.models.get_model(short, weights="DEFAULT")
+    except OSError as error:
+        raise OSError(
+            f"the published weights of {name!r} cannot be downloaded ({error}): connect, or give a file as weights"
+        ) from error
+    network = without_auxiliary_heads(short, network)
+    if fresh is not None:
+        classifiers = differing_classifiers(network.state_dict(), fresh.state_dict()) or last_linear(fresh)
+        for path in classifiers:
+            parent, _, leaf = path.rpartition(".")
+            setattr(network.get_submodule(parent), leaf, fresh.get_submodule(path))
+    return network
