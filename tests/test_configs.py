@@ -47,7 +47,9 @@ OPTIMIZER_ARGUMENTS = {
 
 def small(name):
     network = "fcn_tiny" if name.startswith("segmentation/") else "cnn_tiny"
-    return SMALL if name in DISTILLING else ["--model.network", network]
+    given = content(name)["model"]["init_args"]
+    start = [word for key in ("weights", "student_weights") if key in given for word in (f"--model.{key}", "null")]
+    return [*start, *(SMALL if name in DISTILLING else ["--model.network", network])]
 
 
 def arguments(name):

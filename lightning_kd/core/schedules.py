@@ -82,7 +82,7 @@ class TiedSchedule(LRScheduler):
                 group["lr"] = rate
         self._last_lr = [group["lr"] for group in self.optimizer.param_groups]
         trained, next_ = max(self.rates(self.last_epoch - 1, before)), max(new)
-        if next_ > trained:
+        if next_ > max(trained, *old):  # a warm-up rises by itself
             self.raised = trained, next_
 
 
