@@ -87,6 +87,8 @@ class ArrayDataModule(ClassificationDataModule):
         predict: what to predict in place of the test set, without labels: a ``.npy``, or an ``.npz`` with ``image`` or
             ``feature``. With ``class_names``, ``mean`` and ``std`` (and ``kind``, but for one class a sample) ``path``
             need not exist then; ``lightning-kd predict`` takes them from the checkpoint.
+        balance: show each class equally often in training, whatever their sizes: an epoch stays as long, a rare sample
+            comes several times (each time augmented anew), of a frequent class some wait for later epochs.
 
     Raises:
         ValueError: for an argument out of its range, and for arrays that are damaged or do not fit together.
@@ -115,6 +117,7 @@ class ArrayDataModule(ClassificationDataModule):
         noise: LabelNoise | None = None,
         kind: Literal["single_label", "multi_label", "segmentation"] | None = None,
         predict: str | None = None,
+        balance: bool = False,
     ) -> None:
         check_numbers(above=0, below=1, remedy="give a share", test_fraction=test_fraction)
         check_numbers(least=0, whole=True, crop_padding=crop_padding)
@@ -168,6 +171,7 @@ class ArrayDataModule(ClassificationDataModule):
             seed=seed,
             fake=fake,
             noise=noise,
+            balance=balance,
             problem=_PROBLEMS[self.kind](len(names)),
             predict=predict,
         )

@@ -160,3 +160,15 @@ def cut_out_(image: Tensor, centre: Tensor, side: int) -> Tensor:
 
     rows, columns = inside(image.shape[-2], centre[:, 0]), inside(image.shape[-1], centre[:, 1])
     return image.masked_fill_((rows[:, :, None] & columns[:, None, :])[:, None], 0.0)
+
+
+class RandomCutout(torch.nn.Module):
+    """Set a box of ``side`` x ``side`` pixels around a random pixel of a ``[C, H, W]`` image to 0, in place."""
+
+    def __init__(self, side: int) -> None:
+        super().__init__()
+        self.side = side
+
+    def forward(self, image: Tensor) -> Tensor:
+        centre = [torch.randint(length, (1, 1)) for length in image.shape[-2:]]
+        return cut_out_(image[None], torch.cat(centre, 1), self.side)[0]

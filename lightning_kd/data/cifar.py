@@ -63,6 +63,8 @@ class CIFAR10DataModule(OfficialDataModule):
         download: fetch the official files where they are missing.
         fake: use a small made-up data set instead, without any file.
         noise: gives the training samples wrong labels, see ``LabelNoise``; ``None`` keeps the data set's own.
+        balance: show each class equally often in training, whatever their sizes: an epoch stays as long, a rare sample
+            comes several times (each time augmented anew), of a frequent class some wait for later epochs.
 
     Raises:
         ValueError: for an argument out of its range, and for a damaged file or a wrong checksum.
@@ -88,6 +90,7 @@ class CIFAR10DataModule(OfficialDataModule):
         download: bool = False,
         fake: bool = False,
         noise: LabelNoise | None = None,
+        balance: bool = False,
     ) -> None:
         super().__init__(
             root,
@@ -107,6 +110,7 @@ class CIFAR10DataModule(OfficialDataModule):
             seed=seed,
             fake=fake,
             noise=noise,
+            balance=balance,
         )
 
     def open_official(self, root: str, train: bool, download: bool) -> dict[str, np.ndarray]:
@@ -140,6 +144,8 @@ class CIFAR100DataModule(OfficialDataModule):
         download: fetch the official files where they are missing.
         fake: use a small made-up data set instead, without any file.
         noise: gives the training samples wrong labels, see ``LabelNoise``; ``None`` keeps the data set's own.
+        balance: show each class equally often in training, whatever their sizes: an epoch stays as long, a rare sample
+            comes several times (each time augmented anew), of a frequent class some wait for later epochs.
 
     Raises:
         ValueError: for an argument out of its range, and for a damaged file or a wrong checksum.
@@ -166,6 +172,7 @@ class CIFAR100DataModule(OfficialDataModule):
         download: bool = False,
         fake: bool = False,
         noise: LabelNoise | None = None,
+        balance: bool = False,
     ) -> None:
         if labels not in ("fine", "coarse"):
             raise ValueError(f"labels must be 'fine' or 'coarse', got {labels!r}: give one of them")
@@ -187,6 +194,7 @@ class CIFAR100DataModule(OfficialDataModule):
             seed=seed,
             fake=fake,
             noise=noise,
+            balance=balance,
         )
         self.labels = labels
         self.target_key = "target" if labels == "fine" else "coarse"

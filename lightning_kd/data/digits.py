@@ -32,6 +32,8 @@ class DigitsDataModule(ClassificationDataModule):
             together with ``seed_everything`` also the order of the batches and the augmentation.
         fake: use a small made-up data set of the same shape instead.
         noise: gives the training samples wrong labels, see ``LabelNoise``; ``None`` keeps the data set's own.
+        balance: show each class equally often in training, whatever their sizes: an epoch stays as long, a rare sample
+            comes several times (each time augmented anew), of a frequent class some wait for later epochs.
 
     Raises:
         ValueError: for an argument out of its range.
@@ -51,6 +53,7 @@ class DigitsDataModule(ClassificationDataModule):
         seed: int = 0,
         fake: bool = False,
         noise: LabelNoise | None = None,
+        balance: bool = False,
     ) -> None:
         super().__init__(
             class_names=[str(digit) for digit in range(10)],
@@ -67,6 +70,7 @@ class DigitsDataModule(ClassificationDataModule):
             seed=seed,
             fake=fake,
             noise=noise,
+            balance=balance,
         )
         self.augment = augment
 

@@ -57,6 +57,8 @@ class FashionMNISTDataModule(OfficialDataModule):
         download: fetch the official files where they are missing, and unpack them.
         fake: use a small made-up data set instead, without any file.
         noise: gives the training samples wrong labels, see ``LabelNoise``; ``None`` keeps the data set's own.
+        balance: show each class equally often in training, whatever their sizes: an epoch stays as long, a rare sample
+            comes several times (each time augmented anew), of a frequent class some wait for later epochs.
 
     Raises:
         ValueError: for an argument out of its range, and for a damaged file or a wrong checksum.
@@ -82,6 +84,7 @@ class FashionMNISTDataModule(OfficialDataModule):
         download: bool = False,
         fake: bool = False,
         noise: LabelNoise | None = None,
+        balance: bool = False,
     ) -> None:
         super().__init__(
             root,
@@ -101,6 +104,7 @@ class FashionMNISTDataModule(OfficialDataModule):
             seed=seed,
             fake=fake,
             noise=noise,
+            balance=balance,
         )
 
     def open_official(self, root: str, train: bool, download: bool) -> dict[str, np.ndarray]:

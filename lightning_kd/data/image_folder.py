@@ -8,14 +8,13 @@ from typing import Any, Literal
 
 import torch
 from PIL import Image
-from torch import Tensor
 from torchvision.transforms import AutoAugmentPolicy, v2
 
 from lightning_kd.argument_checks import check_numbers
 from lightning_kd.core.notes import note
 from lightning_kd.core.seeding import numpy_generator
 from lightning_kd.data.array_files import Arrays
-from lightning_kd.data.augment import CropFlip, cut_out_
+from lightning_kd.data.augment import CropFlip, RandomCutout
 from lightning_kd.data.image_files import class_folders, find_images, read_image
 from lightning_kd.data.label_noise import LabelNoise
 from lightning_kd.data.new_samples import files_to_predict
@@ -76,6 +75,8 @@ class ImageFolderDataModule(SplitFiles):
             With them ``root`` need not exist to predict; ``lightning-kd predict`` takes them from the checkpoint.
         predict: what to predict in place of the test set, without labels: a folder of any depth, an image, or a list of
             images (``.txt``, ``.csv``; see ``files_to_predict``).
+        balance: show each class equally often in training, whatever their sizes: an epoch stays as long, a rare sample
+            comes several times (each time augmented anew), of a frequent class some wait for later epochs.
 
     Raises:
         ValueError: for an argument out of its range, a root without class folders, and a class without an image.
@@ -112,6 +113,7 @@ class ImageFolderDataModule(SplitFiles):
         on_error: Literal["raise", "skip"] = "raise",
         class_names: list[str] | None = None,
         predict: str | None = None,
+        balance: bool = False,
     ) -> None:
         check_numbers(least=1, whole=True, image_size=image_size)
         check_numbers(least=0, whole=True, num_workers=num_workers)
@@ -173,6 +175,7 @@ class ImageFolderDataModule(SplitFiles):
             fake=fake,
             noise=noise,
             predict=predict,
+            balance=balance,
         )
 
     def load_new(self) -> list[str]:
@@ -243,15 +246,3 @@ class ImageFolderDataModule(SplitFiles):
         if cutout:
             steps.append(RandomCutout(cutout))
         return v2.Compose(steps)
-
-
-class RandomCutout(torch.nn.Module):
-    """Set a box of ``side`` x ``side`` pixels around a random pixel of a ``[C, H, W]`` image to 0, in place."""
-
-    def __init__(self, side: int) -> None:
-        super().__init__()
-        self.side = side
-
-    def forward(self, image: Tensor) -> Tensor:
-        centre = [torch.randint(length, (1, 1)) for length in image.shape[-2:]]
-        return cut_out_(image[None], torch.cat(centre, 1), self.side)[0]

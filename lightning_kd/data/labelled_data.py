@@ -67,6 +67,7 @@ class LabelledDataModule(SplitLoaders, ABC):
             small for the subset asked for.
         problem: what is asked of a network. Default: one class a sample.
         predict: where the samples to predict are, which have no labels. Default: the test set is predicted.
+        balance: show each class equally often, see ``ArrayDataModule``; only with one class a sample.
 
     Raises:
         ValueError: for an argument out of its range, and for both ``train_fraction`` and ``train_per_class``.
@@ -102,6 +103,7 @@ class LabelledDataModule(SplitLoaders, ABC):
         fake: bool = False,
         problem: Problem | None = None,
         predict: str | None = None,
+        balance: bool = False,
     ) -> None:
         super().__init__()
         check_numbers(least=1, whole=True, batch_size=batch_size, eval_batch_size=eval_batch_size)
@@ -114,6 +116,9 @@ class LabelledDataModule(SplitLoaders, ABC):
                 f"train_per_class={train_per_class} is for one class a sample, the data has {self.problem.kind}: use "
                 "train_fraction"
             )
+        if balance and not self.problem.one_class:
+            raise ValueError(f"balance is for one class a sample, the data has {self.problem.kind}: leave it out")
+        self.balance = balance
         self.num_classes = self.problem.num_classes
         self.class_names = list(class_names)
         self.input_shape = tuple(input_shape)

@@ -11,7 +11,7 @@ from torch import Tensor
 from lightning_kd.core.batch import Batch
 from lightning_kd.data.augment import CropFlip, Normalize, check_views, cut_out_, draw_centres, view_seed
 from lightning_kd.data.auto_augment import BatchedAutoAugment
-from lightning_kd.data.sampling import BatchLoader, ShardedSampler
+from lightning_kd.data.sampling import REPEAT, BatchLoader, ShardedSampler
 
 # AutoAugment works on several batches at once: the more images, the more of them share an operation.
 STRONG_BYTES = 8 << 20
@@ -44,6 +44,12 @@ class StoredImages:
                 image = crop_flip.pad(image, self.fill)
             self._copies[key] = image.to(self.device)
         return self._copies[key]
+
+
+# views of a sample that comes again in a pass; after so many the first one comes again
+MOST_VIEWS = 32
+
+Parts = tuple[Tensor, ...]
 
 
 class ResidentLoader(BatchLoader):
@@ -109,59 +115,69 @@ class ResidentLoader(BatchLoader):
         order = torch.from_numpy(np.concatenate(batches)).to(self.device)
         parts = order.split([len(batch) for batch in batches])
         makers = {"plain": self._plain, "weak": self._weak, "strong": self._strong}
+        repeats = self.sampler.repeats(epoch, pass_)
+        times = np.zeros(1, np.int64) if repeats is None else np.concatenate(repeats) % MOST_VIEWS
+        # where in the draws of all samples each one's stand: those for its n-th repetition are n arrays further on
+        slots = order + torch.from_numpy(times * len(self._target)).to(self.device)
+        drawn = slots.split([len(batch) for batch in batches])
+        passes = [pass_ + REPEAT * k for k in range(int(times.max()) + 1)]
         images = [
-            makers[name](batches, parts, view_seed(self.sampler.seed, k), epoch, pass_)
+            makers[name](parts, drawn, passes, view_seed(self.sampler.seed, k), epoch)
             for k, name in enumerate(self.views)
         ]
-        masks = self._mask_views(parts, view_seed(self.sampler.seed, 0), epoch, pass_) if self._masks else None
+        masks = self._mask_views(parts, passes, view_seed(self.sampler.seed, 0), epoch) if self._masks else None
         for part, *views in zip(parts, *images, strict=True):
             index = part.clone()  # a slice would drag the whole order along when it is saved or sent
             extras = {name: value.index_select(0, index) for name, value in self._extras.items()}
             target = self._target.index_select(0, index) if masks is None else next(masks)
             yield Batch(views[0] if self._single else tuple(views), target, index, extras)
 
-    def _mask_views(self, parts: tuple[Tensor, ...], *stream: int) -> Iterator[Tensor]:
+    def _mask_views(self, parts: Parts, passes: list[int], *stream: int) -> Iterator[Tensor]:
         """The masks with the crop and flip of their images, which are drawn from the same stream."""
         assert self._masks is not None
         crop_flip = self.augment if self.views[0] == "weak" else None
         stored = self._masks.get(crop_flip)
-        view, _ = self._draw(0, *stream)
+        view, _ = self._draw(0, passes, *stream)
         for index in parts:
             some = stored.index_select(0, index) if crop_flip is None else crop_flip.gather(stored, index, view[index])
             yield some[:, 0].long()
 
-    def _plain(self, batches: list[np.ndarray], parts: tuple[Tensor, ...], *stream: int) -> Iterator[Tensor]:
+    def _plain(self, parts: Parts, drawn: Parts, passes: list[int], *stream: int) -> Iterator[Tensor]:
         stored = self._stored.get()
         for index in parts:
             yield self._normalize(stored.index_select(0, index))
 
-    def _weak(self, batches: list[np.ndarray], parts: tuple[Tensor, ...], *stream: int) -> Iterator[Tensor]:
-        view, centre = self._draw(self.cutout, *stream)
+    def _weak(self, parts: Parts, drawn: Parts, passes: list[int], *stream: int) -> Iterator[Tensor]:
+        view, centre = self._draw(self.cutout, passes, *stream)
         stored = self._stored.get(self.augment)
-        for index in parts:
-            yield self._view(stored, index, view[index], centre[index], self.cutout)
+        for index, slot in zip(parts, drawn, strict=True):
+            yield self._view(stored, index, view[slot], centre[slot], self.cutout)
 
-    def _strong(self, batches: list[np.ndarray], parts: tuple[Tensor, ...], *stream: int) -> Iterator[Tensor]:
+    def _strong(self, parts: Parts, drawn: Parts, passes: list[int], *stream: int) -> Iterator[Tensor]:
         cutout = min(self._size) // 2
-        view, centre = self._draw(cutout, *stream)
-        choice = self._policy.draw(len(self._target), *stream)
+        view, centre = self._draw(cutout, passes, *stream)
+        choice = np.concatenate([self._policy.draw(len(self._target), *stream, pass_) for pass_ in passes])
         stored = self._stored.get()
         together = max(1, STRONG_BYTES // (stored[0].numel() * self.batch_size))
         for start in range(0, len(parts), together):
-            some = parts[start : start + together]
+            some, slots = parts[start : start + together], drawn[start : start + together]
             image = stored.index_select(0, torch.cat(some))
-            image = self._policy.apply(image, choice[np.concatenate(batches[start : start + together])])
+            image = self._policy.apply(image, choice[torch.cat(slots).cpu().numpy()])
             if self.augment is not None:
                 image = self.augment.pad(image)
-            rows = torch.arange(len(image), device=self.device).split([len(index) for index in some])
-            for index, row in zip(some, rows, strict=True):
-                yield self._view(image, row, view[index], centre[index], cutout)
+            rows = torch.arange(len(image), device=self.device).split([len(slot) for slot in slots])
+            for slot, row in zip(slots, rows, strict=True):
+                yield self._view(image, row, view[slot], centre[slot], cutout)
 
-    def _draw(self, cutout: int, *stream: int) -> tuple[Tensor, Tensor]:
-        """The crop and flip, and the centre of the cutout box, of each sample."""
+    def _draw(self, cutout: int, passes: list[int], *stream: int) -> tuple[Tensor, Tensor]:
+        """The crop and flip, and the centre of the cutout box, of all samples, for one of ``passes`` after another."""
         count = len(self._target)
-        view = torch.zeros(count, dtype=torch.int64) if self.augment is None else self.augment.draw(count, *stream)
-        centre = draw_centres(count, self._size, *stream) if cutout else torch.zeros(count, 2, dtype=torch.int64)
+        nothing = torch.zeros(count * len(passes), 2, dtype=torch.int64)
+        view, centre = nothing[:, 0], nothing
+        if self.augment is not None:
+            view = torch.cat([self.augment.draw(count, *stream, pass_) for pass_ in passes])
+        if cutout:
+            centre = torch.cat([draw_centres(count, self._size, *stream, pass_) for pass_ in passes])
         return view.to(self.device), centre.to(self.device)
 
     def _view(self, image: Tensor, rows: Tensor, view: Tensor, centre: Tensor, cutout: int) -> Tensor:

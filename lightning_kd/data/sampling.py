@@ -11,6 +11,9 @@ from lightning_kd.argument_checks import check_numbers
 from lightning_kd.core.batch import Batch
 from lightning_kd.core.seeding import numpy_generator
 
+# a sample that comes again in a pass gets the views of another pass, so many further on
+REPEAT = 1_000_000
+
 
 class ShardedSampler:
     """Batches of sample indices for one process out of ``world_size``.
@@ -22,6 +25,10 @@ class ShardedSampler:
     ``world_size``); it is dropped where it would leave a rank fewer than 2 samples, because BatchNorm cannot train on
     one, unless it is the only one. With ``drop_last`` it is always dropped, unless it is the only one. Every rank has
     the same number of batches of the same sizes.
+
+    With ``classes`` each class comes equally often in that order, which stays as long as it is; where it cannot be
+    divided, chance says which classes come once more. A class goes through a permutation of its samples, and begins
+    another one where it has too few.
 
     Without ``shuffle`` (evaluation) the order is that of ``indices``, no sample comes twice over all ranks, every rank
     has the same number of batches, and the sizes of all batches differ by at most one. They are at most
@@ -35,6 +42,7 @@ class ShardedSampler:
         rank: this process.
         world_size: the number of processes.
         drop_last: with ``shuffle``, leave out a partial last batch.
+        classes: with ``shuffle``, the class of each of ``indices``, ``[n]``; those that occur are balanced.
 
     Raises:
         ValueError: if ``indices`` is empty, ``batch_size`` is below 1, or an evaluation set has fewer samples than
@@ -51,6 +59,7 @@ class ShardedSampler:
         rank: int = 0,
         world_size: int = 1,
         drop_last: bool = False,
+        classes: np.ndarray | None = None,
     ) -> None:
         self.indices = np.asarray(indices, dtype=np.int64)
         if len(self.indices) == 0:
@@ -67,6 +76,7 @@ class ShardedSampler:
         self.rank = rank
         self.world_size = world_size
         self.drop_last = drop_last
+        self.classes = classes
         self.epoch = 0
         self._passes = 0
 
@@ -90,7 +100,39 @@ class ShardedSampler:
         """The batches of this rank in that epoch and pass, each int64 ``[b]``. Changes no state."""
         if not self.shuffle:
             return np.array_split(self.indices, len(self) * self.world_size)[self.rank :: self.world_size]
-        order = self.indices[numpy_generator(self.seed, "shuffle", epoch, pass_).permutation(len(self.indices))]
+        return self._shared_out(self.indices[self._order(epoch, pass_)])
+
+    def repeats(self, epoch: int, pass_: int = 0) -> list[np.ndarray] | None:
+        """How often each sample of ``batches`` came before in the pass, on any rank; ``None`` where none comes twice.
+
+        So that repeated samples can have views of their own.
+        """
+        if not self.shuffle or self.classes is None:
+            return None
+        order = self._order(epoch, pass_)
+        by_sample = np.argsort(order, kind="stable")
+        ordered = order[by_sample]
+        before = np.empty_like(order)
+        before[by_sample] = np.arange(len(order)) - np.searchsorted(ordered, ordered)
+        return self._shared_out(before)
+
+    def _order(self, epoch: int, pass_: int) -> np.ndarray:
+        """Positions in ``indices``, in the order of the pass over all ranks."""
+        generator, count = numpy_generator(self.seed, "shuffle", epoch, pass_), len(self.indices)
+        if self.classes is None:
+            return generator.permutation(count)
+        names = np.unique(self.classes)
+        share, rest = divmod(count, len(names))
+        extra = set(generator.permutation(names)[:rest].tolist())
+        drawn = []
+        for name in names.tolist():
+            own, wanted = np.flatnonzero(self.classes == name), share + (name in extra)
+            rounds = [generator.permutation(own) for _ in range(-(-wanted // len(own)))]
+            drawn += [each[: wanted - k * len(own)] for k, each in enumerate(rounds)]
+        return generator.permutation(np.concatenate(drawn))
+
+    def _shared_out(self, order: np.ndarray) -> list[np.ndarray]:
+        """The part of this rank in values in the order of the pass."""
         full, share = self._full_and_share()
         step, start = self.batch_size * self.world_size, self.rank * self.batch_size
         batches = [order[k * step + start : k * step + start + self.batch_size] for k in range(full)]

@@ -34,9 +34,11 @@ class SplitLoaders(L.LightningDataModule):
     eval_batch_size: int
     crop_flip: CropFlip | None
     cutout: int
+    balance: bool
     seed: int
     predict: str | None
     val_indices: np.ndarray
+    train_target: Tensor
     _val_source: str
     _stored: dict[str, StoredImages]
 
@@ -73,7 +75,8 @@ class SplitLoaders(L.LightningDataModule):
             split: ``"train"``, ``"val"``, ``"test"``, or ``"predict"`` where there are such samples.
             indices: positions in the full array of the split (``"val"``: in the array it is taken from, mostly the
                 training one); by default those in use.
-            shuffle: a new order each epoch, and the training rule for the last batch.
+            shuffle: a new order each epoch, and the training rule for the last batch; with ``balance`` of the module,
+                each class of training samples, by the labels given now, equally often.
             augment: a weak view rather than a plain one; of no account where ``views`` is given.
             batch_size: samples a batch and process; by default ``batch_size`` with ``shuffle``, else
                 ``eval_batch_size``.
@@ -111,6 +114,7 @@ class SplitLoaders(L.LightningDataModule):
             rank=rank,
             world_size=world_size,
             drop_last=drop_last,
+            classes=self.train_target.numpy()[chosen] if self.balance and shuffle and split == "train" else None,
         )
         return self._make_loader(source, sampler, views)
 

@@ -14,7 +14,7 @@ from lightning_kd.core.batch import Batch
 from lightning_kd.core.seeding import derive_seed, torch_generator
 from lightning_kd.data.augment import view_seed
 from lightning_kd.data.image_files import read_image
-from lightning_kd.data.sampling import BatchLoader, ShardedSampler
+from lightning_kd.data.sampling import REPEAT, BatchLoader, ShardedSampler
 
 Key = tuple[int, int, int]
 
@@ -82,8 +82,10 @@ class _KeyedBatches:
 
     def __iter__(self) -> Iterator[list[Key]]:
         epoch, pass_, batches = self.sampler.next_pass()
-        for batch in batches:
-            yield [(epoch, pass_, index) for index in batch.tolist()]
+        repeats = self.sampler.repeats(epoch, pass_)
+        for k, batch in enumerate(batches):
+            before = [0] * len(batch) if repeats is None else repeats[k].tolist()
+            yield [(epoch, pass_ + REPEAT * times, index) for index, times in zip(batch.tolist(), before, strict=True)]
 
 
 def collate(samples: list[tuple[Any, int, int]]) -> Batch:
