@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from torchmetrics import MeanMetric, MetricCollection
 
 from lightning_kd.core.batch import Batch, as_batch
+from lightning_kd.core.class_metrics import ConfusionMetric, are_unequal, class_sizes
 from lightning_kd.core.problems import Problem, SingleLabel
 from lightning_kd.core.starting_weights import weights_from_checkpoint
 
@@ -62,7 +63,7 @@ class EvaluatedModule(L.LightningModule):
         return self.problem.monitor_mode
 
     def _evaluation_metrics(self, prefix: str) -> MetricCollection:
-        metrics: dict[str, Any] = {"loss": loss_metric(), **self.problem.metrics()}
+        metrics: dict[str, Any] = {"loss": loss_metric(), **self.problem.metrics(), **self.problem.class_metrics()}
         return MetricCollection(metrics, prefix=prefix, compute_groups=False)
 
     def check_data(self, data: Any, has_targets: bool = True) -> None:
@@ -150,10 +151,22 @@ class EvaluatedModule(L.LightningModule):
 
     def on_validation_epoch_start(self) -> None:
         # here, not at the end: what validate() resets in inference mode, a later fit could not update
-        self.val_metrics.reset()
+        self._begin(self.val_metrics)
 
     def on_test_epoch_start(self) -> None:
-        self.test_metrics.reset()
+        self._begin(self.test_metrics)
+
+    def _begin(self, metrics: MetricCollection) -> None:
+        metrics.reset()
+        confusion = dict(metrics.items(keep_base=True)).get("confusion")
+        if isinstance(confusion, ConfusionMetric):
+            data = getattr(self.trainer, "datamodule", None)
+            confusion.tells_macro = are_unequal(class_sizes(data, self.num_classes))
+
+    @property
+    def confusion(self) -> Tensor | None:
+        """What the latest test found, int64 ``[C, C]``, samples by class and predicted class, where it is known."""
+        return getattr(dict(self.test_metrics.items(keep_base=True)).get("confusion"), "table", None)
 
     def on_validation_epoch_end(self) -> None:
         self._log_metrics(self.val_metrics)

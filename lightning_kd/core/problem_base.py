@@ -123,6 +123,10 @@ class Problem(ABC):
     def metrics(self) -> dict[str, Metric]:
         """New evaluation metrics by name; the loss comes by itself."""
 
+    def class_metrics(self) -> dict[str, Metric]:
+        """New metrics that tell of single classes, updated like those of ``metrics()``; none by default."""
+        return {}
+
     def curve_metrics(self) -> dict[str, Metric]:
         """New metrics for a curve over the epochs."""
         return self.metrics()
@@ -130,7 +134,7 @@ class Problem(ABC):
     def update_metrics(
         self, metrics: MetricCollection | Mapping[str, Metric], scores: Tensor, probabilities: Tensor, target: Tensor
     ) -> None:
-        """Take one batch in. ``metrics`` are some of ``metrics()`` or ``curve_metrics()``."""
+        """Take one batch in. ``metrics`` are some of ``metrics()``, ``class_metrics()`` or ``curve_metrics()``."""
         for metric in metrics.values():
             metric.update(scores, target)
 

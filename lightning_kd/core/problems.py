@@ -13,6 +13,7 @@ from torchmetrics import Metric, MetricCollection
 from torchmetrics.classification import MulticlassAccuracy, MulticlassCalibrationError
 
 from lightning_kd.core.calibration import CalibrationMetric
+from lightning_kd.core.class_metrics import MOST_CLASSES, ConfusionMetric
 from lightning_kd.core.multilabel_metrics import MultiLabelMetric
 from lightning_kd.core.outputs import class_logits, logits_of, pixel_logits
 from lightning_kd.core.prediction_files import MaskFolder, PredictionWriter
@@ -26,7 +27,8 @@ class SingleLabel(Problem):
     """One class an image (or row of features). Targets are int64 ``[B]``, outputs ``[B, C]``.
 
     A sample without a label (-1) is refused: nothing here can learn from it or be measured on it, so data modules leave
-    it out. Metrics: ``acc``, ``ece`` (15 bins) and, with more than 10 classes, ``acc5``.
+    it out. Metrics: ``acc``, ``ece`` (15 bins) and, with more than 10 classes, ``acc5``; where the classes of the
+    training set differ by more than 3 to 1 in size, ``acc_macro``, the mean of the accuracies of all classes.
     """
 
     kind = "one class an image (SingleLabel)"
@@ -84,6 +86,9 @@ class SingleLabel(Problem):
         if self.num_classes > 10:
             found["acc5"] = MulticlassAccuracy(self.num_classes, average="micro", top_k=5, validate_args=False)
         return found
+
+    def class_metrics(self) -> dict[str, Metric]:
+        return {"confusion": ConfusionMetric(self.num_classes)} if self.num_classes <= MOST_CLASSES else {}
 
     def curve_metrics(self) -> dict[str, Metric]:
         return {"calibration": CalibrationMetric()}

@@ -13,6 +13,7 @@ from lightning.pytorch.plugins.io import TorchCheckpointIO
 
 from lightning_kd.core.batch import as_batch
 from lightning_kd.core.checkpoint_files import RunCheckpointIO
+from lightning_kd.core.class_metrics import write_confusion
 from lightning_kd.core.notes import note
 from lightning_kd.core.prediction_files import PredictionWriter
 from lightning_kd.core.run_folder import RunFolder
@@ -100,6 +101,14 @@ class RunRecorder(L.Callback):
 
     def on_test_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         self._note_evaluated(trainer, pl_module)
+
+    def on_test_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        table = getattr(pl_module, "confusion", None)
+        if table is None or not trainer.is_global_zero or getattr(trainer, "fast_dev_run", 0):
+            return
+        if self.run.can_be_written():  # a run may be tested in a folder that may only be read
+            names = getattr(trainer.datamodule, "class_names", None) or []  # type: ignore[attr-defined]
+            write_confusion(self.run.path, table, names)
 
     def on_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         # not on_fit_end: by then the module has left the device

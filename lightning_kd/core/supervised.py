@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, Literal
 
+import torch
 from torch import Tensor, nn
 
 from lightning_kd.argument_checks import check_numbers
 from lightning_kd.core.batch import as_batch
+from lightning_kd.core.class_metrics import class_sizes
 from lightning_kd.core.fine_tuning import FineTunedTask
 from lightning_kd.core.losses import at_least_float32
 from lightning_kd.core.outputs import auxiliary_logits
@@ -115,6 +117,10 @@ class Classification(SupervisedTask):
         weights: checkpoint or ``state_dict`` file to start from; ``"default"`` for the published weights of a ``timm/``
             or ``torchvision/`` network. Default: train from scratch.
         label_smoothing: of the cross-entropy, in [0, 1).
+        class_weights: weights of the classes in the cross-entropy of training, which is then torch's weighted mean: a
+            number above 0 for each, or ``"balanced"`` for ``n / (C n_c)`` with the ``n_c`` training
+            samples of class ``c`` (1 for a class without any). Validation and test are not weighted. Several processes:
+            the mean of each process's batch by itself.
         kwargs: ``new_classifier``, ``freeze``, ``backbone_lr`` of ``FineTunedTask``; ``optimizer``, ``lr_scheduler``,
             ``lr_interval``, ``channels_last``, ``compile`` of ``Task``.
     """
@@ -127,14 +133,46 @@ class Classification(SupervisedTask):
         input_shape: Sequence[int] = (3, 32, 32),
         weights: str | None = None,
         label_smoothing: float = 0.0,
+        class_weights: Literal["balanced"] | list[float] | None = None,
         **kwargs: Any,
     ) -> None:
         super().__init__(network, num_classes, input_shape=input_shape, weights=weights, **kwargs)
         check_numbers(least=0, below=1, label_smoothing=label_smoothing)
         self.label_smoothing = label_smoothing
+        self.class_weights = class_weights
+        if isinstance(class_weights, str) and class_weights != "balanced":
+            raise ValueError(f"class_weights must be 'balanced' or a list of numbers, got {class_weights!r}")
+        given = None if class_weights is None or isinstance(class_weights, str) else list(class_weights)
+        for weight in given or []:
+            check_numbers(above=0, class_weights=weight)
+        if given is not None and len(given) != num_classes:
+            raise ValueError(f"class_weights needs {num_classes} numbers, one a class, got {len(given)}")
+        self._weight = None if given is None else torch.tensor(given)
+
+    def setup(self, stage: str) -> None:
+        super().setup(stage)
+        if self.class_weights != "balanced" or stage != "fit":
+            return
+        data: Any = getattr(self.trainer, "datamodule", None)
+        sizes = class_sizes(data, self.num_classes)
+        if sizes is None:
+            raise ValueError(
+                f"class_weights='balanced' counts the classes of a data module of this package, got "
+                f"{type(data).__name__}: give a number for each class"
+            )
+        if getattr(data, "balance", False):
+            raise ValueError(
+                "class_weights='balanced' and balance=True of the data both make up for the sizes of the classes: "
+                "leave one of them out"
+            )
+        weight = sizes.sum() / (self.num_classes * sizes.clamp(min=1))
+        self._weight = torch.where(sizes > 0, weight, 1.0)
 
     def loss(self, output: Any, logits: Tensor, target: Tensor) -> dict[str, Tensor]:
-        return {"ce": self.problem.loss(logits, target, label_smoothing=self.label_smoothing)}
+        if self._weight is not None:
+            self._weight = self._weight.to(logits)  # once, to its device
+        options = {"label_smoothing": self.label_smoothing, "weight": self._weight}
+        return {"ce": self.problem.loss(logits, target, **options)}
 
 
 class MultiLabelClassification(SupervisedTask):

@@ -1,0 +1,141 @@
+"""How well each class is recognised: the table of classes and predictions, its picture, and the sizes of classes."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from lightning.pytorch.utilities import rank_zero_warn
+from torch import Tensor
+from torchmetrics import Metric
+
+from lightning_kd.file_writing import write_text, written_whole
+from lightning_kd.spreadsheet import csv_text
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+__all__ = ["MOST_CLASSES", "ConfusionMetric", "class_sizes", "confusion_figure", "write_confusion"]
+
+#: with more there is no table
+MOST_CLASSES = 1000
+#: sizes of classes that differ by more are told by ``acc_macro``
+UNEQUAL = 3
+
+
+class ConfusionMetric(Metric):
+    """How often samples of each class were taken for each class, over all batches and processes.
+
+    Gives ``acc_macro``, the mean over the classes that occur of their accuracies, where ``tells_macro`` is set, else no
+    number at all.
+
+    Args:
+        num_classes: ``C``.
+
+    Attributes:
+        counts: int64 ``[C, C]``, samples by class and predicted class.
+        table: the counts of all processes, on the CPU, once computed.
+        tells_macro: see above.
+    """
+
+    full_state_update = False
+    counts: Tensor
+
+    def __init__(self, num_classes: int) -> None:
+        super().__init__()
+        self.num_classes = num_classes
+        self.tells_macro = False
+        self.table: Tensor | None = None
+        self.add_state("counts", torch.zeros(num_classes, num_classes, dtype=torch.int64), dist_reduce_fx="sum")
+
+    def update(self, scores: Tensor, target: Tensor) -> None:
+        """Take a batch: logits or probabilities ``[B, C]`` and classes, int64 ``[B]``."""
+        cell = target * self.num_classes + scores.argmax(1)
+        self.counts = self.counts + torch.bincount(cell, minlength=self.num_classes**2).view_as(self.counts)
+
+    def compute(self) -> dict[str, float]:
+        self.table = self.counts.cpu()
+        if not self.tells_macro:
+            return {}
+        accuracy = class_accuracy(self.table)
+        return {"acc_macro": float(accuracy[~accuracy.isnan()].mean())}
+
+
+def class_accuracy(table: Tensor) -> Tensor:
+    """The share of each class that was recognised, float64 ``[C]``; NaN for those that do not occur."""
+    return table.diagonal().double() / table.sum(1)
+
+
+def class_sizes(data: Any, num_classes: int) -> Tensor | None:
+    """The training samples in use of each class, int64 ``[C]``, by the labels given; ``None`` where nobody knows.
+
+    Args:
+        data: a data module, or what else a Trainer was given.
+        num_classes: ``C``.
+    """
+    problem = getattr(data, "problem", None)
+    if problem is None or not problem.one_class or not hasattr(data, "train_indices"):
+        return None
+    target = data.train_target[torch.as_tensor(data.train_indices)]
+    return torch.bincount(target[target >= 0], minlength=num_classes)
+
+
+def are_unequal(sizes: Tensor | None) -> bool:
+    """Whether sizes of classes differ by more than 3 to 1."""
+    return sizes is not None and int(sizes.max()) > UNEQUAL * int(sizes.min())
+
+
+def write_confusion(folder: Path, table: Tensor, class_names: Sequence[str]) -> list[Path]:
+    """Write ``confusion.csv`` and ``confusion.png``, and return what was written.
+
+    The file has a row for each class: its name, the number of its samples, the share that was recognised, and how many
+    were taken for each class. A picture that cannot be drawn is a warning.
+
+    Args:
+        folder: of the run.
+        table: int64 ``[C, C]``, see ``ConfusionMetric``.
+        class_names: ``C`` names; numbers are taken where there is another number of them.
+    """
+    names = list(class_names) if len(class_names) == len(table) else [str(k) for k in range(len(table))]
+    accuracies = [None if value != value else value for value in class_accuracy(table).tolist()]
+    rows = [
+        [name, sum(counts), accuracy, *counts]
+        for name, counts, accuracy in zip(names, table.tolist(), accuracies, strict=True)
+    ]
+    written = [folder / "confusion.csv"]
+    write_text(written[0], csv_text([["class", "count", "accuracy", *names], *rows]))
+    try:
+        figure = confusion_figure(table, names)
+        with written_whole(folder / "confusion.png") as part:
+            figure.savefig(part, format="png", metadata={"Software": None})
+        written.append(folder / "confusion.png")
+    except Exception as error:  # a picture must not cost a test
+        rank_zero_warn(f"no picture confusion.png ({type(error).__name__}: {error}); confusion.csv has the numbers")
+    return written
+
+
+def confusion_figure(table: Tensor, names: Sequence[str]) -> Figure:
+    """The shares of each class that were taken for each class, as a picture, with numbers up to 15 classes."""
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    count = len(table)
+    side = min(12.0, 4 + 0.3 * count)
+    figure = Figure(figsize=(side, side), dpi=100, layout="constrained")
+    FigureCanvasAgg(figure)
+    axes = figure.subplots()
+    share = (table.double() / table.sum(1, keepdim=True).clamp(min=1)).numpy()
+    picture = axes.imshow(share, cmap="Blues", vmin=0, vmax=1)
+    figure.colorbar(picture, ax=axes, label="share of the class", shrink=0.7)
+    axes.set(xlabel="predicted", ylabel="class", title=f"{int(table.sum())} samples")
+    if count <= 40:
+        shown = [name.replace("$", r"\$") if len(name) <= 20 else f"{name[:19]}…".replace("$", r"\$") for name in names]
+        axes.set_xticks(range(count), shown, rotation=90)
+        axes.set_yticks(range(count), shown)
+    if count <= 15:
+        for row, column in table.nonzero().tolist():
+            colour = "white" if share[row, column] > 0.5 else "black"
+            axes.text(column, row, str(int(table[row, column])), ha="center", va="center", color=colour, fontsize=8)
+    return figure
