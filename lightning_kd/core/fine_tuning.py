@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import warnings
+from collections.abc import Iterable
 from typing import Any, Literal
 
 import torch
@@ -127,10 +128,11 @@ class FineTunedTask(Task):
             return torch.optim.AdamW(parameters, lr=1e-3, weight_decay=0.01)
         return optimizer_for(self._trained[0], parameters, self.has_given_weights)
 
-    def build_optimizer(self, parameters: list[nn.Parameter]) -> torch.optim.Optimizer:
+    def build_optimizer(self, parameters: Iterable[Any]) -> torch.optim.Optimizer:
         if self.backbone_lr == 1:
             return super().build_optimizer(parameters)
         backbone = {id(p) for p in backbone_parameters(self._trained[0])}
+        parameters = list(parameters)
         groups: list[Any] = [
             {"params": [p for p in parameters if (id(p) in backbone) == slow]} for slow in (False, True)
         ]

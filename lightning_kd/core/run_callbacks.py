@@ -104,7 +104,7 @@ class RunRecorder(L.Callback):
 
     def on_test_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         table = getattr(pl_module, "confusion", None)
-        if table is None or not trainer.is_global_zero or getattr(trainer, "fast_dev_run", 0):
+        if table is None or not trainer.is_global_zero or getattr(trainer, "fast_dev_run", False):
             return
         if self.run.can_be_written():  # a run may be tested in a folder that may only be read
             names = getattr(trainer.datamodule, "class_names", None) or []  # type: ignore[attr-defined]

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -193,7 +193,7 @@ class Task(EvaluatedModule):
         """What ``configure_optimizers`` returns for these parameters, from the factories."""
         return make_optimizer(self, parameters, self.build_optimizer, self.lr_scheduler_factory, self.lr_interval)
 
-    def build_optimizer(self, parameters: list[nn.Parameter]) -> torch.optim.Optimizer:
+    def build_optimizer(self, parameters: Iterable[Any]) -> torch.optim.Optimizer:
         """The optimizer of these parameters, or groups of them, without a schedule."""
         factory: Any = self.optimizer_factory or self.default_optimizer
         return factory(parameters)

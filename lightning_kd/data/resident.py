@@ -132,31 +132,31 @@ class ResidentLoader(BatchLoader):
             target = self._target.index_select(0, index) if masks is None else next(masks)
             yield Batch(views[0] if self._single else tuple(views), target, index, extras)
 
-    def _mask_views(self, parts: Parts, passes: list[int], *stream: int) -> Iterator[Tensor]:
+    def _mask_views(self, parts: Parts, passes: list[int], seed: int, epoch: int) -> Iterator[Tensor]:
         """The masks with the crop and flip of their images, which are drawn from the same stream."""
         assert self._masks is not None
         crop_flip = self.augment if self.views[0] == "weak" else None
         stored = self._masks.get(crop_flip)
-        view, _ = self._draw(0, passes, *stream)
+        view, _ = self._draw(0, passes, seed, epoch)
         for index in parts:
             some = stored.index_select(0, index) if crop_flip is None else crop_flip.gather(stored, index, view[index])
             yield some[:, 0].long()
 
-    def _plain(self, parts: Parts, drawn: Parts, passes: list[int], *stream: int) -> Iterator[Tensor]:
+    def _plain(self, parts: Parts, drawn: Parts, passes: list[int], seed: int, epoch: int) -> Iterator[Tensor]:
         stored = self._stored.get()
         for index in parts:
             yield self._normalize(stored.index_select(0, index))
 
-    def _weak(self, parts: Parts, drawn: Parts, passes: list[int], *stream: int) -> Iterator[Tensor]:
-        view, centre = self._draw(self.cutout, passes, *stream)
+    def _weak(self, parts: Parts, drawn: Parts, passes: list[int], seed: int, epoch: int) -> Iterator[Tensor]:
+        view, centre = self._draw(self.cutout, passes, seed, epoch)
         stored = self._stored.get(self.augment)
         for index, slot in zip(parts, drawn, strict=True):
             yield self._view(stored, index, view[slot], centre[slot], self.cutout)
 
-    def _strong(self, parts: Parts, drawn: Parts, passes: list[int], *stream: int) -> Iterator[Tensor]:
+    def _strong(self, parts: Parts, drawn: Parts, passes: list[int], seed: int, epoch: int) -> Iterator[Tensor]:
         cutout = min(self._size) // 2
-        view, centre = self._draw(cutout, passes, *stream)
-        choice = np.concatenate([self._policy.draw(len(self._target), *stream, pass_) for pass_ in passes])
+        view, centre = self._draw(cutout, passes, seed, epoch)
+        choice = np.concatenate([self._policy.draw(len(self._target), seed, epoch, pass_) for pass_ in passes])
         stored = self._stored.get()
         together = max(1, STRONG_BYTES // (stored[0].numel() * self.batch_size))
         for start in range(0, len(parts), together):
@@ -169,15 +169,15 @@ class ResidentLoader(BatchLoader):
             for slot, row in zip(slots, rows, strict=True):
                 yield self._view(image, row, view[slot], centre[slot], cutout)
 
-    def _draw(self, cutout: int, passes: list[int], *stream: int) -> tuple[Tensor, Tensor]:
+    def _draw(self, cutout: int, passes: list[int], seed: int, epoch: int) -> tuple[Tensor, Tensor]:
         """The crop and flip, and the centre of the cutout box, of all samples, for one of ``passes`` after another."""
         count = len(self._target)
         nothing = torch.zeros(count * len(passes), 2, dtype=torch.int64)
         view, centre = nothing[:, 0], nothing
         if self.augment is not None:
-            view = torch.cat([self.augment.draw(count, *stream, pass_) for pass_ in passes])
+            view = torch.cat([self.augment.draw(count, seed, epoch, pass_) for pass_ in passes])
         if cutout:
-            centre = torch.cat([draw_centres(count, self._size, *stream, pass_) for pass_ in passes])
+            centre = torch.cat([draw_centres(count, self._size, seed, epoch, pass_) for pass_ in passes])
         return view.to(self.device), centre.to(self.device)
 
     def _view(self, image: Tensor, rows: Tensor, view: Tensor, centre: Tensor, cutout: int) -> Tensor:

@@ -259,7 +259,7 @@ class SingleNetworkTask(NoisyLabelTask, FineTunedTask, ABC):
 
     def default_optimizer(self, parameters: list[Any]) -> torch.optim.Optimizer:
         given = self.has_given_weights or self.freeze_part is not None
-        return (super() if given else super(FineTunedTask, self)).default_optimizer(parameters)
+        return super().default_optimizer(parameters) if given else Task.default_optimizer(self, parameters)
 
     @property
     def main_network(self) -> nn.Module:
