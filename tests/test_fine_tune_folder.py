@@ -1,0 +1,39 @@
+"""The shipped configs on a folder of images: a teacher from weights of other classes, a student of it, a test."""
+
+import csv
+from pathlib import Path
+
+import numpy as np
+import torch
+from PIL import Image
+
+from lightning_kd.cli import main
+from lightning_kd.nets import build_network
+
+SMALL = ["--data.root", "photos", "--data.image_size", "16", "--data.num_workers", "0", "--data.batch_size", "8"]
+SHORT = ["--trainer.max_epochs", "2", "--trainer.enable_progress_bar", "false"]
+
+
+def test_fine_tuned_then_distilled(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    draw = np.random.default_rng(0)
+    for name, count in (("cats", 30), ("dogs", 8)):
+        Path("photos", name).mkdir(parents=True)
+        for k in range(count):
+            pixels = draw.integers(0, 128, (20, 24, 3)) + (name == "dogs") * 100
+            Image.fromarray(pixels.astype(np.uint8)).save(f"photos/{name}/{k}.png")
+    torch.save(build_network("cnn_tiny", 10).state_dict(), "published.pt")
+    teacher = ["--model.network", "cnn_tiny", "--model.weights", "published.pt", "--model.new_classifier", "true"]
+    main(["fit", "--config", "distillation/finetune_folder", *SMALL, *SHORT, *teacher, "--data.balance", "true"])
+    best = "runs/finetune_folder/checkpoints/best.ckpt"
+    pair = ["--model.teacher", "cnn_tiny", "--model.teacher_weights", best, "--model.student", "cnn_tiny"]
+    start = ["--model.student_weights", "published.pt", "--model.new_classifier", "true", "--run", "runs/student"]
+    main(["fit", "--config", "distillation/kd_folder", *SMALL, *SHORT, *pair, *start])
+    main(["test", "--config", "runs/student/config.yaml", "--ckpt_path", "best"])
+    with Path("runs/student/confusion.csv").open() as file:
+        rows = list(csv.DictReader(file))
+    assert [(row["class"], int(row["cats"]) + int(row["dogs"])) for row in rows] == [("cats", 6), ("dogs", 2)]
+    with Path("runs/student/metrics.csv").open() as file:
+        row = [row for row in csv.DictReader(file) if row.get("test/acc")][-1]
+    mean = sum(float(row["accuracy"]) for row in rows) / 2
+    assert abs(float(row["test/acc_macro"]) - mean) < 1e-6
