@@ -19,10 +19,13 @@ from lightning_kd.data.instance_noise import InstanceDependentNoise
 from lightning_kd.data.label_files import LabelFile
 from lightning_kd.data.label_noise import CleanLabels, LabelNoise
 from lightning_kd.data.labelled_data import LabelledDataModule
+from lightning_kd.data.mosaics import MosaicDataModule
+from lightning_kd.data.multi_label_data import MultiLabelDataModule
 from lightning_kd.data.open_set_data import OpenSetDataModule
 from lightning_kd.data.resident import ResidentLoader, StoredImages
 from lightning_kd.data.sampling import BatchLoader, ShardedSampler
 from lightning_kd.data.streaming import StreamingLoader
+from lightning_kd.data.weak_labels import CandidateLabels, SinglePositive
 
 __all__ = [
     "CIFARN",
@@ -32,6 +35,7 @@ __all__ = [
     "BatchLoader",
     "CIFAR10DataModule",
     "CIFAR100DataModule",
+    "CandidateLabels",
     "ClassificationDataModule",
     "CleanLabels",
     "CropFlip",
@@ -42,11 +46,14 @@ __all__ = [
     "LabelFile",
     "LabelNoise",
     "LabelledDataModule",
+    "MosaicDataModule",
+    "MultiLabelDataModule",
     "Normalize",
     "OpenSetDataModule",
     "PairFlipNoise",
     "ResidentLoader",
     "ShardedSampler",
+    "SinglePositive",
     "StoredImages",
     "StreamingLoader",
     "SymmetricNoise",

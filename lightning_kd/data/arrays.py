@@ -24,11 +24,12 @@ from lightning_kd.data.array_files import (
     to_target,
 )
 from lightning_kd.data.augment import CropFlip
-from lightning_kd.data.classification_data import ClassificationDataModule
 from lightning_kd.data.fake_data import fake_arrays, fake_label_arrays, fake_mask_arrays
 from lightning_kd.data.label_noise import LabelNoise
+from lightning_kd.data.multi_label_data import MultiLabelDataModule
 from lightning_kd.data.new_samples import read_unlabelled
 from lightning_kd.data.splits import take_fraction, without
+from lightning_kd.data.weak_labels import CandidateLabels, SinglePositive
 
 _PROBLEMS: dict[str, type[Problem]] = {
     "single_label": SingleLabel,
@@ -38,7 +39,7 @@ _PROBLEMS: dict[str, type[Problem]] = {
 _FAKE = {"single_label": fake_arrays, "multi_label": fake_label_arrays, "segmentation": fake_mask_arrays}
 
 
-class ArrayDataModule(ClassificationDataModule):
+class ArrayDataModule(MultiLabelDataModule):
     """Your own images or features, from one ``.npz``, or from a ``.npy`` of samples with one of targets.
 
     An ``.npz`` holds ``train_image`` and ``train_target``, and ``test_image`` and ``test_target`` if there is a test
@@ -89,6 +90,11 @@ class ArrayDataModule(ClassificationDataModule):
             need not exist then; ``lightning-kd predict`` takes them from the checkpoint.
         balance: show each class equally often in training, whatever their sizes: an epoch stays as long, a rare sample
             comes several times (each time augmented anew), of a frequent class some wait for later epochs.
+        candidates: with several labels, see ``MultiLabelDataModule``, as the others.
+        single_positive: see there.
+        labelled_fraction: see there.
+        labelled_seed: see there.
+        normalize: see there; for data of any kind.
 
     Raises:
         ValueError: for an argument out of its range, and for arrays that are damaged or do not fit together.
@@ -118,6 +124,11 @@ class ArrayDataModule(ClassificationDataModule):
         kind: Literal["single_label", "multi_label", "segmentation"] | None = None,
         predict: str | None = None,
         balance: bool = False,
+        candidates: CandidateLabels | None = None,
+        single_positive: SinglePositive | None = None,
+        labelled_fraction: float | None = None,
+        labelled_seed: int = 1,
+        normalize: bool = True,
     ) -> None:
         check_numbers(above=0, below=1, remedy="give a share", test_fraction=test_fraction)
         check_numbers(least=0, whole=True, crop_padding=crop_padding)
@@ -174,6 +185,11 @@ class ArrayDataModule(ClassificationDataModule):
             balance=balance,
             problem=_PROBLEMS[self.kind](len(names)),
             predict=predict,
+            candidates=candidates,
+            single_positive=single_positive,
+            labelled_fraction=labelled_fraction,
+            labelled_seed=labelled_seed,
+            normalize=normalize,
         )
         self.augment = augment
         self.crop_padding = crop_padding
