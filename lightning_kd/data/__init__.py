@@ -12,6 +12,7 @@ from lightning_kd.data.class_noise import (
     TransitionNoise,
 )
 from lightning_kd.data.classification_data import ClassificationDataModule
+from lightning_kd.data.coco import COCODataModule
 from lightning_kd.data.digits import DigitsDataModule
 from lightning_kd.data.fashion_mnist import FashionMNISTDataModule
 from lightning_kd.data.image_folder import ImageFolderDataModule
@@ -21,10 +22,13 @@ from lightning_kd.data.label_noise import CleanLabels, LabelNoise
 from lightning_kd.data.labelled_data import LabelledDataModule
 from lightning_kd.data.mosaics import MosaicDataModule
 from lightning_kd.data.multi_label_data import MultiLabelDataModule
+from lightning_kd.data.multi_label_folder import MultiLabelFolderDataModule
+from lightning_kd.data.nus_wide import NUSWIDEDataModule
 from lightning_kd.data.open_set_data import OpenSetDataModule
 from lightning_kd.data.resident import ResidentLoader, StoredImages
 from lightning_kd.data.sampling import BatchLoader, ShardedSampler
 from lightning_kd.data.streaming import StreamingLoader
+from lightning_kd.data.voc import VOCDataModule
 from lightning_kd.data.weak_labels import CandidateLabels, SinglePositive
 
 __all__ = [
@@ -35,6 +39,7 @@ __all__ = [
     "BatchLoader",
     "CIFAR10DataModule",
     "CIFAR100DataModule",
+    "COCODataModule",
     "CandidateLabels",
     "ClassificationDataModule",
     "CleanLabels",
@@ -48,6 +53,8 @@ __all__ = [
     "LabelledDataModule",
     "MosaicDataModule",
     "MultiLabelDataModule",
+    "MultiLabelFolderDataModule",
+    "NUSWIDEDataModule",
     "Normalize",
     "OpenSetDataModule",
     "PairFlipNoise",
@@ -58,4 +65,5 @@ __all__ = [
     "StreamingLoader",
     "SymmetricNoise",
     "TransitionNoise",
+    "VOCDataModule",
 ]

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import os
 from collections import Counter
-from collections.abc import Sequence
-from contextlib import suppress
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 import numpy as np
@@ -21,6 +21,7 @@ __all__ = [
     "find_images",
     "images_below",
     "read_image",
+    "truncated_allowed",
     "upright",
     "without_range",
 ]
@@ -102,6 +103,17 @@ def as_rgb(
     return image.convert("RGB")
 
 
+@contextmanager
+def truncated_allowed(allowed: bool = True) -> Iterator[None]:
+    """Whether image files may be cut off meanwhile (what is missing is grey); in the whole process."""
+    before = ImageFile.LOAD_TRUNCATED_IMAGES
+    ImageFile.LOAD_TRUNCATED_IMAGES = allowed or before
+    try:
+        yield
+    finally:
+        ImageFile.LOAD_TRUNCATED_IMAGES = before
+
+
 def without_range(image: Image.Image) -> str:
     """What an image, as it was opened, holds that has no range of its own, and what to do; empty where it has one."""
     # what Pillow reads as integers of 32 bits are 16 bits in a PNG, and scaled to 16 bits in a PGM
@@ -179,11 +191,11 @@ def find_images(root: Path, class_names: list[str]) -> tuple[list[str], Tensor]:
     return paths, torch.tensor(target)
 
 
-def images_below(root: Path) -> list[str]:
+def images_below(root: Path, known: Sequence[Path] = ()) -> list[str]:
     """The image files anywhere below ``root``, sorted; those that start with a dot are left alone.
 
     Links to folders are followed, but for those that lead back to a folder that they are in. How many other files
-    there are, by their endings, is told in a warning.
+    there are, by their endings, is told in a warning; those in ``known`` aside.
 
     Raises:
         FileNotFoundError, PermissionError: where there is no such folder, or one cannot be read.
@@ -191,6 +203,8 @@ def images_below(root: Path) -> list[str]:
     if not root.is_dir():
         raise FileNotFoundError(f"{str(root)!r} is no folder: name the one that holds the images")
     found, others = _images_and_others(root)
+    expected = {os.path.realpath(path) for path in known}
+    others = [path for path in others if os.path.realpath(path) not in expected]
     _tell_others(root, others, len(found) + len(others))
     return found
 

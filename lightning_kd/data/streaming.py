@@ -13,7 +13,7 @@ from torch.utils.data import DataLoader, Dataset
 from lightning_kd.core.batch import Batch
 from lightning_kd.core.seeding import derive_seed, torch_generator
 from lightning_kd.data.augment import view_seed
-from lightning_kd.data.image_files import read_image
+from lightning_kd.data.image_files import read_image, truncated_allowed
 from lightning_kd.data.sampling import REPEAT, BatchLoader, ShardedSampler
 
 Key = tuple[int, int, int]
@@ -22,7 +22,7 @@ Key = tuple[int, int, int]
 Transform = Callable[[Image.Image], Tensor]
 
 
-class ImageFiles(Dataset[tuple[Any, int, int]]):
+class ImageFiles(Dataset[tuple[Any, Tensor, int]]):
     """Images read from files, each with random numbers of its own.
 
     ``[epoch, pass, index]`` gives ``(image, target, index)``. While an image is transformed, torch's CPU generator is
@@ -31,10 +31,11 @@ class ImageFiles(Dataset[tuple[Any, int, int]]):
 
     Args:
         paths: the files.
-        target: int64 ``[N]``.
+        target: int64 ``[N]``, or what else each image has one row of.
         transform: from a PIL image in RGB to a tensor; a sequence makes ``image`` a tuple with the result of each.
         seed: the seed of the random numbers.
         background: see ``read_image``, as ``image_range``.
+        truncated: take files that are cut off, too.
     """
 
     def __init__(
@@ -45,7 +46,9 @@ class ImageFiles(Dataset[tuple[Any, int, int]]):
         seed: int,
         background: Sequence[int] = (255, 255, 255),
         image_range: Sequence[float] | None = None,
+        truncated: bool = False,
     ) -> None:
+        self.truncated = truncated
         self.background = background
         self.image_range = image_range
         self.paths = paths
@@ -56,9 +59,10 @@ class ImageFiles(Dataset[tuple[Any, int, int]]):
     def __len__(self) -> int:
         return len(self.paths)
 
-    def __getitem__(self, key: Key) -> tuple[Any, int, int]:
+    def __getitem__(self, key: Key) -> tuple[Any, Tensor, int]:
         epoch, pass_, index = key
-        image = read_image(self.paths[index], self.background, self.image_range)
+        with truncated_allowed(self.truncated):
+            image = read_image(self.paths[index], self.background, self.image_range)
         transforms = self.transform if isinstance(self.transform, Sequence) else [self.transform]
         views = []
         with torch.random.fork_rng(devices=[]):
@@ -68,7 +72,7 @@ class ImageFiles(Dataset[tuple[Any, int, int]]):
                     derive_seed(view_seed(self.seed, k), "augment", epoch, pass_, index)
                 )
                 views.append(transform(image))
-        return tuple(views) if isinstance(self.transform, Sequence) else views[0], int(self.target[index]), index
+        return tuple(views) if isinstance(self.transform, Sequence) else views[0], self.target[index], index
 
 
 class _KeyedBatches:
@@ -88,12 +92,12 @@ class _KeyedBatches:
             yield [(epoch, pass_ + REPEAT * times, index) for index, times in zip(batch.tolist(), before, strict=True)]
 
 
-def collate(samples: list[tuple[Any, int, int]]) -> Batch:
+def collate(samples: list[tuple[Any, Tensor, int]]) -> Batch:
     """``(image, target, index)`` of each sample to one ``Batch``."""
     image, target, index = zip(*samples, strict=True)
     several = isinstance(image[0], tuple)
     stacked = tuple(torch.stack(view) for view in zip(*image, strict=True)) if several else torch.stack(image)
-    return Batch(stacked, torch.tensor(target), torch.tensor(index), {})
+    return Batch(stacked, torch.stack(target), torch.tensor(index), {})
 
 
 class StreamingLoader(BatchLoader):
@@ -121,7 +125,7 @@ class StreamingLoader(BatchLoader):
     ) -> None:
         super().__init__(sampler)
         self._extras = extras or {}
-        self._loader: DataLoader[tuple[Any, int, int]] = DataLoader(
+        self._loader: DataLoader[tuple[Any, Tensor, int]] = DataLoader(
             dataset,
             batch_sampler=_KeyedBatches(sampler),  # type: ignore[arg-type]
             num_workers=num_workers,

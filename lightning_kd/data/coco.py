@@ -1,0 +1,118 @@
+"""COCO, as an image with several labels: the classes of its objects."""
+
+from __future__ import annotations
+
+import json
+from itertools import pairwise
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+
+from lightning_kd.core.notes import note
+from lightning_kd.data.array_files import Arrays
+from lightning_kd.data.multi_label_files import MultiLabelFilesDataModule
+
+__all__ = ["COCODataModule"]
+
+
+class COCODataModule(MultiLabelFilesDataModule):
+    """COCO 2014 or 2017: trained on ``train``, tested on ``val``; 80 classes, those of the objects in an image.
+
+    Reads ``ROOT/trainYEAR``, ``ROOT/valYEAR`` and ``instances_trainYEAR.json``, ``instances_valYEAR.json`` in
+    ``ROOT/annotations`` or ``ROOT``. Classes stand in the order of the list ``categories``, whatever numbers they have.
+    Crowds (``iscrowd``) count. Images are sorted by their ids as texts, as in the papers' scripts, so that
+    ``labelled_fraction`` gives their splits. With 2014 there are 82,081 and 40,137 images, without objects 82,783 and
+    40,504. See ``MultiLabelFilesDataModule`` for how they are read, and what else it offers.
+
+    Args:
+        root: the folder.
+        year: 2014 or 2017.
+        keep_empty: whether images without any object are kept, with no label; else they are left out, of both splits.
+        kwargs: see ``MultiLabelFilesDataModule``. The published protocols validate on nothing: ``val_fraction=0``.
+
+    Raises:
+        ValueError: naming the file, for one that is damaged or holds something impossible.
+        FileNotFoundError, PermissionError: where a file does not exist or may not be read.
+    """
+
+    def __init__(
+        self, root: str = "data/coco", year: Literal[2014, 2017] = 2014, keep_empty: bool = False, **kwargs: Any
+    ) -> None:
+        if year not in (2014, 2017):
+            raise ValueError(f"year must be 2014 or 2017, got {year!r}: give one of them")
+        self.year = year
+        self.keep_empty = keep_empty
+        self._read: dict[str, dict[str, Any]] = {}
+        if kwargs.get("fake") and not _json_path(root, "train", year).is_file():
+            names = [f"class_{c}" for c in range(80)]
+        else:
+            self._read["train"] = _read_instances(_json_path(root, "train", year))
+            names = [category["name"] for category in self._read["train"]["categories"]]
+        super().__init__(class_names=names, root=root, **kwargs)
+
+    def load_arrays(self) -> Arrays:
+        return Arrays(*self._split("train"), *self._split("val"))
+
+    def _split(self, split: str) -> tuple[list[str], Tensor]:
+        path = _json_path(self.root, split, self.year)
+        content = self._read.pop(split, None) or _read_instances(path)  # not kept: it is large
+        names = [category["name"] for category in content["categories"]]
+        if names != self.class_names:
+            odd = sorted({*names} ^ {*self.class_names})[:5]
+            raise ValueError(
+                f"{str(path)!r} has other categories than those of train ({odd}, or their order): replace it"
+            )
+        column = {category["id"]: c for c, category in enumerate(content["categories"])}
+        images = sorted(content["images"], key=lambda image: str(image["id"]))
+        row = {image["id"]: k for k, image in enumerate(images)}
+        if len(row) < len(images):
+            twice = next(a["id"] for a, b in pairwise(images) if a["id"] == b["id"])
+            raise ValueError(f"{str(path)!r} has image id {twice} twice: replace the file")
+        target = torch.zeros(len(images), len(names))
+        rows, columns = [], []
+        for one in content["annotations"]:
+            for key, known in (("image_id", row), ("category_id", column)):
+                if one[key] not in known:
+                    raise ValueError(
+                        f"{str(path)!r}, annotation {one.get('id')}: {key} {one[key]} is none in the file: replace it"
+                    )
+            rows.append(row[one["image_id"]])
+            columns.append(column[one["category_id"]])
+        target[rows, columns] = 1.0
+        folder = Path(self.root) / f"{split}{self.year}"
+        files = [str(folder / image["file_name"]) for image in images]
+        kept = torch.arange(len(files)) if self.keep_empty else target.any(1).nonzero()[:, 0]
+        if len(kept) < len(files):
+            note(f"{path.name}: {len(files) - len(kept)} of {len(files)} images have no object and are left out")
+        return [files[k] for k in kept.tolist()], target[kept]
+
+
+def _json_path(root: str, split: str, year: int) -> Path:
+    name = f"instances_{split}{year}.json"
+    inside = Path(root) / "annotations" / name
+    return inside if inside.is_file() or not (Path(root) / name).is_file() else Path(root) / name
+
+
+def _read_instances(path: Path) -> dict[str, Any]:
+    try:
+        content = json.loads(path.read_bytes())
+    except FileNotFoundError:
+        raise FileNotFoundError(f"{str(path)!r} does not exist: is root the folder of COCO, and year right?") from None
+    except PermissionError:
+        raise PermissionError(f"{str(path)!r} may not be read: check the permissions of the file") from None
+    except ValueError as error:  # which says the line
+        raise ValueError(f"{str(path)!r} is damaged ({error}): replace it") from None
+    wanted = {
+        "images": {"id", "file_name"},
+        "annotations": {"image_id", "category_id"},
+        "categories": {"id", "name"},
+    }
+    for name, keys in wanted.items():
+        entries = content.get(name) if isinstance(content, dict) else None
+        if not isinstance(entries, list) or not all(isinstance(e, dict) and keys <= e.keys() for e in entries):
+            raise ValueError(f"{str(path)!r} must hold a list {name!r} with {sorted(keys)} in each: replace it")
+        if not entries and name != "annotations":
+            raise ValueError(f"{str(path)!r} holds no {name}: replace it")
+    return content
