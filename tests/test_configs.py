@@ -31,6 +31,7 @@ OPENNESS = [name for name in config_names() if name.startswith("active_learning/
 OPTIMIZER_ARGUMENTS = {
     "torch.optim.SGD": {"lr", "momentum", "weight_decay", "dampening", "nesterov"},
     "torch.optim.Adam": {"lr", "betas", "eps", "weight_decay", "amsgrad"},
+    "torch.optim.AdamW": {"lr", "betas", "eps", "weight_decay", "amsgrad"},
     "timm.optim.Lion": {
         "lr",
         "betas",

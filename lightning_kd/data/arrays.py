@@ -95,6 +95,7 @@ class ArrayDataModule(MultiLabelDataModule):
         labelled_fraction: see there.
         labelled_seed: see there.
         normalize: see there; for data of any kind.
+        n_grid: see there.
 
     Raises:
         ValueError: for an argument out of its range, and for arrays that are damaged or do not fit together.
@@ -129,6 +130,7 @@ class ArrayDataModule(MultiLabelDataModule):
         labelled_fraction: float | None = None,
         labelled_seed: int = 1,
         normalize: bool = True,
+        n_grid: int = 2,
     ) -> None:
         check_numbers(above=0, below=1, remedy="give a share", test_fraction=test_fraction)
         check_numbers(least=0, whole=True, crop_padding=crop_padding)
@@ -190,6 +192,7 @@ class ArrayDataModule(MultiLabelDataModule):
             labelled_fraction=labelled_fraction,
             labelled_seed=labelled_seed,
             normalize=normalize,
+            n_grid=n_grid,
         )
         self.augment = augment
         self.crop_padding = crop_padding

@@ -7,33 +7,66 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor
+from torchvision.transforms.v2.functional import resize
 
 from lightning_kd.argument_checks import check_numbers
 from lightning_kd.core.seeding import derive_seed, numpy_generator
 
 VIEWS = ("plain", "weak", "strong")
+# what stands for the whole image and its cells, each as the view named here
+PATCHES = {"patches": "plain", "strong_patches": "strong"}
 
 
-def check_views(views: str | Sequence[str], shape: tuple[int, ...], masks: bool = False) -> tuple[str, ...]:
+def check_views(
+    views: str | Sequence[str], shape: tuple[int, ...], masks: bool = False, n_grid: int | None = None
+) -> tuple[str, ...]:
     """The names as a tuple, checked against samples of ``shape``.
 
     Raises:
         ValueError: for no view, an unknown one, strong views of what is no image of 1 or 3 channels, and with ``masks``
-            several views or a strong one.
+            several views or a strong one; patches without ``n_grid``, and of images that it does not divide.
     """
     names = (views,) if isinstance(views, str) else tuple(views)
-    if not names or any(name not in VIEWS for name in names):
+    known = VIEWS if n_grid is None else (*VIEWS, *PATCHES)
+    if not names or any(name not in known for name in names):
         raise ValueError(
-            f"views must name at least one of 'plain', 'weak' and 'strong', got {views!r}: give such names"
+            f"views must name at least one of {', '.join(map(repr, known[:-1]))} and {known[-1]!r}, got {views!r}: "
+            "give such names"
         )
     if masks and (len(names) > 1 or "strong" in names):
         raise ValueError(f"views={views!r} cannot go with masks: give 'plain' or 'weak' alone")
-    if "strong" in names and (len(shape) != 3 or shape[0] not in (1, 3)):
+    if {"strong", *PATCHES} & {*names} and (len(shape) != 3 or shape[0] not in (1, 3)):
         raise ValueError(
-            f"views={views!r} needs images of 1 or 3 channels for 'strong', got samples of shape {tuple(shape)}: "
-            "use 'weak' or 'plain' views"
+            f"views={views!r} needs images of 1 or 3 channels for 'strong' and patches, got samples of shape "
+            f"{tuple(shape)}: use 'weak' or 'plain' views"
+        )
+    if {*PATCHES} & {*names} and (shape[1] % n_grid or shape[2] % n_grid):  # type: ignore[operator]
+        raise ValueError(
+            f"n_grid={n_grid} must divide height and width of the images, {shape[1]} x {shape[2]}: give another one"
         )
     return names
+
+
+def expand_views(views: Sequence[str], n_grid: int | None = None) -> list[tuple[str, int | None]]:
+    """Each view that is made for ``views``, in order: its name, and which cell of the image it is of, or ``None``.
+
+    ``"patches"`` and ``"strong_patches"`` are ``1 + n_grid ** 2`` views: the whole image, then its cells, row by row.
+    """
+    cells = [None, *range((n_grid or 0) ** 2)]
+    return [(PATCHES.get(name, name), cell) for name in views for cell in (cells if name in PATCHES else [None])]
+
+
+def cut_cell(image: Tensor, cell: int, n_grid: int) -> Tensor:
+    """One of ``n_grid`` x ``n_grid`` equal cells of each image, counted row by row, brought to its size (bilinear).
+
+    Args:
+        image: uint8 ``[B, C, H, W]``; ``n_grid`` divides ``H`` and ``W``.
+        cell: 0 to ``n_grid ** 2 - 1``.
+        n_grid: cells in a row and in a column.
+    """
+    height, width = image.shape[-2] // n_grid, image.shape[-1] // n_grid
+    top, left = cell // n_grid * height, cell % n_grid * width
+    return resize(image[..., top : top + height, left : left + width], list(image.shape[-2:]), antialias=True)
 
 
 def view_seed(seed: int, view: int) -> int:

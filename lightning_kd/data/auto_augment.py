@@ -47,7 +47,7 @@ OPERATIONS: dict[str, Callable[[Tensor, float], Tensor]] = {
 UNSIGNED = ("Posterize", "Solarize", "AutoContrast", "Equalize", "Invert")
 
 
-def magnitude(name: str, bin_: int, size: tuple[int, int]) -> float:
+def magnitude(name: str, bin_: int, size: tuple[int, int], bins: int = BINS) -> float:
     """The magnitude of an operation, without its sign, for images of ``size`` (height, width)."""
     most = {
         "ShearX": 0.3,
@@ -58,7 +58,7 @@ def magnitude(name: str, bin_: int, size: tuple[int, int]) -> float:
         "Posterize": 4.0,
         "Solarize": 1.0,
     }.get(name, 0.9)
-    return float(torch.linspace(0, most, BINS)[bin_])  # float32, as in torchvision: results are the same to the bit
+    return float(torch.linspace(0, most, bins)[bin_])  # float32, as in torchvision: results are the same to the bit
 
 
 class BatchedAutoAugment:
@@ -71,6 +71,9 @@ class BatchedAutoAugment:
     Args:
         policy: one of torchvision's.
     """
+
+    #: whether a cutout is part of what ``apply`` does
+    cuts_out = False
 
     def __init__(self, policy: AutoAugmentPolicy = AutoAugmentPolicy.CIFAR10) -> None:
         self.policy = policy

@@ -52,6 +52,7 @@ class MosaicDataModule(MultiLabelDataModule):
         labelled_fraction: see there.
         labelled_seed: see there.
         normalize: see there.
+        n_grid: see there.
 
     Raises:
         ValueError: for an argument out of its range, and a source that is no labelled images in memory.
@@ -78,6 +79,7 @@ class MosaicDataModule(MultiLabelDataModule):
         labelled_fraction: float | None = None,
         labelled_seed: int = 1,
         normalize: bool = True,
+        n_grid: int = 2,
     ) -> None:
         check_numbers(least=1, whole=True, grid=grid)
         check_numbers(least=1, imbalance=imbalance)
@@ -109,6 +111,7 @@ class MosaicDataModule(MultiLabelDataModule):
             labelled_fraction=labelled_fraction,
             labelled_seed=labelled_seed,
             normalize=normalize,
+            n_grid=n_grid,
         )
         self.source = copy.copy(source)
         self.source._stored = {}

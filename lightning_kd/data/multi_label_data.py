@@ -7,11 +7,14 @@ from typing import Any
 import numpy as np
 import torch
 
+from lightning_kd.argument_checks import check_numbers
 from lightning_kd.core.notes import note
 from lightning_kd.core.problems import MultiLabel
+from lightning_kd.data.auto_augment import BatchedAutoAugment
 from lightning_kd.data.classification_data import ClassificationDataModule
 from lightning_kd.data.label_noise import CleanLabels
 from lightning_kd.data.noise_record import load_or_draw_labels
+from lightning_kd.data.rand_augment import BatchedRandAugment
 from lightning_kd.data.weak_labels import CandidateLabels, SinglePositive, WeakLabels
 
 __all__ = ["MultiLabelDataModule"]
@@ -34,6 +37,7 @@ class MultiLabelDataModule(ClassificationDataModule):
         single_positive: keeps one label of each sample.
         labelled_fraction: the share of the training samples that keep their labels, above 0 to 1; ``None`` for all.
         labelled_seed: fixes which; those of ``RandomState(labelled_seed)``, as in the papers.
+        n_grid: cells of an image in a row and in a column, for the views ``"patches"`` and ``"strong_patches"``.
         normalize: bring channels to mean 0 and deviation 1; else they stay from 0 to 1, as in most of these papers.
         kwargs: see ``ClassificationDataModule``.
 
@@ -51,8 +55,10 @@ class MultiLabelDataModule(ClassificationDataModule):
         labelled_fraction: float | None = None,
         labelled_seed: int = 1,
         normalize: bool = True,
+        n_grid: int = 2,
         **kwargs: Any,
     ) -> None:
+        check_numbers(least=1, whole=True, n_grid=n_grid)
         if not normalize:
             channels = kwargs["input_shape"][0]
             kwargs.update(mean=[0.0] * channels, std=[1.0] * channels)
@@ -66,6 +72,7 @@ class MultiLabelDataModule(ClassificationDataModule):
         if self._is_weak and not isinstance(self.problem, MultiLabel):
             name = next(name for name, value in given.items() if value is not None)
             raise ValueError(f"{name} is for several labels a sample, the data has {self.problem.kind}: leave it out")
+        self.n_grid = n_grid if isinstance(self.problem, MultiLabel) else None
         self.candidates = candidates
         self.single_positive = single_positive
         self.labelled_fraction = labelled_fraction
@@ -106,6 +113,9 @@ class MultiLabelDataModule(ClassificationDataModule):
         self.train_clean, self.train_target = self.train_target, torch.from_numpy(given).float()
         self._noise_folder = None if folder is None else folder.path
         self._ready = True
+
+    def _policy(self) -> BatchedAutoAugment:
+        return BatchedRandAugment() if isinstance(self.problem, MultiLabel) else super()._policy()
 
     def _tell(self) -> None:
         assert self.train_clean is not None

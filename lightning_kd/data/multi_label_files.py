@@ -14,7 +14,7 @@ from torchvision.transforms import v2
 from lightning_kd.argument_checks import check_numbers
 from lightning_kd.core.problems import MultiLabel
 from lightning_kd.data.array_files import Arrays
-from lightning_kd.data.augment import CropFlip
+from lightning_kd.data.augment import PATCHES, CropFlip, expand_views
 from lightning_kd.data.fake_data import fake_label_arrays
 from lightning_kd.data.image_check import check_images
 from lightning_kd.data.image_files import truncated_allowed
@@ -52,6 +52,8 @@ class MultiLabelFilesDataModule(MultiLabelDataModule):
         mean: subtracted from each channel (0 to 1); by default that of ImageNet, 0.485, 0.456, 0.406.
         std: divides each channel; by default that of ImageNet, 0.229, 0.224, 0.225.
         normalize: without, ``mean`` and ``std`` are left out and channels stay from 0 to 1.
+        n_grid: cells of an image in a row and in a column, for the views ``"patches"`` and ``"strong_patches"``; it
+            divides ``image_size``.
         seed: fixes the validation split and the subset; together with ``seed_everything`` also the order of the batches
             and the augmentation.
         fake: use a small made-up data set in memory instead.
@@ -88,6 +90,7 @@ class MultiLabelFilesDataModule(MultiLabelDataModule):
         mean: list[float] | None = None,
         std: list[float] | None = None,
         normalize: bool = True,
+        n_grid: int = 2,
         seed: int = 0,
         fake: bool = False,
         candidates: CandidateLabels | None = None,
@@ -110,6 +113,7 @@ class MultiLabelFilesDataModule(MultiLabelDataModule):
             mean=[0.485, 0.456, 0.406] if mean is None else mean,
             std=[0.229, 0.224, 0.225] if std is None else std,
             normalize=normalize,
+            n_grid=n_grid,
             batch_size=batch_size,
             eval_batch_size=eval_batch_size,
             val_fraction=val_fraction,
@@ -185,7 +189,10 @@ class MultiLabelFilesDataModule(MultiLabelDataModule):
     def _make_loader(self, source: str, sampler: ShardedSampler, views: str | Sequence[str]) -> BatchLoader:
         if self.fake:
             return super()._make_loader(source, sampler, views)
-        transform = self.transform(views) if isinstance(views, str) else [self.transform(view) for view in views]
+        single = isinstance(views, str) and views not in PATCHES
+        made = expand_views([views] if isinstance(views, str) else views, self.n_grid)
+        transforms = [self.transform(*view) for view in made]
+        transform = transforms[0] if single else transforms
         paths, target = getattr(self, f"{source}_image"), getattr(self, f"{source}_target")
         files = ImageFiles(
             paths, target, transform, sampler.seed, self.background, self.image_range, truncated=self.truncated
@@ -198,10 +205,17 @@ class MultiLabelFilesDataModule(MultiLabelDataModule):
             extras=self._extras(source),
         )
 
-    def transform(self, view: str) -> v2.Compose:
-        """From a PIL image in RGB to float32 ``[3, S, S]``: ``"plain"``, ``"weak"`` or ``"strong"``, see the class."""
+    def transform(self, view: str, cell: int | None = None) -> v2.Compose:
+        """From a PIL image in RGB to float32 ``[3, S, S]``.
+
+        Args:
+            view: ``"plain"``, ``"weak"`` or ``"strong"``, see the class.
+            cell: of this cell of the resized image alone, counted row by row, brought to the whole size.
+        """
         size = [self.image_size] * 2
         steps: list[torch.nn.Module] = [v2.Resize(size)]
+        if cell is not None:
+            steps = [*steps, Cell(cell, self.n_grid or 1), *steps]
         if view != "plain" and self.flip and self.augment:
             steps.insert(0, v2.RandomHorizontalFlip())
         if view == "strong":
@@ -210,6 +224,20 @@ class MultiLabelFilesDataModule(MultiLabelDataModule):
         if self.normalize:
             steps.append(v2.Normalize(self.mean, self.std))
         return v2.Compose(steps)
+
+
+class Cell(torch.nn.Module):
+    """One of ``n_grid`` x ``n_grid`` equal cells of a PIL image, counted row by row."""
+
+    def __init__(self, cell: int, n_grid: int) -> None:
+        super().__init__()
+        self.cell = cell
+        self.n_grid = n_grid
+
+    def forward(self, image: Image.Image) -> Image.Image:
+        width, height = (length // self.n_grid for length in image.size)
+        top, left = self.cell // self.n_grid * height, self.cell % self.n_grid * width
+        return image.crop((left, top, left + width, top + height))
 
 
 class ColourCutout(torch.nn.Module):

@@ -9,7 +9,17 @@ import torch
 from torch import Tensor
 
 from lightning_kd.core.batch import Batch
-from lightning_kd.data.augment import CropFlip, Normalize, check_views, cut_out_, draw_centres, view_seed
+from lightning_kd.data.augment import (
+    PATCHES,
+    CropFlip,
+    Normalize,
+    check_views,
+    cut_cell,
+    cut_out_,
+    draw_centres,
+    expand_views,
+    view_seed,
+)
 from lightning_kd.data.auto_augment import BatchedAutoAugment
 from lightning_kd.data.sampling import REPEAT, BatchLoader, ShardedSampler
 
@@ -70,9 +80,11 @@ class ResidentLoader(BatchLoader):
         augment: the random crop and flip of weak and strong views; ``None`` takes images as they are.
         cutout: the side of the cutout box of weak views in pixels; 0 is off.
         device: where the batches are made.
-        views: ``"plain"``, ``"weak"`` or ``"strong"``, or a sequence of them, which makes ``image`` a tuple.
+        views: ``"plain"``, ``"weak"`` or ``"strong"``, or a sequence of them, which makes ``image`` a tuple; with
+            ``n_grid`` also ``"patches"`` and ``"strong_patches"``, see ``SplitLoaders.loader``.
         policy: what strong views start with; by default the one for CIFAR-10. A cutout of half the shorter side ends
-            them.
+            them, unless it has its own.
+        n_grid: cells of an image in a row and in a column, for patches.
         extras: further tensors by name, first dimension ``N``, whose rows each batch has in ``extras``.
 
     Raises:
@@ -92,6 +104,7 @@ class ResidentLoader(BatchLoader):
         views: str | Sequence[str] = "weak",
         policy: BatchedAutoAugment | None = None,
         extras: dict[str, Tensor] | None = None,
+        n_grid: int | None = None,
     ) -> None:
         super().__init__(sampler)
         self._stored = image if isinstance(image, StoredImages) else StoredImages(image, device)
@@ -99,11 +112,12 @@ class ResidentLoader(BatchLoader):
         if isinstance(target, Tensor) and target.ndim == 3 and not target.is_floating_point():
             target = StoredImages(target, self._stored.device, fill=-1)
         self._masks = target if isinstance(target, StoredImages) else None
-        self.views = check_views(views, tuple(shape[1:]), masks=self._masks is not None)
+        self.views = check_views(views, tuple(shape[1:]), masks=self._masks is not None, n_grid=n_grid)
+        self.n_grid = n_grid
         self.augment = augment
         self.cutout = cutout
         self.device = self._stored.device
-        self._single = isinstance(views, str)
+        self._single = isinstance(views, str) and views not in PATCHES
         self._size = (shape[-2], shape[-1]) if len(shape) == 4 else (1, 1)
         self._target = target.to(self.device) if isinstance(target, Tensor) else target.source
         self._normalize = normalize.to(self.device)
@@ -122,8 +136,8 @@ class ResidentLoader(BatchLoader):
         drawn = slots.split([len(batch) for batch in batches])
         passes = [pass_ + REPEAT * k for k in range(int(times.max()) + 1)]
         images = [
-            makers[name](parts, drawn, passes, view_seed(self.sampler.seed, k), epoch)
-            for k, name in enumerate(self.views)
+            makers[name](cell, parts, drawn, passes, view_seed(self.sampler.seed, k), epoch)
+            for k, (name, cell) in enumerate(expand_views(self.views, self.n_grid))
         ]
         masks = self._mask_views(parts, passes, view_seed(self.sampler.seed, 0), epoch) if self._masks else None
         for part, *views in zip(parts, *images, strict=True):
@@ -142,26 +156,35 @@ class ResidentLoader(BatchLoader):
             some = stored.index_select(0, index) if crop_flip is None else crop_flip.gather(stored, index, view[index])
             yield some[:, 0].long()
 
-    def _plain(self, parts: Parts, drawn: Parts, passes: list[int], seed: int, epoch: int) -> Iterator[Tensor]:
+    def _plain(
+        self, cell: int | None, parts: Parts, drawn: Parts, passes: list[int], seed: int, epoch: int
+    ) -> Iterator[Tensor]:
         stored = self._stored.get()
         for index in parts:
-            yield self._normalize(stored.index_select(0, index))
+            yield self._normalize(self._cell(stored.index_select(0, index), cell))
 
-    def _weak(self, parts: Parts, drawn: Parts, passes: list[int], seed: int, epoch: int) -> Iterator[Tensor]:
+    def _cell(self, image: Tensor, cell: int | None) -> Tensor:
+        return image if cell is None else cut_cell(image, cell, self.n_grid or 1)
+
+    def _weak(
+        self, cell: int | None, parts: Parts, drawn: Parts, passes: list[int], seed: int, epoch: int
+    ) -> Iterator[Tensor]:
         view, centre = self._draw(self.cutout, passes, seed, epoch)
         stored = self._stored.get(self.augment)
         for index, slot in zip(parts, drawn, strict=True):
             yield self._view(stored, index, view[slot], centre[slot], self.cutout)
 
-    def _strong(self, parts: Parts, drawn: Parts, passes: list[int], seed: int, epoch: int) -> Iterator[Tensor]:
-        cutout = min(self._size) // 2
+    def _strong(
+        self, cell: int | None, parts: Parts, drawn: Parts, passes: list[int], seed: int, epoch: int
+    ) -> Iterator[Tensor]:
+        cutout = 0 if self._policy.cuts_out else min(self._size) // 2
         view, centre = self._draw(cutout, passes, seed, epoch)
         choice = np.concatenate([self._policy.draw(len(self._target), seed, epoch, pass_) for pass_ in passes])
         stored = self._stored.get()
         together = max(1, STRONG_BYTES // (stored[0].numel() * self.batch_size))
         for start in range(0, len(parts), together):
             some, slots = parts[start : start + together], drawn[start : start + together]
-            image = stored.index_select(0, torch.cat(some))
+            image = self._cell(stored.index_select(0, torch.cat(some)), cell)
             image = self._policy.apply(image, choice[torch.cat(slots).cpu().numpy()])
             if self.augment is not None:
                 image = self.augment.pad(image)

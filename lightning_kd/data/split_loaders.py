@@ -25,6 +25,8 @@ class SplitLoaders(L.LightningDataModule):
 
     #: what strong views start with
     strong_policy = AutoAugmentPolicy.CIFAR10
+    #: cells of an image in a row and in a column, where there are views of them
+    n_grid: int | None = None
 
     problem: Problem
     input_shape: tuple[int, ...]
@@ -69,6 +71,13 @@ class SplitLoaders(L.LightningDataModule):
         - ``"strong"``: AutoAugment, then the augmentation of this module, then a cutout of half the shorter side. (With
           ``ImageFolderDataModule``, the augmentation of the module, then AutoAugment, on the small image.)
 
+        With several labels a sample, strong views are a box of a random colour in place of that cutout, then
+        RandAugment, then the augmentation of this module; and there are
+
+        - ``"patches"``: ``1 + n_grid ** 2`` views, the whole image and its cells row by row, each brought to the size
+          of the image, as an evaluation sees them;
+        - ``"strong_patches"``: the same, of each a strong view.
+
         Masks of the same samples get the same crop and flip. ``Batch.extras`` holds what else is known of each sample.
 
         Args:
@@ -94,7 +103,7 @@ class SplitLoaders(L.LightningDataModule):
         self.check_files(split)
         if views is None:
             views = "weak" if augment else "plain"
-        check_views(views, self.input_shape, masks=isinstance(self.problem, Segmentation))
+        check_views(views, self.input_shape, masks=isinstance(self.problem, Segmentation), n_grid=self.n_grid)
         chosen = np.asarray(getattr(self, f"{split}_indices") if indices is None else indices, dtype=np.int64)
         source = self._val_source if split == "val" else split
         count = len(getattr(self, f"{source}_target"))
@@ -129,9 +138,14 @@ class SplitLoaders(L.LightningDataModule):
             augment=self.crop_flip,
             cutout=self.cutout,
             views=views,
-            policy=BatchedAutoAugment(self.strong_policy),
+            policy=self._policy(),
             extras=self._extras(source),
+            n_grid=self.n_grid,
         )
+
+    def _policy(self) -> BatchedAutoAugment:
+        """What strong views of samples in memory start with."""
+        return BatchedAutoAugment(self.strong_policy)
 
     def _stored_on_device(self, name: str, fill: int = 0) -> StoredImages:
         """A full array for all loaders to share."""
