@@ -10,6 +10,7 @@ from lightning_kd.core.run_callbacks import run_callbacks
 from lightning_kd.core.run_folder import RunFolder
 from lightning_kd.data import ArrayDataModule, CandidateLabels, DigitsDataModule, MosaicDataModule, SinglePositive
 from lightning_kd.data.weak_labels import labelled_split
+from tests.two_processes import on_two_ranks
 
 
 def mosaics(**options):
@@ -107,10 +108,10 @@ def test_refusals(tmp_path):
         SinglePositive("zero")
 
 
-def fit(data, folder, epochs=1, ckpt_path=None):
+def fit(data, folder, epochs=1, ckpt_path=None, **options):
     task = MultiLabelClassification("cnn_tiny", data.num_classes, input_shape=data.input_shape)
     trainer = L.Trainer(
-        accelerator="cpu", max_epochs=epochs, callbacks=run_callbacks(RunFolder(folder), "val/map"),
+        accelerator="cpu", max_epochs=epochs, **options, callbacks=run_callbacks(RunFolder(folder), "val/map"),
         logger=False, enable_progress_bar=False, enable_model_summary=False,
     )  # fmt: skip
     trainer.fit(task, data, ckpt_path=ckpt_path, weights_only=False)
@@ -131,3 +132,18 @@ def test_what_was_drawn_is_kept_and_used_again(tmp_path):
     for other in ({"candidates": CandidateLabels(0.3), "labelled_fraction": 0.5}, {**options, "labelled_seed": 2}, {}):
         with pytest.raises(ValueError, match=r"belongs to the checkpoint|would train on clean labels"):
             fit(mosaics(**other), tmp_path, epochs=3, ckpt_path=last)
+
+
+def _rank(folder):
+    data = mosaics(candidates=CandidateLabels(0.2), labelled_fraction=0.5)
+    fit(data, folder, strategy="ddp", devices=2)
+    return data.train_target.tolist(), data.train_indices.tolist(), data.unlabelled_indices.tolist()
+
+
+def test_two_processes_train_on_the_same_labels(tmp_path):
+    one, two = on_two_ranks(_rank, str(tmp_path / "run"))
+    assert one == two
+    assert np.array_equal(np.load(tmp_path / "run" / "noise.npz")["given"], np.array(one[0]))
+    alone = mosaics(candidates=CandidateLabels(0.2), labelled_fraction=0.5)
+    alone.setup()
+    assert alone.train_target.tolist() == one[0]
