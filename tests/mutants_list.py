@@ -547,7 +547,7 @@ MUTANTS = [
     Mutant(
         "a fit goes on with other settings",
         "cli/saved_config.py",
-        "        if key.startswith((*_FREE, *_FREE_OF_A_FIT)):\n",
+        "        if key.startswith((*_FREE, *_FREE_OF_A_FIT)) or _is_free(key):\n",
         "        if True:\n",
         ("tests/test_nothing_lost.py",),
     ),
@@ -1072,7 +1072,7 @@ MUTANTS = [
     ),
     Mutant(
         "a fit goes on with other labels of the pool",
-        "data/open_set_data.py",
+        "data/pool_answers.py",
         'if stage == "fit" and not same:',
         "if False:",
         (

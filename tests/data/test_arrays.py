@@ -218,7 +218,7 @@ def with_labels(tmp_path, labels, class_names):
 )
 def test_integers_among_the_names_of_another_file(tmp_path, labels, names, numbers, said, capsys):
     assert with_labels(tmp_path, labels, names.split()) == [numbers, numbers]
-    out = capsys.readouterr().out
+    out = capsys.readouterr().err
     assert said in out
     assert bool(out) == bool(said)
 

@@ -144,7 +144,7 @@ def test_columns_of_one(tmp_path):
 def test_targets_that_say_too_little(tmp_path, target, options, message, capsys):
     with pytest.raises(ValueError, match=message):
         ArrayDataModule(saved(tmp_path, train_image=images(), train_target=target), **options)
-    assert capsys.readouterr().out == ""
+    assert capsys.readouterr().err == ""
 
 
 def test_masks_of_features(tmp_path):
