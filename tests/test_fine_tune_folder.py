@@ -1,12 +1,14 @@
-"""The shipped configs on a folder of images: a teacher from weights of other classes, a student of it, a test."""
+"""The shipped configs on a folder of images: a teacher from weights of other classes, a student of it, new files."""
 
 import csv
 from pathlib import Path
 
 import numpy as np
+import pytest
 import torch
 from PIL import Image
 
+import lightning_kd
 from lightning_kd.cli import main
 from lightning_kd.nets import build_network
 
@@ -14,7 +16,7 @@ SMALL = ["--data.root", "photos", "--data.image_size", "16", "--data.num_workers
 SHORT = ["--trainer.max_epochs", "2", "--trainer.enable_progress_bar", "false"]
 
 
-def test_fine_tuned_then_distilled(tmp_path, monkeypatch):
+def test_fine_tuned_then_distilled(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     draw = np.random.default_rng(0)
     for name, count in (("cats", 30), ("dogs", 8)):
@@ -37,3 +39,27 @@ def test_fine_tuned_then_distilled(tmp_path, monkeypatch):
         row = [row for row in csv.DictReader(file) if row.get("test/acc")][-1]
     mean = sum(float(row["accuracy"]) for row in rows) / 2
     assert abs(float(row["test/acc_macro"]) - mean) < 1e-6
+    check_new_files(capsys)
+
+
+def check_new_files(capsys):
+    """Predictions for files that nobody labelled, without the photos trained on, and the same from an exported file."""
+    Path("photos").rename("elsewhere")
+    new = sorted(Path("elsewhere").glob("*/1*.png"))
+    for k, path in enumerate(new):
+        Path("new/deep").mkdir(parents=True, exist_ok=True)
+        path.rename(f"new/deep/{k:02d}.png")
+    quiet = ["--trainer.enable_progress_bar", "false"]
+    main(["predict", "--config", "runs/student/config.yaml", "--ckpt_path", "best", "--data.predict", "new", *quiet])
+    with Path("runs/student/predictions.csv").open() as file:
+        rows = list(csv.DictReader(file))
+    assert [Path(row["path"]).name for row in rows] == [f"{k:02d}.png" for k in range(len(new))]
+    found = lightning_kd.load("runs/student", device="cpu").predict("new")
+    assert [row["class_name"] for row in rows] == list(found.names)
+    expected = found.probabilities.max(1).values.tolist()
+    assert [max(float(row["probability_0"]), float(row["probability_1"])) for row in rows] == pytest.approx(
+        expected, abs=1e-4
+    )
+    capsys.readouterr()
+    main(["export", "runs/student", "--format", "torchscript", "--images", "new"])
+    assert float(capsys.readouterr().out.partition("differ by ")[2].split()[0]) < 1e-4

@@ -17,12 +17,13 @@ from lightning_kd.core.batch import as_batch
 from lightning_kd.core.checkpoint_files import read_checkpoint
 from lightning_kd.core.registry import family_packages
 from lightning_kd.core.run_folder import RunFolder
+from lightning_kd.core.starting_weights import weights_from_checkpoint
 from lightning_kd.core.task import Task
 
 __all__ = ["load_trained", "test_images"]
 
-# what a method begins with; all of it is in the checkpoint, but for the teacher, who has no say in a prediction
-_BEGINNINGS = {"weights": None, "student_weights": None, "teacher_weights": "random"}
+# the teacher is not in the checkpoint, but has no say in a prediction
+_BEGINNINGS = {"teacher_weights": "random"}
 
 
 class _Described:
@@ -118,7 +119,7 @@ def _parser() -> LightningArgumentParser:
 def _instantiate(parser: LightningArgumentParser, settings: dict[str, Any]) -> Any:
     for name in ("num_classes", "input_shape", "problem"):
         parser.link_arguments(f"data.{name}", f"model.init_args.{name}", apply_on="instantiate")
-    with torch.random.fork_rng(devices=[]):  # weights are drawn, and thrown away
+    with torch.random.fork_rng(devices=[]), weights_from_checkpoint():  # weights are drawn, and thrown away
         return parser.instantiate_classes(parser.parse_object(settings))
 
 
