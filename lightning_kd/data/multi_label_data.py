@@ -59,6 +59,8 @@ class MultiLabelDataModule(ClassificationDataModule):
         **kwargs: Any,
     ) -> None:
         check_numbers(least=1, whole=True, n_grid=n_grid)
+        check_numbers(least=0, whole=True, labelled_seed=labelled_seed)
+        check_numbers(above=0, most=1, optional=True, labelled_fraction=labelled_fraction)
         if not normalize:
             channels = kwargs["input_shape"][0]
             kwargs.update(mean=[0.0] * channels, std=[1.0] * channels)

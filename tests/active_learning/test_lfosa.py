@@ -424,8 +424,8 @@ def test_wrong_arguments():
     for name in ("known_temperature", "unknown_temperature", "variance_floor"):
         with pytest.raises(ValueError, match=f"^{name} must be above 0, got 0"):
             task_of(**{name: 0})
-    for value in (0, 2.5, float("nan")):
-        with pytest.raises(ValueError, match=f"^max_iter must be at least 1, got {value}"):
+    for value, wanted in ((0, "at least 1"), (2.5, "a whole number"), (float("nan"), "a whole number")):
+        with pytest.raises(ValueError, match=f"^max_iter must be {wanted}, got {value}"):
             task_of(max_iter=value)
     for value in (-1, float("nan")):
         with pytest.raises(ValueError, match=f"^tol must be at least 0, got {value}"):

@@ -210,7 +210,7 @@ def test_too_few_classes(problem):
 def test_a_whole_number_of_any_library_is_a_number_of_classes():
     problem = MultiLabel(np.int64(3))
     assert type(problem.num_classes) is int
-    with pytest.raises(ValueError, match=r"at least 2, got 2\.5"):
+    with pytest.raises(ValueError, match=r"a whole number, got 2\.5"):
         SingleLabel(2.5)
 
 
