@@ -47,7 +47,7 @@ def class_list() -> str:
     lines += ["callbacks:", *listed("Callback")]
     lines += ["data modules:", *listed("LightningDataModule")]
     networks = _network_names(trees[PACKAGE / "nets" / "__init__.py"])
-    lines += ["networks:", f"  {', '.join(networks)}", "  timm/NAME, torchvision/NAME", "configs:"]
+    lines += ["networks:", f"  {', '.join(networks)}", "  timm/NAME, torchvision/NAME, NAME+ml_decoder", "configs:"]
     for name in config_names():
         first = (config_folder() / f"{name}.yaml").read_text().partition("\n")[0]
         lines.append(f"  {name:<48} {first.lstrip('# ') if first.startswith('#') else ''}")

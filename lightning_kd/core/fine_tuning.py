@@ -16,6 +16,7 @@ from lightning_kd.core.feature_hooks import find_classifier
 from lightning_kd.core.optimization import optimizer_for
 from lightning_kd.core.starting_weights import network_with_weights
 from lightning_kd.core.task import Task
+from lightning_kd.nets.ml_decoder import MLDecoderNetwork
 
 __all__ = ["FineTunedTask", "backbone_parameters"]
 
@@ -24,7 +25,8 @@ class FineTunedTask(Task):
     """A task that trains one network, from scratch or from given weights.
 
     The backbone is all of the network but its classifier, the last ``nn.Linear``; in a segmentation network of
-    torchvision it is the part of that name. What a method adds to the network is no part of the backbone.
+    torchvision it is the part of that name, and with ``NAME+ml_decoder`` all but that head. What a method adds to the
+    network is no part of the backbone.
 
     A subclass builds the network by ``self.build_to_train(...)``.
 
@@ -159,6 +161,8 @@ def backbone_parameters(network: nn.Module) -> list[nn.Parameter]:
     Raises:
         ValueError: where the network has no ``nn.Linear`` and no part named ``backbone``.
     """
+    if isinstance(network, MLDecoderNetwork):
+        return list(network.network.parameters())
     try:
         classifier = find_classifier(network)[1]
     except ValueError:

@@ -8,7 +8,7 @@ from typing import Any
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-__all__ = ["auxiliary_logits", "class_logits", "logits_of", "pixel_logits"]
+__all__ = ["auxiliary_logits", "class_logits", "embeddings_of", "logits_of", "pixel_logits"]
 
 
 def logits_of(output: Any) -> Tensor:
@@ -79,3 +79,14 @@ def auxiliary_logits(output: Any) -> Tensor | None:
     """The logits of the auxiliary head: the entry ``aux`` of a dict; ``None`` where there is none."""
     found = output.get("aux") if isinstance(output, Mapping) else None
     return found if isinstance(found, Tensor) else None
+
+
+def embeddings_of(output: Any) -> Tensor | None:
+    """The embeddings ``[B, C, L]`` of each label, of a network with an ``MLDecoder``; ``None`` where there are none.
+
+    They are the entry or attribute ``embeddings``, or the second of a tuple or list.
+    """
+    found = output.get("embeddings") if isinstance(output, Mapping) else getattr(output, "embeddings", None)
+    if found is None and isinstance(output, tuple | list) and len(output) > 1:
+        found = output[1]
+    return found if isinstance(found, Tensor) and found.ndim == 3 else None

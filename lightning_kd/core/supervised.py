@@ -9,65 +9,15 @@ import torch
 from torch import Tensor, nn
 
 from lightning_kd.argument_checks import check_numbers
-from lightning_kd.core.batch import as_batch
+from lightning_kd.core.averaged_task import AveragedTask
 from lightning_kd.core.class_metrics import class_sizes
-from lightning_kd.core.fine_tuning import FineTunedTask
-from lightning_kd.core.losses import at_least_float32
+from lightning_kd.core.distributed import process_count
+from lightning_kd.core.losses import asymmetric_loss, at_least_float32
 from lightning_kd.core.outputs import auxiliary_logits
 from lightning_kd.core.problems import MultiLabel, Problem, Segmentation
+from lightning_kd.core.supervised_task import SupervisedTask
 
 __all__ = ["Classification", "MultiLabelClassification", "SemanticSegmentation", "Supervised", "SupervisedTask"]
-
-
-class SupervisedTask(FineTunedTask):
-    """One network, trained with the loss of the problem. A subclass names its ``problem_class``.
-
-    After ``fit`` the run folder holds ``network.pt``, a plain ``state_dict``; a distillation task takes it (or the
-    checkpoint) as ``teacher_weights``.
-
-    Args:
-        network: a network's name (``lightning-kd list``) or any ``nn.Module`` that gives the logits of the problem.
-        num_classes: see ``Task``.
-        input_shape: see ``Task``.
-        weights: checkpoint or ``state_dict`` file to start from; ``"default"`` for the published weights of a ``timm/``
-            or ``torchvision/`` network. Default: train from scratch.
-        kwargs: ``new_classifier``, ``freeze``, ``backbone_lr`` of ``FineTunedTask``; ``optimizer`` (default: see
-            ``optimizer_for``), ``lr_scheduler``, ``lr_interval``, ``channels_last``, ``compile`` of ``Task``.
-    """
-
-    loss_is_plain = True
-
-    def __init__(
-        self,
-        network: str | nn.Module,
-        num_classes: int,
-        *,
-        input_shape: Sequence[int] = (3, 32, 32),
-        weights: str | None = None,
-        **kwargs: Any,
-    ) -> None:
-        super().__init__(num_classes, input_shape=input_shape, **kwargs)
-        self.network = self.build_to_train(network, weights)
-
-    @property
-    def main_network(self) -> nn.Module:
-        return self.network
-
-    def loss(self, output: Any, logits: Tensor, target: Tensor) -> dict[str, Tensor]:
-        """The terms of the loss by name.
-
-        Args:
-            output: what the network returned.
-            logits: in it, float32.
-            target: of the batch.
-        """
-        return {"supervised": self.problem.loss(logits, target)}
-
-    def training_step(self, batch: Any, batch_idx: int) -> Tensor:
-        batch = as_batch(batch)
-        output = self.network(self.format_image(batch.image))
-        (logits,) = at_least_float32(self.problem.logits(output, batch.image, self.network))
-        return self.step_loss(self.loss(output, logits, batch.target), logits, batch.target)
 
 
 class Supervised(SupervisedTask):
@@ -175,20 +125,52 @@ class Classification(SupervisedTask):
         return {"ce": self.problem.loss(logits, target, **options)}
 
 
-class MultiLabelClassification(SupervisedTask):
-    """Train one network with binary cross-entropy on several labels an image; labels that are not known count nothing.
+class MultiLabelClassification(AveragedTask):
+    """Train one network with binary cross-entropy on several labels an image, or with the asymmetric loss.
+
+    Labels that are not known count nothing. The asymmetric loss (Ridnik et al., ICCV 2021, arXiv 2009.14119) is the sum
+    over all labels of a batch, with several processes of the joint batch, as learning rates of its papers want it.
 
     Args:
         network: a network's name (``lightning-kd list``) or any ``nn.Module`` that gives logits ``[B, C]``.
         num_classes: see ``Task``.
-        input_shape: see ``Task``.
-        weights: checkpoint or ``state_dict`` file to start from; ``"default"`` for the published weights of a ``timm/``
-            or ``torchvision/`` network. Default: train from scratch.
-        kwargs: ``new_classifier``, ``freeze``, ``backbone_lr`` of ``FineTunedTask``; ``optimizer``, ``lr_scheduler``,
-            ``lr_interval``, ``channels_last``, ``compile`` of ``Task``.
+        loss: ``"bce"``, the mean over all labels, or ``"asymmetric"``.
+        gamma_negative: exponent of negatives in the asymmetric loss.
+        gamma_positive: likewise of positives.
+        margin: by which it lowers the probabilities of negatives, in [0, 1).
+        answer_with: ``"live"``, ``"average"`` or ``"better"``, see ``AveragedTask``.
+        kwargs: ``average_decay`` of ``AveragedTask``; ``input_shape``, ``weights`` of ``SupervisedTask``, and the
+            arguments of ``FineTunedTask`` and ``Task``.
     """
 
     problem_class = MultiLabel
+
+    def __init__(
+        self,
+        network: str | nn.Module,
+        num_classes: int,
+        *,
+        loss: Literal["bce", "asymmetric"] = "bce",
+        gamma_negative: float = 4.0,
+        gamma_positive: float = 0.0,
+        margin: float = 0.05,
+        answer_with: Literal["average", "live", "better"] = "live",
+        **kwargs: Any,
+    ) -> None:
+        super().__init__(network, num_classes, answer_with=answer_with, **kwargs)
+        if loss not in ("bce", "asymmetric"):
+            raise ValueError(f"loss must be 'bce' or 'asymmetric', got {loss!r}: give one of them")
+        check_numbers(least=0, gamma_negative=gamma_negative, gamma_positive=gamma_positive)
+        check_numbers(least=0, below=1, margin=margin)
+        self.loss_name = loss
+        self.loss_is_plain = loss == "bce"
+        self.gamma_negative, self.gamma_positive, self.margin = gamma_negative, gamma_positive, margin
+
+    def loss(self, output: Any, logits: Tensor, target: Tensor) -> dict[str, Tensor]:
+        if self.loss_name == "bce":
+            return super().loss(output, logits, target)
+        loss = asymmetric_loss(logits, target, self.gamma_negative, self.gamma_positive, self.margin)
+        return {"asymmetric": process_count() * loss}  # gradients are averaged over the processes
 
 
 class SemanticSegmentation(SupervisedTask):

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from lightning_kd.core.checkpoint_files import check_checksums
 from lightning_kd.core.feature_hooks import find_classifier
+from lightning_kd.nets.ml_decoder import MLDecoderNetwork
 
 # Where training programs keep the weights inside what they save.
 _NESTS = ("state_dict", "model", "net", "network", "model_state_dict")
@@ -38,9 +39,9 @@ def load_weights(
             files lack, may be missing.
         source: the file.
         num_classes: where given, the outputs that the classifier (the last ``nn.Linear``) must have.
-        new_classifier: load all but the classifier (the last ``nn.Linear``, and what differs in its number of outputs
-            alone), which stays as it is. With ``False`` a message about other classes names this argument; ``None`` is
-            for callers that have none.
+        new_classifier: load all but the classifier (the last ``nn.Linear``, of an ``MLDecoderNetwork`` what its head
+            has of each class, and what differs in its number of outputs alone), which stays as it is. With ``False`` a
+            message about other classes names this argument; ``None`` is for callers that have none.
 
     Raises:
         FileNotFoundError: where there is no such file.
@@ -192,6 +193,8 @@ def differing_classifiers(weights: Mapping[str, Any], own: Mapping[str, Tensor])
 
 def last_linear(network: nn.Module) -> list[str]:
     """The path of the classifier, where there is one."""
+    if isinstance(network, MLDecoderNetwork):
+        return ["head"]  # whose own queries, weights and biases are those of the classes
     try:
         return [find_classifier(network)[0]]
     except ValueError:  # a convolution, or a network of its own kind
@@ -200,7 +203,8 @@ def last_linear(network: nn.Module) -> list[str]:
 
 def _check_classes(network: nn.Module, num_classes: int, path: Path) -> None:
     try:
-        classes = find_classifier(network)[1].out_features
+        with_decoder = isinstance(network, MLDecoderNetwork)  # whose last linear layer is none of classes
+        classes = network.num_classes if with_decoder else find_classifier(network)[1].out_features
     except ValueError:  # no linear layer to ask
         return
     if classes != num_classes:

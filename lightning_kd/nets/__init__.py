@@ -17,6 +17,7 @@ from torch import nn
 from lightning_kd.nets.cifar_resnet import CifarResNet, ResNet
 from lightning_kd.nets.cnn9 import CNN9
 from lightning_kd.nets.library_networks import timm_network, torchvision_network, unknown_network
+from lightning_kd.nets.ml_decoder import MLDecoder, MLDecoderNetwork, with_ml_decoder
 from lightning_kd.nets.mobilenet import MobileNetV1, MobileNetV2
 from lightning_kd.nets.preact_resnet import PreActResNet18
 from lightning_kd.nets.segmentation import FCNTiny
@@ -25,7 +26,15 @@ from lightning_kd.nets.small_networks import CNN, MLP
 from lightning_kd.nets.vgg import VGG
 from lightning_kd.nets.wide_resnet import WideResNet
 
-__all__ = ["build_network", "network_for", "network_names", "segmentation_network_names"]
+__all__ = [
+    "MLDecoder",
+    "MLDecoderNetwork",
+    "build_network",
+    "network_for",
+    "network_names",
+    "segmentation_network_names",
+    "with_ml_decoder",
+]
 
 _NARROW = (16, 16, 32, 64)
 _WIDE = (32, 64, 128, 256)
@@ -49,6 +58,7 @@ _NETWORKS: dict[str, Callable[[int, int], nn.Module]] = {
 # These give ``out`` and ``aux``, a score for each class and pixel.
 _SEGMENTATION: dict[str, Callable[[int, int], nn.Module]] = {"fcn_tiny": FCNTiny}
 _MLP = re.compile(r"mlp((?:_[1-9]\d*)*)")
+_DECODER = re.compile(r"(.+)\+ml_decoder(?:_([1-9]\d*))?")
 _WRN = re.compile(r"wrn_(\d+)_([1-9]\d*)")
 
 
@@ -106,7 +116,8 @@ def network_for(name: str, num_classes: int, input_shape: Sequence[int]) -> nn.M
     """A new network for inputs of one shape, as data modules give it.
 
     Args:
-        name: as in :func:`build_network`.
+        name: as in :func:`build_network`, perhaps with a head: ``NAME+ml_decoder`` answers each label by a query of its
+            own (``MLDecoderNetwork``), ``NAME+ml_decoder_64`` by embeddings of 64 values and an inner width of 170.
         num_classes: number of logits.
         input_shape: ``(C, H, W)`` of the images, or ``(D,)`` of features, which only an mlp takes.
 
@@ -114,6 +125,10 @@ def network_for(name: str, num_classes: int, input_shape: Sequence[int]) -> nn.M
         ValueError: where an image network is asked for features, and as in :func:`build_network`.
         ImportError: as in :func:`build_network`.
     """
+    if match := _DECODER.fullmatch(name):
+        network = network_for(match[1], num_classes, input_shape)
+        width = {} if match[2] is None else {"embedding_dim": int(match[2]), "inner_dim": int(match[2]) * 8 // 3}
+        return with_ml_decoder(network, num_classes, input_shape, **width)
     if _MLP.fullmatch(name):
         return build_network(name, num_classes, math.prod(input_shape))
     if len(input_shape) != 3:

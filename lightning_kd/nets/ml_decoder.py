@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from lightning_kd.argument_checks import check_numbers
 
-__all__ = ["MLDecoder"]
+__all__ = ["LabelOutput", "MLDecoder", "MLDecoderNetwork", "with_ml_decoder"]
 
 
 class MLDecoder(nn.Module):
@@ -76,3 +79,141 @@ class MLDecoder(nn.Module):
         query = self.norm2(query + self._drop(self.attention(query, tokens, tokens, need_weights=False)[0]))
         query = self.norm3(query + self._drop(self.linear2(self._drop(self.linear1(query).relu()))))
         return (query * self.weight).sum(2) + self.bias, query
+
+
+class LabelOutput(NamedTuple):
+    """``logits`` ``[B, C]`` and ``embeddings`` ``[B, C, L]``, one of each label."""
+
+    logits: Tensor
+    embeddings: Tensor
+
+
+class MLDecoderNetwork(nn.Module):
+    """Any network with a map of features, and an ``MLDecoder`` in the place of what follows the map.
+
+    What follows it in the network is not trained: its last ``nn.Linear`` is taken out, and whatever else has no part in
+    the map is frozen. By name it is ``NAME+ml_decoder``, or ``NAME+ml_decoder_64`` for embeddings of 64 values.
+
+    Args:
+        network: takes images; it is changed in place.
+        num_classes: ``C``.
+        input_shape: ``(channels, height, width)`` of the images.
+        feature_map: module path of what gives the map ``[B, F, h, w]``, or tokens ``[B, S, F]``. Default: the last
+            part with weights that gives a map, as the last stage does.
+        embedding_dim: see ``MLDecoder``, as the following.
+        heads: of the attention.
+        inner_dim: width of the layer between.
+        dropout: in [0, 1).
+
+    Attributes:
+        network: as given, without its classifier.
+        head: the ``MLDecoder``.
+
+    Raises:
+        ValueError: where there is no map, for an unknown path, and for numbers out of range.
+    """
+
+    def __init__(
+        self,
+        network: nn.Module,
+        num_classes: int,
+        input_shape: Sequence[int] = (3, 32, 32),
+        feature_map: str | None = None,
+        embedding_dim: int = 768,
+        heads: int = 8,
+        inner_dim: int = 2048,
+        dropout: float = 0.1,
+    ) -> None:
+        super().__init__()
+        path, found = _find_map(network, tuple(input_shape), feature_map)
+        trained = [parameter for parameter in network.parameters() if parameter.requires_grad]
+        if trained and found.requires_grad:
+            gradients = torch.autograd.grad(found.sum(), trained, allow_unused=True)
+            for parameter, gradient in zip(trained, gradients, strict=True):
+                parameter.requires_grad_(gradient is not None)  # or several processes would wait for its gradient
+        _take_out_classifier(network)
+        self.num_classes = num_classes
+        self.feature_map = path
+        self.network = network
+        channels = found.shape[1 if found.ndim == 4 else 2]
+        self.head = MLDecoder(channels, num_classes, embedding_dim, heads, inner_dim, dropout)
+        self._map: Tensor | None = None
+        # a method of this object, which a deep copy binds to the copy
+        network.get_submodule(path).register_forward_hook(self._keep)
+
+    def _keep(self, module: nn.Module, args: tuple[Any, ...], output: Tensor) -> None:
+        self._map = output
+
+    def forward(self, image: Tensor) -> LabelOutput:
+        """Logits ``[B, C]`` and embeddings ``[B, C, L]`` of images ``[B, channels, H, W]``."""
+        self.network(image)
+        features, self._map = self._map, None  # or its graph would be kept
+        assert features is not None
+        return LabelOutput(*self.head(features))
+
+
+def with_ml_decoder(
+    network: nn.Module,
+    num_classes: int,
+    input_shape: Sequence[int] = (3, 32, 32),
+    feature_map: str | None = None,
+    **head: Any,
+) -> MLDecoderNetwork:
+    """``network`` with an ``MLDecoder`` as its head; see ``MLDecoderNetwork``, whose arguments these are."""
+    return MLDecoderNetwork(network, num_classes, input_shape, feature_map, **head)
+
+
+def _find_map(network: nn.Module, shape: tuple[int, ...], path: str | None) -> tuple[str, Tensor]:
+    """Path and output of the map, from a pass of one black image; modes, weights and statistics stay as they are."""
+    modules = dict(network.named_modules())
+    if path is not None and (path not in modules or not path):
+        known = [name for name in modules if name and name.count(".") == path.count(".")]
+        raise ValueError(f"feature_map must be a module of {type(network).__name__}, got {path!r}; known: {known[:12]}")
+    if len(shape) != 3:
+        raise ValueError(f"input_shape must be (channels, height, width), got {shape}: a map of features needs images")
+    names = [path] if path else [n for n, m in modules.items() if n and next(m.parameters(), None) is not None]
+    outputs: dict[str, Tensor] = {}
+
+    def keep(name: str) -> Any:
+        def hook(module: nn.Module, args: Any, output: Any) -> None:
+            if isinstance(output, Tensor):
+                outputs.pop(name, None)  # in the order of the latest calls
+                outputs[name] = output
+
+        return hook
+
+    handles = [modules[name].register_forward_hook(keep(name)) for name in names]
+    training = [module for module in modules.values() if module.training]
+    first = next(network.parameters(), torch.empty(0))
+    try:
+        network.eval()
+        # where images are so small that maps have one pixel, larger ones tell a map from what is pooled
+        for size in ((max(shape[1], 64), max(shape[2], 64)), shape[1:]):
+            outputs.clear()
+            try:
+                network(torch.zeros(2, shape[0], *size, dtype=first.dtype, device=first.device))
+            except RuntimeError:
+                if size == shape[1:]:
+                    raise
+                continue
+            break
+    finally:
+        for handle in handles:
+            handle.remove()
+        for module in training:
+            module.training = True
+    for name, output in reversed(outputs.items()):
+        if (output.ndim == 4 and min(output.shape[2:]) > 1) or (path and output.ndim in (3, 4)):
+            return name, output
+    what = f"{path!r} gives none" if path else "none is found"
+    raise ValueError(
+        f"{type(network).__name__} must have a map of features [B, F, h, w], {what}: name the module that gives it by "
+        "feature_map"
+    )
+
+
+def _take_out_classifier(network: nn.Module) -> None:
+    linear = [name for name, module in network.named_modules() if isinstance(module, nn.Linear)]
+    if linear and linear[-1] and not any(p.requires_grad for p in network.get_submodule(linear[-1]).parameters()):
+        parent, _, name = linear[-1].rpartition(".")
+        setattr(network.get_submodule(parent), name, nn.Identity())
