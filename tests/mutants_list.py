@@ -847,7 +847,7 @@ MUTANTS = [
     ),
     Mutant(
         "checkpoints without memories",
-        "noisy_labels/noisy_label_task.py",
+        "core/sample_memories.py",
         'checkpoint["memories"] = {name: memory.state_dict() for name, memory in self.memories.items()}',
         'checkpoint["memories"] = {}',
         (
@@ -857,7 +857,7 @@ MUTANTS = [
     ),
     Mutant(
         "memories stay with their process",
-        "noisy_labels/noisy_label_task.py",
+        "core/sample_memories.py",
         "            memory.synchronise()\n",
         "            pass\n",
         (

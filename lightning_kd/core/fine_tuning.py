@@ -45,6 +45,9 @@ class FineTunedTask(Task):
             without a classifier to tell the backbone by.
     """
 
+    #: whether the loss is a sum over images and labels, not a mean
+    loss_is_sum = False
+
     def __init__(
         self,
         num_classes: int,
@@ -128,7 +131,7 @@ class FineTunedTask(Task):
     def default_optimizer(self, parameters: list[Any]) -> torch.optim.Optimizer:
         if self.freeze_part:  # a new layer on features that stay
             return torch.optim.AdamW(parameters, lr=1e-3, weight_decay=0.01)
-        return optimizer_for(self._trained[0], parameters, self.has_given_weights)
+        return optimizer_for(self._trained[0], parameters, self.has_given_weights, self.loss_is_sum)
 
     def build_optimizer(self, parameters: Iterable[Any]) -> torch.optim.Optimizer:
         if self.backbone_lr == 1:

@@ -47,23 +47,27 @@ def make_optimizer(
 
 
 def optimizer_for(
-    network: nn.Module, parameters: Sequence[nn.Parameter], has_given_weights: bool = False
+    network: nn.Module,
+    parameters: Sequence[nn.Parameter],
+    has_given_weights: bool = False,
+    summed_loss: bool = False,
 ) -> torch.optim.Optimizer:
     """What a plain training, and a distillation, take without an ``optimizer``: something that trains.
 
     Networks with batch normalisation that start from nothing get SGD with learning rate 0.05, momentum 0.9 and weight
     decay 5e-4, the usual choice for them. That rate throws others off their course, so they get AdamW with weight decay
     0.01: learning rate 3e-4 without batch normalisation, and 1e-4 with given weights, which should not be lost in the
-    first steps.
+    first steps. A loss that is a sum over the batch is far too large for that rate too.
 
     Args:
         network: what is trained.
         parameters: of it, and what else is trained with it.
         has_given_weights: whether it starts from weights of an earlier training.
+        summed_loss: whether the loss is a sum over all images and labels of a batch, not a mean.
     """
     if has_given_weights:
         return torch.optim.AdamW(parameters, lr=1e-4, weight_decay=0.01)
-    if any(isinstance(module, nn.modules.batchnorm._BatchNorm) for module in network.modules()):
+    if not summed_loss and any(isinstance(module, nn.modules.batchnorm._BatchNorm) for module in network.modules()):
         return torch.optim.SGD(parameters, lr=0.05, momentum=0.9, weight_decay=5e-4)
     return torch.optim.AdamW(parameters, lr=3e-4, weight_decay=0.01)
 

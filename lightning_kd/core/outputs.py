@@ -82,7 +82,7 @@ def auxiliary_logits(output: Any) -> Tensor | None:
 
 
 def embeddings_of(output: Any) -> Tensor | None:
-    """The embeddings ``[B, C, L]`` of each label, of a network with an ``MLDecoder``; ``None`` where there are none.
+    """The embeddings ``[B, C, L]`` of each label, as an ``MLDecoder`` head gives them; ``None`` without.
 
     They are the entry or attribute ``embeddings``, or the second of a tuple or list.
     """

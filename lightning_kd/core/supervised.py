@@ -163,7 +163,7 @@ class MultiLabelClassification(AveragedTask):
         check_numbers(least=0, gamma_negative=gamma_negative, gamma_positive=gamma_positive)
         check_numbers(least=0, below=1, margin=margin)
         self.loss_name = loss
-        self.loss_is_plain = loss == "bce"
+        self.loss_is_plain, self.loss_is_sum = loss == "bce", loss != "bce"
         self.gamma_negative, self.gamma_positive, self.margin = gamma_negative, gamma_positive, margin
 
     def loss(self, output: Any, logits: Tensor, target: Tensor) -> dict[str, Tensor]:

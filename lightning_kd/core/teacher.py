@@ -109,12 +109,19 @@ class FrozenTeacher(nn.Module):
         self.scale.copy_(data_std / own_std)
         self.shift.copy_((data_mean - own_mean) / own_std)
 
-    @torch.no_grad()
     def forward(self, image: Tensor) -> Tensor:
         """Logits as the problem has them, without gradient, of images ``[B, C', H, W]`` or rows ``[B, D]``."""
+        return self.logits(self.output(image), image)
+
+    def logits(self, output: Any, image: Tensor) -> Tensor:
+        """The logits in what ``output`` gave for ``image``."""
+        return self.problem.logits(output, image, self.network, "the teacher")
+
+    @torch.no_grad()
+    def output(self, image: Tensor) -> Any:
+        """What the network returns for images, without gradient: more than logits, where a method looks at that."""
         if any(module.training for module in self._parts):  # somebody reached into it
             self.eval()
-        given = image
         if self.mean is not None:
             shape = (-1, *[1] * (image.ndim - 2))
             image = image * self.scale.view(shape) + self.shift.view(shape)
@@ -122,7 +129,7 @@ class FrozenTeacher(nn.Module):
             image = F.interpolate(image, self.size, mode="bilinear", antialias=True)
         if self.channels_last and image.ndim == 4:
             image = image.contiguous(memory_format=torch.channels_last)
-        return self.problem.logits(self.network(image), given, self.network, "the teacher")
+        return self.network(image)
 
 
 def teacher_network(

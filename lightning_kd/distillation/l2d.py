@@ -6,15 +6,21 @@ Distillation. ICCV 2023, arXiv 2308.06453.
 
 from __future__ import annotations
 
-from typing import Literal
+from collections.abc import Sequence
+from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 
+from lightning_kd.argument_checks import check_numbers
+from lightning_kd.core.batch import as_batch
 from lightning_kd.core.losses import at_least_float32, check_label_values, check_logits, check_shapes
+from lightning_kd.core.outputs import embeddings_of
+from lightning_kd.core.problems import MultiLabel
+from lightning_kd.distillation.distillation_task import Distillation
 
-__all__ = ["class_aware_loss", "instance_aware_loss", "multi_label_logits_loss", "partial_softmax_loss"]
+__all__ = ["L2D", "class_aware_loss", "instance_aware_loss", "multi_label_logits_loss", "partial_softmax_loss"]
 
 # distances that are computed at once, at most: 64 MiB in float32
 AT_ONCE = 2**24
@@ -145,3 +151,95 @@ def _relations(student: Tensor, teacher: Tensor, there: Tensor) -> Tensor:
         loss = F.huber_loss(distances[0], distances[1], reduction="none").sum((1, 2))
         total = total + (loss / members.sum(1).clamp(min=1)).sum()
     return total
+
+
+class L2D(Distillation):
+    """L2D (Yang et al., ICCV 2023, arXiv 2308.06453): the probability and the embedding of each label are distilled.
+
+    The loss is ``ce_weight * BCE + kd_weight * (lambda_mld * M + lambda_le * (lambda_cd * CD + lambda_id * ID))``:
+    binary cross-entropy summed over images and labels, ``M`` on the logits, and the class-aware and instance-aware
+    losses on the embeddings. The weights are those of the official code for batches of 64; all but ``M`` grow with the
+    batch.
+    Where embeddings count, student and teacher must have a query a label, as ``resnet18+ml_decoder`` and the like.
+    Their embeddings may differ in length. Labels must all be known.
+
+    Several processes: losses are of each process's own images, whose gradients are averaged.
+
+    Args:
+        student: network name or ``nn.Module`` that gives logits ``[B, C]`` and embeddings ``[B, C, L]``.
+        teacher: likewise.
+        num_classes: see ``Task``.
+        input_shape: see ``Task``.
+        logits_loss: ``M``: ``"mld"``, ``multi_label_logits_loss``; ``"ps"``, ``partial_softmax_loss``; ``"mse"``, the
+            squared distance of the logits, sum over labels and mean over images; ``None`` for none.
+        lambda_mld: weight of ``M``.
+        lambda_le: weight of both losses on embeddings; 0 leaves them out, so that any two taggers will do.
+        lambda_cd: weight of the class-aware loss among them.
+        lambda_id: weight of the instance-aware loss among them.
+        kwargs: ``teacher_weights``, ``student_weights``, ``ce_weight``, ``kd_weight``, ``teacher_mean``,
+            ``teacher_std``, ``teacher_size`` of ``Distillation``, and the arguments of ``FineTunedTask`` and ``Task``.
+    """
+
+    problem_class = MultiLabel
+    loss_is_sum = True
+
+    def __init__(
+        self,
+        student: str | nn.Module,
+        teacher: str | nn.Module,
+        num_classes: int,
+        *,
+        input_shape: Sequence[int] = (3, 32, 32),
+        logits_loss: Literal["mld", "ps", "mse"] | None = "mld",
+        lambda_mld: float = 10.0,
+        lambda_le: float = 1.0,
+        lambda_cd: float = 100.0,
+        lambda_id: float = 1000.0,
+        **kwargs: Any,
+    ) -> None:
+        super().__init__(student, teacher, num_classes, input_shape=input_shape, **kwargs)
+        if logits_loss not in ("mld", "ps", "mse", None):
+            raise ValueError(f"logits_loss must be 'mld', 'ps', 'mse' or None, got {logits_loss!r}: give one of them")
+        check_numbers(least=0, lambda_mld=lambda_mld, lambda_le=lambda_le, lambda_cd=lambda_cd, lambda_id=lambda_id)
+        self.logits_loss = logits_loss
+        self.lambda_mld, self.lambda_le, self.lambda_cd, self.lambda_id = lambda_mld, lambda_le, lambda_cd, lambda_id
+
+    def distillation_loss(self, student_logits: Tensor, teacher_logits: Tensor, target: Tensor) -> Tensor:
+        """``M``, before its weights; 0 without."""
+        if self.logits_loss == "ps":
+            return partial_softmax_loss(student_logits, teacher_logits, target)
+        if self.logits_loss == "mse":
+            return (student_logits - teacher_logits.detach()).square().sum(1).mean()
+        if self.logits_loss == "mld":
+            return multi_label_logits_loss(student_logits, teacher_logits)
+        return 0.0 * student_logits.sum()
+
+    def training_step(self, batch: Any, batch_idx: int) -> Tensor:
+        batch = as_batch(batch)
+        image, target = batch.image, batch.target
+        check_label_values(target, (0, 1))
+        output, taught = self.student(self.format_image(image)), self.teacher.output(image)
+        logits, teacher_logits = at_least_float32(
+            self.problem.logits(output, image, self.student), self.teacher.logits(taught, image)
+        )
+        bce = F.binary_cross_entropy_with_logits(logits, target.to(logits.dtype), reduction="sum")
+        terms = {"ce": self.ce_weight * bce}
+        weight = self.kd_weight * self.lambda_mld
+        if self.logits_loss is not None:
+            terms[self.logits_loss] = weight * self.distillation_loss(logits, teacher_logits, target)
+        weight = self.kd_weight * self.lambda_le
+        if weight:
+            embeddings = _embeddings(output, "student"), _embeddings(taught, "teacher")
+            terms["cd"] = weight * self.lambda_cd * class_aware_loss(*embeddings, target)
+            terms["id"] = weight * self.lambda_id * instance_aware_loss(*embeddings, target)
+        return self.step_loss(terms, logits, target)
+
+
+def _embeddings(output: Any, who: str) -> Tensor:
+    found = embeddings_of(output)
+    if found is None:
+        raise ValueError(
+            f"the {who} must give an embedding of each label beside the logits, got {type(output).__name__}: put a "
+            f"head on it, as NAME+ml_decoder, or set lambda_le 0"
+        )
+    return found

@@ -17,7 +17,7 @@ from lightning_kd.core.fine_tuning import FineTunedTask
 from lightning_kd.core.inference_pass import ordered_pass
 from lightning_kd.core.label_page import write_page
 from lightning_kd.core.losses import at_least_float32
-from lightning_kd.core.sample_memory import SampleMemory
+from lightning_kd.core.sample_memories import SampleMemories
 from lightning_kd.core.task import Task
 from lightning_kd.core.two_pass_step import second_pass
 from lightning_kd.noisy_labels.correction_page import correction_page
@@ -26,7 +26,7 @@ from lightning_kd.noisy_labels.label_scores import LabelScores, logit_margin, sp
 __all__ = ["NoisyLabelTask", "SingleNetworkTask"]
 
 
-class NoisyLabelTask(Task, ABC):
+class NoisyLabelTask(SampleMemories, Task, ABC):
     """A method that trains on labels of which some are wrong, and says which.
 
     Logged each epoch: ``train/clean_fraction`` (labels taken for clean), means and weights of the mixture behind it,
@@ -59,84 +59,12 @@ class NoisyLabelTask(Task, ABC):
         super().__init__(num_classes, input_shape=input_shape, **kwargs)
         check_numbers(least=0, whole=True, remedy="give 0 for no page", label_page=label_page)
         self.label_page = label_page
-        self.memories: dict[str, SampleMemory] = {}
         self._judged: tuple[int, LabelScores] | None = None
         self._seen: dict[int, list[tuple[Tensor, ...]]] = {}
 
-    # -- the training set --------------------------------------------------------------------------------------------
-
-    @property
-    def data(self) -> Any:
-        """The data module of this package that the task trains on.
-
-        Raises:
-            ValueError: if there is none.
-        """
-        data = getattr(self.trainer, "datamodule", None)
-        if not hasattr(data, "train_indices") or not hasattr(data, "loader"):
-            raise ValueError(
-                f"{type(self).__name__} reads the training set in its own order, got a plain loader: hand your data to "
-                "it in a data module, for example ArrayDataModule or ImageFolderDataModule"
-            )
-        return data
-
-    def sample_count(self) -> int:
-        """Size of the full training array, which the indices of batches count in.
-
-        Raises:
-            ValueError: if neither a data module nor a data set tells.
-        """
-        data: Any = getattr(self.trainer, "datamodule", None)
-        if hasattr(data, "train_target"):
-            return len(data.train_target)
-        loader: Any = self.trainer.train_dataloader
-        if hasattr(loader, "dataset") and hasattr(loader.dataset, "__len__"):
-            return len(loader.dataset)
-        raise ValueError(
-            f"{type(self).__name__} remembers every sample and must know their number, got {type(loader).__name__}: "
-            "use one of our data modules, or a DataLoader that yields (image, target, index)"
-        )
-
-    def add_sample_memory(
-        self, name: str, shape: tuple[int, ...] = (), fill: float = 0.0, **kwargs: Any
-    ) -> SampleMemory:
-        """Add a memory of every sample, kept in checkpoints under ``name``. To be called in ``__init__``."""
-        self.memories[name] = SampleMemory(shape, fill, **kwargs)
-        return self.memories[name]
-
-    def index_of(self, batch: Batch) -> Tensor:
-        """The batch's indices.
-
-        Raises:
-            ValueError: if there are none, or one is out of range (which only a CPU is asked for).
-        """
-        if batch.index is None:
-            raise ValueError(
-                f"{type(self).__name__} remembers every sample, but the batch has no index: use one of our data "
-                "modules, or let your DataLoader yield (image, target, index)"
-            )
-        count = min((len(memory.rows) for memory in self.memories.values()), default=0)
-        if count and batch.index.device.type == "cpu" and int(batch.index.max()) >= count:
-            raise ValueError(
-                f"index must be below {count}, the size of the training set, got {int(batch.index.max())}: let the "
-                "loader yield positions in the data set that it was made from"
-            )
-        return batch.index
-
     def on_train_start(self) -> None:
+        super().on_train_start()
         self._judged = None  # a second fit may have other labels
-        for memory in self.memories.values():  # a checkpoint's rows are here already
-            memory.allocate(self.sample_count(), self.device)
-
-    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        super().on_save_checkpoint(checkpoint)
-        checkpoint["memories"] = {name: memory.state_dict() for name, memory in self.memories.items()}
-
-    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        super().on_load_checkpoint(checkpoint)
-        for name, state in checkpoint.get("memories", {}).items():
-            if name in self.memories:
-                self.memories[name].load_state_dict(state)
 
     # -- the verdict -------------------------------------------------------------------------------------------------
 
@@ -199,8 +127,6 @@ class NoisyLabelTask(Task, ABC):
 
     def on_train_epoch_end(self) -> None:
         super().on_train_epoch_end()
-        for memory in self.memories.values():
-            memory.synchronise()
         if self._seen:
             parts = [[torch.cat(column) for column in zip(*seen, strict=True)] for seen in self._seen.values()]
             self._seen.clear()

@@ -26,6 +26,8 @@ def test_losses():
     assert found == asymmetric_loss(LOGITS, TARGET, 2.0, 1.0, 0.1)
     assert found != asymmetric_loss(LOGITS, TARGET)
     assert (plain.loss_is_plain, task.loss_is_plain) == (True, False)
+    assert isinstance(plain.configure_optimizers(), torch.optim.SGD)
+    assert isinstance(task.configure_optimizers(), torch.optim.AdamW)  # a sum is too large for SGD's rate
     with pytest.raises(ValueError, match=r"^loss must be 'bce' or 'asymmetric', got 'asl'"):
         built(MultiLabelClassification, loss="asl")
     with pytest.raises(ValueError, match=r"^answer_with must be 'average', 'live' or 'better', got 'ema'"):

@@ -1,0 +1,102 @@
+"""What a task needs that remembers something of every training sample."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import Tensor
+
+from lightning_kd.core.batch import Batch
+from lightning_kd.core.sample_memory import SampleMemory
+from lightning_kd.core.task import Task
+
+__all__ = ["SampleMemories"]
+
+
+class SampleMemories(Task):
+    """A ``Task`` with memories of the training samples, found by their index and kept in checkpoints.
+
+    Each is allocated when training starts. What processes wrote is shared at the end of every epoch.
+    """
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self.memories: dict[str, SampleMemory] = {}
+
+    @property
+    def data(self) -> Any:
+        """The data module of this package that the task trains on.
+
+        Raises:
+            ValueError: if there is none.
+        """
+        data = getattr(self.trainer, "datamodule", None)
+        if not hasattr(data, "train_indices") or not hasattr(data, "loader"):
+            raise ValueError(
+                f"{type(self).__name__} reads the training set in its own order, got a plain loader: hand your data to "
+                "it in a data module, for example ArrayDataModule or ImageFolderDataModule"
+            )
+        return data
+
+    def sample_count(self) -> int:
+        """Size of the full training array, which the indices of batches count in.
+
+        Raises:
+            ValueError: if neither a data module nor a data set tells.
+        """
+        data: Any = getattr(self.trainer, "datamodule", None)
+        if hasattr(data, "train_target"):
+            return len(data.train_target)
+        loader: Any = self.trainer.train_dataloader
+        if hasattr(loader, "dataset") and hasattr(loader.dataset, "__len__"):
+            return len(loader.dataset)
+        raise ValueError(
+            f"{type(self).__name__} remembers every sample and must know their number, got {type(loader).__name__}: "
+            "use one of our data modules, or a DataLoader that yields (image, target, index)"
+        )
+
+    def add_sample_memory(
+        self, name: str, shape: tuple[int, ...] = (), fill: float = 0.0, **kwargs: Any
+    ) -> SampleMemory:
+        """Add a memory of every sample, kept in checkpoints under ``name``. To be called in ``__init__``."""
+        self.memories[name] = SampleMemory(shape, fill, **kwargs)
+        return self.memories[name]
+
+    def index_of(self, batch: Batch) -> Tensor:
+        """The batch's indices.
+
+        Raises:
+            ValueError: if there are none, or one is out of range (which only a CPU is asked for).
+        """
+        if batch.index is None:
+            raise ValueError(
+                f"{type(self).__name__} remembers every sample, but the batch has no index: use one of our data "
+                "modules, or let your DataLoader yield (image, target, index)"
+            )
+        count = min((len(memory.rows) for memory in self.memories.values()), default=0)
+        if count and batch.index.device.type == "cpu" and int(batch.index.max()) >= count:
+            raise ValueError(
+                f"index must be below {count}, the size of the training set, got {int(batch.index.max())}: let the "
+                "loader yield positions in the data set that it was made from"
+            )
+        return batch.index
+
+    def on_train_start(self) -> None:
+        super().on_train_start()
+        for memory in self.memories.values():  # a checkpoint's rows are here already
+            memory.allocate(self.sample_count(), self.device)
+
+    def on_train_epoch_end(self) -> None:
+        super().on_train_epoch_end()
+        for memory in self.memories.values():
+            memory.synchronise()
+
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        super().on_save_checkpoint(checkpoint)
+        checkpoint["memories"] = {name: memory.state_dict() for name, memory in self.memories.items()}
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        super().on_load_checkpoint(checkpoint)
+        for name, state in checkpoint.get("memories", {}).items():
+            if name in self.memories:
+                self.memories[name].load_state_dict(state)

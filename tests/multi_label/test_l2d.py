@@ -1,0 +1,101 @@
+"""L2D as a task: its terms, what it asks of student and teacher, resume."""
+
+import lightning as L
+import pytest
+import torch
+import torch.nn.functional as F
+
+from lightning_kd.core.batch import Batch
+from lightning_kd.distillation import L2D, class_aware_loss, instance_aware_loss, multi_label_logits_loss
+from lightning_kd.distillation.l2d import partial_softmax_loss
+from tests.multi_label.runs import CLASSES, SHAPE, Labels, fitted, resumes_to_the_bit, trainer_of
+
+HEADED = "cnn_tiny+ml_decoder_16"
+
+
+def task(student=HEADED, teacher="cnn_tiny+ml_decoder_24", **options):
+    L.seed_everything(0, verbose=False)
+    return L2D(student, teacher, CLASSES, input_shape=SHAPE, teacher_weights="random", **options)
+
+
+def method(network, classes, input_shape, channels_last, **options):
+    return task(**options)
+
+
+def terms_of(one):
+    """The loss terms of a batch, without a Trainer; the student answers without dropout."""
+    found = {}
+
+    def step_loss(terms, logits, target):
+        found.update(terms)
+        return sum(terms.values())
+
+    one.step_loss = step_loss
+    one.eval()
+    image, target, *_ = Labels().load_arrays()
+    image, target = image[:12].float() / 255, target[:12]
+    one.training_step(Batch(image, target), 0)
+    student, teacher = one.student(image), one.teacher.network(image)
+    return found, student, teacher, target
+
+
+def test_the_terms_and_their_weights():
+    found, student, teacher, target = terms_of(task())
+    bce = F.binary_cross_entropy_with_logits(student.logits, target, reduction="sum")
+    torch.testing.assert_close(found["ce"], bce)
+    torch.testing.assert_close(found["mld"], 10 * multi_label_logits_loss(student.logits, teacher.logits))
+    pair = student.embeddings, teacher.embeddings
+    torch.testing.assert_close(found["cd"], 100 * class_aware_loss(*pair, target))
+    torch.testing.assert_close(found["id"], 1000 * instance_aware_loss(*pair, target))
+    assert min(value.item() for value in found.values()) > 0
+
+
+def test_the_options():
+    found, student, teacher, target = terms_of(task(logits_loss="ps", lambda_le=0.0, lambda_mld=2.0, ce_weight=0.5))
+    assert found.keys() == {"ce", "ps"}
+    torch.testing.assert_close(found["ps"], 2 * partial_softmax_loss(student.logits, teacher.logits, target))
+    found, student, teacher, _ = terms_of(task(logits_loss="mse", lambda_le=0.0, kd_weight=3.0))
+    torch.testing.assert_close(found["mse"], 30 * (student.logits - teacher.logits).square().sum() / 12)
+    assert terms_of(task(logits_loss=None))[0].keys() == {"ce", "cd", "id"}
+    with pytest.raises(ValueError, match=r"^logits_loss must be 'mld', 'ps', 'mse' or None, got 'kl'"):
+        task(logits_loss="kl")
+
+
+def test_embeddings_are_asked_for():
+    trainer = trainer_of(max_epochs=1)
+    with pytest.raises(ValueError, match=r"^the student must give an embedding of each label .*set lambda_le 0"):
+        trainer.fit(task(student="cnn_tiny"), datamodule=Labels())
+    with pytest.raises(ValueError, match=r"^the teacher must give an embedding of each label"):
+        trainer_of(max_epochs=1).fit(task(teacher="cnn_tiny"), datamodule=Labels())
+    trainer_of(max_epochs=1).fit(task(student="cnn_tiny", teacher="cnn_tiny", lambda_le=0.0), datamodule=Labels())
+
+
+def test_labels_must_be_known():
+    def hide(target):
+        return torch.where(torch.arange(len(target))[:, None] == 3, -1.0, target)
+
+    with pytest.raises(ValueError, match=r"^target must hold 0 and 1, got values from -1"):
+        trainer_of().fit(task(), datamodule=Labels(hide, val_fraction=0.0))
+
+
+def test_the_teacher_stays_and_the_queries_too():
+    one = task()
+    frozen = {k: v.clone() for k, v in one.teacher.network.state_dict().items()}
+    queries, weight = one.student.head.queries.clone(), one.student.head.weight.clone()
+    trainer_of().fit(one, datamodule=Labels())
+    assert all(torch.equal(v, one.teacher.network.state_dict()[k]) for k, v in frozen.items())
+    assert torch.equal(queries, one.student.head.queries)
+    assert not torch.equal(weight, one.student.head.weight)
+    assert not one.teacher.network.training
+    assert one.exports()["student"] is one.student
+
+
+def test_resumes_to_the_bit(tmp_path):
+    assert resumes_to_the_bit(method, tmp_path, student=HEADED)
+
+
+def test_fits_and_shows_each_term():
+    _, trainer = fitted(method)
+    assert {"train/loss_ce", "train/loss_mld", "train/loss_cd", "train/loss_id", "val/map"} <= {
+        *trainer.callback_metrics
+    }
