@@ -761,8 +761,8 @@ MUTANTS = [
     Mutant(
         "the unlabelled stream ends with its first pass",
         "core/phased_loader.py",
-        "chain.from_iterable(repeat(unlabelled))",
-        "iter(unlabelled)",
+        "chain.from_iterable(repeat(following))",
+        "iter(following)",
         (
             f"{NOISY}/test_two_networks.py",
             f"{NOISY}/test_elr.py",

@@ -26,11 +26,20 @@ class PhaseBatch(NamedTuple):
 
 
 class Phase(NamedTuple):
-    """One network's pass over ``labelled``; ``unlabelled`` starts anew as often as it ends."""
+    """One network's pass over ``labelled``; ``unlabelled`` starts anew as often as it ends.
+
+    With ``by_unlabelled`` it is the other way round.
+    """
 
     network: int
     labelled: Any
     unlabelled: Any = None
+    by_unlabelled: bool = False
+
+    @property
+    def leading(self) -> Any:
+        """The loader that the phase is one pass over."""
+        return self.unlabelled if self.by_unlabelled else self.labelled
 
 
 class PhasedLoader:
@@ -57,25 +66,26 @@ class PhasedLoader:
 
     def set_epoch(self, epoch: int) -> None:
         for phase in self.phases:
-            for loader in phase[1:]:
+            for loader in (phase.labelled, phase.unlabelled):
                 if loader is not None:
                     loader.set_epoch(epoch)
 
     def __len__(self) -> int:
-        return sum(len(phase.labelled) for phase in self.phases)
+        return sum(len(phase.leading) for phase in self.phases)
 
     def __iter__(self) -> Iterator[PhaseBatch]:
         steps = [_steps(phase) for phase in self.phases]
         if self.alternate:
-            for _ in range(min(len(phase.labelled) for phase in self.phases)):
+            for _ in range(min(len(phase.leading) for phase in self.phases)):
                 yield from map(next, steps)
         yield from chain(*steps)
 
 
 def _steps(phase: Phase) -> Iterator[PhaseBatch]:
-    network, labelled, unlabelled = phase
+    following = phase.labelled if phase.by_unlabelled else phase.unlabelled
     others: Iterator[Any] = repeat(None)
-    if unlabelled is not None:
-        others = chain.from_iterable(repeat(unlabelled))  # each turn is a new pass with a new order
-    for step, (batch, other) in enumerate(zip(labelled, others, strict=False)):
-        yield PhaseBatch(network, batch, other, step / len(labelled))
+    if following is not None:
+        others = chain.from_iterable(repeat(following))  # each turn is a new pass with a new order
+    for step, (batch, other) in enumerate(zip(phase.leading, others, strict=False)):
+        labelled, unlabelled = (other, batch) if phase.by_unlabelled else (batch, other)
+        yield PhaseBatch(phase.network, labelled, unlabelled, step / len(phase.leading))

@@ -6,13 +6,27 @@ Curriculum Based Disambiguation. arXiv 2207.02410.
 
 from __future__ import annotations
 
+from pathlib import Path
+from typing import Any, Literal
+
 import torch
-from torch import Tensor
+import torch.nn.functional as F
+from lightning.pytorch.utilities import rank_zero_warn
+from torch import Tensor, nn
 
 from lightning_kd.argument_checks import check_numbers
-from lightning_kd.core.losses import check_label_values, check_shapes
+from lightning_kd.core.averaged_task import AveragedTask
+from lightning_kd.core.batch import Batch, as_batch
+from lightning_kd.core.distributed import process_count
+from lightning_kd.core.inference_pass import ordered_pass
+from lightning_kd.core.losses import at_least_float32, check_label_values, check_shapes
+from lightning_kd.core.notes import note
+from lightning_kd.core.problems import MultiLabel
+from lightning_kd.core.sample_memories import SampleMemories
+from lightning_kd.file_writing import write_text
+from lightning_kd.spreadsheet import csv_text
 
-__all__ = ["candidate_thresholds", "select_candidates"]
+__all__ = ["CDCR", "candidate_thresholds", "select_candidates"]
 
 
 def candidate_thresholds(confidence: Tensor, candidates: Tensor, alpha: float, by_difficulty: bool = False) -> Tensor:
@@ -62,3 +76,143 @@ def select_candidates(confidence: Tensor, candidates: Tensor, alpha: float, by_d
     if confidence.isnan().any():
         raise ValueError("confidence must be a number for each sample, got NaN: some were not looked at")
     return (candidates == 0) | (confidence.double() >= threshold)
+
+
+class CDCR(SampleMemories, AveragedTask):
+    """CDCR (Sun et al., 2022, arXiv 2207.02410): of an image's candidate labels only the confident ones are learnt.
+
+    The targets are candidates: 1 for a label that may be there, 0 for one that surely is not. In the warm-up all are
+    taken for true. Then training goes on from the averaged copy, and at the start of every epoch a pass over the
+    training set, in eval mode and on plain images, says which are trusted (``select_candidates``); the others are left
+    out of the loss, binary cross-entropy summed over images and labels.
+
+    Logged each epoch: ``train/trusted``, the share of the candidates that are trusted, and, where the data module knows
+    the true labels (``train_clean``), ``train/purity``, the share of these that are true. After ``fit`` the run folder
+    holds ``wrong_labels.csv``: every candidate with the confidence of the network that answers, the ones that are most
+    probably false first, and whether it would be trusted.
+
+    Several processes: the pass is shared and gathered by index; the loss is the sum over the joint batch.
+
+    Args:
+        network: a network's name (``lightning-kd list``) or any ``nn.Module`` that gives logits ``[B, C]``.
+        num_classes: see ``Task``.
+        warmup_epochs: epochs in which all candidates are learnt.
+        alpha: a candidate of this confidence is trusted, in (0, 1).
+        by_difficulty: ask more confidence of classes that the network is sure of, see ``candidate_thresholds``.
+        confidence_from: whose confidence counts: the ``"live"`` network's, or the ``"average"``'s.
+        view: what is trained on: ``"strong"`` as in the paper, or ``"weak"``.
+        kwargs: ``average_decay``, ``answer_with`` of ``AveragedTask``; ``input_shape``, ``weights`` of
+            ``SupervisedTask``, and the arguments of ``FineTunedTask`` and ``Task``.
+
+    Raises:
+        ValueError: in a fit, for other targets than 1 and 0, and for true labels that are no candidates.
+    """
+
+    problem_class = MultiLabel
+    loss_is_plain = False
+    loss_is_sum = True
+    needs_average = True
+
+    def __init__(
+        self,
+        network: str | nn.Module,
+        num_classes: int,
+        *,
+        warmup_epochs: int = 16,
+        alpha: float = 0.6,
+        by_difficulty: bool = True,
+        confidence_from: Literal["live", "average"] = "live",
+        view: Literal["strong", "weak"] = "strong",
+        **kwargs: Any,
+    ) -> None:
+        super().__init__(network, num_classes, **kwargs)
+        check_numbers(least=0, whole=True, warmup_epochs=warmup_epochs)
+        check_numbers(above=0, below=1, alpha=alpha)
+        if confidence_from not in ("live", "average"):
+            raise ValueError(f"confidence_from must be 'live' or 'average', got {confidence_from!r}: give one of them")
+        self.warmup_epochs, self.alpha, self.by_difficulty = warmup_epochs, alpha, by_difficulty
+        self.confidence_from, self.view = confidence_from, view
+        self.trusted = self.add_sample_memory("trusted", (num_classes,), 1, dtype=torch.bool)
+
+    def setup(self, stage: str) -> None:
+        super().setup(stage)
+        if stage != "fit":
+            return
+        data = self.data
+        data.setup()
+        target, clean = data.train_target[data.train_indices], getattr(data, "train_clean", None)
+        check_label_values(target, (0, 1), "candidates")
+        if clean is not None and bool((clean[data.train_indices] > target).any()):
+            raise ValueError("candidates must hold all true labels, got an image without one of its own: correct them")
+
+    def train_loader(self, data: Any) -> Any:
+        return data.loader("train", shuffle=True, batch_size=data.batch_size, views=self.view)
+
+    # -- training ----------------------------------------------------------------------------------------------------
+
+    def on_train_epoch_start(self) -> None:
+        super().on_train_epoch_start()
+        assert self.average is not None
+        if self.current_epoch == self.warmup_epochs:
+            self.network.load_state_dict(self.average.state_dict())
+        if self.current_epoch >= self.warmup_epochs:
+            with self.answering(self.confidence_from == "average"):
+                index, candidates, _, trusted = self.disambiguate()
+            self.trusted.write(index.to(self.device), trusted.to(self.device))
+            self._log_trusted(index, candidates > 0, trusted)
+
+    def disambiguate(self) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """Which candidates the network that answers trusts, by a pass over the training set; collective.
+
+        Returns:
+            index ``[n]``, candidates, confidence and what is trusted, each ``[n, C]``, on the CPU.
+        """
+
+        def measure(batch: Batch) -> tuple[Tensor, Tensor]:
+            return batch.target, self(batch.image).float().sigmoid()
+
+        index, candidates, confidence = ordered_pass(self, self.data.loader("train"), measure)
+        return index, candidates, confidence, select_candidates(confidence, candidates, self.alpha, self.by_difficulty)
+
+    def training_step(self, batch: Any, batch_idx: int) -> Tensor:
+        batch = as_batch(batch)
+        output = self.network(self.format_image(batch.image))
+        (logits,) = at_least_float32(self.problem.logits(output, batch.image, self.network))
+        loss = F.binary_cross_entropy_with_logits(logits, batch.target.to(logits.dtype), reduction="none")
+        if self.current_epoch >= self.warmup_epochs:
+            loss = loss * self.trusted.rows[self.index_of(batch)]
+        # gradients are averaged over the processes
+        return self.step_loss({"loss": process_count() * loss.sum()}, logits, batch.target)
+
+    def _log_trusted(self, index: Tensor, candidates: Tensor, trusted: Tensor) -> None:
+        chosen = trusted & candidates
+        found, clean = (
+            {"trusted": chosen.sum() / candidates.sum().clamp(min=1)},
+            getattr(self.data, "train_clean", None),
+        )
+        if clean is not None:
+            found["purity"] = (chosen & (clean[index] > 0)).sum() / chosen.sum()
+        if not bool(chosen.any()):
+            rank_zero_warn(
+                f"no candidate has a confidence of alpha={self.alpha:g} in epoch {self.current_epoch}, so the network "
+                "learns that no label is there: lower alpha, or raise warmup_epochs"
+            )
+        self.log_dict({f"train/{name}": value.float().to(self.device) for name, value in found.items()})
+
+    # -- results -----------------------------------------------------------------------------------------------------
+
+    def write_results(self, folder: Path) -> None:
+        index, candidates, confidence, trusted = self.disambiguate()
+        if not self.trainer.is_global_zero:
+            return
+        names, files = self.data.class_names, self.data.train_image
+        paths = files if isinstance(files, list) else None
+        row, label = (candidates > 0).nonzero(as_tuple=True)
+        order = confidence[row, label].argsort(stable=True)
+        rows: list[list[Any]] = [["index", *(["path"] if paths else []), "label", "confidence", "trusted"]]
+        for i, c in zip(row[order].tolist(), label[order].tolist(), strict=True):
+            where = [str(paths[int(index[i])])] if paths else []
+            rows.append([int(index[i]), *where, names[c], f"{float(confidence[i, c]):.6g}", int(trusted[i, c])])
+        write_text(folder / "wrong_labels.csv", csv_text(rows))
+        doubted = int((~trusted & (candidates > 0)).sum())
+        note(f"{doubted} of {len(row)} candidate labels are not trusted: see wrong_labels.csv, its first lines first")

@@ -1,0 +1,153 @@
+"""CAP as a task: its streams, pseudo-labels, the baselines on the same machinery, the file, resume."""
+
+import csv
+
+import lightning as L
+import numpy as np
+import pytest
+import torch
+
+from lightning_kd.core.losses import asymmetric_loss
+from lightning_kd.core.phased_loader import Phase, PhasedLoader
+from lightning_kd.core.run_callbacks import run_callbacks
+from lightning_kd.core.run_folder import RunFolder
+from lightning_kd.data import DigitsDataModule, MosaicDataModule
+from lightning_kd.multi_label import CAP, pseudo_labels
+from tests.multi_label.runs import CLASSES, Labels, built, fitted, resumes_to_the_bit, trainer_of
+from tests.two_processes import on_two_ranks
+
+OPTIONS = {"warmup_epochs": 1, "average_decay": 0.5, "view": "weak"}
+
+
+class Half(Labels):
+    """A quarter of the training images is tagged, as data modules with ``labelled_fraction`` say it."""
+
+    def _load(self):
+        super()._load()
+        whole = self.train_indices
+        self.train_indices = whole[::4]
+        self.unlabelled_indices = np.setdiff1d(whole, self.train_indices)
+        self.train_clean, self.train_target = self.train_target, self.train_target.clone()
+        self.train_target[self.unlabelled_indices] = -1
+
+
+def test_a_phase_may_be_led_by_the_unlabelled():
+    class Loader(list):
+        def set_epoch(self, epoch):
+            self.epoch = epoch
+
+    few, many = Loader("ab"), Loader("12345")
+    loader = PhasedLoader([Phase(0, few, many, by_unlabelled=True)])
+    loader.set_epoch(3)
+    assert len(loader) == 5
+    assert [(b.labelled, b.unlabelled) for b in loader] == [("a", "1"), ("b", "2"), ("a", "3"), ("b", "4"), ("a", "5")]
+    assert few.epoch == many.epoch == 3
+    assert [batch.progress for batch in loader] == [0, 0.2, 0.4, 0.6, 0.8]
+
+
+def test_batches_and_terms():
+    seen = []
+
+    class Looking(CAP):
+        def step_loss(self, terms, logits, target):
+            seen.append((self.current_epoch, set(terms), len(target)))
+            return super().step_loss(terms, logits, target)
+
+    task, trainer = fitted(Looking, Half(), **OPTIONS)
+    warm, later = ([entry for entry in seen if entry[0] == epoch] for epoch in (0, 1))
+    assert all(terms == {"labelled"} for _, terms, _ in warm)
+    assert sum(count for *_, count in warm) == 12
+    # of 16 images a step 5 are tagged: the 36 others make 4 steps of 11
+    assert [(terms, count) for _, terms, count in later] == [({"labelled", "unlabelled"}, count) for *_, count in later]
+    assert len(later) == 4
+    assert {count for *_, count in later} <= {5, 6, 2, 7}
+    assert {"train/pseudo_precision", "train/pseudo_recall", "train/pseudo_positives"} <= {*trainer.callback_metrics}
+    assert task.schedule_length("step") == len(seen)
+
+
+def test_pseudo_labels_are_those_of_the_average():
+    task = built(CAP, **OPTIONS)
+    data = Half()
+    trainer_of(max_epochs=2).fit(task, datamodule=data)
+    index, scores, found = task.label_the_rest()
+    share = (data.train_target[data.train_indices] > 0).double().mean(0)
+    assert torch.equal(index, torch.from_numpy(data.unlabelled_indices))
+    assert torch.equal(found.label, pseudo_labels(scores, share).label)
+    positives = found.label.sum(0).long().tolist()
+    assert positives == [int(36 * value + 1e-6) for value in share.tolist()]
+    rows = task.given.rows
+    assert bool((rows[data.train_indices] == -1).all())
+    assert {*rows[data.unlabelled_indices].unique().tolist()} <= {-1, 0, 1}
+
+
+def test_a_masked_label_counts_nothing():
+    task = built(CAP, **OPTIONS)
+    logits = torch.tensor([[1.0, -1.0, 2.0, 0.0]])
+    assert task._loss(logits, torch.tensor([[1.0, 0.0, -1.0, -1.0]])) == asymmetric_loss(
+        logits[:, :2], torch.tensor([[1.0, 0.0]])
+    )
+
+
+def test_fixed_threshold_and_tagged_images_alone():
+    task, _ = fitted(CAP, Half(), pseudo="fixed", threshold=0.7, **OPTIONS)
+    _, scores, found = task.label_the_rest()
+    assert torch.equal(found.label > 0, scores.sigmoid() >= 0.7)
+    assert bool(found.mask.all())
+    task, trainer = fitted(CAP, Half(), pseudo="none", **OPTIONS)
+    assert bool((task.given.rows == -1).all())
+    assert "train/pseudo_positives" not in trainer.callback_metrics
+    with pytest.raises(ValueError, match=r"^pseudo must be 'by_class', 'fixed' or 'none', got 'top'"):
+        built(CAP, pseudo="top")
+
+
+def test_images_without_known_labels_are_untagged(tmp_path):
+    def hide(target):
+        return torch.where(torch.arange(len(target))[:, None] % 3 > 0, -1.0, target)
+
+    data = Labels(hide, val_fraction=0.0)
+    run = trainer_of(callbacks=run_callbacks(RunFolder(tmp_path), "val/map"), enable_checkpointing=True)
+    task, _ = fitted(CAP, data, trainer=run, **OPTIONS)
+    labelled, unlabelled = task.parts()
+    assert labelled.tolist() == list(range(0, 64, 3))
+    with (tmp_path / "pseudo_labels.csv").open() as file:
+        rows = list(csv.DictReader(file))
+    assert [int(row["index"]) for row in rows] == unlabelled.tolist()
+    assert {name for row in rows for name in row["labels"].split("|") if name} <= {f"c{k}" for k in range(CLASSES)}
+    assert any(row["labels"] for row in rows)
+
+
+def test_the_data_says_which_are_tagged():
+    source = DigitsDataModule(fake=True, val_fraction=0.2)
+    counts = {"train_mosaics": 64, "val_mosaics": 16, "test_mosaics": 16}
+    data = MosaicDataModule(source, **counts, batch_size=32, labelled_fraction=0.25)
+    L.seed_everything(0, verbose=False)
+    task = CAP("cnn_tiny", data.num_classes, input_shape=data.input_shape, channels_last=False, **OPTIONS)
+    trainer = trainer_of()
+    trainer.fit(task, datamodule=data)
+    labelled, unlabelled = task.parts()
+    assert (len(labelled), len(unlabelled)) == (16, 48)
+    assert sorted([*labelled, *unlabelled]) == list(range(64))
+    assert bool((task.given.rows[labelled] == -1).all())
+    assert bool((task.given.rows[unlabelled] >= 0).any())
+    assert 0 <= trainer.callback_metrics["train/pseudo_recall"] <= 1
+
+
+def test_no_image_is_tagged():
+    with pytest.raises(ValueError, match=r"^no training image has a known label"):
+        fitted(CAP, Labels(lambda target: target * 0 - 1, val_fraction=0.0), **OPTIONS)
+
+
+def test_resumes_to_the_bit(tmp_path):
+    assert resumes_to_the_bit(CAP, tmp_path, Half, **OPTIONS)
+
+
+def labelled_by(devices):
+    task = built(CAP, **{**OPTIONS, "warmup_epochs": 0})
+    options = {"strategy": "ddp", "devices": devices} if devices > 1 else {}
+    trainer_of(max_epochs=1, **options).fit(task, datamodule=Half(batch_size=64 // devices))
+    return task.given.rows.tolist()
+
+
+def test_two_processes_give_the_labels_of_one():
+    first, second = on_two_ranks(labelled_by, 2)
+    assert first == second == labelled_by(1)
