@@ -105,9 +105,9 @@ class CAP(SampleMemories, AveragedTask):
     Untagged are the ``unlabelled_indices`` of the data module, where it has them (``labelled_fraction``), and the
     images none of whose labels is known. Without any, only the tagged ones are learnt.
 
-    Logged each epoch after the warm-up: ``train/pseudo_positives`` (labels an untagged image gets) and, where the true
-    labels are known, ``train/pseudo_precision`` and ``pseudo_recall``. After ``fit`` the run folder holds
-    ``pseudo_labels.csv``: index and labels of every untagged image, by the averaged copy as it then is.
+    Logged after the warm-up: ``train/pseudo_positives`` (labels an untagged image gets) and, where the true ones are
+    known, ``train/pseudo_precision`` and ``pseudo_recall``. After ``fit`` the run folder holds ``pseudo_labels.csv``:
+    index and labels of every untagged image, by the averaged copy as it then is.
 
     Several processes: scores are gathered by index, so that all have the same thresholds; the loss is the sum over the
     joint batch.
@@ -226,8 +226,8 @@ class CAP(SampleMemories, AveragedTask):
         trainer: Any = self.trainer
         if unit == "epoch" or trainer.max_steps != -1 or trainer.max_epochs in (None, -1):
             return super().schedule_length(unit)
-        lengths = [len(PhasedLoader([self.phase(self.data, epoch)])) for epoch in (0, self.warmup_epochs)]
-        steps = [math.ceil(length / trainer.accumulate_grad_batches) for length in lengths]
+        batches = [len(self.phase(self.data, epoch).leading) for epoch in (0, self.warmup_epochs)]
+        steps = [math.ceil(count / trainer.accumulate_grad_batches) for count in batches]
         warm = min(self.warmup_epochs, trainer.max_epochs)
         return max(1, warm * steps[0] + (trainer.max_epochs - warm) * steps[1])
 
@@ -290,11 +290,9 @@ class CAP(SampleMemories, AveragedTask):
         index, scores, found = self.label_the_rest()
         if not self.trainer.is_global_zero:
             return
-        files = self.data.train_image
+        files, columns = self.data.train_image, {"index": index.tolist()}
         outputs = {"prediction": found.label > 0, "probabilities": scores.sigmoid()}
-        columns: dict[str, list[Any]] = {"index": index.tolist()}
         if isinstance(files, list):
             columns["path"] = [str(files[i]) for i in index.tolist()]
         columns["labels"] = self.problem.columns(outputs, self.data.class_names)["labels"]
-        rows = zip(*columns.values(), strict=True)
-        write_text(folder / "pseudo_labels.csv", csv_text([list(columns), *map(list, rows)]))
+        write_text(folder / "pseudo_labels.csv", csv_text([list(columns), *zip(*columns.values(), strict=True)]))

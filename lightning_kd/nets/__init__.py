@@ -127,8 +127,8 @@ def network_for(name: str, num_classes: int, input_shape: Sequence[int]) -> nn.M
     """
     if match := _DECODER.fullmatch(name):
         network = network_for(match[1], num_classes, input_shape)
-        width = {} if match[2] is None else {"embedding_dim": int(match[2]), "inner_dim": int(match[2]) * 8 // 3}
-        return with_ml_decoder(network, num_classes, input_shape, **width)
+        dim = int(match[2] or 768)
+        return with_ml_decoder(network, num_classes, input_shape, embedding_dim=dim, inner_dim=dim * 8 // 3)
     if _MLP.fullmatch(name):
         return build_network(name, num_classes, math.prod(input_shape))
     if len(input_shape) != 3:
