@@ -58,7 +58,7 @@ MUTANTS = [
     Mutant(
         "BinaryKL without the other half",
         "distillation/dhkd.py",
-        "temperature**2 * (on + off).sum(1)",
+        "temperature**2 * bernoulli_kl(student, teacher).sum(1)",
         "temperature**2 * on.sum(1)",
         KD,
     ),

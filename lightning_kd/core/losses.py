@@ -133,6 +133,13 @@ def negative_learning_loss(
     return loss.mean()
 
 
+def bernoulli_kl(student: Tensor, teacher: Tensor) -> Tensor:
+    """``KL(Bern(sigmoid(teacher)) || Bern(sigmoid(student)))`` of each logit, finite for any; of the shape of both."""
+    on = teacher.sigmoid() * (F.logsigmoid(teacher) - F.logsigmoid(student))
+    off = (-teacher).sigmoid() * (F.logsigmoid(-teacher) - F.logsigmoid(-student))
+    return on + off
+
+
 def asymmetric_loss(
     logits: Tensor,
     target: Tensor,

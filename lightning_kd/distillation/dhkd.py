@@ -12,14 +12,13 @@ from typing import Any, Literal
 
 import torch
 import torch.distributed as dist
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from lightning_kd.argument_checks import check_numbers
 from lightning_kd.core.batch import as_batch
 from lightning_kd.core.distributed import process_count
 from lightning_kd.core.feature_hooks import penultimate_tap
-from lightning_kd.core.losses import at_least_float32, check_logits, check_positive
+from lightning_kd.core.losses import at_least_float32, bernoulli_kl, check_logits, check_positive
 from lightning_kd.distillation.distillation_task import Distillation
 from lightning_kd.distillation.kd import kd_loss
 
@@ -50,9 +49,7 @@ def binary_kl_loss(student_logits: Tensor, teacher_logits: Tensor, temperature: 
     check_logits(student_logits, teacher_logits)
     check_positive(temperature=temperature)
     student, teacher = (z / temperature for z in at_least_float32(student_logits, teacher_logits.detach()))
-    on = teacher.sigmoid() * (F.logsigmoid(teacher) - F.logsigmoid(student))
-    off = (-teacher).sigmoid() * (F.logsigmoid(-teacher) - F.logsigmoid(-student))
-    return temperature**2 * (on + off).sum(1).mean()
+    return temperature**2 * bernoulli_kl(student, teacher).sum(1).mean()
 
 
 def binary_kl_norm_loss(student_logits: Tensor, teacher_logits: Tensor, temperature: float) -> Tensor:

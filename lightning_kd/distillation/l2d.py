@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from lightning_kd.argument_checks import check_numbers
 from lightning_kd.core.batch import as_batch
-from lightning_kd.core.losses import at_least_float32, check_label_values, check_logits, check_shapes
+from lightning_kd.core.losses import at_least_float32, bernoulli_kl, check_label_values, check_logits, check_shapes
 from lightning_kd.core.outputs import embeddings_of
 from lightning_kd.core.problems import MultiLabel
 from lightning_kd.distillation.distillation_task import Distillation
@@ -45,9 +45,7 @@ def multi_label_logits_loss(
         raise ValueError(f"reduction must be 'batchmean', 'sum' or 'mean', got {reduction!r}: give one of them")
     check_logits(student_logits, teacher_logits)
     student, teacher = at_least_float32(student_logits, teacher_logits.detach())
-    on = teacher.sigmoid() * (F.logsigmoid(teacher) - F.logsigmoid(student))
-    off = (-teacher).sigmoid() * (F.logsigmoid(-teacher) - F.logsigmoid(-student))
-    each = on + off
+    each = bernoulli_kl(student, teacher)
     return each.mean() if reduction == "mean" else each.sum() / (len(each) if reduction == "batchmean" else 1)
 
 
