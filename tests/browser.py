@@ -5,6 +5,7 @@ import os
 import shutil
 import subprocess
 import time
+from contextlib import contextmanager
 
 import pytest
 
@@ -71,6 +72,19 @@ class Browser:
         wait_until(lambda: self.read("document.readyState === 'complete' && location.protocol === 'file:'"))
         drawn = "new Promise(done => requestAnimationFrame(() => requestAnimationFrame(done)))"
         self.call("Runtime.evaluate", expression=drawn, awaitPromise=True)  # before that keys may be lost
+
+    @contextmanager
+    def second(self, path):
+        """A second window that shows ``path``, on which everything is done meanwhile; the first one stays as it is."""
+        first, self._session = self._session, None
+        target = self.call("Target.createTarget", url="about:blank")["targetId"]
+        self._session = self.call("Target.attachToTarget", targetId=target, flatten=True)["sessionId"]
+        self.call("Page.enable")
+        self.open(path)
+        yield
+        self._session = None
+        self.call("Target.closeTarget", targetId=target)
+        self._session = first
 
     def read(self, expression):
         """The value of a JavaScript expression."""

@@ -79,6 +79,8 @@ def browser(tmp_path_factory):
 def opened(browser, tmp_path, text):
     (tmp_path / "page.html").write_text(text, encoding="utf-8")
     browser.open(tmp_path / "page.html")
+    browser.read("localStorage.clear()")  # of a test with the same page
+    browser.open(tmp_path / "page.html")
     return browser
 
 
@@ -155,3 +157,88 @@ def test_pictures_are_shown(browser, tmp_path):
     opened(browser, tmp_path, page_of(count=3))
     wait_until(lambda: browser.read("document.getElementById('picture').naturalWidth") == 8)
     assert browser.read("document.getElementById('picture').className") == "small"
+
+
+def names_chosen(browser):
+    return browser.read("Object.entries(chosen).map(([k, c]) => [Number(k), choices[c].name])")
+
+
+@needs_browser
+@pytest.mark.parametrize(
+    ("class_names", "keys", "expected"),
+    [
+        (["1", "10", "2"], ["2", "1", "0", "1", "Enter", "u"], ["2", "10", "1", "unknown"]),
+        (sorted(map(str, range(1, 13))), ["1", "2", "1", "0", "1", "Enter", "7"], ["12", "10", "1", "7"]),
+        (["01", "02"], ["0", "2", "0", "1"], ["02", "01"]),
+        ([*"abcdefghi", "12 men", "x", "y", "z"], ["1", "2", "Backspace", "3", "1", "2", "Enter"], ["z", "y"]),
+    ],
+)
+def test_a_number_that_is_a_name_means_that_class(browser, tmp_path, class_names, keys, expected):
+    opened(browser, tmp_path, page_of(class_names, 5))
+    browser.press(*keys)
+    assert [name for _, name in names_chosen(browser)] == expected
+
+
+@needs_browser
+@pytest.mark.parametrize("name", ["cat", "Cat", "CAT"])
+def test_names_that_differ_in_case_only(browser, tmp_path, name):
+    opened(browser, tmp_path, page_of(["CAT", "Cat", "cat", *"abcdefgh"], 3))
+    browser.press(*name)
+    assert browser.read("document.querySelector('#choices .first bdi').textContent") == name
+    browser.press("Enter")
+    assert names_chosen(browser) == [[0, name]]
+
+
+@needs_browser
+@pytest.mark.parametrize("key", ["1", "Enter"])
+def test_a_key_held_down_chooses_once(browser, tmp_path, key):
+    opened(browser, tmp_path, page_of(["a", "b"], 6))
+    for k in range(4):
+        browser.call("Input.dispatchKeyEvent", type="keyDown", key=key, autoRepeat=k > 0)
+    browser.call("Input.dispatchKeyEvent", type="keyUp", key=key)
+    assert names_chosen(browser) == [[0, "a"]]
+
+
+@needs_browser
+def test_enter_presses_the_button_that_has_the_focus(browser, tmp_path):
+    opened(browser, tmp_path, page_of(["a", "b"], 6))  # predicted is a
+    browser.read("document.querySelector('#choices button:nth-child(2)').focus()")
+    browser.call("Input.dispatchKeyEvent", type="keyDown", key="Enter", windowsVirtualKeyCode=13, text="\r")
+    assert names_chosen(browser) == [[0, "b"]]
+
+
+@needs_browser
+def test_two_windows_on_one_page_lose_nothing(browser, tmp_path):
+    opened(browser, tmp_path, page_of(["a", "b"], 6))
+    browser.press("1", "1")
+    with browser.second(tmp_path / "page.html"):
+        assert names_chosen(browser) == [[0, "a"], [1, "a"]]
+    browser.press("2")
+    with browser.second(tmp_path / "page.html"):
+        browser.press("Delete", "2")
+    with browser.second(tmp_path / "page.html"):
+        assert names_chosen(browser) == [[0, "a"], [1, "a"], [2, "b"], [3, "b"]]
+    assert saved(browser)[1] == {0: "a", 10: "a", 20: "b", 30: "b", 40: "", 50: ""}
+
+
+@needs_browser
+def test_the_last_one_is_told(browser, tmp_path):
+    opened(browser, tmp_path, page_of(["a", "b"], 3))
+    browser.press("1", "ArrowRight", "2")
+    told = "document.getElementById('told').textContent"
+    assert browser.read(told).startswith("That was the last one; 1 are open.")
+    browser.press("s", control=True)
+    assert "(out (1).csv, where you saved it before: take the newest)" in browser.read(told)
+
+
+@needs_browser
+def test_a_narrow_screen_shows_picture_and_choices(browser, tmp_path):
+    metrics = {"width": 360, "height": 640, "deviceScaleFactor": 1, "mobile": True}
+    browser.call("Emulation.setDeviceMetricsOverride", **metrics)
+    try:
+        opened(browser, tmp_path, page_of(["a", "b"], 3))
+        bottom = browser.read("document.querySelector('#choices button').getBoundingClientRect().bottom")
+        assert bottom < 520
+        assert browser.read("document.documentElement.scrollWidth") <= 360
+    finally:
+        browser.call("Emulation.clearDeviceMetricsOverride")
