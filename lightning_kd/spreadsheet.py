@@ -15,7 +15,7 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, NamedTuple
 
-__all__ = ["Table", "column_name", "csv_text", "read_rows", "read_table"]
+__all__ = ["Table", "as_written", "column_name", "csv_text", "read_rows", "read_table", "without_zeros"]
 
 _FORMULA = re.compile(r"'*[=+\-@\t\r\n]")
 _NUMBER = r"(?:[+-]?(?:[\d.]+(?:e[+-]?\d+)?|inf|nan))?"
@@ -101,3 +101,14 @@ def read_table(path: Path) -> Table:
 def column_name(cell: str) -> str:
     """The name of a column as it is compared: in lower case, blanks as underscores."""
     return "_".join(cell.lower().split())
+
+
+def as_written(name: str) -> str:
+    """A name as it comes out of a file of ``csv_text`` and ``write_text``: without blanks around it, and bytes that are
+    no UTF-8 written out."""
+    return name.encode("utf-8", "backslashreplace").decode().strip()
+
+
+def without_zeros(text: str) -> str:
+    """``2`` for ``2.0``, as programs write whole numbers beside empty cells."""
+    return re.sub(r"(?<=\d)\.0+$", "", text)

@@ -1,5 +1,6 @@
 """Pages of real commands, labelled on in a browser by keyboard, and taken in by real commands."""
 
+import json
 from pathlib import Path
 
 import numpy as np
@@ -11,6 +12,8 @@ from lightning_kd import CrossEntropy
 from lightning_kd.cli import main
 from lightning_kd.core.run_folder import RunFolder
 from lightning_kd.data import DigitsDataModule, ImageFolderDataModule, LabelFile, OpenSetDataModule
+from lightning_kd.noisy_labels.correction_page import correction_page
+from lightning_kd.noisy_labels.label_scores import LabelScores
 from lightning_kd.pool import PoolRecord
 from lightning_kd.spreadsheet import read_rows
 from tests.browser import Browser, needs_browser
@@ -89,6 +92,24 @@ def test_labels_are_corrected_in_a_browser(browser, tmp_path):
     corrected.setup()
     expected[int(rows[0][0])] = 0
     assert corrected.train_target.tolist() == expected.tolist()
+
+
+def test_earlier_corrections_of_what_is_validated_on_now_are_kept(tmp_path):
+    photos(tmp_path / "photos", *PLACES)
+    Path("c.csv").write_text("index,class_name\n" + "".join(f"{k},=dög\n" for k in range(3)))
+    data = ImageFolderDataModule("photos", image_size=8, val_fraction=0.5, noise=LabelFile("c.csv"))
+    data.setup()
+    index = torch.from_numpy(data.train_indices)
+    given, n = data.train_target[index], len(index)
+    assert {*range(3)} & {*data.val_indices.tolist()}  # or this tests nothing
+    scores = LabelScores(index, given, given, torch.zeros(n), torch.zeros(n), torch.ones(n).double())
+    page = correction_page(scores, data, 2)
+    content = json.loads(page.split('id="page">', 1)[1].split("</script>", 1)[0])
+    lines = [*content["more"], *(f"{row['cells']},{row['otherwise']}" for row in content["rows"] if row["otherwise"])]
+    Path("again.csv").write_text("\n".join([content["header"], *lines]))
+    again = ImageFolderDataModule("photos", image_size=8, val_fraction=0.5, noise=LabelFile("again.csv"))
+    again.setup()
+    assert again.train_target.tolist() == data.train_target.tolist()
 
 
 def test_how_many_labels_are_shown(tmp_path):

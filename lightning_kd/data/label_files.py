@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from abc import abstractmethod
 from collections.abc import Sequence
 from pathlib import Path
@@ -13,7 +12,8 @@ from lightning_kd.core.notes import note
 from lightning_kd.data.array_files import only_numbers, read_arrays, to_target
 from lightning_kd.data.class_noise import SymmetricNoise
 from lightning_kd.data.label_noise import CleanLabels, LabelNoise, estimate_transition, sample_transition
-from lightning_kd.spreadsheet import column_name, read_rows
+from lightning_kd.data.label_rows import find_rows
+from lightning_kd.spreadsheet import as_written, column_name, read_rows, without_zeros
 
 # columns that say that their whole numbers are numbers of classes; those of class_name are names
 NUMBERED = ("given", "class_index")
@@ -70,9 +70,10 @@ class LabelFile(StoredNoise):
     - ``.csv``, separated by commas, semicolons or tabs: one label a line; or with a header (a single cell must be
       ``key``, ``label``, ``given``, ``class_name`` or ``class_index``), the column ``key``. With a column ``index``
       each line is for that sample, in any order, and samples without a line, or with an empty label, keep the data
-      set's own: so a file may hold corrections alone. How many labels it holds is then printed. ``2.0``, as programs
-      write whole numbers beside empty cells, is 2. The apostrophe that this package's
-      files have before a name that would be a formula (``'=x``) is not part of the name.
+      set's own: so a file may hold corrections alone. How many labels it holds is then printed. Where the samples are
+      image files and there is a column ``path``, a line is for that file, wherever it is now; lines for files that are
+      gone are left out, which is said. ``2.0``, as programs write whole numbers beside empty cells, is 2. The
+      apostrophe that this package's files have before a name that would be a formula (``'=x``) is not part of the name.
 
     Args:
         path: the file.
@@ -102,6 +103,8 @@ class LabelFile(StoredNoise):
                 columns = {name: cells[columns[column] != ""] for name, cells in columns.items()}
                 if not len(columns["index"]):
                     raise ValueError(f"the column {column} of {self.path!r} is empty: fill in the labels to correct")
+                columns["index"], here = find_rows(columns, clean.image, self.path)
+                columns = {name: cells[here] for name, cells in columns.items()}
             labels = class_indices(columns[column], clean.class_names, repr(self.path), column)
             if "index" in columns:
                 labels = _corrected(clean.target, columns["index"], labels, self.path)
@@ -164,13 +167,14 @@ def class_indices(labels: np.ndarray, class_names: Sequence[str], where: str, co
         ValueError: for a text that is none of these, and for whole numbers that may be either.
     """
     names = {name: c for c, name in enumerate(class_names)}
-    either = only_numbers(class_names) and any(name != str(c) for name, c in names.items())
+    names = {as_written(name): c for name, c in names.items()} | names
+    either = only_numbers(class_names) and any(name != str(c) for c, name in enumerate(class_names))
     if labels.dtype.kind in "iu" and (column == "class_name" or (either and column not in NUMBERED)):
         labels = labels.astype(str)
     if labels.dtype.kind != "U":
         return labels
     values, inverse = np.unique(labels, return_inverse=True)
-    text = {v: v if v in names else _without_zeros(v) for v in values.tolist()}
+    text = {v: v if v in names else without_zeros(v) for v in values.tolist()}
     # 18 digits at most: longer ones do not fit into int64
     number = {v: int(t) for v, t in text.items() if len(t) <= 18 and t.removeprefix("-").isdecimal()}
     name = {v: names[t] for v, t in text.items() if t in names}
@@ -189,17 +193,8 @@ def class_indices(labels: np.ndarray, class_names: Sequence[str], where: str, co
     return np.array([index[value] for value in values], dtype=np.int64)[inverse]
 
 
-def _without_zeros(text: str) -> str:
-    """``2`` for ``2.0``."""
-    return re.sub(r"(?<=\d)\.0+$", "", text)
-
-
-def _corrected(own: np.ndarray, index: np.ndarray, labels: np.ndarray, path: str) -> np.ndarray:
-    """A copy of the labels ``own`` with ``labels`` at the positions that the texts in ``index`` say."""
-    try:
-        place = np.array([*map(_without_zeros, index)]).astype(np.int64)
-    except (ValueError, OverflowError) as error:
-        raise ValueError(f"the column index of {path!r} must hold whole numbers ({error}): correct it") from None
+def _corrected(own: np.ndarray, place: np.ndarray, labels: np.ndarray, path: str) -> np.ndarray:
+    """A copy of the labels ``own`` with ``labels`` at the positions ``place``."""
     outside = place[(place < 0) | (place >= len(own))]
     if len(outside):
         raise ValueError(

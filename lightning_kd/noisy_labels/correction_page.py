@@ -4,8 +4,6 @@ from __future__ import annotations
 
 from typing import Any
 
-import torch
-
 from lightning_kd.core.label_page import PageRow, label_page, pictures_of
 from lightning_kd.noisy_labels.label_scores import LabelScores
 
@@ -15,8 +13,8 @@ __all__ = ["correction_page"]
 def correction_page(scores: LabelScores, data: Any, count: int) -> str:
     """The text of the page; what is saved on it, ``corrections.csv``, is a file that ``LabelFile`` takes.
 
-    ``LabelFile`` changes the data set's own labels. So the file also has the samples that were trained on with another
-    label than that, as after earlier corrections.
+    ``LabelFile`` changes the data set's own labels. So the file also has the samples that have another label than that,
+    as after earlier corrections; validation samples too, as they may be training samples the next time.
 
     Args:
         scores: of all training labels.
@@ -26,10 +24,10 @@ def correction_page(scores: LabelScores, data: Any, count: int) -> str:
     Raises:
         ValueError: where the samples are no images.
     """
-    order = scores.order()
-    order, others = order[:count], order[count:]
-    changed = torch.zeros_like(scores.given, dtype=torch.bool) if scores.clean is None else scores.given != scores.clean
+    order = scores.order()[:count]
     indices = scores.index[order].tolist()
+    clean = getattr(data, "train_clean", None)
+    changed = {*(() if clean is None else (data.train_target != clean).nonzero().flatten().tolist())}
     files = data.train_image if isinstance(data.train_image, list) else None
     names = data.class_names
     rows = []
@@ -43,7 +41,7 @@ def correction_page(scores: LabelScores, data: Any, count: int) -> str:
         facts.append(("clean probability", f"{float(scores.clean_probability[k]):.3f}"))
         if files is not None:
             facts.insert(0, ("path", files[index]))
-        rows.append(PageRow(cells(index), picture, facts, predicted, given, given if changed[k] else None))
+        rows.append(PageRow(cells(index), picture, facts, predicted, given, given if index in changed else None))
     return label_page(
         "the most doubtful labels",
         rows,
@@ -54,5 +52,5 @@ def correction_page(scores: LabelScores, data: Any, count: int) -> str:
         command="lightning-kd fit --config RUN/config.yaml --run ANOTHER_FOLDER --data.noise LabelFile "
         "--data.noise.path corrections.csv",
         keep_open=False,
-        more=[[*cells(int(scores.index[k])), names[int(scores.given[k])]] for k in sorted(others) if changed[k]],
+        more=[[*cells(index), names[int(data.train_target[index])]] for index in sorted(changed - {*indices})],
     )

@@ -9,7 +9,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from lightning_kd.pool.pool_record import UNKNOWN, PoolRecord, alone
-from lightning_kd.spreadsheet import column_name, read_table
+from lightning_kd.spreadsheet import as_written, column_name, read_table
 
 __all__ = ["main", "take_answers"]
 
@@ -86,7 +86,7 @@ def take_answers(path: Path, folder: Path, correct: bool = False, new_classes: S
             problems.append(f"{where}: index {index} comes twice")
         elif row is None:
             problems.append(f"{where}: index {index} was not asked for")
-        elif cells.get("path") and row.get("path") and cells["path"] != _as_written(row["path"]):
+        elif cells.get("path") and row.get("path") and cells["path"] != as_written(row["path"]):
             problems.append(f"{where}: index {index} is {row['path']!r}, not {cells['path']!r}")
         elif row["answer"] not in (None, label) and not correct:
             was = f"was answered {row['answer']!r} before, now {label!r}"
@@ -158,11 +158,6 @@ def _class_of(label: str, classes: Sequence[str]) -> str:
 
 def _plain(name: str) -> str:
     return " ".join(name.casefold().split())
-
-
-def _as_written(path: str) -> str:
-    """As it comes out of a CSV: see ``write_text`` and ``read_table``."""
-    return path.encode("utf-8", "backslashreplace").decode().strip()
 
 
 def _told_of_answers(

@@ -636,3 +636,39 @@ def test_from_the_command_line(capsys):
     main(["test", "--config", "out/config.yaml", "--ckpt_path", "last", "--trainer.enable_progress_bar", "false"])
     main(["fit", *args, *noise, "--data.noise.seed", "1", "--trainer.max_epochs", "1", "--overwrite"])
     assert str(read("out/noise.npz")["sha256"]) != str(drawn["sha256"])
+
+
+PHOTOS = [
+    f"/home/a/photos/{name}" for name in ("ant/0.png", "ant/1.png", "bee/0.png", "cow/ 2.png", "cow/caf\udce9.png")
+]
+
+
+@pytest.mark.parametrize("root", ["/home/a/photos/", "photos/", "/mnt/other/", ""])
+def test_a_line_is_for_its_file_wherever_that_is_now(root, capsys):
+    lines = [(1, "ant/1.png", "cow"), (3, "cow/ 2.png", "ant"), (4, "cow/caf\\udce9.png", "bee")]
+    Path("c.csv").write_text("index,path,class_name\n" + "".join(f"{k},{root}{p},{c}\n" for k, p, c in lines))
+    clean = [0, 0, 1, 2, 2]
+    assert LabelFile("c.csv").corrupt(clean, NAMES, PHOTOS).tolist() == [0, 2, 1, 0, 1]
+    assert "another index" not in capsys.readouterr().err
+    come = ["/home/a/photos/ant/00.png", *PHOTOS]
+    assert LabelFile("c.csv").corrupt([0, *clean], NAMES, come).tolist() == [0, 0, 2, 1, 0, 1]
+    assert "3 files of 'c.csv' have another index now" in capsys.readouterr().err
+    gone = [PHOTOS[k] for k in (0, 2, 3, 4)]
+    assert LabelFile("c.csv").corrupt([0, 1, 2, 2], NAMES, gone).tolist() == [0, 1, 0, 1]
+    assert (
+        f"1 files of 'c.csv' are no training images now, such as '{root}ant/1.png': left out" in capsys.readouterr().err
+    )
+
+
+def test_a_path_that_is_a_name_alone_goes_with_its_index():
+    Path("c.csv").write_text("index,path,label\n1,1.png,bee\n2,,cow\n")
+    assert LabelFile("c.csv").corrupt([0, 0, 1, 2, 2], NAMES, PHOTOS).tolist() == [0, 1, 2, 2, 2]
+    Path("c.csv").write_text("index,path,label\n3,x.png,ant\n")
+    with pytest.raises(ValueError, match=r"no path in 'c\.csv' is one of the training images, such as 'x\.png'"):
+        LabelFile("c.csv").corrupt([0, 0, 1, 2, 2], NAMES, PHOTOS)
+    assert LabelFile("c.csv").corrupt([0, 0, 1, 2], NAMES).tolist() == [0, 0, 1, 0]  # arrays have no paths
+
+
+def test_names_with_blanks_around_them():
+    Path("c.csv").write_text("index,class_name\n0,cow \n1,caf\\udce9\n")
+    assert LabelFile("c.csv").corrupt([0, 0], ["ant", " cow", "caf\udce9"]).tolist() == [1, 2]

@@ -1,0 +1,71 @@
+"""Which samples the lines of a table of labels are for."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+
+from lightning_kd.core.notes import note
+from lightning_kd.spreadsheet import as_written, without_zeros
+
+__all__ = ["find_rows"]
+
+
+def find_rows(columns: Mapping[str, np.ndarray], image: Any, source: str) -> tuple[np.ndarray, np.ndarray]:
+    """The positions of the samples that the lines of a table are for, and which lines are for a sample at all.
+
+    Positions change where files come or go; so a line with a ``path`` is for the file of that name.
+
+    Args:
+        columns: of text ``[n]``, ``index`` and perhaps ``path``.
+        image: the samples; where they are a list of paths, those are compared, from the folder on that holds all of
+            them, so that this may be another one.
+        source: the table, for messages.
+
+    Returns:
+        int64 ``[n]``, and bool ``[n]``: false where the file is none of ``image``, which is said.
+
+    Raises:
+        ValueError: for an ``index`` that is no whole number, and where no path is that of a sample.
+    """
+    try:
+        place = np.array([*map(without_zeros, columns["index"])]).astype(np.int64)
+    except (ValueError, OverflowError) as error:
+        raise ValueError(f"the column index of {source!r} must hold whole numbers ({error}): correct it") from None
+    here = np.ones(len(place), dtype=bool)
+    if not isinstance(image, list) or "path" not in columns:
+        return place, here
+    tails = _tails([as_written(path) for path in image])
+    moved = []
+    for k, path in enumerate(columns["path"].tolist()):
+        found = place[k] if not path else _find(path, tails)
+        if found is None:  # a table of somebody's own may have shorter names
+            here[k] = 0 <= place[k] < len(image) and f"/{as_written(image[place[k]])}".endswith(f"/{path}")
+        elif found != place[k]:
+            moved.append(path)
+            place[k] = found
+    gone = columns["path"][~here].tolist()
+    if len(place) and not here.any():
+        raise ValueError(
+            f"no path in {source!r} is one of the training images, such as {gone[0]!r}: is it for this data set? "
+            "Without the column path the lines are taken by their index"
+        )
+    if moved:
+        note(f"{len(moved)} files of {source!r} have another index now, such as {moved[0]!r}: taken by their path")
+    if gone:
+        note(f"{len(gone)} files of {source!r} are no training images now, such as {gone[0]!r}: left out")
+    return place, here
+
+
+def _tails(paths: list[str]) -> dict[str, int]:
+    """The positions of ``paths`` by what comes after the folder that holds them all."""
+    root = os.path.commonpath([os.path.dirname(path) for path in paths]) if paths else ""
+    return {os.path.relpath(path, root or "."): k for k, path in enumerate(paths)}
+
+
+def _find(path: str, tails: Mapping[str, int]) -> int | None:
+    parts = path.split(os.sep)
+    return next((tails[tail] for k in range(len(parts)) if (tail := os.sep.join(parts[k:])) in tails), None)
