@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 
 from lightning_kd.data.pool_samples import PoolSamples
-from lightning_kd.data.pool_split import UNLABELLED, PoolSplit
+from lightning_kd.data.pool_split import PoolSplit
 from lightning_kd.pool import UNKNOWN, PoolRecord
 
 
@@ -75,11 +75,17 @@ def adopt_settings(record: PoolRecord, settings: dict[str, Any]) -> None:
 
 
 def find_files(record: PoolRecord, samples: PoolSamples) -> None:
-    """Bring the positions in ``record`` to where the files of its rows are now: some may have come or gone."""
+    """Bring the positions in ``record`` to where the files of its rows are now: some may have come or gone.
+
+    ``asked_as`` of a row keeps the earlier ones, by which files of earlier queries name it.
+    """
     place = {samples.path_of(i): i for i in range(samples.own_count, len(samples.image))}
     gone = [row for row in record.queries if row.get("path") not in place]
-    for row in record.queries:
-        row["index"] = place.get(row.get("path"), UNLABELLED)
+    for k, row in enumerate(record.queries):
+        index = place.get(row.get("path"), -1 - k)
+        if row["index"] >= 0 and row["index"] not in (index, *row.get("asked_as", [])):
+            row["asked_as"] = [*row.get("asked_as", []), row["index"]]
+        row["index"] = index
     if gone:
         warnings.warn(
             f"{len(gone)} images asked for are no longer in {samples.path!r}, such as "

@@ -3,17 +3,20 @@
 from __future__ import annotations
 
 import argparse
+import difflib
 import shlex
+import unicodedata
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from lightning_kd.pool.pool_record import UNKNOWN, PoolRecord, alone
-from lightning_kd.spreadsheet import as_written, column_name, read_table
+from lightning_kd.spreadsheet import as_written, column_name, read_table, without_zeros
 
 __all__ = ["main", "take_answers"]
 
 MOST_SHOWN = 10
+MOST_NAMES = 20
 COLUMNS = ("index", "path", "score", "predicted", "label")
 
 
@@ -63,51 +66,54 @@ def take_answers(path: Path, folder: Path, correct: bool = False, new_classes: S
     record = PoolRecord.load(folder / "pool.json")
     added = _added_classes(record, new_classes)
     classes = [*record.settings.get("classes", []), *added, UNKNOWN]
-    asked = {row["index"]: row for row in record.queries}
-    rows, read_as = _read(path)
-    seen: dict[int, str | None] = {}
+    find = _Finder(record)
+    rows, width, read_as = _read(path)
+    seen: dict[int, str | None] = {}  # by position in the record
     repeated = typed = 0
     problems: list[str] = []
-    for line, cells in rows:
+    for line, number, cells in rows:
+        where = f"line {line}"
+        if number > width:
+            problems.append(f"{where} has {number} cells, the first line {width}: put a cell with separators in quotes")
+            continue
         label = _class_of(cells["label"], classes)
         if not label and not correct:
             continue
         typed += label != cells["label"]
-        where = f"line {line}"
         try:
-            index = int(cells["index"])
+            index = int(without_zeros(cells["index"]))
         except ValueError:
             problems.append(f"{where}: index {cells['index']!r} is no whole number")
             continue
-        row = asked.get(index)
         if label and label not in classes:
-            problems.append(f"{where}: {label!r} is none of {', '.join(classes)}")
-        if index in seen:
+            problems.append(f"{where}: {_no_class(label, classes)}")
+        place = find(index, cells.get("path", ""))
+        if isinstance(place, str):
+            problems.append(f"{where}: {place}")
+            continue
+        row = record.queries[place]
+        if place in seen:
             problems.append(f"{where}: index {index} comes twice")
-        elif row is None:
-            problems.append(f"{where}: index {index} was not asked for")
-        elif cells.get("path") and row.get("path") and cells["path"] != as_written(row["path"]):
-            problems.append(f"{where}: index {index} is {row['path']!r}, not {cells['path']!r}")
         elif row["answer"] not in (None, label) and not correct:
             was = f"was answered {row['answer']!r} before, now {label!r}"
             problems.append(f"{where}: index {index} {was} (--correct changes it)")
         elif row["answer"] not in (None, label) and row["by"] != "person":
             problems.append(f"{where}: index {index} was answered {row['answer']!r} by the {row['by']}, not a person")
-        seen[index] = label or None
-        repeated += row is not None and bool(label) and row["answer"] == label
+        seen[place] = label or None
+        repeated += bool(label) and row["answer"] == label
     problems += [f"no line is labelled {name!r}, the new class" for name in added if name not in seen.values()]
     if problems:
         more = len(problems) - MOST_SHOWN
         shown = [*problems[:MOST_SHOWN], *([f"and {more} more"] if more > 0 else [])]
         raise ValueError("\n  ".join([f"nothing was taken from {path}, as {len(problems)} things are wrong:", *shown]))
-    before = {index: asked[index]["answer"] for index in seen}
+    before = {place: record.queries[place]["answer"] for place in seen}
     if not any(seen.values()) and not any(before.values()):
         raise ValueError(f"{path} holds no answer: fill in the column label with a class name or {UNKNOWN!r}")
     if added:
         record.add_classes(added)
     if correct:
-        record.correct_answers(seen, "person")
-    answers = {index: label for index, label in seen.items() if label is not None}
+        record.correct_answers({record.queries[k]["index"]: label for k, label in seen.items()}, "person")
+    answers = {record.queries[k]["index"]: label for k, label in seen.items() if label is not None}
     record.add_answers(answers, "person")
     record.save()
     text = _told_of_answers(record, seen, before, repeated, classes)
@@ -120,10 +126,35 @@ def take_answers(path: Path, folder: Path, correct: bool = False, new_classes: S
             f"\n{', '.join(map(repr, added))}: known from now on. The next fit has {len(classes) - 1} classes, and "
             "goes on from no earlier checkpoint"
         )
-    waiting = len(record.pending)
-    if waiting:
-        return f"{text}\n{waiting} samples still wait for an answer"
+    if waiting := len(record.pending):
+        text += f"\n{waiting} samples still wait for an answer; it may be given later, too"
     return f"{text}\nnext: lightning-kd fit --config {shlex.quote(f'{folder}/config.yaml')} --overwrite"
+
+
+class _Finder:
+    """Which entry of a record a line is for."""
+
+    def __init__(self, record: PoolRecord) -> None:
+        self._queries = record.queries
+        self._by_path = {as_written(row["path"]): k for k, row in enumerate(record.queries) if row.get("path")}
+        self._by_index: dict[int, list[int]] = {}
+        for k, row in enumerate(record.queries):
+            for index in {row["index"], *row.get("asked_as", [])}:
+                self._by_index.setdefault(index, []).append(k)
+
+    def __call__(self, index: int, path: str) -> int | str:
+        """Its position, or what is wrong."""
+        found = self._by_index.get(index, [])
+        if not found:
+            return f"index {index} was not asked for"
+        if path and self._by_path:
+            if (place := self._by_path.get(path)) in found:
+                return place
+            return f"index {index} is {self._queries[found[0]].get('path')!r}, not {path!r}"
+        if len(found) > 1:
+            paths = " and ".join(repr(self._queries[k].get("path")) for k in found)
+            return f"index {index} was that of {paths}, as files came or went: keep the column path"
+        return found[0]
 
 
 def _added_classes(record: PoolRecord, names: Sequence[str]) -> list[str]:
@@ -152,12 +183,25 @@ def _added_classes(record: PoolRecord, names: Sequence[str]) -> list[str]:
 
 def _class_of(label: str, classes: Sequence[str]) -> str:
     """The class that somebody meant by ``label``; as it is where there is none."""
-    alike = [name for name in classes if _plain(name) == _plain(label)]
-    return alike[0] if label not in classes and len(alike) == 1 else label
+    for text in dict.fromkeys((label, without_zeros(label))):
+        if text in classes:
+            return text
+        alike = [name for name in classes if _plain(name) == _plain(text)]
+        if len(alike) == 1:
+            return alike[0]
+    return label
+
+
+def _no_class(label: str, classes: Sequence[str]) -> str:
+    shown = ", ".join(classes[:MOST_NAMES]) + (f" and {len(classes) - MOST_NAMES} more" * (len(classes) > MOST_NAMES))
+    names = {_plain(name): name for name in classes}
+    near = difflib.get_close_matches(_plain(label), names, n=1)
+    hint = f"did you mean {names[near[0]]!r}" if near else f"is it a new one, --new_class {shlex.quote(label)}"
+    return f"{label!r} is none of {shown}: {hint}?"
 
 
 def _plain(name: str) -> str:
-    return " ".join(name.casefold().split())
+    return " ".join(unicodedata.normalize("NFC", as_written(name)).casefold().split())
 
 
 def _told_of_answers(
@@ -180,8 +224,9 @@ def _told_of_answers(
     return f"{text} in {record.path}\nby class: {shown or 'none'}; open: {len(record.pending)}"
 
 
-def _read(path: Path) -> tuple[list[tuple[int, dict[str, str]]], list[str]]:
-    """Line number and cells of each row, with the columns ``index`` and ``label``; and what is unusual in the file."""
+def _read(path: Path) -> tuple[list[tuple[int, int, dict[str, str]]], int, list[str]]:
+    """Line number, number of cells and cells of each row, with the columns ``index`` and ``label``; how many columns
+    there are; and what is unusual in the file."""
     if not path.is_file():
         raise FileNotFoundError(f"{path} does not exist: name the CSV file with the answers")
     table = read_table(path)
@@ -194,4 +239,5 @@ def _read(path: Path) -> tuple[list[tuple[int, dict[str, str]]], list[str]]:
         raise ValueError(f"{path} names the column {twice[0]!r} twice in its first line: rename or remove one")
     others = [cell for cell, name in zip(header, names, strict=True) if cell and name not in COLUMNS]
     form = [*table.form, *([f"columns not looked at: {', '.join(others)}"] if others else [])]
-    return [(line, dict(zip(names, [*cells, *[""] * len(names)], strict=False))) for line, cells in rows], form
+    padded = ((line, len(cells), [*cells, *[""] * len(names)]) for line, cells in rows)
+    return [(line, count, dict(zip(names, cells, strict=False))) for line, count, cells in padded], len(names), form

@@ -228,3 +228,61 @@ def test_names_of_files_that_are_no_utf8_or_end_in_blanks(tmp_path):
     write_text(tmp_path / "answers.csv", csv_text(rows))
     main(["label", str(tmp_path / "answers.csv")])
     assert {row["answer"] for row in PoolRecord.load(tmp_path / "pool.json").queries} == {"cat"}
+
+
+@pytest.mark.parametrize("line", ["3,x/3.png,0.9,cat,cat, big", "3,x/3.png,0,9,cat,"])
+def test_a_line_of_more_cells_than_columns_is_refused(pool, tmp_path, capsys, line):
+    with pytest.raises(SystemExit):
+        answer(tmp_path, f"index,path,score,predicted,label\n{line}\n")
+    assert "line 2 has 6 cells, the first line 5: put a cell with separators in quotes" in capsys.readouterr().err
+    assert answers(pool)[3] == (None, None)
+
+
+def test_whole_numbers_as_programs_write_them_beside_empty_cells(tmp_path):
+    record = PoolRecord(tmp_path / "pool.json", {"classes": ["1", "2", "3.0"]})
+    record.add_query([3, 1, 8], [0.9, 0.5, 0.1], ["1"] * 3)
+    record.save()
+    answer(tmp_path, "index,label\n3.0,1.0\n1.0,2.00\n8,3.0\n")
+    assert [row["answer"] for row in record.load(record.path).queries] == ["1", "2", "3.0"]
+
+
+def test_letters_with_marks_in_one_piece_or_two(tmp_path):
+    record = PoolRecord(tmp_path / "pool.json", {"classes": ["d\u00f6g", "ne\u0301"]})
+    record.add_query([3, 1], [0.9, 0.5], ["ne\u0301"] * 2)
+    record.save()
+    answer(tmp_path, "index,label\n3,do\u0308g\n1,N\u00e9\n")
+    assert [row["answer"] for row in record.load(record.path).queries] == ["d\u00f6g", "ne\u0301"]
+
+
+@pytest.mark.parametrize(
+    ("label", "hint"), [("catt", "did you mean 'cat'?"), ("Big bird", "is it a new one, --new_class 'Big bird'?")]
+)
+def test_what_a_wrong_name_may_mean_is_told(pool, tmp_path, capsys, label, hint):
+    with pytest.raises(SystemExit):
+        answer(tmp_path, f"index,label\n3,{label}\n")
+    assert f"line 2: {label!r} is none of cat, dog, unknown: {hint}" in capsys.readouterr().err
+
+
+def test_many_classes_are_not_all_told(tmp_path, capsys):
+    record = PoolRecord(tmp_path / "pool.json", {"classes": [f"class {k}" for k in range(1000)]})
+    record.add_query([3], [0.9], ["class 1"])
+    record.save()
+    with pytest.raises(SystemExit):
+        answer(tmp_path, "index,label\n3,cow\n")
+    assert "class 19 and 981 more: is it a new one" in capsys.readouterr().err
+
+
+def test_an_index_that_was_that_of_two_files_needs_the_path(tmp_path, capsys):
+    record = PoolRecord(tmp_path / "pool.json", {"classes": ["cat", "dog"]})
+    record.add_query([3, 4, 5], [0.9, 0.5, 0.1], ["cat"] * 3, ["a.png", "b.png", "c.png"])
+    record.queries[0]["asked_as"] = [2]
+    record.queries[1]["asked_as"] = [3]
+    record.save()
+    with pytest.raises(SystemExit):
+        answer(tmp_path, "index,label\n3,cat\n")
+    assert "index 3 was that of 'a.png' and 'b.png', as files came or went: keep the column path" in (
+        capsys.readouterr().err
+    )
+    answer(tmp_path, "index,label\n2,cat\n4,dog\n")
+    answer(tmp_path, "index,path,label\n3,b.png,dog\n3,a.png,cat\n5,c.png,unknown\n")
+    assert [row["answer"] for row in record.load(record.path).queries] == ["cat", "dog", "unknown"]
