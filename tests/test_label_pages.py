@@ -62,6 +62,18 @@ def test_a_query_is_answered_in_a_browser(browser, tmp_path, capsys):
     assert answers == {
         row[1]: answer for row, answer in zip(asked, ["<b>cat", "unknown", None, "=dög", None, None], strict=True)
     }
+    main(["fit", "--config", "r/config.yaml", "--overwrite"])
+    main(["query", "--config", "r/config.yaml", *QUIET])  # the 2 others of the pool, then the open ones again
+    _, *again = [row[1] for _, row in read_rows(Path("r/query_01.csv"))]
+    assert again[2:] == [asked[k][1] for k in (2, 4, 5)]
+    there = {f"{place}/{k} & é.png" for place in ("</script>", "@x") for k in range(4)}
+    assert {*again[:2]} == there - {row[1] for row in asked}
+    browser.open(Path("r/query_01.html"))
+    browser.press("1", "ArrowRight", "2")
+    browser.press("s", control=True)
+    main(["label", str(browser.downloaded("query_01.csv")), "--run", "r"])
+    answers = {row["path"]: row["answer"] for row in PoolRecord.load("r/pool.json").queries}
+    assert [answers[path] for path in again] == ["<b>cat", None, "=dög", None, None]
 
 
 @needs_browser
@@ -174,13 +186,41 @@ def test_a_new_class_in_a_run(tmp_path, capsys):
     assert "new_classes:\n    - bird\n" in Path("r/config.yaml").read_text()
     main(["test", "--config", "r/config.yaml", "--ckpt_path", "last"])
     with pytest.raises(SystemExit):
-        main(["query", "--config", "r/config.yaml", *QUIET])
-    assert "1 samples of query_00.csv wait" in capsys.readouterr().err
+        main(["label", "r/query_00.csv"])
+    assert "holds no answer" in capsys.readouterr().err
     label_some("r", "=dög")  # the bird was none
     main(["label", "r/answers.csv", "--correct"])
     with pytest.raises(SystemExit):
         main(["fit", "--config", "r/config.yaml", "--overwrite"])
     assert "no sample of the new class 'bird' is left" in capsys.readouterr().err
+
+
+def test_images_that_come_and_go_between_query_and_answer(tmp_path, capsys):
+    photos(tmp_path / "photos", *PLACES, "pool/m")
+    source = [word.replace("--data.", "--data.source.") for word in FOLDER]
+    pool = ["--data", "OpenSetDataModule", "--data.source", *source, "--data.pool", "photos/pool", "--data.budget", "3"]
+    main(["fit", "--model", "LfOSA", "--model.network", "mlp_8", *pool, *SHORT])
+    query = ["query", "--config", "r/config.yaml", *QUIET]
+    main(query)
+    label_some("r", "<b>cat", "", "=dög")
+    main(["label", "r/answers.csv"])
+    photos(tmp_path / "photos", "pool/first")  # before the others
+    _, *asked = [row for _, row in read_rows(Path("r/query_00.csv"))]
+    Path("photos/pool", asked[1][1]).unlink()  # the open one
+    main(query)
+    _, *again = [row for _, row in read_rows(Path("r/query_01.csv"))]
+    assert len(again) == 3
+    assert asked[1][1] not in [row[1] for row in again]
+    label_some("r", "=dög", "unknown", "<b>cat")  # the old file
+    capsys.readouterr()
+    main(["label", "r/answers.csv", "--correct"])
+    assert "1 new, 2 changed" in capsys.readouterr().out
+    answers = {row["path"]: row["answer"] for row in PoolRecord.load("r/pool.json").queries}
+    expected = zip(asked, ["=dög", "unknown", "<b>cat"], strict=True)
+    assert answers == {row[1]: answer for row, answer in expected} | {row[1]: None for row in again}
+    with pytest.raises(SystemExit):
+        main(query)
+    assert "3 samples of query_01.csv wait for an answer" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(

@@ -52,7 +52,7 @@ def select_query(
     index, *values = gather_by_index(columns.pop("index"), *columns.values())
     scores = dict(zip(columns, values, strict=True))
     labelled = np.isin(index.numpy(), data.known_indices)
-    rows = torch.from_numpy(~labelled)
+    rows = torch.from_numpy(~labelled & ~np.isin(index.numpy(), _open_indices(data)))
     of_labelled = {k: v[~rows] for k, v in scores.items()} if task.needs_labelled else {}
     view = data.view(index[rows].numpy(), of_labelled)
     of_pool = {name: value[rows] for name, value in scores.items()}
@@ -97,23 +97,32 @@ def write_query(trainer: L.Trainer, task: PoolTask, data: Any, folder: Path, ckp
     ``lightning_kd.spreadsheet``. ``query_ROUND.html`` shows the same with pictures, to choose by mouse or keys, where
     the samples are images; it saves such a file.
 
+    What is still open of earlier queries is asked for again, after the new samples.
+
     Raises:
-        ValueError: where an earlier query waits for answers.
+        ValueError: where nobody has answered anything of the latest query, or nothing else is left in the pool.
     """
     data.setup("predict")
     file = folder / "pool.json"
     record = PoolRecord.load(file) if file.is_file() else PoolRecord(file)
-    if record.pending:
-        path = folder / f"query_{record.pending[0]['round']:02d}.csv"
+    data.set_record(record)
+    if _waits(record):
+        path = folder / f"query_{record.round - 1:02d}.csv"
         if not path.is_file():  # it broke between the record and this file
             if trainer.is_global_zero:
-                _write_files(path, record.pending, data)
+                record.save()
+                _write_files(path, _to_ask(record), data)
             return path
         raise ValueError(
-            f"{len(record.pending)} samples of {path.name} wait for an answer: fill in the column label and run "
+            f"{len(_to_ask(record))} samples of {path.name} wait for an answer: fill in the column label and run "
             f"lightning-kd label {path} first"
         )
-    data.set_record(record)
+    asked = _open_indices(data)
+    if len(asked) and not len(np.setdiff1d(data.unlabelled_indices, asked)):
+        raise ValueError(
+            f"all {len(asked)} samples that are left in the pool wait for an answer: see the column answer of {file}, "
+            "and run lightning-kd label with the files of those queries"
+        )
     query, predicted = select_query(trainer, task, data, ckpt_path)
     number = record.round
     record.results.append(start_result(task, data, number))
@@ -121,9 +130,26 @@ def write_query(trainer: L.Trainer, task: PoolTask, data: Any, folder: Path, ckp
     path = folder / f"query_{number:02d}.csv"
     if trainer.is_global_zero:
         record.save()
-        _write_files(path, record.pending, data)
+        _write_files(path, _to_ask(record), data)
     wait_for_all()
     return path
+
+
+def _to_ask(record: PoolRecord) -> list[dict[str, Any]]:
+    """The entries that a person is asked for, the latest query first, without those whose file is gone."""
+    return sorted((row for row in record.pending if row["index"] >= 0), key=lambda row: -row["round"])
+
+
+def _waits(record: PoolRecord) -> bool:
+    """Whether nothing of the latest query has been answered, that could be."""
+    latest = [row for row in record.queries if row["round"] == record.round - 1]
+    return all(row["answer"] is None for row in latest) and any(row["index"] >= 0 for row in latest)
+
+
+def _open_indices(data: Any) -> np.ndarray:
+    """Positions that were asked for, and are not answered yet."""
+    rows = [] if data.record is None else _to_ask(data.record)
+    return np.array([row["index"] for row in rows], dtype=np.int64)
 
 
 def start_result(task: PoolTask, data: Any, number: int) -> dict[str, Any]:
