@@ -1339,4 +1339,33 @@ MUTANTS = [
         "for part in ():",
         ("tests/cli/test_config_check.py",),
     ),
+    # pages and answers
+    Mutant(
+        "corrections go by index, whatever the path",
+        "data/label_rows.py",
+        "            place[k] = found",
+        "            pass",
+        ("tests/data/test_label_files.py",),
+    ),
+    Mutant(
+        "corrections of validation samples are lost",
+        "noisy_labels/correction_page.py",
+        "sorted(changed - {*indices})",
+        "sorted(changed & {*scores.index.tolist()} - {*indices})",
+        ("tests/test_label_pages.py",),
+    ),
+    Mutant(
+        "what is open is asked for as if it were new",
+        "active_learning/queries.py",
+        "~labelled & ~np.isin(index.numpy(), _open_indices(data))",
+        "~labelled",
+        ("tests/test_label_pages.py",),
+    ),
+    Mutant(
+        "a line of too many cells is taken",
+        "pool/label_command.py",
+        "if number > width:",
+        "if number < 0:",
+        ("tests/pool/test_label_command.py",),
+    ),
 ]

@@ -202,25 +202,25 @@ def test_images_that_come_and_go_between_query_and_answer(tmp_path, capsys):
     main(["fit", "--model", "LfOSA", "--model.network", "mlp_8", *pool, *SHORT])
     query = ["query", "--config", "r/config.yaml", *QUIET]
     main(query)
-    label_some("r", "<b>cat", "", "=dög")
+    label_some("r", "<b>cat")
     main(["label", "r/answers.csv"])
     photos(tmp_path / "photos", "pool/first")  # before the others
     _, *asked = [row for _, row in read_rows(Path("r/query_00.csv"))]
-    Path("photos/pool", asked[1][1]).unlink()  # the open one
-    main(query)
+    Path("photos/pool", asked[1][1]).unlink()  # one of the two open ones
+    main([*query, "--data.budget", "6"])  # more than are left beside the open one
     _, *again = [row for _, row in read_rows(Path("r/query_01.csv"))]
-    assert len(again) == 3
+    assert [row[1] for row in again[5:]] == [asked[2][1]]
     assert asked[1][1] not in [row[1] for row in again]
     label_some("r", "=dög", "unknown", "<b>cat")  # the old file
     capsys.readouterr()
     main(["label", "r/answers.csv", "--correct"])
-    assert "1 new, 2 changed" in capsys.readouterr().out
+    assert "2 new, 1 changed" in capsys.readouterr().out
     answers = {row["path"]: row["answer"] for row in PoolRecord.load("r/pool.json").queries}
     expected = zip(asked, ["=dög", "unknown", "<b>cat"], strict=True)
-    assert answers == {row[1]: answer for row, answer in expected} | {row[1]: None for row in again}
+    assert answers == {row[1]: None for row in again} | {row[1]: answer for row, answer in expected}
     with pytest.raises(SystemExit):
         main(query)
-    assert "3 samples of query_01.csv wait for an answer" in capsys.readouterr().err
+    assert "5 samples of query_01.csv wait for an answer" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(

@@ -242,3 +242,12 @@ def test_a_narrow_screen_shows_picture_and_choices(browser, tmp_path):
         assert browser.read("document.documentElement.scrollWidth") <= 360
     finally:
         browser.call("Emulation.clearDeviceMetricsOverride")
+
+
+@needs_browser
+def test_digits_of_other_keyboards(browser, tmp_path):
+    opened(browser, tmp_path, page_of([str(digit) for digit in range(10)], 6))
+    pressed = [("&", "Digit1", 0), ("é", "Digit2", 0), ("3", "Digit3", 8), ("!", "Digit1", 8), ("U", "KeyU", 8)]
+    for key, code, modifiers in pressed:
+        browser.call("Input.dispatchKeyEvent", type="keyDown", key=key, code=code, modifiers=modifiers)
+    assert names_chosen(browser) == [[0, "1"], [1, "2"], [2, "3"], [3, "unknown"]]
