@@ -62,8 +62,8 @@ def find_rows(columns: Mapping[str, np.ndarray], image: Any, source: str) -> tup
 
 def _tails(paths: list[str]) -> dict[str, int]:
     """The positions of ``paths`` by what comes after the folder that holds them all."""
-    root = os.path.commonpath([os.path.dirname(path) for path in paths]) if paths else ""
-    return {os.path.relpath(path, root or "."): k for k, path in enumerate(paths)}
+    shared = os.path.commonprefix(paths).rfind(os.sep) + 1  # noqa: RUF071  # cut off at a folder
+    return {path[shared:]: k for k, path in enumerate(paths)}
 
 
 def _find(path: str, tails: Mapping[str, int]) -> int | None:

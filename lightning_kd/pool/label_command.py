@@ -86,7 +86,7 @@ def take_answers(path: Path, folder: Path, correct: bool = False, new_classes: S
             problems.append(f"{where}: index {cells['index']!r} is no whole number")
             continue
         if label and label not in classes:
-            problems.append(f"{where}: {_no_class(label, classes)}")
+            problems.append(f"{where}: {_no_class(label, classes, 'samples' not in record.settings)}")
         place = find(index, cells.get("path", ""))
         if isinstance(place, str):
             problems.append(f"{where}: {place}")
@@ -192,12 +192,14 @@ def _class_of(label: str, classes: Sequence[str]) -> str:
     return label
 
 
-def _no_class(label: str, classes: Sequence[str]) -> str:
+def _no_class(label: str, classes: Sequence[str], may_be_new: bool) -> str:
     shown = ", ".join(classes[:MOST_NAMES]) + (f" and {len(classes) - MOST_NAMES} more" * (len(classes) > MOST_NAMES))
     names = {_plain(name): name for name in classes}
     near = difflib.get_close_matches(_plain(label), names, n=1)
-    hint = f"did you mean {names[near[0]]!r}" if near else f"is it a new one, --new_class {shlex.quote(label)}"
-    return f"{label!r} is none of {shown}: {hint}?"
+    hint = f": is it a new one, --new_class {shlex.quote(label)}?" if may_be_new else ""
+    if near:
+        hint = f": did you mean {names[near[0]]!r}?"
+    return f"{label!r} is none of {shown}{hint}"
 
 
 def _plain(name: str) -> str:

@@ -251,3 +251,13 @@ def test_digits_of_other_keyboards(browser, tmp_path):
     for key, code, modifiers in pressed:
         browser.call("Input.dispatchKeyEvent", type="keyDown", key=key, code=code, modifiers=modifiers)
     assert names_chosen(browser) == [[0, "1"], [1, "2"], [2, "3"], [3, "unknown"]]
+
+
+@needs_browser
+def test_a_browser_that_keeps_nothing(browser, tmp_path):
+    opened(browser, tmp_path, page_of(["a", "b"], 4))
+    browser.press("1")
+    browser.read("Storage.prototype.setItem = () => { throw new Error('full') }")
+    browser.press("2", "Backspace", "1", "2")
+    assert "keeps nothing" in browser.read("document.getElementById('told').textContent")
+    assert saved(browser)[1] == {0: "a", 10: "a", 20: "b", 30: ""}

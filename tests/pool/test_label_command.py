@@ -217,6 +217,9 @@ def test_a_benchmark_has_no_new_class(pool, tmp_path, capsys):
     with pytest.raises(SystemExit):
         with_new_class(tmp_path, "index,label\n3,bird\n", "bird")
     assert "name the known_classes of the data instead" in capsys.readouterr().err
+    with pytest.raises(SystemExit):
+        answer(tmp_path, "index,label\n3,bird\n")
+    assert "'bird' is none of cat, dog, unknown\n" in capsys.readouterr().err
 
 
 def test_names_of_files_that_are_no_utf8_or_end_in_blanks(tmp_path):
