@@ -82,6 +82,39 @@ def test_images_in_any_form_get_what_the_command_says(run):
     assert not predictor.network.training
 
 
+def test_arrays_and_tensors_that_would_mean_something_else(run, tmp_path):
+    predictor = lightning_kd.load("r/checkpoints/last.ckpt", device="cpu")
+    array = np.asarray(Image.open("new/1.png"))
+    expected = predictor.predict(array).probabilities
+    np.save("one.npy", array[None])
+    for images in (array / 255, (array / 255).astype(np.float32)[None], "one.npy"):
+        torch.testing.assert_close(predictor.predict(images).probabilities, expected, atol=1e-6, rtol=0)
+    tensor = torch.rand(3, 16, 16, generator=torch.Generator().manual_seed(0))
+    wrong = [tensor * 255, (tensor - 0.45) / 0.22, tensor.where(tensor > 0.1, torch.nan), array.astype(float)]
+    for images in wrong:
+        with pytest.raises(ValueError, match="must be from 0 to 1 and not normalised, got values from"):
+            predictor.predict(images)
+    for empty in (array[None][:0], tensor[None][:0]):
+        with pytest.raises(ValueError, match="images is empty"):
+            predictor.predict(empty)
+    for nothing in (None, 3):
+        with pytest.raises(TypeError, match="images must be a path, a PIL image"):
+            predictor.predict(nothing)
+    with pytest.raises(FileNotFoundError, match="images 'gone' does not exist"):
+        predictor.predict("gone")
+
+
+def test_several_grey_images_in_one_array(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    main([*CLASSIFY[:-2], "--trainer.max_epochs", "1", "--data", "DigitsDataModule", "--run", "d"])
+    predictor = lightning_kd.load("d", device="cpu")
+    image = np.random.default_rng(0).integers(0, 256, (5, 8, 8), dtype=np.uint8)
+    found = predictor.predict(image).probabilities
+    assert found.shape == (5, 10)
+    torch.testing.assert_close(found, predictor.predict(list(image)).probabilities)
+    torch.testing.assert_close(found[2:3], predictor.predict(image[2]).probabilities, atol=1e-6, rtol=0)
+
+
 def test_best_and_last(run):
     best, last = (torch.load(f"r/checkpoints/{name}.ckpt", weights_only=True) for name in ("best", "last"))
     key = next(key for key in last["state_dict"] if key.startswith("network."))
@@ -183,7 +216,8 @@ def test_what_cannot_be_read_is_told(run):
         (["gone.png"], "the image 'gone.png' cannot be read"),
         (torch.zeros(3, 20, 20), r"of the shape that was trained on, \(3, 16, 16\), got \(3, 20, 20\)"),
         (torch.zeros(3, 16, 16, dtype=torch.int64), "must be uint8, or float"),
-        (np.zeros((16, 16, 3)), "must be a uint8 image"),
+        (np.zeros((3, 16, 16), np.uint8), "must be an image"),
+        (np.zeros((16, 16, 3), np.int64), "must be an image"),
     ):
         with pytest.raises((ValueError, FileNotFoundError), match=message):
             predictor.predict(images)

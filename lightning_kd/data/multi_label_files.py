@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -141,6 +141,12 @@ class MultiLabelFilesDataModule(MultiLabelDataModule):
 
     def fake_arrays(self) -> Arrays:
         return fake_label_arrays(self.input_shape, self.num_classes)
+
+    def describe(self) -> dict[str, Any]:
+        """See ``LabelledDataModule.describe``; and how an image is brought to its size."""
+        found: dict[str, Any] = {"stretch": True, "background": list(self.background)}
+        found["image_range"] = None if self.image_range is None else list(self.image_range)
+        return super().describe() | found
 
     def setup(self, stage: str | None = None) -> None:
         """Load and split the data, once, and look at the image files of the splits that the stage uses."""

@@ -12,16 +12,22 @@ from lightning_kd.data.array_files import read_arrays, to_feature, to_image
 from lightning_kd.data.image_files import images_below
 from lightning_kd.spreadsheet import column_name, read_rows
 
-__all__ = ["files_to_predict", "read_unlabelled"]
+__all__ = ["files_to_predict", "is_array_file", "read_unlabelled"]
 
 
-def files_to_predict(given: str) -> list[str]:
+def is_array_file(given: str) -> bool:
+    """Whether ``given`` is the name of an ``.npy`` or ``.npz``."""
+    return given.lower().endswith((".npy", ".npz")) and not os.path.isdir(given)
+
+
+def files_to_predict(given: str, argument: str = "predict") -> list[str]:
     """The image files that ``given`` stands for.
 
     Args:
         given: a folder of any depth; one image; or a list, a ``.txt`` with a path a line, or a ``.csv`` with paths in
             its column ``path``, or in its first column where none has that name. Paths in a list are those from the
             folder that you are in, or else from that of the list.
+        argument: what to call it in errors.
 
     Raises:
         FileNotFoundError: where there is no such folder or file.
@@ -31,21 +37,22 @@ def files_to_predict(given: str) -> list[str]:
     if path.is_dir():
         found = images_below(path)
     elif not path.exists():
-        raise FileNotFoundError(f"predict {given!r} does not exist: name a folder, an image, or a list of images")
+        raise FileNotFoundError(f"{argument} {given!r} does not exist: name a folder, an image, or a list of images")
     elif path.suffix.lower() in (".txt", ".csv"):
-        found = [_from(path.parent, name) for name in _listed(path)]
+        found = [_from(path.parent, name) for name in _listed(path, argument)]
     elif path.suffix.lower() in IMG_EXTENSIONS:
         found = [given]
     else:
         raise ValueError(
-            f"predict {given!r} is no folder, no image ({', '.join(IMG_EXTENSIONS)}) and no list (.txt, .csv): name one"
+            f"{argument} {given!r} is no folder, no image ({', '.join(IMG_EXTENSIONS)}) and no list (.txt, .csv): name "
+            "one"
         )
     if not found:
-        raise ValueError(f"predict {given!r} holds no image ({', '.join(IMG_EXTENSIONS)}): name another")
+        raise ValueError(f"{argument} {given!r} holds no image ({', '.join(IMG_EXTENSIONS)}): name another")
     return found
 
 
-def _listed(path: Path) -> list[str]:
+def _listed(path: Path, argument: str) -> list[str]:
     if path.suffix.lower() == ".csv":
         rows = [cells for _, cells in read_rows(path)]
         header = [column_name(cell) for cell in rows[0]] if rows else []
@@ -55,7 +62,7 @@ def _listed(path: Path) -> list[str]:
     try:
         text = path.read_text(encoding="utf-8-sig")
     except UnicodeDecodeError as error:
-        raise ValueError(f"predict {str(path)!r} is no text in UTF-8 ({error}): save it as UTF-8") from error
+        raise ValueError(f"{argument} {str(path)!r} is no text in UTF-8 ({error}): save it as UTF-8") from error
     return [line.strip() for line in text.splitlines() if line.strip()]
 
 

@@ -2,21 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from PIL import Image, ImageOps
+from PIL import Image
 from torch import Tensor, nn
-from torchvision.transforms import v2
 
 from lightning_kd.argument_checks import check_numbers
 from lightning_kd.core.task import Task
-from lightning_kd.data.image_files import as_rgb, read_image, upright, without_range
-from lightning_kd.data.new_samples import files_to_predict
+from lightning_kd.data.new_samples import files_to_predict, is_array_file, read_unlabelled
+from lightning_kd.data.preparation import Preparation
 from lightning_kd.deploy.trained_run import load_trained, test_images
 
 __all__ = ["Predictions", "Predictor", "load"]
@@ -58,15 +57,11 @@ class Predictor:
         self.task = task
         self.checkpoint = checkpoint
         self.input_shape = tuple(description.get("input_shape") or task.input_shape)
-        channels = self.input_shape[0]
         names = description.get("class_names") or ()
         known = len(names) == task.num_classes
         self.class_names: list[str] = list(names) if known else [str(k) for k in range(task.num_classes)]
-        self.mean = list(description.get("mean") or [0.0] * channels)
-        self.std = list(description.get("std") or [1.0] * channels)
-        self.resize: int | None = description.get("resize")
-        self.background = tuple(description.get("background") or (255, 255, 255))
-        self.image_range = description.get("image_range")
+        self._prepared = Preparation(description, self.input_shape)
+        self.mean, self.std = self._prepared.mean, self._prepared.std
 
     @property
     def network(self) -> nn.Module:
@@ -88,10 +83,12 @@ class Predictor:
         Args:
             images: one of these, or a list of them:
 
-                - a path: of an image; given alone also of a folder or of a list (see ``files_to_predict``);
+                - a path: of an image; given alone also of a folder, of a list (see ``files_to_predict``), or of a
+                  ``.npy`` or ``.npz`` (see ``read_unlabelled``);
                 - a PIL image;
-                - a uint8 array ``[H, W, C]`` or ``[H, W]``; given alone also ``[N, H, W, C]``. These three are brought
-                  to the size of the network as the images of an evaluation are;
+                - an array ``[H, W, C]`` or ``[H, W]``, uint8 or float from 0 to 1; given alone also ``[N, H, W, C]``,
+                  and ``[N, H, W]`` for a run of grey images. These three are brought to the size of the network as the
+                  images of an evaluation are;
                 - a tensor ``[C, H, W]`` of the size of the network, uint8 or float from 0 to 1, not normalised; given
                   alone also ``[N, C, H, W]``. Features are floats ``[D]`` or ``[N, D]``, as tensor or array.
             batch_size: how many go through the network at once.
@@ -126,7 +123,7 @@ class Predictor:
         """
         if images is not None:
             samples, _ = self._samples(images)
-            return torch.stack([self._unit(one) for one in samples[:count]]), str(images)
+            return torch.stack([self._prepared.unit(one) for one in samples[:count]]), str(images)
         found = test_images(self.checkpoint, count)
         if found is not None:
             return found
@@ -139,80 +136,37 @@ class Predictor:
             return [[self.class_names[k] for k in row.nonzero().flatten().tolist()] for row in prediction]
         return None
 
+    def _in_array(self, images: np.ndarray | Tensor) -> Sequence[Any]:
+        """The samples in one array."""
+        if not images.ndim or not len(images):
+            raise ValueError(f"images is empty, got an array of shape {tuple(images.shape)}: give one image at least")
+        grey = self.input_shape[0] == 1 and isinstance(images, np.ndarray) and len(self.input_shape) == 3
+        if grey and images.ndim == 3 and images.shape[2] not in (1, 3, 4):
+            return list(images)  # [N, H, W]
+        return images if images.ndim == len(self.input_shape) + 1 else [images]  # type: ignore[return-value]
+
     def _samples(self, images: Any) -> tuple[Sequence[Any], list[str] | None]:
         """One by one, and the files among them where all are files."""
         if isinstance(images, str | Path):
-            files = files_to_predict(str(images))
+            if is_array_file(str(images)):
+                found = read_unlabelled(str(images), "images")
+                return self._in_array(found.permute(0, 2, 3, 1).numpy() if found.ndim == 4 else found), None
+            files = files_to_predict(str(images), "images")
             return files, files
         if isinstance(images, Image.Image):
             return [images], None
         if isinstance(images, np.ndarray | Tensor):
-            several = len(self.input_shape) + 1
-            return images if images.ndim == several else [images], None  # type: ignore[return-value]
+            return self._in_array(images), None
+        if not isinstance(images, Iterable):
+            raise TypeError(
+                f"images must be a path, a PIL image, an array, a tensor, or a list of them, got "
+                f"{type(images).__name__}: give one of these"
+            )
         samples = list(images)
         if not samples:
             raise ValueError("images is empty: give one image at least")
         paths = [str(one) for one in samples if isinstance(one, str | Path)]
         return samples, paths if len(paths) == len(samples) else None
-
-    def _prepared(self, sample: Any) -> Tensor:
-        """One sample, normalised."""
-        sample = self._unit(sample)
-        shape = (-1, *[1] * (sample.ndim - 1))
-        mean, std = (torch.tensor(values, dtype=torch.float32).view(shape) for values in (self.mean, self.std))
-        return (sample - mean) / std
-
-    def _unit(self, sample: Any) -> Tensor:
-        """One sample as float32, of an image from 0 to 1, on the CPU."""
-        if isinstance(sample, np.ndarray) and (len(self.input_shape) == 1 or self.input_shape[0] not in (1, 3)):
-            sample = torch.from_numpy(sample if sample.ndim == 1 else np.ascontiguousarray(sample.transpose(2, 0, 1)))
-        if not isinstance(sample, Tensor):
-            sample = v2.functional.pil_to_tensor(self._sized(self._picture(sample)))
-        if tuple(sample.shape) != self.input_shape:
-            raise ValueError(
-                f"a tensor must be of the shape that was trained on, {self.input_shape}, got {tuple(sample.shape)}: "
-                "bring it to that, or give a PIL image or a uint8 array [H, W, C]"
-            )
-        if sample.dtype == torch.uint8:
-            sample = sample.float() / 255
-        elif not sample.is_floating_point():
-            raise ValueError(f"a tensor must be uint8, or float from 0 to 1, got {sample.dtype}: convert it")
-        return sample.cpu().float()
-
-    def _picture(self, sample: Any) -> Image.Image:
-        """A path, an image or an array as a picture of as many channels as the network has."""
-        if len(self.input_shape) == 1:
-            raise ValueError(
-                f"this run is of rows of {self.input_shape[0]} features, got {type(sample).__name__}: give float arrays"
-            )
-        if isinstance(sample, str | Path):
-            picture = read_image(sample, self.background, self.image_range)
-        elif isinstance(sample, Image.Image):
-            picture = as_rgb(upright(sample), "given", self.background, self.image_range, without_range(sample))
-        elif isinstance(sample, np.ndarray):
-            channels = sample.shape[2] if sample.ndim == 3 else 1
-            if sample.dtype != np.uint8 or sample.ndim not in (2, 3) or channels not in (1, 3, 4):
-                raise ValueError(
-                    f"an array must be a uint8 image [H, W, C] of 1, 3 or 4 channels, got {sample.dtype} "
-                    f"{sample.shape}: convert it"
-                )
-            picture = as_rgb(Image.fromarray(sample[..., 0] if channels == 1 and sample.ndim == 3 else sample))
-        else:
-            raise TypeError(
-                f"an image must be a path, a PIL image, an array or a tensor, got {type(sample).__name__}: convert it"
-            )
-        if self.input_shape[0] not in (1, 3):
-            raise ValueError(f"this run is of images with {self.input_shape[0]} channels: give tensors or uint8 arrays")
-        return picture.convert("L") if self.input_shape[0] == 1 else picture
-
-    def _sized(self, picture: Image.Image) -> Image.Image:
-        """As an evaluation of files does it; else the middle of the picture, as large as it fits."""
-        height, width = self.input_shape[1:]
-        if self.resize is not None:
-            return v2.CenterCrop((height, width))(v2.Resize(self.resize)(picture))  # type: ignore[no-any-return]
-        if picture.size == (width, height):
-            return picture
-        return ImageOps.fit(picture, (width, height), Image.Resampling.BILINEAR)
 
 
 def load(run: str | Path, device: str | torch.device | None = None) -> Predictor:
