@@ -12,6 +12,7 @@ import pytest
 import torch
 from PIL import Image
 
+import lightning_kd
 from lightning_kd.cli import main
 from lightning_kd.core import prediction_page
 from lightning_kd.data import ArrayDataModule, ImageFolderDataModule, OpenSetDataModule
@@ -174,11 +175,93 @@ def test_arrays_where_the_data_trained_on_is_gone(run, capsys):
     np.save("colour.npy", np.zeros((2, 12, 12, 3), np.uint8))
     with pytest.raises(SystemExit):
         main([*ARRAYS, "--data.predict", "colour.npy"])
-    assert "those trained on have 1 channels" in capsys.readouterr().err
+    assert "are of shape (3, 12, 12), and those trained on of (1, 12, 12)" in capsys.readouterr().err
+    np.save("large.npy", np.zeros((2, 20, 20), np.uint8))
+    with pytest.raises(SystemExit):
+        main([*ARRAYS, "--data.predict", "large.npy"])
+    assert "are of shape (1, 20, 20), and those trained on of (1, 12, 12)" in capsys.readouterr().err
     np.savez("strange.npz", pictures=np.zeros((2, 12, 12), np.uint8))
     with pytest.raises(SystemExit):
         main([*ARRAYS, "--data.predict", "strange.npz"])
     assert "must hold the array 'image' or 'feature', got ['pictures']" in capsys.readouterr().err
+
+
+def as_loaded(name, new):
+    """What ``predict`` of ``new`` wrote is what the run in Python says."""
+    found = rows(f"{name}/predictions.csv")
+    loaded = lightning_kd.load(f"{name}/checkpoints/last.ckpt", device="cpu").predict(new)
+    columns = [key for key in found[0] if key.startswith("probability_")]
+    table = torch.tensor([[float(row[key]) for key in columns] for row in found])
+    torch.testing.assert_close(table, loaded.probabilities, atol=1e-4, rtol=0)
+    return found
+
+
+def test_files_for_arrays_and_arrays_for_files(run, capsys):
+    last = ["predict", "--config", "a/config.yaml", "--ckpt_path", "last", *QUIET]
+    main([*last, "--data.predict", "new"])
+    assert [row["path"] for row in as_loaded("a", "new")] == sorted(str(p) for p in Path("new").rglob("*.*"))
+    image = np.random.default_rng(0).integers(0, 256, (3, 40, 30, 3), dtype=np.uint8)
+    np.save("colour.npy", image)
+    main([*PREDICT, "--data.predict", "colour.npy"])
+    assert len(as_loaded("r", image)) == len(as_loaded("r", "colour.npy")) == 3
+    for k, one in enumerate(image):  # as a file is brought to the size
+        Image.fromarray(one).save(f"new/{k}.png")
+    main([*PREDICT, "--data.predict", "new/1.png"])
+    as_loaded("r", image[1])
+
+
+POOL = ["PoolClassifier", "--data", "OpenSetDataModule", "--data.source", "ImageFolderDataModule"]
+POOL += ["--data.source.root", "photos", "--data.source.image_size", "16", "--data.pool", "new", "--data.budget", "1"]
+TAGS = ["MultiLabelClassification", "--data", "MultiLabelFolderDataModule", "--data.root", "photos"]
+
+
+@pytest.mark.parametrize(
+    "method",
+    [POOL, [*TAGS, "--data.image_size", "16"], ["Classification", "--data", "DigitsDataModule"]],
+    ids=["pool", "tags", "digits"],
+)
+def test_a_run_of_any_data_module_predicts_new_files(method, run):
+    lines = ["file,labels"]
+    for k, name in enumerate(["blue", "red"]):
+        for i in range(8):
+            picture(Path(f"photos/{name}/{i}.png"), COLOURS["rot" if k else "=blue"], size=(60, 20), seed=i)
+            lines.append(f"{name}/{i}.png,{name}{'|even' * (i % 2)}")
+    Path("photos/labels.csv").write_text("\n".join(lines))
+    fit = ["--model.network", "cnn_tiny", "--trainer.max_epochs", "1", "--trainer.limit_train_batches", "2"]
+    main(["fit", "--model", *method, *fit, "--run", "m", *QUIET])
+    last = ["predict", "--config", "m/config.yaml", "--ckpt_path", "last", *QUIET]
+    main(last)
+    if method[0] == TAGS[0]:  # wide pictures, which are not cut
+        as_loaded("m", [row["path"] for row in rows("m/predictions.csv")])
+    shutil.rmtree("photos")
+    main([*last, "--data.predict=new", "--sort", "confidence"])
+    main([*last, "--data.predict", "new"])
+    assert [row["path"] for row in as_loaded("m", "new")] == sorted(str(p) for p in Path("new").rglob("*.*"))
+    assert Path("m/predictions.html").is_file()
+    np.save("wrong.npy", np.zeros((2, 5), np.float32))
+    with pytest.raises(SystemExit):
+        main([*last, "--data.predict", "wrong.npy"])
+
+
+def test_without_a_checkpoint_nobody_knows_what_the_samples_are_for(run, capsys):
+    with pytest.raises(SystemExit):
+        main(["predict", "--config", "distillation/teacher_digits", "--data.predict", "new", "--run", "none", *QUIET])
+    assert "DigitsDataModule cannot read predict='new' without a checkpoint" in capsys.readouterr().err
+    main([*PREDICT, "--data.predict", "new", "--trainer.fast_dev_run", "true"])  # a look at new files, not at photos
+
+
+def test_a_student_needs_its_teacher_no_more(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    torch.save(lightning_kd.build_network("cnn_tiny", 10, 1).state_dict(), "teacher.pt")
+    pair = ["--model.student", "cnn_tiny", "--model.teacher", "cnn_tiny", "--model.teacher_weights", "teacher.pt"]
+    limits = ["--trainer.max_epochs", "1", "--trainer.limit_train_batches", "2", *QUIET]
+    main(["fit", "--model", "KD", *pair, "--data", "DigitsDataModule", *limits, "--run", "s"])
+    last = ["predict", "--config", "s/config.yaml", "--ckpt_path", "last", *QUIET]
+    main(last)
+    expected = rows("s/predictions.csv")
+    Path("teacher.pt").unlink()
+    main(last)
+    assert rows("s/predictions.csv") == expected
 
 
 @pytest.mark.parametrize("kind", ["multi_label", "segmentation"])

@@ -2,26 +2,89 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
+from jsonargparse import Namespace
+
 from lightning_kd.core.checkpoint_files import read_checkpoint
+from lightning_kd.core.run_folder import RunFolder
+from lightning_kd.core.starting_weights import leave_teacher_out
+from lightning_kd.data.described_samples import DescribedSamples
+from lightning_kd.data.new_samples import is_array_file
 
-__all__ = ["take_from_run"]
+__all__ = ["take_from_run", "without_predict"]
+
+_FLAGS = ("--data.predict", "--data.init_args.predict")
 
 
-def take_from_run(config: Any) -> None:
-    """Put class names, mean, std and kind of problem from the checkpoint into the arguments of the data module.
+def without_predict(words: Sequence[str]) -> tuple[list[str], str | None]:
+    """The words of a command line without ``--data.predict``, which not every data module knows, and its value."""
+    left: list[str] = []
+    given = None
+    rest = iter(words)
+    for word in rest:
+        name, equals, value = word.partition("=")
+        if name not in _FLAGS:
+            left.append(word)
+        elif not equals and (value := next(rest, "")) == "":
+            left.append(word)  # what is wrong with it is for the parser to say
+        else:
+            given = value
+    return left, given
 
-    Only those that have no value there; none without ``data.predict`` or without a checkpoint.
+
+def take_from_run(config: Any, given: str | None, folder: RunFolder) -> None:
+    """Let the data module read the new samples, with what the checkpoint says of the data of the run; and leave out the
+    teacher, which has no say in a prediction.
+
+    A data module of files that has ``predict`` itself gets class names, mean and deviation, where it has no value for
+    them; in the place of others, and of arrays, stands ``DescribedSamples``. Nothing is done without new samples.
 
     Args:
         config: the settings of ``predict``.
+        given: the value of ``--data.predict``.
+        folder: of the run.
+
+    Raises:
+        ValueError: for a data module that cannot read new samples, where no checkpoint says what it is like.
     """
-    arguments = config.get("data", {}).get("init_args") or {}
-    if arguments.get("predict") is None or not config.get("ckpt_path"):
+    if config.get("ckpt_path") in ("last", "best"):
+        config["ckpt_path"] = str(folder.checkpoint(config["ckpt_path"]))
+    if config.get("ckpt_path"):
+        leave_teacher_out(config.model.get("init_args") or {})
+    data = config.get("data") or {}
+    arguments = data.get("init_args") or {}
+    if given is not None and "predict" in arguments:
+        arguments["predict"] = given
+    given = arguments.get("predict") or given
+    if given is None:
         return
-    checkpoint = read_checkpoint(config["ckpt_path"])
-    known = checkpoint.get("data_description") or {"class_names": checkpoint.get("class_names")}
-    for name in ("class_names", "mean", "std", "kind"):
-        if name in arguments and arguments[name] is None:
-            arguments[name] = known.get(name)
+    name = str(data.get("class_path")).rpartition(".")[2]
+    known: dict[str, Any] = {}
+    if config.get("ckpt_path"):
+        checkpoint = read_checkpoint(config["ckpt_path"])
+        known = checkpoint.get("data_description") or {"class_names": checkpoint.get("class_names")}
+    reads = "predict" in arguments and not (known and name == "ArrayDataModule")
+    if reads and not (name == "ImageFolderDataModule" and is_array_file(given)):
+        for key in ("class_names", "mean", "std", "kind"):
+            if known and key in arguments and arguments[key] is None:
+                arguments[key] = known.get(key)
+    elif known.get("input_shape"):
+        config["data"] = _described(arguments, known, given)
+    elif "predict" not in arguments:
+        raise ValueError(
+            f"{name} cannot read predict={given!r} without a checkpoint that says what its data is like: add "
+            "--ckpt_path best or last of a run"
+        )
+
+
+def _described(arguments: Any, known: dict[str, Any], given: str) -> Namespace:
+    """The settings of ``DescribedSamples``; what a user says of the data counts more than the checkpoint."""
+    source = (arguments.get("source") or {}).get("init_args") or arguments
+    loading = {key: source[key] for key in ("eval_batch_size", "num_workers", "on_error") if key in source}
+    own = {} if source is not arguments or arguments.get("normalize") is False else arguments
+    changeable = ("class_names", "mean", "std", "background", "image_range")
+    description = {**known, **{key: list(own[key]) for key in changeable if own.get(key) is not None}}
+    path = f"{DescribedSamples.__module__}.{DescribedSamples.__name__}"
+    return Namespace(class_path=path, init_args=Namespace(description=description, predict=given, **loading))

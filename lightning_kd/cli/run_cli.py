@@ -17,7 +17,7 @@ from lightning_kd.cli.beginning import Beginning, FolderBefore
 from lightning_kd.cli.command_words import default_run_folder
 from lightning_kd.cli.config_check import check_config
 from lightning_kd.cli.endings import check_still_there, report
-from lightning_kd.cli.new_samples import take_from_run
+from lightning_kd.cli.new_samples import take_from_run, without_predict
 from lightning_kd.cli.parameter_count import ParameterCount
 from lightning_kd.cli.parser import RunParser
 from lightning_kd.cli.pool_verbs import add_new_classes
@@ -54,6 +54,9 @@ class RunCLI(LightningCLI):
         self.config_paths = list(config_paths)
         self.command = command
         self._verb = next(iter(kwargs.get("args") or ()), None)
+        self._new_samples: str | None = None
+        if self._verb == "predict":
+            kwargs["args"], self._new_samples = without_predict(kwargs["args"])
         self._records = self._begins = False
         self.only_prints = False  # in a folder that may not be written
         self.later_round = False
@@ -165,11 +168,13 @@ class RunCLI(LightningCLI):
                 self.only_prints = True
             self._check_checkpoint(config, folder)
             if verb == "predict":
-                take_from_run(config)
+                take_from_run(config, self._new_samples, folder)
             self._records = True
             if verb != "active" and self.is_first and not self.only_prints:  # whose settings change from round to round
                 text = self.saved_config() if verb == "fit" else None
                 self.beginning.add(folder, verb, config.get("seed_everything"), text)
+        elif verb == "predict":
+            take_from_run(config, self._new_samples, folder)
 
     def _check_checkpoint(self, config: Any, folder: RunFolder) -> None:
         if config.get("ckpt_path") in ("last", "best"):

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, MutableMapping, Sequence
 from contextlib import contextmanager
+from typing import Any
 
 import torchvision
 from torch import nn
@@ -16,7 +17,7 @@ from lightning_kd.nets.library_networks import (
     without_auxiliary_heads,
 )
 
-__all__ = ["network_with_weights", "pretrained_network", "weights_from_checkpoint"]
+__all__ = ["leave_teacher_out", "network_with_weights", "pretrained_network", "weights_from_checkpoint"]
 
 _come_from_checkpoint = False
 
@@ -82,6 +83,15 @@ def weights_from_checkpoint(given: bool = True) -> Iterator[None]:
         yield
     finally:
         _come_from_checkpoint = before
+
+
+def leave_teacher_out(arguments: MutableMapping[str, Any]) -> None:
+    """Let the arguments of a task ask for no weights of a teacher, which is in no checkpoint.
+
+    For predictions, in which a teacher has no say, so that its file need not be there.
+    """
+    if arguments.get("teacher_weights") is not None:
+        arguments["teacher_weights"] = "random"
 
 
 def pretrained_network(

@@ -43,7 +43,7 @@ class DerivedDataModule(L.LightningDataModule, ABC):
         if source.predict is not None:
             raise ValueError(
                 f"the source of a pool takes no predict, got {source.predict!r}: the prediction set is the pool; for "
-                "other samples see lightning_kd.load(RUN).predict"
+                "other samples there are lightning-kd predict --data.predict and lightning_kd.load(RUN).predict"
             )
         self.source = copy.copy(source)
         self.source._stored = {}

@@ -17,13 +17,10 @@ from lightning_kd.core.batch import as_batch
 from lightning_kd.core.checkpoint_files import read_checkpoint
 from lightning_kd.core.registry import family_packages
 from lightning_kd.core.run_folder import RunFolder
-from lightning_kd.core.starting_weights import weights_from_checkpoint
+from lightning_kd.core.starting_weights import leave_teacher_out, weights_from_checkpoint
 from lightning_kd.core.task import Task
 
 __all__ = ["load_trained", "test_images"]
-
-# the teacher is not in the checkpoint, but has no say in a prediction
-_BEGINNINGS = {"teacher_weights": "random"}
 
 
 class _Described:
@@ -52,6 +49,8 @@ def load_trained(run: str | Path) -> tuple[Task, dict[str, Any], Path]:
         path = folder.best if folder.best.is_file() else folder.last
         if not path.is_file():
             raise FileNotFoundError(f"{str(run)!r} holds no checkpoint: name the folder of a run, or a checkpoint")
+    elif not path.exists():
+        raise FileNotFoundError(f"{str(run)!r} does not exist: name the folder of a run, or a checkpoint in one")
     checkpoint = read_checkpoint(path)
     config = _settings(path.absolute().parent.parent / "config.yaml")
     family_packages()  # their classes are known by name then
@@ -105,8 +104,7 @@ def _settings(path: Path) -> dict[str, Any]:
         raise ValueError(f"{path} is damaged ({' '.join(str(error).split())}): put back a copy") from error
     if not isinstance(found, dict) or not isinstance(found.get("model"), dict):
         raise ValueError(f"{path} is no config of a run, it has no model: put back a copy")
-    arguments = found["model"].setdefault("init_args", {})
-    arguments |= {name: value for name, value in _BEGINNINGS.items() if arguments.get(name) is not None}
+    leave_teacher_out(found["model"].setdefault("init_args", {}))
     return found
 
 
