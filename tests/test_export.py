@@ -139,6 +139,34 @@ def test_where_the_data_is_gone_it_is_said(run, capsys):
     assert "--images" in out.err
 
 
+def test_what_there_is_not_is_told_in_the_words_of_the_command(run, capsys):
+    Path("there").mkdir()
+    for given, message in (
+        (["gone"], "'gone' does not exist: name the folder of a run"),
+        (["r", "--output", "there"], "--output 'there' is a folder: name a file in it"),
+        (["r", "--images", "there"], "images 'there' holds no image"),
+    ):
+        with pytest.raises(SystemExit):
+            main(["export", *given, "--format", "torchscript"])
+        assert message in capsys.readouterr().err
+
+
+def test_features_are_no_pixels(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    feature = np.random.default_rng(0).normal(size=(40, 5)).astype(np.float32)
+    np.savez("mine.npz", feature=feature, target=np.arange(40) % 2)
+    np.save("new.npy", feature[:7])
+    data = ["--data", "ArrayDataModule", "--data.path", "mine.npz"]
+    main(["fit", "--model", "Classification", "--model.network", "mlp", *data, *QUIET, "--run", "f"])
+    capsys.readouterr()
+    for name in ("torchscript", "state_dict"):
+        main(["export", "f", "--format", name, "--images", "new.npy"])
+        out = capsys.readouterr().out
+        assert "on 7 samples of new.npy" in out
+        assert "of 0 to 1" not in out
+        assert "from 0 to 1" not in out
+
+
 def test_a_file_that_answers_differently_is_not_kept(run, capsys, monkeypatch):
     def wrong(answer, example, path, names):
         torch.jit.save(torch.jit.trace(nn.Softmax(1), example.flatten(1)[:, :3]), str(path))

@@ -31,7 +31,8 @@ def main(args: Sequence[str]) -> None:
     )
     parser.add_argument("--output", help="the file; default: exported.onnx, .torchscript or .pt in the run folder")
     parser.add_argument(
-        "--images", help="what to compare with: a folder, an image, or a list; default: the test set of the run"
+        "--images",
+        help="what to compare with: a folder, an image, a list, or a .npy or .npz; default: the test set of the run",
     )
     given = parser.parse_args(args)
     if "" not in sys.path and os.getcwd() not in sys.path:
@@ -43,15 +44,24 @@ def main(args: Sequence[str]) -> None:
     predictor = load(given.run, device="cpu")
     folder = predictor.checkpoint.absolute().parent.parent
     path = Path(given.output) if given.output else Path(os.path.relpath(folder / FORMATS[given.format]))
+    if path.is_dir():
+        raise IsADirectoryError(
+            f"--output {str(path)!r} is a folder: name a file in it, such as {FORMATS[given.format]}"
+        )
     images, source = predictor.images_to_compare(given.images, COUNT)
     if source is None:
         source = "random noise"
         note("the data of the run is not there: the file is compared on random noise; name some images with --images")
     largest = export(predictor, given.format, path, images)
     print(f"{path}: {given.format} of {predictor.checkpoint}")
-    of = "logits of normalised images" if given.format == "state_dict" else "probabilities"
+    pixels = len(predictor.input_shape) == 3
+    kind = "images" if pixels else "features"
+    of = f"logits of normalised {kind}" if given.format == "state_dict" else "probabilities"
     print(f"{of} differ by {largest:.2g} at most, on {len(images)} samples of {source}")
     if given.format == "state_dict":
-        print(f"normalise its images by mean {predictor.mean} and std {predictor.std} (of values from 0 to 1)")
+        unit = " (of values from 0 to 1)" * pixels
+        print(f"normalise its {kind} by mean {predictor.mean} and std {predictor.std}{unit}")
     else:
-        print(f"input: float32 [B, {', '.join(map(str, predictor.input_shape))}] of 0 to 1, not normalised")
+        print(
+            f"input: float32 [B, {', '.join(map(str, predictor.input_shape))}]{' of 0 to 1' * pixels}, not normalised"
+        )
