@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -108,10 +109,12 @@ def write_confusion(folder: Path, table: Tensor, class_names: Sequence[str]) -> 
     write_text(written[0], csv_text([["class", "count", "accuracy", *names], *rows]))
     try:
         figure = confusion_figure(table, names)
-        with written_whole(folder / "confusion.png") as part:
+        with written_whole(folder / "confusion.png") as part, warnings.catch_warnings():
+            warnings.filterwarnings("ignore", "Glyph .* missing from font")  # boxes in the picture; the table has all
             figure.savefig(part, format="png", metadata={"Software": None})
         written.append(folder / "confusion.png")
     except Exception as error:  # a picture must not cost a test
+        (folder / "confusion.png").unlink(missing_ok=True)  # it would be of another test
         rank_zero_warn(f"no picture confusion.png ({type(error).__name__}: {error}); confusion.csv has the numbers")
     return written
 

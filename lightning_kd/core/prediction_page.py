@@ -5,11 +5,13 @@ from __future__ import annotations
 import os
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from html import escape
 from pathlib import Path
 from typing import Any
 
 from lightning_kd.core.label_page import picture_uri
+from lightning_kd.core.notes import note
 from lightning_kd.file_writing import write_text
 
 __all__ = ["PAGE_IMAGES", "write_page"]
@@ -36,6 +38,8 @@ def write_page(
 ) -> None:
     """Write ``predictions.html`` with the first 500 predictions; remove it where the samples are no pictures.
 
+    Where that is not possible it is said, whatever the reason, and nothing else is lost.
+
     Args:
         folder: the run folder.
         index: the samples, in the order of the page.
@@ -44,10 +48,23 @@ def write_page(
         data: says by ``picture_of`` and ``path_of`` what a sample looks like and where it is from.
     """
     page = folder / "predictions.html"
+    try:
+        text = _page_text(index, answers, confidence, data)
+        if text is not None:
+            write_text(page, text)
+            return
+    except Exception as error:  # a page must not cost the predictions
+        note(f"no predictions.html to look at ({error}); predictions.csv has all")
+    with suppress(OSError):
+        page.unlink(missing_ok=True)  # it would show other predictions than the table
+
+
+def _page_text(
+    index: Sequence[int], answers: Sequence[str], confidence: Sequence[float] | None, data: Any
+) -> str | None:
     shown = list(index[:PAGE_IMAGES])
     if not shown or not hasattr(data, "picture_of") or data.picture_of(shown[0]) is None:
-        page.unlink(missing_ok=True)  # it would show other predictions than the table
-        return
+        return None
     with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool:
         pictures = list(pool.map(lambda i: picture_uri(data.picture_of(i), SIDE), shown))
     figures = []
@@ -60,9 +77,8 @@ def write_page(
         )
     count = f"{len(index)} predictions"
     title = count if len(shown) == len(index) else f"The first {len(shown)} of {count}"
-    text = (
+    return (
         f'<!DOCTYPE html>\n<html lang="en">\n<head>\n<meta charset="utf-8">\n<title>{title}</title>\n'
         f"<style>{_STYLE}</style>\n</head>\n<body>\n<h1>{title}</h1>\n<p>All of them are in predictions.csv.</p>\n"
         "<main>\n" + "\n".join(figures) + "\n</main>\n</body>\n</html>\n"
     )
-    write_text(page, text)

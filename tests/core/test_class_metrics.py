@@ -1,6 +1,7 @@
 """What is told of single classes, and weights of classes of unequal size."""
 
 import csv
+import warnings
 from pathlib import Path
 
 import lightning as L
@@ -94,10 +95,15 @@ def test_the_files(tmp_path):
 
 
 def test_a_picture_that_cannot_be_drawn_costs_no_test(tmp_path, monkeypatch):
+    table = torch.eye(2, dtype=torch.int64)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        write_confusion(tmp_path, table, ["日本", "b"])  # a name that the picture's font lacks is no matter
     monkeypatch.setattr("lightning_kd.core.class_metrics.confusion_figure", lambda *given: 1 / 0)
     with pytest.warns(UserWarning, match=r"no picture confusion.png \(ZeroDivisionError"):
-        written = write_confusion(tmp_path, torch.eye(2, dtype=torch.int64), ["a", "b"])
+        written = write_confusion(tmp_path, table, ["a", "b"])
     assert [path.name for path in written] == ["confusion.csv"]
+    assert not (tmp_path / "confusion.png").exists()  # that of an earlier test
 
 
 def test_from_the_command_line(tmp_path, monkeypatch):
