@@ -375,6 +375,40 @@ def test_the_page_ends_after_some_and_is_gone_where_there_is_nothing_to_see(tmp_
     assert not Path("predictions.html").exists()
 
 
+def test_a_page_that_cannot_be_made_costs_no_predictions(run, capsys, monkeypatch):
+    main([*PREDICT, "--data.predict", "new"])
+    monkeypatch.setattr(prediction_page, "picture_uri", lambda *given: 1 / 0)
+    main([*PREDICT, "--data.predict", "new/0.png"])
+    assert [row["path"] for row in rows()] == ["new/0.png"]
+    assert "no predictions.html to look at (division by zero)" in capsys.readouterr().err
+    assert not Path("r/predictions.html").exists()  # that of earlier predictions
+
+
+def test_classes_may_be_called_by_numbers(run, capsys):
+    given = ["--data", "ArrayDataModule", "--data.path", "years.npz", "--data.class_names", "[1999, 2000]"]
+    np.savez("years.npz", image=np.zeros((20, 8, 8), np.uint8), target=np.array([1999, 2000] * 10))
+    main(
+        [
+            "fit",
+            "--model",
+            "Classification",
+            "--model.network",
+            "cnn_tiny",
+            *given,
+            "--run",
+            "y",
+            *QUIET,
+            "--trainer.max_epochs",
+            "1",
+        ]
+    )
+    assert torch.load("y/checkpoints/last.ckpt", weights_only=True)["class_names"] == ["1999", "2000"]
+    assert ImageFolderDataModule("gone", predict="new", class_names=[1, "b"]).class_names == ["1", "b"]
+    for wrong in (["a", "a"], "ab"):
+        with pytest.raises(ValueError, match="class_names must be a list of different names"):
+            ImageFolderDataModule("gone", predict="new", class_names=wrong)
+
+
 def test_masks_have_no_order_of_confidence(tmp_path, capsys):
     data = ["--data", "ArrayDataModule", "--data.path", "none.npz", "--data.fake", "true"]
     kind = ["--data.kind", "segmentation"]

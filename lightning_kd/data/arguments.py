@@ -30,6 +30,20 @@ def check_statistics(mean: Sequence[float], std: Sequence[float], input_shape: S
         check_numbers(above=0, remedy="give the deviation of each channel", std=each)
 
 
+def names_of(class_names: Sequence[str | int] | None) -> list[str] | None:
+    """The ``class_names`` that a user gave, as texts: numbers in YAML are names, too.
+
+    Raises:
+        ValueError: where one comes twice, and for a text in place of a list.
+    """
+    if class_names is None:
+        return None
+    names = [] if isinstance(class_names, str) else [str(name) for name in class_names]
+    if isinstance(class_names, str) or len({*names}) < len(names):
+        raise ValueError(f"class_names must be a list of different names, got {class_names!r}: give one for each class")
+    return names
+
+
 def check_class_names(stored: Sequence[str], names: Sequence[str]) -> None:
     """Refuse a checkpoint of other classes, whose numbers would mean something else now.
 

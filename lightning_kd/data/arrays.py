@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Literal
 
@@ -11,6 +12,7 @@ from torch import Tensor
 from lightning_kd.argument_checks import check_numbers
 from lightning_kd.core.problems import MultiLabel, Problem, Segmentation, SingleLabel
 from lightning_kd.core.seeding import numpy_generator
+from lightning_kd.data.arguments import names_of
 from lightning_kd.data.array_files import (
     Arrays,
     check_keys,
@@ -106,7 +108,7 @@ class ArrayDataModule(MultiLabelDataModule):
         self,
         path: str,
         target_path: str | None = None,
-        class_names: list[str] | None = None,
+        class_names: Sequence[str | int] | None = None,
         batch_size: int = 64,
         eval_batch_size: int = 256,
         val_fraction: float = 0.1,
@@ -134,7 +136,7 @@ class ArrayDataModule(MultiLabelDataModule):
     ) -> None:
         check_numbers(above=0, below=1, remedy="give a share", test_fraction=test_fraction)
         check_numbers(least=0, whole=True, crop_padding=crop_padding)
-        class_names = None if class_names is None else [str(name) for name in class_names]
+        given = names_of(class_names)
         self.path = path
         self.target_path = target_path
         self.test_fraction = test_fraction
@@ -145,18 +147,18 @@ class ArrayDataModule(MultiLabelDataModule):
         self._new: Tensor | None = None
         self._arrays: Arrays | None = None
         there = Path(path).exists()
-        if predict is not None and class_names and mean and std and (kind or not there):
-            names, shape = class_names, tuple(self.load_new().shape[1:])
+        if predict is not None and given and mean and std and (kind or not there):
+            names, shape = given, tuple(self.load_new().shape[1:])
             if len(mean) != shape[0]:
                 raise ValueError(
                     f"samples of predict {predict!r} are of shape {shape}, and those trained on have {len(mean)} "
                     f"{'channels' if len(shape) == 3 else 'features'}: give samples like those"
                 )
         elif fake and not there:
-            names = class_names or [str(c) for c in range(10)]
+            names = given or [str(c) for c in range(10)]
             self._arrays = _FAKE[self.kind]((3, 32, 32), len(names))  # type: ignore[operator]
         else:
-            names, self._arrays = self._read(class_names, kind)
+            names, self._arrays = self._read(given, kind)
             if fake:
                 shape = tuple(self._arrays.train_image.shape[1:])
                 self._arrays = _FAKE[self.kind](shape, len(names))  # type: ignore[operator, arg-type]

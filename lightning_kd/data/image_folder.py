@@ -13,6 +13,7 @@ from torchvision.transforms import AutoAugmentPolicy, v2
 from lightning_kd.argument_checks import check_numbers
 from lightning_kd.core.notes import note
 from lightning_kd.core.seeding import numpy_generator
+from lightning_kd.data.arguments import names_of
 from lightning_kd.data.array_files import Arrays
 from lightning_kd.data.augment import CropFlip, RandomCutout
 from lightning_kd.data.image_files import class_folders, find_images, read_image
@@ -111,7 +112,7 @@ class ImageFolderDataModule(SplitFiles):
         background: tuple[int, int, int] = (255, 255, 255),
         image_range: tuple[float, float] | None = None,
         on_error: Literal["raise", "skip"] = "raise",
-        class_names: list[str] | None = None,
+        class_names: Sequence[str | int] | None = None,
         predict: str | None = None,
         balance: bool = False,
     ) -> None:
@@ -151,8 +152,8 @@ class ImageFolderDataModule(SplitFiles):
         self.test_fraction = test_fraction
         self.num_workers = num_workers
         self.augment = augment
-        if class_names is not None:
-            names = list(class_names)
+        if given := names_of(class_names):
+            names = given
         elif fake and not Path(root).is_dir():
             names = [f"class_{c}" for c in range(10)]
         else:

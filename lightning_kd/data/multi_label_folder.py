@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +13,7 @@ import torch
 from lightning_kd.argument_checks import check_numbers
 from lightning_kd.core.notes import note
 from lightning_kd.core.seeding import numpy_generator
+from lightning_kd.data.arguments import names_of
 from lightning_kd.data.array_files import Arrays
 from lightning_kd.data.image_files import images_below
 from lightning_kd.data.label_tables import SPLITS, LabelTable, read_label_table
@@ -51,20 +53,21 @@ class MultiLabelFolderDataModule(MultiLabelFilesDataModule):
         self,
         root: str,
         table: str | None = None,
-        class_names: list[str] | None = None,
+        class_names: Sequence[str | int] | None = None,
         test_fraction: float = 0.2,
         **kwargs: Any,
     ) -> None:
         check_numbers(above=0, below=1, remedy="give a share", test_fraction=test_fraction)
+        given = names_of(class_names)
         path = Path(root) / "labels.csv" if table is None else Path(table)
         self.table = table
         self.test_fraction = test_fraction
         self._path = path
         self._table: LabelTable | None = None
         if kwargs.get("fake") and not path.exists():
-            names = class_names or [f"class_{c}" for c in range(10)]
+            names = given or [f"class_{c}" for c in range(10)]
         else:
-            self._table = read_label_table(path, class_names)
+            self._table = read_label_table(path, given)
             names = self._table.class_names
         super().__init__(class_names=names, root=root, **kwargs)
 
