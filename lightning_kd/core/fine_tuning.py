@@ -36,7 +36,8 @@ class FineTunedTask(Task):
             themselves where the data has another number of classes.
         freeze: ``"backbone"`` trains the classifier alone: the backbone gets no gradient, is not handed to the
             optimizer, and its batch normalisation keeps the statistics that it has. Default: train all.
-        backbone_lr: what the learning rate of the backbone is multiplied by. Schedules scale both alike.
+        backbone_lr: what the learning rate of the backbone is multiplied by. Schedules scale both
+            alike, but for an ``eta_min`` that both end at.
         kwargs: ``input_shape``, ``optimizer``, ``lr_scheduler``, ``lr_interval``, ``channels_last``, ``compile`` of
             ``Task``.
 

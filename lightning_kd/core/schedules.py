@@ -181,13 +181,14 @@ def set_training_length(schedule: Any, length: int) -> None:
             part.set_length(max(1, (length if end is None else end) - begin))
 
 
-def told_of_length(schedule: Any, length: int, training: str) -> list[str]:
+def told_of_length(schedule: Any, length: int, training: str, unit: str = "epoch") -> list[str]:
     """A sentence where a cosine does not end with the training: it would stop at a high rate, or rise again.
 
     Args:
         schedule: any; only a cosine has an end.
-        length: epochs of the training.
+        length: epochs (or steps) of the training.
         training: what they are the epochs of.
+        unit: ``"epoch"`` or ``"step"``.
     """
     found = []
     for part, begin, end in schedule_parts(schedule):
@@ -200,13 +201,17 @@ def told_of_length(schedule: Any, length: int, training: str) -> list[str]:
             own, names = part.constant_epochs + part.cosine_epochs, "constant_epochs + cosine_epochs"
             if own < left:  # stays at its end
                 continue
+        elif getattr(part, "length_name", None) == "total_steps":
+            own, names = part.total_steps, "total_steps"
+            if own < left:  # likewise
+                continue
         else:
             continue
         if own != left > 0:
             effect = "ends at a high learning rate" if own > left else "raises the learning rate again"
             other = f", or take lightning_kd.core.schedules.CosineAnnealing, as long as the {training.split()[-1]}"
             found.append(
-                f"{type(part).__name__} has {names} {own}, the {training} has {left} epochs{after}, so it {effect}: "
+                f"{type(part).__name__} has {names} {own}, the {training} has {left} {unit}s{after}, so it {effect}: "
                 f"set {names} to {left}{other if names == 'T_max' else ''}"
             )
     return found

@@ -122,9 +122,9 @@ def warn_of_schedules(trainer: L.Trainer, task: Any) -> None:
     if getattr(trainer, "fast_dev_run", 0):
         return
     for config in trainer.lr_scheduler_configs:
-        length = task.schedule_length("epoch") if config.interval == "epoch" else None
+        length = task.schedule_length(config.interval)
         if length is not None:
-            found += told_of_length(config.scheduler, length, task.scheduled_part)
+            found += told_of_length(config.scheduler, length, task.scheduled_part, config.interval)
         found += told_of_rise(config.scheduler, config.interval)
     for sentence in dict.fromkeys(found):  # once for two networks
         rank_zero_warn(sentence)

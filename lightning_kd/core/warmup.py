@@ -21,8 +21,8 @@ __all__ = ["WarmupCosine"]
 class WarmupCosine(TiedSchedule):
     """A linear warm-up by steps, then half a cosine down to ``eta_min``, which then stays. For ``lr_interval: step``.
 
-    With ``lr_interval: epoch`` both lengths are epochs. Each group of an optimizer goes from and to a share of its own
-    rate.
+    With ``lr_interval: epoch`` both lengths are epochs. Each group of an optimizer begins at a share of its own rate;
+    all end at ``eta_min``.
 
     Args:
         optimizer: wrapped optimizer.

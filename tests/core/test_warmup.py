@@ -6,7 +6,10 @@ from torch.optim.lr_scheduler import CosineAnnealingLR, LinearLR, SequentialLR
 
 from lightning_kd.cli import main
 from lightning_kd.core.checkpoint_files import read_checkpoint
+from lightning_kd.core.schedules import told_of_length
 from lightning_kd.core.warmup import WarmupCosine
+
+QUIET = ["--trainer.enable_progress_bar", "false"]
 
 
 def rates(make, count, resume_at=None):
@@ -90,11 +93,22 @@ def test_a_training_that_is_shorter_is_told():
         rates(lambda optimizer: of_length(WarmupCosine(optimizer), 6), 1)
 
 
+@pytest.mark.parametrize(("total", "told"), [(100, True), (12, False), (8, False)])
+def test_a_warm_up_that_is_longer_than_the_training_is_told(total, told):
+    found = told_of_length(WarmupCosine(torch.optim.SGD([torch.zeros(1)], 0.1), 5, total), 12, "training", "step")
+    sentence = "WarmupCosine has total_steps 100, the training has 12 steps, so it ends at a high learning rate"
+    assert [text.partition(":")[0] for text in found] == [sentence] * told
+
+
 def test_the_fragment_after_a_config(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     words = ["--config", "distillation/teacher_digits", "--config", "_overlay/smoke", "--config", "_overlay/warmup"]
     words += ["--model.network", "cnn_tiny", "--model.lr_scheduler.warmup_steps", "4"]
-    main(["fit", *words, "--trainer.enable_progress_bar", "false", "--run", "r"])
+    with pytest.warns(
+        UserWarning, match="total_steps 90, the training has 6 steps, so it ends at a high learning rate"
+    ):
+        main(["fit", *words, "--model.lr_scheduler.total_steps", "90", *QUIET, "--run", "long"])
+    main(["fit", *words, *QUIET, "--run", "r"])
     assert kept() == (4, 6, 6, [0.0])
     main(["fit", "--config", "r/config.yaml", "--ckpt_path", "last", "--trainer.max_epochs", "3"])
     assert kept() == (4, 9, 9, [0.0])
