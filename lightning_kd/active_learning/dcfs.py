@@ -31,6 +31,7 @@ from lightning_kd.argument_checks import check_numbers
 from lightning_kd.core.batch import as_batch
 from lightning_kd.core.distributed import process_count, summed
 from lightning_kd.core.feature_hooks import penultimate_tap
+from lightning_kd.core.fine_tuning import FineTunedTask
 from lightning_kd.core.losses import at_least_float32, check_shapes, check_target
 from lightning_kd.core.outputs import class_logits
 from lightning_kd.pool import PoolView, Query
@@ -88,7 +89,7 @@ def _shares(*parts: Tensor) -> Tensor:
     return wide(masks) * process_count() / count.clamp(min=1)[:, None]
 
 
-class DCFS(PoolTask):
+class DCFS(PoolTask, FineTunedTask):
     """DCFS (Wang et al., 2024, arXiv 2409.17607), reconstructed: sure to be known first, then where two heads differ.
 
     One network with two linear heads on the feature that enters its classifier; the classifier itself is the first.
@@ -111,6 +112,8 @@ class DCFS(PoolTask):
         network: a network's name, or an ``nn.Module`` that gives ``K`` logits, or one more, see ``num_outputs``.
         num_classes: number of known classes ``K``.
         input_shape: see ``Task``.
+        weights: checkpoint or ``state_dict`` file to start from; ``"default"`` for the published weights of a ``timm/``
+            or ``torchvision/`` network. Default: train from scratch.
         gamma: see above; 1 here, and 10 / K in DPC's code.
         kl_weight: weight of the divergence over K.
         annealing_epochs: epochs in which that weight rises from 0; 0 for none.
@@ -129,12 +132,15 @@ class DCFS(PoolTask):
         fine_score: ``"discrepancy"``; ``"total"``, the entropy of the expected probabilities; or ``"none"`` for the
             least coarse score.
         classifier: module path of the classifier, where it is not the last ``nn.Linear``.
-        kwargs: ``warm_start`` of ``PoolTask``, and ``optimizer``, ``lr_scheduler``, ``lr_interval``,
-            ``channels_last``, ``compile`` of ``Task``.
+        kwargs: ``new_classifier``, ``freeze``, ``backbone_lr`` of ``FineTunedTask``; ``warm_start`` of ``PoolTask``;
+            ``optimizer`` (default: that of ``Task``, with weights that of ``optimizer_for``), ``lr_scheduler``,
+            ``lr_interval``, ``channels_last``, ``compile`` of ``Task``.
 
     Raises:
         ValueError: for an argument out of range.
     """
+
+    plain_default = True
 
     def __init__(
         self,
@@ -142,6 +148,7 @@ class DCFS(PoolTask):
         num_classes: int,
         *,
         input_shape: Sequence[int] = (3, 32, 32),
+        weights: str | None = None,
         gamma: float = 1.0,
         kl_weight: float = 1.0,
         annealing_epochs: int = 10,
@@ -187,7 +194,7 @@ class DCFS(PoolTask):
         self.coarse_factor = coarse_factor
         self.fine_score: Fine = fine_score
         self.outputs = num_classes + (num_outputs == "K+1")
-        self.network = self.build_for(network, self.outputs) if isinstance(network, str) else self.build(network)
+        self.network = self.build_to_train(network, weights, outputs=self.outputs)
         self._feature, layer = penultimate_tap(self.network, classifier)
         self.second_head = nn.Linear(layer.in_features, self.outputs)
 

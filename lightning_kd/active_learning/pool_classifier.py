@@ -14,14 +14,14 @@ from lightning_kd.active_learning.pool_task import PoolTask
 from lightning_kd.active_learning.strategies import Strategy
 from lightning_kd.core.batch import as_batch
 from lightning_kd.core.feature_hooks import penultimate_tap
+from lightning_kd.core.fine_tuning import FineTunedTask
 from lightning_kd.core.losses import at_least_float32
-from lightning_kd.core.starting_weights import network_with_weights
 from lightning_kd.pool import PoolView, Query
 
 __all__ = ["PoolClassifier"]
 
 
-class PoolClassifier(PoolTask):
+class PoolClassifier(PoolTask, FineTunedTask):
     """Train one network with cross-entropy on the labelled samples of known classes; a strategy chooses.
 
     What was asked for and belongs to no known class leaves the pool and is used for nothing.
@@ -40,14 +40,16 @@ class PoolClassifier(PoolTask):
             ``load_from_checkpoint``.
         weights: checkpoint or ``state_dict`` file to start from; ``"default"`` for the published weights of a ``timm/``
             or ``torchvision/`` network. Default: train from scratch.
-        new_classifier: take all but the classifier from ``weights``.
         classifier: module path of the layer whose input is the feature, where it is not the last ``nn.Linear``.
-        kwargs: ``warm_start`` of ``PoolTask``; ``optimizer``, ``lr_scheduler``, ``lr_interval``, ``channels_last``,
-            ``compile`` of ``Task``.
+        kwargs: ``new_classifier``, ``freeze``, ``backbone_lr`` of ``FineTunedTask``; ``warm_start`` of ``PoolTask``;
+            ``optimizer`` (default: that of ``Task``, with weights that of ``optimizer_for``), ``lr_scheduler``,
+            ``lr_interval``, ``channels_last``, ``compile`` of ``Task``.
 
     Raises:
         ValueError: for a strategy of another name.
     """
+
+    plain_default = True
 
     def __init__(
         self,
@@ -57,7 +59,6 @@ class PoolClassifier(PoolTask):
         input_shape: Sequence[int] = (3, 32, 32),
         strategy: str | Strategy = "entropy",
         weights: str | None = None,
-        new_classifier: bool = False,
         classifier: str | None = None,
         **kwargs: Any,
     ) -> None:
@@ -66,9 +67,7 @@ class PoolClassifier(PoolTask):
             raise ValueError(f"strategy must be one of {', '.join(STRATEGIES)} or a Strategy, got {strategy!r}")
         self._strategy_name = strategy if isinstance(strategy, str) else type(strategy).__name__
         self.strategy = STRATEGIES[strategy]() if isinstance(strategy, str) else strategy
-        self.network = network_with_weights(
-            network, weights, num_classes, self.build, new_classifier=new_classifier, input_shape=self.input_shape
-        )
+        self.network = self.build_to_train(network, weights)
         self._tap = penultimate_tap(self.network, classifier)[0] if self.strategy.needs_features else None
 
     @property

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Iterable
+from functools import partial
 from typing import Any, Literal
 
 import torch
@@ -48,6 +49,8 @@ class FineTunedTask(Task):
 
     #: whether the loss is a sum over images and labels, not a mean
     loss_is_sum = False
+    #: whether the optimizer without given weights is that of ``Task``, whatever the network
+    plain_default = False
 
     def __init__(
         self,
@@ -71,13 +74,20 @@ class FineTunedTask(Task):
         self._trained: list[nn.Module] = []  # a list, as it is already a part of the task
         self._resting: list[nn.Module] = []
 
-    def build_to_train(self, network: str | nn.Module, weights: str | None, argument: str = "weights") -> nn.Module:
+    def build_to_train(
+        self,
+        network: str | nn.Module,
+        weights: str | None,
+        argument: str = "weights",
+        outputs: int | None = None,
+    ) -> nn.Module:
         """The network that is trained, as ``Task.build``, with the weights that it starts from.
 
         Args:
             network: its name, or the module.
             weights: see ``network_with_weights``.
             argument: what a message calls ``weights``.
+            outputs: how many logits it has, where they are not those of the problem.
         """
         if weights is None and (self.new_classifier or (self.freeze_part and isinstance(network, str))):
             name, value = ("new_classifier", True) if self.new_classifier else ("freeze", self.freeze_part)
@@ -87,8 +97,8 @@ class FineTunedTask(Task):
         built = network_with_weights(
             network,
             weights,
-            self.num_classes,
-            self.build,
+            outputs or self.num_classes,
+            partial(self.build, outputs=outputs),
             new_classifier=self.new_classifier,
             input_shape=self.input_shape,
             argument=argument,
@@ -130,6 +140,8 @@ class FineTunedTask(Task):
     # -- what trains -------------------------------------------------------------------------------------------------
 
     def default_optimizer(self, parameters: list[Any]) -> torch.optim.Optimizer:
+        if self.plain_default and not (self.has_given_weights or self.freeze_part):
+            return super().default_optimizer(parameters)
         if self.freeze_part:  # a new layer on features that stay
             return torch.optim.AdamW(parameters, lr=1e-3, weight_decay=0.01)
         return optimizer_for(self._trained[0], parameters, self.has_given_weights, self.loss_is_sum)

@@ -18,9 +18,9 @@ from lightning_kd.argument_checks import check_numbers
 from lightning_kd.core.averaging import averaged_copy, update_average
 from lightning_kd.core.batch import Batch, as_batch
 from lightning_kd.core.feature_hooks import penultimate_tap
+from lightning_kd.core.fine_tuning import FineTunedTask
 from lightning_kd.core.losses import at_least_float32
 from lightning_kd.core.outputs import class_logits
-from lightning_kd.core.starting_weights import network_with_weights
 from lightning_kd.core.two_pass_step import second_pass
 from lightning_kd.noisy_labels.bldr_losses import average_decay, reweight
 from lightning_kd.noisy_labels.bldr_terms import (
@@ -41,7 +41,7 @@ from lightning_kd.noisy_labels.wrong_labels import lost_classes, write_wrong_lab
 __all__ = ["BLDR"]
 
 
-class BLDR(NoisyLabelTask):
+class BLDR(NoisyLabelTask, FineTunedTask):
     """Noise-robust bidirectional learning with dynamic sample reweighting (Zong et al., arXiv 2209.01334).
 
     One head learns the given labels, corrected by two trained numbers per sample and class (``u``, ``v``); a second one
@@ -70,7 +70,6 @@ class BLDR(NoisyLabelTask):
         input_shape: see ``Task``.
         weights: checkpoint or ``state_dict`` file to start from; ``"default"`` for the published weights of a ``timm/``
             or ``torchvision/`` network. Default: train from scratch.
-        new_classifier: take all but the classifier from ``weights``.
         warmup_epochs: from the end of this epoch (counted from 0) on, samples are weighted. In the paper 20 for
             CIFAR-10N and 40 for CIFAR-100N, the learning rate constant as long. The second head starts by believing in
             one class or two and needs some thousand steps to leave that; weights from it before would shut out whole
@@ -92,13 +91,16 @@ class BLDR(NoisyLabelTask):
             statistics of batch normalisation. The official code passes the weak views twice. Without strong views there
             is one pass.
         average_buffers: also average running statistics; ``False`` takes those of the last epoch, as the official code.
-        kwargs: ``optimizer``, ``lr_scheduler``, ``lr_interval``, ``channels_last``, ``compile`` of ``Task``.
+        kwargs: ``new_classifier``, ``freeze``, ``backbone_lr`` of ``FineTunedTask``; ``optimizer`` (default: that of
+            ``Task``, with weights that of ``optimizer_for``), ``lr_scheduler``, ``lr_interval``, ``channels_last``,
+            ``compile`` of ``Task``.
 
     Raises:
         ValueError: for an argument out of its range, and a network without stages or classifier.
     """
 
     needs_index = True
+    plain_default = True
     rho: Tensor
 
     def __init__(
@@ -108,7 +110,6 @@ class BLDR(NoisyLabelTask):
         *,
         input_shape: Sequence[int] = (3, 32, 32),
         weights: str | None = None,
-        new_classifier: bool = False,
         warmup_epochs: int = 20,
         stages: list[str] | None = None,
         classifier: str | None = None,
@@ -141,9 +142,7 @@ class BLDR(NoisyLabelTask):
             check_numbers({name: getattr(self, name)}, least=0, remedy="give 0 to leave it out")
         thresholds = {"rho_threshold": rho_threshold, "detection_threshold": detection_threshold}
         check_numbers(thresholds, above=0, below=1, remedy="give a probability")
-        self.network = network_with_weights(
-            network, weights, num_classes, self.build, new_classifier=new_classifier, input_shape=self.input_shape
-        )
+        self.network = self.build_to_train(network, weights)
         self._feature, linear = penultimate_tap(self.network, classifier)
         self.negative_head = nn.Linear(linear.in_features, num_classes)
         # copied before there are exits: only training needs them, and their taps hold on to large maps

@@ -171,6 +171,8 @@ class SingleNetworkTask(NoisyLabelTask, FineTunedTask, ABC):
             ``compile`` of ``Task``.
     """
 
+    plain_default = True
+
     def __init__(
         self,
         network: str | nn.Module,
@@ -182,10 +184,6 @@ class SingleNetworkTask(NoisyLabelTask, FineTunedTask, ABC):
     ) -> None:
         super().__init__(num_classes, input_shape=input_shape, **kwargs)
         self.network = self.build_to_train(network, weights)
-
-    def default_optimizer(self, parameters: list[Any]) -> torch.optim.Optimizer:
-        given = self.has_given_weights or self.freeze_part is not None
-        return super().default_optimizer(parameters) if given else Task.default_optimizer(self, parameters)
 
     @property
     def main_network(self) -> nn.Module:

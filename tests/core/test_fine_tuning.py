@@ -9,7 +9,7 @@ import torch
 import torchvision
 from torch import nn
 
-from lightning_kd import KD, CrossEntropy
+from lightning_kd import BLDR, DCFS, KD, CrossEntropy, PoolClassifier
 from lightning_kd.cli import main
 from lightning_kd.core import Classification, SemanticSegmentation
 from lightning_kd.core.feature_hooks import find_classifier
@@ -97,6 +97,29 @@ def test_every_method_with_one_network_takes_them(published):
         optimizer = task.configure_optimizers()
         assert (type(optimizer), optimizer.param_groups[0]["lr"]) == (torch.optim.AdamW, 1e-4)
     assert isinstance(CrossEntropy("resnet8", 7).configure_optimizers(), torch.optim.SGD)
+
+
+@pytest.mark.parametrize(
+    ("method", "outputs", "options"),
+    [(PoolClassifier, 3, {}), (DCFS, 4, {"num_outputs": "K+1"}), (BLDR, 3, {"warmup_epochs": 1})],
+)
+def test_pools_and_two_heads_stand_on_a_backbone_that_rests(tmp_path, method, outputs, options):
+    torch.save(build_network("resnet8", 10).state_dict(), tmp_path / "ten.pt")
+    plain = method("resnet8", 3, **options)
+    assert type(plain.configure_optimizers()) is torch.optim.SGD
+    given = {"weights": str(tmp_path / "ten.pt"), "new_classifier": True, **options}
+    frozen = method("resnet8", 3, freeze="backbone", **given)
+    network = frozen.network.train()
+    frozen.train()
+    assert network.fc.out_features == outputs
+    assert [name for name, p in network.named_parameters() if p.requires_grad] == ["fc.weight", "fc.bias"]
+    assert not any(m.training for m in network.modules() if isinstance(m, nn.BatchNorm2d))
+    assert torch.equal(network.conv1.weight, torch.load(tmp_path / "ten.pt", weights_only=True)["conv1.weight"])
+    slow = method("resnet8", 3, backbone_lr=0.1, **given).configure_optimizers()
+    assert [group["lr"] for group in slow.param_groups] == pytest.approx([1e-4, 1e-5])
+    assert {id(p) for p in frozen.parameters() if p.requires_grad} == {
+        id(p) for group in frozen.configure_optimizers().param_groups for p in group["params"]
+    }
 
 
 def test_timm_makes_the_new_classifier_itself(monkeypatch):
