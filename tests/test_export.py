@@ -139,6 +139,37 @@ def test_where_the_data_is_gone_it_is_said(run, capsys):
     assert "--images" in out.err
 
 
+def test_a_network_whose_head_has_queries_takes_any_number_of_images(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    rows = np.random.default_rng(0)
+    image, target = rows.integers(0, 256, (30, 16, 16, 3), np.uint8), rows.integers(0, 2, (30, 4), np.uint8)
+    np.savez("mine.npz", image=image, target=target)
+    data = ["--data", "ArrayDataModule", "--data.path", "mine.npz", "--trainer.limit_train_batches", "1"]
+    model = ["--model", "MultiLabelClassification", "--model.network", "resnet8+ml_decoder_32"]
+    main(["fit", *model, *data, *QUIET, "--run", "m"])
+    capsys.readouterr()
+    main(["export", "m", "--format", "torchscript"])
+    out = capsys.readouterr().out
+    assert "on 6 samples of the test set" in out
+    assert difference(out) < 1e-5
+
+
+def test_a_file_that_takes_one_number_of_images_is_not_kept(run, capsys, monkeypatch):
+    seen = []
+
+    def read(answer, path, images):
+        seen.append(len(images))
+        raise RuntimeError("shape '[2, 3]' is invalid")
+
+    monkeypatch.setattr(exported_network, "_read_torchscript", read)
+    with pytest.raises(SystemExit):
+        main(["export", "r", "--format", "torchscript", "--images", "photos/red/00.png"])
+    error = capsys.readouterr().err
+    assert "this network cannot be exported as torchscript (RuntimeError: shape '[2, 3]' is invalid)" in error
+    assert seen == [3]
+    assert not Path("r/exported.torchscript").exists()
+
+
 def test_what_there_is_not_is_told_in_the_words_of_the_command(run, capsys):
     Path("there").mkdir()
     for given, message in (

@@ -74,7 +74,7 @@ class MLDecoder(nn.Module):
         """
         tokens = features.flatten(2).transpose(1, 2) if features.ndim == 4 else features
         tokens = self.embed(tokens).relu()
-        query = self.queries.expand(len(tokens), -1, -1)
+        query = self.queries.expand(tokens.shape[0], -1, -1)  # len() would be a constant in an exported file
         query = self.norm1(query + self._drop(query))
         query = self.norm2(query + self._drop(self.attention(query, tokens, tokens, need_weights=False)[0]))
         query = self.norm3(query + self._drop(self.linear2(self._drop(self.linear1(query).relu()))))
