@@ -1368,4 +1368,33 @@ MUTANTS = [
         "if number < 0:",
         ("tests/pool/test_label_command.py",),
     ),
+    # runs put to use
+    Mutant(
+        "pictures of tagged images cut instead of squeezed",
+        "data/preparation.py",
+        "if self.stretch:",
+        "if False:",
+        ("tests/test_predict_new.py",),
+    ),
+    Mutant(
+        "normalised floats taken for pixels",
+        "data/preparation.py",
+        "if not (least >= -BEYOND and most <= 1 + BEYOND):",
+        "if least < -BEYOND or most > 300:",
+        ("tests/test_load.py",),
+    ),
+    Mutant(
+        "an exported file compared with as many images as it was written with",
+        "deploy/exported_network.py",
+        "times = 1 if len(images) > 2 else 3",
+        "times = 1",
+        ("tests/test_export.py",),
+    ),
+    Mutant(
+        "given weights trained at the rate for none",
+        "core/fine_tuning.py",
+        "if self.plain_default and not (self.has_given_weights or self.freeze_part):",
+        "if self.plain_default:",
+        ("tests/core/test_fine_tuning.py",),
+    ),
 ]
