@@ -11,6 +11,7 @@ import torch
 import torch.distributed as dist
 from lightning.pytorch.utilities import rank_zero_only
 from torch import Tensor, nn
+from torch.distributed.nn.functional import all_reduce
 
 
 def process_count() -> int:
@@ -98,6 +99,25 @@ def together(device: torch.device) -> Iterator[None]:
             raise RuntimeError("another process could not do its share of the samples: see its message")
     if failed is not None:
         raise failed
+
+
+def joint_batch(part: Tensor) -> Tensor:
+    """The rows ``[n, ...]`` of all processes, in the order of the processes, with a graph that leads to all of them.
+
+    The gradient of a process's rows is the sum of what the processes make of them. Collective, in the backward pass
+    too.
+
+    Args:
+        part: of this process; ``n`` may differ between processes.
+    """
+    if process_count() == 1:
+        return part
+    sizes = torch.zeros(process_count(), dtype=torch.int64, device=part.device)
+    sizes[process_rank()] = len(part)
+    dist.all_reduce(sizes)
+    before, after = int(sizes[: process_rank()].sum()), int(sizes[process_rank() + 1 :].sum())
+    padded = [part.new_zeros(count, *part.shape[1:]) for count in (before, after)]
+    return all_reduce(torch.cat([padded[0], part, padded[1]]))
 
 
 def sum_of_parts(part: Tensor | None, dtype: torch.dtype, device: torch.device) -> Tensor:

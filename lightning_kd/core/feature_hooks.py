@@ -84,3 +84,24 @@ def penultimate_tap(network: nn.Module, classifier: str | None = None) -> tuple[
     """A tap on the feature ``[B, D]`` that enters the classifier, and the classifier itself (found or named)."""
     path, module = find_classifier(network, classifier)
     return Tap(network, path, side="input"), module
+
+
+class PooledFeature:
+    """The feature ``[B, D]`` of each image in the latest forward pass of a network, with its graph.
+
+    It is what enters the classifier; of a network with a query a label, the mean over its map.
+
+    Args:
+        network: to listen to, before it is compiled.
+    """
+
+    def __init__(self, network: nn.Module) -> None:
+        path = getattr(network, "feature_map", None)  # of an MLDecoderNetwork
+        self.tap = penultimate_tap(network)[0] if path is None else Tap(network, f"network.{path}")
+
+    def pop(self) -> Tensor:
+        """The feature; the tap lets go of it."""
+        value = self.tap.pop()
+        if value.ndim == 3:  # tokens
+            return value.mean(1)
+        return value.flatten(2).mean(2) if value.ndim > 3 else value

@@ -45,6 +45,15 @@ def check_logits(student_logits: Tensor, teacher_logits: Tensor) -> None:
         )
 
 
+def check_features(student_feature: Tensor, teacher_feature: Tensor) -> None:
+    """Raise ``ValueError`` unless they are ``[N, D]`` and ``[N, D']`` of at least two samples, which have a relation."""
+    check_shapes(student_feature=(student_feature, "ND"), teacher_feature=(teacher_feature, "NE"))
+    if len(student_feature) < 2:
+        raise ValueError(
+            f"student_feature must be of 2 samples or more, got {len(student_feature)}: relations need a larger batch"
+        )
+
+
 def check_target(logits: Tensor, target: Tensor, name: str = "target", num_classes: int | None = None) -> None:
     """Raise ``ValueError`` unless ``logits`` are ``[B, C]`` of 2 classes or more and ``target`` is int64 ``[B]``.
 

@@ -12,17 +12,22 @@ from typing import Any, Literal
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from lightning_kd.argument_checks import check_numbers
 from lightning_kd.core.batch import as_batch
+from lightning_kd.core.distributed import joint_batch, process_count
+from lightning_kd.core.feature_hooks import PooledFeature
 from lightning_kd.core.losses import at_least_float32, bernoulli_kl, check_label_values, check_logits, check_shapes
 from lightning_kd.core.outputs import embeddings_of
 from lightning_kd.core.problems import MultiLabel
 from lightning_kd.distillation.distillation_task import Distillation
+from lightning_kd.distillation.pkt import pkt_loss
+from lightning_kd.distillation.rkd import angle_loss, distance_loss
 
 __all__ = ["L2D", "class_aware_loss", "instance_aware_loss", "multi_label_logits_loss", "partial_softmax_loss"]
 
-# distances that are computed at once, at most: 64 MiB in float32
+# numbers that are computed at once, at most: 64 MiB in float32
 AT_ONCE = 2**24
 
 
@@ -65,8 +70,7 @@ def class_aware_loss(student_embedding: Tensor, teacher_embedding: Tensor, targe
 
     Source: arXiv 2308.06453, class-aware label-wise embedding distillation; means as in the official code.
     """
-    student, teacher, there = _checked(student_embedding, teacher_embedding, target)
-    return _relations(student.transpose(0, 1), teacher.transpose(0, 1), there.T)
+    return _relations(*_checked(student_embedding, teacher_embedding, target), by_class=True)
 
 
 def instance_aware_loss(student_embedding: Tensor, teacher_embedding: Tensor, target: Tensor) -> Tensor:
@@ -82,7 +86,7 @@ def instance_aware_loss(student_embedding: Tensor, teacher_embedding: Tensor, ta
 
     Source: arXiv 2308.06453, instance-aware label-wise embedding distillation; means as in the official code.
     """
-    return _relations(*_checked(student_embedding, teacher_embedding, target))
+    return _relations(*_checked(student_embedding, teacher_embedding, target), by_class=False)
 
 
 def partial_softmax_loss(student_logits: Tensor, teacher_logits: Tensor, target: Tensor) -> Tensor:
@@ -125,30 +129,51 @@ def _checked(student: Tensor, teacher: Tensor, target: Tensor) -> tuple[Tensor, 
     return student, teacher, target > 0
 
 
-def _relations(student: Tensor, teacher: Tensor, there: Tensor) -> Tensor:
-    """The sum over groups of ``H``.
+def _relations(student: Tensor, teacher: Tensor, there: Tensor, by_class: bool) -> Tensor:
+    """The sum over groups of ``H``, over the pairs of members alone: most images have few of all labels.
 
     Args:
-        student: ``[G, N, L]``.
-        teacher: ``[G, N, L']``.
-        there: bool ``[G, N]``, the members of each group.
+        student: ``[B, C, L]``.
+        teacher: ``[B, C, L']``.
+        there: bool ``[B, C]``.
+        by_class: whether a group is the images of a class, not the classes of an image.
     """
+    rows = torch.arange(there.numel(), device=there.device).view_as(there)
+    if by_class:
+        rows, there = rows.T, there.T
     size = max(1, AT_ONCE // there.shape[1] ** 2)
-    total = student.new_zeros(()) + 0.0 * student.sum()  # with a graph, where no group has two members
-    for s, t, members in zip(student.split(size), teacher.split(size), there.split(size), strict=True):
-        pair = members[:, :, None] & members[:, None, :]
-        pair = pair & ~torch.eye(pair.shape[1], dtype=torch.bool, device=pair.device)
-        count = pair.sum((1, 2)).clamp(min=1)
-        distances = []
-        for embedding in (s, t):
-            # not by a product of matrices: it loses what small distances are made of
-            d = torch.cdist(embedding, embedding, compute_mode="donot_use_mm_for_euclid_dist").clamp(min=1e-6)
-            d = d * pair
-            mean = d.sum((1, 2)) / count
-            distances.append(d / mean.where(mean > 0, 1.0)[:, None, None])
-        loss = F.huber_loss(distances[0], distances[1], reduction="none").sum((1, 2))
-        total = total + (loss / members.sum(1).clamp(min=1)).sum()
-    return total
+    embeddings = student.flatten(0, 1), teacher.flatten(0, 1)
+    return torch.stack([_sum_of_groups(*embeddings, *part) for part in zip(rows.split(size), there.split(size))]).sum()
+
+
+def _sum_of_groups(student: Tensor, teacher: Tensor, rows: Tensor, there: Tensor) -> Tensor:
+    """``H`` of groups whose members are ``rows`` ``[G, N]`` of the embeddings, where they are ``there``."""
+    pairs = (there[:, :, None] & there[:, None, :]).triu(1)  # each once
+    group, first, second = pairs.nonzero(as_tuple=True)
+    place = (there.flatten().cumsum(0) - 1).view_as(there)  # among the members
+    count = pairs.sum((1, 2)).clamp(min=1)
+    scaled = []
+    for embedding in (student, teacher):
+        d = _distances(embedding.index_select(0, rows[there]), place[group, first], place[group, second])
+        mean = d.new_zeros(len(there)).index_add(0, group, d) / count
+        scaled.append(d / mean[group])
+    loss = F.huber_loss(scaled[0], scaled[1], reduction="none")
+    return (2 * loss / there.sum(1)[group]).sum()  # with a graph, also of no pair
+
+
+def _distances(rows: Tensor, first: Tensor, second: Tensor) -> Tensor:
+    """Of each pair of rows, by their difference: a product of matrices loses what small distances are made of."""
+
+    def of(one: Tensor, other: Tensor) -> Tensor:
+        difference = rows.index_select(0, one) - rows.index_select(0, other)
+        return torch.linalg.vector_norm(difference, dim=1).clamp(min=1e-6)
+
+    size = max(1, AT_ONCE // rows.shape[1])
+    if len(first) <= size:
+        return of(first, second)
+    # differences of many pairs are computed again for the gradient, not kept
+    parts = zip(first.split(size), second.split(size), strict=True)
+    return torch.cat([checkpoint(of, *part, use_reentrant=False) for part in parts])
 
 
 class L2D(Distillation):
@@ -157,11 +182,12 @@ class L2D(Distillation):
     The loss is ``ce_weight * BCE + kd_weight * (lambda_mld * M + lambda_le * (lambda_cd * CD + lambda_id * ID))``:
     binary cross-entropy summed over images and labels, ``M`` on the logits, and the class-aware and instance-aware
     losses on the embeddings. The weights are those of the official code for batches of 64; all but ``M`` grow with the
-    batch.
+    batch. ``feature_loss`` adds what the paper compares with.
     Where embeddings count, student and teacher must have a query a label, as ``resnet18+ml_decoder`` and the like.
     Their embeddings may differ in length. Labels must all be known.
 
-    Several processes: losses are of each process's own images, whose gradients are averaged.
+    Several processes: sums are of the joint batch, means of each process's own. The class-aware loss compares the
+    images of each process among themselves, unless ``joint_classes``; ``feature_loss`` always does.
 
     Args:
         student: network name or ``nn.Module`` that gives logits ``[B, C]`` and embeddings ``[B, C, L]``.
@@ -174,6 +200,11 @@ class L2D(Distillation):
         lambda_le: weight of both losses on embeddings; 0 leaves them out, so that any two taggers will do.
         lambda_cd: weight of the class-aware loss among them.
         lambda_id: weight of the instance-aware loss among them.
+        joint_classes: with several processes, compare the images of all of them in the class-aware loss, as one process
+            with the joint batch would.
+        feature_loss: on pooled features: ``"rkd"``, 25 times ``distance_loss`` and 50 times ``angle_loss``; ``"pkt"``,
+            30,000 times ``pkt_loss``, the weights of their usual benchmark; ``None`` for none.
+        lambda_feature: weight of it.
         kwargs: ``teacher_weights``, ``student_weights``, ``ce_weight``, ``kd_weight``, ``teacher_mean``,
             ``teacher_std``, ``teacher_size`` of ``Distillation``, and the arguments of ``FineTunedTask`` and ``Task``.
     """
@@ -193,14 +224,22 @@ class L2D(Distillation):
         lambda_le: float = 1.0,
         lambda_cd: float = 100.0,
         lambda_id: float = 1000.0,
+        joint_classes: bool = False,
+        feature_loss: Literal["rkd", "pkt"] | None = None,
+        lambda_feature: float = 1.0,
         **kwargs: Any,
     ) -> None:
         super().__init__(student, teacher, num_classes, input_shape=input_shape, **kwargs)
         if logits_loss not in ("mld", "ps", "mse", None):
             raise ValueError(f"logits_loss must be 'mld', 'ps', 'mse' or None, got {logits_loss!r}: give one of them")
+        if feature_loss not in ("rkd", "pkt", None):
+            raise ValueError(f"feature_loss must be 'rkd', 'pkt' or None, got {feature_loss!r}: give one of them")
         check_numbers(least=0, lambda_mld=lambda_mld, lambda_le=lambda_le, lambda_cd=lambda_cd, lambda_id=lambda_id)
+        check_numbers(least=0, lambda_feature=lambda_feature)
         self.logits_loss = logits_loss
         self.lambda_mld, self.lambda_le, self.lambda_cd, self.lambda_id = lambda_mld, lambda_le, lambda_cd, lambda_id
+        self.joint_classes, self.feature_loss, self.lambda_feature = joint_classes, feature_loss, lambda_feature
+        self._features = [PooledFeature(n) for n in (self.student, self.teacher.network)] if feature_loss else []
 
     def distillation_loss(self, student_logits: Tensor, teacher_logits: Tensor, target: Tensor) -> Tensor:
         """``M``, before its weights; 0 without."""
@@ -221,16 +260,33 @@ class L2D(Distillation):
             self.problem.logits(output, image, self.student), self.teacher.logits(taught, image)
         )
         bce = F.binary_cross_entropy_with_logits(logits, target.to(logits.dtype), reduction="sum")
-        terms = {"ce": self.ce_weight * bce}
-        weight = self.kd_weight * self.lambda_mld
+        processes = process_count()  # over which gradients are averaged
+        terms = {"ce": processes * self.ce_weight * bce}
         if self.logits_loss is not None:
+            weight = self.kd_weight * self.lambda_mld
             terms[self.logits_loss] = weight * self.distillation_loss(logits, teacher_logits, target)
         weight = self.kd_weight * self.lambda_le
         if weight:
             embeddings = _embeddings(output, "student"), _embeddings(taught, "teacher")
-            terms["cd"] = weight * self.lambda_cd * class_aware_loss(*embeddings, target)
-            terms["id"] = weight * self.lambda_id * instance_aware_loss(*embeddings, target)
+            terms["cd"] = weight * self.lambda_cd * self._class_aware(*embeddings, target)
+            terms["id"] = processes * weight * self.lambda_id * instance_aware_loss(*embeddings, target)
+        if self.feature_loss is not None:
+            features = self._features[0].pop(), self._features[1].pop()
+            terms[self.feature_loss] = self.kd_weight * self.lambda_feature * self._feature_loss(*features)
         return self.step_loss(terms, logits, target)
+
+    def _class_aware(self, student: Tensor, teacher: Tensor, target: Tensor) -> Tensor:
+        if not self.joint_classes:
+            return process_count() * class_aware_loss(student, teacher, target)
+        # the gradient comes back from all processes
+        return class_aware_loss(joint_batch(student), joint_batch(teacher), joint_batch(target))
+
+    def _feature_loss(self, student: Tensor, teacher: Tensor) -> Tensor:
+        if len(student) < 2:  # what is left at the end of an epoch
+            return 0.0 * student.sum()
+        if self.feature_loss == "pkt":
+            return 30_000 * pkt_loss(student, teacher)
+        return 25 * distance_loss(student, teacher) + 50 * angle_loss(student, teacher)
 
 
 def _embeddings(output: Any, who: str) -> Tensor:

@@ -15,6 +15,7 @@ import torch
 import torch.nn.functional as F
 from flatness import curvature, sam, shift
 from lightning.pytorch.callbacks import RichProgressBar
+from labels import relations
 from measure import Clock, Settings, Variant, compare, now
 from noisy import dpc, margins, rows
 from plain import DualHeadLoop, PictureDataset, train_classifier
@@ -341,6 +342,7 @@ BENCHES = {
     "margins": margins,
     "dpc": dpc,
     "rows": rows,
+    "relations": relations,
     "k_center": k_center,
     "badge": badge,
     "posterior": posterior,

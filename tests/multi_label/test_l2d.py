@@ -6,7 +6,15 @@ import torch
 import torch.nn.functional as F
 
 from lightning_kd.core.batch import Batch
-from lightning_kd.distillation import L2D, class_aware_loss, instance_aware_loss, multi_label_logits_loss
+from lightning_kd.distillation import (
+    L2D,
+    angle_loss,
+    class_aware_loss,
+    distance_loss,
+    instance_aware_loss,
+    multi_label_logits_loss,
+    pkt_loss,
+)
 from lightning_kd.distillation.l2d import partial_softmax_loss
 from tests.multi_label.runs import CLASSES, SHAPE, Labels, fitted, resumes_to_the_bit, trainer_of
 
@@ -59,6 +67,44 @@ def test_the_options():
     assert terms_of(task(logits_loss=None))[0].keys() == {"ce", "cd", "id"}
     with pytest.raises(ValueError, match=r"^logits_loss must be 'mld', 'ps', 'mse' or None, got 'kl'"):
         task(logits_loss="kl")
+
+
+@pytest.mark.parametrize("student", [HEADED, "cnn_tiny"])
+def test_distillers_of_pooled_features(student):
+    options = {"student": student, "lambda_le": 0.0, "logits_loss": None, "kd_weight": 2.0, "lambda_feature": 0.5}
+    seen = {}
+
+    class Looking(L2D):
+        def _feature_loss(self, *features):
+            seen["student"], seen["teacher"] = features
+            return super()._feature_loss(*features)
+
+    for name in ("rkd", "pkt"):
+        one = task(**options, feature_loss=name)
+        one.__class__ = Looking
+        found, *_ = terms_of(one)
+        assert found.keys() == {"ce", name}
+        s, t = seen["student"], seen["teacher"]
+        assert s.shape == t.shape == (12, 32)
+        if name == "rkd":
+            expected = 25 * distance_loss(s, t) + 50 * angle_loss(s, t)
+        else:
+            expected = 30_000 * pkt_loss(s, t)
+        torch.testing.assert_close(found[name], expected)
+        (gradient,) = torch.autograd.grad(found[name], [next(one.student.parameters())])
+        assert gradient.abs().sum() > 0
+    image = Labels().load_arrays()[0][:12].float() / 255
+    maps = []
+    network = one.teacher.network
+    network.network.get_submodule(network.feature_map).register_forward_hook(lambda m, a, out: maps.append(out))
+    one.teacher.output(image)
+    torch.testing.assert_close(seen["teacher"], maps[0].mean((2, 3)))
+    with pytest.raises(ValueError, match=r"^feature_loss must be 'rkd', 'pkt' or None, got 'crd'"):
+        task(feature_loss="crd")
+
+
+def test_distillers_of_features_fit_with_a_last_batch_of_one():
+    fitted(method, Labels(batch_size=47), student=HEADED, feature_loss="pkt")
 
 
 def test_embeddings_are_asked_for():
