@@ -13,7 +13,7 @@ from torch import nn
 
 
 class Dropping(nn.Module):
-    \"\"\"Has dropout and batch norm, for images of 8 x 8 or more; kills its process in the training pass KILL_AT of all of its kind.\"\"\"
+    \"\"\"For images of 8 x 8 or more, with dropout and batch norm; kills its process in training pass KILL_AT.\"\"\"
 
     passes = 0
 

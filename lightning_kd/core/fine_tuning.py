@@ -39,12 +39,14 @@ class FineTunedTask(Task):
             optimizer, and its batch normalisation keeps the statistics that it has. Default: train all.
         backbone_lr: what the learning rate of the backbone is multiplied by. Schedules scale both
             alike, but for an ``eta_min`` that both end at.
+        decay_weights_only: weight decay for tensors of two dimensions or more alone, not for biases and what
+            normalises, as papers on several labels have it.
         kwargs: ``input_shape``, ``optimizer``, ``lr_scheduler``, ``lr_interval``, ``channels_last``, ``compile`` of
             ``Task``.
 
     Raises:
-        ValueError: for ``new_classifier`` or ``freeze`` without weights, ``freeze`` with ``backbone_lr``, and a network
-            without a classifier to tell the backbone by.
+        ValueError: for ``new_classifier`` or ``freeze`` without weights, ``freeze`` or ``decay_weights_only`` with
+            ``backbone_lr``, and a network without a classifier to tell the backbone by.
     """
 
     #: whether the loss is a sum over images and labels, not a mean
@@ -59,6 +61,7 @@ class FineTunedTask(Task):
         new_classifier: bool = False,
         freeze: Literal["backbone"] | None = None,
         backbone_lr: float = 1.0,
+        decay_weights_only: bool = False,
         **kwargs: Any,
     ) -> None:
         super().__init__(num_classes, **kwargs)
@@ -67,7 +70,10 @@ class FineTunedTask(Task):
         check_numbers(above=0, remedy="give freeze: backbone to keep it as it is", backbone_lr=backbone_lr)
         if freeze is not None and backbone_lr != 1:
             raise ValueError(f"freeze leaves no backbone to train, got backbone_lr={backbone_lr}: give one of them")
+        if decay_weights_only and backbone_lr != 1:
+            raise ValueError(f"decay_weights_only excludes backbone_lr={backbone_lr}: leave one of them out")
         self.new_classifier = new_classifier
+        self.decay_weights_only = decay_weights_only
         self.freeze_part = freeze
         self.backbone_lr = backbone_lr
         self.has_given_weights = False
@@ -147,6 +153,11 @@ class FineTunedTask(Task):
         return optimizer_for(self._trained[0], parameters, self.has_given_weights, self.loss_is_sum)
 
     def build_optimizer(self, parameters: Iterable[Any]) -> torch.optim.Optimizer:
+        if self.decay_weights_only:
+            parameters = list(parameters)
+            wide, narrow = ([p for p in parameters if (p.ndim > 1) == which] for which in (True, False))
+            groups = [{"params": wide}, {"params": narrow, "weight_decay": 0.0}]
+            return super().build_optimizer([group for group in groups if group["params"]])
         if self.backbone_lr == 1:
             return super().build_optimizer(parameters)
         backbone = {id(p) for p in backbone_parameters(self._trained[0])}

@@ -46,7 +46,7 @@ def check_logits(student_logits: Tensor, teacher_logits: Tensor) -> None:
 
 
 def check_features(student_feature: Tensor, teacher_feature: Tensor) -> None:
-    """Raise ``ValueError`` unless they are ``[N, D]`` and ``[N, D']`` of at least two samples, which have a relation."""
+    """Raise ``ValueError`` unless they are ``[N, D]`` and ``[N, D']`` of two samples or more, which have a relation."""
     check_shapes(student_feature=(student_feature, "ND"), teacher_feature=(teacher_feature, "NE"))
     if len(student_feature) < 2:
         raise ValueError(

@@ -11,6 +11,7 @@ import torch
 from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
 from torch import nn
 
+from lightning_kd.core.one_cycle import OneCycle
 from lightning_kd.core.schedules import schedule_parts, set_training_length
 
 __all__ = ["epoch_steps", "make_optimizer", "optimizer_for", "tell_length", "training_length"]
@@ -98,6 +99,9 @@ def tell_length(schedule: Any, task: Any, unit: str) -> None:
             f"{type(tied[0]).__name__} ends with the training, and max_epochs={epochs} with max_steps={steps} does not "
             f"say how many {unit}s {type(task).__name__} trains: give {remedy}, or a schedule of a length of its own"
         )
+    for part in tied:
+        if isinstance(part, OneCycle):
+            part.set_second_stage(task.second_stage_begin(unit))
     set_training_length(schedule, length)
 
 

@@ -10,6 +10,7 @@ import torchvision
 from torch import nn
 
 from lightning_kd.core.weights import differing_classifiers, last_linear, load_weights
+from lightning_kd.nets import split_head, with_ml_decoder
 from lightning_kd.nets.library_networks import (
     timm_library,
     torchvision_name,
@@ -37,7 +38,8 @@ def network_with_weights(
     Args:
         network: its name or the module.
         weights: a checkpoint or ``state_dict`` file; ``"default"`` for the published weights of a ``timm/`` or
-            ``torchvision/`` network, with a new classifier where they are for another number of classes; ``None`` for
+            ``torchvision/`` network, with a new classifier where they are for another number of classes (below a head
+            such as ``+ml_decoder``, which is new, too); ``None`` for
             the network as it is built.
         num_classes: of its logits.
         build: makes the network of a name, as ``Task.build``.
@@ -59,13 +61,19 @@ def network_with_weights(
                 f"{argument} 'default' are for images (C, H, W), but input_shape is {tuple(input_shape)}: for features "
                 "train an mlp from scratch, or give a file of weights"
             )
-        return build(pretrained_network(network, num_classes, new_classifier, input_shape[0]))
+        return build(_published(network, num_classes, new_classifier, input_shape))
     built = build(network)
     if weights == "default" and hasattr(built, "transform_input"):
         built.transform_input = True  # type: ignore[assignment]  # as torchvision has it with published weights
     elif weights is not None and not _come_from_checkpoint:
         load_weights(built, weights, num_classes, new_classifier)
     return built
+
+
+def _published(name: str, num_classes: int, new_classifier: bool, input_shape: Sequence[int]) -> nn.Module:
+    backbone, head = split_head(name)
+    network = pretrained_network(backbone, num_classes, new_classifier, input_shape[0])
+    return network if head is None else with_ml_decoder(network, num_classes, input_shape, **head)
 
 
 @contextmanager
@@ -115,6 +123,8 @@ def pretrained_network(
         ImportError: where ``timm/NAME`` is asked for and timm is not installed.
         OSError: where the weights cannot be downloaded.
     """
+    if split_head(name)[1] is not None:
+        raise ValueError(f"network {name!r} has a head without published weights: train it, and give its file")
     library, _, short = name.partition("/")
     if library == "timm":
         timm = timm_library(name)

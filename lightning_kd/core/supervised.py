@@ -139,6 +139,7 @@ class MultiLabelClassification(AveragedTask):
         gamma_positive: likewise of positives.
         margin: by which it lowers the probabilities of negatives, in [0, 1).
         answer_with: ``"live"``, ``"average"`` or ``"better"``, see ``AveragedTask``.
+        view: what is trained on: ``"weak"`` or ``"strong"``.
         kwargs: ``average_decay`` of ``AveragedTask``; ``input_shape``, ``weights`` of ``SupervisedTask``, and the
             arguments of ``FineTunedTask`` and ``Task``.
     """
@@ -155,6 +156,7 @@ class MultiLabelClassification(AveragedTask):
         gamma_positive: float = 0.0,
         margin: float = 0.05,
         answer_with: Literal["average", "live", "better"] = "live",
+        view: Literal["weak", "strong"] = "weak",
         **kwargs: Any,
     ) -> None:
         super().__init__(network, num_classes, answer_with=answer_with, **kwargs)
@@ -162,7 +164,7 @@ class MultiLabelClassification(AveragedTask):
             raise ValueError(f"loss must be 'bce' or 'asymmetric', got {loss!r}: give one of them")
         check_numbers(least=0, gamma_negative=gamma_negative, gamma_positive=gamma_positive)
         check_numbers(least=0, below=1, margin=margin)
-        self.loss_name = loss
+        self.loss_name, self.view = loss, view
         self.loss_is_plain, self.loss_is_sum = loss == "bce", loss != "bce"
         self.gamma_negative, self.gamma_positive, self.margin = gamma_negative, gamma_positive, margin
 

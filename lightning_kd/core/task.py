@@ -61,6 +61,8 @@ class Task(EvaluatedModule):
     loss_is_plain = False
     #: what a schedule is to last as long as, in words
     scheduled_part = "training"
+    #: what the training sees of an image, see ``SplitLoaders.loader``. Default: the weak view
+    view: str | None = None
 
     def __init__(
         self,
@@ -131,7 +133,8 @@ class Task(EvaluatedModule):
         """
         # Trainer(overfit_batches=...) promises the same batches each epoch, but cannot change this loader itself
         overfit = self.trainer.overfit_batches > 0  # type: ignore[attr-defined]
-        return data.loader("train", shuffle=not overfit, augment=True, batch_size=data.batch_size)
+        views = {} if self.view is None else {"views": self.view}
+        return data.loader("train", shuffle=not overfit, augment=True, batch_size=data.batch_size, **views)
 
     def write_results(self, folder: Path) -> None:
         """Called on every process at the end of training, to leave further files in ``folder``; by default none."""
@@ -212,6 +215,10 @@ class Task(EvaluatedModule):
             At least 1; ``None`` where that is not known in advance.
         """
         return training_length(self.trainer, unit, self.steps_of_epoch)
+
+    def second_stage_begin(self, unit: str) -> int | None:
+        """After how many epochs or steps (``unit``) a second stage begins, for schedules of cycles; ``None``: none."""
+        return None
 
     def step_loss(
         self,

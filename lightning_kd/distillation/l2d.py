@@ -143,7 +143,8 @@ def _relations(student: Tensor, teacher: Tensor, there: Tensor, by_class: bool) 
         rows, there = rows.T, there.T
     size = max(1, AT_ONCE // there.shape[1] ** 2)
     embeddings = student.flatten(0, 1), teacher.flatten(0, 1)
-    return torch.stack([_sum_of_groups(*embeddings, *part) for part in zip(rows.split(size), there.split(size))]).sum()
+    parts = zip(rows.split(size), there.split(size), strict=True)
+    return torch.stack([_sum_of_groups(*embeddings, *part) for part in parts]).sum()
 
 
 def _sum_of_groups(student: Tensor, teacher: Tensor, rows: Tensor, there: Tensor) -> Tensor:
@@ -205,6 +206,7 @@ class L2D(Distillation):
         feature_loss: on pooled features: ``"rkd"``, 25 times ``distance_loss`` and 50 times ``angle_loss``; ``"pkt"``,
             30,000 times ``pkt_loss``, the weights of their usual benchmark; ``None`` for none.
         lambda_feature: weight of it.
+        view: what is trained on: ``"weak"`` or, as in the paper, ``"strong"`` (without flips: ``data.flip false``).
         kwargs: ``teacher_weights``, ``student_weights``, ``ce_weight``, ``kd_weight``, ``teacher_mean``,
             ``teacher_std``, ``teacher_size`` of ``Distillation``, and the arguments of ``FineTunedTask`` and ``Task``.
     """
@@ -227,6 +229,7 @@ class L2D(Distillation):
         joint_classes: bool = False,
         feature_loss: Literal["rkd", "pkt"] | None = None,
         lambda_feature: float = 1.0,
+        view: Literal["weak", "strong"] = "weak",
         **kwargs: Any,
     ) -> None:
         super().__init__(student, teacher, num_classes, input_shape=input_shape, **kwargs)
@@ -236,6 +239,7 @@ class L2D(Distillation):
             raise ValueError(f"feature_loss must be 'rkd', 'pkt' or None, got {feature_loss!r}: give one of them")
         check_numbers(least=0, lambda_mld=lambda_mld, lambda_le=lambda_le, lambda_cd=lambda_cd, lambda_id=lambda_id)
         check_numbers(least=0, lambda_feature=lambda_feature)
+        self.view = view
         self.logits_loss = logits_loss
         self.lambda_mld, self.lambda_le, self.lambda_cd, self.lambda_id = lambda_mld, lambda_le, lambda_cd, lambda_id
         self.joint_classes, self.feature_loss, self.lambda_feature = joint_classes, feature_loss, lambda_feature

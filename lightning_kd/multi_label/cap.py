@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from pathlib import Path
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -19,88 +19,26 @@ from lightning_kd.core.averaged_task import AveragedTask
 from lightning_kd.core.batch import Batch
 from lightning_kd.core.distributed import process_count
 from lightning_kd.core.inference_pass import ordered_pass
-from lightning_kd.core.losses import asymmetric_loss, at_least_float32, check_shapes
+from lightning_kd.core.losses import asymmetric_loss, at_least_float32
 from lightning_kd.core.notes import note
 from lightning_kd.core.phased_loader import Phase, PhaseBatch, PhasedLoader
 from lightning_kd.core.problems import MultiLabel
 from lightning_kd.core.sample_memories import SampleMemories
+from lightning_kd.core.two_stages import TwoStages
 from lightning_kd.file_writing import write_text
+from lightning_kd.multi_label._pseudo_labels import PseudoLabels, pseudo_labels
 from lightning_kd.spreadsheet import csv_text
 
 __all__ = ["CAP", "PseudoLabels", "pseudo_labels"]
 
-# the official code never keeps more of the negatives: the likeliest of them are left out
-MOST_NEGATIVES = 0.998
 
-
-class PseudoLabels(NamedTuple):
-    """``label`` float32 ``[n, C]`` of 1 and 0; ``mask`` bool ``[n, C]``, which of them count; and ``threshold``
-    ``[C]``, the least score of a positive (infinite where there is none)."""
-
-    label: Tensor
-    mask: Tensor
-    threshold: Tensor
-
-
-def pseudo_labels(
-    scores: Tensor, proportions: Tensor, keep_positive: float = 1.0, keep_negative: float = 1.0
-) -> PseudoLabels:
-    """Labels by one threshold a class, so that ``floor(proportion * n)`` images have it.
-
-    With equal scores there may be more. Of the positives the ``keep_positive`` with the highest scores count, of the
-    negatives the ``keep_negative`` (at most 0.998) with the lowest. A class with no positive among the tagged images
-    gets none.
-
-    Args:
-        scores: ``[n, C]`` of all untagged images: logits, or probabilities in float32, of which many are equal.
-        proportions: ``[C]`` in [0, 1], of the tagged images that have each class.
-        keep_positive: share in [0, 1].
-        keep_negative: share in [0, 1].
-
-    Raises:
-        ValueError: for shapes that do not belong together, scores that are not finite, and shares out of range.
-
-    Source: arXiv 2305.02795, class-distribution-aware thresholds and reliability masks, as in the official code.
-    """
-    check_shapes(scores=(scores, "nC"), proportions=(proportions, "C"))
-    check_numbers(least=0, most=1, keep_positive=keep_positive, keep_negative=keep_negative)
-    if not bool(((proportions >= 0) & (proportions <= 1)).all()):
-        raise ValueError(
-            f"proportions must be in [0, 1], got {float(proportions.min()):g} to {float(proportions.max()):g}: give "
-            "shares of images"
-        )
-    if not bool(scores.isfinite().all()):
-        raise ValueError("scores must be finite, got NaN or infinity: look at the network")
-    n, found = len(scores), scores.detach().cpu().numpy()
-    threshold, positive_cut, negative_cut = (
-        np.full(scores.shape[1], fill, found.dtype) for fill in (np.inf, np.inf, -np.inf)
-    )
-    for c, share in enumerate(proportions.tolist()):
-        positives = _floor(share * n)
-        kept = _floor(keep_positive * share * n)
-        negatives = _floor(min(keep_negative, MOST_NEGATIVES) * (1 - share) * n)
-        ranks = {"threshold": n - positives, "positive": n - kept, "negative": negatives - 1}
-        inside = {name: rank for name, rank in ranks.items() if 0 <= rank < n}
-        if not inside:
-            continue
-        ordered = np.partition(found[:, c], sorted(set(inside.values())))  # three ranks, not an order of all
-        threshold[c] = ordered[inside["threshold"]] if "threshold" in inside else np.inf
-        positive_cut[c] = ordered[inside["positive"]] if "positive" in inside else np.inf
-        negative_cut[c] = ordered[inside["negative"]] if "negative" in inside else -np.inf
-    least, sure, surely_not = (torch.from_numpy(x).to(scores.device) for x in (threshold, positive_cut, negative_cut))
-    return PseudoLabels((scores >= least).float(), (scores >= sure) | (scores <= surely_not), least)
-
-
-def _floor(value: float) -> int:
-    return math.floor(value * (1 + 2e-7) + 1e-9)  # in single precision 0.29 * 1000 is a little below 290
-
-
-class CAP(SampleMemories, AveragedTask):
+class CAP(TwoStages, SampleMemories, AveragedTask):
     """CAP (Xie et al., NeurIPS 2023, arXiv 2305.02795): untagged images get labels in the shares of the tagged ones.
 
-    In the warm-up only tagged images are learnt, with the asymmetric loss summed over images and labels. Then, at the
-    start of every epoch, the averaged copy scores the untagged images (eval mode, plain images), ``pseudo_labels``
-    makes labels of the scores, and the epoch is a pass over these, each batch with one of tagged images beside it.
+    In the warm-up only tagged images are learnt, with the asymmetric loss summed over images and labels. Then the
+    optimizer begins anew, and at the start of every epoch the averaged copy scores the untagged images (eval mode, weak
+    views), ``pseudo_labels`` makes labels of the scores, and the epoch is a pass over these, each batch with one of
+    tagged images beside it.
 
     Untagged are the ``unlabelled_indices`` of the data module, where it has them (``labelled_fraction``), and the
     images none of whose labels is known. Without any, only the tagged ones are learnt.
@@ -116,6 +54,8 @@ class CAP(SampleMemories, AveragedTask):
         network: a network's name (``lightning-kd list``) or any ``nn.Module`` that gives logits ``[B, C]``.
         num_classes: see ``Task``.
         warmup_epochs: epochs on tagged images alone.
+        second_stage_from: the network that goes on after them: the ``"live"`` one or, as the paper has it on NUS-WIDE,
+            the ``"average"``.
         pseudo: ``"by_class"`` as in the paper; ``"fixed"``, a label from a probability of ``threshold`` on; ``"none"``,
             tagged images alone, to compare with.
         threshold: of ``"fixed"``, in (0, 1).
@@ -145,6 +85,7 @@ class CAP(SampleMemories, AveragedTask):
         num_classes: int,
         *,
         warmup_epochs: int = 12,
+        second_stage_from: Literal["live", "average"] = "live",
         pseudo: Literal["by_class", "fixed", "none"] = "by_class",
         threshold: float = 0.5,
         keep_positive: float = 1.0,
@@ -159,7 +100,10 @@ class CAP(SampleMemories, AveragedTask):
         super().__init__(network, num_classes, **kwargs)
         if pseudo not in ("by_class", "fixed", "none"):
             raise ValueError(f"pseudo must be 'by_class', 'fixed' or 'none', got {pseudo!r}: give one of them")
+        if second_stage_from not in ("live", "average"):
+            raise ValueError(f"second_stage_from must be 'live' or 'average', got {second_stage_from!r}: give one")
         check_numbers(least=0, whole=True, warmup_epochs=warmup_epochs)
+        self.second_stage_from = second_stage_from
         check_numbers(above=0, below=1, threshold=threshold)
         check_numbers(least=0, most=1, keep_positive=keep_positive, keep_negative=keep_negative)
         check_numbers(least=1, whole=True, optional=True, labelled_batch_size=labelled_batch_size)
@@ -188,7 +132,7 @@ class CAP(SampleMemories, AveragedTask):
             if missing and len(unlabelled):
                 note(f"no tagged image has {', '.join(missing)}: no untagged image gets such a label")
             if not len(unlabelled):
-                note("CAP has no untagged images: it learns the tagged ones alone")
+                note("CAP has no untagged images, so it learns the tagged ones alone: set data.labelled_fraction")
 
     def parts(self) -> tuple[np.ndarray, np.ndarray]:
         """Positions of the tagged and of the untagged training images in the full array."""
@@ -226,30 +170,43 @@ class CAP(SampleMemories, AveragedTask):
         trainer: Any = self.trainer
         if unit == "epoch" or trainer.max_steps != -1 or trainer.max_epochs in (None, -1):
             return super().schedule_length(unit)
-        batches = [len(self.phase(self.data, epoch).leading) for epoch in (0, self.warmup_epochs)]
-        steps = [math.ceil(count / trainer.accumulate_grad_batches) for count in batches]
         warm = min(self.warmup_epochs, trainer.max_epochs)
-        return max(1, warm * steps[0] + (trainer.max_epochs - warm) * steps[1])
+        rest = trainer.max_epochs - warm
+        return max(1, warm * self._steps(0) + (rest * self._steps(self.warmup_epochs) if rest else 0))
+
+    def warmup_steps(self) -> int:
+        return self._steps(0)
+
+    def _steps(self, epoch: int) -> int:
+        return math.ceil(len(self.phase(self.data, epoch).leading) / self.trainer.accumulate_grad_batches)
 
     # -- training ----------------------------------------------------------------------------------------------------
+
+    def begin_second_stage(self) -> None:
+        super().begin_second_stage()
+        if self.second_stage_from == "average":
+            assert self.average is not None
+            self.network.load_state_dict(self.average.state_dict())
 
     def on_train_epoch_start(self) -> None:
         super().on_train_epoch_start()
         if self._uses_pseudo_labels(self.current_epoch):
-            index, _, found = self.label_the_rest()
+            index, _, found = self.label_the_rest("weak")
             rows = torch.where(found.mask, found.label, -1.0)
             self.given.write(index.to(self.device), rows.to(self.device))
             self._log_pseudo_labels(index, rows)
 
-    def label_the_rest(self) -> tuple[Tensor, Tensor, PseudoLabels]:
+    def label_the_rest(self, view: str = "plain") -> tuple[Tensor, Tensor, PseudoLabels]:
         """Index ``[n]``, logits ``[n, C]`` and labels of the untagged images, by the averaged copy; collective."""
         labelled, unlabelled = self.parts()
 
         def measure(batch: Batch) -> tuple[Tensor]:
             return (self(batch.image).float(),)
 
+        loader = self.data.loader("train", unlabelled, views=view, stream="scores")
+        loader.set_epoch(self.current_epoch)
         with self.answering(by_average=True):
-            index, scores = ordered_pass(self, self.data.loader("train", unlabelled), measure)
+            index, scores = ordered_pass(self, loader, measure)
         if self.pseudo == "by_class":
             share = self.proportions(labelled)
             return index, scores, pseudo_labels(scores, share, self.keep_positive, self.keep_negative)

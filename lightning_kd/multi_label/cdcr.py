@@ -23,6 +23,7 @@ from lightning_kd.core.losses import at_least_float32, check_label_values, check
 from lightning_kd.core.notes import note
 from lightning_kd.core.problems import MultiLabel
 from lightning_kd.core.sample_memories import SampleMemories
+from lightning_kd.core.two_stages import TwoStages
 from lightning_kd.file_writing import write_text
 from lightning_kd.spreadsheet import csv_text
 
@@ -78,13 +79,13 @@ def select_candidates(confidence: Tensor, candidates: Tensor, alpha: float, by_d
     return (candidates == 0) | (confidence.double() >= threshold)
 
 
-class CDCR(SampleMemories, AveragedTask):
+class CDCR(TwoStages, SampleMemories, AveragedTask):
     """CDCR (Sun et al., 2022, arXiv 2207.02410): of an image's candidate labels only the confident ones are learnt.
 
     The targets are candidates: 1 for a label that may be there, 0 for one that surely is not. In the warm-up all are
-    taken for true. Then training goes on from the averaged copy, and at the start of every epoch a pass over the
-    training set, in eval mode and on plain images, says which are trusted (``select_candidates``); the others are left
-    out of the loss, binary cross-entropy summed over images and labels.
+    taken for true. Then training begins anew from the averaged copy, optimizer too, and at the start of every epoch a
+    pass over the training set, in eval mode and on weak views, says which are trusted (``select_candidates``); the
+    others are left out of the loss, binary cross-entropy summed over images and labels.
 
     Logged each epoch: ``train/trusted``, the share of the candidates that are trusted, and, where the data module knows
     the true labels (``train_clean``), ``train/purity``, the share of these that are true. After ``fit`` the run folder
@@ -145,24 +146,26 @@ class CDCR(SampleMemories, AveragedTask):
         if clean is not None and bool((clean[data.train_indices] > target).any()):
             raise ValueError("candidates must hold all true labels, got an image without one of its own: correct them")
 
-    def train_loader(self, data: Any) -> Any:
-        return data.loader("train", shuffle=True, batch_size=data.batch_size, views=self.view)
-
     # -- training ----------------------------------------------------------------------------------------------------
+
+    def begin_second_stage(self) -> None:
+        super().begin_second_stage()
+        assert self.average is not None
+        self.network.load_state_dict(self.average.state_dict())
 
     def on_train_epoch_start(self) -> None:
         super().on_train_epoch_start()
-        assert self.average is not None
-        if self.current_epoch == self.warmup_epochs:
-            self.network.load_state_dict(self.average.state_dict())
         if self.current_epoch >= self.warmup_epochs:
             with self.answering(self.confidence_from == "average"):
-                index, candidates, _, trusted = self.disambiguate()
+                index, candidates, _, trusted = self.disambiguate("weak")
             self.trusted.write(index.to(self.device), trusted.to(self.device))
             self._log_trusted(index, candidates > 0, trusted)
 
-    def disambiguate(self) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    def disambiguate(self, view: str = "plain") -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """Which candidates the network that answers trusts, by a pass over the training set; collective.
+
+        Args:
+            view: of the images that it sees.
 
         Returns:
             index ``[n]``, candidates, confidence and what is trusted, each ``[n, C]``, on the CPU.
@@ -171,7 +174,9 @@ class CDCR(SampleMemories, AveragedTask):
         def measure(batch: Batch) -> tuple[Tensor, Tensor]:
             return batch.target, self(batch.image).float().sigmoid()
 
-        index, candidates, confidence = ordered_pass(self, self.data.loader("train"), measure)
+        loader = self.data.loader("train", views=view, stream="confidence")
+        loader.set_epoch(self.current_epoch)
+        index, candidates, confidence = ordered_pass(self, loader, measure)
         return index, candidates, confidence, select_candidates(confidence, candidates, self.alpha, self.by_difficulty)
 
     def training_step(self, batch: Any, batch_idx: int) -> Tensor:

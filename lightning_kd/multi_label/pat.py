@@ -169,7 +169,9 @@ class PAT(AveragedTask):
         check_numbers(above=0, temperature=temperature)
         check_numbers(least=0, gamma_negative=gamma_negative, gamma_positive=gamma_positive)
         check_numbers(least=0, below=1, margin=margin)
-        self.attention, self.n_grid, self.temperature, self.view = attention, n_grid, temperature, view
+        self.attention, self.n_grid, self.temperature = attention, n_grid, temperature
+        # without heads for the patches only the whole image is trained on
+        self.view = "strong" if attention is None and view == "strong_patches" else view
         self.gamma_negative, self.gamma_positive, self.margin = gamma_negative, gamma_positive, margin
         if attention is not None:
             self.network = PatchHeads(self.network, num_classes, 3 if attention == "cross" else 2)
@@ -178,7 +180,7 @@ class PAT(AveragedTask):
     def train_loader(self, data: Any) -> Any:
         if self.view == "strong_patches" and data.n_grid != self.n_grid:
             raise ValueError(f"n_grid of the data must be that of PAT, {self.n_grid}, got {data.n_grid}: give it so")
-        return data.loader("train", shuffle=True, batch_size=data.batch_size, views=self.view)
+        return super().train_loader(data)
 
     # -- answers -----------------------------------------------------------------------------------------------------
 

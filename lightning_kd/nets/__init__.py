@@ -33,6 +33,7 @@ __all__ = [
     "network_for",
     "network_names",
     "segmentation_network_names",
+    "split_head",
     "with_ml_decoder",
 ]
 
@@ -112,6 +113,15 @@ def build_network(name: str, num_classes: int, in_channels: int = 3) -> nn.Modul
     raise unknown_network(name, [*network_names(), *segmentation_network_names()])
 
 
+def split_head(name: str) -> tuple[str, dict[str, int] | None]:
+    """``NAME`` and the sizes of the head of ``NAME+ml_decoder``, for ``with_ml_decoder``; ``None`` without a head."""
+    match = _DECODER.fullmatch(name)
+    if match is None:
+        return name, None
+    dim = int(match[2] or 768)
+    return match[1], {"embedding_dim": dim, "inner_dim": dim * 8 // 3}
+
+
 def network_for(name: str, num_classes: int, input_shape: Sequence[int]) -> nn.Module:
     """A new network for inputs of one shape, as data modules give it.
 
@@ -125,10 +135,9 @@ def network_for(name: str, num_classes: int, input_shape: Sequence[int]) -> nn.M
         ValueError: where an image network is asked for features, and as in :func:`build_network`.
         ImportError: as in :func:`build_network`.
     """
-    if match := _DECODER.fullmatch(name):
-        network = network_for(match[1], num_classes, input_shape)
-        dim = int(match[2] or 768)
-        return with_ml_decoder(network, num_classes, input_shape, embedding_dim=dim, inner_dim=dim * 8 // 3)
+    backbone, head = split_head(name)
+    if head is not None:
+        return with_ml_decoder(network_for(backbone, num_classes, input_shape), num_classes, input_shape, **head)
     if _MLP.fullmatch(name):
         return build_network(name, num_classes, math.prod(input_shape))
     if len(input_shape) != 3:

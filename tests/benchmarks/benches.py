@@ -14,8 +14,8 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from flatness import curvature, sam, shift
-from lightning.pytorch.callbacks import RichProgressBar
 from labels import relations
+from lightning.pytorch.callbacks import RichProgressBar
 from measure import Clock, Settings, Variant, compare, now
 from noisy import dpc, margins, rows
 from plain import DualHeadLoop, PictureDataset, train_classifier

@@ -1,6 +1,7 @@
 """CAP as a task: its streams, pseudo-labels, the baselines on the same machinery, the file, resume."""
 
 import csv
+from functools import partial
 
 import lightning as L
 import numpy as np
@@ -8,6 +9,7 @@ import pytest
 import torch
 
 from lightning_kd.core.losses import asymmetric_loss
+from lightning_kd.core.one_cycle import OneCycle
 from lightning_kd.core.phased_loader import Phase, PhasedLoader
 from lightning_kd.core.run_callbacks import run_callbacks
 from lightning_kd.core.run_folder import RunFolder
@@ -63,6 +65,57 @@ def test_batches_and_terms():
     assert {count for *_, count in later} <= {5, 6, 2, 7}
     assert {"train/pseudo_precision", "train/pseudo_recall", "train/pseudo_positives"} <= {*trainer.callback_metrics}
     assert task.schedule_length("step") == len(seen)
+
+
+def test_pseudo_labels_are_those_of_weak_views():
+    class Looking(CAP):
+        def label_the_rest(self, view="plain"):
+            found = super().label_the_rest(view)
+            if view == "weak":
+                loader = self.data.loader("train", self.parts()[1], views="weak", stream="scores", batch_size=36)
+                loader.set_epoch(self.current_epoch)
+                weak, plain = next(iter(loader)), super().label_the_rest()[1]
+                with torch.no_grad():
+                    own = self.average(weak.image)
+                self.close = [torch.allclose(found[1], scores, atol=1e-5) for scores in (own, plain)]
+                self.forgot = not self.optimizers().optimizer.state
+            return found
+
+    task, _ = fitted(Looking, Half(), **OPTIONS)
+    assert task.close == [True, False]
+    assert task.forgot
+
+
+@pytest.mark.parametrize("start", ["live", "average"])
+def test_what_the_second_stage_starts_from(start):
+    class Looking(CAP):
+        def label_the_rest(self, view="plain"):
+            if view == "weak":
+                self.same = torch.equal(self.network.fc.weight, self.average.fc.weight)
+            return super().label_the_rest(view)
+
+    task, _ = fitted(Looking, Half(), second_stage_from=start, **OPTIONS)
+    assert task.same == (start == "average")
+    with pytest.raises(ValueError, match=r"^second_stage_from must be 'live' or 'average', got 'ema'"):
+        built(CAP, second_stage_from="ema")
+
+
+def test_a_cycle_begins_anew_with_the_second_stage():
+    rates = []
+
+    class Looking(CAP):
+        def on_train_batch_start(self, batch, batch_idx):
+            super().on_train_batch_start(batch, batch_idx)
+            rates.append(self.optimizers().optimizer.param_groups[0]["lr"])
+
+    adam = partial(torch.optim.AdamW, lr=0.01)
+    options = {"optimizer": adam, "lr_scheduler": OneCycle, "lr_interval": "step"}
+    fitted(Looking, Half(), trainer=trainer_of(max_epochs=4), **{**OPTIONS, "warmup_epochs": 2}, **options)
+    # 12 tagged images are a step in the warm-up, and 36 untagged 4 steps of 11 later
+    assert len(rates) == 10
+    lowest = 0.01 / 25
+    assert [rates[0], rates[2]] == pytest.approx([lowest] * 2)
+    assert [rates[1], rates[-1]] == pytest.approx([lowest / 1e4] * 2)
 
 
 def test_pseudo_labels_are_those_of_the_average():

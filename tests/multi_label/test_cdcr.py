@@ -50,16 +50,42 @@ def test_untrusted_candidates_have_no_part_in_the_loss():
 
 def test_the_second_stage_starts_from_the_average():
     class Looking(CDCR):
-        def disambiguate(self):
-            if self.trainer.training and self.current_epoch == 1:
+        def disambiguate(self, view="plain"):
+            if self.trainer.training:
                 self.same = torch.equal(self.network.fc.weight, self.average.fc.weight)
-            return super().disambiguate()
+                self.forgot = not self.optimizers().optimizer.state
+            return super().disambiguate(view)
 
     task, trainer = fitted(Looking, candidates(), **OPTIONS)
     assert task.same
+    assert task.forgot
     assert not torch.equal(task.network.fc.weight, task.average.fc.weight)
     assert 0 < trainer.callback_metrics["train/trusted"] <= 1
     assert 0 <= trainer.callback_metrics["train/purity"] <= 1
+
+
+def test_confidence_is_of_weak_views_that_change():
+    seen = []
+
+    class Looking(CDCR):
+        def forward(self, image):
+            if self.trainer.training and not torch.is_grad_enabled() and not self.trainer.validating:
+                seen.append((self.current_epoch, image.clone()))
+            return super().forward(image)
+
+        def on_validation_start(self):
+            seen.append(None)
+
+    data = candidates(batch_size=48, eval_batch_size=48)
+    fitted(Looking, data, trainer=trainer_of(max_epochs=3, limit_val_batches=0), **OPTIONS)
+    (first, one), (second, two) = seen
+    assert (first, second) == (1, 2)
+    plain = next(iter(data.loader("train"))).image
+    assert not torch.equal(one, plain)
+    assert not torch.equal(one, two)
+    trained = data.loader("train", views="weak")
+    trained.set_epoch(1)
+    assert not torch.equal(one, next(iter(trained)).image)  # a view of its own
 
 
 def test_targets_that_are_no_candidates():

@@ -263,6 +263,14 @@ def test_pseudo_labels_of_many():
         assert doubtful.tolist() == kept
 
 
+def test_pseudo_labels_count_whole_images():
+    scores = random(120_000, 1)
+    nearly, whole = double(119_999.98 / 120_000), torch.tensor([0.29])
+    assert pseudo_labels(scores, nearly).label.sum() == 119_999
+    for shares in (whole, double(0.29)):
+        assert pseudo_labels(scores[:100], shares).label.sum() == 29
+
+
 def test_what_pseudo_labels_refuse():
     with pytest.raises(ValueError, match=r"proportions must be in \[0, 1\]"):
         pseudo_labels(TEN, torch.tensor([1.5]))

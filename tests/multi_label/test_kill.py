@@ -1,4 +1,4 @@
-"""Runs of several labels an image that are killed in mid-epoch and resumed by the real command equal undisturbed ones."""
+"""Runs that are killed in mid-epoch and resumed by the real command equal undisturbed ones: several labels an image."""
 
 import signal
 

@@ -11,6 +11,8 @@ from lightning_kd.core.averaging import update_average
 from lightning_kd.core.losses import asymmetric_loss
 from lightning_kd.core.outputs import embeddings_of
 from lightning_kd.core.weights import load_weights
+from lightning_kd.distillation import L2D
+from lightning_kd.multi_label import PAT
 from lightning_kd.nets import build_network, network_for, with_ml_decoder
 from tests.multi_label.runs import CLASSES, SHAPE, Labels, built, fitted, resumes_to_the_bit, trainer_of
 
@@ -155,6 +157,33 @@ def test_a_tagger_with_the_head_trains_and_its_weights_are_loaded(tmp_path):
     load_weights(other, tmp_path / "one.ckpt", CLASSES)
     assert torch.equal(other.head.weight, task.network.head.weight)
     assert torch.equal(task.average.head.queries, task.network.head.queries)
+
+
+def test_published_weights_under_a_new_head(monkeypatch):
+    published = build_network("cnn_tiny", 9)
+    monkeypatch.setattr("lightning_kd.core.starting_weights.pretrained_network", lambda *args: copy.deepcopy(published))
+    task = MultiLabelClassification("torchvision/x+ml_decoder_16", CLASSES, input_shape=(3, 32, 32), weights="default")
+    assert torch.equal(task.network.network.layer1[0].weight, published.layer1[0].weight)
+    assert task.network.head.weight.shape == (CLASSES, 16)
+    assert task.hparams.weights == "default"
+    monkeypatch.undo()
+    with pytest.raises(ValueError, match="has a head without published weights: train it, and give its file"):
+        L2D("cnn_tiny", "torchvision/resnet18+ml_decoder", CLASSES, teacher_weights="default")
+
+
+def test_the_view_that_is_trained_on():
+    seen = []
+
+    class Data(Labels):
+        def loader(self, split="train", *args, views=None, **kwargs):
+            if kwargs.get("shuffle"):
+                seen.append(views)
+            return super().loader(split, *args, views=views, **kwargs)
+
+    for method, options in ((MultiLabelClassification, {}), (PAT, {"attention": None, "view": "strong_patches"})):
+        fitted(method, Data(), trainer=trainer_of(max_epochs=1), **({"view": "strong"} | options))
+    fitted(MultiLabelClassification, Data(), trainer=trainer_of(max_epochs=1))
+    assert seen == ["strong", "strong", "weak"]  # no cells where no head is for them
 
 
 def test_a_new_head_and_a_backbone_that_rests(tmp_path):
