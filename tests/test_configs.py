@@ -50,7 +50,10 @@ def small(name):
     network = "fcn_tiny" if name.startswith("segmentation/") else "cnn_tiny"
     given = content(name)["model"]["init_args"]
     start = [word for key in ("weights", "student_weights") if key in given for word in (f"--model.{key}", "null")]
-    return [*start, *(SMALL if name in DISTILLING else ["--model.network", network])]
+    networks = SMALL if name in DISTILLING else ["--model.network", network]
+    if method_of(name) == "L2D":  # which looks at embeddings
+        networks = [f"{word}+ml_decoder_16" if word.startswith("cnn") else word for word in networks]
+    return [*start, *networks]
 
 
 def arguments(name):
@@ -83,6 +86,8 @@ def test_parses_and_builds_what_it_says(name):
     for key, value in given.items():
         if isinstance(value, (int, float)) and isinstance(getattr(cli.model, key, None), (int, float)):
             assert getattr(cli.model, key) == value, key
+    if "lr_interval" in given:  # how many steps it has is known in a fit
+        cli.model.schedule_length, cli.model.second_stage_begin = (lambda unit: 100), (lambda unit: 30)
     configured = cli.model.configure_optimizers()
     configured = {"optimizer": configured} if isinstance(configured, torch.optim.Optimizer) else configured
     for one in configured if isinstance(configured, list) else [configured]:
@@ -95,7 +100,7 @@ def test_parses_and_builds_what_it_says(name):
         if base:
             assert type(one["optimizer"].base_optimizer).__name__ == base["class_path"].rpartition(".")[2]
         if "lr_scheduler" in given:
-            assert one["lr_scheduler"]["interval"] == "epoch"
+            assert one["lr_scheduler"]["interval"] == given.get("lr_interval", "epoch")
         else:
             assert name.startswith("active_learning/")  # whose papers keep it constant
 
@@ -178,6 +183,20 @@ def test_the_measured_setting_composes():
         assert type(cli.datamodule.source).__name__ == "FashionMNISTDataModule"
         assert (cli.datamodule.budget, cli.datamodule.rounds, cli.datamodule.batch_size) == (300, 6, 32)
         assert cli.trainer.max_epochs == (60 if method == "bual" else 30)
+
+
+@pytest.mark.parametrize("name", [n for n in COMPLETE if "OneCycle" in str(content(n))])
+def test_cycles_of_the_papers_of_several_labels(name):
+    config = content(name)
+    model, epochs = config["model"]["init_args"], config["trainer"]["max_epochs"]
+    stretch = model["lr_scheduler"]["init_args"].get("stretch", 1.0)
+    warm = model.get("warmup_epochs")
+    stages = [epochs] if warm is None else [warm, epochs - warm]
+    made_for = [part * times for part, times in zip(stages, stretch if warm else [stretch], strict=True)]
+    whole = {"CAP": [12, 40], "CDCR": [80, 80]}.get(method_of(name), [80])
+    assert made_for == pytest.approx(whole, rel=1e-5)
+    assert (model["lr_interval"], config["data"]["init_args"]["normalize"]) == ("step", False)
+    assert model.get("decay_weights_only", False) == (method_of(name) not in ("CAP", "PAT"))
 
 
 def test_recipes_of_the_pool_papers():

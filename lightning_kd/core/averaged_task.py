@@ -141,7 +141,7 @@ class AveragedTask(SupervisedTask):
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         super().on_save_checkpoint(checkpoint)
-        if self.answer_with == "better":
+        if self.average is not None:  # for those that take the network out of it, too
             checkpoint["average_answers"] = self._average_answers
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import argparse
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from itertools import zip_longest
 from pathlib import Path
 from typing import Any
@@ -28,11 +28,11 @@ def load_weights(
 ) -> None:
     """Load the weights in a file into ``network``, in place; after an error the network is as it was.
 
-    The file is a checkpoint of a task here (the network under ``network.`` or ``student.``; its other parts are
-    ignored), a plain state_dict, or what the public distillation programs save (the state_dict inside ``model``,
-    ``state_dict`` or ``net``, the names perhaps after ``module.``). A ``.safetensors`` file needs that package. Nothing
-    but tensors and plain values is ever unpickled. The classes that a checkpoint was trained on are kept with the
-    network, for ``other_classes``.
+    The file is a checkpoint of a task here (the network under ``network.`` or ``student.``, or its averaged copy where
+    that answers; other parts are ignored), a plain state_dict, or what the public distillation programs save (the
+    state_dict inside ``model``, ``state_dict`` or ``net``, the names perhaps after ``module.``). A ``.safetensors``
+    file needs that package. Nothing but tensors and plain values is ever unpickled. The classes that a checkpoint was
+    trained on are kept with the network, for ``other_classes``.
 
     Args:
         network: the network to load into; names and shapes must match exactly. Only ``num_batches_tracked``, which old
@@ -52,7 +52,8 @@ def load_weights(
     path = Path(source).expanduser()
     own = network.state_dict()
     content = _read(path)
-    weights = _matching(_state_dict(content, path), own)
+    average_answers = isinstance(content, Mapping) and content.get("average_answers") is True
+    weights = _matching(_state_dict(content, path), own, ("average.",) * average_answers + _PREFIXES)
     if new_classifier:
         classifiers = {*differing_classifiers(weights, own), *last_linear(network)}
         weights, own = (
@@ -126,11 +127,11 @@ def _state_dict(content: Any, path: Path) -> dict[str, Any]:
     return {str(key): value for key, value in content.items()}
 
 
-def _matching(content: dict[str, Any], own: Mapping[str, Tensor]) -> dict[str, Any]:
+def _matching(content: dict[str, Any], own: Mapping[str, Tensor], prefixes: Sequence[str]) -> dict[str, Any]:
     """The part of ``content`` that has most names in common with the network, under the network's own names."""
     parts = [
         {key.removeprefix(prefix): value for key, value in content.items() if key.startswith(prefix)}
-        for prefix in _PREFIXES
+        for prefix in prefixes
     ]
     # Among equals the first that is there, so that a task of another network is still recognised as a task.
     part = max((part for part in parts if part), key=lambda part: len(part.keys() & own.keys()))
