@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import math
+from collections.abc import Sequence
 from itertools import pairwise
 from pathlib import Path
 from typing import Any, Literal
@@ -15,6 +17,9 @@ from lightning_kd.data.array_files import Arrays
 from lightning_kd.data.multi_label_files import MultiLabelFilesDataModule
 
 __all__ = ["COCODataModule"]
+
+# pixels that objects of a size are below
+AREAS = {"small": 32**2, "medium": 96**2, "large": math.inf}
 
 
 class COCODataModule(MultiLabelFilesDataModule):
@@ -30,6 +35,8 @@ class COCODataModule(MultiLabelFilesDataModule):
         root: the folder.
         year: 2014 or 2017.
         keep_empty: whether images without any object are kept, with no label; else they are left out, of both splits.
+        areas: count objects of these sizes alone: ``"small"``, below 32 x 32 pixels; ``"medium"``, below 96 x 96;
+            ``"large"``. Default: all.
         kwargs: see ``MultiLabelFilesDataModule``. The published protocols validate on nothing: ``val_fraction=0``.
 
     Raises:
@@ -38,10 +45,18 @@ class COCODataModule(MultiLabelFilesDataModule):
     """
 
     def __init__(
-        self, root: str = "data/coco", year: Literal[2014, 2017] = 2014, keep_empty: bool = False, **kwargs: Any
+        self,
+        root: str = "data/coco",
+        year: Literal[2014, 2017] = 2014,
+        keep_empty: bool = False,
+        areas: Sequence[Literal["small", "medium", "large"]] | None = None,
+        **kwargs: Any,
     ) -> None:
         if year not in (2014, 2017):
             raise ValueError(f"year must be 2014 or 2017, got {year!r}: give one of them")
+        if areas is not None and (isinstance(areas, str) or not areas or not {*areas} <= {*AREAS}):
+            raise ValueError(f"areas must be a list of {', '.join(map(repr, AREAS))}, got {areas!r}: give such names")
+        self.areas = None if areas is None else tuple(areas)
         self.year = year
         self.keep_empty = keep_empty
         self._read: dict[str, dict[str, Any]] = {}
@@ -78,6 +93,8 @@ class COCODataModule(MultiLabelFilesDataModule):
                     raise ValueError(
                         f"{str(path)!r}, annotation {one.get('id')}: {key} {one[key]} is none in the file: replace it"
                     )
+            if self.areas is not None and _size_of(one, path) not in self.areas:
+                continue
             rows.append(row[one["image_id"]])
             columns.append(column[one["category_id"]])
         target[rows, columns] = 1.0
@@ -87,6 +104,12 @@ class COCODataModule(MultiLabelFilesDataModule):
         if len(kept) < len(files):
             note(f"{path.name}: {len(files) - len(kept)} of {len(files)} images have no object and are left out")
         return [files[k] for k in kept.tolist()], target[kept]
+
+
+def _size_of(annotation: dict[str, Any], path: Path) -> str:
+    if not isinstance(annotation.get("area"), int | float):
+        raise ValueError(f"{str(path)!r}, annotation {annotation.get('id')}: has no area: leave areas out")
+    return next(name for name, most in AREAS.items() if annotation["area"] < most)
 
 
 def _json_path(root: str, split: str, year: int) -> Path:

@@ -28,7 +28,8 @@ class VOCDataModule(MultiLabelFilesDataModule):
 
     Reads ``ImageSets/Main/CLASS_SPLIT.txt`` and ``JPEGImages`` in ``ROOT/VOCdevkit/VOCYEAR``, ``ROOT/VOCYEAR`` or
     ``ROOT``. The lists say of each image 1 (there), -1 (not there) or 0 (only what is difficult to see). 2007 has 5,011
-    and 4,952 images, 2012 5,717 and 5,823. See ``MultiLabelFilesDataModule`` for how they are read, and what else it
+    and 4,952 images, 2012 5,717 and 5,823. The annotations in XML, by which some papers count what is difficult as
+    there, are not read. See ``MultiLabelFilesDataModule`` for how they are read, and what else it
     offers.
 
     Args:

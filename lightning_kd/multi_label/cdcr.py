@@ -27,10 +27,14 @@ from lightning_kd.core.two_stages import TwoStages
 from lightning_kd.file_writing import write_text
 from lightning_kd.spreadsheet import csv_text
 
+CLIPPED_TO = (0.05, 0.95)
+
 __all__ = ["CDCR", "candidate_thresholds", "select_candidates"]
 
 
-def candidate_thresholds(confidence: Tensor, candidates: Tensor, alpha: float, by_difficulty: bool = False) -> Tensor:
+def candidate_thresholds(
+    confidence: Tensor, candidates: Tensor, alpha: float, by_difficulty: bool = False, clip: bool = False
+) -> Tensor:
     """The confidence from which on a candidate of each class is trusted, float64 ``[C]``.
 
     ``alpha`` for all or, ``by_difficulty``, ``alpha + mean_c - mean`` with the mean confidence of the candidates of the
@@ -41,6 +45,7 @@ def candidate_thresholds(confidence: Tensor, candidates: Tensor, alpha: float, b
         candidates: ``[n, C]`` of 1 and 0.
         alpha: in (0, 1).
         by_difficulty: see above. A class without candidates has ``alpha``.
+        clip: bring thresholds to 0.05 to 0.95; ``by_difficulty`` may lead out of (0, 1), where none or all are trusted.
 
     Raises:
         ValueError: as ``select_candidates``.
@@ -55,10 +60,13 @@ def candidate_thresholds(confidence: Tensor, candidates: Tensor, alpha: float, b
     sums, counts = (confidence.double() * there).sum(0), there.sum(0)
     own = sums / counts.clamp(min=1)
     mean = sums.sum() / counts.sum().clamp(min=1)
-    return torch.where(counts > 0, alpha + own - mean, alpha)
+    found = torch.where(counts > 0, alpha + own - mean, alpha)
+    return found.clamp(*CLIPPED_TO) if clip else found
 
 
-def select_candidates(confidence: Tensor, candidates: Tensor, alpha: float, by_difficulty: bool = False) -> Tensor:
+def select_candidates(
+    confidence: Tensor, candidates: Tensor, alpha: float, by_difficulty: bool = False, clip: bool = False
+) -> Tensor:
     """Which labels enter the loss, bool ``[n, C]``: all that are no candidates, and the candidates that are trusted.
 
     Args:
@@ -66,6 +74,7 @@ def select_candidates(confidence: Tensor, candidates: Tensor, alpha: float, by_d
         candidates: ``[n, C]``: 1 for a candidate, 0 for a label that is surely not there.
         alpha: a candidate of this confidence or more is trusted, in (0, 1).
         by_difficulty: shift ``alpha`` for each class, see ``candidate_thresholds``.
+        clip: see there.
 
     Raises:
         ValueError: for shapes that differ, ``alpha`` out of range, confidences that are NaN, and other values in
@@ -73,7 +82,7 @@ def select_candidates(confidence: Tensor, candidates: Tensor, alpha: float, by_d
 
     Source: arXiv 2207.02410, as in the official code.
     """
-    threshold = candidate_thresholds(confidence, candidates, alpha, by_difficulty)
+    threshold = candidate_thresholds(confidence, candidates, alpha, by_difficulty, clip)
     if confidence.isnan().any():
         raise ValueError("confidence must be a number for each sample, got NaN: some were not looked at")
     return (candidates == 0) | (confidence.double() >= threshold)
@@ -100,6 +109,7 @@ class CDCR(TwoStages, SampleMemories, AveragedTask):
         warmup_epochs: epochs in which all candidates are learnt.
         alpha: a candidate of this confidence is trusted, in (0, 1).
         by_difficulty: ask more confidence of classes that the network is sure of, see ``candidate_thresholds``.
+        clip_thresholds: bring the confidence that is asked to 0.05 to 0.95; ``train/clipped`` says of how many classes.
         confidence_from: whose confidence counts: the ``"live"`` network's, or the ``"average"``'s.
         view: what is trained on: ``"strong"`` as in the paper, or ``"weak"``.
         kwargs: ``average_decay``, ``answer_with`` of ``AveragedTask``; ``input_shape``, ``weights`` of
@@ -122,6 +132,7 @@ class CDCR(TwoStages, SampleMemories, AveragedTask):
         warmup_epochs: int = 16,
         alpha: float = 0.6,
         by_difficulty: bool = True,
+        clip_thresholds: bool = False,
         confidence_from: Literal["live", "average"] = "live",
         view: Literal["strong", "weak"] = "strong",
         **kwargs: Any,
@@ -132,7 +143,7 @@ class CDCR(TwoStages, SampleMemories, AveragedTask):
         if confidence_from not in ("live", "average"):
             raise ValueError(f"confidence_from must be 'live' or 'average', got {confidence_from!r}: give one of them")
         self.warmup_epochs, self.alpha, self.by_difficulty = warmup_epochs, alpha, by_difficulty
-        self.confidence_from, self.view = confidence_from, view
+        self.confidence_from, self.view, self.clip_thresholds = confidence_from, view, clip_thresholds
         self.trusted = self.add_sample_memory("trusted", (num_classes,), 1, dtype=torch.bool)
 
     def setup(self, stage: str) -> None:
@@ -157,9 +168,13 @@ class CDCR(TwoStages, SampleMemories, AveragedTask):
         super().on_train_epoch_start()
         if self.current_epoch >= self.warmup_epochs:
             with self.answering(self.confidence_from == "average"):
-                index, candidates, _, trusted = self.disambiguate("weak")
+                index, candidates, confidence, trusted = self.disambiguate("weak")
             self.trusted.write(index.to(self.device), trusted.to(self.device))
             self._log_trusted(index, candidates > 0, trusted)
+            if self.clip_thresholds:
+                asked = candidate_thresholds(confidence, candidates, self.alpha, self.by_difficulty)
+                clipped = ((asked < CLIPPED_TO[0]) | (asked > CLIPPED_TO[1])).sum()
+                self.log("train/clipped", clipped.float().to(self.device))
 
     def disambiguate(self, view: str = "plain") -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """Which candidates the network that answers trusts, by a pass over the training set; collective.
@@ -177,7 +192,8 @@ class CDCR(TwoStages, SampleMemories, AveragedTask):
         loader = self.data.loader("train", views=view, stream="confidence")
         loader.set_epoch(self.current_epoch)
         index, candidates, confidence = ordered_pass(self, loader, measure)
-        return index, candidates, confidence, select_candidates(confidence, candidates, self.alpha, self.by_difficulty)
+        options = (self.alpha, self.by_difficulty, self.clip_thresholds)
+        return index, candidates, confidence, select_candidates(confidence, candidates, *options)
 
     def training_step(self, batch: Any, batch_idx: int) -> Tensor:
         batch = as_batch(batch)

@@ -152,16 +152,16 @@ def test_views_of_files(tmp_path):
 # -- COCO ----------------------------------------------------------------------------------------------------------
 
 
-def coco(tmp_path, change=lambda content: None):
+def coco(tmp_path, change=lambda content: None, **options):
     content = {
         "categories": [{"id": 90, "name": "toothbrush"}, {"id": 1, "name": "person"}, {"id": 44, "name": "bottle"}],
         "images": [{"id": k, "file_name": f"{k:03d}.png"} for k in (9, 10, 2, 3)],
         "annotations": [
-            {"id": 1, "image_id": 9, "category_id": 1, "iscrowd": 1},
-            {"id": 2, "image_id": 9, "category_id": 90, "iscrowd": 0},
-            {"id": 3, "image_id": 10, "category_id": 44},
-            {"id": 4, "image_id": 2, "category_id": 44},
-            {"id": 5, "image_id": 2, "category_id": 44},
+            {"id": 1, "image_id": 9, "category_id": 1, "iscrowd": 1, "area": 1023},
+            {"id": 2, "image_id": 9, "category_id": 90, "iscrowd": 0, "area": 1024},
+            {"id": 3, "image_id": 10, "category_id": 44, "area": 9215.5},
+            {"id": 4, "image_id": 2, "category_id": 44, "area": 9216},
+            {"id": 5, "image_id": 2, "category_id": 44, "area": 1000000.0},
         ],
     }
     for split in ("train", "val"):
@@ -170,9 +170,9 @@ def coco(tmp_path, change=lambda content: None):
         part = json.loads(json.dumps(content))
         if split == "train":
             change(part)
-        (tmp_path / "annotations").mkdir(exist_ok=True)
+        (tmp_path / "annotations").mkdir(exist_ok=True, parents=True)
         (tmp_path / "annotations" / f"instances_{split}2017.json").write_text(json.dumps(part, indent=1))
-    return COCODataModule(str(tmp_path), year=2017, image_size=8, val_fraction=0)
+    return COCODataModule(str(tmp_path), year=2017, image_size=8, val_fraction=0, **options)
 
 
 def test_coco(tmp_path, capsys):
@@ -203,6 +203,20 @@ def replaced(name, place, **values):
 def test_wrong_coco(tmp_path, change, message):
     with pytest.raises(ValueError, match=message):
         coco(tmp_path, change).setup()
+
+
+def test_sizes_of_objects(tmp_path):
+    found = {name: coco(tmp_path / name, keep_empty=True, areas=[name]) for name in ("small", "medium", "large")}
+    for data in found.values():
+        data.setup()
+    assert names(found["small"]) == {"010": "", "002": "", "003": "", "009": "person"}
+    assert names(found["medium"]) == {"010": "bottle", "002": "", "003": "", "009": "toothbrush"}
+    assert names(found["large"]) == {"010": "", "002": "bottle", "003": "", "009": ""}
+    with pytest.raises(ValueError, match=r"^areas must be a list of 'small', 'medium', 'large', got 'small'"):
+        coco(tmp_path / "no", areas="small")
+    data = coco(tmp_path / "none", lambda content: content["annotations"][3].pop("area"), areas=["small"])
+    with pytest.raises(ValueError, match=r"train2017\.json', annotation 4: has no area: leave areas out"):
+        data.setup()
 
 
 def test_damaged_or_missing_coco(tmp_path):

@@ -88,6 +88,11 @@ def test_confidence_is_of_weak_views_that_change():
     assert not torch.equal(one, next(iter(trained)).image)  # a view of its own
 
 
+def test_clipped_classes_are_counted():
+    _, trainer = fitted(CDCR, candidates(), **{**OPTIONS, "alpha": 0.99}, clip_thresholds=True)
+    assert 1 <= trainer.callback_metrics["train/clipped"] <= 4
+
+
 def test_targets_that_are_no_candidates():
     with pytest.raises(ValueError, match=r"^candidates must hold 0 and 1, got values from -1"):
         fitted(CDCR, Labels(lambda target: target - 1), **OPTIONS)

@@ -300,6 +300,15 @@ def test_select_candidates():
     assert moved.tolist() == pytest.approx([-0.01, 0.03, -0.01, -0.01])
 
 
+def test_thresholds_are_clipped_on_demand():
+    p = double([0.95, 0.1], [0.99, 0.1], [0.97, 0.1])
+    wide = candidate_thresholds(p, torch.ones(3, 2), 0.8, True)
+    assert wide.tolist() == pytest.approx([1.235, 0.365])
+    assert candidate_thresholds(p, torch.ones(3, 2), 0.8, True, clip=True).tolist() == pytest.approx([0.95, 0.365])
+    assert not select_candidates(p, torch.ones(3, 2), 0.8, True)[:, 0].any()
+    assert select_candidates(p, torch.ones(3, 2), 0.8, True, clip=True)[:, 0].all()
+
+
 def test_selection_is_that_of_self_paced_learning():
     p = random(2, 2).sigmoid()
     loss, weight = -p.log(), -math.log(0.6)
@@ -330,6 +339,11 @@ def test_candidates():
     share = found[target == 0].mean()
     assert abs(share - 0.1) < 4 * math.sqrt(0.09 / (target == 0).sum())
     assert np.array_equal(candidates_from_uniforms(target, 0.0, uniforms), target)
+    one_hot = np.eye(20, dtype=np.uint8)[rng.integers(0, 20, 500)]  # one class an image: partial labels
+    found = candidates_from_uniforms(one_hot, 0.3, uniforms)
+    assert (found[one_hot == 1] == 1).all()
+    assert found.sum(1).mean() == pytest.approx(1 + 19 * 0.3, abs=0.3)
+    assert np.array_equal(found, ((uniforms < 0.3) | (one_hot == 1)).astype(np.uint8))
     with pytest.raises(ValueError, match=r"must both be \[N, C\]"):
         candidates_from_uniforms(target, 0.1, uniforms[:3])
     with pytest.raises(ValueError, match="target must hold 0 and 1"):
