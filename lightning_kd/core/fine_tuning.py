@@ -156,8 +156,8 @@ class FineTunedTask(Task):
         if self.decay_weights_only:
             parameters = list(parameters)
             wide, narrow = ([p for p in parameters if (p.ndim > 1) == which] for which in (True, False))
-            groups = [{"params": wide}, {"params": narrow, "weight_decay": 0.0}]
-            return super().build_optimizer([group for group in groups if group["params"]])
+            both = (wide, {"params": wide}), (narrow, {"params": narrow, "weight_decay": 0.0})
+            return super().build_optimizer([group for own, group in both if own])
         if self.backbone_lr == 1:
             return super().build_optimizer(parameters)
         backbone = {id(p) for p in backbone_parameters(self._trained[0])}

@@ -11,6 +11,7 @@ import math
 import re
 from collections.abc import Callable, Sequence
 from functools import partial
+from typing import Any
 
 from torch import nn
 
@@ -113,7 +114,7 @@ def build_network(name: str, num_classes: int, in_channels: int = 3) -> nn.Modul
     raise unknown_network(name, [*network_names(), *segmentation_network_names()])
 
 
-def split_head(name: str) -> tuple[str, dict[str, int] | None]:
+def split_head(name: str) -> tuple[str, dict[str, Any] | None]:
     """``NAME`` and the sizes of the head of ``NAME+ml_decoder``, for ``with_ml_decoder``; ``None`` without a head."""
     match = _DECODER.fullmatch(name)
     if match is None:
