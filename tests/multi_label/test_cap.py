@@ -190,8 +190,10 @@ def test_no_image_is_tagged():
         fitted(CAP, Labels(lambda target: target * 0 - 1, val_fraction=0.0), **OPTIONS)
 
 
-def test_resumes_to_the_bit(tmp_path):
-    assert resumes_to_the_bit(CAP, tmp_path, Half, **OPTIONS)
+@pytest.mark.parametrize("warmup", [1, 2])
+def test_resumes_to_the_bit(tmp_path, warmup):
+    cycle = {"lr_scheduler": OneCycle, "lr_interval": "step"} if warmup == 2 else {}  # with the second stage's begin
+    assert resumes_to_the_bit(CAP, tmp_path, Half, **{**OPTIONS, "warmup_epochs": warmup}, **cycle)
 
 
 def labelled_by(devices):

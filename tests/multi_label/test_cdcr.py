@@ -7,6 +7,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
+from lightning_kd.core.one_cycle import OneCycle
 from lightning_kd.core.run_callbacks import run_callbacks
 from lightning_kd.core.run_folder import RunFolder
 from lightning_kd.data import CandidateLabels, DigitsDataModule, MosaicDataModule
@@ -132,8 +133,10 @@ def test_wrong_labels_file(tmp_path):
     assert data.train_target[int(first["index"]), data.class_names.index(first["label"])] == 1
 
 
-def test_resumes_to_the_bit(tmp_path):
-    assert resumes_to_the_bit(CDCR, tmp_path, candidates, **OPTIONS)
+@pytest.mark.parametrize("warmup", [1, 2])
+def test_resumes_to_the_bit(tmp_path, warmup):
+    cycle = {"lr_scheduler": OneCycle, "lr_interval": "step"} if warmup == 2 else {}  # with the second stage's begin
+    assert resumes_to_the_bit(CDCR, tmp_path, candidates, **{**OPTIONS, "warmup_epochs": warmup}, **cycle)
 
 
 def judged(devices):
