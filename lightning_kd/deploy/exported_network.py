@@ -50,9 +50,24 @@ class Answer(nn.Module):
         networks = [
             m for m in task.children() if any(True for _ in m.parameters()) and not isinstance(m, FrozenTeacher)
         ]
-        self.networks = nn.ModuleList(networks)
         self._answer: tuple[Callable[[Tensor], tuple[Tensor, Tensor]]] = (task.scores_and_probabilities,)
+        task.eval()
+        # of a network and its averaged copy one answers, and the file should not hold both
+        self.networks = nn.ModuleList(self._that_answer(networks, predictor))
         self.eval()
+
+    @torch.no_grad()
+    def _that_answer(self, networks: list[nn.Module], predictor: Predictor) -> list[nn.Module]:
+        asked: set[nn.Module] = set()
+
+        def note(module: nn.Module, *args: Any) -> None:
+            asked.add(module)
+
+        hooks = [part.register_forward_pre_hook(note) for network in networks for part in network.modules()]
+        self(torch.rand(2, *predictor.input_shape))
+        for hook in hooks:
+            hook.remove()
+        return [network for network in networks if asked & {*network.modules()}]
 
     def forward(self, image: Tensor) -> Tensor:
         return self._answer[0]((image - self.mean) / self.std)[1]

@@ -42,7 +42,9 @@ def test_the_copy_that_answers(answers, capsys):
     assert torch.equal(teacher.head.weight, last[f"{name}.head.weight"])
     main(["export", "r", "--format", "torchscript"])
     unit = torch.rand(3, *SHAPE)
-    found = torch.jit.load("r/exported.torchscript")(unit)
+    file = torch.jit.load("r/exported.torchscript")
+    assert len([*file.parameters()]) == len([*predictor.network.parameters()])  # not both copies
+    found = file(unit)
     torch.testing.assert_close(found, predictor.network.eval()(predictor.prepare(unit)).logits.sigmoid().detach())
 
 
