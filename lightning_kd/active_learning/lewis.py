@@ -1,0 +1,274 @@
+"""Lewis weights of feature matrices, and what is drawn and fitted by them: one query that serves several networks.
+
+One-shot Active Learning Based on Lewis Weight Sampling for Multiple Deep Models. ICLR 2024, arXiv 2405.14121. The paper
+defines the weights; how they are computed here is a relaxed fixed point that converges for every p.
+"""
+
+from __future__ import annotations
+
+import math
+import warnings
+from collections.abc import Iterator, Sequence
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from lightning_kd.active_learning.reweighted_regression import lp_regression
+from lightning_kd.active_learning.whitened_rows import WhitenedRows, cpu_tensor
+from lightning_kd.argument_checks import check_numbers
+
+__all__ = [
+    "Draw",
+    "LewisCertificate",
+    "draw_until",
+    "lewis_certificate",
+    "lewis_weights",
+    "lp_regression",
+    "max_lewis_weights",
+]
+
+MOST_DRAWS = 10_000_000
+
+
+def lewis_weights(
+    features: Tensor | np.ndarray,
+    p: float = 2.0,
+    *,
+    tolerance: float = 1e-10,
+    max_iterations: int = 500,
+    rank_tolerance: float | None = None,
+) -> Tensor:
+    """The weights ``w_i = (a_i^T (A^T W^(1 - 2/p) A)^+ a_i)^(p/2)`` of the rows: how much each says that others do not.
+
+    They are in [0, 1] and sum to the rank; an invertible change of the columns changes nothing. With ``p = 2`` they are
+    the leverage scores, without any iteration. Else ``log w`` is moved by ``4 / (p + 2)`` of the way to its fixed
+    point, which converges at the rate ``|p - 2| / (p + 2)`` for every ``p > 0``. All is float64, on the CPU, in the
+    basis of one QR decomposition; beside the features it takes ``O(n + d^2)`` memory.
+
+    Args:
+        features: ``[n, d]``, any real dtype. A row of zeros has the weight 0.
+        p: of the loss ``|residual|^p``, above 0.
+        tolerance: where the iteration ends: the largest ``|log(q_i / w_i^(2/p))|``, see ``lewis_certificate``.
+        max_iterations: after so many passes it ends with a warning.
+        rank_tolerance: singular values below this share of the largest (columns scaled to a largest value of 1) count
+            as 0. Default: ``max(n, d)`` times the resolution of float64, or 16 times that of a narrower dtype.
+
+    Returns:
+        float64 ``[n]``.
+
+    Raises:
+        ValueError: for other shapes, values that are not finite, and ``p`` or a tolerance that is not above 0.
+
+    Source: arXiv 2405.14121, definition of the Lewis weights.
+    """
+    check_numbers(above=0, p=p, tolerance=tolerance)
+    check_numbers(least=1, whole=True, max_iterations=max_iterations)
+    rows = WhitenedRows(features, rank_tolerance)
+    if 0 < len(rows.kept) == rows.rank:
+        warnings.warn(
+            f"the {len(rows.kept)} rows of features are independent, so that all have the weight 1 and a choice by "
+            "them is uniform: give more rows than features",
+            stacklevel=2,
+        )
+    log_weight = torch.full(
+        (len(rows.kept),), math.log(max(rows.rank, 1) / max(len(rows.kept), 1)), dtype=torch.float64
+    )
+    share = 4 / (p + 2)
+    gram = rows.gram((0.5 - 1 / p) * log_weight)
+    for _ in range(max_iterations if rows.rank else 0):
+        factor, gram, residual = torch.linalg.cholesky(gram), torch.zeros_like(gram), 0.0
+        for part, block in rows.blocks():
+            log_form = _log_form(factor, block)
+            residual = max(residual, float((log_form - 2 / p * log_weight[part]).abs().max()))
+            log_weight[part] = (1 - share) * log_weight[part] + share * p / 2 * log_form
+            if p == 2:  # the form is the same whatever the weights: these are final
+                continue
+            block *= ((0.5 - 1 / p) * log_weight[part]).exp_()[:, None]
+            gram.addmm_(block.T, block)
+        if p == 2 or residual <= tolerance:
+            break
+    else:
+        if rows.rank:
+            warnings.warn(
+                f"after max_iterations={max_iterations} passes the weights for p={p} are off by up to a factor of "
+                f"exp({residual:.1e}) in each step: raise max_iterations",
+                stacklevel=2,
+            )
+    weight = log_weight.exp_()
+    if len(weight) and float(weight.max()) > 1 + 1e-6:
+        warnings.warn(f"a weight of {float(weight.max())} is set to 1: raise max_iterations", stacklevel=2)
+    return torch.zeros(rows.count, dtype=torch.float64).index_copy_(0, rows.kept, weight.clamp_(max=1))
+
+
+class LewisCertificate(NamedTuple):
+    """How far weights can be from the Lewis weights.
+
+    Attributes:
+        residual: the largest ``|log(q_i / w_i^(2/p))|`` with ``q_i = a_i^T (A^T W^(1 - 2/p) A)^+ a_i``.
+        factor: for ``p < 4`` the true weights are within this factor: ``exp(c residual)`` with ``c = 1`` up to
+            ``p = 2`` and ``c = p / (4 - p)`` above. From ``p = 4`` on ``c`` is the root of the rank, which bounds them
+            only up to a constant in the exponent.
+    """
+
+    residual: float
+    factor: float
+
+
+def lewis_certificate(
+    features: Tensor | np.ndarray, weights: Tensor | np.ndarray, p: float = 2.0, rank_tolerance: float | None = None
+) -> LewisCertificate:
+    """What one pass over the features says of weights, wherever they are from.
+
+    Args:
+        features: ``[n, d]``.
+        weights: ``[n]``.
+        p: see ``lewis_weights``.
+        rank_tolerance: likewise.
+
+    Raises:
+        ValueError: as ``lewis_weights``, and for another number of weights.
+
+    Source: stability lemma of arXiv 2405.14121, simplified.
+    """
+    check_numbers(above=0, p=p)
+    rows = WhitenedRows(features, rank_tolerance)
+    weights = cpu_tensor(weights).double()
+    if weights.shape != (rows.count,):
+        raise ValueError(f"weights must be [{rows.count}], one a row of features, got {list(weights.shape)}")
+    log_weight = weights[rows.kept].log()
+    if not rows.rank:
+        return LewisCertificate(0.0, 1.0)
+    if not bool(log_weight.isfinite().all()):
+        return LewisCertificate(math.inf, math.inf)
+    factor, residual = torch.linalg.cholesky(rows.gram((0.5 - 1 / p) * log_weight)), 0.0
+    for part, block in rows.blocks():
+        residual = max(residual, float((_log_form(factor, block) - 2 / p * log_weight[part]).abs().max()))
+    power = 1.0 if p <= 2 else p / (4 - p) if p < 4 else rows.rank**0.5
+    return LewisCertificate(residual, math.exp(min(power * residual, 700)))
+
+
+def max_lewis_weights(features: Sequence[Tensor | np.ndarray], p: float = 2.0, **kwargs: Any) -> Tensor:
+    """The largest ``lewis_weights`` of each sample in any of several representations; they sum to ``T``.
+
+    Args:
+        features: one ``[n, d_j]`` a network, of the same samples in the same order.
+        p: see ``lewis_weights``.
+        kwargs: ``tolerance``, ``max_iterations``, ``rank_tolerance`` of ``lewis_weights``.
+
+    Returns:
+        float64 ``[n]``.
+
+    Raises:
+        ValueError: as ``lewis_weights``, for no representation and for other numbers of samples.
+
+    Source: arXiv 2405.14121, algorithm 1, step 1.
+    """
+    features = list(features)
+    if not features:
+        raise ValueError("features must hold at least one matrix [n, d], got an empty list: give one a network")
+    counts = [len(one) for one in features]
+    if len(set(counts)) > 1:
+        raise ValueError(
+            f"features must be of the same samples in the same order, got {counts} rows: extract them anew"
+        )
+    largest = lewis_weights(features[0], p, **kwargs)
+    for one in features[1:]:
+        largest = torch.maximum(largest, lewis_weights(one, p, **kwargs))
+    return largest
+
+
+class Draw(NamedTuple):
+    """What ``draw_until`` drew.
+
+    Attributes:
+        draws: int64 ``[m]``, in order, with all repeats; the last one is new.
+        distinct: int64 ``[budget]``, ascending.
+        multiplicity: int64 ``[budget]``, how often each of ``distinct`` was drawn.
+        loss_weight: float64 ``[budget]``, ``multiplicity / (m P)``: what ``|residual|^p`` of each counts, so that the
+            sum estimates that of all rows. (The scale of a row would be its p-th root.)
+    """
+
+    draws: Tensor
+    distinct: Tensor
+    multiplicity: Tensor
+    loss_weight: Tensor
+
+    @property
+    def order(self) -> Tensor:
+        """``distinct`` as positions in it, int64 ``[budget]``, in the order in which they were drawn first."""
+        _, first = np.unique(self.draws.numpy(), return_index=True)
+        return torch.from_numpy(np.argsort(first, kind="stable"))
+
+
+def draw_until(
+    probability: Tensor | np.ndarray,
+    budget: int,
+    uniforms: Tensor | np.ndarray | np.random.Generator | torch.Generator,
+) -> Draw:
+    """Draw rows with replacement until ``budget`` different ones have come.
+
+    Args:
+        probability: ``[n]``, 0 or more; need not sum to 1.
+        budget: how many different rows.
+        uniforms: numbers in [0, 1), one a draw (row ``i`` is drawn where they fall between the sums of the
+            probabilities before and with it), or a generator of them, of which some may be drawn in vain.
+
+    Raises:
+        ValueError: for a budget that is not above 0 or more than the rows that can be drawn, probabilities that are
+            negative, not finite or all 0, and too few uniforms.
+
+    Source: arXiv 2405.14121, algorithm 1, steps 2 and 3.
+    """
+    chance = cpu_tensor(probability).double().numpy()
+    if chance.ndim != 1 or not np.isfinite(chance).all() or (chance < 0).any() or not chance.any():
+        raise ValueError(
+            f"probability must be [n], finite, 0 or more and not all 0, got shape {list(chance.shape)}: give the "
+            "largest Lewis weights"
+        )
+    possible = np.flatnonzero(chance)
+    check_numbers(
+        least=1, most=len(possible), whole=True, remedy="give no more than the rows that can be drawn", budget=budget
+    )
+    chance = chance[possible] / chance.sum()
+    edges = chance.cumsum()
+    edges /= edges[-1]
+    seen, left, parts = np.zeros(len(possible), dtype=bool), budget, []
+    for uniform in _uniform_blocks(uniforms, budget, max(MOST_DRAWS, 100 * len(possible))):
+        place = np.minimum(edges.searchsorted(uniform, side="right"), len(possible) - 1)
+        found, first = np.unique(place, return_index=True)
+        first = np.sort(first[~seen[found]])
+        done = len(first) >= left
+        parts.append(place[: first[left - 1] + 1] if done else place)
+        if done:
+            break
+        seen[found], left = True, left - len(first)
+    draws = np.concatenate(parts)
+    distinct, multiplicity = np.unique(draws, return_counts=True)
+    weight = multiplicity / (len(draws) * chance[distinct])
+    arrays = possible[draws], possible[distinct], multiplicity.astype(np.int64), weight
+    return Draw(*map(torch.from_numpy, arrays))
+
+
+def _uniform_blocks(uniforms: Any, budget: int, most: int) -> Iterator[np.ndarray]:
+    if isinstance(uniforms, np.random.Generator | torch.Generator):
+        drawn, size = 0, 2 * budget + 64
+        while drawn < most:
+            numpy = isinstance(uniforms, np.random.Generator)
+            yield uniforms.random(size) if numpy else torch.rand(size, dtype=torch.float64, generator=uniforms).numpy()
+            drawn += size
+        raise ValueError(
+            f"budget={budget} different rows did not come in {drawn} draws, as some are rare: lower budget"
+        )
+    given = cpu_tensor(uniforms).double().numpy()
+    if given.ndim != 1 or not ((given >= 0) & (given < 1)).all():
+        raise ValueError(f"uniforms must be [m] numbers of at least 0 and below 1, got shape {list(given.shape)}")
+    yield given
+    raise ValueError(f"uniforms holds {len(given)} numbers, which is too few for budget={budget}: give more")
+
+
+def _log_form(factor: Tensor, block: Tensor) -> Tensor:
+    """``log`` of the squared norms of ``block`` [b, r] after ``factor``, the Cholesky factor of the Gram matrix."""
+    solved = torch.linalg.solve_triangular(factor, block.T, upper=False)
+    return solved.square_().sum(0).clamp_(min=torch.finfo(solved.dtype).tiny).log_()
