@@ -13,6 +13,8 @@ import torch
 from torch import Tensor
 
 from lightning_kd.active_learning.diverse_selection import badge_picks, k_center_picks
+from lightning_kd.active_learning.lewis_strategy import Lewis
+from lightning_kd.active_learning.representations import joined, representations_in
 from lightning_kd.active_learning.strategies import ScoreStrategy, Strategy
 from lightning_kd.core.losses import at_least_float32
 from lightning_kd.pool import PoolView, Query
@@ -138,6 +140,9 @@ class Certainty(ScoreStrategy):
 class KCenter(Strategy):
     """``k_center_greedy`` on the features, around those of the labelled samples of known classes.
 
+    With several ``feature_networks`` the distance is that of all features side by side, where each network has the same
+    share: the mean squared distance of the pool from its mean.
+
     The score is the distance to the nearest centre at the moment of the pick.
     """
 
@@ -147,13 +152,14 @@ class KCenter(Strategy):
     def select(
         self, scores: Mapping[str, Tensor], pool: PoolView, budget: int, generator: np.random.Generator
     ) -> Query:
-        if len(pool.known) and "feature" not in pool.labelled_scores:
+        parts, labelled_parts = representations_in(scores), representations_in(pool.labelled_scores)
+        if len(pool.known) and not labelled_parts:
             raise ValueError(
                 f"pool.labelled_scores must hold 'feature' for the {len(pool.known)} labelled samples, got "
                 f"{sorted(pool.labelled_scores)}: let the task's needs_labelled be True"
             )
-        labelled = torch.as_tensor(pool.labelled_scores.get("feature", torch.empty(0)))
-        picks = k_center_picks(scores["feature"], labelled, budget)
+        labelled = joined(labelled_parts, parts) if labelled_parts else torch.empty(0)
+        picks = k_center_picks(joined(parts, parts), labelled, budget)
         return Query(pool.unlabelled[picks.row.numpy()], picks.score.numpy())
 
 
@@ -180,4 +186,5 @@ STRATEGIES: dict[str, type[Strategy]] = {
     "certainty": Certainty,
     "k_center": KCenter,
     "badge": BADGE,
+    "lewis": Lewis,
 }

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from lightning_kd.active_learning.baselines import STRATEGIES
 from lightning_kd.active_learning.pool_task import PoolTask
+from lightning_kd.active_learning.representations import open_representation
 from lightning_kd.active_learning.strategies import Strategy
 from lightning_kd.core.batch import as_batch
 from lightning_kd.core.feature_hooks import penultimate_tap
@@ -19,6 +20,8 @@ from lightning_kd.core.losses import at_least_float32
 from lightning_kd.pool import PoolView, Query
 
 __all__ = ["PoolClassifier"]
+
+BY_FEATURES = ("lewis", "k_center", "random")  # of one or several networks; the last one to compare with
 
 
 class PoolClassifier(PoolTask, FineTunedTask):
@@ -36,17 +39,21 @@ class PoolClassifier(PoolTask, FineTunedTask):
         num_classes: see ``PoolTask``.
         input_shape: see ``Task``.
         strategy: ``"random"``, ``"least_confidence"``, ``"margin"``, ``"entropy"``, ``"certainty"``, ``"k_center"``,
-            ``"badge"``, or a ``Strategy``. The latter is not in checkpoints: give it again to
+            ``"badge"``, ``"lewis"``, or a ``Strategy``. The latter is not in checkpoints: give it again to
             ``load_from_checkpoint``.
         weights: checkpoint or ``state_dict`` file to start from; ``"default"`` for the published weights of a ``timm/``
             or ``torchvision/`` network. Default: train from scratch.
         classifier: module path of the layer whose input is the feature, where it is not the last ``nn.Linear``.
+        feature_networks: the networks whose features ``"lewis"`` and ``"k_center"`` choose by, in place of those of
+            ``network``: checkpoints of ``lightning-kd fit``, or files of features, an ``.npy`` ``[N, D]`` for the full
+            training array or an ``.npz`` with ``feature`` ``[n, D]`` and ``index`` ``[n]``. They are read when a fit or
+            a query begins.
         kwargs: ``new_classifier``, ``freeze``, ``backbone_lr`` of ``FineTunedTask``; ``warm_start`` of ``PoolTask``;
             ``optimizer`` (default: that of ``Task``, with weights that of ``optimizer_for``), ``lr_scheduler``,
             ``lr_interval``, ``channels_last``, ``compile`` of ``Task``.
 
     Raises:
-        ValueError: for a strategy of another name.
+        ValueError: for a strategy of another name, and for ``feature_networks`` with one that has no use for them.
     """
 
     plain_default = True
@@ -60,11 +67,19 @@ class PoolClassifier(PoolTask, FineTunedTask):
         strategy: str | Strategy = "entropy",
         weights: str | None = None,
         classifier: str | None = None,
+        feature_networks: list[str] | None = None,
         **kwargs: Any,
     ) -> None:
         super().__init__(num_classes, input_shape=input_shape, **kwargs)
         if isinstance(strategy, str) and strategy not in STRATEGIES:
             raise ValueError(f"strategy must be one of {', '.join(STRATEGIES)} or a Strategy, got {strategy!r}")
+        if feature_networks == [] or (isinstance(strategy, str) and feature_networks and strategy not in BY_FEATURES):
+            raise ValueError(
+                f"feature_networks is for the strategies {', '.join(BY_FEATURES)} and names one file or more, got "
+                f"{feature_networks} with {strategy!r}: leave it out"
+            )
+        self.feature_networks = feature_networks
+        self._representations: list[Callable[[Tensor, Tensor | None], Tensor]] = []
         self._strategy_name = strategy if isinstance(strategy, str) else type(strategy).__name__
         self.strategy = STRATEGIES[strategy]() if isinstance(strategy, str) else strategy
         self.network = self.build_to_train(network, weights)
@@ -82,6 +97,21 @@ class PoolClassifier(PoolTask, FineTunedTask):
     def needs_labelled(self) -> bool:
         return self.strategy.needs_labelled
 
+    @property
+    def asks_once(self) -> bool:
+        return self.strategy.asks_once
+
+    def setup(self, stage: str) -> None:
+        super().setup(stage)
+        # before a training, too, so that what is wrong with them is told first
+        wanted = self.strategy.needs_features and (stage == "predict" or (stage == "fit" and self.choice_follows))
+        if self.feature_networks and wanted and not self._representations:
+            if self.pool.score_with_train_augmentation:
+                raise ValueError(
+                    "feature_networks are for samples as they are, got score_with_train_augmentation=True: leave it out"
+                )
+            self._representations = [open_representation(path, self.pool) for path in self.feature_networks]
+
     def training_step(self, batch: Any, batch_idx: int) -> Tensor:
         batch = as_batch(batch)
         (logits,) = at_least_float32(self(batch.image))
@@ -92,6 +122,7 @@ class PoolClassifier(PoolTask, FineTunedTask):
         scores = {"logits": logits}
         if self._tap is not None:
             (scores["feature"],) = at_least_float32(self._tap.pop())
+        scores |= {f"feature_{k}": features(image, index) for k, features in enumerate(self._representations)}
         return probabilities, scores
 
     def select(

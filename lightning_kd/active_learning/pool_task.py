@@ -98,6 +98,11 @@ class PoolTask(Task, ABC):
         """Whether the choice needs the labelled samples' scores too."""
         return False
 
+    @property
+    def asks_once(self) -> bool:
+        """Whether all of the budget goes into one query, so that a second one is refused."""
+        return False
+
     def pool_scores(self, image: Tensor, index: Tensor | None) -> tuple[Tensor, dict[str, Tensor]]:
         """What the choice needs of some samples, in eval mode and without gradient.
 

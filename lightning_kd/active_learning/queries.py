@@ -70,9 +70,9 @@ def select_query(
 
 
 def _check_choice(chosen: Any, pool: np.ndarray, budget: int, strategy: str) -> Query:
-    score = None
+    score = loss_weight = None
     if isinstance(chosen, Query):
-        chosen, score = chosen
+        chosen, score, loss_weight = chosen
     index = np.asarray(chosen)
     if index.ndim != 1 or index.dtype.kind not in "iu":
         raise ValueError(f"strategy {strategy} must return indices [n], got {index.dtype} {list(index.shape)}")
@@ -86,21 +86,26 @@ def _check_choice(chosen: Any, pool: np.ndarray, budget: int, strategy: str) -> 
     score = np.full(len(index), np.nan) if score is None else np.asarray(score, dtype=np.float64)
     if score.shape != index.shape:
         raise ValueError(f"strategy {strategy} must return a score for each of {len(index)} indices, got {score.shape}")
-    return Query(index.astype(np.int64), score)
+    if loss_weight is not None:
+        loss_weight = np.asarray(loss_weight, dtype=np.float64)
+        if loss_weight.shape != index.shape or not (np.isfinite(loss_weight) & (loss_weight > 0)).all():
+            raise ValueError(f"strategy {strategy} must return a loss weight above 0 for each of {len(index)} indices")
+    return Query(index.astype(np.int64), score, loss_weight)
 
 
 def write_query(trainer: L.Trainer, task: PoolTask, data: Any, folder: Path, ckpt_path: str | None = None) -> Path:
     """Choose what to label next, note it in ``pool.json`` and write ``query_ROUND.csv`` for a person.
 
-    The file has the columns ``index``, ``path`` where there is one, ``score``, ``predicted`` and an empty ``label``,
-    the best first. Names that a spreadsheet would take for formulas have an apostrophe before them, see
-    ``lightning_kd.spreadsheet``. ``query_ROUND.html`` shows the same with pictures, to choose by mouse or keys, where
-    the samples are images; it saves such a file.
+    The file has the columns ``index``, ``path`` where there is one, ``score``, ``loss_weight`` where the strategy gives
+    one, ``predicted`` and an empty ``label``, the best first. Names that a spreadsheet would take for formulas have an
+    apostrophe before them, see ``lightning_kd.spreadsheet``. ``query_ROUND.html`` shows the same with pictures, to
+    choose by mouse or keys, where the samples are images; it saves such a file.
 
     What is still open of earlier queries is asked for again, after the new samples.
 
     Raises:
-        ValueError: where nobody has answered anything of the latest query, or nothing else is left in the pool.
+        ValueError: where nobody has answered anything of the latest query, nothing else is left in the pool, or a
+            strategy that asks once has asked.
     """
     data.setup("predict")
     file = folder / "pool.json"
@@ -116,6 +121,12 @@ def write_query(trainer: L.Trainer, task: PoolTask, data: Any, folder: Path, ckp
         raise ValueError(
             f"{len(_to_ask(record))} samples of {path.name} wait for an answer: fill in the column label and run "
             f"lightning-kd label {path} first"
+        )
+    weighed = sum("loss_weight" in row for row in record.queries)
+    if task.asks_once and weighed:
+        raise ValueError(
+            f"{task.strategy_name} asks once, with all of the budget, and {file} holds its query of {weighed} samples: "
+            "train on those, or name another --run folder"
         )
     asked = _open_indices(data)
     if len(asked) and not len(np.setdiff1d(data.unlabelled_indices, asked)):
@@ -169,16 +180,16 @@ def add_query(record: PoolRecord, data: Any, query: Query, predicted: dict[int, 
     indices = query.index.tolist()
     paths = [data.path_of(i) for i in indices]
     names = [data.class_names[predicted[i]] for i in indices]
-    record.add_query(indices, query.score, names, None if None in paths else paths)
+    record.add_query(indices, query.score, names, None if None in paths else paths, query.loss_weight)
 
 
 def _write_files(path: Path, rows: list[dict[str, Any]], data: Any) -> None:
     """The CSV ``path`` for the entries ``rows`` of a record, after the page, as it tells that all is there."""
-    names: list[str] = [name for name in ("index", "path", "score", "predicted") if name in rows[0]]
+    names: list[str] = [name for name in ("index", "path", "score", "loss_weight", "predicted") if name in rows[0]]
     cells = []
     for row in rows:
-        score = "" if row["score"] is None else f"{row['score']:.6g}"
-        cells.append([score if name == "score" else row[name] for name in names])
+        shown = {k: "" if row[k] is None else f"{row[k]:.6g}" for k in ("score", "loss_weight") if k in row}
+        cells.append([shown.get(name, row.get(name, "")) for name in names])
     write_page(path.with_suffix(".html"), lambda: _page(path.name, names, cells, data))
     write_text(path, csv_text([[*names, "label"], *([*row, ""] for row in cells)]), durable=True)
 

@@ -103,6 +103,10 @@ def _resume_record(trainer: L.Trainer, task: PoolTask, data: Any, record: PoolRe
     """Let ``data`` use the record, with every question answered and no end too early."""
     data.setup()
     data.oracle(np.empty(0, np.int64))  # or there is none
+    if task.asks_once and data.rounds > 1:
+        raise ValueError(
+            f"{task.strategy_name} asks once, with all of the budget, got data.rounds={data.rounds}: set it to 1"
+        )
     if task.warm_start and trainer.checkpoint_callback is None:
         raise ValueError("warm_start=True needs the checkpoints of the rounds before: leave enable_checkpointing on")
     data.set_record(record)

@@ -20,10 +20,12 @@ class Strategy(ABC):
     Attributes:
         needs_features: whether ``scores`` must hold ``feature`` ``[U, D]``, the input of the network's classifier.
         needs_labelled: whether ``pool.labelled_scores`` must be there.
+        asks_once: whether all of the budget goes into one query, so that a second one is refused.
     """
 
     needs_features = False
     needs_labelled = False
+    asks_once = False
 
     @abstractmethod
     def select(
@@ -34,7 +36,8 @@ class Strategy(ABC):
         Args:
             scores: what the task's ``predict_step`` gives for ``pool.unlabelled``, on the CPU, in its order: for a
                 ``PoolClassifier`` ``logits`` float32 ``[U, K]``, ``probabilities`` float32 ``[U, K]`` and, where
-                ``needs_features``, ``feature`` ``[U, D]``.
+                ``needs_features``, ``feature`` ``[U, D]``, and ``feature_0``, ``feature_1`` and so on by the task's
+                ``feature_networks``.
             pool: what is known of the pool.
             budget: how many samples to choose, at most ``U``.
             generator: the only source of random numbers; the same one for the same seed and round.

@@ -10,7 +10,7 @@ from lightning_kd.active_learning.pool_task import PoolTask
 from lightning_kd.core.distributed import is_first_process
 from lightning_kd.data import OpenSetDataModule
 from lightning_kd.pool import PoolRecord
-from lightning_kd.pool.pool_record import alone
+from lightning_kd.pool.pool_record import alone, pool_file
 
 __all__ = ["add_new_classes", "alone_on_pool", "check_kept", "check_pool"]
 
@@ -35,6 +35,8 @@ def check_pool(verb: str, model: Any, datamodule: Any) -> Any:
             f"{verb} needs a method for pools on an OpenSetDataModule, got {type(model).__name__} "
             f"on {type(datamodule).__name__}: see the configs active_learning/... of lightning-kd list"
         )
+    if datamodule.answers is not None:
+        raise ValueError(f"{verb} asks for labels in its own run, got answers={datamodule.answers!r}: leave it out")
     datamodule.setup()
     return datamodule
 
@@ -46,6 +48,8 @@ def add_new_classes(config: Any, file: Path) -> None:
         ValueError: where that is damaged.
     """
     arguments = config.data.get("init_args") if config.get("data") else None
+    if arguments is not None and arguments.get("answers"):
+        file = pool_file(arguments["answers"])
     if arguments is None or "new_classes" not in arguments or not file.is_file():
         return
     given = arguments["new_classes"] or []

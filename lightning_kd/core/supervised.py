@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from lightning_kd.argument_checks import check_numbers
 from lightning_kd.core.averaged_task import AveragedTask
+from lightning_kd.core.batch import Batch, as_batch
 from lightning_kd.core.class_metrics import class_sizes
 from lightning_kd.core.distributed import process_count
 from lightning_kd.core.losses import asymmetric_loss, at_least_float32
@@ -71,6 +72,10 @@ class Classification(SupervisedTask):
             number above 0 for each, or ``"balanced"`` for ``n / (C n_c)`` with the ``n_c`` training
             samples of class ``c`` (1 for a class without any). Validation and test are not weighted. Several processes:
             the mean of each process's batch by itself.
+        use_sampling_weights: let the loss of each sample count by ``sampling_weight`` of its batch, which a pool has
+            after a query by the strategy ``lewis``: the mean is 1 over the query, and initial labels count 1. The loss
+            is the sum of the weighted ones by the size of the batch, so that several processes train as one does.
+            Validation and test are not weighted.
         kwargs: ``new_classifier``, ``freeze``, ``backbone_lr`` of ``FineTunedTask``; ``optimizer``, ``lr_scheduler``,
             ``lr_interval``, ``channels_last``, ``compile`` of ``Task``.
     """
@@ -84,6 +89,7 @@ class Classification(SupervisedTask):
         weights: str | None = None,
         label_smoothing: float = 0.0,
         class_weights: Literal["balanced"] | list[float] | None = None,
+        use_sampling_weights: bool = False,
         **kwargs: Any,
     ) -> None:
         super().__init__(network, num_classes, input_shape=input_shape, weights=weights, **kwargs)
@@ -98,6 +104,19 @@ class Classification(SupervisedTask):
         if given is not None and len(given) != num_classes:
             raise ValueError(f"class_weights needs {num_classes} numbers, one a class, got {len(given)}")
         self._weight = None if given is None else torch.tensor(given)
+        if use_sampling_weights and class_weights is not None:
+            raise ValueError(
+                "use_sampling_weights and class_weights both say what a sample counts, got class_weights="
+                f"{class_weights!r}: leave one of them out"
+            )
+        self.use_sampling_weights = use_sampling_weights
+        self._sampling_weight: Tensor | None = None
+
+    def training_step(self, batch: Any, batch_idx: int) -> Tensor:
+        batch = as_batch(batch)
+        if self.use_sampling_weights:
+            self._sampling_weight = sampling_weight_of(batch)
+        return super().training_step(batch, batch_idx)
 
     def setup(self, stage: str) -> None:
         super().setup(stage)
@@ -121,8 +140,26 @@ class Classification(SupervisedTask):
     def loss(self, output: Any, logits: Tensor, target: Tensor) -> dict[str, Tensor]:
         if self._weight is not None:
             self._weight = self._weight.to(logits)  # once, to its device
+        if self._sampling_weight is not None:
+            each = self.problem.loss(logits, target, label_smoothing=self.label_smoothing, reduction="none")
+            return {"ce": (self._sampling_weight * each).mean()}
         options = {"label_smoothing": self.label_smoothing, "weight": self._weight}
         return {"ce": self.problem.loss(logits, target, **options)}
+
+
+def sampling_weight_of(batch: Batch) -> Tensor:
+    """``sampling_weight`` in the extras of a batch, float32 ``[B]``.
+
+    Raises:
+        ValueError: where it has none.
+    """
+    weight = batch.extras.get("sampling_weight")
+    if weight is None:
+        raise ValueError(
+            "use_sampling_weights needs batches with sampling_weight, got none: use an OpenSetDataModule on the "
+            "answers to a query by the strategy lewis (data.answers, or pool.json of the run folder)"
+        )
+    return weight
 
 
 class MultiLabelClassification(AveragedTask):

@@ -117,4 +117,5 @@ class ClassificationDataModule(LabelledDataModule):
 
     def _extras(self, source: str) -> dict[str, Tensor]:
         """What else is known about each sample of a full array."""
-        return {"clean_target": self.train_clean} if source == "train" and self.train_clean is not None else {}
+        clean = {"clean_target": self.train_clean} if source == "train" and self.train_clean is not None else {}
+        return super()._extras(source) | clean

@@ -8,7 +8,6 @@ import numpy as np
 import torch
 
 from lightning_kd.argument_checks import check_numbers
-from lightning_kd.core.run_callbacks import run_folder_of
 from lightning_kd.data.classification_data import ClassificationDataModule
 from lightning_kd.data.derived_data import DerivedDataModule
 from lightning_kd.data.known_classes import choose_known_classes
@@ -20,6 +19,8 @@ from lightning_kd.data.pool_answers import (
     find_files,
     labels_digest,
     pool_settings,
+    record_of,
+    sampling_weights,
 )
 from lightning_kd.data.pool_samples import PoolSamples, add_unlabelled, readable
 from lightning_kd.data.pool_split import (
@@ -27,6 +28,7 @@ from lightning_kd.data.pool_split import (
     PoolSplit,
     check_every_class,
     check_initial,
+    checked_budget,
     draw_initial,
     label_all,
     label_some,
@@ -52,9 +54,10 @@ class OpenSetDataModule(DerivedDataModule):
     asked. ``known_indices`` (also ``train_indices``), ``unknown_indices`` and ``unlabelled_indices`` (int64, ascending)
     are the positions of each kind in the full training array. Test and validation samples are those of known classes.
 
-    The answers are in ``pool.json`` of the run folder (``PoolRecord``), which is read again at every ``setup``.
-    Checkpoints hold the sha256 of the labels, and a fit does not go on from one that was trained on others. The
-    prediction set are the samples without a label.
+    The answers are in ``pool.json`` of the run folder (``PoolRecord``), which is read again at every ``setup``. Where a
+    query has loss weights, ``Batch.extras`` of training samples has ``sampling_weight`` (float32 ``[B]``). Checkpoints
+    hold the sha256 of the labels, and a fit does not go on from one that was trained on others. The prediction set are
+    the samples without a label.
 
     Several processes: as with ``source``; all read the same record, and only process 0 writes it.
 
@@ -78,6 +81,7 @@ class OpenSetDataModule(DerivedDataModule):
             ``feature`` (for other sources): samples without any label.
         new_classes: names of further known classes, after those of the source, of which only answers give samples. The
             commands take them from ``pool.json`` of the run folder, where ``lightning-kd label --new_class`` puts them.
+        answers: the ``pool.json`` of another run, or its folder: train on the answers given there, and ask nothing.
         fake: let ``source`` use its made-up data set, and no more budget than suits that.
 
     Raises:
@@ -101,6 +105,7 @@ class OpenSetDataModule(DerivedDataModule):
         score_with_train_augmentation: bool = False,
         pool: str | None = None,
         new_classes: list[str] | None = None,
+        answers: str | None = None,
         fake: bool = False,
     ) -> None:
         super().__init__(source)  # labels are hidden in its copy, and nowhere else
@@ -118,9 +123,9 @@ class OpenSetDataModule(DerivedDataModule):
         self.split_seed = split_seed
         self.score_with_train_augmentation = score_with_train_augmentation
         self.pool_path = pool
+        self.answers = answers
         self.fake = fake
-        everything = len(source.class_names) if pool is not None else None
-        given = everything if known_classes is None else known_classes
+        given = len(source.class_names) if known_classes is None and pool is not None else known_classes
         root = getattr(source, "root", None)
         self.known_ids = choose_known_classes(source.class_names, given, class_order, split_seed, root, fake)
         self.new_classes = list(new_classes or [])
@@ -131,8 +136,7 @@ class OpenSetDataModule(DerivedDataModule):
                 f"a known class may not be named {UNKNOWN!r}, which is the answer for all others, got "
                 f"{self.class_names}: name the known_classes without it"
             )
-        if fake:
-            self.source.fake = True
+        self.source.fake |= fake
         self.record: PoolRecord | None = None
         self._truth: np.ndarray | None = None  # 0..K of every training sample; only the oracle looks at it
         self.known_indices = self.unknown_indices = self.unlabelled_indices = np.empty(0, np.int64)
@@ -157,9 +161,9 @@ class OpenSetDataModule(DerivedDataModule):
         self.source.setup(stage)
         if not self._ready:
             self._load()
-        folder = run_folder_of(self.trainer)
-        if folder is not None and not getattr(self.trainer, "fast_dev_run", 0):
-            self.set_record(PoolRecord.load(folder.pool) if folder.pool.is_file() else PoolRecord(folder.pool))
+        record = record_of(self.trainer, None if self.fake else self.answers)
+        if record is not None:
+            self.set_record(record)
 
     def _load(self) -> None:
         """Nothing is changed before all has been looked at."""
@@ -178,11 +182,7 @@ class OpenSetDataModule(DerivedDataModule):
             )
             split = label_some(source.train_indices, targets.train, initial)
         check_every_class(split, self.class_names[: len(self.known_ids)])
-        unlabelled = int((split.label[split.universe] == UNLABELLED).sum())
-        if self.fake:
-            self.budget = min(self.budget, max(1, unlabelled // (2 * self.rounds)))
-        if self.budget > unlabelled:
-            raise ValueError(f"budget={self.budget} is more than the {unlabelled} samples of the pool: lower it")
+        self.budget = checked_budget(self.budget, split, self.rounds if self.fake else None)
         source.train_image, source.test_target = samples.image, torch.from_numpy(targets.test)
         if source._val_source == "val":
             source.val_target = torch.from_numpy(targets.val)
@@ -218,6 +218,7 @@ class OpenSetDataModule(DerivedDataModule):
             find_files(record, self._samples)
         label = answered_labels(record, self._split.label, self.class_names, self.new_classes)
         self.record = record
+        self.source.train_extras = sampling_weights(record, len(label))
         self._apply(label)
 
     def path_of(self, index: int) -> str | None:

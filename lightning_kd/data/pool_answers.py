@@ -7,10 +7,13 @@ import warnings
 from typing import Any
 
 import numpy as np
+import torch
 
+from lightning_kd.core.run_callbacks import run_folder_of
 from lightning_kd.data.pool_samples import PoolSamples
 from lightning_kd.data.pool_split import PoolSplit
 from lightning_kd.pool import UNKNOWN, PoolRecord
+from lightning_kd.pool.pool_record import pool_file
 
 
 def pool_settings(
@@ -48,6 +51,34 @@ def pool_settings(
         "initial_sha256": _sha256(split.initial),
         "split_seed": split_seed,
     }
+
+
+def record_of(trainer: Any, answers: str | None) -> PoolRecord | None:
+    """The record of the Trainer's run folder, or the one that ``answers`` names; ``None`` where there is neither.
+
+    Raises:
+        FileNotFoundError: where ``answers`` names none.
+    """
+    if answers is not None:
+        return PoolRecord.load(pool_file(answers))
+    folder = run_folder_of(trainer)
+    if folder is None or getattr(trainer, "fast_dev_run", 0):
+        return None
+    return PoolRecord.load(folder.pool) if folder.pool.is_file() else PoolRecord(folder.pool)
+
+
+def sampling_weights(record: PoolRecord, count: int) -> dict[str, torch.Tensor]:
+    """``sampling_weight`` float32 ``[count]``, where a query has loss weights: these, scaled so that their mean over
+    all of it is 1, and 1 for all other samples."""
+    rows = [row for row in record.queries if "loss_weight" in row]
+    if not rows:
+        return {}
+    given = torch.tensor([row["loss_weight"] for row in rows], dtype=torch.float64)
+    index = torch.tensor([row["index"] for row in rows])
+    there = index >= 0  # files may be gone
+    weight = torch.ones(count, dtype=torch.float64)
+    weight[index[there]] = (given / given.mean())[there]
+    return {"sampling_weight": weight.float()}
 
 
 def adopt_settings(record: PoolRecord, settings: dict[str, Any]) -> None:

@@ -125,6 +125,20 @@ def draw_initial(
     return np.sort(order[:number])
 
 
+def checked_budget(budget: int, split: PoolSplit, fake_rounds: int | None) -> int:
+    """``budget``, and no more than suits so many rounds on a made-up pool.
+
+    Raises:
+        ValueError: where it is more than the pool.
+    """
+    unlabelled = int((split.label[split.universe] == UNLABELLED).sum())
+    if fake_rounds is not None:
+        budget = min(budget, max(1, unlabelled // (2 * fake_rounds)))
+    if budget > unlabelled:
+        raise ValueError(f"budget={budget} is more than the {unlabelled} samples of the pool: lower it")
+    return budget
+
+
 def check_every_class(split: PoolSplit, class_names: list[str]) -> None:
     """Raise a ``ValueError`` where a known class has no label at the start."""
     k = len(class_names)

@@ -25,6 +25,8 @@ class SplitLoaders(L.LightningDataModule):
 
     #: what strong views start with
     strong_policy = AutoAugmentPolicy.CIFAR10
+    #: what else is known of each training sample, by name, first dimension that of the full array
+    train_extras: dict[str, Tensor] = {}
     #: cells of an image in a row and in a column, where there are views of them
     n_grid: int | None = None
 
@@ -157,7 +159,7 @@ class SplitLoaders(L.LightningDataModule):
 
     def _extras(self, source: str) -> dict[str, Tensor]:
         """What else is known about each sample of a full array."""
-        return {}
+        return dict(self.train_extras) if source == "train" else {}
 
     def _process(self) -> tuple[int, int, torch.device]:
         """Rank, number of processes and device of the trainer; one process on the CPU without one."""

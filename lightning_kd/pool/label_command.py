@@ -17,7 +17,7 @@ __all__ = ["main", "take_answers"]
 
 MOST_SHOWN = 10
 MOST_NAMES = 20
-COLUMNS = ("index", "path", "score", "predicted", "label")
+COLUMNS = ("index", "path", "score", "loss_weight", "predicted", "label")
 
 
 def main(args: Sequence[str]) -> None:

@@ -15,7 +15,7 @@ import numpy as np
 from lightning_kd import file_writing
 from lightning_kd.file_writing import write_text
 
-__all__ = ["UNKNOWN", "PoolRecord", "PoolView", "Query", "alone", "missing_rows"]
+__all__ = ["UNKNOWN", "PoolRecord", "PoolView", "Query", "alone", "missing_rows", "pool_file"]
 
 UNKNOWN = "unknown"  # the answer for a sample of none of the known classes
 VERSION = 1
@@ -52,10 +52,13 @@ class Query(NamedTuple):
     Attributes:
         index: int64 ``[n]``, samples of ``PoolView.unlabelled``, each once.
         score: float64 ``[n]``: why, in the strategy's own unit.
+        loss_weight: float64 ``[n]`` where they were drawn by chance: what the loss of each counts, so that the sum over
+            all of them estimates that over the pool.
     """
 
     index: np.ndarray  # type: ignore[assignment]  # tuple.index gives way
     score: np.ndarray
+    loss_weight: np.ndarray | None = None
 
 
 @dataclass
@@ -63,8 +66,8 @@ class PoolRecord:
     """All that was asked and answered, in one file that a person can read: the truth when a run starts again.
 
     Each entry of ``queries`` is one sample: ``round``, ``index`` (position in the full training array), ``path`` where
-    there is one, ``score``, ``predicted`` (class name), ``answer`` (a class name, ``"unknown"``, or ``None`` as long as
-    nobody answered) and ``by`` (``"oracle"`` or ``"person"``). Where an answer was changed or taken back, ``history``
+    there is one, ``score``, ``predicted`` (class name), ``loss_weight`` where the strategy gave one (see ``Query``),
+    ``answer`` (a class name, ``"unknown"``, or ``None`` as long as nobody answered) and ``by`` (``"oracle"`` or ``"person"``). Where an answer was changed or taken back, ``history``
     holds what was there before: entries ``answer`` and ``by``, the oldest first. Where image files have come or gone,
     ``index`` is where the file is now, below 0 where it is gone, and ``asked_as`` lists where it was.
 
@@ -157,6 +160,7 @@ class PoolRecord:
         score: Sequence[float] | np.ndarray,
         predicted: Sequence[str],
         paths: Sequence[str] | None = None,
+        loss_weight: Sequence[float] | np.ndarray | None = None,
     ) -> None:
         """Note a new query. Nothing is written to the disk yet.
 
@@ -174,6 +178,8 @@ class PoolRecord:
             if paths is not None:
                 row["path"] = paths[k]
             row |= {"score": value if math.isfinite(value) else None, "predicted": predicted[k]}
+            if loss_weight is not None:
+                row["loss_weight"] = float(loss_weight[k])
             self.queries.append(row | {"answer": None, "by": None})
 
     def add_answers(self, answers: Mapping[int, str], by: str) -> None:
@@ -195,6 +201,12 @@ class PoolRecord:
         """Let these be known classes from now on, after the others. Nothing is written to the disk yet."""
         for setting in ("classes", "new_classes"):
             self.settings[setting] = [*self.settings.get(setting, []), *names]
+
+
+def pool_file(path: str | Path) -> Path:
+    """The ``pool.json`` that is meant by its own path or by that of its run folder."""
+    path = Path(path)
+    return path / "pool.json" if path.is_dir() else path
 
 
 def missing_rows(record: PoolRecord, other: PoolRecord) -> list[dict[str, Any]]:

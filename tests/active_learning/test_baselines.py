@@ -152,7 +152,7 @@ def test_k_center_without_features_of_the_labelled_is_refused():
     assert chosen("k_center", {"feature": features(5, "u")}, view(5), 2)[0] == 1  # nothing labelled: the first
 
 
-@pytest.mark.parametrize("name", list(STRATEGIES))
+@pytest.mark.parametrize("name", [name for name in STRATEGIES if name != "lewis"])  # which draws no more than half
 @pytest.mark.parametrize("budget", [1, 7, 12])
 def test_every_strategy_chooses_each_sample_once(name, budget):
     pool = view(12, features(3, "l"))
@@ -206,7 +206,7 @@ def test_it_chooses_by_name(name):
     with torch.no_grad():
         torch.testing.assert_close(outputs["logits"], task(batch.image))
         torch.testing.assert_close(outputs["probabilities"], task(batch.image).softmax(1))
-        if name in ("k_center", "badge"):
+        if name in ("k_center", "badge", "lewis"):
             torch.testing.assert_close(
                 outputs["feature"] @ last_linear(task).weight.T + last_linear(task).bias, task(batch.image)
             )
