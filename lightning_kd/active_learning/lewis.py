@@ -255,8 +255,10 @@ def _uniform_blocks(uniforms: Any, budget: int, most: int) -> Iterator[np.ndarra
     if isinstance(uniforms, np.random.Generator | torch.Generator):
         drawn, size = 0, 2 * budget + 64
         while drawn < most:
-            numpy = isinstance(uniforms, np.random.Generator)
-            yield uniforms.random(size) if numpy else torch.rand(size, dtype=torch.float64, generator=uniforms).numpy()
+            if isinstance(uniforms, torch.Generator):
+                yield torch.rand(size, dtype=torch.float64, generator=uniforms).numpy()
+            else:
+                yield uniforms.random(size)
             drawn += size
         raise ValueError(
             f"budget={budget} different rows did not come in {drawn} draws, as some are rare: lower budget"

@@ -188,8 +188,10 @@ def _write_files(path: Path, rows: list[dict[str, Any]], data: Any) -> None:
     names: list[str] = [name for name in ("index", "path", "score", "loss_weight", "predicted") if name in rows[0]]
     cells = []
     for row in rows:
-        shown = {k: "" if row[k] is None else f"{row[k]:.6g}" for k in ("score", "loss_weight") if k in row}
-        cells.append([shown.get(name, row.get(name, "")) for name in names])
+        shown: dict[str, str] = {
+            k: "" if row[k] is None else f"{row[k]:.6g}" for k in ("score", "loss_weight") if k in row
+        }
+        cells.append([shown[name] if name in shown else row.get(name, "") for name in names])
     write_page(path.with_suffix(".html"), lambda: _page(path.name, names, cells, data))
     write_text(path, csv_text([[*names, "label"], *([*row, ""] for row in cells)]), durable=True)
 

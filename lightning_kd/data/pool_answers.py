@@ -62,7 +62,7 @@ def record_of(trainer: Any, answers: str | None) -> PoolRecord | None:
     if answers is not None:
         return PoolRecord.load(pool_file(answers))
     folder = run_folder_of(trainer)
-    if folder is None or getattr(trainer, "fast_dev_run", 0):
+    if folder is None or getattr(trainer, "fast_dev_run", False):
         return None
     return PoolRecord.load(folder.pool) if folder.pool.is_file() else PoolRecord(folder.pool)
 

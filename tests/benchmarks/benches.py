@@ -19,7 +19,7 @@ from lightning.pytorch.callbacks import RichProgressBar
 from measure import Clock, Settings, Variant, compare, now
 from noisy import dpc, margins, rows
 from plain import DualHeadLoop, PictureDataset, train_classifier
-from pool import badge, books, k_center, posterior, score
+from pool import badge, books, k_center, lewis, posterior, score
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 from torchvision import transforms
@@ -345,6 +345,7 @@ BENCHES = {
     "relations": relations,
     "k_center": k_center,
     "badge": badge,
+    "lewis": lewis,
     "posterior": posterior,
     "score": score,
     "books": books,

@@ -13,7 +13,17 @@ from sklearn.metrics import pairwise_distances
 from sklearn.mixture import GaussianMixture
 from torch import Tensor
 
-from lightning_kd.active_learning import PoolClassifier, badge_select, k_center_greedy, known_posterior, select_query
+from lightning_kd.active_learning import (
+    PoolClassifier,
+    badge_select,
+    draw_until,
+    k_center_greedy,
+    known_posterior,
+    lewis_weights,
+    max_lewis_weights,
+    predictive_entropy,
+    select_query,
+)
 from lightning_kd.data import Arrays, ClassificationDataModule, OpenSetDataModule
 from lightning_kd.pool import UNKNOWN, PoolRecord
 
@@ -171,6 +181,84 @@ class MadePool(ClassificationDataModule):
         )
         target = torch.arange(self.count) % 10
         return Arrays(image, target, image[:1_000], target[:1_000])
+
+
+def lewis(settings: Settings) -> None:
+    """Lewis weights for p = 2 and 1; then one query for three networks against five rounds of their mean entropy."""
+    count = settings.size(50_000, 5_000)
+    features, _ = clustered(count, torch.Generator().manual_seed(0))
+
+    def whole() -> float:
+        with Clock() as clock:
+            torch.linalg.qr(features.double())[0].square().sum(1)
+        return clock.seconds
+
+    def weights(p: float) -> float:
+        with Clock() as clock:
+            lewis_weights(features, p, tolerance=1e-6)
+        return clock.seconds
+
+    variants = [
+        Variant("a thin QR of all rows at once, p = 2", whole),
+        Variant("lewis_weights, p = 2, in blocks", lambda: weights(2.0), ">= 0.4"),
+        Variant("lewis_weights, p = 1", lambda: weights(1.0)),
+    ]
+    compare(f"lewis: weights of {count:,} x {FEATURES}", variants, settings.rounds)
+
+    budget, rounds, names = settings.size(500, 100), 5, ("mlp_32", "cnn_tiny", "mlp_64_32")
+    data = OpenSetDataModule(
+        MadePool(settings.size(10_000, 2_000), (1, 28, 28)), 10, initial_count=200, budget=budget, rounds=rounds
+    )
+    data.setup()
+
+    truth = torch.from_numpy(data.oracle(np.arange(len(data.train_target))))
+
+    def trained(labelled: np.ndarray) -> list[PoolClassifier]:
+        """The networks, trained on these samples from scratch."""
+        tasks = []
+        for name in names:
+            task = PoolClassifier(name, 10, input_shape=(1, 28, 28), strategy="k_center").train()
+            loader = data.source.loader("train", labelled, shuffle=True, batch_size=32)
+            optimizer = torch.optim.SGD(task.parameters(), lr=0.01, momentum=0.9)
+            for _ in range(10):
+                for batch in loader:
+                    optimizer.zero_grad()
+                    torch.nn.functional.cross_entropy(task(batch.image), truth[batch.index]).backward()
+                    optimizer.step()
+            tasks.append(task.eval())
+        return tasks
+
+    @torch.no_grad()
+    def seen(task: PoolClassifier, name: str) -> Tensor:
+        """What a network says of the pool: its features or probabilities."""
+        loader = data.source.loader("train", data.unlabelled_indices)
+        outputs = (task.predict_step(batch, 0) for batch in loader)
+        return torch.cat([output[name] for output in outputs])
+
+    start, pool = data.known_indices, data.unlabelled_indices
+
+    def at_once() -> float:
+        with Clock() as clock:
+            largest = max_lewis_weights([seen(task, "feature") for task in trained(start)])
+            drawn = draw_until(largest, budget, np.random.default_rng(0))
+            trained(np.union1d(start, pool[drawn.distinct]))
+        return clock.seconds
+
+    def by_rounds() -> float:
+        with Clock() as clock:
+            labelled = start
+            for _ in range(rounds):
+                entropy = torch.stack([predictive_entropy(seen(task, "probabilities")) for task in trained(labelled)])
+                order = pool[entropy.mean(0).argsort(descending=True)]
+                labelled = np.union1d(labelled, order[~np.isin(order, labelled)][: budget // rounds])
+            trained(labelled)
+        return clock.seconds
+
+    variants = [
+        Variant(f"{rounds} rounds of mean entropy", by_rounds),
+        Variant("one query by Lewis weights", at_once, ">= 2"),
+    ]
+    compare(f"lewis: from 200 to {200 + budget} labels of {len(pool):,}, 3 networks", variants, settings.rounds)
 
 
 def score(settings: Settings) -> None:
