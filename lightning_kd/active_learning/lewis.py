@@ -1,7 +1,8 @@
 """Lewis weights of feature matrices, and what is drawn and fitted by them: one query that serves several networks.
 
-One-shot Active Learning Based on Lewis Weight Sampling for Multiple Deep Models. ICLR 2024, arXiv 2405.14121. The paper
-defines the weights; how they are computed here is a relaxed fixed point that converges for every p.
+Sheng-Jun Huang, Yi Li, Yiming Sun, Ying-Peng Tang. One-shot Active Learning Based on Lewis Weight Sampling for Multiple
+Deep Models. ICLR 2024, arXiv 2405.14121. The paper defines the weights; how they are computed here is a relaxed fixed
+point that converges for every p.
 """
 
 from __future__ import annotations
