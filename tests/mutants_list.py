@@ -1442,14 +1442,14 @@ MUTANTS = [
     # several labels an image
     Mutant(
         "distances of embeddings are not scaled",
-        "distillation/l2d.py",
+        "distillation/_embedding_distances.py",
         "scaled.append(d / mean[group])",
         "scaled.append(d)",
         ("tests/multi_label/test_functions.py",),
     ),
     Mutant(
         "each pair of embeddings counts once",
-        "distillation/l2d.py",
+        "distillation/_embedding_distances.py",
         "(2 * loss / there.sum(1)[group]).sum()",
         "(loss / there.sum(1)[group]).sum()",
         ("tests/multi_label/test_functions.py",),

@@ -122,8 +122,7 @@ class OpenSetDataModule(DerivedDataModule):
         self.rounds = rounds
         self.split_seed = split_seed
         self.score_with_train_augmentation = score_with_train_augmentation
-        self.pool_path = pool
-        self.answers = answers
+        self.pool_path, self.answers = pool, answers
         self.fake = fake
         given = len(source.class_names) if known_classes is None and pool is not None else known_classes
         root = getattr(source, "root", None)

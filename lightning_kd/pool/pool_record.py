@@ -67,9 +67,10 @@ class PoolRecord:
 
     Each entry of ``queries`` is one sample: ``round``, ``index`` (position in the full training array), ``path`` where
     there is one, ``score``, ``predicted`` (class name), ``loss_weight`` where the strategy gave one (see ``Query``),
-    ``answer`` (a class name, ``"unknown"``, or ``None`` as long as nobody answered) and ``by`` (``"oracle"`` or ``"person"``). Where an answer was changed or taken back, ``history``
-    holds what was there before: entries ``answer`` and ``by``, the oldest first. Where image files have come or gone,
-    ``index`` is where the file is now, below 0 where it is gone, and ``asked_as`` lists where it was.
+    ``answer`` (a class name, ``"unknown"``, or ``None`` as long as nobody answered) and ``by`` (``"oracle"`` or
+    ``"person"``). Where an answer was changed or taken back, ``history`` holds what was there before: entries
+    ``answer`` and ``by``, the oldest first. Where image files have come or gone, ``index`` is where the file is now,
+    below 0 where it is gone, and ``asked_as`` lists where it was.
 
     Args:
         path: the file, ``RUN/pool.json``.
