@@ -8,7 +8,7 @@ from typing import Any
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-__all__ = ["auxiliary_logits", "class_logits", "embeddings_of", "logits_of", "pixel_logits"]
+__all__ = ["auxiliary_logits", "class_logits", "embeddings_of", "logits_of", "pixel_logits", "resized"]
 
 
 def logits_of(output: Any) -> Tensor:
@@ -59,24 +59,59 @@ def class_logits(network: nn.Module, output: Any, classes: int, name: str = "") 
     return logits
 
 
-def pixel_logits(network: nn.Module, logits: Tensor, classes: int, size: Sequence[int], name: str = "") -> Tensor:
-    """``logits`` ``[B, classes, h, w]`` brought to ``size`` (bilinear), after a look at their shape.
+def pixel_logits(
+    network: nn.Module,
+    logits: Tensor,
+    classes: int,
+    size: Sequence[int],
+    name: str = "",
+    align_corners: bool = False,
+) -> Tensor:
+    """``logits`` ``[B, classes, h, w]`` brought to ``size``, after a look at their shape.
+
+    Args:
+        network: see ``class_logits``, as ``classes`` and ``name``.
+        logits: what it gives.
+        classes: how many channels they must have.
+        size: height and width.
+        name: what the message calls the network.
+        align_corners: see ``resized``.
 
     Raises:
-        ValueError: for another shape; ``network`` and ``name`` as in ``class_logits``.
+        ValueError: for another shape.
     """
     if logits.ndim != 4 or logits.shape[1] != classes:
         raise ValueError(
             f"{name or type(network).__name__} gives {list(logits.shape)}, expected [B, {classes}, h, w]: give a "
             "segmentation network with that many classes, such as fcn_tiny or torchvision/deeplabv3_resnet50"
         )
+    return resized(logits, size, align_corners)
+
+
+def resized(logits: Tensor, size: Sequence[int], align_corners: bool = False) -> Tensor:
+    """``[B, C, h, w]`` brought to ``size``, height and width (bilinear); as it is where it has that.
+
+    Args:
+        logits: or what else there is for each place.
+        size: height and width.
+        align_corners: whether the centres of the pixels in the corners stay where they are, or the edges.
+    """
     if logits.shape[-2:] == tuple(size):
         return logits
-    return F.interpolate(logits, tuple(size), mode="bilinear", align_corners=False)
+    return F.interpolate(logits, tuple(size), mode="bilinear", align_corners=align_corners)
 
 
 def auxiliary_logits(output: Any) -> Tensor | None:
-    """The logits of the auxiliary head: the entry ``aux`` of a dict; ``None`` where there is none."""
+    """The logits of the auxiliary head of a segmentation network; ``None`` where there is none.
+
+    They are the entry ``aux`` of a dict, or the second of a tuple or list where that is ``[B, C, h, w]`` with as many
+    channels as the first has: with others it is a feature.
+    """
+    if isinstance(output, tuple | list) and len(output) > 1:
+        first, second = output[:2]
+        if all(isinstance(one, Tensor) and one.ndim == 4 for one in (first, second)):
+            return second if first.shape[1] == second.shape[1] else None
+        return None
     found = output.get("aux") if isinstance(output, Mapping) else None
     return found if isinstance(found, Tensor) else None
 

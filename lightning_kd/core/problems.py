@@ -15,7 +15,7 @@ from torchmetrics.classification import MulticlassAccuracy, MulticlassCalibratio
 from lightning_kd.core.calibration import CalibrationMetric
 from lightning_kd.core.class_metrics import MOST_CLASSES, ConfusionMetric
 from lightning_kd.core.multilabel_metrics import MultiLabelMetric
-from lightning_kd.core.outputs import class_logits, logits_of, pixel_logits
+from lightning_kd.core.outputs import class_logits, logits_of, pixel_logits, resized
 from lightning_kd.core.prediction_files import MaskFolder, PredictionWriter
 from lightning_kd.core.problem_base import Problem, log_of
 from lightning_kd.core.segmentation_metrics import SegmentationMetric
@@ -195,6 +195,10 @@ class Segmentation(Problem):
     Outputs of another size are brought to that of the image (bilinear). The loss is cross-entropy, the mean over all
     pixels that are not ignored. Metrics: ``miou``, the mean intersection over union of the classes that occur in the
     targets or the predictions, and ``pixel_acc``.
+
+    Args:
+        num_classes: ``C``.
+        align_corners: how outputs are brought to the size of the image, see ``resized``.
     """
 
     kind = "a class for each pixel (Segmentation)"
@@ -203,12 +207,17 @@ class Segmentation(Problem):
     least = 2
     needs_probabilities = False  # as large as the logits
 
+    def __init__(self, num_classes: int, align_corners: bool = False) -> None:
+        super().__init__(num_classes)
+        self.align_corners = align_corners
+
     @property
     def chance_loss(self) -> float | None:
         return math.log(self.num_classes)
 
     def logits(self, output: Any, image: Tensor, network: nn.Module, name: str = "") -> Tensor:
-        return pixel_logits(network, logits_of(output), self.num_classes, image.shape[-2:], name)
+        size = image.shape[-2:]
+        return pixel_logits(network, logits_of(output), self.num_classes, size, name, self.align_corners)
 
     def check_target(self, target: Tensor) -> None:
         if target.ndim != 3 or target.dtype != torch.int64:
@@ -220,7 +229,8 @@ class Segmentation(Problem):
         _check_range(target, -1, self.num_classes - 1)
 
     def loss(self, logits: Tensor, target: Tensor, **options: Any) -> Tensor:
-        total = F.cross_entropy(_resized(logits, target), target, ignore_index=-1, reduction="sum", **options)
+        logits = self._resized(logits, target)
+        total = F.cross_entropy(logits, target, ignore_index=-1, reduction="sum", **options)
         return total / self.count(target).clamp(min=1)
 
     def count(self, target: Tensor) -> Tensor:
@@ -240,7 +250,7 @@ class Segmentation(Problem):
         return {"prediction": self.prediction(scores).to(torch.uint8 if self.num_classes <= 256 else torch.int32)}
 
     def training_values(self, logits: Tensor, target: Tensor) -> tuple[Tensor, Tensor | None]:
-        return self.prediction(_resized(logits, target)) == target, target >= 0
+        return self.prediction(self._resized(logits, target)) == target, target >= 0
 
     def metrics(self) -> dict[str, Metric]:
         return {"pixels": SegmentationMetric(self.num_classes)}
@@ -248,19 +258,16 @@ class Segmentation(Problem):
     def update_metrics(
         self, metrics: MetricCollection | Mapping[str, Metric], scores: Tensor, probabilities: Tensor, target: Tensor
     ) -> None:
-        prediction = self.prediction(_resized(scores, target))
+        prediction = self.prediction(self._resized(scores, target))
         for metric in metrics.values():
             metric.update(prediction, target)
 
     def prediction_writer(self) -> PredictionWriter:
         return MaskFolder(self.num_classes)
 
-
-def _resized(logits: Tensor, target: Tensor) -> Tensor:
-    """``logits`` ``[B, C, h, w]`` of the size of ``target`` ``[B, H, W]``."""
-    if logits.shape[-2:] == target.shape[-2:]:
-        return logits
-    return F.interpolate(logits, target.shape[-2:], mode="bilinear", align_corners=False)
+    def _resized(self, logits: Tensor, target: Tensor) -> Tensor:
+        """``logits`` ``[B, C, h, w]`` of the size of ``target`` ``[B, H, W]``."""
+        return resized(logits, target.shape[-2:], self.align_corners)
 
 
 def _check_range(target: Tensor, low: int, high: int) -> None:

@@ -222,8 +222,9 @@ class SemanticSegmentation(SupervisedTask):
         input_shape: see ``Task``.
         weights: checkpoint or ``state_dict`` file to start from; ``"default"`` for the published weights of a ``timm/``
             or ``torchvision/`` network. Default: train from scratch.
-        aux_weight: weight of the same loss of the auxiliary head (the entry ``aux`` of what the network returns), where
-            the network has one; 0 leaves it out.
+        auxiliary_weight: weight of the same loss of the auxiliary head (the entry ``aux`` of what the network returns,
+            or second logits in a tuple or list), where the network has one; 0 leaves it out.
+        aux_weight: the older name of ``auxiliary_weight``, which it replaces where it is given.
         kwargs: ``new_classifier``, ``freeze``, ``backbone_lr`` of ``FineTunedTask``; ``optimizer``, ``lr_scheduler``,
             ``lr_interval``, ``channels_last``, ``compile`` of ``Task``.
     """
@@ -237,17 +238,19 @@ class SemanticSegmentation(SupervisedTask):
         *,
         input_shape: Sequence[int] = (3, 32, 32),
         weights: str | None = None,
-        aux_weight: float = 0.4,
+        auxiliary_weight: float = 0.4,
+        aux_weight: float | None = None,
         **kwargs: Any,
     ) -> None:
         super().__init__(network, num_classes, input_shape=input_shape, weights=weights, **kwargs)
-        check_numbers(least=0, aux_weight=aux_weight)
-        self.aux_weight = aux_weight
+        check_numbers(least=0, auxiliary_weight=auxiliary_weight)
+        check_numbers(least=0, optional=True, aux_weight=aux_weight)
+        self.auxiliary_weight = auxiliary_weight if aux_weight is None else aux_weight
 
     def loss(self, output: Any, logits: Tensor, target: Tensor) -> dict[str, Tensor]:
         terms = {"ce": self.problem.loss(logits, target)}
         auxiliary = auxiliary_logits(output)
-        if self.aux_weight and auxiliary is not None:
+        if self.auxiliary_weight and auxiliary is not None:
             (auxiliary,) = at_least_float32(auxiliary)
-            terms["aux"] = self.aux_weight * self.problem.loss(auxiliary, target)
+            terms["aux"] = self.auxiliary_weight * self.problem.loss(auxiliary, target)
         return terms

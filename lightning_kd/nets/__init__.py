@@ -21,7 +21,7 @@ from lightning_kd.nets.library_networks import timm_network, torchvision_network
 from lightning_kd.nets.ml_decoder import MLDecoder, MLDecoderNetwork, with_ml_decoder
 from lightning_kd.nets.mobilenet import MobileNetV1, MobileNetV2
 from lightning_kd.nets.preact_resnet import PreActResNet18
-from lightning_kd.nets.segmentation import FCNTiny
+from lightning_kd.nets.segmentation import FCN
 from lightning_kd.nets.shufflenet import ShuffleNetV1, ShuffleNetV2
 from lightning_kd.nets.small_networks import CNN, MLP
 from lightning_kd.nets.vgg import VGG
@@ -58,7 +58,10 @@ _NETWORKS: dict[str, Callable[[int, int], nn.Module]] = {
     "cnn_tiny": partial(CNN, (8, 16, 32)),
 }
 # These give ``out`` and ``aux``, a score for each class and pixel.
-_SEGMENTATION: dict[str, Callable[[int, int], nn.Module]] = {"fcn_tiny": FCNTiny}
+_SEGMENTATION: dict[str, Callable[[int, int], nn.Module]] = {
+    "fcn_tiny": partial(FCN, (16, 32, 64, 48)),
+    "fcn_small": partial(FCN, (32, 64, 128, 96)),
+}
 _MLP = re.compile(r"mlp((?:_[1-9]\d*)*)")
 _DECODER = re.compile(r"(.+)\+ml_decoder(?:_([1-9]\d*))?")
 _WRN = re.compile(r"wrn_(\d+)_([1-9]\d*)")

@@ -1,4 +1,4 @@
-"""A small segmentation network for CPUs."""
+"""Small segmentation networks for CPUs."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-__all__ = ["FCNTiny"]
+__all__ = ["FCN"]
 
 
 def _block(in_channels: int, out_channels: int, stride: int) -> nn.Sequential:
@@ -15,25 +15,28 @@ def _block(in_channels: int, out_channels: int, stride: int) -> nn.Sequential:
     )
 
 
-class FCNTiny(nn.Module):
-    """A fully convolutional network with a main and an auxiliary head, about 65,000 parameters.
+class FCN(nn.Module):
+    """A fully convolutional network with a main and an auxiliary head.
 
     Three stages at 1/2, 1/4 and 1/4 of the size, the last one with dilation; the auxiliary head is on the second, as in
     torchvision's segmentation networks, whose outputs it gives too.
 
     Args:
+        widths: channels of the first two stages, and of the two convolutions of the third: 16, 32, 64, 48 make 65,000
+            parameters.
         num_classes: logits of each pixel.
         in_channels: channels of the images.
     """
 
-    def __init__(self, num_classes: int, in_channels: int = 3) -> None:
+    def __init__(self, widths: tuple[int, int, int, int], num_classes: int, in_channels: int = 3) -> None:
         super().__init__()
-        self.stage1 = nn.Sequential(_block(in_channels, 16, 2), _block(16, 16, 1))
-        self.stage2 = nn.Sequential(_block(16, 32, 2), _block(32, 32, 1))
-        dilated = nn.Conv2d(32, 64, 3, padding=2, dilation=2, bias=False)
-        self.stage3 = nn.Sequential(dilated, nn.BatchNorm2d(64), nn.ReLU(), _block(64, 48, 1))
-        self.classifier = nn.Conv2d(48 + 16, num_classes, 1)
-        self.aux_classifier = nn.Conv2d(32, num_classes, 1)
+        first, second, third, last = widths
+        self.stage1 = nn.Sequential(_block(in_channels, first, 2), _block(first, first, 1))
+        self.stage2 = nn.Sequential(_block(first, second, 2), _block(second, second, 1))
+        dilated = nn.Conv2d(second, third, 3, padding=2, dilation=2, bias=False)
+        self.stage3 = nn.Sequential(dilated, nn.BatchNorm2d(third), nn.ReLU(), _block(third, last, 1))
+        self.classifier = nn.Conv2d(last + first, num_classes, 1)
+        self.aux_classifier = nn.Conv2d(second, num_classes, 1)
 
     def forward(self, image: Tensor) -> dict[str, Tensor]:
         """``out`` and ``aux``, both ``[N, num_classes, H, W]``, of images ``[N, C, H, W]``."""
