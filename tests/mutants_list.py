@@ -1438,6 +1438,34 @@ MUTANTS = [
         "if self.plain_default and not (self.has_given_weights or self.freeze_part):",
         "if self.plain_default:",
         ("tests/core/test_fine_tuning.py",),
+    # segmentation
+    Mutant(
+        "the divergence of the teacher's heads the other way round",
+        "distillation/rdd_losses.py",
+        "auxiliary = log_auxiliary.exp()",
+        "auxiliary = log_main.exp()",
+        ("tests/segmentation/test_rdd_functions.py",),
+    ),
+    Mutant(
+        "pixels at the threshold are not hard",
+        "distillation/rdd_losses.py",
+        "valid & (probability <= limit)",
+        "valid & (probability < limit)",
+        ("tests/segmentation/test_rdd_functions.py",),
+    ),
+    Mutant(
+        "ignored pixels are the hardest",
+        "distillation/rdd_losses.py",
+        ".masked_fill(~valid, 1.0)",
+        ".masked_fill(~valid, 0.0)",
+        ("tests/segmentation/test_rdd_functions.py",),
+    ),
+    Mutant(
+        "the first stage has a step too many",
+        "distillation/rdd.py",
+        "if step < warmup:",
+        "if step <= warmup:",
+        ("tests/segmentation/test_rdd.py",),
     ),
     # several labels an image
     Mutant(

@@ -39,6 +39,7 @@ OTHERS = {  # what some classes take besides
     data.OpenSetDataModule: {"known_classes": 4, "initial_count": 2},
     data.CIFAR100DataModule: {"labels": "fine"},
     schedules.ConstantThenCosine: {"cosine_epochs": 2},
+    lightning_kd.RDD: {"student": "fcn_tiny", "teacher": "fcn_tiny"},
 }
 BELOW_0 = {"kurtosis_threshold", "last_epoch", "log_zero"}  # may be
 LIMITED = {"label_smoothing": 1.0, "rate": 1.1, "noise_rate": 1.0, "momentum": 1.0, "clip": 0.5, "late_beta1": 1.0}

@@ -1,0 +1,313 @@
+"""RDD and its baselines as tasks: terms, stages, what is asked of the networks, resume, two processes."""
+
+from functools import partial
+
+import lightning as L
+import pytest
+import torch
+import torch.nn.functional as F
+
+from lightning_kd.core import SemanticSegmentation
+from lightning_kd.core.batch import Batch
+from lightning_kd.core.polynomial import PolynomialDecay
+from lightning_kd.distillation import RDD, SegmentationDistillation, cwd_loss
+from lightning_kd.distillation.rdd import disputed_loss, easy_first_loss, pixel_kd_loss, relative_difficulty
+from lightning_kd.nets import build_network
+from tests.segmentation.runs import CLASSES, SHAPE, Pixels, TwoHeads, plain_batch, task_of, trainer_of
+from tests.two_processes import on_two_ranks
+
+
+class FakeTrainer:
+    """Says which step it is, of how many."""
+
+    def __init__(self, step, total=40_000):
+        self.global_step, self.max_steps, self.max_epochs = step - 1, total, -1
+
+
+def terms_of(one, step=1, total=40_000):
+    """The loss terms of a batch in a step, counted from 1; and what both networks say of it."""
+    found = {}
+    one.step_loss = lambda terms, logits, target: found.update(terms)
+    one.accumulate = lambda *args: None
+    one._trainer = FakeTrainer(step, total)
+    image, target = plain_batch()
+    one.training_step(Batch(image, target), 0)
+    return found, one.student(image), one.teacher.network(image), target
+
+
+def task(**options):
+    return task_of(RDD, **options)
+
+
+def test_the_first_stage():
+    found, student, teacher, target = terms_of(task(ce_weight=2.0, kd_weight=3.0, temperature=2.0))
+    weight = relative_difficulty(*teacher, SHAPE[1:])
+    torch.testing.assert_close(found["task"], 2 * easy_first_loss(*student, target, weight))
+    torch.testing.assert_close(found["kd"], 3 * pixel_kd_loss(student[0], teacher[0], 2.0))
+    found, *_ = terms_of(task(mean_over="valid", auxiliary_weight=0.0))
+    expected = easy_first_loss(*student, target, weight, auxiliary_weight=0.0, mean_over="valid")
+    torch.testing.assert_close(found["task"], expected)
+
+
+def test_the_second_stage():
+    options = {"rule": "or", "threshold": 0.4, "min_kept": 40, "class_weight": [1.0, 2.0, 3.0, 0.5]}
+    found, student, teacher, target = terms_of(task(**options), step=4000)
+    torch.testing.assert_close(found["task"], disputed_loss(*student, *teacher, target, *options.values()))
+    assert found["task"] > 0
+    default, *_ = terms_of(task(), step=4000)
+    torch.testing.assert_close(default["task"], disputed_loss(*student, *teacher, target, min_kept=0.05))
+
+
+@pytest.mark.parametrize(
+    ("options", "last"),
+    [({}, 3999), ({"warmup": 4000}, 3999), ({"warmup": 0.2}, 7999), ({"warmup": 1.0}, 39_999), ({"warmup": 2}, 1)],
+)
+def test_the_first_stage_ends_one_step_before_the_warmup(options, last):
+    one = task(**options)
+    one._trainer = FakeTrainer(1)
+    assert [one.easy_share(step) for step in (1, last, last + 1, 40_000)] == [1.0, 1.0, 0.0, 0.0]
+
+
+@pytest.mark.parametrize("warmup", [0, 1, 0.0])
+def test_no_warmup(warmup):
+    one = task(warmup=warmup)
+    one._trainer = FakeTrainer(1)
+    assert one.easy_share(1) == 0
+
+
+def test_the_soft_handover_is_a_line():
+    one = task(warmup=4000, handover="soft")
+    one._trainer = FakeTrainer(1)
+    assert one.easy_share(10_000) == pytest.approx(0.833333, abs=5e-7)
+    assert [one.easy_share(step) for step in (3999, 4000, 40_000)] == [1.0, 1.0, 0.0]
+    found, student, teacher, target = terms_of(one, step=13_000)
+    easy = easy_first_loss(*student, target, relative_difficulty(*teacher, SHAPE[1:]))
+    disputed = disputed_loss(*student, *teacher, target, min_kept=0.05)
+    torch.testing.assert_close(found["task"], 0.75 * easy + 0.25 * disputed)
+    whole = task(warmup=1.0, handover="soft")
+    whole._trainer = FakeTrainer(1)
+    assert whole.easy_share(40_000) == 0
+
+
+def test_one_stage_alone():
+    assert [task(stage="easy").easy_share(step) for step in (1, 39_000)] == [1, 1]
+    assert [task(stage="disputed").easy_share(step) for step in (1, 39_000)] == [0, 0]
+
+
+def test_a_student_without_an_auxiliary_head():
+    student = TwoHeads(auxiliary=False)
+    found, main, teacher, target = terms_of(task(student=student))
+    weight = relative_difficulty(*teacher, SHAPE[1:])
+    torch.testing.assert_close(found["task"], easy_first_loss(main, None, target, weight))
+    found, main, teacher, target = terms_of(task(student=student), step=4000)
+    torch.testing.assert_close(found["task"], disputed_loss(main, None, teacher[0], None, target, min_kept=0.05))
+
+
+class WithFeature(TwoHeads):
+    def forward(self, image):
+        return self.main(self.stem(image)), self.stem(image)
+
+
+@pytest.mark.parametrize("teacher", [TwoHeads(auxiliary=False), WithFeature(), "torchvision/lraspp_mobilenet_v3_large"])
+def test_a_teacher_without_an_auxiliary_head_is_refused_at_once(teacher):
+    weights = {"teacher_weights": "random"} if isinstance(teacher, str) else {}
+    with pytest.raises(ValueError, match=r"^the teacher must have an auxiliary head beside the main one, got"):
+        task(teacher=teacher, **weights)
+    one = task(teacher=teacher, stage="disputed", **weights)
+    assert terms_of(one)[0]["task"].isfinite()
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"warmup": 1.5}, "warmup must be at least 0 and at most 1, got 1.5: give a whole number, or a share"),
+        ({"handover": "slow"}, "handover must be one of 'hard', 'soft', got 'slow'"),
+        ({"stage": "third"}, "stage must be one of 'both', 'easy', 'disputed', got 'third'"),
+        ({"rule": "nor"}, "rule must be one of"),
+        ({"class_weight": [1.0, 1.0]}, "class_weight needs 4 numbers, one a class, got 2"),
+        ({"class_weight": [1.0, 1.0, 1.0, -1.0]}, "class_weight must be at least 0, got -1.0"),
+        ({"loss": "at"}, "loss must be 'kd', 'cwd' or 'none', got 'at'"),
+    ],
+)
+def test_bad_arguments(options, message):
+    with pytest.raises(ValueError, match=f"^{message}"):
+        task(**options)
+
+
+def test_networks_of_other_sizes_and_of_torchvision():
+    """torchvision enlarges the logits itself; what is compared is what its heads give, a sixteenth of the size."""
+    L.seed_everything(0, verbose=False)
+    student = build_network("torchvision/deeplabv3_mobilenet_v3_large", CLASSES)
+    one = task(student=student, teacher=TwoHeads())
+    one.eval()
+    image, target = plain_batch(2)
+    image = F.interpolate(image, 64)
+    target = target.repeat_interleave(4, 1).repeat_interleave(4, 2)
+    found = {}
+    one.step_loss = lambda terms, logits, target: found.update(terms, logits=logits)
+    one.accumulate = lambda *args: None
+    one._trainer = FakeTrainer(1)
+    one.training_step(Batch(image, target), 0)
+    student = one.student
+    with torch.no_grad():
+        feature = student.backbone(image)
+        coarse = student.classifier(feature["out"])
+        teacher = one.teacher.network(image)[0]
+    assert coarse.shape == (2, CLASSES, 4, 4)
+    assert found["logits"].shape == (2, CLASSES, 64, 64)
+    taught = F.interpolate(teacher, (4, 4), mode="bilinear", align_corners=True)
+    torch.testing.assert_close(found["kd"], pixel_kd_loss(coarse, taught, 1.0))
+
+
+@pytest.mark.parametrize("kind", ["kd", "cwd", "none"])
+def test_the_baselines(kind):
+    found, student, teacher, target = terms_of(task_of(SegmentationDistillation, loss=kind))
+    large = [F.interpolate(z, SHAPE[1:], mode="bilinear", align_corners=True) for z in student]
+    ce = [F.cross_entropy(z, target, ignore_index=-1) for z in large]
+    torch.testing.assert_close(found.pop("task"), ce[0] + 0.4 * ce[1])
+    expected = {"kd": pixel_kd_loss(student[0], teacher[0], 1.0), "cwd": 3 * cwd_loss(student[0], teacher[0], 4.0)}
+    assert [*found] == ([kind] if kind in expected else [])
+    for name, value in found.items():
+        torch.testing.assert_close(value, expected[name])
+
+
+def poly_sgd():
+    return {
+        "optimizer": partial(torch.optim.SGD, lr=0.02, momentum=0.9),
+        "lr_scheduler": PolynomialDecay,
+        "lr_interval": "step",
+    }
+
+
+class Rates(L.Callback):
+    def __init__(self):
+        self.rates = []
+
+    def on_train_batch_start(self, trainer, *args):
+        self.rates.append(trainer.optimizers[0].param_groups[0]["lr"])
+
+
+def test_the_rate_falls_with_the_steps():
+    seen = Rates()
+    trainer_of(callbacks=[seen]).fit(task(**poly_sgd()), datamodule=Pixels())
+    assert seen.rates[0] == 0.02
+    assert seen.rates == pytest.approx([0.02 * (1 - t / 10) ** 0.9 for t in range(10)])  # 36 images in batches of 8
+
+
+def fitted(data=None, ckpt_path=None, method=RDD, student=None, teacher=None, options=None, **trainer):
+    one = task_of(method, student, teacher, **poly_sgd(), **(options or {}))
+    trainer = trainer_of(**trainer)
+    trainer.fit(one, datamodule=data or Pixels(), ckpt_path=ckpt_path)
+    return one, trainer
+
+
+@pytest.mark.parametrize("handover", ["hard", "soft"])
+def test_resumes_to_the_bit_in_its_stage(tmp_path, handover):
+    options = {"warmup": 8, "handover": handover, "min_kept": 0.2}  # the second epoch of five steps is in both stages
+    networks = {"student": build_network("fcn_tiny", CLASSES), "teacher": TwoHeads()}
+    start = {name: {k: v.clone() for k, v in net.state_dict().items()} for name, net in networks.items()}
+
+    def again():
+        for name, net in networks.items():
+            net.load_state_dict(start[name])
+        return networks
+
+    whole, _ = fitted(**again(), options=options, max_epochs=3)
+    ended = {k: v.clone() for k, v in whole.state_dict().items()}
+    _, trainer = fitted(**again(), options=options, max_epochs=3, limit_train_batches=5, callbacks=[StopAfter(2)])
+    trainer.save_checkpoint(tmp_path / "two.ckpt")
+    resumed, trainer = fitted(**again(), options=options, ckpt_path=tmp_path / "two.ckpt", max_epochs=3)
+    assert trainer.global_step == 15
+    assert all(torch.equal(value, ended[key]) for key, value in resumed.state_dict().items())
+
+
+class StopAfter(L.Callback):
+    def __init__(self, epochs):
+        self.epochs = epochs
+
+    def on_train_epoch_end(self, trainer, *args):
+        trainer.should_stop = trainer.current_epoch + 1 >= self.epochs
+
+
+def test_the_stages_show_in_what_a_fit_logs():
+    _, trainer = fitted(options={"warmup": 5}, max_epochs=1)
+    assert {"train/loss", "train/loss_task", "train/loss_kd", "train/easy_weight", "val/miou"} <= {
+        *trainer.callback_metrics
+    }
+    assert 0 < trainer.callback_metrics["train/easy_weight"] <= 1
+    _, trainer = fitted(options={"warmup": 0}, max_epochs=1)
+    assert "train/easy_weight" not in trainer.callback_metrics
+
+
+def test_steps_are_those_of_the_optimizer():
+    shares = []
+
+    class Counting(RDD):
+        def easy_share(self, step):
+            shares.append(step)
+            return super().easy_share(step)
+
+    fitted(method=Counting, accumulate_grad_batches=2, max_epochs=1)
+    assert shares == [1, 1, 2, 2, 3]
+
+
+def test_a_warmup_beyond_the_training_is_told():
+    with pytest.warns(UserWarning, match="^warmup=99 is more than the 10 steps of the training"):
+        fitted(options={"warmup": 99})
+
+
+def test_the_teacher_stays():
+    one = task(**poly_sgd())
+    frozen = {k: v.clone() for k, v in one.teacher.network.state_dict().items()}
+    trainer_of().fit(one, datamodule=Pixels())
+    assert all(torch.equal(v, one.teacher.network.state_dict()[k]) for k, v in frozen.items())
+    assert one.exports() == {"student": one.student}
+
+
+def test_the_maps_of_pictures():
+    one, (image, target) = task(min_kept=0.2), plain_batch()
+    maps = one.pixel_maps(image, target)
+    assert [*maps] == ["difficulty weight", "disputed pixels"]
+    torch.testing.assert_close(maps["difficulty weight"], relative_difficulty(*one.teacher.network(image), SHAPE[1:]))
+    assert maps["disputed pixels"].dtype == torch.bool
+    assert not maps["disputed pixels"][target < 0].any()
+
+
+def test_a_teacher_with_two_maps_of_logits_is_trained_on_both():
+    found = {}
+    one = SemanticSegmentation(TwoHeads(), CLASSES, input_shape=SHAPE, auxiliary_weight=0.5)
+    one.step_loss = lambda terms, logits, target: found.update(terms)
+    image, target = plain_batch()
+    one.training_step(Batch(image, target), 0)
+    torch.testing.assert_close(found["aux"], 0.5 * one.problem.loss(one.network(image)[1], target))
+    older = SemanticSegmentation("fcn_tiny", CLASSES, input_shape=SHAPE, aux_weight=0.1)
+    assert older.auxiliary_weight == 0.1
+
+
+def _weights_of_a_rank(warmup):
+    """The student after one joint batch of 16, shared by two processes, in float64."""
+    one = task_of(RDD, warmup=warmup, min_kept=0, stage="both", **poly_sgd()).double()
+    data = Pixels(batch_size=8, val_fraction=0.0)
+    trainer_of(
+        devices=2, strategy="ddp", max_steps=3, max_epochs=1, limit_val_batches=0, use_distributed_sampler=False,
+        precision="64-true",
+    ).fit(one, datamodule=data)  # fmt: skip
+    return [value.tolist() for value in one.student.state_dict().values()]
+
+
+@pytest.mark.filterwarnings("ignore:warmup=99 is more")
+def test_two_processes_are_like_one():
+    """In the first stage, whose loss is a mean over all pixels; the second one's masks are of each process's own."""
+    both = on_two_ranks(_weights_of_a_rank, 99)
+    assert both[0] == both[1]
+    one = task_of(RDD, warmup=99, min_kept=0, **poly_sgd()).double()
+    trainer_of(max_steps=3, max_epochs=1, limit_val_batches=0, precision="64-true").fit(
+        one, datamodule=Pixels(batch_size=16, val_fraction=0.0)
+    )
+    for value, other in zip(one.student.state_dict().values(), both[0], strict=True):
+        torch.testing.assert_close(value, torch.tensor(other, dtype=torch.float64), rtol=1e-9, atol=1e-12)
+
+
+def test_two_processes_stay_alike_in_the_second_stage():
+    first, second = on_two_ranks(_weights_of_a_rank, 2)
+    assert first == second
