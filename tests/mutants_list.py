@@ -1608,4 +1608,18 @@ MUTANTS = [
         "return likeness",
         ("tests/distillation/test_relations.py",),
     ),
+    Mutant(
+        "masks are not flipped with their images",
+        "data/joint_views.py",
+        "image, mask = image.flip(-1), mask.flip(-1)",
+        "image, mask = image.flip(-1), mask",
+        ("tests/data/test_segmentation.py",),
+    ),
+    Mutant(
+        "what a crop has beyond the image is of class 0",
+        "data/joint_views.py",
+        "torch.full(self.size, -1)",
+        "torch.full(self.size, 0)",
+        ("tests/data/test_segmentation.py",),
+    ),
 ]

@@ -3,8 +3,10 @@
 from lightning_kd.data.array_files import Arrays
 from lightning_kd.data.arrays import ArrayDataModule
 from lightning_kd.data.augment import CropFlip, Normalize
+from lightning_kd.data.camvid import CamVidDataModule
 from lightning_kd.data.cifar import CIFAR10DataModule, CIFAR100DataModule
 from lightning_kd.data.cifar_n import CIFARN
+from lightning_kd.data.cityscapes import CityscapesDataModule
 from lightning_kd.data.class_noise import (
     AsymmetricNoise,
     PairFlipNoise,
@@ -27,6 +29,7 @@ from lightning_kd.data.nus_wide import NUSWIDEDataModule
 from lightning_kd.data.open_set_data import OpenSetDataModule
 from lightning_kd.data.resident import ResidentLoader, StoredImages
 from lightning_kd.data.sampling import BatchLoader, ShardedSampler
+from lightning_kd.data.segmentation_folder import SegmentationFolderDataModule
 from lightning_kd.data.streaming import StreamingLoader
 from lightning_kd.data.voc import VOCDataModule
 from lightning_kd.data.weak_labels import CandidateLabels, SinglePositive
@@ -40,7 +43,9 @@ __all__ = [
     "CIFAR10DataModule",
     "CIFAR100DataModule",
     "COCODataModule",
+    "CamVidDataModule",
     "CandidateLabels",
+    "CityscapesDataModule",
     "ClassificationDataModule",
     "CleanLabels",
     "CropFlip",
@@ -59,6 +64,7 @@ __all__ = [
     "OpenSetDataModule",
     "PairFlipNoise",
     "ResidentLoader",
+    "SegmentationFolderDataModule",
     "ShardedSampler",
     "SinglePositive",
     "StoredImages",

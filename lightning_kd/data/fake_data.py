@@ -82,8 +82,8 @@ def fake_mask_arrays(shape: tuple[int, int, int], num_classes: int) -> Arrays:
         num_classes: ``C``.
 
     Returns:
-        128 training and 64 test samples; targets int16 ``[N, H, W]``, with an ignored (-1) line of pixels at the top;
-        always the same ones.
+        128 training and 64 test samples, fewer of large ones; targets int16 ``[N, H, W]``, with an ignored (-1) line of
+        pixels at the top; always the same ones.
     """
     generator = numpy_generator(0, "fake_masks")
     colour = generator.integers(0, 256, (num_classes, shape[0])).astype(np.int64)
@@ -101,4 +101,5 @@ def fake_mask_arrays(shape: tuple[int, int, int], num_classes: int) -> Arrays:
         mask[:, 0] = -1
         return torch.from_numpy(image.clip(0, 255).astype(np.uint8)), torch.from_numpy(mask)
 
-    return Arrays(*samples(128), *samples(64))
+    count = min(128, max(8, 2**22 // (height * width)))
+    return Arrays(*samples(count), *samples(count // 2))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -20,6 +21,15 @@ Key = tuple[int, int, int]
 
 
 Transform = Callable[[Image.Image], Tensor]
+
+
+@contextmanager
+def sample_generator(seed: int, epoch: int, pass_: int, index: int) -> Iterator[None]:
+    """Inside, torch's CPU generator is that of a view of one sample; afterwards it is as before."""
+    with torch.random.fork_rng(devices=[]):
+        # this generator alone: torch.manual_seed would reseed the accelerators of this process too
+        torch.default_generator.manual_seed(derive_seed(seed, "augment", epoch, pass_, index))
+        yield
 
 
 class ImageFiles(Dataset[tuple[Any, Tensor, int]]):
@@ -65,12 +75,8 @@ class ImageFiles(Dataset[tuple[Any, Tensor, int]]):
             image = read_image(self.paths[index], self.background, self.image_range)
         transforms = self.transform if isinstance(self.transform, Sequence) else [self.transform]
         views = []
-        with torch.random.fork_rng(devices=[]):
-            for k, transform in enumerate(transforms):
-                # this generator alone: torch.manual_seed would reseed the accelerators of this process too
-                torch.default_generator.manual_seed(
-                    derive_seed(view_seed(self.seed, k), "augment", epoch, pass_, index)
-                )
+        for k, transform in enumerate(transforms):
+            with sample_generator(view_seed(self.seed, k), epoch, pass_, index):
                 views.append(transform(image))
         return tuple(views) if isinstance(self.transform, Sequence) else views[0], self.target[index], index
 
@@ -107,7 +113,7 @@ class StreamingLoader(BatchLoader):
     batches of epoch 0 before a resumed run has set its epoch.
 
     Args:
-        dataset: the images.
+        dataset: the images, asked for by (epoch, pass, index).
         sampler: which samples form the batches of this process.
         num_workers: worker processes, kept over the epochs; 0 decodes in this process.
         pin_memory: whether the batches go to a CUDA device.
@@ -116,7 +122,7 @@ class StreamingLoader(BatchLoader):
 
     def __init__(
         self,
-        dataset: ImageFiles,
+        dataset: Dataset[Any],
         sampler: ShardedSampler,
         *,
         num_workers: int = 0,

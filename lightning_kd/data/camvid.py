@@ -1,0 +1,42 @@
+"""CamVid: scenes of streets from a car, a class for each pixel."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from lightning_kd.data.image_files import images_below
+from lightning_kd.data.mask_files import MaskTable, find_pairs
+from lightning_kd.data.segmentation_data import Pairs, SegmentationFilesDataModule
+
+__all__ = ["CAMVID_CLASSES", "CamVidDataModule"]
+
+CAMVID_CLASSES = "sky building pole road pavement tree sign fence car pedestrian bicyclist".split()  # noqa: SIM905
+
+
+class CamVidDataModule(SegmentationFilesDataModule):
+    """CamVid as the papers on segmentation use it: 11 classes, 367, 101 and 233 images; what is void is ignored.
+
+    Reads images in ``ROOT/train``, ``val`` and ``test``, and masks of the same names in ``trainannot``, ``valannot``
+    and ``testannot``: PNG files with ids 0 to 10, and 11 for void. See ``SegmentationFilesDataModule`` for how they are
+    read and what else it offers.
+
+    Args:
+        root: the folder.
+        kwargs: see ``SegmentationFilesDataModule``.
+
+    Raises:
+        ValueError: naming the file, for what does not fit together.
+        FileNotFoundError, PermissionError: where a file or folder does not exist or may not be read.
+    """
+
+    def __init__(self, root: str = "data/camvid", **kwargs: Any) -> None:
+        self.root = root
+        super().__init__(class_names=CAMVID_CLASSES, table=MaskTable(11, ignore=11), **kwargs)
+
+    def first_image(self) -> str | None:
+        folder = Path(self.root) / "train"
+        return images_below(folder)[0] if folder.is_dir() else None
+
+    def find_pairs(self, split: str) -> Pairs | None:
+        return find_pairs(Path(self.root) / split, Path(self.root) / f"{split}annot")

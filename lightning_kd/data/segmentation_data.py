@@ -1,0 +1,292 @@
+"""The base of the data modules that read images and their masks from files."""
+
+from __future__ import annotations
+
+import os
+from abc import abstractmethod
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from lightning_kd.argument_checks import check_numbers
+from lightning_kd.core.problems import Segmentation
+from lightning_kd.core.seeding import numpy_generator
+from lightning_kd.data.array_files import Arrays
+from lightning_kd.data.augment import Normalize
+from lightning_kd.data.fake_data import fake_mask_arrays
+from lightning_kd.data.image_check import check_images
+from lightning_kd.data.joint_views import JointViews, MaskedImages, PairFiles, PairTensors, check_sides, unlike
+from lightning_kd.data.labelled_data import LabelledDataModule
+from lightning_kd.data.mask_files import MaskTable, picture_size
+from lightning_kd.data.new_samples import files_to_predict
+from lightning_kd.data.sampling import BatchLoader, ShardedSampler
+from lightning_kd.data.split_files import SPLITS_OF
+from lightning_kd.data.splits import take_fraction, without
+from lightning_kd.data.streaming import StreamingLoader
+
+__all__ = ["SegmentationFilesDataModule"]
+
+# what all samples together may take to stay in memory by default
+RESIDENT_BYTES = 2**30
+
+Pairs = tuple[list[str], list[str]]
+
+
+class SegmentationFilesDataModule(LabelledDataModule):
+    """Images and masks from files. Subclasses find them and say what the values of a mask mean.
+
+    Training images are scaled, cropped, flipped and recoloured together with their masks (``JointViews``); what is
+    drawn for one depends only on (seed, epoch, pass, index), not on workers, processes, or whether it stays in memory.
+    Evaluation sees whole images. Where samples stay in memory, ``train_image`` and so on are uint8 ``[N, 3, H, W]`` and
+    ``train_target`` int16 ``[N, H, W]``; else ``train_image`` are paths, and ``train_target`` the sizes in bytes of
+    the mask files, by which a checkpoint knows its data again. ``train_paths`` and ``train_masks`` are the files.
+
+    Several processes: as ``LabelledDataModule``; each has what stays in memory.
+
+    Args:
+        class_names: a name for each class.
+        table: what the values of masks mean.
+        image_size: height and width that images and masks are brought to first. Default: as they are.
+        crop_size: height and width of training images. Default: those of the first image.
+        scale: the smallest and the largest factor that training images are scaled by.
+        scale_step: the steps between these, all equally likely; ``None`` for any factor.
+        flip: flip half of the training images left-right.
+        colour: brightness, contrast and saturation of training images are multiplied by 1 plus or minus at most this.
+        augment: all that; without, training images are treated as evaluation images.
+        batch_size: training images a step and process.
+        eval_batch_size: the most images an evaluation step and process; 1 where their sizes differ.
+        val_fraction: the share of the training images that becomes the validation set, where there is none.
+        test_fraction: the share of all images that becomes the test set, where there is none, the same ones for every
+            seed.
+        train_fraction: train on this share of what is left, above 0 to 1.
+        num_workers: processes that read and augment images; 0 does it in the training process.
+        resident: keep all samples in memory, decoded. Default: where they are of one size and together take less than
+            1 GiB.
+        mean: subtracted from each channel (0 to 1); by default that of ImageNet, 0.485, 0.456, 0.406.
+        std: divides each channel; by default that of ImageNet, 0.229, 0.224, 0.225.
+        seed: fixes the validation split and the subset; together with ``seed_everything`` also the order of the batches
+            and the augmentation.
+        fake: use a small made-up data set in memory instead.
+        predict: images to predict in place of the test set, see ``files_to_predict``.
+
+    Raises:
+        ValueError: for an argument out of its range, and files that are damaged, do not fit together or hold something
+            impossible.
+        FileNotFoundError, PermissionError: where a file or folder does not exist or may not be read.
+    """
+
+    root: str
+
+    def __init__(
+        self,
+        *,
+        class_names: list[str],
+        table: MaskTable,
+        image_size: Sequence[int] | None = None,
+        crop_size: Sequence[int] | None = None,
+        scale: Sequence[float] = (0.5, 2.0),
+        scale_step: float | None = 0.1,
+        flip: bool = True,
+        colour: float = 0.0,
+        augment: bool = True,
+        batch_size: int = 8,
+        eval_batch_size: int = 8,
+        val_fraction: float = 0.1,
+        test_fraction: float = 0.2,
+        train_fraction: float | None = None,
+        num_workers: int = 0,
+        resident: bool | None = None,
+        mean: list[float] | None = None,
+        std: list[float] | None = None,
+        seed: int = 0,
+        fake: bool = False,
+        predict: str | None = None,
+    ) -> None:
+        check_numbers(above=0, below=1, remedy="give a share", test_fraction=test_fraction)
+        check_numbers(least=0, whole=True, num_workers=num_workers)
+        for name, size in (("image_size", image_size), ("crop_size", crop_size)):
+            check_sides(**({} if size is None else {name: size}))
+        self.table = table
+        self.image_size = None if image_size is None else (image_size[0], image_size[1])
+        self.test_fraction = test_fraction
+        self.num_workers = num_workers
+        self.resident = resident
+        self.augment = augment
+        self.fake, self.predict = fake, predict
+        self._sizes: dict[str, set[tuple[int, int]]] = {}  # of the images of each split that was looked at
+        height, width = self.image_size or self._first_size(crop_size)
+        self.crop_size = (height, width) if crop_size is None else (crop_size[0], crop_size[1])
+        self.views = JointViews(self.crop_size, scale, scale_step, flip, colour)
+        super().__init__(
+            class_names=class_names,
+            input_shape=(3, height, width),
+            mean=[0.485, 0.456, 0.406] if mean is None else mean,
+            std=[0.229, 0.224, 0.225] if std is None else std,
+            batch_size=batch_size,
+            eval_batch_size=eval_batch_size,
+            val_fraction=val_fraction,
+            train_fraction=train_fraction,
+            seed=seed,
+            fake=fake,
+            problem=Segmentation(len(class_names)),
+            predict=predict,
+        )
+        self._paths: dict[str, list[str]] = {}
+
+    @abstractmethod
+    def find_pairs(self, split: str) -> Pairs | None:
+        """The images of ``"train"``, ``"val"`` or ``"test"`` and their masks; ``None`` where there is no such split.
+
+        Without ``"test"``, ``"val"`` is the test set; without both it is drawn from ``"train"``.
+        """
+
+    @abstractmethod
+    def first_image(self) -> str | None:
+        """Any of the training images, or ``None``."""
+
+    def _first_size(self, crop_size: Sequence[int] | None) -> tuple[int, int]:
+        """Of a whole image, which networks are told."""
+        first = files_to_predict(self.predict)[0] if self.predict is not None else self.first_image()
+        if first is not None:
+            return picture_size(first)
+        if not self.fake:
+            self.find_pairs("train")  # says what is not there
+        height, width = crop_size or (64, 96)
+        return height, width
+
+    # -- reading -----------------------------------------------------------------------------------------------------
+
+    def fake_arrays(self) -> Arrays:
+        return fake_mask_arrays((3, *self.crop_size), self.num_classes)
+
+    def load_arrays(self) -> Arrays:
+        pairs = {split: self.find_pairs(split) for split in ("train", "val", "test")}
+        train, val, test = (pairs[split] for split in ("train", "val", "test"))
+        assert train is not None
+        if test is None and val is not None:
+            test, val = val, None
+        elif test is None:
+            train, test = self._drawn_test(train)
+        assert test is not None
+        parts = {"train": train, "test": test, **({} if val is None else {"val": val})}
+        self._paths = {name: images for name, (images, _) in parts.items()}
+        for name, (images, masks) in parts.items():
+            setattr(self, f"{name}_paths", images)
+            setattr(self, f"{name}_masks", masks)
+        made = {name: self._array(*pair) for name, pair in parts.items()} if self._stay(parts) else {}
+        arrays = {name: made.get(name) or (images, _bytes_of(masks)) for name, (images, masks) in parts.items()}
+        return Arrays(*arrays["train"], *arrays["test"], *arrays.get("val", ()))
+
+    def _drawn_test(self, train: Pairs) -> tuple[Pairs, Pairs]:
+        images, masks = train
+        generator = numpy_generator(0, "test_split")  # whatever the seed, so that runs are tested on the same images
+        chosen = take_fraction(np.zeros(len(images), dtype=np.int64), 1, self.test_fraction, generator, leave=1)
+        if not len(chosen):
+            raise ValueError(
+                f"test_fraction={self.test_fraction} of {len(images)} images leaves the test split empty: raise it"
+            )
+        rest = without(len(images), chosen)
+        drawn, left = (([images[i] for i in some], [masks[i] for i in some]) for some in (chosen, rest))
+        return left, drawn
+
+    def _stay(self, parts: dict[str, Pairs]) -> bool:
+        if self.resident is not None:
+            return self.resident
+        images = [path for paths, _ in parts.values() for path in paths]
+        height, width = self.image_size or picture_size(images[0])
+        if 5 * height * width * len(images) > RESIDENT_BYTES:
+            return False
+        return self.image_size is not None or all(picture_size(path) == (height, width) for path in images)
+
+    def _array(self, images: list[str], masks: list[str]) -> tuple[Tensor, Tensor]:
+        files = PairFiles(images, masks, self.table, self.image_size)
+        first = files[0]
+        image = torch.empty(len(images), *first[0].shape, dtype=torch.uint8)
+        target = torch.empty(len(images), *first[1].shape, dtype=torch.int16)
+        for k in range(len(images)):
+            one, mask = files[k]
+            if one.shape != image.shape[1:]:
+                raise ValueError(
+                    f"resident needs images of one size, got {tuple(one.shape[1:])} in {images[k]!r} after "
+                    f"{tuple(image.shape[2:])}: give image_size, or resident: false"
+                )
+            image[k], target[k] = one, mask
+        return image, target
+
+    def load_new(self) -> list[str]:
+        return files_to_predict(str(self.predict))
+
+    def path_of(self, index: int) -> str | None:
+        self.setup("predict")
+        if self.predict is not None:
+            return super().path_of(index)
+        return self._paths["test"][index] if "test" in self._paths else None
+
+    # -- looking at the files ----------------------------------------------------------------------------------------
+
+    def setup(self, stage: str | None = None) -> None:
+        """Load and split the data, once, and look at the files of the splits that the stage uses."""
+        super().setup(stage)
+        if self.trainer is not None:  # else somebody only looks around
+            self.check_files(*(("predict",) if self._only_new(stage) else SPLITS_OF.get(stage or "", ())))
+
+    def check_files(self, *splits: str) -> None:
+        """Look at the files of some splits, once: whether they can be read, and fit together.
+
+        Raises:
+            ValueError: where some do not.
+        """
+        for split in splits:
+            image = self._of(split, "image")
+            if self.trainer is None or split in self._sizes or isinstance(image, Tensor):
+                continue
+            chosen = getattr(self, f"{split}_indices").tolist()
+            images = [image[i] for i in chosen]
+            masks = [] if split == "predict" else [self._of(split, "masks")[i] for i in chosen]
+            root = str(self.predict) if split == "predict" else self.root
+            check_images([*images, *masks], root, "raise", trainer=self.trainer)
+            sizes = [picture_size(path) for path in images]
+            for one, mask, size in zip(images, masks, sizes, strict=False):
+                if (other := picture_size(mask, turned=False)) != size:
+                    raise ValueError(unlike(one, mask, size, other))
+            self._sizes[split] = {*sizes} if self.image_size is None else {self.image_size}
+        for split in splits:
+            whole = split != "train" or not self.augment
+            most = self.batch_size if split == "train" else self.eval_batch_size
+            if whole and most > 1 and len(sizes_of := self._sizes.get(split, ())) > 1:
+                name = "batch_size" if split == "train" else "eval_batch_size"
+                some = ", ".join(f"{h} x {w}" for h, w in sorted(sizes_of)[:3])
+                raise ValueError(
+                    f"{name}={most} cannot hold images of different sizes, got {some} in split {split!r}: give {name} "
+                    "1, or image_size"
+                )
+
+    def _of(self, split: str, what: str) -> Any:
+        return getattr(self, f"{self._val_source if split == 'val' else split}_{what}")
+
+    # -- loaders -----------------------------------------------------------------------------------------------------
+
+    def _make_loader(self, source: str, sampler: ShardedSampler, views: str | Sequence[str]) -> BatchLoader:
+        image = getattr(self, f"{source}_image")
+        pairs: PairFiles | PairTensors
+        if isinstance(image, Tensor):
+            pairs = PairTensors(image, getattr(self, f"{source}_target"))
+        else:
+            masks = getattr(self, f"{source}_masks", None)
+            pairs = PairFiles(image, masks, self.table, self.image_size)
+        weak = self.augment and "weak" in views
+        normalize = Normalize(self.mean, self.std, self.input_shape)
+        return StreamingLoader(
+            MaskedImages(pairs, normalize, sampler.seed, self.views if weak else None),
+            sampler,
+            num_workers=self.num_workers,
+            pin_memory=self._process()[2].type == "cuda",
+            extras=self._extras(source),
+        )
+
+
+def _bytes_of(paths: list[str]) -> Tensor:
+    return torch.tensor([os.stat(path).st_size for path in paths])
