@@ -24,7 +24,7 @@ def method_of(name):
 
 COMPLETE = [name for name in config_names() if method_of(name)]
 PAIRS = [name for name in config_names() if "/pairs/" in name]
-DISTILLING = [name for name in COMPLETE if name.startswith("distillation/") and method_of(name) != "Classification"]
+DISTILLING = [name for name in COMPLETE if "teacher" in content(name)["model"]["init_args"]]
 OVERLAYS = [name for name in config_names() if name.startswith(("noisy_labels/noise/", "noisy_labels/settings/"))]
 OPENNESS = [name for name in config_names() if name.startswith("active_learning/openness/")]
 # every argument named: the defaults of another class would leak
@@ -47,10 +47,12 @@ OPTIMIZER_ARGUMENTS = {
 
 
 def small(name):
-    network = "fcn_tiny" if name.startswith("segmentation/") else "cnn_tiny"
+    pixels = name.startswith("segmentation/")
+    network = "fcn_tiny" if pixels else "cnn_tiny"
     given = content(name)["model"]["init_args"]
     start = [word for key in ("weights", "student_weights") if key in given for word in (f"--model.{key}", "null")]
-    networks = SMALL if name in DISTILLING else ["--model.network", network]
+    networks = [network if pixels and word.startswith("cnn") else word for word in SMALL]
+    networks = networks if name in DISTILLING else ["--model.network", network]
     if method_of(name) == "L2D":  # which looks at embeddings
         networks = [f"{word}+ml_decoder_16" if word.startswith("cnn") else word for word in networks]
     return [*start, *networks]

@@ -1,0 +1,134 @@
+"""Pictures of what a network for pixels sees, drawn while it trains."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any, Literal
+
+import lightning as L
+import numpy as np
+import torch
+from lightning.pytorch.utilities import rank_zero_warn
+from torch import Tensor
+
+from lightning_kd.argument_checks import check_numbers
+from lightning_kd.callbacks.label_pictures import _keep
+from lightning_kd.core.batch import as_batch
+from lightning_kd.core.inference_pass import evaluating
+from lightning_kd.core.prediction_files import colours
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+
+class SegmentationPictures(L.Callback):
+    """Draw some images, their true classes, the predicted ones, and what else a method says of each pixel.
+
+    ``pictures/pixels.png`` in the run folder at the end of the fit, and ``pixels_epoch010.png`` and the like in
+    between. A task with ``pixel_maps(image, target)``, such as ``RDD``, has further columns: the difficulty weight of
+    its first stage and the disputed pixels of its second. Ignored pixels are white. A picture that cannot be drawn is a
+    warning, never the end of a training.
+
+    Several processes: the first one draws, of its own images.
+
+    Args:
+        count: how many images, evenly spaced in the split; with data that is not of this package the first ones.
+        every: draw after every so many epochs, too. Default: only at the end.
+        split: ``"val"`` or ``"test"``.
+
+    Raises:
+        ValueError: where an argument is out of range.
+    """
+
+    def __init__(self, count: int = 4, every: int | None = None, split: Literal["val", "test"] = "val") -> None:
+        check_numbers(least=1, whole=True, count=count)
+        check_numbers(least=1, whole=True, optional=True, every=every)
+        if split not in ("val", "test"):
+            raise ValueError(f"split must be 'val' or 'test', got {split!r}: give one of them")
+        self.count = count
+        self.every = every
+        self.split = split
+
+    def on_train_epoch_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        epochs = trainer.current_epoch + 1
+        if self.every is not None and epochs % self.every == 0:
+            self._draw(trainer, pl_module, epochs, f"_epoch{epochs:03d}")
+
+    def on_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        # not on_fit_end: by then the module has left the device
+        self._draw(trainer, pl_module, trainer.current_epoch, "")
+
+    def _draw(self, trainer: L.Trainer, task: Any, epochs: int, suffix: str) -> None:
+        if getattr(trainer, "fast_dev_run", 0) or not trainer.is_global_zero:
+            return
+        when = f"after {epochs} epoch{'' if epochs == 1 else 's'}"
+        try:
+            image, columns = self._columns(trainer, task)
+            figure = pixel_figure(image, columns, task.num_classes, f"{type(task).__name__} {when} ({self.split} set)")
+            _keep(trainer, "pixels", suffix, figure)
+        except Exception as error:  # a picture must not cost a training
+            rank_zero_warn(f"no picture of pixels {when} ({type(error).__name__}: {error}); the training is unharmed")
+
+    def _loader(self, trainer: L.Trainer, data: Any) -> Any:
+        indices = getattr(data, f"{self.split}_indices", None)
+        if indices is None or not hasattr(data, "loader"):
+            return getattr(data, f"{self.split}_dataloader")()
+        count = min(max(self.count, trainer.world_size), len(indices))
+        return data.loader(self.split, indices[np.linspace(0, len(indices) - 1, count).round().astype(int)])
+
+    def _columns(self, trainer: L.Trainer, task: Any) -> tuple[np.ndarray, dict[str, Tensor]]:
+        """The images, 0 to 1 ``[N, H, W, 3]``, and what there is to show of each pixel by name, ``[N, H, W]``."""
+        data: Any = trainer.datamodule  # type: ignore[attr-defined]
+        strategy, convert = trainer.strategy, trainer.precision_plugin.convert_input
+        parts: list[dict[str, Tensor]] = []
+        with evaluating(task):
+            for batch in self._loader(trainer, data):
+                batch = as_batch(strategy.batch_to_device(convert(batch)))
+                image, target = batch.image[: self.count], batch.target[: self.count]
+                found = {"true classes": target, "predicted classes": task.problem.prediction(task(image))}
+                if hasattr(task, "pixel_maps"):
+                    found |= task.pixel_maps(image, target)
+                parts.append({"image": image.float(), **found})
+                if sum(len(part["image"]) for part in parts) >= self.count:
+                    break
+        columns = {name: torch.cat([part[name].cpu() for part in parts])[: self.count] for name in parts[0]}
+        mean, std = (torch.tensor(values).view(-1, 1, 1) for values in (data.mean, data.std))
+        shown = (columns.pop("image") * std + mean).clamp(0, 1).expand(-1, 3, -1, -1)
+        return shown.permute(0, 2, 3, 1).numpy(), columns
+
+
+def pixel_figure(image: np.ndarray, columns: dict[str, Tensor], num_classes: int, title: str) -> Figure:
+    """Images beside what is said of their pixels, a row each.
+
+    Args:
+        image: ``[N, H, W, 3]`` of 0 to 1.
+        columns: by name, each ``[N, H, W]``: integers are classes, -1 for none; bools and numbers from 0 to 1 are
+            shown from dark to light.
+        num_classes: of the classes.
+        title: above the picture.
+    """
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    height, width = image.shape[1:3]
+    side = 2.4
+    size = (side * (1 + len(columns)), side * len(image) * height / width + 0.8)
+    figure = Figure(figsize=size, dpi=110, layout="constrained")
+    FigureCanvasAgg(figure)
+    grid = figure.subplots(len(image), 1 + len(columns), squeeze=False)
+    table = np.concatenate([colours(num_classes), [[255, 255, 255]]])  # the last one for -1
+    for row, axes in enumerate(grid):
+        _show(axes[0], image[row], "image" if row == 0 else "")
+        for place, (name, values) in zip(axes[1:], columns.items(), strict=True):
+            one = values[row].numpy()
+            options: dict[str, Any] = {"cmap": "viridis", "vmin": 0, "vmax": 1}
+            if one.dtype != bool and np.issubdtype(one.dtype, np.integer):
+                one, options = table[one], {}
+            _show(place, one, name if row == 0 else "", **options)
+    figure.suptitle(title)
+    return figure
+
+
+def _show(axes: Any, values: np.ndarray, title: str, **options: Any) -> None:
+    axes.imshow(values, interpolation="nearest", **options)
+    axes.set_title(title, fontsize="medium")
+    axes.set_axis_off()
