@@ -134,6 +134,7 @@ class RDD(SegmentationDistillation):
     # -- when --------------------------------------------------------------------------------------------------------
 
     def on_train_start(self) -> None:
+        super().on_train_start()
         self._lengths = None
         if self.stage == "both":
             warmup, total = self._warmup_and_total()
