@@ -1438,6 +1438,7 @@ MUTANTS = [
         "if self.plain_default and not (self.has_given_weights or self.freeze_part):",
         "if self.plain_default:",
         ("tests/core/test_fine_tuning.py",),
+    ),
     # segmentation
     Mutant(
         "the divergence of the teacher's heads the other way round",

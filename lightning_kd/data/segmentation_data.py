@@ -216,6 +216,10 @@ class SegmentationFilesDataModule(LabelledDataModule):
             image[k], target[k] = one, mask
         return image, target
 
+    def describe(self) -> dict[str, Any]:
+        """See ``LabelledDataModule.describe``; and that images are brought to one size whatever their ratio."""
+        return super().describe() | {"stretch": True}
+
     def load_new(self) -> list[str]:
         return files_to_predict(str(self.predict))
 

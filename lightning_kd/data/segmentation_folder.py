@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from lightning_kd.argument_checks import check_numbers
+from lightning_kd.data.arguments import names_of
 from lightning_kd.data.image_files import images_below
 from lightning_kd.data.mask_files import MaskTable, find_pairs, read_colours
 from lightning_kd.data.segmentation_data import Pairs, SegmentationFilesDataModule
@@ -42,7 +44,7 @@ class SegmentationFolderDataModule(SegmentationFilesDataModule):
         root: str,
         images: str = "images",
         masks: str = "masks",
-        class_names: list[str] | int | None = None,
+        class_names: Sequence[str | int] | int | None = None,
         colours: str | dict[str, list[int]] | None = None,
         ignore: int | list[int] | None = 255,
         **kwargs: Any,
@@ -54,8 +56,8 @@ class SegmentationFolderDataModule(SegmentationFilesDataModule):
         if isinstance(class_names, int):
             check_numbers(least=2, whole=True, class_names=class_names)
             names = [str(k) for k in range(class_names)]
-        elif class_names is not None:
-            names = list(class_names)
+        elif (given := names_of(class_names)) is not None:
+            names = given
         elif found is not None:
             names = [*found]
         elif kwargs.get("fake"):

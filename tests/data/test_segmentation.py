@@ -78,6 +78,11 @@ def test_splits_by_folders(tmp_path):
     assert data.path_of(0).endswith("test/0.png")
 
 
+def test_a_prediction_is_told_how_images_are_brought_to_their_size(tmp_path):
+    found = folder(tmp_path, image_size=(6, 8)).describe()
+    assert (found["stretch"], found["input_shape"], found["problem"]) == (True, [3, 6, 8], "Segmentation")
+
+
 def test_other_trees_and_endings(tmp_path):
     mask = mask_of(0)
     for name in ("one", "two"):
