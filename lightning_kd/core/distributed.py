@@ -57,14 +57,21 @@ def gather_columns(columns: Mapping[str, Tensor]) -> dict[str, Tensor]:
 
 def average_gradients(parameters: Iterable[nn.Parameter]) -> None:
     """The mean of each gradient over all processes; a parameter without gradient, on all of them, stays so."""
+    if process_count() > 1:
+        gradients = [p.grad for p in parameters if p.grad is not None]
+        for gradient, mean in zip(gradients, averaged(gradients), strict=True):
+            gradient.copy_(mean)
+
+
+def averaged(tensors: Sequence[Tensor]) -> list[Tensor]:
+    """The mean of each over all processes, which have tensors of the same shapes; alone, they themselves."""
     if process_count() == 1:
-        return
-    gradients = [p.grad for p in parameters if p.grad is not None]
-    joint = torch.cat([gradient.flatten() for gradient in gradients])
+        return list(tensors)
+    joint = torch.cat([tensor.flatten() for tensor in tensors])
     dist.all_reduce(joint)
     joint /= process_count()
-    for gradient, part in zip(gradients, joint.split([g.numel() for g in gradients]), strict=True):
-        gradient.copy_(part.view_as(gradient))
+    parts = joint.split([tensor.numel() for tensor in tensors])
+    return [part.view_as(tensor) for part, tensor in zip(parts, tensors, strict=True)]
 
 
 def summed(values: Tensor) -> Tensor:

@@ -8,7 +8,7 @@ import pkgutil
 from types import ModuleType
 from typing import Any
 
-FAMILIES = ("distillation", "active_learning", "noisy_labels", "flatness", "multi_label")
+FAMILIES = ("distillation", "active_learning", "noisy_labels", "flatness", "multi_label", "weak_labels")
 
 
 def export_modules(package: str, namespace: dict[str, Any]) -> list[str]:

@@ -1,0 +1,60 @@
+"""Weights of candidate labels: of each sample at most 1 in all, 0 off the candidates."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from lightning_kd.core.losses import at_least_float32, check_shapes
+
+__all__ = ["likely_weights", "uniform_weights"]
+
+
+def check_candidates(candidates: Tensor, letters: str = "BK") -> Tensor:
+    """Which labels are candidates, bool. Whether a row is empty is looked at on a CPU only: a GPU would have to wait.
+
+    Raises:
+        ValueError: for another shape, and for a sample without any candidate.
+    """
+    check_shapes(candidates=(candidates, letters))
+    there = candidates > 0
+    if there.device.type == "cpu" and not bool((found := there.any(1)).all()):
+        row = int(found.int().argmin())
+        raise ValueError(f"candidates must name at least one class a sample, got none in row {row}: add its true label")
+    return there
+
+
+def uniform_weights(candidates: Tensor) -> Tensor:
+    """``1 / |S|`` on the candidates ``S`` of each sample.
+
+    Args:
+        candidates: ``[B, K]``, above 0 where a class is a candidate.
+
+    Returns:
+        float32 ``[B, K]``.
+
+    Raises:
+        ValueError: for another shape, and a sample without any candidate.
+    """
+    there = check_candidates(candidates).float()
+    return there / there.sum(1, keepdim=True)
+
+
+def likely_weights(logits: Tensor, candidates: Tensor) -> Tensor:
+    """The probabilities of the candidates alone, ``S p / sum_j S_j p_j``, without gradient.
+
+    Args:
+        logits: ``[B, K]``.
+        candidates: ``[B, K]``, above 0 where a class is a candidate.
+
+    Returns:
+        ``[B, K]``, at least float32.
+
+    Raises:
+        ValueError: for shapes that differ, and a sample without any candidate.
+
+    Source: Lv et al., PRODEN, arXiv 2002.08053, equation 8.
+    """
+    check_shapes(logits=(logits, "BK"), candidates=(candidates, "BK"))
+    (logits,) = at_least_float32(logits.detach())
+    return logits.masked_fill(~check_candidates(candidates), -torch.inf).softmax(1)
