@@ -4,6 +4,8 @@ from lightning_kd.data.array_files import Arrays
 from lightning_kd.data.arrays import ArrayDataModule
 from lightning_kd.data.augment import CropFlip, Normalize
 from lightning_kd.data.camvid import CamVidDataModule
+from lightning_kd.data.candidate_files import CandidateFile
+from lightning_kd.data.candidate_sets import CandidateSets, PairwiseCandidates, UniformCandidates
 from lightning_kd.data.cifar import CIFAR10DataModule, CIFAR100DataModule
 from lightning_kd.data.cifar_n import CIFARN
 from lightning_kd.data.cityscapes import CityscapesDataModule
@@ -27,6 +29,7 @@ from lightning_kd.data.multi_label_data import MultiLabelDataModule
 from lightning_kd.data.multi_label_folder import MultiLabelFolderDataModule
 from lightning_kd.data.nus_wide import NUSWIDEDataModule
 from lightning_kd.data.open_set_data import OpenSetDataModule
+from lightning_kd.data.partial_labels import PartialLabelDataModule
 from lightning_kd.data.resident import ResidentLoader, StoredImages
 from lightning_kd.data.sampling import BatchLoader, ShardedSampler
 from lightning_kd.data.segmentation_folder import SegmentationFolderDataModule
@@ -44,7 +47,9 @@ __all__ = [
     "CIFAR100DataModule",
     "COCODataModule",
     "CamVidDataModule",
+    "CandidateFile",
     "CandidateLabels",
+    "CandidateSets",
     "CityscapesDataModule",
     "ClassificationDataModule",
     "CleanLabels",
@@ -63,6 +68,8 @@ __all__ = [
     "Normalize",
     "OpenSetDataModule",
     "PairFlipNoise",
+    "PairwiseCandidates",
+    "PartialLabelDataModule",
     "ResidentLoader",
     "SegmentationFolderDataModule",
     "ShardedSampler",
@@ -71,5 +78,6 @@ __all__ = [
     "StreamingLoader",
     "SymmetricNoise",
     "TransitionNoise",
+    "UniformCandidates",
     "VOCDataModule",
 ]

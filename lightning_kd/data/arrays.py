@@ -26,6 +26,7 @@ from lightning_kd.data.array_files import (
     to_target,
 )
 from lightning_kd.data.augment import CropFlip
+from lightning_kd.data.candidate_sets import CandidateSets
 from lightning_kd.data.fake_data import fake_arrays, fake_label_arrays, fake_mask_arrays
 from lightning_kd.data.label_noise import LabelNoise
 from lightning_kd.data.multi_label_data import MultiLabelDataModule
@@ -92,12 +93,15 @@ class ArrayDataModule(MultiLabelDataModule):
             need not exist then; ``lightning-kd predict`` takes them from the checkpoint.
         balance: show each class equally often in training, whatever their sizes: an epoch stays as long, a rare sample
             comes several times (each time augmented anew), of a frequent class some wait for later epochs.
-        candidates: with several labels, see ``MultiLabelDataModule``, as the others.
+        candidates: with several labels, see ``MultiLabelDataModule``, as the others; with one class a sample, labels of
+            which one is true, see ``UniformCandidates``.
         single_positive: see there.
         labelled_fraction: see there.
         labelled_seed: see there.
         normalize: see there; for data of any kind.
         n_grid: see there.
+        meta_per_class: so many training samples of each class are held out with their true labels, for methods that
+            learn from candidates.
 
     Raises:
         ValueError: for an argument out of its range, and for arrays that are damaged or do not fit together.
@@ -127,12 +131,13 @@ class ArrayDataModule(MultiLabelDataModule):
         kind: Literal["single_label", "multi_label", "segmentation"] | None = None,
         predict: str | None = None,
         balance: bool = False,
-        candidates: CandidateLabels | None = None,
+        candidates: CandidateLabels | CandidateSets | None = None,
         single_positive: SinglePositive | None = None,
         labelled_fraction: float | None = None,
         labelled_seed: int = 1,
         normalize: bool = True,
         n_grid: int = 2,
+        meta_per_class: int | None = None,
     ) -> None:
         check_numbers(above=0, below=1, remedy="give a share", test_fraction=test_fraction)
         check_numbers(least=0, whole=True, crop_padding=crop_padding)
@@ -195,6 +200,7 @@ class ArrayDataModule(MultiLabelDataModule):
             labelled_seed=labelled_seed,
             normalize=normalize,
             n_grid=n_grid,
+            meta_per_class=meta_per_class,
         )
         self.augment = augment
         self.crop_padding = crop_padding

@@ -10,6 +10,7 @@ import numpy as np
 from torchvision import datasets
 
 from lightning_kd.data.augment import CropFlip
+from lightning_kd.data.candidate_sets import CandidateSets
 from lightning_kd.data.label_noise import LabelNoise
 from lightning_kd.data.published_sets import OfficialDataModule
 
@@ -65,6 +66,10 @@ class CIFAR10DataModule(OfficialDataModule):
         noise: gives the training samples wrong labels, see ``LabelNoise``; ``None`` keeps the data set's own.
         balance: show each class equally often in training, whatever their sizes: an epoch stays as long, a rare sample
             comes several times (each time augmented anew), of a frequent class some wait for later epochs.
+        candidates: gives training samples several labels, of which one is true, see ``UniformCandidates``,
+            ``PairwiseCandidates`` and ``CandidateFile``.
+        meta_per_class: so many training samples of each class are held out with their true labels, for methods that
+            learn from candidates.
 
     Raises:
         ValueError: for an argument out of its range, and for a damaged file or a wrong checksum.
@@ -91,6 +96,8 @@ class CIFAR10DataModule(OfficialDataModule):
         fake: bool = False,
         noise: LabelNoise | None = None,
         balance: bool = False,
+        candidates: CandidateSets | None = None,
+        meta_per_class: int | None = None,
     ) -> None:
         super().__init__(
             root,
@@ -111,6 +118,8 @@ class CIFAR10DataModule(OfficialDataModule):
             fake=fake,
             noise=noise,
             balance=balance,
+            candidates=candidates,
+            meta_per_class=meta_per_class,
         )
 
     def open_official(self, root: str, train: bool, download: bool) -> dict[str, np.ndarray]:
@@ -146,6 +155,10 @@ class CIFAR100DataModule(OfficialDataModule):
         noise: gives the training samples wrong labels, see ``LabelNoise``; ``None`` keeps the data set's own.
         balance: show each class equally often in training, whatever their sizes: an epoch stays as long, a rare sample
             comes several times (each time augmented anew), of a frequent class some wait for later epochs.
+        candidates: gives training samples several labels, of which one is true, see ``UniformCandidates``,
+            ``PairwiseCandidates`` and ``CandidateFile``.
+        meta_per_class: so many training samples of each class are held out with their true labels, for methods that
+            learn from candidates.
 
     Raises:
         ValueError: for an argument out of its range, and for a damaged file or a wrong checksum.
@@ -173,6 +186,8 @@ class CIFAR100DataModule(OfficialDataModule):
         fake: bool = False,
         noise: LabelNoise | None = None,
         balance: bool = False,
+        candidates: CandidateSets | None = None,
+        meta_per_class: int | None = None,
     ) -> None:
         if labels not in ("fine", "coarse"):
             raise ValueError(f"labels must be 'fine' or 'coarse', got {labels!r}: give one of them")
@@ -195,6 +210,8 @@ class CIFAR100DataModule(OfficialDataModule):
             fake=fake,
             noise=noise,
             balance=balance,
+            candidates=candidates,
+            meta_per_class=meta_per_class,
         )
         self.labels = labels
         self.target_key = "target" if labels == "fine" else "coarse"

@@ -1,74 +1,156 @@
-"""The base of the data modules whose samples may be given wrong labels."""
+"""The base of the data modules whose samples may be given wrong labels, or several of which one is true."""
 
 from __future__ import annotations
 
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
+from lightning_kd.argument_checks import check_numbers
+from lightning_kd.core.notes import note
 from lightning_kd.core.run_callbacks import run_folder_of
 from lightning_kd.core.run_folder import RunFolder
-from lightning_kd.data.label_noise import CleanLabels, LabelNoise
+from lightning_kd.core.seeding import numpy_generator
+from lightning_kd.data.candidate_sets import CandidateSets
+from lightning_kd.data.label_noise import CleanLabels, DrawnLabels, LabelNoise
 from lightning_kd.data.labelled_data import LabelledDataModule
 from lightning_kd.data.noise_record import check_no_noise, digest, load_or_draw_labels
+from lightning_kd.data.splits import take_per_class
 
 __all__ = ["ClassificationDataModule"]
 
 
 class ClassificationDataModule(LabelledDataModule):
-    """A ``LabelledDataModule`` that may be given wrong labels, where each sample has one class.
+    """A ``LabelledDataModule`` that may be given wrong labels or candidates, where each sample has one class.
 
     With ``noise``, ``train_target`` are the given labels, splits and validation samples of the training array
     included, and ``train_clean`` (int64 ``[N]``, else ``None``) the data set's own; its own validation and test labels
-    are never changed. The labels are drawn before anything is split. Under a Trainer with a run folder they are kept
-    there in ``noise.npz``, and taken from it where a run is resumed or evaluated. Checkpoints hold their sha256, and a
-    fit does not go on from one that was trained on other labels. A fit prints how many are wrong. ``Batch.extras``
-    then holds ``clean_target`` (int64 ``[B]``) for samples of the training array.
+    are never changed. ``Batch.extras`` then holds ``clean_target`` (int64 ``[B]``) for samples of the training array.
+
+    With ``candidates``, ``train_target`` stay the data set's own, for splits, measures and the meta set;
+    ``train_candidates`` (uint8 ``[N, K]``, else ``None``) are the labels that a method may learn from, and
+    ``Batch.extras`` has them as ``candidates`` (``[B, K]``). With ``meta_per_class``, ``meta_indices`` (int64,
+    ascending, else empty) are samples that are held out of ``train_indices``, whose ``train_target`` a method may use:
+    ``loader("train", data.meta_indices)``.
+
+    What was drawn depends on no split. Under a Trainer with a run folder it is kept there in ``noise.npz``, and taken
+    from it where a run is resumed or evaluated. Checkpoints hold its sha256, and a fit does not go on from one that was
+    trained on other labels. A fit prints how many are wrong, or how many candidates there are.
 
     Args:
         noise: gives the training samples wrong labels; ``None`` keeps the data set's own.
+        candidates: gives each training sample several labels, of which one is true.
+        meta_per_class: so many training samples of each class are held out (of a class with no more, all but one).
         kwargs: see ``LabelledDataModule``.
 
     Raises:
-        ValueError: for noise where samples have more than one class.
+        ValueError: for these where samples have more than one class, and for noise with one of the others.
     """
 
     train_clean: Tensor | None
+    train_candidates: Tensor | None
+    meta_indices: np.ndarray
 
-    def __init__(self, *, noise: LabelNoise | None = None, **kwargs: Any) -> None:
+    def __init__(
+        self,
+        *,
+        noise: LabelNoise | None = None,
+        candidates: CandidateSets | None = None,
+        meta_per_class: int | None = None,
+        **kwargs: Any,
+    ) -> None:
         super().__init__(**kwargs)
-        if noise is not None and not self.problem.one_class:
-            raise ValueError(f"noise is for one class a sample, the data has {self.problem.kind}: leave it out")
+        check_numbers(least=1, whole=True, optional=True, meta_per_class=meta_per_class)
+        given = {"noise": noise, "candidates": candidates, "meta_per_class": meta_per_class}
+        for name, value in given.items():
+            if value is not None and not self.problem.one_class:
+                raise ValueError(f"{name} is for one class a sample, the data has {self.problem.kind}: leave it out")
+            if value is not None and noise is not None and name != "noise":
+                raise ValueError(f"noise and {name} exclude each other, got {noise} and {value}: leave one out")
         self.noise = noise
-        self.train_clean = None
+        self.candidates = candidates
+        self.meta_per_class = meta_per_class
+        self.train_clean = self.train_candidates = None
+        self.meta_indices = np.arange(0)
         self._noise_folder: Path | None = None
+        self._labels_digest: str | None = None
 
     def setup(self, stage: str | None = None) -> None:
         """Load and split the data, once; to predict new samples, load those alone."""
         if self._only_new(stage):
             return
-        folder = self._folder()
-        if self.noise is None and stage == "fit":
+        folder, drawn = self._folder(), self._drawn
+        if drawn is None and stage == "fit":
             check_no_noise(folder, self.trainer)
         # labels drawn before there was a run folder must be those recorded in it
-        unrecorded = self.noise is not None and folder is not None and folder.path != self._noise_folder
+        unrecorded = drawn is not None and folder is not None and folder.path != self._noise_folder
         if not self._ready or unrecorded:
             self._load()
-        if self.noise is not None and stage == "fit" and self.trainer is not None and self._process()[0] == 0:
-            self._print_rate()
+        if stage == "fit" and self.trainer is not None and self._process()[0] == 0:
+            self._tell_labels()
+
+    def _load(self) -> None:
+        super()._load()
+        self._ready = False  # until all of it has worked
+        if self.meta_per_class is not None:
+            self._hold_out(self.meta_per_class)
+        self._ready = True
+
+    def _hold_out(self, per_class: int) -> None:
+        """Take the meta set out of the training samples."""
+        chosen = self.train_indices
+        target = self.train_target.numpy()
+        count = np.bincount(target[chosen], minlength=self.num_classes)
+        drawn = self._drawn
+        if isinstance(drawn, CandidateSets) and drawn.meta_from_single:
+            assert self.train_candidates is not None
+            chosen = chosen[self.train_candidates[chosen].sum(1).numpy() == 1]
+        there = np.bincount(target[chosen], minlength=self.num_classes)
+        take = np.minimum(np.minimum(per_class, there), np.maximum(count - 1, 0))
+        self.meta_indices = chosen[take_per_class(target[chosen], take, numpy_generator(self.seed, "meta_split"))]
+        if not len(self.meta_indices):
+            raise ValueError(
+                f"meta_per_class={per_class} finds no sample with a label that is sure: give some one candidate alone"
+            )
+        self.train_indices = np.setdiff1d(self.train_indices, self.meta_indices, assume_unique=True)
 
     def _folder(self) -> RunFolder | None:
         """Where the given labels are kept."""
         return None if getattr(self.trainer, "fast_dev_run", 0) else run_folder_of(self.trainer)
 
     def _change_targets(self) -> None:
-        if self.noise is not None:
-            folder = self._folder()
-            self.train_clean = self.train_target
-            self.train_target = self._given_labels(folder)
+        folder, drawn = self._folder(), self._drawn
+        if drawn is not None:
+            given = torch.from_numpy(self._given_labels(drawn, folder))
+            if self.noise is None:
+                self.train_candidates = given
+            else:
+                self.train_clean, self.train_target = self.train_target, given
             self._noise_folder = None if folder is None else folder.path
+        learnt = self.train_target if self.noise is not None else self.train_candidates
+        self._labels_digest = None if learnt is None else digest(learnt.numpy())
+
+    def _tell_labels(self) -> None:
+        if self.noise is not None:
+            self._print_rate()
+        if self.train_candidates is not None:
+            sizes = self.train_candidates[self.train_indices].sum(1)
+            by = "" if self._drawn is None else f", by {self._drawn}"
+            note(
+                f"candidates: {sizes.float().mean():.2f} labels a training sample, {int((sizes == 1).sum())} of "
+                f"{len(sizes)} have one alone{by}"
+            )
+        if self.meta_per_class is not None:
+            found = np.bincount(self.train_target.numpy()[self.meta_indices], minlength=self.num_classes)
+            counts = dict(zip(self.class_names, found.tolist(), strict=True))
+            few = [name for name, n in counts.items() if 0 < n < self.meta_per_class]
+            none = [name for name, n in counts.items() if not n]
+            fewer = f"; fewer than {self.meta_per_class} of {', '.join(few)}" if few else ""
+            fewer += f"; none of {', '.join(none)}, whose own logit no method can learn from it" if none else ""
+            note(f"meta set: {len(self.meta_indices)} samples with their true labels, held out{fewer}")
 
     def _print_rate(self) -> None:
         assert self.train_clean is not None
@@ -78,13 +160,13 @@ class ClassificationDataModule(LabelledDataModule):
         if count < len(is_wrong):
             whole = f"; in the whole array {is_wrong.sum()} of {len(is_wrong)}, {is_wrong.mean():.2%}"
         print(
-            f"label noise: {wrong} of {count} training labels are wrong ({wrong / count:.2%}{whole}), by {self._noise}"
+            f"label noise: {wrong} of {count} training labels are wrong ({wrong / count:.2%}{whole}), by {self._drawn}"
         )
 
     def state_dict(self) -> dict[str, Any]:
-        """What checkpoints remember the data by and, with ``noise``, the given labels: their sha256."""
-        noisy = self.noise is not None and self._ready
-        return super().state_dict() | ({"labels_sha256": digest(self.train_target.numpy())} if noisy else {})
+        """What checkpoints remember the data by and, with noise or candidates, the given labels: their sha256."""
+        given = self._labels_digest if self._ready else None
+        return super().state_dict() | ({} if given is None else {"labels_sha256": given})
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Before a fit goes on from a checkpoint.
@@ -93,29 +175,30 @@ class ClassificationDataModule(LabelledDataModule):
             ValueError: where that was trained on other labels, or other data.
         """
         fitting = self.trainer is not None and self.trainer.state.fn == "fit"
-        stored = state_dict.get("labels_sha256")
-        noisy = stored is not None or self.noise is not None
-        if fitting and noisy and stored != digest(self.train_target.numpy()):
+        if fitting and state_dict.get("labels_sha256") != self._labels_digest:
+            what = f"candidates={self.candidates}" if self.train_candidates is not None else f"noise={self.noise}"
             raise ValueError(
-                f"the checkpoint was trained on other labels than those of noise={self._noise}: give the data and the "
-                "noise of that run, or start anew without it"
+                f"the checkpoint was trained on other labels than those of {what}: give the data and the "
+                "noise or candidates of that run, or start anew without it"
             )
         super().load_state_dict(state_dict)
 
     @property
-    def _noise(self) -> LabelNoise | None:
-        return self.noise.without_files() if self.fake and self.noise is not None else self.noise
+    def _drawn(self) -> DrawnLabels | None:
+        """What draws the labels."""
+        drawn: DrawnLabels | None = self.candidates if self.noise is None else self.noise
+        drawn = drawn if isinstance(drawn, DrawnLabels) else None  # a subclass for several labels has its own
+        return drawn.without_files() if self.fake and drawn is not None else drawn
 
-    def _given_labels(self, folder: RunFolder | None) -> Tensor:
-        noise = self._noise
-        assert noise is not None
+    def _given_labels(self, drawn: DrawnLabels, folder: RunFolder | None) -> np.ndarray:
         path = getattr(self, "path", None)  # of those modules that read one file
         clean = CleanLabels(
             self.train_target.numpy(), self.class_names, self.train_image, None if path is None else Path(path)
         )
-        return torch.from_numpy(load_or_draw_labels(noise, clean, folder, self.trainer))
+        return load_or_draw_labels(drawn, clean, folder, self.trainer)
 
     def _extras(self, source: str) -> dict[str, Tensor]:
         """What else is known about each sample of a full array."""
-        clean = {"clean_target": self.train_clean} if source == "train" and self.train_clean is not None else {}
-        return super()._extras(source) | clean
+        known = {"clean_target": self.train_clean, "candidates": self.train_candidates}
+        own = {name: value for name, value in known.items() if source == "train" and value is not None}
+        return super()._extras(source) | own

@@ -40,6 +40,11 @@ class DerivedDataModule(L.LightningDataModule, ABC):
                 f"source must have one class a sample, {type(source).__name__} has {source.problem.kind}: give other "
                 "data"
             )
+        if source.candidates is not None or source.meta_per_class is not None:
+            raise ValueError(
+                f"the source of a pool takes no candidates and no meta set, got candidates={source.candidates} and "
+                f"meta_per_class={source.meta_per_class}: leave them out"
+            )
         if source.predict is not None:
             raise ValueError(
                 f"the source of a pool takes no predict, got {source.predict!r}: the prediction set is the pool; for "

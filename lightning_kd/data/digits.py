@@ -7,6 +7,7 @@ import numpy as np
 from lightning_kd.core.seeding import numpy_generator
 from lightning_kd.data.array_files import Arrays, to_image, to_target
 from lightning_kd.data.augment import CropFlip
+from lightning_kd.data.candidate_sets import CandidateSets
 from lightning_kd.data.classification_data import ClassificationDataModule
 from lightning_kd.data.label_noise import LabelNoise
 from lightning_kd.data.splits import take_fraction, without
@@ -34,6 +35,10 @@ class DigitsDataModule(ClassificationDataModule):
         noise: gives the training samples wrong labels, see ``LabelNoise``; ``None`` keeps the data set's own.
         balance: show each class equally often in training, whatever their sizes: an epoch stays as long, a rare sample
             comes several times (each time augmented anew), of a frequent class some wait for later epochs.
+        candidates: gives training samples several labels, of which one is true, see ``UniformCandidates``,
+            ``PairwiseCandidates`` and ``CandidateFile``.
+        meta_per_class: so many training samples of each class are held out with their true labels, for methods that
+            learn from candidates.
 
     Raises:
         ValueError: for an argument out of its range.
@@ -54,6 +59,8 @@ class DigitsDataModule(ClassificationDataModule):
         fake: bool = False,
         noise: LabelNoise | None = None,
         balance: bool = False,
+        candidates: CandidateSets | None = None,
+        meta_per_class: int | None = None,
     ) -> None:
         super().__init__(
             class_names=[str(digit) for digit in range(10)],
@@ -71,6 +78,8 @@ class DigitsDataModule(ClassificationDataModule):
             fake=fake,
             noise=noise,
             balance=balance,
+            candidates=candidates,
+            meta_per_class=meta_per_class,
         )
         self.augment = augment
 

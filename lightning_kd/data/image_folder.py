@@ -16,6 +16,7 @@ from lightning_kd.core.seeding import numpy_generator
 from lightning_kd.data.arguments import names_of
 from lightning_kd.data.array_files import Arrays
 from lightning_kd.data.augment import CropFlip, RandomCutout
+from lightning_kd.data.candidate_sets import CandidateSets
 from lightning_kd.data.image_files import class_folders, find_images, read_image
 from lightning_kd.data.label_noise import LabelNoise
 from lightning_kd.data.new_samples import files_to_predict
@@ -78,6 +79,10 @@ class ImageFolderDataModule(SplitFiles):
             images (``.txt``, ``.csv``; see ``files_to_predict``).
         balance: show each class equally often in training, whatever their sizes: an epoch stays as long, a rare sample
             comes several times (each time augmented anew), of a frequent class some wait for later epochs.
+        candidates: gives training samples several labels, of which one is true, see ``UniformCandidates``,
+            ``PairwiseCandidates`` and ``CandidateFile``.
+        meta_per_class: so many training samples of each class are held out with their true labels, for methods that
+            learn from candidates.
 
     Raises:
         ValueError: for an argument out of its range, a root without class folders, and a class without an image.
@@ -115,6 +120,8 @@ class ImageFolderDataModule(SplitFiles):
         class_names: Sequence[str | int] | None = None,
         predict: str | None = None,
         balance: bool = False,
+        candidates: CandidateSets | None = None,
+        meta_per_class: int | None = None,
     ) -> None:
         check_numbers(least=1, whole=True, image_size=image_size)
         check_numbers(least=0, whole=True, num_workers=num_workers)
@@ -177,6 +184,8 @@ class ImageFolderDataModule(SplitFiles):
             noise=noise,
             predict=predict,
             balance=balance,
+            candidates=candidates,
+            meta_per_class=meta_per_class,
         )
 
     def load_new(self) -> list[str]:

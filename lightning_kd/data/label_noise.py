@@ -38,12 +38,12 @@ class CleanLabels:
         return len(self.class_names)
 
 
-class LabelNoise(ABC):
-    """Turns a data set's own labels into the given labels that a method is trained on.
+class DrawnLabels(ABC):
+    """What a method is trained on in the place of a data set's own labels, and a run folder keeps.
 
-    A subclass implements ``draw``, keeps its arguments as attributes of the same names, and calls
-    ``super().__init__(seed)``. Its public attributes are what a run folder remembers it by; one that reads a file also
-    overrides ``without_files``, and then a resumed run asks whether the file still holds the same labels.
+    A subclass keeps its arguments as attributes of the same names, and calls ``super().__init__(seed)``. Its public
+    attributes are what a run folder remembers it by; one that reads a file also overrides ``without_files``, and then a
+    resumed run asks whether the file still holds the same labels.
 
     Args:
         seed: fixes the labels, together with nothing else; 0 or more.
@@ -56,18 +56,45 @@ class LabelNoise(ABC):
         check_numbers(least=0, whole=True, seed=seed)
         self.seed = seed
 
+    @property
+    def nominal_rate(self) -> float:
+        """The rate in its own definition, not always the share of wrong labels; NaN where there is none."""
+        return float(getattr(self, "rate", math.nan))
+
+    def without_files(self) -> DrawnLabels:
+        """What stands in for it on made-up data: itself, unless it reads a file."""
+        return self
+
+    @abstractmethod
+    def corrupt(
+        self,
+        target: np.ndarray | Tensor | Sequence[int],
+        class_names: Sequence[str] | int,
+        image: Any = None,
+        file: Path | None = None,
+    ) -> np.ndarray:
+        """What is given in the place of the labels of a data set; see ``LabelNoise.corrupt``."""
+
+    def __repr__(self) -> str:
+        arguments = {k: v for k, v in vars(self).items() if not k.startswith("_")}
+        return f"{type(self).__name__}({', '.join(f'{k}={v!r}' for k, v in arguments.items())})"
+
+
+class LabelNoise(DrawnLabels):
+    """Turns a data set's own labels into the given labels that a method is trained on.
+
+    A subclass implements ``draw``; see ``DrawnLabels`` for its arguments.
+
+    Args:
+        seed: fixes the labels, together with nothing else; 0 or more.
+
+    Raises:
+        ValueError: for a seed that is not a whole number from 0 on.
+    """
+
     @abstractmethod
     def draw(self, clean: CleanLabels, generator: np.random.Generator) -> np.ndarray:
         """The given labels, integers ``[N]``; ``clean`` is not to be changed, and ``generator`` is this noise's own."""
-
-    @property
-    def nominal_rate(self) -> float:
-        """The rate in the noise's own definition, not always the share of wrong labels; NaN where there is none."""
-        return float(getattr(self, "rate", math.nan))
-
-    def without_files(self) -> LabelNoise:
-        """What stands in for this noise on made-up data: itself, unless it reads a file."""
-        return self
 
     def corrupt(
         self,
@@ -97,10 +124,6 @@ class LabelNoise(ABC):
         if self.nominal_rate != 0:
             given = self.draw(CleanLabels(own, names, image, file), numpy_generator(self.seed, "label_noise"))
         return to_target(np.asarray(given), len(own), len(names), f"labels of {self}").numpy()
-
-    def __repr__(self) -> str:
-        arguments = {k: v for k, v in vars(self).items() if not k.startswith("_")}
-        return f"{type(self).__name__}({', '.join(f'{k}={v!r}' for k, v in arguments.items())})"
 
 
 def check_rate(rate: float) -> float:

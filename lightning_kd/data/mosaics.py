@@ -86,6 +86,11 @@ class MosaicDataModule(MultiLabelDataModule):
         check_numbers(least=0, whole=True, mosaic_seed=mosaic_seed)
         counts = {"train_mosaics": train_mosaics, "val_mosaics": val_mosaics, "test_mosaics": test_mosaics}
         check_numbers(counts, least=1, whole=True, optional=True)
+        if source.candidates is not None or source.meta_per_class is not None:
+            raise ValueError(
+                f"source takes no candidates and no meta set, got candidates={source.candidates} and "
+                f"meta_per_class={source.meta_per_class}: leave them out, and give the mosaics candidates"
+            )
         if not source.problem.one_class or len(source.input_shape) != 3 or source.noise is not None:
             raise ValueError(
                 f"source must be images with one class each and no noise, got {source} with {source.problem.kind}, "

@@ -11,6 +11,7 @@ from lightning_kd.argument_checks import check_numbers
 from lightning_kd.core.notes import note
 from lightning_kd.core.problems import MultiLabel
 from lightning_kd.data.auto_augment import BatchedAutoAugment
+from lightning_kd.data.candidate_sets import CandidateSets
 from lightning_kd.data.classification_data import ClassificationDataModule
 from lightning_kd.data.label_noise import CleanLabels
 from lightning_kd.data.noise_record import load_or_draw_labels
@@ -33,7 +34,7 @@ class MultiLabelDataModule(ClassificationDataModule):
     else empty) the others, whose labels are all -1: ``loader("train", data.unlabelled_indices)`` goes over them.
 
     Args:
-        candidates: adds false labels to the true ones.
+        candidates: adds false labels to the true ones (with one class a sample see ``ClassificationDataModule``).
         single_positive: keeps one label of each sample.
         labelled_fraction: the share of the training samples that keep their labels, above 0 to 1; ``None`` for all.
         labelled_seed: fixes which; those of ``RandomState(labelled_seed)``, as in the papers.
@@ -50,7 +51,7 @@ class MultiLabelDataModule(ClassificationDataModule):
     def __init__(
         self,
         *,
-        candidates: CandidateLabels | None = None,
+        candidates: CandidateLabels | CandidateSets | None = None,
         single_positive: SinglePositive | None = None,
         labelled_fraction: float | None = None,
         labelled_seed: int = 1,
@@ -64,9 +65,11 @@ class MultiLabelDataModule(ClassificationDataModule):
         if not normalize:
             channels = kwargs["input_shape"][0]
             kwargs.update(mean=[0.0] * channels, std=[1.0] * channels)
-        super().__init__(**kwargs)
+        sets = candidates if isinstance(candidates, CandidateSets) else None
+        super().__init__(candidates=sets, **kwargs)
+        added = None if isinstance(candidates, CandidateSets) else candidates
         given = {
-            "candidates": candidates,
+            "candidates": added,
             "single_positive": single_positive,
             "labelled_fraction": labelled_fraction,
         }
@@ -75,7 +78,8 @@ class MultiLabelDataModule(ClassificationDataModule):
             name = next(name for name, value in given.items() if value is not None)
             raise ValueError(f"{name} is for several labels a sample, the data has {self.problem.kind}: leave it out")
         self.n_grid = n_grid if isinstance(self.problem, MultiLabel) else None
-        self.candidates = candidates
+        self._added = added
+        self.candidates = candidates  # type: ignore[assignment]  # of either kind
         self.single_positive = single_positive
         self.labelled_fraction = labelled_fraction
         self.labelled_seed = labelled_seed
@@ -85,7 +89,7 @@ class MultiLabelDataModule(ClassificationDataModule):
             self._weak_labels(np.arange(0))  # says what is wrong with them before anything is read
 
     def _weak_labels(self, indices: np.ndarray) -> WeakLabels:
-        return WeakLabels(self.candidates, self.single_positive, self.labelled_fraction, self.labelled_seed, indices)
+        return WeakLabels(self._added, self.single_positive, self.labelled_fraction, self.labelled_seed, indices)
 
     def setup(self, stage: str | None = None) -> None:
         """Load and split the data, once, whatever the stage."""

@@ -11,11 +11,11 @@ import numpy as np
 
 from lightning_kd.core.run_folder import RunFolder
 from lightning_kd.data.array_files import check_keys, read_arrays, write_npz
-from lightning_kd.data.label_noise import CleanLabels, LabelNoise
+from lightning_kd.data.label_noise import CleanLabels, DrawnLabels
 
 
 def load_or_draw_labels(
-    noise: LabelNoise, clean: CleanLabels, folder: RunFolder | None, trainer: L.Trainer | None
+    noise: DrawnLabels, clean: CleanLabels, folder: RunFolder | None, trainer: L.Trainer | None
 ) -> np.ndarray:
     """The given labels: those recorded in ``folder`` where it holds a checkpoint that was trained on them, or where
     they are evaluated on; else drawn and, in a folder, recorded.
@@ -31,7 +31,7 @@ def load_or_draw_labels(
         trainer: of the processes; ``None`` for one alone.
 
     Returns:
-        int64 ``[N]``, the same ones in every process.
+        as ``noise.corrupt`` gives them, the same ones in every process.
 
     Raises:
         ValueError: where the folder holds a checkpoint of a run with other labels, and what ``noise`` raises.
@@ -63,18 +63,18 @@ def check_no_noise(folder: RunFolder | None, trainer: L.Trainer | None) -> None:
     if folder.last.is_file():
         raise ValueError(
             f"noise=None would train on clean labels, and {folder.path} holds a checkpoint of other ones: "
-            "give the noise of that run, or name another --run folder"
+            "give the noise or the candidates of that run, or name another --run folder"
         )
     if trainer is None or trainer.global_rank == 0:
         folder.noise.unlink(missing_ok=True)
 
 
 def digest(given: np.ndarray) -> str:
-    """The sha256 of labels as little-endian int64, in hexadecimal."""
+    """The sha256 of labels of any shape as little-endian int64, in hexadecimal."""
     return hashlib.sha256(given.astype("<i8").tobytes()).hexdigest()
 
 
-def _settle(noise: LabelNoise, clean: CleanLabels, folder: RunFolder | None, fitting: bool) -> np.ndarray:
+def _settle(noise: DrawnLabels, clean: CleanLabels, folder: RunFolder | None, fitting: bool) -> np.ndarray:
     trained = folder is not None and folder.last.is_file()
     recorded = folder is not None and folder.noise.is_file()
     if folder is not None and recorded and (trained or not fitting):
@@ -93,7 +93,7 @@ def _settle(noise: LabelNoise, clean: CleanLabels, folder: RunFolder | None, fit
     return given
 
 
-def _draw(noise: LabelNoise, clean: CleanLabels) -> np.ndarray:
+def _draw(noise: DrawnLabels, clean: CleanLabels) -> np.ndarray:
     return noise.corrupt(clean.target, clean.class_names, clean.image, clean.file)
 
 
@@ -103,7 +103,7 @@ def _read(path: Path) -> dict[str, np.ndarray]:
     return arrays
 
 
-def _objection(record: dict[str, np.ndarray], noise: LabelNoise, clean: CleanLabels, fitting: bool) -> str | None:
+def _objection(record: dict[str, np.ndarray], noise: DrawnLabels, clean: CleanLabels, fitting: bool) -> str | None:
     """Why the recorded labels are not those to go on with; ``None`` where they are."""
     if str(record["sha256"]) != digest(record["given"]):
         return "its labels do not match its sha256"
@@ -119,7 +119,7 @@ def _objection(record: dict[str, np.ndarray], noise: LabelNoise, clean: CleanLab
     return f"was drawn by {record['generator']}, not by {noise}"
 
 
-def _is_made_up(noise: LabelNoise) -> bool:
+def _is_made_up(noise: DrawnLabels) -> bool:
     """Whether the text of a noise says all about it: it reads no file and holds no array, which a text cuts short."""
     return noise.without_files() is noise and all(_is_plain(value) for value in vars(noise).values())
 
@@ -130,7 +130,7 @@ def _is_plain(value: Any) -> bool:
     return value is None or isinstance(value, str | int | float)
 
 
-def _write(path: Path, noise: LabelNoise, clean: np.ndarray, given: np.ndarray) -> None:
+def _write(path: Path, noise: DrawnLabels, clean: np.ndarray, given: np.ndarray) -> None:
     values: dict[str, Any] = {
         "given": given,
         "clean": clean,

@@ -1,0 +1,162 @@
+"""Several labels for each sample of which one is true: what all kinds have in common, and made-up ones."""
+
+from __future__ import annotations
+
+from abc import abstractmethod
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from torch import Tensor
+
+from lightning_kd.argument_checks import check_numbers
+from lightning_kd.core.seeding import numpy_generator
+from lightning_kd.data.array_files import to_target
+from lightning_kd.data.candidates import candidates_from_uniforms
+from lightning_kd.data.label_noise import DrawnLabels, at_least_two
+
+__all__ = ["CandidateSets", "PairwiseCandidates", "UniformCandidates", "to_candidates"]
+
+
+class CandidateSets(DrawnLabels):
+    """Gives each training sample a set of labels, its candidates, among which is its own. A subclass has ``draw``.
+
+    Args:
+        seed: fixes the candidates, together with nothing but the labels; 0 or more.
+
+    Raises:
+        ValueError: for a seed that is not a whole number from 0 on.
+    """
+
+    #: whether the clean meta set is drawn from the samples with one candidate alone
+    meta_from_single = False
+
+    @abstractmethod
+    def draw(self, target: np.ndarray, class_names: Sequence[str], generator: np.random.Generator) -> np.ndarray:
+        """Which classes are candidates, ``[N, K]`` of 0 and 1, for the labels ``target``, int64 ``[N]``."""
+
+    def corrupt(
+        self,
+        target: np.ndarray | Tensor | Sequence[int],
+        class_names: Sequence[str] | int,
+        image: Any = None,
+        file: Path | None = None,
+    ) -> np.ndarray:
+        """The candidates of a data set.
+
+        Args:
+            target: the data set's own labels ``[N]``.
+            class_names: a name for each class, or only their number.
+            image: not looked at, as ``file``.
+            file: see there.
+
+        Returns:
+            uint8 ``[N, K]``: 1 for a candidate, else 0.
+
+        Raises:
+            ValueError: for labels out of range, and for candidates that are none or do not belong to the data set.
+        """
+        names = [str(c) for c in range(class_names)] if isinstance(class_names, int) else list(class_names)
+        at_least_two(names)
+        own = np.asarray(target)
+        own = to_target(own, len(own), len(names), "labels").numpy()
+        drawn = np.asarray(self.draw(own, names, numpy_generator(self.seed, "candidates")))
+        return to_candidates(drawn, own, len(names), f"candidates of {self}")
+
+
+def to_candidates(array: np.ndarray, own: np.ndarray, num_classes: int, name: str) -> np.ndarray:
+    """Candidates as uint8 ``[N, K]``, after checking them.
+
+    Args:
+        array: ``[N, K]`` of 0 and 1.
+        own: the labels of the samples, int64 ``[N]``.
+        num_classes: ``K``.
+        name: what to call them in errors.
+
+    Raises:
+        ValueError: for another shape, other values, a sample without candidates, and one whose label is none of them.
+    """
+    if array.shape != (len(own), num_classes):
+        raise ValueError(
+            f"{name} must be [{len(own)}, {num_classes}], a row for each sample and a column for each class, got "
+            f"{list(array.shape)}: give those of this data set"
+        )
+    if array.dtype.kind not in "biuf" or not np.isin(array, (0, 1)).all():
+        raise ValueError(f"{name} must hold 0 and 1, got {array.dtype} with other values: correct them")
+    there = array.astype(np.uint8)
+    for bad, what in ((~there.any(1), "no candidate"), (there[range(len(own)), own] == 0, "not its own label")):
+        if bad.any():
+            raise ValueError(
+                f"{name} must have the label of each sample, got {what} for sample {int(bad.argmax())}: add it"
+            )
+    return there
+
+
+class UniformCandidates(CandidateSets):
+    """Each wrong label becomes a candidate with probability ``q``, whatever the class.
+
+    With ``q=0.5`` and ``reject_full`` every set with the true label, but for that of all labels, is equally likely.
+
+    Args:
+        q: in [0, 1).
+        ensure_ambiguous: give a sample without a wrong label one, drawn at random.
+        reject_full: draw the samples anew that have all labels.
+        seed: fixes the candidates, together with nothing but the labels; 0 or more.
+
+    Raises:
+        ValueError: for an argument out of its range; for 2 classes with both options, which nothing fulfils.
+    """
+
+    def __init__(self, q: float, ensure_ambiguous: bool = False, reject_full: bool = False, seed: int = 1) -> None:
+        check_numbers(least=0, below=1, q=q)
+        self.q = float(q)
+        self.ensure_ambiguous = ensure_ambiguous
+        self.reject_full = reject_full
+        super().__init__(seed)
+
+    @property
+    def nominal_rate(self) -> float:
+        return self.q
+
+    def draw(self, target: np.ndarray, class_names: Sequence[str], generator: np.random.Generator) -> np.ndarray:
+        count = len(class_names)
+        if count == 2 and self.ensure_ambiguous and self.reject_full:
+            raise ValueError("ensure_ambiguous and reject_full exclude each other with 2 classes: leave one out")
+        own = np.eye(count, dtype=np.uint8)[target]
+        # of all labels at once, so that it depends on their number, the classes and the seed alone
+        given = candidates_from_uniforms(own, self.q, generator.random(own.shape))
+        while self.reject_full and len(full := np.flatnonzero(given.all(1))):
+            given[full] = candidates_from_uniforms(own[full], self.q, generator.random((len(full), count)))
+        if self.ensure_ambiguous:
+            other = generator.integers(count - 1, size=len(target))
+            single = np.flatnonzero(given.sum(1) == 1)
+            given[single, (other + (other >= target))[single]] = 1
+        return given
+
+
+class PairwiseCandidates(CandidateSets):
+    """The next class (the first after the last) becomes a candidate with probability ``q``, and no other.
+
+    Args:
+        q: 0 to 1.
+        seed: fixes the candidates, together with nothing but the labels; 0 or more.
+
+    Raises:
+        ValueError: for an argument out of its range.
+    """
+
+    def __init__(self, q: float, seed: int = 1) -> None:
+        check_numbers(least=0, most=1, q=q)
+        self.q = float(q)
+        super().__init__(seed)
+
+    @property
+    def nominal_rate(self) -> float:
+        return self.q
+
+    def draw(self, target: np.ndarray, class_names: Sequence[str], generator: np.random.Generator) -> np.ndarray:
+        given = np.eye(len(class_names), dtype=np.uint8)[target]
+        chosen = np.flatnonzero(generator.random(len(target)) < self.q)
+        given[chosen, (target[chosen] + 1) % len(class_names)] = 1
+        return given

@@ -1,0 +1,317 @@
+"""Candidates of data of one class a sample: the generators, files, the meta set, the record, real sets."""
+
+import hashlib
+
+import lightning as L
+import numpy as np
+import pytest
+import torch
+from scipy.io import savemat
+from scipy.sparse import csc_matrix
+
+from lightning_kd.core.run_callbacks import run_callbacks
+from lightning_kd.core.run_folder import RunFolder
+from lightning_kd.core.supervised import Classification
+from lightning_kd.data import (
+    ArrayDataModule,
+    CandidateFile,
+    CandidateLabels,
+    DigitsDataModule,
+    MosaicDataModule,
+    OpenSetDataModule,
+    PairwiseCandidates,
+    PartialLabelDataModule,
+    SymmetricNoise,
+    UniformCandidates,
+)
+
+COUNT, CLASSES = 3000, 6
+TARGET = np.arange(COUNT) % CLASSES
+WRONG = np.ones((COUNT, CLASSES), dtype=bool)
+WRONG[range(COUNT), TARGET] = False
+
+
+def of(sets, target=TARGET, classes=CLASSES):
+    return sets.corrupt(target, classes)
+
+
+def within_three_deviations(found, rate, count):
+    return abs(found - rate) <= 3 * np.sqrt(rate * (1 - rate) / count)
+
+
+@pytest.mark.parametrize("q", [0.1, 0.3, 0.5, 0.7])
+def test_uniform_candidates(q):
+    given = of(UniformCandidates(q))
+    assert given.dtype == np.uint8
+    assert given[range(COUNT), TARGET].all()
+    assert within_three_deviations(given[WRONG].mean(), q, WRONG.sum())
+    assert given.sum(1).mean() == pytest.approx(1 + (CLASSES - 1) * q, abs=0.1)
+    assert np.array_equal(given, of(UniformCandidates(q)))
+    assert not np.array_equal(given, of(UniformCandidates(q, seed=2)))
+    # a rate that is higher adds to the same ones
+    assert (of(UniformCandidates(q + 0.2)) >= given).all()
+    # each sample's wrong candidates depend on its place, not on the labels of others
+    other = TARGET.copy()
+    other[0] = 5
+    assert np.array_equal(of(UniformCandidates(q), other)[1:], given[1:])
+
+
+def test_options_of_uniform_candidates():
+    plain = of(UniformCandidates(0.7))
+    assert (plain.sum(1) == CLASSES).any()
+    fewer = of(UniformCandidates(0.7, reject_full=True))
+    assert (fewer.sum(1) < CLASSES).all()
+    kept = plain.sum(1) < CLASSES
+    assert np.array_equal(fewer[kept], plain[kept])
+    plain, more = of(UniformCandidates(0.1)), of(UniformCandidates(0.1, ensure_ambiguous=True))
+    single = plain.sum(1) == 1
+    assert single.any()
+    assert np.array_equal(more[~single], plain[~single])
+    assert (more[single].sum(1) == 2).all()
+    # every wrong label is as likely
+    added = (more - plain)[single & (TARGET == 2)].mean(0)
+    assert added[2] == 0
+    assert all(within_three_deviations(share, 0.2, (single & (TARGET == 2)).sum()) for share in np.delete(added, 2))
+
+
+def test_half_and_not_full_is_uniform_over_the_sets():
+    given = of(UniformCandidates(0.5, reject_full=True), np.zeros(COUNT, np.int64), 4)
+    sets, counts = np.unique(given, axis=0, return_counts=True)
+    assert len(sets) == 2**3 - 1
+    assert all(within_three_deviations(n / COUNT, 1 / 7, COUNT) for n in counts)
+
+
+def test_pairwise_candidates():
+    given = of(PairwiseCandidates(0.4))
+    following = (TARGET + 1) % CLASSES
+    assert within_three_deviations(given[range(COUNT), following].mean(), 0.4, COUNT)
+    assert (given.sum(1) == 1 + given[range(COUNT), following]).all()
+    assert given[range(COUNT), TARGET].all()
+    assert (of(PairwiseCandidates(1.0)).sum(1) == 2).all()
+
+
+def test_candidates_in_files(tmp_path, caplog):
+    given = of(UniformCandidates(0.3))
+    np.save(tmp_path / "a.npy", given.astype(bool))
+    np.savez(tmp_path / "b.npz", given=given, clean=TARGET)
+    np.savez(tmp_path / "c.npz", mine=given, other=given[:, ::-1])
+    for sets in (
+        CandidateFile(str(tmp_path / "a.npy")),
+        CandidateFile(str(tmp_path / "b.npz")),
+        CandidateFile(str(tmp_path / "c.npz"), "mine"),
+    ):
+        assert np.array_equal(of(sets), given)
+    (tmp_path / "d.csv").write_text("index,label\n0,no\n0,yes\n2,no\n")
+    found = CandidateFile(str(tmp_path / "d.csv")).corrupt([0, 1, 0], ["no", "yes"])
+    assert found.tolist() == [[1, 1], [0, 1], [1, 0]]
+    assert "has no line for 1 of 3 samples" in caplog.text
+
+
+@pytest.mark.parametrize(
+    ("array", "message"),
+    [
+        (np.ones((3, 3)), r"must be \[3, 2\], a row for each sample .* got \[3, 3\]"),
+        (np.array([[1, 0], [0, 2], [1, 0]]), r"must hold 0 and 1"),
+        (np.array([[1, 0], [0, 0], [1, 0]]), r"got no candidate for sample 1: add it"),
+        (np.array([[1, 0], [0, 1], [0, 1]]), r"got not its own label for sample 2: add it"),
+    ],
+)
+def test_candidates_that_do_not_fit(tmp_path, array, message):
+    np.save(tmp_path / "a.npy", array)
+    with pytest.raises(ValueError, match=message):
+        CandidateFile(str(tmp_path / "a.npy")).corrupt([0, 1, 0], 2)
+
+
+def test_files_that_do_not_fit(tmp_path):
+    np.savez(tmp_path / "c.npz", mine=np.eye(3), other=np.eye(3))
+    for key in (None, "third"):
+        with pytest.raises(ValueError, match=rf"key={key!r} is none of .* which holds mine, other"):
+            CandidateFile(str(tmp_path / "c.npz"), key).corrupt([0, 1, 0], 2)
+    for text, message in (
+        ("item,label\n0,1\n", "must have the columns index and label, it lacks index"),
+        ("index,label\n0,1\n7,0\n", "must be from 0 to 2, got 7"),
+        ("index,label\n0,1\nx,0\n", "must hold whole numbers"),
+        ("index,label\n0,2\n", "must be between 0 and 1, got 2"),
+    ):
+        (tmp_path / "d.csv").write_text(text)
+        with pytest.raises(ValueError, match=message):
+            CandidateFile(str(tmp_path / "d.csv")).corrupt([0, 1, 0], 2)
+    with pytest.raises(ValueError, match=r"^path must end in"):
+        CandidateFile("a.txt")
+
+
+def test_arguments_out_of_range():
+    for make in (lambda: UniformCandidates(1.0), lambda: UniformCandidates(-0.1), lambda: PairwiseCandidates(1.1)):
+        with pytest.raises(ValueError, match=r"^q must be at least 0 and"):
+            make()
+    with pytest.raises(ValueError, match=r"^ensure_ambiguous and reject_full exclude each other with 2 classes"):
+        of(UniformCandidates(0.5, True, True), np.zeros(4, np.int64), 2)
+    with pytest.raises(ValueError, match=r"^noise and candidates exclude each other"):
+        DigitsDataModule(noise=SymmetricNoise(0.2), candidates=UniformCandidates(0.2))
+    with pytest.raises(ValueError, match=r"^noise and meta_per_class exclude each other"):
+        DigitsDataModule(noise=SymmetricNoise(0.2), meta_per_class=2)
+    with pytest.raises(ValueError, match=r"^meta_per_class must be at least 1, got 0"):
+        DigitsDataModule(meta_per_class=0)
+    with pytest.raises(ValueError, match=r"^candidates is for one class a sample, the data has"):
+        ArrayDataModule("none.npz", fake=True, kind="multi_label", candidates=UniformCandidates(0.2))
+    with pytest.raises(ValueError, match=r"^candidates is for several labels a sample, the data has"):
+        ArrayDataModule("none.npz", fake=True, candidates=CandidateLabels(0.2))
+    with pytest.raises(ValueError, match=r"^the source of a pool takes no candidates"):
+        OpenSetDataModule(DigitsDataModule(candidates=UniformCandidates(0.2)), known_classes=4)
+    with pytest.raises(ValueError, match=r"^source takes no candidates"):
+        MosaicDataModule(DigitsDataModule(candidates=UniformCandidates(0.2)))
+
+
+def test_what_a_data_module_has():
+    data = DigitsDataModule(candidates=UniformCandidates(0.3), meta_per_class=3, val_fraction=0.2)
+    plain = DigitsDataModule(val_fraction=0.2)
+    data.setup()
+    plain.setup()
+    assert torch.equal(data.train_target, plain.train_target)
+    assert np.array_equal(data.val_indices, plain.val_indices)
+    assert np.array_equal(np.union1d(data.train_indices, data.meta_indices), plain.train_indices)
+    assert len(np.intersect1d(data.train_indices, data.meta_indices)) == 0
+    assert np.bincount(data.train_target[data.meta_indices]).tolist() == [3] * 10
+    expected = UniformCandidates(0.3).corrupt(data.train_target, 10)
+    assert np.array_equal(data.train_candidates.numpy(), expected)
+    batch = next(iter(data.loader("train", shuffle=True)))
+    assert torch.equal(batch.extras["candidates"], data.train_candidates[batch.index])
+    assert batch.extras["candidates"].shape == (64, 10)
+    assert "candidates" in next(iter(data.loader("val"))).extras
+    assert next(iter(data.loader("test"))).extras == {}
+    other = DigitsDataModule(meta_per_class=3, val_fraction=0.2, seed=1)
+    other.setup()
+    assert other.train_candidates is None
+    assert not np.array_equal(other.meta_indices, data.meta_indices)
+
+
+def test_arrays_of_one_class_take_candidates():
+    data = ArrayDataModule("none.npz", fake=True, candidates=PairwiseCandidates(0.5), meta_per_class=1)
+    data.setup()
+    assert data.train_candidates.sum(1).float().mean() == pytest.approx(1.5, abs=0.1)
+    assert len(data.meta_indices) == 10
+
+
+def test_a_meta_set_of_those_with_one_candidate(tmp_path, caplog):
+    plain = DigitsDataModule()
+    plain.setup()
+    given = UniformCandidates(0.15).corrupt(plain.train_target, 10)
+    given[plain.train_target == 4, 5] = 1
+    np.save(tmp_path / "a.npy", given)
+    candidates = CandidateFile(str(tmp_path / "a.npy"), meta_from_single=True)
+    data = DigitsDataModule(candidates=candidates, meta_per_class=3)
+    trainer_of(tmp_path / "run", max_epochs=1).fit(Classification("mlp_8", 10, input_shape=(1, 8, 8)), data)
+    assert bool((data.train_candidates[data.meta_indices].sum(1) == 1).all())
+    assert np.bincount(data.train_target[data.meta_indices], minlength=10).tolist() == [3] * 4 + [0] + [3] * 5
+    assert "meta set: 27 samples with their true labels, held out; none of 4" in caplog.text
+    assert "labels a training sample" in caplog.text
+
+
+def trainer_of(folder, **options):
+    quiet = {"enable_progress_bar": False, "enable_model_summary": False, "accelerator": "cpu", "logger": False}
+    return L.Trainer(callbacks=run_callbacks(RunFolder(folder)), default_root_dir=folder, **quiet, **options)
+
+
+def test_drawn_once_and_kept(tmp_path, monkeypatch):
+    def task():
+        return Classification("mlp_8", 10, input_shape=(1, 8, 8))
+
+    data = DigitsDataModule(candidates=UniformCandidates(0.3), fake=True, meta_per_class=2)
+    trainer_of(tmp_path, max_epochs=1).fit(task(), data)
+    record = np.load(tmp_path / "noise.npz")
+    given = record["given"]
+    assert np.array_equal(given, data.train_candidates.numpy())
+    assert str(record["sha256"]) == hashlib.sha256(given.astype("<i8").tobytes()).hexdigest()
+    assert "UniformCandidates(q=0.3" in str(record["generator"])
+    last = tmp_path / "checkpoints/last.ckpt"
+
+    def refused(*args):
+        raise AssertionError("drawn again")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(UniformCandidates, "draw", refused)
+        again = DigitsDataModule(candidates=UniformCandidates(0.3), fake=True, meta_per_class=2)
+        trainer_of(tmp_path, max_epochs=2).fit(task(), again, ckpt_path=last, weights_only=True)
+    assert torch.equal(again.train_candidates, data.train_candidates)
+    assert np.array_equal(again.meta_indices, data.meta_indices)
+    for other, message in (
+        ({"candidates": UniformCandidates(0.5), "meta_per_class": 2}, "belongs to the checkpoint in that folder"),
+        ({"meta_per_class": 2}, "would train on clean labels"),
+        ({"candidates": UniformCandidates(0.3), "meta_per_class": 3}, "trained on other data"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            trainer_of(tmp_path, max_epochs=3).fit(
+                task(), DigitsDataModule(**other, fake=True), ckpt_path=last, weights_only=True
+            )
+    with pytest.raises(ValueError, match=r"trained on other labels than those of candidates=Uniform"):
+        trainer_of(tmp_path / "b", max_epochs=3).fit(
+            task(),
+            DigitsDataModule(candidates=UniformCandidates(0.5), fake=True, meta_per_class=2),
+            ckpt_path=last,
+            weights_only=True,
+        )
+
+
+def mat_file(path, count=40, classes=4, **changes):
+    draw = np.random.default_rng(0)
+    target = np.arange(count) % classes
+    true = np.eye(classes)[target].T
+    partial = np.maximum(true, draw.random((classes, count)) < 0.3)
+    arrays = {"data": draw.normal(3, 2, (count, 5)), "partial_target": csc_matrix(partial), "target": csc_matrix(true)}
+    savemat(path, {**arrays, **changes})
+    return partial.T, target
+
+
+def test_a_real_set(tmp_path):
+    partial, target = mat_file(tmp_path / "lost.mat")
+    seen = []
+    for fold in range(10):
+        data = PartialLabelDataModule(str(tmp_path / "lost.mat"), fold=fold, meta_per_class=2)
+        data.setup()
+        assert (data.num_classes, data.input_shape) == (4, (5,))
+        assert len(data.test_target) == 4
+        assert len(data.train_indices) == 36 - 8
+        seen += data.test_target.tolist()
+        assert bool(data.train_candidates[range(36), data.train_target].all())
+    assert sorted(seen) == sorted(target.tolist())
+    assert (
+        data.train_candidates.sum() + partial[np.setdiff1d(range(40), rows_of(data, tmp_path))].sum() == partial.sum()
+    )
+    batch = next(iter(data.loader("train", batch_size=100)))
+    assert batch.extras["candidates"].shape == (28, 4)
+    everyone = next(iter(data.loader("train", np.arange(36)))).image
+    torch.testing.assert_close(everyone.mean(0), torch.zeros(5), rtol=0, atol=1e-5)
+    torch.testing.assert_close(everyone.std(0, correction=0), torch.ones(5))
+    assert data.train_target.tolist() == target[rows_of(data, tmp_path)].tolist()
+
+
+def rows_of(data, folder):
+    """The rows of the file that are the training samples."""
+    from scipy.io import loadmat
+
+    feature = torch.from_numpy(loadmat(folder / "lost.mat")["data"]).float()
+    return [int((feature == sample).all(1).nonzero()) for sample in data.train_image]
+
+
+def test_real_sets_that_are_refused(tmp_path):
+    path = tmp_path / "a.mat"
+    with pytest.raises(FileNotFoundError, match=r"does not exist: give the path of a \.mat file"):
+        PartialLabelDataModule(str(path))
+    assert PartialLabelDataModule(str(path), fake=True).num_classes == 5
+    path.write_bytes(b"nothing of the kind")
+    with pytest.raises(ValueError, match=r"is damaged, or no \.mat file"):
+        PartialLabelDataModule(str(path))
+    for change, message in (
+        ({"target": np.eye(4)}, r"must both be \[K, 40\], a column for each sample, got \[4, 40\] and \[4, 4\]"),
+        ({"target": np.ones((4, 40))}, r"target .* must name one class for each sample, got 4 for sample 0"),
+        ({"partial_target": np.zeros((4, 40))}, r"partial_target .* got no candidate for sample 0"),
+        ({"data": np.full((40, 5), np.nan)}, r"data .* must be finite"),
+    ):
+        mat_file(path, **change)
+        with pytest.raises(ValueError, match=message):
+            PartialLabelDataModule(str(path))
+    savemat(path, {"data": np.zeros((3, 2))})
+    with pytest.raises(ValueError, match=r"lacks partial_target, target, it holds data"):
+        PartialLabelDataModule(str(path))
+    with pytest.raises(ValueError, match=r"^fold must be at least 0 and below 10, got 10"):
+        PartialLabelDataModule(str(path), fold=10)
