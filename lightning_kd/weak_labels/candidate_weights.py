@@ -1,4 +1,4 @@
-"""Weights of candidate labels: of each sample at most 1 in all, 0 off the candidates."""
+"""Weights of candidate labels, 0 off the candidates, and the losses of them."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from torch import Tensor
 
 from lightning_kd.core.losses import at_least_float32, check_shapes
 
-__all__ = ["likely_weights", "uniform_weights"]
+__all__ = ["candidate_likelihood_loss", "likely_weights", "uniform_weights", "weighted_candidate_loss"]
 
 
 def check_candidates(candidates: Tensor, letters: str = "BK") -> Tensor:
@@ -58,3 +58,34 @@ def likely_weights(logits: Tensor, candidates: Tensor) -> Tensor:
     check_shapes(logits=(logits, "BK"), candidates=(candidates, "BK"))
     (logits,) = at_least_float32(logits.detach())
     return logits.masked_fill(~check_candidates(candidates), -torch.inf).softmax(1)
+
+
+def weighted_candidate_loss(logits: Tensor, weights: Tensor) -> Tensor:
+    """Cross-entropy with each label by its weight: ``-1/B sum_ij w_ij log p_ij``.
+
+    Args:
+        logits: ``[B, K]``, with graph.
+        weights: ``[B, K]``, taken as constant.
+
+    Raises:
+        ValueError: for shapes that differ.
+    """
+    check_shapes(logits=(logits, "BK"), weights=(weights, "BK"))
+    return -(weights.detach() * logits.log_softmax(1)).sum() / len(logits)
+
+
+def candidate_likelihood_loss(logits: Tensor, candidates: Tensor) -> Tensor:
+    """``-log`` of the probability that the class is a candidate, the mean over samples.
+
+    Args:
+        logits: ``[B, K]``, with graph.
+        candidates: ``[B, K]``, above 0 where a class is a candidate.
+
+    Raises:
+        ValueError: for shapes that differ, and a sample without any candidate.
+
+    Source: CC, Feng et al., NeurIPS 2020, arXiv 2007.08929.
+    """
+    check_shapes(logits=(logits, "BK"), candidates=(candidates, "BK"))
+    inside = logits.masked_fill(~check_candidates(candidates), -torch.inf)
+    return (logits.logsumexp(1) - inside.logsumexp(1)).mean()
