@@ -29,6 +29,7 @@ KD = ("tests/distillation",)
 NOISY = "tests/noisy_labels"
 POOL = "tests/active_learning"
 FLAT = "tests/flatness"
+GRADIENT = ("tests/weak_labels/test_meta_gradient.py",)
 CONFIGS = "tests/test_configs.py"
 
 MUTANTS = [
@@ -1366,6 +1367,41 @@ MUTANTS = [
         "teacher_logits.detach()",
         "teacher_logits",
         ("tests/core/test_loss_checks.py",),
+    ),
+    Mutant(
+        "MoGD's meta gradient at the weights before the virtual step",
+        "weak_labels/mogd.py",
+        "_meta_loss(forward(leaves, meta_x), meta_target), moved)",
+        "_meta_loss(forward(leaves, meta_x), meta_target), start)",
+        GRADIENT,
+    ),
+    Mutant(
+        "MoGD's weights go up the meta gradient",
+        "weak_labels/mogd.py",
+        "(weights - step * gradient)",
+        "(weights + step * gradient)",
+        GRADIENT,
+    ),
+    Mutant(
+        "a sample whose candidates all lose has equal weights of all classes",
+        "weak_labels/mogd.py",
+        "torch.where(total > 0, raised, there.to(raised.dtype))",
+        "torch.where(total > 0, raised, 1.0)",
+        GRADIENT,
+    ),
+    Mutant(
+        "MoGD's passes move the running statistics",
+        "weak_labels/candidate_task.py",
+        "{name: buffer.clone() for name",
+        "{name: buffer for name",
+        ("tests/weak_labels/test_mogd.py",),
+    ),
+    Mutant(
+        "a wrong label that a sample is given may be its own",
+        "data/candidate_sets.py",
+        "(other + (other >= target))",
+        "(other + (other > target))",
+        ("tests/data/test_candidate_sets.py",),
     ),
     Mutant(
         "names with a mark of their own lose it",

@@ -154,6 +154,7 @@ def test_the_measured_flatness_setting_composes():
         ("flatness/sgd_cifar10", "flatness/cifar10_10k"),
         ("noisy_labels/ce_cifar10", "noisy_labels/cifar10_10k"),
         ("active_learning/entropy_cifar10", "active_learning/cifar10_10k"),
+        ("weak_labels/mogd_fashion_mnist", "weak_labels/fashion_10k"),
     ],
 )
 def test_an_overlay_with_a_schedule_ends_it_with_its_training(tmp_path, base, overlay):

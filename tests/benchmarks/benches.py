@@ -23,6 +23,7 @@ from pool import badge, books, k_center, lewis, posterior, score
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 from torchvision import transforms
+from weak import mogd
 
 from lightning_kd.core.batch import Batch
 from lightning_kd.core.run_callbacks import run_callbacks
@@ -343,6 +344,7 @@ BENCHES = {
     "dpc": dpc,
     "rows": rows,
     "relations": relations,
+    "mogd": mogd,
     "k_center": k_center,
     "badge": badge,
     "lewis": lewis,
