@@ -120,7 +120,8 @@ def _likelihood(logits: Tensor, there: Tensor, weights: Tensor) -> Tensor:
 
 def _meta_loss(logits: Tensor, target: Tensor) -> Tensor:
     check_target(logits, target, "meta_target")
-    return F.cross_entropy(*at_least_float32(logits), target)
+    (logits,) = at_least_float32(logits)
+    return F.cross_entropy(logits, target)
 
 
 def _gradients(loss: Callable[[dict[str, Tensor]], Tensor], values: Mapping[str, Tensor]) -> dict[str, Tensor]:
@@ -283,8 +284,8 @@ class MoGD(CandidateTask):
                 path, tap = self._head
                 x, meta_x = at_least_float32(feature, tap.pop())
                 call, parameters = _linear, dict(self.network.get_submodule(path).named_parameters())
-            parameters = dict(zip(parameters, at_least_float32(*parameters.values()), strict=True))
-            slope = meta_slopes(call, parameters, x, candidates, meta_x, meta.target, start, lr)
+            own = dict(zip(parameters, at_least_float32(*parameters.values()), strict=True))
+            slope = meta_slopes(call, own, x, candidates, meta_x, meta.target, start, lr)
         start = torch.zeros_like(slope) if start is None else start
         rows = updated_weights(start, slope, candidates, self.weight_step)
         self.stored.write(self.index_of(labelled), rows)
