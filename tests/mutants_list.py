@@ -1182,8 +1182,8 @@ MUTANTS = [
     Mutant(
         "a resumed fit takes other noisy labels",
         "data/classification_data.py",
-        "if fitting and noisy and stored",
-        "if False and noisy and stored",
+        'if fitting and state_dict.get("labels_sha256")',
+        'if False and state_dict.get("labels_sha256")',
         ("tests/data/test_label_files.py",),
     ),
     Mutant(
