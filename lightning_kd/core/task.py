@@ -133,7 +133,8 @@ class Task(EvaluatedModule):
         """
         # Trainer(overfit_batches=...) promises the same batches each epoch, but cannot change this loader itself
         overfit = self.trainer.overfit_batches > 0  # type: ignore[attr-defined]
-        views = {} if self.view is None else {"views": self.view}
+        view = self.view if isinstance(self, Task) else None  # modules of users come here, too
+        views = {} if view is None else {"views": view}
         return data.loader("train", shuffle=not overfit, augment=True, batch_size=data.batch_size, **views)
 
     def write_results(self, folder: Path) -> None:
