@@ -34,8 +34,8 @@ def check_annotations(annotations: Any, num_classes: int) -> Tensor:
         low, high = (int(value) for value in given.aminmax())
         if low < -1 or high >= num_classes:
             raise ValueError(
-                f"annotations must be classes from 0 to {num_classes - 1}, or -1 for none, got {low} to {high}: correct "
-                "them"
+                f"annotations must be classes from 0 to {num_classes - 1}, or -1 for none, got {low} to {high}: "
+                "correct them"
             )
     return given.long()
 
@@ -43,7 +43,7 @@ def check_annotations(annotations: Any, num_classes: int) -> Tensor:
 def observed_cells(annotations: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """Item, annotator and class of every annotation in ``[N, R]`` that there is, in the order of the cells."""
     item, annotator = (annotations >= 0).nonzero(as_tuple=True)
-    return item, annotator, annotations[item, annotator]
+    return item, annotator, annotations[item, annotator].long()
 
 
 def majority_vote(annotations: Any, num_classes: int) -> Tensor:

@@ -1,5 +1,6 @@
 """LightningDataModules: what the methods train on."""
 
+from lightning_kd.data.annotated_data import AnnotatedDataModule
 from lightning_kd.data.array_files import Arrays
 from lightning_kd.data.arrays import ArrayDataModule
 from lightning_kd.data.augment import CropFlip, Normalize
@@ -7,6 +8,7 @@ from lightning_kd.data.camvid import CamVidDataModule
 from lightning_kd.data.candidate_files import CandidateFile
 from lightning_kd.data.candidate_sets import CandidateSets, PairwiseCandidates, UniformCandidates
 from lightning_kd.data.cifar import CIFAR10DataModule, CIFAR100DataModule
+from lightning_kd.data.cifar_crowds import CIFAR10H, CIFARNCrowd
 from lightning_kd.data.cifar_n import CIFARN
 from lightning_kd.data.cityscapes import CityscapesDataModule
 from lightning_kd.data.class_noise import (
@@ -17,6 +19,8 @@ from lightning_kd.data.class_noise import (
 )
 from lightning_kd.data.classification_data import ClassificationDataModule
 from lightning_kd.data.coco import COCODataModule
+from lightning_kd.data.crowd_files import CrowdAnnotations
+from lightning_kd.data.crowd_labels import CrowdLabels, SimulatedCrowd
 from lightning_kd.data.digits import DigitsDataModule
 from lightning_kd.data.fashion_mnist import FashionMNISTDataModule
 from lightning_kd.data.image_folder import ImageFolderDataModule
@@ -38,13 +42,16 @@ from lightning_kd.data.voc import VOCDataModule
 from lightning_kd.data.weak_labels import CandidateLabels, SinglePositive
 
 __all__ = [
+    "CIFAR10H",
     "CIFARN",
+    "AnnotatedDataModule",
     "ArrayDataModule",
     "Arrays",
     "AsymmetricNoise",
     "BatchLoader",
     "CIFAR10DataModule",
     "CIFAR100DataModule",
+    "CIFARNCrowd",
     "COCODataModule",
     "CamVidDataModule",
     "CandidateFile",
@@ -54,6 +61,8 @@ __all__ = [
     "ClassificationDataModule",
     "CleanLabels",
     "CropFlip",
+    "CrowdAnnotations",
+    "CrowdLabels",
     "DigitsDataModule",
     "FashionMNISTDataModule",
     "ImageFolderDataModule",
@@ -73,6 +82,7 @@ __all__ = [
     "ResidentLoader",
     "SegmentationFolderDataModule",
     "ShardedSampler",
+    "SimulatedCrowd",
     "SinglePositive",
     "StoredImages",
     "StreamingLoader",

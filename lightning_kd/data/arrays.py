@@ -27,6 +27,7 @@ from lightning_kd.data.array_files import (
 )
 from lightning_kd.data.augment import CropFlip
 from lightning_kd.data.candidate_sets import CandidateSets
+from lightning_kd.data.crowd_labels import CrowdLabels
 from lightning_kd.data.fake_data import fake_arrays, fake_label_arrays, fake_mask_arrays
 from lightning_kd.data.label_noise import LabelNoise
 from lightning_kd.data.multi_label_data import MultiLabelDataModule
@@ -102,6 +103,7 @@ class ArrayDataModule(MultiLabelDataModule):
         n_grid: see there.
         meta_per_class: so many training samples of each class are held out with their true labels, for methods that
             learn from candidates.
+        annotations: gives the training samples labels by several annotators, see ``AnnotatedDataModule``.
 
     Raises:
         ValueError: for an argument out of its range, and for arrays that are damaged or do not fit together.
@@ -138,6 +140,7 @@ class ArrayDataModule(MultiLabelDataModule):
         normalize: bool = True,
         n_grid: int = 2,
         meta_per_class: int | None = None,
+        annotations: CrowdLabels | None = None,
     ) -> None:
         check_numbers(above=0, below=1, remedy="give a share", test_fraction=test_fraction)
         check_numbers(least=0, whole=True, crop_padding=crop_padding)
@@ -191,6 +194,7 @@ class ArrayDataModule(MultiLabelDataModule):
             seed=seed,
             fake=fake,
             noise=noise,
+            annotations=annotations,
             balance=balance,
             problem=_PROBLEMS[self.kind](len(names)),
             predict=predict,

@@ -11,6 +11,7 @@ from torchvision import datasets
 
 from lightning_kd.data.augment import CropFlip
 from lightning_kd.data.candidate_sets import CandidateSets
+from lightning_kd.data.crowd_labels import CrowdLabels
 from lightning_kd.data.label_noise import LabelNoise
 from lightning_kd.data.published_sets import OfficialDataModule
 
@@ -70,6 +71,7 @@ class CIFAR10DataModule(OfficialDataModule):
             ``PairwiseCandidates`` and ``CandidateFile``.
         meta_per_class: so many training samples of each class are held out with their true labels, for methods that
             learn from candidates.
+        annotations: gives the training samples labels by several annotators, see ``AnnotatedDataModule``.
 
     Raises:
         ValueError: for an argument out of its range, and for a damaged file or a wrong checksum.
@@ -98,6 +100,7 @@ class CIFAR10DataModule(OfficialDataModule):
         balance: bool = False,
         candidates: CandidateSets | None = None,
         meta_per_class: int | None = None,
+        annotations: CrowdLabels | None = None,
     ) -> None:
         super().__init__(
             root,
@@ -117,6 +120,7 @@ class CIFAR10DataModule(OfficialDataModule):
             seed=seed,
             fake=fake,
             noise=noise,
+            annotations=annotations,
             balance=balance,
             candidates=candidates,
             meta_per_class=meta_per_class,
@@ -159,6 +163,7 @@ class CIFAR100DataModule(OfficialDataModule):
             ``PairwiseCandidates`` and ``CandidateFile``.
         meta_per_class: so many training samples of each class are held out with their true labels, for methods that
             learn from candidates.
+        annotations: gives the training samples labels by several annotators, see ``AnnotatedDataModule``.
 
     Raises:
         ValueError: for an argument out of its range, and for a damaged file or a wrong checksum.
@@ -188,6 +193,7 @@ class CIFAR100DataModule(OfficialDataModule):
         balance: bool = False,
         candidates: CandidateSets | None = None,
         meta_per_class: int | None = None,
+        annotations: CrowdLabels | None = None,
     ) -> None:
         if labels not in ("fine", "coarse"):
             raise ValueError(f"labels must be 'fine' or 'coarse', got {labels!r}: give one of them")
@@ -209,6 +215,7 @@ class CIFAR100DataModule(OfficialDataModule):
             seed=seed,
             fake=fake,
             noise=noise,
+            annotations=annotations,
             balance=balance,
             candidates=candidates,
             meta_per_class=meta_per_class,

@@ -5,15 +5,16 @@ from __future__ import annotations
 import numpy as np
 
 from lightning_kd.core.seeding import numpy_generator
+from lightning_kd.data.annotated_data import AnnotatedDataModule
 from lightning_kd.data.array_files import Arrays, to_image, to_target
 from lightning_kd.data.augment import CropFlip
 from lightning_kd.data.candidate_sets import CandidateSets
-from lightning_kd.data.classification_data import ClassificationDataModule
+from lightning_kd.data.crowd_labels import CrowdLabels
 from lightning_kd.data.label_noise import LabelNoise
 from lightning_kd.data.splits import take_fraction, without
 
 
-class DigitsDataModule(ClassificationDataModule):
+class DigitsDataModule(AnnotatedDataModule):
     """The 1,797 handwritten digits of scikit-learn: 10 classes, 8 x 8 pixels, grey. Needs no file and no network.
 
     There is no official test split: 20 % of each class are the test set, the same ones for every ``seed``. Images are
@@ -39,6 +40,7 @@ class DigitsDataModule(ClassificationDataModule):
             ``PairwiseCandidates`` and ``CandidateFile``.
         meta_per_class: so many training samples of each class are held out with their true labels, for methods that
             learn from candidates.
+        annotations: gives the training samples labels by several annotators, see ``AnnotatedDataModule``.
 
     Raises:
         ValueError: for an argument out of its range.
@@ -61,6 +63,7 @@ class DigitsDataModule(ClassificationDataModule):
         balance: bool = False,
         candidates: CandidateSets | None = None,
         meta_per_class: int | None = None,
+        annotations: CrowdLabels | None = None,
     ) -> None:
         super().__init__(
             class_names=[str(digit) for digit in range(10)],
@@ -77,6 +80,7 @@ class DigitsDataModule(ClassificationDataModule):
             seed=seed,
             fake=fake,
             noise=noise,
+            annotations=annotations,
             balance=balance,
             candidates=candidates,
             meta_per_class=meta_per_class,

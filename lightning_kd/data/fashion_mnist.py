@@ -10,6 +10,7 @@ from torchvision import datasets
 
 from lightning_kd.data.augment import CropFlip
 from lightning_kd.data.candidate_sets import CandidateSets
+from lightning_kd.data.crowd_labels import CrowdLabels
 from lightning_kd.data.label_noise import LabelNoise
 from lightning_kd.data.published_sets import OfficialDataModule
 
@@ -64,6 +65,7 @@ class FashionMNISTDataModule(OfficialDataModule):
             ``PairwiseCandidates`` and ``CandidateFile``.
         meta_per_class: so many training samples of each class are held out with their true labels, for methods that
             learn from candidates.
+        annotations: gives the training samples labels by several annotators, see ``AnnotatedDataModule``.
 
     Raises:
         ValueError: for an argument out of its range, and for a damaged file or a wrong checksum.
@@ -92,6 +94,7 @@ class FashionMNISTDataModule(OfficialDataModule):
         balance: bool = False,
         candidates: CandidateSets | None = None,
         meta_per_class: int | None = None,
+        annotations: CrowdLabels | None = None,
     ) -> None:
         super().__init__(
             root,
@@ -111,6 +114,7 @@ class FashionMNISTDataModule(OfficialDataModule):
             seed=seed,
             fake=fake,
             noise=noise,
+            annotations=annotations,
             balance=balance,
             candidates=candidates,
             meta_per_class=meta_per_class,

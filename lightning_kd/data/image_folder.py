@@ -17,6 +17,7 @@ from lightning_kd.data.arguments import names_of
 from lightning_kd.data.array_files import Arrays
 from lightning_kd.data.augment import CropFlip, RandomCutout
 from lightning_kd.data.candidate_sets import CandidateSets
+from lightning_kd.data.crowd_labels import CrowdLabels
 from lightning_kd.data.image_files import class_folders, find_images, read_image
 from lightning_kd.data.label_noise import LabelNoise
 from lightning_kd.data.new_samples import files_to_predict
@@ -83,6 +84,7 @@ class ImageFolderDataModule(SplitFiles):
             ``PairwiseCandidates`` and ``CandidateFile``.
         meta_per_class: so many training samples of each class are held out with their true labels, for methods that
             learn from candidates.
+        annotations: gives the training samples labels by several annotators, see ``AnnotatedDataModule``.
 
     Raises:
         ValueError: for an argument out of its range, a root without class folders, and a class without an image.
@@ -122,6 +124,7 @@ class ImageFolderDataModule(SplitFiles):
         balance: bool = False,
         candidates: CandidateSets | None = None,
         meta_per_class: int | None = None,
+        annotations: CrowdLabels | None = None,
     ) -> None:
         check_numbers(least=1, whole=True, image_size=image_size)
         check_numbers(least=0, whole=True, num_workers=num_workers)
@@ -182,6 +185,7 @@ class ImageFolderDataModule(SplitFiles):
             seed=seed,
             fake=fake,
             noise=noise,
+            annotations=annotations,
             predict=predict,
             balance=balance,
             candidates=candidates,

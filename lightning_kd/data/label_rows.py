@@ -20,7 +20,7 @@ def find_rows(columns: Mapping[str, np.ndarray], image: Any, source: str) -> tup
     Positions change where files come or go; so a line with a ``path`` is for the file of that name.
 
     Args:
-        columns: of text ``[n]``, ``index`` and perhaps ``path``.
+        columns: of text ``[n]``, ``index`` and perhaps ``path``; of files ``path`` alone will do.
         image: the samples; where they are a list of paths, those are compared, from the folder on that holds all of
             them, so that this may be another one.
         source: the table, for messages.
@@ -31,8 +31,10 @@ def find_rows(columns: Mapping[str, np.ndarray], image: Any, source: str) -> tup
     Raises:
         ValueError: for an ``index`` that is no whole number, and where no path is that of a sample.
     """
+    numbered = "index" in columns
     try:
-        place = np.array([*map(without_zeros, columns["index"])]).astype(np.int64)
+        given = columns["index"] if numbered else ["-1"] * len(columns["path"])
+        place = np.array([*map(without_zeros, given)]).astype(np.int64)
     except (ValueError, OverflowError) as error:
         raise ValueError(f"the column index of {source!r} must hold whole numbers ({error}): correct it") from None
     here = np.ones(len(place), dtype=bool)
@@ -45,7 +47,7 @@ def find_rows(columns: Mapping[str, np.ndarray], image: Any, source: str) -> tup
         if found is None:  # a table of somebody's own may have shorter names
             here[k] = 0 <= place[k] < len(image) and f"/{as_written(image[place[k]])}".endswith(f"/{path}")
         elif found != place[k]:
-            moved.append(path)
+            moved += [path] if numbered else []
             place[k] = found
     gone = columns["path"][~here].tolist()
     if len(place) and not here.any():

@@ -10,9 +10,9 @@ import torch
 from lightning_kd.argument_checks import check_numbers
 from lightning_kd.core.notes import note
 from lightning_kd.core.problems import MultiLabel
+from lightning_kd.data.annotated_data import AnnotatedDataModule
 from lightning_kd.data.auto_augment import BatchedAutoAugment
 from lightning_kd.data.candidate_sets import CandidateSets
-from lightning_kd.data.classification_data import ClassificationDataModule
 from lightning_kd.data.label_noise import CleanLabels
 from lightning_kd.data.noise_record import load_or_draw_labels
 from lightning_kd.data.rand_augment import BatchedRandAugment
@@ -21,7 +21,7 @@ from lightning_kd.data.weak_labels import CandidateLabels, SinglePositive, WeakL
 __all__ = ["MultiLabelDataModule"]
 
 
-class MultiLabelDataModule(ClassificationDataModule):
+class MultiLabelDataModule(AnnotatedDataModule):
     """A ``ClassificationDataModule`` that, where each sample has several labels, may be given false or few of them.
 
     Targets are float32 ``[N, C]`` of 1, 0 and -1 (not known). With ``candidates``, ``single_positive`` or

@@ -10,12 +10,12 @@ from urllib.error import URLError
 
 import numpy as np
 
+from lightning_kd.data.annotated_data import AnnotatedDataModule
 from lightning_kd.data.array_files import Arrays, check_keys, read_arrays, to_image, to_target, write_npz
 from lightning_kd.data.augment import CropFlip
-from lightning_kd.data.classification_data import ClassificationDataModule
 
 
-class OfficialDataModule(ClassificationDataModule):
+class OfficialDataModule(AnnotatedDataModule):
     """A published set, from ``ROOT/NAME.npz`` or else from the official files as torchvision lays them out.
 
     The ``.npz`` holds ``train_image`` and ``test_image`` (uint8 ``[N, H, W, C]``) and ``train_target`` and

@@ -21,7 +21,7 @@ from lightning_kd.data.augment import (
     view_seed,
 )
 from lightning_kd.data.auto_augment import BatchedAutoAugment
-from lightning_kd.data.sampling import REPEAT, BatchLoader, ShardedSampler
+from lightning_kd.data.sampling import REPEAT, BatchLoader, ShardedSampler, wide
 
 # AutoAugment works on several batches at once: the more images, the more of them share an operation.
 STRONG_BYTES = 8 << 20
@@ -142,7 +142,7 @@ class ResidentLoader(BatchLoader):
         masks = self._mask_views(parts, passes, view_seed(self.sampler.seed, 0), epoch) if self._masks else None
         for part, *views in zip(parts, *images, strict=True):
             index = part.clone()  # a slice would drag the whole order along when it is saved or sent
-            extras = {name: value.index_select(0, index) for name, value in self._extras.items()}
+            extras = {name: wide(value.index_select(0, index)) for name, value in self._extras.items()}
             target = self._target.index_select(0, index) if masks is None else next(masks)
             yield Batch(views[0] if self._single else tuple(views), target, index, extras)
 

@@ -6,6 +6,8 @@ from abc import ABC, abstractmethod
 from collections.abc import Iterator
 
 import numpy as np
+import torch
+from torch import Tensor
 
 from lightning_kd.argument_checks import check_numbers
 from lightning_kd.core.batch import Batch
@@ -160,6 +162,11 @@ class ShardedSampler:
         _, _, batches = self.next_pass()
         for batch in batches:
             yield batch.tolist()
+
+
+def wide(rows: Tensor) -> Tensor:
+    """Integers that are stored in 16 bits as int64, as all that a batch holds; others as they are."""
+    return rows.long() if rows.dtype == torch.int16 else rows
 
 
 class BatchLoader(ABC):

@@ -8,14 +8,14 @@ from typing import Any
 
 import numpy as np
 
-from lightning_kd.data.classification_data import ClassificationDataModule
+from lightning_kd.data.annotated_data import AnnotatedDataModule
 from lightning_kd.data.image_check import check_images
 
 # the splits whose images a stage uses
 SPLITS_OF = {"fit": ("train", "val"), "validate": ("val",), "test": ("test",), "predict": ("test",)}
 
 
-class SplitFiles(ClassificationDataModule):
+class SplitFiles(AnnotatedDataModule):
     """A data module of image files, each of which is looked at before its split is used.
 
     Attributes:

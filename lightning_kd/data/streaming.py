@@ -15,7 +15,7 @@ from lightning_kd.core.batch import Batch
 from lightning_kd.core.seeding import derive_seed, torch_generator
 from lightning_kd.data.augment import view_seed
 from lightning_kd.data.image_files import read_image, truncated_allowed
-from lightning_kd.data.sampling import REPEAT, BatchLoader, ShardedSampler
+from lightning_kd.data.sampling import REPEAT, BatchLoader, ShardedSampler, wide
 
 Key = tuple[int, int, int]
 
@@ -152,4 +152,4 @@ class StreamingLoader(BatchLoader):
 
     def __iter__(self) -> Iterator[Batch]:
         for batch in self._loader:
-            yield batch._replace(extras={name: value[batch.index] for name, value in self._extras.items()})
+            yield batch._replace(extras={name: wide(value[batch.index]) for name, value in self._extras.items()})

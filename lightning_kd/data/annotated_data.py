@@ -1,0 +1,157 @@
+"""The base of the data modules whose samples may be labelled by several annotators."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from lightning_kd.core.annotations import majority_vote
+from lightning_kd.core.notes import note
+from lightning_kd.data.classification_data import ClassificationDataModule
+from lightning_kd.data.crowd_labels import CrowdLabels
+from lightning_kd.data.label_noise import CleanLabels
+from lightning_kd.data.noise_record import digest, load_or_draw_labels
+
+__all__ = ["AnnotatedDataModule"]
+
+
+class AnnotatedDataModule(ClassificationDataModule):
+    """A ``ClassificationDataModule`` that may have labels by several annotators, where each sample has one class.
+
+    With ``annotations``, ``train_annotations`` (int16 ``[N, R]``, else ``None``) are the classes that ``R`` annotators
+    gave to the training samples in use, -1 where there is none; ``Batch.extras`` has them as ``annotations`` (int64
+    ``[B, R]``). ``train_target`` of these samples is the majority, so that any task can be trained on it, and
+    ``train_clean`` the data set's own labels, which nothing learns; validation and test labels stay those.
+    ``train_indices`` are the samples with an annotation, ``unlabelled_indices`` (int64, ascending, else empty) those
+    without, whose target is -1.
+
+    What was drawn is kept in the run folder in ``noise.npz``, with its sha256, and taken from it where a run is resumed
+    or evaluated.
+
+    Args:
+        annotations: gives the training samples labels by several annotators.
+        kwargs: see ``ClassificationDataModule``.
+
+    Raises:
+        ValueError: for annotations where samples have more than one class, and with other noise.
+    """
+
+    train_annotations: Tensor | None
+    unlabelled_indices: np.ndarray
+
+    def __init__(self, *, annotations: CrowdLabels | None = None, **kwargs: Any) -> None:
+        super().__init__(**kwargs)
+        if annotations is not None and not self.problem.one_class:
+            raise ValueError(
+                f"annotations are for one class a sample, the data has {self.problem.kind}: leave them out"
+            )
+        for name in ("noise", "candidates", "meta_per_class"):
+            if annotations is not None and getattr(self, name, None) is not None:
+                raise ValueError(
+                    f"annotations and {name} exclude each other, got {annotations} and {getattr(self, name)}: leave "
+                    "one out"
+                )
+        self.annotations = annotations
+        self.train_annotations = None
+        self.unlabelled_indices = np.arange(0)
+        self._annotation_digest: str | None = None
+
+    @property
+    def annotator_names(self) -> list[str]:
+        """A name for each annotator; none without annotations."""
+        if self.train_annotations is None:
+            return []
+        crowd = self._crowd
+        return crowd.annotator_names(self.train_annotations.shape[1])
+
+    @property
+    def _crowd(self) -> CrowdLabels:
+        crowd = self.annotations
+        assert crowd is not None
+        if self.fake:
+            standing_in = crowd.without_files()
+            assert isinstance(standing_in, CrowdLabels)
+            return standing_in
+        return crowd
+
+    def setup(self, stage: str | None = None) -> None:
+        """Load and split the data, once; to predict new samples, load those alone."""
+        if self.annotations is None:
+            super().setup(stage)
+            return
+        if self._only_new(stage):
+            return
+        folder = self._folder()
+        # annotations drawn before there was a run folder must be those recorded in it
+        if not self._ready or (folder is not None and folder.path != self._noise_folder):
+            self._load()
+        if stage == "fit" and self.trainer is not None:
+            self._tell_annotations()
+
+    def _load(self) -> None:
+        if self.annotations is None:
+            super()._load()
+            return
+        self.train_clean = self.train_annotations = None
+        super()._load()
+        self._ready = False  # until all of it has worked
+        crowd, own, folder = self._crowd, self.train_target, self._folder()
+        used = crowd.keep(own.numpy(), self.train_indices, self.num_classes)
+        path = getattr(self, "path", None)  # of those modules that read one file
+        clean = CleanLabels(own.numpy(), self.class_names, self.train_image, None if path is None else Path(path))
+        drawn = torch.from_numpy(load_or_draw_labels(crowd, clean, folder, self.trainer))
+        given = torch.full_like(drawn, -1)  # what nobody trains on is nobody's business
+        given[used] = drawn[used]
+        there = (given[used] >= 0).any(1).numpy()
+        if not there.any():
+            raise ValueError(f"no training sample has an annotation by {crowd}: is it for this data set?")
+        self.train_indices, self.unlabelled_indices = used[there], used[~there]
+        target = own.clone()
+        target[self.train_indices] = majority_vote(given[self.train_indices], self.num_classes).argmax(1)
+        target[self.unlabelled_indices] = -1
+        self.train_annotations, self.train_clean, self.train_target = given, own, target
+        self._annotation_digest = digest(given.numpy())
+        self._noise_folder = None if folder is None else folder.path
+        self._ready = True
+
+    def _tell_annotations(self) -> None:
+        given, clean = self.train_annotations, self.train_clean
+        assert given is not None
+        assert clean is not None
+        used = len(self.train_indices) + len(self.unlabelled_indices)
+        none = f", {len(self.unlabelled_indices)} have none" if len(self.unlabelled_indices) else ""
+        wrong = (self.train_target[self.train_indices] != clean[self.train_indices]).double().mean()
+        note(
+            f"annotations: {int((given >= 0).sum())} of {used} training samples by {given.shape[1]} annotators{none}; "
+            f"the majority differs from the data set's own label at {wrong:.2%}, by {self._crowd}"
+        )
+
+    def state_dict(self) -> dict[str, Any]:
+        """What checkpoints remember the data by and, with ``annotations``, the sha256 of these."""
+        given = self._annotation_digest if self._ready else None
+        return super().state_dict() | ({} if given is None else {"annotations_sha256": given})
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Before a fit goes on from a checkpoint.
+
+        Raises:
+            ValueError: where that was trained on other annotations, or other data.
+        """
+        fitting = self.trainer is not None and self.trainer.state.fn == "fit"
+        if fitting and state_dict.get("annotations_sha256") != self._annotation_digest:
+            raise ValueError(
+                f"the checkpoint was trained on other labels than those of annotations={self.annotations}: give the "
+                "data and the annotations of that run, or start anew without it"
+            )
+        super().load_state_dict(state_dict)
+
+    def _extras(self, source: str) -> dict[str, Tensor]:
+        """What else is known about each sample of a full array."""
+        found = super()._extras(source)
+        if source == "train" and self.train_annotations is not None:
+            found["annotations"] = self.train_annotations
+        return found

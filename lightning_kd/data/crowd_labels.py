@@ -1,0 +1,142 @@
+"""Labels by several annotators, few for each sample: what they have in common, and simulated ones."""
+
+from __future__ import annotations
+
+from abc import abstractmethod
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from torch import Tensor
+
+from lightning_kd.argument_checks import check_numbers
+from lightning_kd.core.annotations import check_annotations
+from lightning_kd.core.seeding import numpy_generator
+from lightning_kd.data.array_files import to_target
+from lightning_kd.data.label_noise import CleanLabels, DrawnLabels, at_least_two
+from lightning_kd.data.splits import take_per_class
+
+__all__ = ["CrowdLabels", "SimulatedCrowd", "keep_some"]
+
+
+class CrowdLabels(DrawnLabels):
+    """Gives the training samples labels by several annotators. A subclass has ``draw``.
+
+    Args:
+        imbalance: train on a part of the samples whose classes are unequal: the first has so many times the samples of
+            the last, and those between lie on a geometric series. 1 keeps all samples.
+        seed: fixes annotations and that part; 0 or more.
+
+    Raises:
+        ValueError: for an argument out of its range.
+    """
+
+    def __init__(self, imbalance: float = 1.0, seed: int = 0) -> None:
+        check_numbers(least=1, imbalance=imbalance)
+        self.imbalance = float(imbalance)
+        self._names: list[str] = []
+        super().__init__(seed)
+
+    @abstractmethod
+    def draw(self, clean: CleanLabels, generator: np.random.Generator) -> np.ndarray:
+        """Integers ``[N, R]``, the class that each annotator gave to each sample, -1 where there is none."""
+
+    def annotator_names(self, count: int) -> list[str]:
+        """A name for each of ``count`` annotators: those in the file, else their numbers."""
+        return self._names if len(self._names) == count else [str(r) for r in range(count)]
+
+    def keep(self, target: np.ndarray, indices: np.ndarray, num_classes: int) -> np.ndarray:
+        """Those of the samples ``indices`` that ``imbalance`` leaves, int64, ascending."""
+        if self.imbalance == 1:
+            return indices
+        there = np.bincount(target[indices], minlength=num_classes)
+        share = self.imbalance ** (-np.arange(num_classes) / max(1, num_classes - 1))
+        size = np.maximum(1, np.round(share * (there / share).min()).astype(np.int64))
+        generator = numpy_generator(self.seed, "annotation_imbalance")
+        return indices[take_per_class(target[indices], np.minimum(size, there), generator)]
+
+    def corrupt(
+        self,
+        target: np.ndarray | Tensor | Sequence[int],
+        class_names: Sequence[str] | int,
+        image: Any = None,
+        file: Path | None = None,
+    ) -> np.ndarray:
+        """The annotations of a data set; arguments as ``LabelNoise.corrupt``.
+
+        Returns:
+            int16 ``[N, R]``, -1 where there is none.
+
+        Raises:
+            ValueError: for annotations that do not belong to the data set, or are no classes of it.
+        """
+        names = [str(c) for c in range(class_names)] if isinstance(class_names, int) else list(class_names)
+        at_least_two(names)
+        own = np.asarray(target)
+        own = to_target(own, len(own), len(names), "labels").numpy()
+        given = np.asarray(self.draw(CleanLabels(own, names, image, file), numpy_generator(self.seed, "annotations")))
+        if given.ndim != 2 or len(given) != len(own) or not given.shape[1] or given.dtype.kind not in "iu":
+            raise ValueError(
+                f"annotations of {self} must be integers [{len(own)}, R], a row for each sample and a column for each "
+                f"annotator, got {given.dtype} {list(given.shape)}: give those of this data set"
+            )
+        try:
+            return check_annotations(given.astype(np.int64), len(names)).numpy().astype(np.int16)
+        except ValueError as error:
+            raise ValueError(f"{self}: {error}") from None
+
+
+class SimulatedCrowd(CrowdLabels):
+    """Each sample is labelled by a few annotators, who are right more or less often, and else say any other class.
+
+    Args:
+        annotators: their number.
+        reliability: how often each is right, or the least and the most, between which each annotator's is drawn.
+        per_item: how many, drawn at random, label each sample.
+        imbalance: see ``CrowdLabels``.
+        seed: fixes all that is drawn, together with nothing but the labels; 0 or more.
+
+    Raises:
+        ValueError: for an argument out of its range.
+
+    Source: the protocol for unequal, sparse crowds with 20 annotators from 0.3 to 0.9, and 1 to 3 labels a sample.
+    """
+
+    def __init__(
+        self,
+        annotators: int = 20,
+        reliability: float | tuple[float, float] = (0.3, 0.9),
+        per_item: int = 2,
+        imbalance: float = 1.0,
+        seed: int = 0,
+    ) -> None:
+        check_numbers(least=1, whole=True, annotators=annotators)
+        check_numbers(least=1, most=annotators, whole=True, per_item=per_item)
+        limits = tuple(reliability) if isinstance(reliability, list | tuple) else (reliability, reliability)
+        if len(limits) != 2:
+            raise ValueError(f"reliability must be a number, or the least and the most, got {reliability!r}: give two")
+        for value in limits:
+            check_numbers(least=0, most=1, reliability=value)
+        if limits[0] > limits[1]:
+            raise ValueError(f"reliability must be the least and the most, got {reliability!r}: swap them")
+        self.annotators = annotators
+        self.reliability = (float(limits[0]), float(limits[1]))
+        self.per_item = per_item
+        super().__init__(imbalance, seed)
+
+    def draw(self, clean: CleanLabels, generator: np.random.Generator) -> np.ndarray:
+        shape, own = (len(clean.target), self.annotators), clean.target[:, None]
+        right = generator.random(shape) < generator.uniform(*self.reliability, size=self.annotators)
+        other = generator.integers(clean.num_classes - 1, size=shape)
+        given = np.where(right, own, other + (other >= own))
+        return keep_some(given, self.per_item, generator)
+
+
+def keep_some(annotations: np.ndarray, per_item: int, generator: np.random.Generator) -> np.ndarray:
+    """``per_item`` of the annotations of each item, drawn at random, or all where there are no more; the others -1."""
+    drawn = np.where(annotations >= 0, generator.random(annotations.shape), 2.0)
+    chosen = drawn.argsort(1, kind="stable")[:, :per_item]
+    given = np.full_like(annotations, -1)
+    np.put_along_axis(given, chosen, np.take_along_axis(annotations, chosen, 1), 1)
+    return given
