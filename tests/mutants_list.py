@@ -1659,4 +1659,40 @@ MUTANTS = [
         "torch.full(self.size, 0)",
         ("tests/data/test_segmentation.py",),
     ),
+    # several annotators
+    Mutant(
+        "a missing annotation is one of the last class",
+        "weak_labels/crowds.py",
+        ".log().masked_fill(given < 0, 0.0)",
+        ".log()",
+        ("tests/weak_labels/test_crowds.py",),
+    ),
+    Mutant(
+        "Dawid and Skene's EM goes on from its own posterior",
+        "weak_labels/crowd_statistics.py",
+        "log_prior = (prior / prior.sum()).log().expand(len(given), -1)",
+        "log_prior = posterior.log()",
+        ("tests/weak_labels/test_crowds.py",),
+    ),
+    Mutant(
+        "annotators of whom nothing is known are taken for perfect",
+        "weak_labels/pseudo_annotations.py",
+        " & known & (confidence",
+        " & (confidence",
+        ("tests/weak_labels/test_pseudo_annotations.py",),
+    ),
+    Mutant(
+        "pseudo-annotations take the place of given ones",
+        "weak_labels/selfcrowd.py",
+        "added &= annotations < 0",
+        "added &= annotations < 99",
+        ("tests/weak_labels/test_selfcrowd.py",),
+    ),
+    Mutant(
+        "annotations of validation samples are learnt",
+        "data/annotated_data.py",
+        "given[used] = drawn[used]",
+        "given = drawn.clone()",
+        ("tests/data/test_crowd_labels.py",),
+    ),
 ]

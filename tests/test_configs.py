@@ -155,6 +155,7 @@ def test_the_measured_flatness_setting_composes():
         ("noisy_labels/ce_cifar10", "noisy_labels/cifar10_10k"),
         ("active_learning/entropy_cifar10", "active_learning/cifar10_10k"),
         ("weak_labels/mogd_fashion_mnist", "weak_labels/fashion_10k"),
+        ("weak_labels/selfcrowd_cifar10", "weak_labels/cifar10_10k"),
     ],
 )
 def test_an_overlay_with_a_schedule_ends_it_with_its_training(tmp_path, base, overlay):
@@ -165,6 +166,25 @@ def test_an_overlay_with_a_schedule_ends_it_with_its_training(tmp_path, base, ov
     cli = get_cli([*(word for part in parts for word in ("--config", part)), *QUIET, "--model.network", "cnn_tiny"])
     schedule = cli.model.configure_optimizers()["lr_scheduler"]["scheduler"]
     assert (type(schedule).__name__, schedule.T_max) == ("CosineAnnealing", cli.trainer.max_epochs)
+
+
+@pytest.mark.parametrize("name", [n for n in config_names() if n.startswith("weak_labels/crowds/")])
+def test_crowd_overlays_compose(name):
+    cli = get_cli([*arguments("weak_labels/selfcrowd_cifar10"), "--config", name, "--model.network", "cnn_tiny"])
+    crowd = content(name)["data"]["init_args"]["annotations"]
+    assert type(cli.datamodule.annotations).__name__ == crowd["class_path"].rpartition(".")[2]
+    for key, value in crowd["init_args"].items():
+        assert getattr(cli.datamodule.annotations, key) == value
+    cli.datamodule.setup()
+    assert cli.datamodule.train_annotations.shape[1] == 3
+
+
+def test_the_measured_crowds_compose():
+    added = ["weak_labels/cifar10_10k", "weak_labels/selfcrowd_10k", "weak_labels/crowds/cifar10n_sparse"]
+    cli = get_cli(["--config", "weak_labels/selfcrowd_cifar10", *(w for a in added for w in ("--config", a)), *QUIET])
+    assert (cli.datamodule.train_per_class, cli.trainer.max_epochs) == (2447, 20)
+    assert cli.model.round_before(8) == 1
+    assert cli.model.start_epochs + cli.model.rounds * cli.model.round_epochs == 20
 
 
 @pytest.mark.parametrize("name", OPENNESS)

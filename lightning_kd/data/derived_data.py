@@ -50,8 +50,9 @@ class DerivedDataModule(L.LightningDataModule, ABC):
                 f"the source of a pool takes no predict, got {source.predict!r}: the prediction set is the pool; for "
                 "other samples there are lightning-kd predict --data.predict and lightning_kd.load(RUN).predict"
             )
-        if getattr(source, "annotations", None) is not None:
-            raise ValueError(f"the source of a pool takes no annotations, got {source.annotations}: leave them out")
+        annotations = getattr(source, "annotations", None)
+        if annotations is not None:
+            raise ValueError(f"the source of a pool takes no annotations, got {annotations}: leave them out")
         self.source = copy.copy(source)
         self.source._stored = {}
 

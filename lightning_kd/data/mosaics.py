@@ -96,8 +96,9 @@ class MosaicDataModule(MultiLabelDataModule):
                 f"source must be images with one class each and no noise, got {source} with {source.problem.kind}, "
                 f"samples of {source.input_shape} and noise={source.noise}: give such data"
             )
-        if getattr(source, "annotations", None) is not None:
-            raise ValueError(f"source must have no annotations, got {source.annotations}: leave them out")
+        annotations = getattr(source, "annotations", None)
+        if annotations is not None:
+            raise ValueError(f"source must have no annotations, got {annotations}: leave them out")
         names, self._class_of = _classes_of(source, classes)
         super().__init__(
             class_names=names,

@@ -1,0 +1,236 @@
+"""Self-Crowd as a task: rounds, what is added and what never changes, the control, resume, a kill, two processes."""
+
+import csv
+import signal
+from functools import partial
+
+import pytest
+import torch
+
+from lightning_kd.core.run_callbacks import run_callbacks
+from lightning_kd.core.run_folder import RunFolder
+from lightning_kd.data import SimulatedCrowd
+from lightning_kd.weak_labels import (
+    CrowdLayer,
+    PseudoCells,
+    SelfCrowd,
+    annotation_balance,
+    annotation_weights,
+    select_pseudo_annotations,
+)
+from tests.killing import fit_dropping
+from tests.two_processes import on_two_ranks
+from tests.weak_labels.crowd_runs import built, crowd_data, even_data, fitted, resumes_to_the_bit, trainer_of
+
+ROUNDS = {"start_epochs": 1, "rounds": 2, "round_epochs": 1, "budget": 0.2}
+# so that the network knows something of rare classes when the first round begins
+FAST = {**ROUNDS, "network": "mlp_32", "optimizer": partial(torch.optim.Adam, lr=0.02), "start_epochs": 8}
+
+
+def test_cells_of_a_batch():
+    rows = torch.tensor([[5, 1, 2], [2, 0, 1], [5, 0, 3], [7, 2, 0]])
+    cells = PseudoCells(rows, 9)
+    given = torch.tensor([[-1, -1, 4], [3, -1, -1], [-1, -1, -1], [-1, -1, 4]])
+    filled, added = cells.fill(given, torch.tensor([5, 2, 0, 7]))
+    # what somebody gave stays, for sample 2 and for sample 7
+    assert filled.tolist() == [[3, 2, 4], [3, -1, -1], [-1, -1, -1], [-1, -1, 4]]
+    assert added.tolist() == [[True, True, False], [False] * 3, [False] * 3, [False] * 3]
+
+
+def test_when_rounds_begin():
+    task = built(SelfCrowd, start_epochs=4, rounds=3, round_epochs=2)
+    assert [task.round_before(epoch) for epoch in range(13)] == [0, 0, 0, 0, 1, 0, 2, 0, 3, 0, 0, 0, 0]
+    assert [built(SelfCrowd, rounds=0).round_before(epoch) for epoch in range(40)] == [0] * 40
+
+
+def test_rounds(capsys):
+    seen = []
+
+    class Looking(SelfCrowd):
+        def select(self, number):
+            rows = super().select(number)
+            index, p = self.probabilities_of(self.used())
+            given = self.annotations[index]
+            predicted = self.annotators(p).transpose(1, 2).detach()
+            step = int(0.2 * int((given >= 0).sum()))
+            expected = select_pseudo_annotations(predicted, given, number * step)
+            expected[:, 0] = index[expected[:, 0]]
+            assert torch.equal(rows, expected)
+            seen.append((self.current_epoch, number, len(rows)))
+            return rows
+
+        def training_step(self, batch, batch_idx):
+            loss = super().training_step(batch, batch_idx)
+            without = (batch.extras["annotations"] < 0).all(1)
+            seen.append((self.current_epoch, int(without.sum())))
+            return loss
+
+    data = crowd_data(batch_size=8, train_per_class=60)
+    task, _, trainer = fitted(Looking, data, trainer_of(max_epochs=10), **FAST)
+    selections = [entry for entry in seen if len(entry) == 3]
+    assert [entry[:2] for entry in selections] == [(7, 1), (8, 2)]
+    assert all(count > 0 for *_, count in selections)
+    joined = {epoch: sum(e[1] for e in seen if len(e) == 2 and e[0] == epoch) for epoch in range(10)}
+    assert joined[7] == 0
+    items = task.pseudo[:, 0].unique().numpy()
+    assert joined[9] == len(set(items) & set(data.unlabelled_indices)) > 0
+    assert bool((data.train_annotations[task.pseudo[:, 0], task.pseudo[:, 1]] == -1).all())
+    assert 3 not in task.pseudo[:, 1]  # of whom nothing is known
+    assert set(items) <= set(task.used())
+    found = trainer.callback_metrics
+    assert float(found["train/pseudo_annotations"]) == len(task.pseudo)
+    balance = annotation_balance(task.counts())
+    assert float(found["train/annotation_ratio"]) == pytest.approx(balance.ratio)
+    assert float(found["train/annotation_distance"]) == pytest.approx(balance.distance)
+    assert 0 <= float(found["train/pseudo_correct"]) <= 1
+    assert "has room for" not in capsys.readouterr().err
+
+
+def test_balance_becomes_better_than_with_the_control():
+    ratios = {}
+    for selection in ("balanced", "confident"):
+        data = crowd_data(SimulatedCrowd(4, (0.6, 0.9), 2, imbalance=6.0), train_per_class=40, batch_size=8)
+        task, _, _ = fitted(SelfCrowd, data, trainer_of(max_epochs=10), selection=selection, **FAST)
+        given = data.train_annotations
+        before = torch.bincount(given[given >= 0].long(), minlength=10)
+        ratios[selection] = annotation_balance(task.counts())
+        if selection == "confident":
+            step = int(0.2 * int(before.sum()))
+            assert len(task.pseudo) == 2 * step  # no class quota that could stay open
+            assert bool((task._class_weight == 1).all())
+        else:
+            assert ratios[selection].distance < annotation_balance(before).distance
+    assert ratios["balanced"].distance < ratios["confident"].distance
+
+
+def test_without_refresh_earlier_ones_stay():
+    kept = []
+
+    class Looking(SelfCrowd):
+        def select(self, number):
+            kept.append(super().select(number))
+            return kept[-1]
+
+    fitted(Looking, trainer=trainer_of(max_epochs=3), refresh=False, **ROUNDS)
+    first, both = kept
+    assert torch.equal(both[: len(first)], first)
+    assert len(both) > len(first)
+    assert len({(i, r) for i, r, _ in both.tolist()}) == len(both)
+
+
+def test_weights_of_annotations():
+    task, data, _ = fitted(SelfCrowd, trainer=trainer_of(max_epochs=2), pseudo_weight=0.5, **ROUNDS)
+    batch = next(iter(data.loader("train", torch.from_numpy(task.used()))))
+    annotations = task.annotations_of(batch)
+    assert bool(task._added.any())
+    weight = annotation_weights(task.counts(), 0.5)
+    # those of the round that has just been trained
+    cells = task._cells
+    filled, added = cells.fill(batch.extras["annotations"], batch.index)
+    assert torch.equal(annotations, filled)
+    found = task.weights_of(annotations, batch)
+    own = task._class_weight[annotations.clamp(min=0)]
+    assert torch.allclose(found, torch.where(added, 0.5 * own, own))
+    assert weight.shape == task._class_weight.shape
+
+
+def test_nothing_to_add_is_the_crowd_layer():
+    dense = {"crowd": SimulatedCrowd(3, 0.9, 3)}
+    one, _, _ = fitted(SelfCrowd, crowd_data(**dense), trainer_of(max_epochs=3), resample=0.0, **ROUNDS)
+    other, _, _ = fitted(CrowdLayer, crowd_data(**dense), trainer_of(max_epochs=3))
+    assert len(one.pseudo) == 0
+    for a, b in zip(one.state_dict().values(), other.state_dict().values(), strict=True):
+        assert torch.allclose(a, b, atol=1e-6)
+
+
+def test_restart():
+    first = {}
+
+    class Looking(SelfCrowd):
+        def on_train_epoch_start(self):
+            super().on_train_epoch_start()
+            first[self.current_epoch] = {k: v.clone() for k, v in self.state_dict().items()}
+            assert not self.trainer.optimizers[0].state
+
+    fitted(Looking, trainer=trainer_of(max_epochs=3), restart=True, **ROUNDS)
+    for epoch in (1, 2):
+        assert all(torch.equal(first[0][name], value) for name, value in first[epoch].items())
+
+
+def test_a_training_that_is_too_short_is_told(capsys):
+    fitted(SelfCrowd, trainer=trainer_of(max_epochs=2), **{**ROUNDS, "rounds": 5})
+    assert "max_epochs=2 has room for 1 of 5 rounds of 1 epochs" in capsys.readouterr().err
+
+
+def test_file(tmp_path):
+    run = trainer_of(max_epochs=3, callbacks=run_callbacks(RunFolder(tmp_path), "val/acc"), enable_checkpointing=True)
+    task, _, _ = fitted(SelfCrowd, trainer=run, **ROUNDS)
+    with (tmp_path / "pseudo_annotations.csv").open() as file:
+        rows = [[int(value) for value in row.values()] for row in csv.DictReader(file)]
+    assert rows == task.pseudo.tolist()
+    assert (tmp_path / "annotators.csv").is_file()
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"selection": "all"}, "selection must be 'balanced' or 'confident', got 'all'"),
+        ({"start_epochs": 0}, "start_epochs must be at least 1, got 0"),
+        ({"round_epochs": 0}, "round_epochs must be at least 1, got 0"),
+        ({"rounds": -1}, "rounds must be at least 0, got -1"),
+        ({"budget": 0.0}, "budget must be above 0, got 0.0: give a share of the annotations"),
+        ({"balance": -1.0}, "balance must be at least 0, got -1.0"),
+        ({"resample": -1.0}, "resample must be at least 0, got -1.0"),
+        ({"threshold": 2.0}, "threshold must be at least 0 and at most 1, got 2.0: give a probability"),
+        ({"pseudo_weight": -1.0}, "pseudo_weight must be at least 0, got -1.0"),
+    ],
+)
+def test_bad_arguments(options, message):
+    with pytest.raises(ValueError, match=message):
+        built(SelfCrowd, **options)
+
+
+@pytest.mark.parametrize("options", [{}, {"refresh": False, "restart": True}])
+def test_resumes_to_the_bit(tmp_path, options):
+    assert resumes_to_the_bit(SelfCrowd, tmp_path, **ROUNDS, **options)
+    assert len(torch.load(tmp_path / "two.ckpt", weights_only=True)["pseudo_annotations"]) > 0
+
+
+def test_sigkill_in_a_round(tmp_path):
+    arguments = (
+        "--config weak_labels/selfcrowd_digits --model.start_epochs 1 --model.rounds 3 --model.round_epochs 1"
+        " --data.train_per_class 30 --data.batch_size 50 --trainer.max_epochs 4"
+    )
+    whole = fit_dropping(tmp_path, "whole", arguments)
+    assert whole.returncode == 0, whole.stderr
+    steps = torch.load(tmp_path / "whole/checkpoints/last.ckpt", weights_only=True)["global_step"]
+    killed = fit_dropping(tmp_path, "broken", arguments, kill_at=steps - 1)
+    assert killed.returncode == -signal.SIGKILL
+    reached = torch.load(tmp_path / "broken/checkpoints/last.ckpt", weights_only=True)
+    assert reached["epoch"] == 2
+    assert len(reached["pseudo_annotations"]) > 0
+    resumed = fit_dropping(tmp_path, "broken", arguments, "--ckpt_path", "last")
+    assert resumed.returncode == 0, resumed.stderr
+    a, b = (torch.load(tmp_path / run / "checkpoints/last.ckpt", weights_only=True) for run in ("whole", "broken"))
+    for key, value in a["state_dict"].items():
+        assert torch.equal(value, b["state_dict"][key]), key
+    assert torch.equal(a["pseudo_annotations"], b["pseudo_annotations"])
+    for name in ("metrics.csv", "annotators.csv", "aggregated.csv", "pseudo_annotations.csv"):
+        assert (tmp_path / "whole" / name).read_text() == (tmp_path / "broken" / name).read_text(), name
+    assert (tmp_path / "whole/noise.npz").read_bytes() == (tmp_path / "broken/noise.npz").read_bytes()
+
+
+def selected_by(devices):
+    options = {"strategy": "ddp", "devices": devices} if devices > 1 else {}
+    data = even_data(batch_size=32 // devices)
+    task, _, _ = fitted(SelfCrowd, data, trainer_of(max_epochs=3, **options), **ROUNDS)
+    return task.pseudo.tolist(), [value.double().tolist() for value in task.state_dict().values()]
+
+
+def test_two_processes_are_like_one():
+    first, second = on_two_ranks(selected_by, 2)
+    assert first == second
+    rows, weights = selected_by(1)
+    assert first[0] == rows
+    for a, b in zip(first[1], weights, strict=True):
+        assert torch.allclose(torch.tensor(a), torch.tensor(b), atol=1e-4)
