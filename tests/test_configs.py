@@ -223,7 +223,8 @@ def test_cycles_of_the_papers_of_several_labels(name):
 
 
 def test_recipes_of_the_pool_papers():
-    for name in [n for n in COMPLETE if n.startswith("active_learning/") and "digits" not in n]:
+    ours = ("digits", "fashion")  # small settings that no paper has
+    for name in [n for n in COMPLETE if n.startswith("active_learning/") and not n.endswith(ours)]:
         data, model = content(name)["data"]["init_args"], content(name)["model"]["init_args"]
         lfosa = "lfosa" in name
         assert data["rounds"] == (9 if lfosa else 7)

@@ -64,13 +64,14 @@ def weighted_candidate_loss(logits: Tensor, weights: Tensor) -> Tensor:
     """Cross-entropy with each label by its weight: ``-1/B sum_ij w_ij log p_ij``.
 
     Args:
-        logits: ``[B, K]``, with graph.
+        logits: ``[B, K]``, with graph; half precision is computed in float32.
         weights: ``[B, K]``, taken as constant.
 
     Raises:
         ValueError: for shapes that differ.
     """
     check_shapes(logits=(logits, "BK"), weights=(weights, "BK"))
+    (logits,) = at_least_float32(logits)
     return -(weights.detach() * logits.log_softmax(1)).sum() / len(logits)
 
 
@@ -87,5 +88,6 @@ def candidate_likelihood_loss(logits: Tensor, candidates: Tensor) -> Tensor:
     Source: CC, Feng et al., NeurIPS 2020, arXiv 2007.08929.
     """
     check_shapes(logits=(logits, "BK"), candidates=(candidates, "BK"))
+    (logits,) = at_least_float32(logits)
     inside = logits.masked_fill(~check_candidates(candidates), -torch.inf)
     return (logits.logsumexp(1) - inside.logsumexp(1)).mean()

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 import lightning_kd
-from lightning_kd import distillation, noisy_labels
+from lightning_kd import distillation, noisy_labels, weak_labels
 from lightning_kd.active_learning import dcfs, dcfs_selection, lfosa
 from lightning_kd.active_learning.bual_score import complementary_labels
 from lightning_kd.core import dirichlet, losses
@@ -26,6 +26,9 @@ A, Z, P = logits(0), logits(1), logits(2).softmax(1)
 TARGET, OTHER = torch.tensor([0, 2, 1, 2]), torch.tensor([1, 1, 2, 0])
 WEIGHT = torch.tensor([0.5, 1.0, 0.0, 2.0])
 LABELS, E = (logits(5) > 0).float(), logits(6, 2 * C).unflatten(1, (C, 2))  # several an image, and their embeddings
+PIXELS, OTHER_PIXELS = (logits(k, 2 * C * 4).view(2 * B, C, 2, 2) for k in (7, 8))
+CLASSES = torch.arange(8 * B).view(2 * B, 2, 2) % (C + 1) - 1  # of each pixel, -1 is ignored
+ANNOTATIONS = torch.tensor([[0, -1], [2, 1], [-1, 1], [1, 1]])
 U, V = logits(3).sigmoid() / 9, logits(4).sigmoid() / 9
 
 # good arguments of every loss
@@ -41,6 +44,13 @@ CASES = {
     distillation.distance_loss: (A, Z),
     distillation.angle_loss: (A, Z),
     distillation.pkt_loss: (A, Z),
+    distillation.easy_first_loss: (PIXELS, PIXELS, CLASSES, torch.rand(2 * B, 2, 2)),
+    distillation.disputed_loss: (PIXELS, PIXELS, OTHER_PIXELS, OTHER_PIXELS, CLASSES),
+    distillation.pixel_kd_loss: (PIXELS, OTHER_PIXELS, 2.0),
+    distillation.cwd_loss: (PIXELS, OTHER_PIXELS, 4.0),
+    weak_labels.weighted_candidate_loss: (A, P),
+    weak_labels.candidate_likelihood_loss: (A, torch.ones(B, C)),
+    weak_labels.crowd_loss: (torch.stack([P, P], 2), ANNOTATIONS),
     losses.asymmetric_loss: (A, LABELS),
     losses.negative_learning_loss: (A, TARGET, 0.0, WEIGHT),
     noisy_labels.negative_learning_loss: (A, TARGET),
@@ -81,6 +91,7 @@ TENSORS = [
     for k, value in enumerate(args)
     if isinstance(value, torch.Tensor)
 ]
+WITH_GAPS = (CLASSES, ANNOTATIONS)  # -1 where there is no label
 TARGETS = [case for case in TENSORS if CASES[case.values[0]][case.values[1]].dtype == torch.int64]
 
 
@@ -121,10 +132,12 @@ def test_a_tensor_of_another_shape_is_refused_and_not_broadcast(function, k):
 @pytest.mark.parametrize(("function", "k"), TARGETS)
 def test_a_target_of_another_kind_is_refused(function, k):
     name = list(inspect.signature(function).parameters)[k]
-    for bad in (9, -1, -100):
-        with pytest.raises(ValueError, match=f"{name} must be between 0 and ., got .*: correct labels"):
+    gaps = any(CASES[function][k] is value for value in WITH_GAPS)
+    for bad in (9, -2, -100) if gaps else (9, -1, -100):
+        values = r"(between -1 .*|classes from 0 to 2, or -1 .*)" if gaps else "between 0 and ."
+        with pytest.raises(ValueError, match=f"{name} must be {values}, got .*: .*correct"):
             function(*replaced(function, k, CASES[function][k].clone().fill_(bad)))
-    with pytest.raises(ValueError, match=f"{name} must be int64"):
+    with pytest.raises(ValueError, match=f"{name} must be (int64|integers)"):
         function(*replaced(function, k, CASES[function][k].float()))
 
 

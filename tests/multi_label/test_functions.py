@@ -121,7 +121,7 @@ def test_relation_of_three_points():
 
 @pytest.mark.parametrize("at_once", [2**24, 40])
 def test_relations_of_many(at_once, monkeypatch):
-    monkeypatch.setattr("lightning_kd.distillation.l2d.AT_ONCE", at_once)
+    monkeypatch.setattr("lightning_kd.distillation._embedding_distances.AT_ONCE", at_once)
     s, t, y = random(7, 5, 6), random(7, 5, 4, seed=1), labels(7, 5)
     y[:, 3], y[:, 4] = 0, 0
     y[2, 4] = 1  # a label that nobody has, and one that one image has
