@@ -101,8 +101,7 @@ class ArrayDataModule(MultiLabelDataModule):
         labelled_seed: see there.
         normalize: see there; for data of any kind.
         n_grid: see there.
-        meta_per_class: so many training samples of each class are held out with their true labels, for methods that
-            learn from candidates.
+        meta_per_class: so many training samples of each class are held out, with true labels, to learn candidates by.
         annotations: gives the training samples labels by several annotators, see ``AnnotatedDataModule``.
 
     Raises:
