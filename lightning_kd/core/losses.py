@@ -188,7 +188,8 @@ def asymmetric_loss(
     (logits,) = at_least_float32(logits)
     p, rest = logits.sigmoid(), (-logits).sigmoid()
     negative = (rest + margin).clamp(max=1).log() if margin else F.logsigmoid(-logits)
-    focus_positive, focus_negative = rest**gamma_positive, (p - margin).clamp(min=0) ** gamma_negative
+    tiny = torch.finfo(rest.dtype).tiny  # the root of 0 has no slope
+    focus_positive, focus_negative = rest.clamp(min=tiny) ** gamma_positive, (p - margin).clamp(min=0) ** gamma_negative
     if detach_focus:
         focus_positive, focus_negative = focus_positive.detach(), focus_negative.detach()
     positive = focus_positive * F.logsigmoid(logits)

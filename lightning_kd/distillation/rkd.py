@@ -71,6 +71,8 @@ def _distances(feature: Tensor) -> Tensor:
 
 
 def _cosines(feature: Tensor, middle: Tensor) -> Tensor:
-    """Of the unit vectors from ``middle`` to all: ``[M, N, N]``; a vector of length 0 has 0."""
-    unit = F.normalize(feature[None] - feature[middle, None], dim=2)
+    """Of the unit vectors from ``middle`` to all: ``[M, N, N]``; a vector of length 0 has 0, and no gradient."""
+    apart = feature[None] - feature[middle, None]
+    length = torch.linalg.vector_norm(apart, dim=2, keepdim=True)
+    unit = apart / length.masked_fill(length == 0, torch.inf)  # a floor would be a slope of its inverse there
     return unit @ unit.transpose(1, 2)

@@ -69,6 +69,14 @@ def test_features_that_are_alike_or_zero(loss):
         assert feature.grad.isfinite().all()
 
 
+def test_two_alike_among_others_get_no_huge_gradient():
+    feature = random(5, 3).float()
+    feature[1] = feature[0]
+    feature.requires_grad_()
+    angle_loss(feature, random(5, 4, seed=1).float()).backward()
+    assert 0 < feature.grad.abs().max() < 10
+
+
 @pytest.mark.parametrize("loss", LOSSES)
 def test_what_they_refuse(loss):
     with pytest.raises(ValueError, match=r"^teacher_feature must be \[4, E\], got \[3, 2\]"):
