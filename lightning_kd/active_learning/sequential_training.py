@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from abc import ABC, abstractmethod
 from typing import Any
 
@@ -11,7 +10,7 @@ from torch import Tensor
 
 from lightning_kd.active_learning.pool_task import PoolTask
 from lightning_kd.core.distributed import average_gradients, share_buffers
-from lightning_kd.core.optimization import tell_length
+from lightning_kd.core.optimization import steps_of, tell_length
 from lightning_kd.core.phased_loader import Phase, PhaseBatch, PhasedLoader
 from lightning_kd.core.training_watch import warn_of_schedules
 
@@ -53,9 +52,7 @@ class SequentialTrainingTask(PoolTask, ABC):
 
     def steps_of_epoch(self) -> int | None:
         # of the phases as they are now: where a stage begins, the Trainer's loader is that of the one before
-        batches, limit = len(self.train_loader(self.pool)), self.trainer.limit_train_batches  # type: ignore[attr-defined]
-        batches = min(batches, limit) if isinstance(limit, int) else int(batches * limit)
-        return math.ceil(batches / self.trainer.accumulate_grad_batches)
+        return steps_of(self.trainer, len(self.train_loader(self.pool)))  # type: ignore[arg-type]
 
     def on_train_start(self) -> None:
         super().on_train_start()

@@ -14,7 +14,7 @@ from torch import nn
 from lightning_kd.core.one_cycle import OneCycle
 from lightning_kd.core.schedules import schedule_parts, set_training_length
 
-__all__ = ["epoch_steps", "make_optimizer", "optimizer_for", "tell_length", "training_length"]
+__all__ = ["epoch_steps", "make_optimizer", "optimizer_for", "steps_of", "tell_length", "training_length"]
 
 
 def make_optimizer(
@@ -82,13 +82,21 @@ def is_attached(task: L.LightningModule) -> bool:
 
 
 def tell_length(schedule: Any, task: Any, unit: str) -> None:
-    """Tell a schedule that ends with the training how long that is; nothing where no Trainer works with ``task``.
+    """Tell a schedule that ends with the training how long that is, and one of cycles when a second stage begins.
+
+    Nothing where no Trainer works with ``task``.
 
     Raises:
         ValueError: where that is not known in advance.
     """
+    if not is_attached(task):
+        return
+    for part, begin, _ in schedule_parts(schedule):
+        if isinstance(part, OneCycle):
+            second = task.second_stage_begin(unit)
+            part.set_second_stage(None if second is None else max(second - begin, 0))
     tied = [part for part, _, _ in schedule_parts(schedule) if getattr(part, "to_the_end", False)]
-    if not tied or not is_attached(task):
+    if not tied:
         return
     length = task.schedule_length(unit)
     if length is None:
@@ -99,9 +107,6 @@ def tell_length(schedule: Any, task: Any, unit: str) -> None:
             f"{type(tied[0]).__name__} ends with the training, and max_epochs={epochs} with max_steps={steps} does not "
             f"say how many {unit}s {type(task).__name__} trains: give {remedy}, or a schedule of a length of its own"
         )
-    for part in tied:
-        if isinstance(part, OneCycle):
-            part.set_second_stage(task.second_stage_begin(unit))
     set_training_length(schedule, length)
 
 
@@ -111,6 +116,13 @@ def epoch_steps(trainer: L.Trainer) -> int | None:
         trainer.fit_loop.setup_data()
     batches = trainer.num_training_batches
     return None if math.isinf(batches) else math.ceil(batches / trainer.accumulate_grad_batches)
+
+
+def steps_of(trainer: L.Trainer, batches: int) -> int:
+    """Optimizer steps of an epoch whose loader has so many batches, as ``limit_train_batches`` lets it."""
+    limit = trainer.limit_train_batches
+    batches = min(batches, limit) if isinstance(limit, int) else int(batches * limit)
+    return math.ceil(batches / trainer.accumulate_grad_batches)
 
 
 def training_length(trainer: L.Trainer, unit: str, steps_of_epoch: Callable[[], int | None]) -> int | None:

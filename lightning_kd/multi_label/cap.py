@@ -21,6 +21,7 @@ from lightning_kd.core.distributed import process_count
 from lightning_kd.core.inference_pass import ordered_pass
 from lightning_kd.core.losses import asymmetric_loss, at_least_float32
 from lightning_kd.core.notes import note
+from lightning_kd.core.optimization import steps_of
 from lightning_kd.core.phased_loader import Phase, PhaseBatch, PhasedLoader
 from lightning_kd.core.problems import MultiLabel
 from lightning_kd.core.sample_memories import SampleMemories
@@ -178,7 +179,7 @@ class CAP(TwoStages, SampleMemories, AveragedTask):
         return self._steps(0)
 
     def _steps(self, epoch: int) -> int:
-        return math.ceil(len(self.phase(self.data, epoch).leading) / self.trainer.accumulate_grad_batches)
+        return steps_of(self.trainer, len(self.phase(self.data, epoch).leading))  # type: ignore[arg-type]
 
     # -- training ----------------------------------------------------------------------------------------------------
 

@@ -1,12 +1,14 @@
 """The one cycle: torch's own numbers, momentum too, cycles that are longer than a stage, a second stage, resume."""
 
 from functools import partial
+from types import SimpleNamespace
 
 import pytest
 import torch
-from torch.optim.lr_scheduler import OneCycleLR
+from torch.optim.lr_scheduler import ConstantLR, OneCycleLR, SequentialLR
 
 from lightning_kd.core.one_cycle import OneCycle
+from lightning_kd.core.optimization import tell_length
 from tests.core.runs import rates_of
 
 
@@ -56,6 +58,26 @@ def test_a_second_stage_has_its_own_cycle():
         return schedule
 
     assert_close(followed(plan, 30), [*followed_torch(10, 0.2), *list(followed_torch(40, 0.2))[:20]])
+
+
+def test_a_task_tells_of_its_second_stage():
+    task = SimpleNamespace(trainer=object(), second_stage_begin=lambda unit: 10, schedule_length=lambda unit: 30)
+
+    def told(schedule):
+        tell_length(schedule, task, "step")
+        return schedule
+
+    two = [*followed_torch(10, 0.2), *followed_torch(20, 0.2)]
+    for length in (None, 30):  # also of a length of its own
+        assert_close(followed(lambda o, n=length: told(OneCycle(o, n)), 30), two)
+
+    def later(optimizer):
+        parts = [ConstantLR(optimizer, 0.5, 9), OneCycle(optimizer)]
+        return told(SequentialLR(optimizer, parts, [4]))
+
+    expected = [*followed_torch(6, 0.2), *followed_torch(20, 0.2)]
+    found = [rate for rate, _ in followed(later, 30)[4:]]
+    assert found == pytest.approx([rate for rate, _ in expected], rel=1e-6)
 
 
 @pytest.mark.parametrize("length", [1, 2, 5])

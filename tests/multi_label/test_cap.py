@@ -116,6 +116,11 @@ def test_a_cycle_begins_anew_with_the_second_stage():
     lowest = 0.01 / 25
     assert [rates[0], rates[2]] == pytest.approx([lowest] * 2)
     assert [rates[1], rates[-1]] == pytest.approx([lowest / 1e4] * 2)
+    rates.clear()
+    trainer = trainer_of(max_epochs=4, limit_train_batches=2)
+    fitted(Looking, Half(), trainer=trainer, **{**OPTIONS, "warmup_epochs": 2}, **options)
+    assert len(rates) == 6
+    assert [rates[1], rates[-1]] == pytest.approx([lowest / 1e4] * 2)
 
 
 def test_pseudo_labels_are_those_of_the_average():
