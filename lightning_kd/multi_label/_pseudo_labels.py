@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from lightning_kd.argument_checks import check_numbers
-from lightning_kd.core.losses import check_shapes
+from lightning_kd.core.losses import at_least_float32, check_shapes
 
 __all__ = ["PseudoLabels", "pseudo_labels"]
 
@@ -57,7 +57,8 @@ def pseudo_labels(
         )
     if not bool(scores.isfinite().all()):
         raise ValueError("scores must be finite, got NaN or infinity: look at the network")
-    n, found = len(scores), scores.detach().cpu().numpy()
+    (scores,) = at_least_float32(scores.detach())
+    n, found = len(scores), scores.cpu().numpy()
     threshold, positive_cut, negative_cut = (
         np.full(scores.shape[1], fill, found.dtype) for fill in (np.inf, np.inf, -np.inf)
     )

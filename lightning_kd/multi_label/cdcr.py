@@ -85,7 +85,8 @@ def select_candidates(
     threshold = candidate_thresholds(confidence, candidates, alpha, by_difficulty, clip)
     if confidence.isnan().any():
         raise ValueError("confidence must be a number for each sample, got NaN: some were not looked at")
-    return (candidates == 0) | (confidence.double() >= threshold)
+    # in the precision of both, or a confidence of 0.7 in float32 would be below an alpha of 0.7
+    return (candidates == 0) | (confidence >= threshold.to(confidence.dtype))
 
 
 class CDCR(TwoStages, SampleMemories, AveragedTask):

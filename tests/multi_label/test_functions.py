@@ -75,6 +75,9 @@ def test_asymmetric_loss_is_finite(margin):
     assert loss.isfinite()
     assert z.grad.isfinite().all()
     assert z.grad[0, 3] == -1  # where a clamp of the probability would leave no gradient
+    z.grad = None
+    asymmetric_loss(z, torch.tensor([[0.0, 0.0, 1.0, 1.0]]), 0.5, 0.5, margin, detach_focus=False).backward()
+    assert z.grad.isfinite().all()
 
 
 # -- L2D -------------------------------------------------------------------------------------------------------------
@@ -280,6 +283,15 @@ def test_what_pseudo_labels_refuse():
         pseudo_labels(TEN * math.nan, torch.tensor([0.5]))
 
 
+def test_pseudo_labels_of_half_precision():
+    for dtype in (torch.float16, torch.bfloat16):
+        found = pseudo_labels((4 * TEN).round().to(dtype), torch.tensor([0.3]))
+        whole = pseudo_labels((4 * TEN).round().float(), torch.tensor([0.3]))
+        assert torch.equal(found.label, whole.label)
+        assert torch.equal(found.mask, whole.mask)
+        assert torch.equal(found.threshold, whole.threshold)
+
+
 # -- CDCR ------------------------------------------------------------------------------------------------------------
 
 P, S = double([0.9, 0.3], [0.7, 0.2], [0.2, 0.6]), torch.tensor([[1, 1], [1, 0], [0, 1]])
@@ -298,6 +310,13 @@ def test_select_candidates():
     shifted[:, 1] += 0.04
     moved = candidate_thresholds(shifted, s, 0.6, True) - candidate_thresholds(p, s, 0.6, True)
     assert moved.tolist() == pytest.approx([-0.01, 0.03, -0.01, -0.01])
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
+def test_a_confidence_of_alpha_is_trusted(dtype):
+    for alpha in (0.3, 0.7, 0.9):
+        p = torch.tensor([[alpha, alpha - 0.05]], dtype=dtype)
+        assert select_candidates(p, torch.ones(1, 2), alpha).tolist() == [[True, False]]
 
 
 def test_thresholds_are_clipped_on_demand():
