@@ -25,8 +25,8 @@ _WRITTEN = [
     *("checkpoints/last.ckpt", "checkpoints/best.ckpt", "checkpoints/shifted.ckpt", "network.pt", "student.pt"),
     *("exported.onnx", "exported.torchscript", "exported.pt"),
     *("metrics.csv", "predictions.csv", "predictions.html", "predictions.png", "predictions/[0-9]*.png"),
-    *("noisy_labels.csv", "noisy_labels.html", "wrong_labels.csv", "noise.npz", "shifts.json", "shift.json"),
-    *("sharpness.json", "traceback.txt", "confusion.csv", "confusion.png"),
+    *("noisy_labels.csv", "noisy_labels.html", "wrong_labels.csv", "pseudo_labels.csv", "noise.npz"),
+    *("shifts.json", "shift.json", "sharpness.json", "traceback.txt", "confusion.csv", "confusion.png"),
     *(f"pictures/{name}{end}.png" for name in ("label_scores", "reliability") for end in ("", "_epoch[0-9]*")),
     *("pictures/loss_slice_*.png", "pictures/loss_slice_*.npz"),
 ]

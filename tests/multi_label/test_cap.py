@@ -172,6 +172,7 @@ def test_images_without_known_labels_are_untagged(tmp_path):
     assert [int(row["index"]) for row in rows] == unlabelled.tolist()
     assert {name for row in rows for name in row["labels"].split("|") if name} <= {f"c{k}" for k in range(CLASSES)}
     assert any(row["labels"] for row in rows)
+    assert tmp_path / "pseudo_labels.csv" in RunFolder(tmp_path).written()  # or --overwrite would leave it there
 
 
 def test_the_data_says_which_are_tagged():
