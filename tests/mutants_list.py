@@ -1618,6 +1618,27 @@ MUTANTS = [
         ("tests/core/test_one_cycle.py", "tests/multi_label/test_cap.py"),
     ),
     Mutant(
+        "a cycle of a given length has no second stage",
+        "core/optimization.py",
+        "        if isinstance(part, OneCycle):",
+        '        if isinstance(part, OneCycle) and getattr(part, "to_the_end", False):',
+        ("tests/core/test_one_cycle.py",),
+    ),
+    Mutant(
+        "CAP's steps are those of all batches",
+        "multi_label/cap.py",
+        "return steps_of(self.trainer, len(self.phase(self.data, epoch).leading))",
+        "return len(self.phase(self.data, epoch).leading)",
+        ("tests/multi_label/test_cap.py",),
+    ),
+    Mutant(
+        "a confidence of alpha is not trusted in single precision",
+        "multi_label/cdcr.py",
+        "(confidence >= threshold.to(confidence.dtype))",
+        "(confidence.double() >= threshold)",
+        ("tests/multi_label/test_functions.py",),
+    ),
+    Mutant(
         "a teacher is the network that did not answer",
         "core/weights.py",
         '("average.",) * average_answers + _PREFIXES',
