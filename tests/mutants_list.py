@@ -1564,8 +1564,8 @@ MUTANTS = [
     Mutant(
         "labels that are surely not there are left out of CDCR's loss",
         "multi_label/cdcr.py",
-        "(candidates == 0) | (confidence.double() >= threshold)",
-        "confidence.double() >= threshold",
+        "(candidates == 0) | (confidence >= threshold.to(confidence.dtype))",
+        "confidence >= threshold.to(confidence.dtype)",
         ("tests/multi_label/test_functions.py",),
     ),
     Mutant(
