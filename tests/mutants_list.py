@@ -1426,6 +1426,13 @@ MUTANTS = [
         ("tests/data/test_label_files.py",),
     ),
     Mutant(
+        "a file that is gone is taken for another of its name",
+        "data/label_rows.py",
+        "each.get(own) if path.startswith(own)",
+        "each.get(own) if False",
+        ("tests/data/test_label_files.py",),
+    ),
+    Mutant(
         "corrections of validation samples are lost",
         "noisy_labels/correction_page.py",
         "sorted(changed - {*indices})",

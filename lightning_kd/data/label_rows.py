@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping
+from collections import Counter
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -22,7 +23,7 @@ def find_rows(columns: Mapping[str, np.ndarray], image: Any, source: str) -> tup
     Args:
         columns: of text ``[n]``, ``index`` and perhaps ``path``; of files ``path`` alone will do.
         image: the samples; where they are a list of paths, those are compared, from the folder on that holds all of
-            them, so that this may be another one.
+            them, so that this may be another one: one for all lines, where it can be.
         source: the table, for messages.
 
     Returns:
@@ -40,10 +41,11 @@ def find_rows(columns: Mapping[str, np.ndarray], image: Any, source: str) -> tup
     here = np.ones(len(place), dtype=bool)
     if not isinstance(image, list) or "path" not in columns:
         return place, here
-    tails = _tails([as_written(path) for path in image])
+    paths = columns["path"].tolist()
     moved = []
-    for k, path in enumerate(columns["path"].tolist()):
-        found = place[k] if not path else _find(path, tails)
+    for k, (path, found) in enumerate(zip(paths, _find(paths, [as_written(path) for path in image]), strict=True)):
+        if not path:
+            continue
         if found is None:  # a table of somebody's own may have shorter names
             here[k] = 0 <= place[k] < len(image) and f"/{as_written(image[place[k]])}".endswith(f"/{path}")
         elif found != place[k]:
@@ -62,12 +64,24 @@ def find_rows(columns: Mapping[str, np.ndarray], image: Any, source: str) -> tup
     return place, here
 
 
-def _tails(paths: list[str]) -> dict[str, int]:
-    """The positions of ``paths`` by what comes after the folder that holds them all."""
-    shared = os.path.commonprefix(paths).rfind(os.sep) + 1  # noqa: RUF071  # cut off at a folder
-    return {path[shared:]: k for k, path in enumerate(paths)}
+def _find(paths: Sequence[str], files: Sequence[str]) -> list[int | None]:
+    """The position in ``files`` of each path, compared from the folder on that holds all files."""
+    shared = os.path.commonprefix(files).rfind(os.sep) + 1  # noqa: RUF071  # cut off at a folder
+    tails = {file[shared:]: k for k, file in enumerate(files)}
+    found = [_by_folder(path, tails) for path in paths]
+    own = files[0][:shared] if files else ""
+    if not own or not any(path.startswith(own) for path in paths):
+        counts = Counter(folder for each in found for folder in each)
+        own = max(counts, key=lambda folder: (counts[folder], -len(folder)), default=os.sep)
+    # a file that is gone from the folder is not one of the same name further up
+    return [
+        each.get(own) if path.startswith(own) else next(iter(each.values()), None)
+        for path, each in zip(paths, found, strict=True)
+    ]
 
 
-def _find(path: str, tails: Mapping[str, int]) -> int | None:
+def _by_folder(path: str, tails: Mapping[str, int]) -> dict[str, int]:
+    """Which file ``path`` may be, by what comes before its tail, the longest tail first."""
     parts = path.split(os.sep)
-    return next((tails[tail] for k in range(len(parts)) if (tail := os.sep.join(parts[k:])) in tails), None)
+    every = (os.sep.join(parts[k:]) for k in range(len(parts)))
+    return {path[: len(path) - len(tail)]: tails[tail] for tail in every if tail in tails}

@@ -660,6 +660,13 @@ def test_a_line_is_for_its_file_wherever_that_is_now(root, capsys):
     )
 
 
+@pytest.mark.parametrize("root", ["/home/a/photos/", "/mnt/other/", ""])
+def test_a_file_that_is_gone_is_not_one_of_the_same_name_elsewhere(root, capsys):
+    Path("c.csv").write_text(f"index,path,class_name\n0,{root}ant/0.png,cow\n3,{root}cow/bee/0.png,ant\n")
+    assert LabelFile("c.csv").corrupt([0, 0, 1, 2, 2], NAMES, PHOTOS).tolist() == [2, 0, 1, 2, 2]
+    assert f"1 files of 'c.csv' are no training images now, such as '{root}cow/bee/0.png'" in capsys.readouterr().err
+
+
 def test_a_path_that_is_a_name_alone_goes_with_its_index():
     Path("c.csv").write_text("index,path,label\n1,1.png,bee\n2,,cow\n")
     assert LabelFile("c.csv").corrupt([0, 0, 1, 2, 2], NAMES, PHOTOS).tolist() == [0, 1, 2, 2, 2]
