@@ -222,6 +222,16 @@ def test_two_windows_on_one_page_lose_nothing(browser, tmp_path):
 
 
 @needs_browser
+def test_what_another_window_took_back_stays_so(browser, tmp_path):
+    opened(browser, tmp_path, page_of(["a", "b"], 6))
+    browser.press("1", "1")
+    with browser.second(tmp_path / "page.html"):
+        browser.press("Home", "Delete")
+    browser.press("2")
+    assert names_chosen(browser) == [[1, "a"], [2, "b"]]
+
+
+@needs_browser
 def test_the_last_one_is_told(browser, tmp_path):
     opened(browser, tmp_path, page_of(["a", "b"], 3))
     browser.press("1", "ArrowRight", "2")
