@@ -104,7 +104,8 @@ class PoolClassifier(PoolTask, FineTunedTask):
     def setup(self, stage: str) -> None:
         super().setup(stage)
         # before a training, too, so that what is wrong with them is told first
-        wanted = self.strategy.needs_features and (stage == "predict" or (stage == "fit" and self.choice_follows))
+        scored = (stage == "predict" and self.predicts_pool) or (stage == "fit" and self.choice_follows)
+        wanted = self.strategy.needs_features and scored
         if self.feature_networks and wanted and not self._representations:
             if self.pool.score_with_train_augmentation:
                 raise ValueError(

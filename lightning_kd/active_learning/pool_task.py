@@ -84,6 +84,12 @@ class PoolTask(Task, ABC):
         setattr(other.get_submodule(parent), name, nn.Linear(old.in_features, outputs, bias=old.bias is not None))
         return self.build(other)
 
+    @property
+    def predicts_pool(self) -> bool:
+        """Whether what is predicted is the pool, or a loader without a data module; new samples have no place in it."""
+        data = getattr(self._trainer, "datamodule", None)
+        return data is None or hasattr(data, "unlabelled_indices")
+
     def training_target(self, batch: Any) -> Tensor | None:
         target = super().training_target(batch)
         if target is None:
@@ -118,7 +124,9 @@ class PoolTask(Task, ABC):
 
     def predict_step(self, batch: Any, batch_idx: int) -> dict[str, Tensor]:
         """``prediction``, ``probabilities`` and, where the batch has it, ``index``, as ``Task`` gives them, and the
-        ``pool_scores``."""
+        ``pool_scores``; of samples that are in no pool those alone that ``Task`` gives."""
+        if not self.predicts_pool:
+            return super().predict_step(batch, batch_idx)
         batch = as_batch(batch)
         probabilities, scores = self.pool_scores(batch.image, batch.index)
         index = {} if batch.index is None else {"index": batch.index}

@@ -11,6 +11,7 @@ from torch import nn
 
 import lightning_kd
 from lightning_kd.active_learning import (
+    BUAL,
     KCenter,
     PoolClassifier,
     Strategy,
@@ -24,6 +25,7 @@ from lightning_kd.active_learning import (
 from lightning_kd.active_learning.baselines import STRATEGIES
 from lightning_kd.active_learning.diverse_selection import badge_picks
 from lightning_kd.core.seeding import numpy_generator, torch_generator
+from lightning_kd.data.described_samples import DescribedSamples
 from lightning_kd.pool import PoolRecord, PoolView, Query
 from tests.active_learning.runs import pool_data, starter, trainer_of
 from tests.two_processes import on_two_ranks
@@ -313,3 +315,17 @@ def test_checkpoints_load_again(tmp_path):
 def test_all_is_exported():
     for name in ("PoolClassifier", "KCenter", "BADGE", "Random", "k_center_greedy", "badge_select", "least_confidence"):
         assert getattr(lightning_kd, name).__module__.startswith("lightning_kd.active_learning")
+
+
+@pytest.mark.parametrize("name", ["bual", "lewis"])
+def test_new_samples_are_predicted_without_scores_of_the_pool(name, tmp_path):
+    settings = {"num_classes": 4, "input_shape": (1, 8, 8)}
+    task = BUAL("mlp_8", **settings)  # remembers the pool by index, and has scores after its last epochs alone
+    if name == "lewis":
+        task = PoolClassifier("mlp_8", **settings, strategy="lewis", feature_networks=["of the pool.npy"])
+    np.save(tmp_path / "new.npy", np.zeros((3, 8, 8), np.uint8))
+    new = DescribedSamples(pool_data().describe(), str(tmp_path / "new.npy"))
+    (found,) = trainer_of().predict(task, new)
+    assert set(found) == {"index", "prediction", "probabilities"}
+    (batch,) = new.predict_dataloader()
+    torch.testing.assert_close(found["probabilities"], task.eval().scores_and_probabilities(batch.image)[1])
