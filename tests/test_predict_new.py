@@ -10,12 +10,18 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from jsonargparse import Namespace
 from PIL import Image
 
 import lightning_kd
 from lightning_kd.cli import main
+from lightning_kd.cli.new_samples import take_from_run, without_predict
 from lightning_kd.core import prediction_page
+from lightning_kd.core.run_folder import RunFolder
 from lightning_kd.data import ArrayDataModule, ImageFolderDataModule, OpenSetDataModule
+from lightning_kd.data.described_samples import DescribedSamples
+from lightning_kd.data.new_samples import files_to_predict
+from lightning_kd.data.preparation import Preparation
 
 QUIET = ["--trainer.enable_progress_bar", "false", "--trainer.accelerator", "cpu"]
 FIT = ["fit", "--model", "Classification", "--model.network", "cnn_tiny", "--trainer.max_epochs", "2", "--run", "r"]
@@ -407,6 +413,33 @@ def test_classes_may_be_called_by_numbers(run, capsys):
     for wrong in (["a", "a"], "ab"):
         with pytest.raises(ValueError, match="class_names must be a list of different names"):
             ImageFolderDataModule("gone", predict="new", class_names=wrong)
+
+
+@pytest.mark.parametrize("name", ["SegmentationFolderDataModule", "ImageFolderDataModule"])
+def test_arrays_for_any_data_module_of_files(name, tmp_path):
+    description = {"problem": "Segmentation", "class_names": ["a", "b"], "input_shape": [3, 8, 12], "stretch": True}
+    torch.save({"state_dict": {}, "data_description": description}, "c.ckpt")
+    np.save("new.npy", np.full((2, 16, 20, 3), 51, np.uint8))
+    config = Namespace(ckpt_path="c.ckpt", model=Namespace(), data=Namespace(class_path=name))
+    config.data.init_args = Namespace(root="gone", predict=None, mean=None, on_error="skip")
+    take_from_run(config, "new.npy", RunFolder("r"))
+    data = DescribedSamples(**config.data.init_args)
+    (batch,) = data.predict_dataloader()
+    assert batch.image.shape == (2, 3, 8, 12)
+    torch.testing.assert_close(batch.image, torch.full_like(batch.image, 0.2))
+
+
+def test_predict_that_is_none_or_empty_is_left_to_the_parser():
+    words = ["predict", "--data.predict", "null", "--data.predict=", "--data.predict", "", "--seed_everything", "1"]
+    assert without_predict(words) == (words, None)
+    assert without_predict([*words, "--data.predict=new", "--data.predict"]) == ([*words, "--data.predict"], "new")
+    with pytest.raises(FileNotFoundError, match="predict '' does not exist"):  # not all images of the folder
+        files_to_predict("")
+
+
+def test_features_in_any_order_of_memory():
+    row = np.arange(4.0)[::-1]
+    assert Preparation({}, (4,)).unit(row).tolist() == [3, 2, 1, 0]
 
 
 def test_masks_have_no_order_of_confidence(tmp_path, capsys):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from itertools import islice
 from typing import Any
 
 from jsonargparse import Namespace
@@ -16,6 +17,8 @@ from lightning_kd.data.new_samples import is_array_file
 __all__ = ["take_from_run", "without_predict"]
 
 _FLAGS = ("--data.predict", "--data.init_args.predict")
+# these have predict themselves, but for image files alone
+_OF_FILES = ("ImageFolderDataModule", "SegmentationFolderDataModule", "CamVidDataModule", "CityscapesDataModule")
 
 
 def without_predict(words: Sequence[str]) -> tuple[list[str], str | None]:
@@ -27,8 +30,11 @@ def without_predict(words: Sequence[str]) -> tuple[list[str], str | None]:
         name, equals, value = word.partition("=")
         if name not in _FLAGS:
             left.append(word)
-        elif not equals and (value := next(rest, "")) == "":
-            left.append(word)  # what is wrong with it is for the parser to say
+            continue
+        words_of = [word] if equals else [word, *islice(rest, 1)]
+        value = value if equals else "".join(words_of[1:])
+        if value in ("", "null"):
+            left += words_of  # the parser says what is wrong with it, or takes it for none
         else:
             given = value
     return left, given
@@ -66,7 +72,7 @@ def take_from_run(config: Any, given: str | None, folder: RunFolder) -> None:
         checkpoint = read_checkpoint(config["ckpt_path"])
         known = checkpoint.get("data_description") or {"class_names": checkpoint.get("class_names")}
     reads = "predict" in arguments and not (known and name == "ArrayDataModule")
-    if reads and not (name == "ImageFolderDataModule" and is_array_file(given)):
+    if reads and not (known.get("input_shape") and name in _OF_FILES and is_array_file(given)):
         for key in ("class_names", "mean", "std", "kind"):
             if known and key in arguments and arguments[key] is None:
                 arguments[key] = known.get(key)

@@ -34,9 +34,9 @@ def files_to_predict(given: str, argument: str = "predict") -> list[str]:
         ValueError: where it holds no image.
     """
     path = Path(given)
-    if path.is_dir():
+    if given and path.is_dir():  # no name is not the folder that you are in
         found = images_below(path)
-    elif not path.exists():
+    elif not given or not path.exists():
         raise FileNotFoundError(f"{argument} {given!r} does not exist: name a folder, an image, or a list of images")
     elif path.suffix.lower() in (".txt", ".csv"):
         found = [_from(path.parent, name) for name in _listed(path, argument)]

@@ -64,7 +64,7 @@ class Preparation:
                     f"an array must be of one sample of {self.input_shape}, features [D] or an image [H, W, C], got "
                     f"{sample.shape}: bring it to that"
                 )
-            sample = torch.from_numpy(sample if sample.ndim == 1 else np.ascontiguousarray(sample.transpose(2, 0, 1)))
+            sample = torch.from_numpy(np.ascontiguousarray(sample if sample.ndim == 1 else sample.transpose(2, 0, 1)))
         if not isinstance(sample, Tensor):
             sample = v2.functional.pil_to_tensor(self.sized(self.picture(sample)))
         if tuple(sample.shape) != self.input_shape:
