@@ -239,6 +239,14 @@ def test_a_run_of_any_data_module_predicts_new_files(method, run):
     main(last)
     if method[0] == TAGS[0]:  # wide pictures, which are not cut
         as_loaded("m", [row["path"] for row in rows("m/predictions.csv")])
+        shown = [(row["path"], row["probability_0"]) for row in rows("m/predictions.csv")]
+        checkpoint = torch.load("m/checkpoints/last.ckpt", weights_only=True)
+        del checkpoint["data_description"]["stretch"]  # as older ones are
+        torch.save(checkpoint, "m/checkpoints/last.ckpt")
+        as_loaded("m", [path for path, _ in shown])
+        Path("same.txt").write_text("\n".join(path for path, _ in shown))
+        main([*last, "--data.predict", "same.txt"])
+        assert [row["probability_0"] for row in rows("m/predictions.csv")] == [share for _, share in shown]
     shutil.rmtree("photos")
     main([*last, "--data.predict=new", "--sort", "confidence"])
     main([*last, "--data.predict", "new"])

@@ -13,6 +13,7 @@ from lightning_kd.core.run_folder import RunFolder
 from lightning_kd.core.starting_weights import leave_teacher_out
 from lightning_kd.data.described_samples import DescribedSamples
 from lightning_kd.data.new_samples import is_array_file
+from lightning_kd.data.preparation import of_older_checkpoint
 
 __all__ = ["take_from_run", "without_predict"]
 
@@ -91,6 +92,9 @@ def _described(arguments: Any, known: dict[str, Any], given: str) -> Namespace:
     loading = {key: source[key] for key in ("eval_batch_size", "num_workers", "on_error") if key in source}
     own = {} if source is not arguments or arguments.get("normalize") is False else arguments
     changeable = ("class_names", "mean", "std", "background", "image_range")
-    description = {**known, **{key: list(own[key]) for key in changeable if own.get(key) is not None}}
+    description = {
+        **of_older_checkpoint(known, arguments),
+        **{key: list(own[key]) for key in changeable if own.get(key) is not None},
+    }
     path = f"{DescribedSamples.__module__}.{DescribedSamples.__name__}"
     return Namespace(class_path=path, init_args=Namespace(description=description, predict=given, **loading))

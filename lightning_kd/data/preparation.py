@@ -14,7 +14,7 @@ from torchvision.transforms import v2
 
 from lightning_kd.data.image_files import as_rgb, read_image, upright, without_range
 
-__all__ = ["Preparation"]
+__all__ = ["Preparation", "of_older_checkpoint"]
 
 # floats of an image may go a little beyond 0 to 1, where it was resized by splines
 BEYOND = 0.1
@@ -113,6 +113,18 @@ class Preparation:
         if picture.size == (width, height):
             return picture
         return ImageOps.fit(picture, (width, height), Image.Resampling.BILINEAR)
+
+
+def of_older_checkpoint(description: Mapping[str, Any], arguments: Mapping[str, Any]) -> dict[str, Any]:
+    """A description with what older checkpoints leave out of it: that image files with several labels, or with masks,
+    are brought to their size whatever their ratio.
+
+    Args:
+        description: as a checkpoint holds it.
+        arguments: of the data module, by name.
+    """
+    of_files = description.get("problem") in ("MultiLabel", "Segmentation") and "image_size" in arguments
+    return {**({"stretch": True} if of_files else {}), **description}
 
 
 def _picture_of(array: np.ndarray, background: tuple[int, ...]) -> Image.Image:

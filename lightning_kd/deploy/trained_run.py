@@ -19,6 +19,7 @@ from lightning_kd.core.registry import family_packages
 from lightning_kd.core.run_folder import RunFolder
 from lightning_kd.core.starting_weights import leave_teacher_out, weights_from_checkpoint
 from lightning_kd.core.task import Task
+from lightning_kd.data.preparation import of_older_checkpoint
 
 __all__ = ["load_trained", "test_images"]
 
@@ -60,6 +61,7 @@ def load_trained(run: str | Path) -> tuple[Task, dict[str, Any], Path]:
         description["class_names"] = checkpoint.get("class_names") or description["class_names"]
     else:
         task = _without_data(config, description)
+        description = of_older_checkpoint(description, (config.get("data") or {}).get("init_args") or {})
     task.on_load_checkpoint(checkpoint)  # first, as Lightning does: it may put in what the file leaves out
     try:
         task.load_state_dict(checkpoint["state_dict"], strict=task.strict_loading)
