@@ -64,7 +64,7 @@ class PoolTask(Task, ABC):
             ValueError: if it is another data module, or none.
         """
         data = getattr(self.trainer, "datamodule", None)
-        if not hasattr(data, "unlabelled_indices"):
+        if not hasattr(data, "unknown_indices"):
             raise ValueError(
                 f"{type(self).__name__} needs a pool, got {type(data).__name__}: wrap your data module in "
                 "OpenSetDataModule(source=...)"
@@ -88,7 +88,7 @@ class PoolTask(Task, ABC):
     def predicts_pool(self) -> bool:
         """Whether what is predicted is the pool, or a loader without a data module; new samples have no place in it."""
         data = getattr(self._trainer, "datamodule", None)
-        return data is None or hasattr(data, "unlabelled_indices")
+        return data is None or hasattr(data, "unknown_indices")
 
     def training_target(self, batch: Any) -> Tensor | None:
         target = super().training_target(batch)
