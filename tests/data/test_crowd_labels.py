@@ -208,15 +208,17 @@ def test_other_files(tmp_path):
         data.setup()
 
 
-def test_table_of_files(tmp_path):
+@pytest.mark.parametrize("folder", ["", "train/", "/elsewhere/photos/train/"])
+def test_table_of_files(folder, tmp_path):
     for split, count in (("train", 6), ("test", 2)):
         for name in ("cat", "dog"):
             (tmp_path / "photos" / split / name).mkdir(parents=True)
             for k in range(count):
                 pixels = np.full((8, 8, 3), 30 * k, np.uint8)
                 Image.fromarray(pixels).save(tmp_path / "photos" / split / name / f"{k}.png")
-    lines = ["dog/1.png,ann,dog", "train/dog/1.png,bob,cat", "cat/0.png,bob,cat", "dog/gone.png,ann,dog"]
-    (tmp_path / "crowd.csv").write_text("\n".join(["file,annotator,label", *lines]))
+    lines = ["dog/1.png,ann,dog", "dog/1.png,bob,cat", "cat/0.png,bob,cat", "dog/gone.png,ann,dog"]
+    table = ["file,annotator,label", *(folder + line for line in lines)]
+    (tmp_path / "crowd.csv").write_text("\n".join(table))
     crowd = CrowdAnnotations(str(tmp_path / "crowd.csv"))
     data = ImageFolderDataModule(str(tmp_path / "photos"), image_size=8, val_fraction=0.0, annotations=crowd)
     data.setup()
