@@ -21,5 +21,6 @@ def quiet() -> None:
         ".*could not find the monitored key.*",  # best.ckpt where nothing is validated
         ".*The number of training batches .* is smaller than the logging interval.*",
         ".*Checkpoint directory .* exists and is not empty.*",
+        ".*torch.jit.script. is deprecated.*",  # torch's own, where it differentiates forwards
     ):
         warnings.filterwarnings("ignore", message)

@@ -16,13 +16,13 @@ def export_modules(package: str, namespace: dict[str, Any]) -> list[str]:
 
     Called from a package's ``__init__`` as ``__all__ = export_modules(__name__, globals())``.
     """
-    names: list[str] = []
+    names: set[str] = set()  # a module may hand on what another has
     for info in pkgutil.iter_modules(namespace["__path__"]):
         if not info.name.startswith("_"):
             module = importlib.import_module(f"{package}.{info.name}")
             for name in getattr(module, "__all__", ()):
                 namespace[name] = getattr(module, name)
-                names.append(name)
+                names.add(name)
     return sorted(names)
 
 
