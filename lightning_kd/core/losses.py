@@ -210,3 +210,70 @@ def check_label_values(target: Tensor, allowed: tuple[int, ...], name: str = "ta
             f"{name} must hold {values}, got values from {float(wide.min()):g} to {float(wide.max()):g}: correct the "
             "labels"
         )
+
+
+def soft_cross_entropy(logits: Tensor, soft_target: Tensor) -> Tensor:
+    """``-sum_k y_k log softmax(logits)_k``, mean over the batch: cross-entropy with probabilities ``y`` as target.
+
+    A class with ``y_k = 0`` counts 0, even where its logarithm overflows. Gradient: ``(p - y) / B`` where rows sum to 1.
+
+    Args:
+        logits: ``[B, C]``; half precision is computed in float32, float64 stays.
+        soft_target: ``[B, C]``; gets no gradient.
+
+    Raises:
+        ValueError: for shapes that differ.
+    """
+    check_shapes(logits=(logits, "BC"), soft_target=(soft_target, "BC"))
+    logits, soft_target = at_least_float32(logits, soft_target.detach())
+    each = (soft_target * logits.log_softmax(1)).masked_fill(soft_target == 0, 0)
+    return -each.sum(1).mean()
+
+
+def z_loss(
+    logits: Tensor,
+    target: Tensor,
+    a: float = 1.0,
+    b: float = 0.0,
+    reduction: Literal["mean", "sum", "none"] = "mean",
+    eps: float | None = None,
+) -> Tensor:
+    """The Z-loss ``softplus(a (b - z_target)) / a``, which scaling and shifting a sample's logits leaves as it is.
+
+    ``z = (logits - mean) / (s + eps)`` with the mean and the standard deviation ``s`` of the sample's own logits,
+    dividing by ``C``, both with gradient. ``z_target`` is at most ``sqrt(C - 1)``, so that the loss is bounded. Logits
+    that are all equal have ``z = 0`` and no gradient: training cannot start from them. It is not the penalty
+    ``log(Z)^2`` of language models.
+
+    Args:
+        logits: ``[B, C]``, ``C >= 3``: with two classes there is no gradient; half precision is computed in float32,
+            float64 stays.
+        target: int64 ``[B]``.
+        a: sharpness, above 0; for large ones the loss approaches ``max(0, b - z_target)``.
+        b: how far ``z_target`` is still pushed.
+        reduction: ``"none"`` gives ``[B]``.
+        eps: added to ``s``. Default: 1e-12 in float64, else 1e-6.
+
+    Raises:
+        ValueError: for fewer classes, another shape or dtype, numbers out of range, and logits that are not finite and
+            a target out of range (which only a CPU is asked for).
+
+    Source: de Brebisson and Vincent, arXiv 1604.08859.
+    """
+    check_numbers(above=0, a=a)
+    check_numbers(b=b)
+    check_numbers(least=0, optional=True, eps=eps)
+    if reduction not in ("mean", "sum", "none"):
+        raise ValueError(f"reduction must be 'mean', 'sum' or 'none', got {reduction!r}: give one of them")
+    check_target(logits, target)
+    if logits.shape[1] < 3:
+        raise ValueError(f"logits must be [B, C] with at least 3 classes, got {list(logits.shape)}: take cross-entropy")
+    if logits.device.type == "cpu" and not logits.isfinite().all():
+        raise ValueError("logits must be finite, got NaN or infinity: look at the inputs or lower the learning rate")
+    (logits,) = at_least_float32(logits)
+    eps = eps if eps is not None else 1e-12 if logits.dtype == torch.float64 else 1e-6
+    flat = (logits == logits[:, :1]).all(1, keepdim=True)
+    centred = (logits - logits.mean(1, keepdim=True)).masked_fill(flat, 0)  # before the square, or precision is lost
+    s = centred.square().mean(1, keepdim=True).masked_fill(flat, 1).sqrt()  # the root of 0 has no slope
+    each = -F.logsigmoid(a * (centred.gather(1, target[:, None]) / (s + eps) - b)).squeeze(1) / a
+    return each if reduction == "none" else each.mean() if reduction == "mean" else each.sum()

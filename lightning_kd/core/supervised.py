@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from typing import Any, Literal
 
 import torch
+from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor, nn
 
 from lightning_kd.argument_checks import check_numbers
@@ -13,7 +14,7 @@ from lightning_kd.core.averaged_task import AveragedTask
 from lightning_kd.core.batch import Batch, as_batch
 from lightning_kd.core.class_metrics import class_sizes
 from lightning_kd.core.distributed import process_count
-from lightning_kd.core.losses import asymmetric_loss, at_least_float32
+from lightning_kd.core.losses import asymmetric_loss, at_least_float32, z_loss
 from lightning_kd.core.outputs import auxiliary_logits
 from lightning_kd.core.problems import MultiLabel, Problem, Segmentation
 from lightning_kd.core.supervised_task import SupervisedTask
@@ -56,7 +57,7 @@ class Supervised(SupervisedTask):
 
 
 class Classification(SupervisedTask):
-    """Train one network with cross-entropy on one class an image.
+    """Train one network with cross-entropy, or the Z-loss, on one class an image.
 
     After ``fit`` the run folder holds ``network.pt``, a plain ``state_dict``; a distillation task takes it (or the
     checkpoint) as ``teacher_weights``.
@@ -76,6 +77,11 @@ class Classification(SupervisedTask):
             after a query by the strategy ``lewis``: the mean is 1 over the query, and initial labels count 1. The loss
             is the sum of the weighted ones by the size of the batch, so that several processes train as one does.
             Validation and test are not weighted.
+        loss: ``"ce"`` or ``"z"``: ``z_loss``, to which scaling and shifting the logits of an image is nothing. Pair it
+            with weight decay, as nothing else holds the size of the logits; the probabilities that are evaluated are
+            still their softmax. It needs three classes or more, and takes no ``label_smoothing`` and no weights.
+        z_a: ``a`` of ``z_loss``, above 0.
+        z_b: ``b`` of ``z_loss``.
         kwargs: ``new_classifier``, ``freeze``, ``backbone_lr`` of ``FineTunedTask``; ``optimizer``, ``lr_scheduler``,
             ``lr_interval``, ``channels_last``, ``compile`` of ``Task``.
     """
@@ -90,10 +96,30 @@ class Classification(SupervisedTask):
         label_smoothing: float = 0.0,
         class_weights: Literal["balanced"] | list[float] | None = None,
         use_sampling_weights: bool = False,
+        loss: Literal["ce", "z"] = "ce",
+        z_a: float = 1.0,
+        z_b: float = 0.0,
         **kwargs: Any,
     ) -> None:
         super().__init__(network, num_classes, input_shape=input_shape, weights=weights, **kwargs)
         check_numbers(least=0, below=1, label_smoothing=label_smoothing)
+        if loss not in ("ce", "z"):
+            raise ValueError(f"loss must be 'ce' or 'z', got {loss!r}: give one of them")
+        check_numbers(above=0, z_a=z_a)
+        check_numbers(z_b=z_b)
+        if loss == "z":
+            check_numbers(least=3, remedy="the Z-loss of two classes has no gradient", num_classes=num_classes)
+            others = {
+                "label_smoothing": label_smoothing,
+                "class_weights": class_weights,
+                "use_sampling_weights": use_sampling_weights,
+            }
+            for name, value in others.items():
+                if value:
+                    raise ValueError(f"{name} is of the cross-entropy, got {value!r} with loss='z': leave one of them out")
+        self.loss_name, self.z_a, self.z_b = loss, z_a, z_b
+        self.loss_is_plain = loss == "ce"
+        self._first_logits = True
         self.label_smoothing = label_smoothing
         self.class_weights = class_weights
         if isinstance(class_weights, str) and class_weights != "balanced":
@@ -137,7 +163,16 @@ class Classification(SupervisedTask):
         weight = sizes.sum() / (self.num_classes * sizes.clamp(min=1))
         self._weight = torch.where(sizes > 0, weight, 1.0)
 
+    def on_train_start(self) -> None:
+        super().on_train_start()
+        self._first_logits = True
+
     def loss(self, output: Any, logits: Tensor, target: Tensor) -> dict[str, Tensor]:
+        if self.loss_name == "z":
+            if self._first_logits:  # of a fit alone: a GPU waits
+                self._first_logits = False
+                warn_of_equal_logits(logits)
+            return {"z": z_loss(logits, target, self.z_a, self.z_b)}
         if self._weight is not None:
             self._weight = self._weight.to(logits)  # once, to its device
         if self._sampling_weight is not None:
@@ -160,6 +195,15 @@ def sampling_weight_of(batch: Batch) -> Tensor:
             "answers to a query by the strategy lewis (data.answers, or pool.json of the run folder)"
         )
     return weight
+
+
+def warn_of_equal_logits(logits: Tensor) -> None:
+    """Say that the Z-loss learns nothing where the logits ``[B, C]`` of each sample are all equal."""
+    if bool((logits == logits[:, :1]).all()):
+        rank_zero_warn(
+            "the logits of the first batch are all equal, as those of a classifier that starts from zero: the Z-loss "
+            "has no gradient there, so that nothing is learnt; start the last layer from random weights"
+        )
 
 
 class MultiLabelClassification(AveragedTask):

@@ -52,6 +52,8 @@ CASES = {
     weak_labels.candidate_likelihood_loss: (A, torch.ones(B, C)),
     weak_labels.crowd_loss: (torch.stack([P, P], 2), ANNOTATIONS),
     losses.asymmetric_loss: (A, LABELS),
+    losses.soft_cross_entropy: (A, P),
+    losses.z_loss: (A, TARGET),
     losses.negative_learning_loss: (A, TARGET, 0.0, WEIGHT),
     noisy_labels.negative_learning_loss: (A, TARGET),
     dirichlet.calibrated_softmax: (A, 1.0),
