@@ -215,7 +215,7 @@ def check_label_values(target: Tensor, allowed: tuple[int, ...], name: str = "ta
 def soft_cross_entropy(logits: Tensor, soft_target: Tensor) -> Tensor:
     """``-sum_k y_k log softmax(logits)_k``, mean over the batch: cross-entropy with probabilities ``y`` as target.
 
-    A class with ``y_k = 0`` counts 0, even where its logarithm overflows. Gradient: ``(p - y) / B`` where rows sum to 1.
+    A class with ``y_k = 0`` counts 0, even where its logarithm overflows. Gradient: ``(p - y) / B`` if rows sum to 1.
 
     Args:
         logits: ``[B, C]``; half precision is computed in float32, float64 stays.

@@ -14,6 +14,7 @@ from torchmetrics.classification import MulticlassAccuracy, MulticlassCalibratio
 
 from lightning_kd.core.calibration import CalibrationMetric
 from lightning_kd.core.class_metrics import MOST_CLASSES, ConfusionMetric
+from lightning_kd.core.label_matrix import main_class
 from lightning_kd.core.multilabel_metrics import MultiLabelMetric
 from lightning_kd.core.outputs import class_logits, logits_of, pixel_logits, resized
 from lightning_kd.core.prediction_files import MaskFolder, PredictionWriter
@@ -75,7 +76,7 @@ class SingleLabel(Problem):
         return scores.argmax(1)
 
     def training_values(self, logits: Tensor, target: Tensor) -> tuple[Tensor, Tensor | None]:
-        return logits.argmax(1) == target, None
+        return logits.argmax(1) == main_class(target), None
 
     def metrics(self) -> dict[str, Metric]:
         found: dict[str, Metric] = {

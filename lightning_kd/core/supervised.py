@@ -116,7 +116,7 @@ class Classification(SupervisedTask):
             }
             for name, value in others.items():
                 if value:
-                    raise ValueError(f"{name} is of the cross-entropy, got {value!r} with loss='z': leave one of them out")
+                    raise ValueError(f"{name} is of the cross-entropy, got {value!r} with loss='z': leave one out")
         self.loss_name, self.z_a, self.z_b = loss, z_a, z_b
         self.loss_is_plain = loss == "ce"
         self._first_logits = True

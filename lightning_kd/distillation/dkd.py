@@ -15,6 +15,7 @@ from lightning_kd.argument_checks import check_numbers
 from lightning_kd.core.losses import at_least_float32, check_logits, check_positive, check_target
 from lightning_kd.distillation.distillation_task import Distillation
 from lightning_kd.distillation.kd import kd_loss
+from lightning_kd.distillation.lskd import standardize
 
 __all__ = ["DKD", "dkd_loss", "published_beta"]
 
@@ -108,6 +109,8 @@ class DKD(Distillation):
         warmup_epochs: the loss is multiplied by ``min(epoch / warmup_epochs, 1)``, epochs counted from 1.
         ce_weight: weight of the cross-entropy.
         kd_weight: weight of ``dkd_loss``.
+        standardize: standardize the logits of both networks first (LSKD); with ``alpha`` and ``beta`` about ten times
+            larger and temperature 2.
         kwargs: the further arguments of ``Distillation`` and ``Task``.
     """
 
@@ -123,6 +126,7 @@ class DKD(Distillation):
         warmup_epochs: int = 20,
         ce_weight: float = 1.0,
         kd_weight: float = 1.0,
+        standardize: bool = False,
         **kwargs: Any,
     ) -> None:
         super().__init__(student, teacher, num_classes, ce_weight=ce_weight, kd_weight=kd_weight, **kwargs)
@@ -132,7 +136,10 @@ class DKD(Distillation):
         check_numbers(least=0, whole=True, warmup_epochs=warmup_epochs)
         self.beta = published_beta(student, teacher) if beta is None else beta
         self.alpha, self.temperature, self.warmup_epochs = alpha, temperature, warmup_epochs
+        self.standardize = standardize
 
     def distillation_loss(self, student_logits: Tensor, teacher_logits: Tensor, target: Tensor) -> Tensor:
+        if self.standardize:
+            student_logits, teacher_logits = standardize(student_logits), standardize(teacher_logits)
         warmup = min((self.current_epoch + 1) / max(self.warmup_epochs, 1), 1.0)
         return warmup * dkd_loss(student_logits, teacher_logits, target, self.alpha, self.beta, self.temperature)

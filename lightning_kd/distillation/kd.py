@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from lightning_kd.argument_checks import check_numbers
 from lightning_kd.core.losses import at_least_float32, check_logits, check_positive
 from lightning_kd.distillation.distillation_task import Distillation
+from lightning_kd.distillation.lskd import standardize
 
 __all__ = ["KD", "kd_loss"]
 
@@ -57,6 +58,8 @@ class KD(Distillation):
         ce_weight: weight of the cross-entropy. 0.1 and 0.9 are the CIFAR weights of the usual benchmark; on ImageNet
             it has 0.5 and 0.5.
         kd_weight: weight of ``kd_loss``.
+        standardize: standardize the logits of both networks first (LSKD), so that only their order and spacing is
+            learnt; with weights about ten times larger (9 for ``kd_weight``) and temperature 2.
         kwargs: the further arguments of ``Distillation`` and ``Task``.
     """
 
@@ -69,11 +72,14 @@ class KD(Distillation):
         temperature: float = 4.0,
         ce_weight: float = 0.1,
         kd_weight: float = 0.9,
+        standardize: bool = False,
         **kwargs: Any,
     ) -> None:
         super().__init__(student, teacher, num_classes, ce_weight=ce_weight, kd_weight=kd_weight, **kwargs)
         check_numbers(above=0, temperature=temperature)
-        self.temperature = temperature
+        self.temperature, self.standardize = temperature, standardize
 
     def distillation_loss(self, student_logits: Tensor, teacher_logits: Tensor, target: Tensor) -> Tensor:
+        if self.standardize:
+            student_logits, teacher_logits = standardize(student_logits), standardize(teacher_logits)
         return kd_loss(student_logits, teacher_logits, self.temperature)

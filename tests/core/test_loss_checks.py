@@ -35,6 +35,8 @@ U, V = logits(3).sigmoid() / 9, logits(4).sigmoid() / 9
 CASES = {
     distillation.kd_loss: (A, Z, 2.0),
     distillation.dkd_loss: (A, Z, TARGET, 1.0, 2.0, 2.0),
+    distillation.dist_loss: (A, Z, 1.0, 2.0, 4.0),
+    distillation.nkd_loss: (A, Z, TARGET, 2.0, 1.5),
     distillation.binary_kl_loss: (A, Z, 2.0),
     distillation.binary_kl_norm_loss: (A, Z, 2.0),
     distillation.multi_label_logits_loss: (A, Z),
@@ -146,7 +148,9 @@ def test_a_target_of_another_kind_is_refused(function, k):
 @pytest.mark.parametrize("bad", [0, -1.0, math.nan, math.inf, None, "2", torch.tensor(-1.0)])
 @pytest.mark.parametrize("function", CASES, ids=lambda f: f.__name__)
 def test_a_temperature_is_above_0(function, bad):
-    names = [n for n in inspect.signature(function).parameters if n.endswith("temperature") or n == "gamma"]
+    names = [n for n in inspect.signature(function).parameters if n.endswith("temperature") or n in ("gamma", "tau")]
+    if function in (distillation.dist_loss, distillation.nkd_loss):
+        names.remove("gamma")  # a weight of theirs
     for name in names:
         bound = inspect.signature(function).bind(*CASES[function])
         with pytest.raises(ValueError, match=f"{name} must be above 0, got "):
@@ -197,7 +201,9 @@ def test_choices_of_dcfs_and_targets_of_bual():
     assert dcfs.discrepancy_loss(A, Z, torch.full((B,), C)) <= 0  # K, unknown, is a target of it
 
 
-@pytest.mark.parametrize("function", [distillation.dkd_loss, bldr_losses.complementary_loss, noisy_labels.gce_loss])
+@pytest.mark.parametrize(
+    "function", [distillation.dkd_loss, distillation.nkd_loss, bldr_losses.complementary_loss, noisy_labels.gce_loss]
+)
 def test_values_are_not_asked_of_a_device(function):
     args = [value.to("meta") if isinstance(value, torch.Tensor) else value for value in CASES[function]]
     assert function(*args).shape == ()  # a look at a value would raise there
