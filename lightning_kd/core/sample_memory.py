@@ -21,25 +21,34 @@ class SampleMemory:
         shape: of one row.
         fill: the value at the start.
         dtype: of the rows.
+        on_host: keep the rows in the host's memory, where a GPU has no room for them; each batch then waits for them.
 
     Attributes:
         rows: ``[N, *shape]``; empty before ``allocate``.
         seen: bool ``[N]``, which samples were written since the last ``synchronise``.
     """
 
-    def __init__(self, shape: tuple[int, ...] = (), fill: float = 0.0, dtype: torch.dtype = torch.float32) -> None:
+    def __init__(
+        self,
+        shape: tuple[int, ...] = (),
+        fill: float = 0.0,
+        dtype: torch.dtype = torch.float32,
+        on_host: bool = False,
+    ) -> None:
         self.shape = shape
         self.fill = fill
         self.dtype = dtype
+        self.on_host = on_host
         self.rows = torch.empty((0, *shape), dtype=dtype)
         self.seen = torch.zeros(0, dtype=torch.bool)
 
     def allocate(self, count: int, device: torch.device) -> None:
-        """Make room for ``count`` samples, unless there is; what is kept moves to ``device``.
+        """Make room for ``count`` samples, unless there is; what is kept moves to ``device``, but for ``on_host``.
 
         Raises:
             ValueError: if it holds another number of samples.
         """
+        device = torch.device("cpu") if self.on_host else device
         if len(self.rows) == 0:
             self.rows = torch.full((count, *self.shape), self.fill, dtype=self.dtype)
         if len(self.rows) != count:
@@ -50,6 +59,10 @@ class SampleMemory:
         self.rows = self.rows.to(device)
         self.seen = torch.zeros(count, dtype=torch.bool, device=device)
 
+    def read(self, index: Tensor) -> Tensor:
+        """The rows of ``index`` int64 ``[B]``, ``[B, *shape]``, on its device."""
+        return self.rows[index.to(self.rows.device)].to(index.device)
+
     def write(self, index: Tensor, rows: Tensor) -> None:
         """Replace the rows of ``index`` int64 ``[B]`` by ``rows`` ``[B, *shape]``, without gradient.
 
@@ -57,7 +70,8 @@ class SampleMemory:
         """
         if second_pass():
             return
-        self.rows[index] = rows.detach().to(self.rows.dtype)
+        index = index.to(self.rows.device)
+        self.rows[index] = rows.detach().to(self.rows)
         self.seen[index] = True
 
     def synchronise(self) -> None:
