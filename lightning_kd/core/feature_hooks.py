@@ -31,6 +31,16 @@ def find_classifier(network: nn.Module, path: str | None = None) -> tuple[str, n
     raise ValueError(f"{type(network).__name__} has no nn.Linear to take as classifier: name one by its module path")
 
 
+def check_not_compiled(network: nn.Module, what: str) -> None:
+    """Refuse to listen to a network that is compiled already.
+
+    Raises:
+        RuntimeError: if it is: hooks added later never fire.
+    """
+    if getattr(network, "_compiled_call_impl", None) is not None:
+        raise RuntimeError(f"a tap on {what} after compile() would never fire: tap the network first")
+
+
 class Tap:
     """Keeps what passes through one module of a network in the latest forward pass, with its graph.
 
@@ -40,20 +50,20 @@ class Tap:
         network: the network to listen to.
         path: module path inside it, as in ``network.named_modules()``.
         side: ``"output"`` of the module or its first ``"input"``.
+        copy: keep a copy, where the network overwrites the tensor later on.
 
     Raises:
         ValueError: for an unknown path, with the known ones of the same depth.
         RuntimeError: if the network is compiled already.
     """
 
-    def __init__(self, network: nn.Module, path: str, side: str = "output") -> None:
+    def __init__(self, network: nn.Module, path: str, side: str = "output", copy: bool = False) -> None:
         modules = dict(network.named_modules())
         if path not in modules:
             known = [name for name in modules if name and name.count(".") == path.count(".")]
             raise ValueError(f"no module {path!r} in {type(network).__name__}; at that depth there are {known[:12]}")
-        if getattr(network, "_compiled_call_impl", None) is not None:
-            raise RuntimeError(f"a tap on {path!r} after compile() would never fire: tap the network first")
-        self.path = path
+        check_not_compiled(network, repr(path))
+        self.path, self.side, self.copy = path, side, copy
         self._value: Any = None
         if side == "input":
             self.handle = modules[path].register_forward_pre_hook(self._keep_input)
@@ -63,10 +73,10 @@ class Tap:
             raise ValueError(f"side must be 'input' or 'output', got {side!r}")
 
     def _keep_input(self, module: nn.Module, args: tuple[Any, ...]) -> None:
-        self._value = args[0]
+        self._value = args[0].clone() if self.copy else args[0]
 
     def _keep_output(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
-        self._value = output
+        self._value = output.clone() if self.copy else output
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Tap:
         # A copied module keeps hooks that report to this tap; a graph tensor cannot be copied anyway.

@@ -1,7 +1,8 @@
 """Networks by name: the CIFAR families of the papers, small ones, ``timm/NAME`` and ``torchvision/NAME``.
 
 Every network takes a batch and returns plain logits ``[N, num_classes]``; the input of its last ``nn.Linear`` is the
-pooled feature, and its stages are submodules (``layer1``, ``block1``, ``blocks.0`` ...) that hooks can be put on. No
+pooled feature, and its stages are submodules (``layer1``, ``block1``, ``blocks.0`` ...) that hooks can be put on. Where
+their names do not say which are the stages that benchmarks compare, ``feature_stages`` names them, the stem first. No
 operation is in place, so that what a hook kept stays as it was.
 """
 

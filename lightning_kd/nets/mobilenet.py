@@ -21,6 +21,8 @@ class MobileNetV1(nn.Module):
     image is shrunk 32 times. Images ``[N, C, H, W]`` to logits ``[N, num_classes]``.
     """
 
+    feature_stages = ("model.0", "model.3", "model.5", "model.11", "model.13")
+
     def __init__(self, num_classes: int, in_channels: int = 3) -> None:
         super().__init__()
         blocks = [nn.Sequential(*conv_bn_relu(in_channels, 32, 3, stride=2))]
@@ -58,6 +60,8 @@ class MobileNetV2(nn.Module):
     Stages are ``blocks.0`` to ``blocks.6`` (of 16, 16, 8, 4, 4, 2 and 2 pixels a side for 32x32 images); the classifier
     is ``classifier``. Images ``[N, C, H, W]`` to logits ``[N, num_classes]``.
     """
+
+    feature_stages = ("conv1", "blocks.1", "blocks.2", "blocks.4", "blocks.6")
 
     def __init__(self, num_classes: int, in_channels: int = 3) -> None:
         super().__init__()

@@ -79,7 +79,12 @@ class ShuffleNetV1(nn.Module):
 
 
 class _UnitV2(nn.Module):
-    """Half of the channels pass; the other half goes through the convolutions."""
+    """Half of the channels pass; the other half goes through the convolutions.
+
+    What passes is activated already: the last ReLU leaves it as it is, and so sees the whole unit.
+    """
+
+    feature_activation = "relu3"
 
     def __init__(self, channels: int) -> None:
         super().__init__()
@@ -96,7 +101,7 @@ class _UnitV2(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         kept, out = x.chunk(2, 1)
         out = self.bn2(self.conv2(self.relu1(self.bn1(self.conv1(out)))))
-        return _shuffle(torch.cat([kept, self.relu3(self.bn3(self.conv3(out)))], 1), 2)
+        return _shuffle(self.relu3(torch.cat([kept, self.bn3(self.conv3(out))], 1)), 2)
 
 
 class _DownV2(nn.Module):

@@ -40,6 +40,8 @@ class VGG(nn.Module):
         in_channels: channels of the images.
     """
 
+    feature_stages = ("relu0", "relu1", "relu2", "relu3", "relu4")
+
     def __init__(self, depth: int, num_classes: int, in_channels: int = 3) -> None:
         super().__init__()
         counts = _CONVOLUTIONS[depth]
