@@ -37,6 +37,7 @@ CASES = {
     distillation.dkd_loss: (A, Z, TARGET, 1.0, 2.0, 2.0),
     distillation.dist_loss: (A, Z, 1.0, 2.0, 4.0),
     distillation.nkd_loss: (A, Z, TARGET, 2.0, 1.5),
+    distillation.uskd_loss: (A, Z, TARGET, 1.0, 1.0, 1.0),
     distillation.binary_kl_loss: (A, Z, 2.0),
     distillation.binary_kl_norm_loss: (A, Z, 2.0),
     distillation.multi_label_logits_loss: (A, Z),
