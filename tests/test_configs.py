@@ -239,7 +239,8 @@ def test_recipes_of_the_pool_papers():
 def test_pairs_compose(pair):
     teacher, student = (content(pair)["model"]["init_args"][k] for k in ("teacher", "student"))
     assert pair.endswith(f"{teacher}_{student}")
-    method = ("kd", "dkd", "dhkd")[PAIRS.index(pair) % 3]  # a pair holds only what all three know
+    methods = ("kd", "dkd", "dhkd", "lskd", "dist", "nkd")  # a pair holds only what all know
+    method = methods[PAIRS.index(pair) % len(methods)]
     cli = get_cli(
         [*arguments(f"distillation/{method}_cifar100"), "--config", pair, "--model.teacher_weights", "random"]
     )
@@ -288,7 +289,7 @@ def test_crops_of_the_imagenet_recipes():
 
 
 def test_recipe_of_the_papers():
-    for name in ("classification", "kd", "dkd", "dhkd"):
+    for name in ("classification", "kd", "dkd", "dhkd", "lskd", "dist", "nkd", "z_loss"):
         config = content(f"distillation/{name}_cifar100")
         assert config["trainer"]["max_epochs"] == 240
         assert config["data"]["init_args"]["batch_size"] == 64
