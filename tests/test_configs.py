@@ -24,6 +24,7 @@ def method_of(name):
 
 COMPLETE = [name for name in config_names() if method_of(name)]
 PAIRS = [name for name in config_names() if "/pairs/" in name]
+FEATURE_METHODS = ("fitnet", "at", "nst", "sp", "rkd", "pkt", "reviewkd")
 DISTILLING = [name for name in COMPLETE if "teacher" in content(name)["model"]["init_args"]]
 OVERLAYS = [name for name in config_names() if name.startswith(("noisy_labels/noise/", "noisy_labels/settings/"))]
 OPENNESS = [name for name in config_names() if name.startswith("active_learning/openness/")]
@@ -239,8 +240,14 @@ def test_recipes_of_the_pool_papers():
 def test_pairs_compose(pair):
     teacher, student = (content(pair)["model"]["init_args"][k] for k in ("teacher", "student"))
     assert pair.endswith(f"{teacher}_{student}")
-    methods = ("kd", "dkd", "dhkd", "lskd", "dist", "nkd")  # a pair holds only what all know
-    method = methods[PAIRS.index(pair) % len(methods)]
+    # a pair holds only what all know, so that any of them follows any method
+    methods = [*("kd", "dkd", "dhkd", "lskd", "dist", "nkd"), *FEATURE_METHODS]
+    for method in methods[PAIRS.index(pair) :: len(PAIRS)]:
+        check_pair(pair, method)
+
+
+def check_pair(pair, method):
+    teacher, student = (content(pair)["model"]["init_args"][k] for k in ("teacher", "student"))
     cli = get_cli(
         [*arguments(f"distillation/{method}_cifar100"), "--config", pair, "--model.teacher_weights", "random"]
     )
@@ -289,7 +296,7 @@ def test_crops_of_the_imagenet_recipes():
 
 
 def test_recipe_of_the_papers():
-    for name in ("classification", "kd", "dkd", "dhkd", "lskd", "dist", "nkd", "z_loss"):
+    for name in ("classification", "kd", "dkd", "dhkd", "lskd", "dist", "nkd", "z_loss", *FEATURE_METHODS):
         config = content(f"distillation/{name}_cifar100")
         assert config["trainer"]["max_epochs"] == 240
         assert config["data"]["init_args"]["batch_size"] == 64

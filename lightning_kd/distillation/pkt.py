@@ -6,12 +6,16 @@ arXiv 1803.10837.
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from lightning_kd.core.losses import at_least_float32, check_features
+from lightning_kd.core.stage_features import StageMaps
+from lightning_kd.distillation.feature_distillation import FeatureDistillation
 
-__all__ = ["pkt_loss"]
+__all__ = ["PKT", "pkt_loss"]
 
 EPS = 1e-7
 
@@ -31,7 +35,9 @@ def pkt_loss(student_feature: Tensor, teacher_feature: Tensor) -> Tensor:
     Source: arXiv 1803.10837, equations 7 and 8 with the cosine kernel, as the mean over pairs.
     """
     check_features(student_feature, teacher_feature)
-    student, teacher = (_likeness(f) for f in at_least_float32(student_feature, teacher_feature.detach()))
+    student, teacher = at_least_float32(student_feature, teacher_feature.detach())
+    with torch.autocast(student.device.type, enabled=False):
+        student, teacher = _likeness(student), _likeness(teacher)
     return (teacher * ((teacher + EPS) / (student + EPS)).log()).mean()
 
 
@@ -40,3 +46,36 @@ def _likeness(feature: Tensor) -> Tensor:
     unit = feature / (torch.linalg.vector_norm(feature, dim=1, keepdim=True) + EPS)
     likeness = (unit @ unit.T + 1) / 2
     return likeness / likeness.sum(1, keepdim=True)
+
+
+class PKT(FeatureDistillation):
+    """Probabilistic knowledge transfer (Passalis and Tefas, ECCV 2018, arXiv 1803.10837), on pooled features.
+
+    Args:
+        student: see ``Distillation``.
+        teacher: see ``Distillation``.
+        num_classes: see ``Task``.
+        ce_weight: weight of the cross-entropy.
+        kd_weight: weight of ``pkt_loss``.
+        kwargs: the further arguments of ``Distillation`` and ``Task``.
+    """
+
+    uses_stages = False
+    least_batch = 2
+
+    def __init__(
+        self,
+        student: str | nn.Module,
+        teacher: str | nn.Module,
+        num_classes: int,
+        *,
+        ce_weight: float = 1.0,
+        kd_weight: float = 30000.0,
+        **kwargs: Any,
+    ) -> None:
+        super().__init__(student, teacher, num_classes, ce_weight=ce_weight, kd_weight=kd_weight, **kwargs)
+
+    def feature_loss(self, student: StageMaps, teacher: StageMaps, target: Tensor) -> Tensor:
+        assert student.pooled is not None
+        assert teacher.pooled is not None
+        return pkt_loss(student.pooled, teacher.pooled)

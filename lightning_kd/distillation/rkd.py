@@ -5,14 +5,19 @@ Wonpyo Park, Dongju Kim, Yan Lu, Minsu Cho. Relational Knowledge Distillation. C
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from lightning_kd.argument_checks import check_numbers
 from lightning_kd.core.losses import at_least_float32, check_features
+from lightning_kd.core.stage_features import StageMaps
+from lightning_kd.distillation.feature_distillation import FeatureDistillation
 
-__all__ = ["angle_loss", "distance_loss"]
+__all__ = ["RKD", "angle_loss", "distance_loss"]
 
 # numbers of an array of cosines or unit vectors that is kept, at most: 64 MiB in float32
 AT_ONCE = 2**24
@@ -34,7 +39,8 @@ def distance_loss(student_feature: Tensor, teacher_feature: Tensor) -> Tensor:
     """
     check_features(student_feature, teacher_feature)
     student, teacher = at_least_float32(student_feature, teacher_feature.detach())
-    return F.smooth_l1_loss(_distances(student), _distances(teacher))
+    with torch.autocast(student.device.type, enabled=False):
+        return F.smooth_l1_loss(_distances(student), _distances(teacher))
 
 
 def angle_loss(student_feature: Tensor, teacher_feature: Tensor) -> Tensor:
@@ -57,10 +63,53 @@ def angle_loss(student_feature: Tensor, teacher_feature: Tensor) -> Tensor:
         return F.smooth_l1_loss(_cosines(student, middle), _cosines(teacher, middle), reduction="sum")
 
     parts = torch.arange(count, device=student.device).split(max(1, AT_ONCE // (count * width)))
-    if len(parts) == 1:
-        return of(parts[0]) / count**3
-    # cosines of many are computed again for the gradient, not kept
-    return torch.stack([checkpoint(of, part, use_reentrant=False) for part in parts]).sum() / count**3
+    with torch.autocast(student.device.type, enabled=False):
+        if len(parts) == 1:
+            return of(parts[0]) / count**3
+        # cosines of many are computed again for the gradient, not kept
+        return torch.stack([checkpoint(of, part, use_reentrant=False) for part in parts]).sum() / count**3
+
+
+class RKD(FeatureDistillation):
+    """Relational knowledge distillation (Park et al., CVPR 2019, arXiv 1904.05068), on pooled features.
+
+    The loss is ``distance_weight * distance_loss + angle_weight * angle_loss``.
+
+    Args:
+        student: see ``Distillation``.
+        teacher: see ``Distillation``.
+        num_classes: see ``Task``.
+        distance_weight: weight of the distances.
+        angle_weight: weight of the angles; 0 spares their ``N^3`` cosines.
+        ce_weight: weight of the cross-entropy.
+        kd_weight: weight of both together.
+        kwargs: the further arguments of ``Distillation`` and ``Task``.
+    """
+
+    uses_stages = False
+    least_batch = 2
+
+    def __init__(
+        self,
+        student: str | nn.Module,
+        teacher: str | nn.Module,
+        num_classes: int,
+        *,
+        distance_weight: float = 25.0,
+        angle_weight: float = 50.0,
+        ce_weight: float = 1.0,
+        kd_weight: float = 1.0,
+        **kwargs: Any,
+    ) -> None:
+        super().__init__(student, teacher, num_classes, ce_weight=ce_weight, kd_weight=kd_weight, **kwargs)
+        check_numbers(least=0, distance_weight=distance_weight, angle_weight=angle_weight)
+        self.distance_weight, self.angle_weight = distance_weight, angle_weight
+
+    def feature_loss(self, student: StageMaps, teacher: StageMaps, target: Tensor) -> Tensor:
+        assert student.pooled is not None
+        assert teacher.pooled is not None
+        loss = self.distance_weight * distance_loss(student.pooled, teacher.pooled)
+        return loss + self.angle_weight * angle_loss(student.pooled, teacher.pooled) if self.angle_weight else loss
 
 
 def _distances(feature: Tensor) -> Tensor:
