@@ -155,8 +155,8 @@ class StageFeatures:
                 shape = tuple(self._pooled.pop().shape[1:])
             except RuntimeError:  # no layer that the image passes through
                 self._pooled = None
-        shapes = (tuple(place.shape for place in some) for some in (places, befores))
-        self.shapes = StageShapes(*shapes, None if stem is None else stem.shape, shape)
+        shapes = [tuple(place.shape for place in some) for some in (places, befores)]
+        self.shapes = StageShapes(shapes[0], shapes[1], None if stem is None else stem.shape, shape)
 
     def pop(self) -> StageMaps:
         """The maps of the latest forward pass; the taps let go of them, so that the graph can be freed.

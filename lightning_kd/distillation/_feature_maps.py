@@ -24,9 +24,9 @@ def comparable_maps(student_map: Tensor, teacher_map: Tensor) -> tuple[Tensor, T
         ValueError: for other shapes.
     """
     check_shapes(student_map=(student_map, "NCHW"), teacher_map=(teacher_map, "NDhw"))
-    size = tuple(map(min, student_map.shape[2:], teacher_map.shape[2:]))
+    height, width = map(min, student_map.shape[2:], teacher_map.shape[2:])
     maps = at_least_float32(student_map, teacher_map.detach())
-    first, second = (m if m.shape[2:] == size else F.adaptive_avg_pool2d(m, size) for m in maps)
+    first, second = (m if m.shape[2:] == (height, width) else F.adaptive_avg_pool2d(m, (height, width)) for m in maps)
     return first, second
 
 

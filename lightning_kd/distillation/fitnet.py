@@ -100,4 +100,5 @@ class FitNet(FeatureDistillation):
 
     def feature_loss(self, student: StageMaps, teacher: StageMaps, target: Tensor) -> Tensor:
         hinted = self.regressor(student.maps[self.hint_stage - 1])
-        return F.mse_loss(*at_least_float32(hinted, teacher.maps[self.hint_stage - 1]))
+        hinted, hint = at_least_float32(hinted, teacher.maps[self.hint_stage - 1])
+        return F.mse_loss(hinted, hint)

@@ -50,8 +50,8 @@ def hierarchical_context_loss(student_map: Tensor, teacher_map: Tensor) -> Tenso
         if side < student.shape[2]:
             weight /= 2
             total += weight
-            pooled = (F.adaptive_avg_pool2d(m, side) for m in (student, teacher))
-            loss = loss + weight * F.mse_loss(*pooled)
+            small = [F.adaptive_avg_pool2d(m, side) for m in (student, teacher)]
+            loss = loss + weight * F.mse_loss(small[0], small[1])
     return loss / total
 
 
