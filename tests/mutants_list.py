@@ -26,6 +26,7 @@ class Mutant(NamedTuple):
 
 
 KD = ("tests/distillation",)
+FEATURES = ("tests/distillation/test_feature_losses.py", "tests/distillation/test_feature_methods.py")
 NOISY = "tests/noisy_labels"
 POOL = "tests/active_learning"
 FLAT = "tests/flatness"
@@ -90,6 +91,83 @@ MUTANTS = [
         "                    grad /= process_count()\n",
         "",
         KD,
+    ),
+    Mutant(
+        "copies of overwritten maps left out",
+        "core/stage_features.py",
+        "copy=self.value._version != seen",
+        "copy=False",
+        ("tests/core/test_stage_features.py",),
+    ),
+    Mutant(
+        "maps before the activation taken after it in networks that activate first",
+        "core/stage_features.py",
+        'return plain, _Place(call, "output")',
+        "return plain, plain",
+        ("tests/core/test_stage_features.py",),
+    ),
+    Mutant(
+        "attention summed over positions",
+        "distillation/at.py",
+        "(student - teacher).square().mean()",
+        "(student - teacher).square().sum(1).mean()",
+        FEATURES,
+    ),
+    Mutant(
+        "maps brought to the larger size",
+        "distillation/_feature_maps.py",
+        "map(min, student_map",
+        "map(max, student_map",
+        FEATURES,
+    ),
+    Mutant(
+        "kernel between both counted once",
+        "distillation/nst.py",
+        "- 2 * _mean_kernel(student",
+        "- _mean_kernel(student",
+        FEATURES,
+    ),
+    Mutant(
+        "kernel of positions not divided by channels",
+        "distillation/nst.py",
+        " @ x / x.shape[1] for x",
+        " @ x for x",
+        FEATURES,
+    ),
+    Mutant(
+        "similarities of rows not divided by their norm",
+        "distillation/sp.py",
+        "(unit_vectors(m @ m.T, 1) for m",
+        "(m @ m.T for m",
+        FEATURES,
+    ),
+    Mutant(
+        "RKD's weights swapped",
+        "distillation/rkd.py",
+        "loss = self.distance_weight * distance_loss",
+        "loss = self.angle_weight * distance_loss",
+        FEATURES,
+    ),
+    Mutant(
+        "a regressor without ReLU",
+        "distillation/fitnet.py",
+        "return self.relu(self.bn(self.conv(x)))",
+        "return self.bn(self.conv(x))",
+        FEATURES,
+    ),
+    Mutant(
+        "levels of the context loss of one weight",
+        "distillation/reviewkd.py",
+        "            weight /= 2\n",
+        "",
+        FEATURES,
+    ),
+    Mutant(
+        "the teacher reviewed after its activation",
+        "distillation/reviewkd.py",
+        "targets = [*teacher.before,",
+        "targets = [*teacher.maps,",
+        FEATURES,
     ),
     # noisy labels
     Mutant(
