@@ -5,7 +5,6 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from lightning_kd.data.image_files import images_below
 from lightning_kd.data.mask_files import MaskTable, find_pairs
 from lightning_kd.data.segmentation_data import Pairs, SegmentationFilesDataModule
 
@@ -34,9 +33,8 @@ class CamVidDataModule(SegmentationFilesDataModule):
         self.root = root
         super().__init__(class_names=CAMVID_CLASSES, table=MaskTable(11, ignore=11), **kwargs)
 
-    def first_image(self) -> str | None:
-        folder = Path(self.root) / "train"
-        return images_below(folder)[0] if folder.is_dir() else None
+    def image_folder(self) -> Path:
+        return Path(self.root) / "train"
 
     def find_pairs(self, split: str) -> Pairs | None:
         return find_pairs(Path(self.root) / split, Path(self.root) / f"{split}annot")

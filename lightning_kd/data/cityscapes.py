@@ -5,7 +5,6 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from lightning_kd.data.image_files import images_below
 from lightning_kd.data.mask_files import MaskTable, find_pairs
 from lightning_kd.data.segmentation_data import Pairs, SegmentationFilesDataModule
 
@@ -61,9 +60,8 @@ class CityscapesDataModule(SegmentationFilesDataModule):
         table = MaskTable(19, ignore=None, ids=ids)
         super().__init__(class_names=[*CITYSCAPES_CLASSES.values()], table=table, crop_size=crop_size, **kwargs)
 
-    def first_image(self) -> str | None:
-        folder = Path(self.root) / "leftImg8bit" / "train"
-        return images_below(folder)[0] if folder.is_dir() else None
+    def image_folder(self) -> Path:
+        return Path(self.root) / "leftImg8bit" / "train"
 
     def find_pairs(self, split: str) -> Pairs | None:
         if split == "test":

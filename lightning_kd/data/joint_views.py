@@ -99,10 +99,10 @@ def _nearest(old: int, new: int) -> Tensor:
 def check_sides(**sizes: Sequence[int]) -> None:
     """Raise a ``ValueError`` unless each is height and width, whole numbers above 0."""
     for name, size in sizes.items():
+        if not isinstance(size, Sequence) or len(size) != 2:
+            raise ValueError(f"{name} must be height and width, got {size!r}: give two whole numbers")
         for side in size:
             check_numbers({name: side}, least=1, whole=True)
-        if len(size) != 2:
-            raise ValueError(f"{name} must be height and width, got {list(size)}: give two whole numbers")
 
 
 class PairFiles:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from abc import abstractmethod
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -18,6 +19,7 @@ from lightning_kd.data.array_files import Arrays
 from lightning_kd.data.augment import Normalize
 from lightning_kd.data.fake_data import fake_mask_arrays
 from lightning_kd.data.image_check import check_images
+from lightning_kd.data.image_files import images_below
 from lightning_kd.data.joint_views import JointViews, MaskedImages, PairFiles, PairTensors, check_sides, unlike
 from lightning_kd.data.labelled_data import LabelledDataModule
 from lightning_kd.data.mask_files import MaskTable, picture_size
@@ -144,14 +146,16 @@ class SegmentationFilesDataModule(LabelledDataModule):
         """
 
     @abstractmethod
-    def first_image(self) -> str | None:
-        """Any of the training images, or ``None``."""
+    def image_folder(self) -> Path:
+        """Where the training images are."""
 
     def _first_size(self, crop_size: Sequence[int] | None) -> tuple[int, int]:
         """Of a whole image, which networks are told."""
-        first = files_to_predict(self.predict)[0] if self.predict is not None else self.first_image()
-        if first is not None:
-            return picture_size(first)
+        folder = self.image_folder()
+        if self.predict is not None:
+            return picture_size(files_to_predict(self.predict)[0])
+        if folder.is_dir() and (found := images_below(folder)):
+            return picture_size(found[0])
         if not self.fake:
             self.find_pairs("train")  # says what is not there
         height, width = crop_size or (64, 96)

@@ -8,7 +8,6 @@ from typing import Any
 
 from lightning_kd.argument_checks import check_numbers
 from lightning_kd.data.arguments import names_of
-from lightning_kd.data.image_files import images_below
 from lightning_kd.data.mask_files import MaskTable, find_pairs, read_colours
 from lightning_kd.data.segmentation_data import Pairs, SegmentationFilesDataModule
 
@@ -77,10 +76,8 @@ class SegmentationFolderDataModule(SegmentationFilesDataModule):
             table = MaskTable(len(names), ignore=ignored, colours=[found[name] for name in names], others=others)
         super().__init__(class_names=names, table=table, **kwargs)
 
-    def first_image(self) -> str | None:
-        folder = self._image_root / "train" if (self._image_root / "train").is_dir() else self._image_root
-        found = images_below(folder) if folder.is_dir() else []
-        return found[0] if found else None
+    def image_folder(self) -> Path:
+        return self._image_root / "train" if (self._image_root / "train").is_dir() else self._image_root
 
     def find_pairs(self, split: str) -> Pairs | None:
         if not (self._image_root / "train").is_dir():

@@ -397,6 +397,21 @@ def test_a_missing_mask(tmp_path):
         SegmentationFolderDataModule("none", class_names=3)
 
 
+@pytest.mark.parametrize(
+    ("make", "folders"),
+    [
+        (CamVidDataModule, ("train", "trainannot")),
+        (CityscapesDataModule, ("leftImg8bit/train", "gtFine/train")),
+        (lambda root: SegmentationFolderDataModule(root, class_names=3), ("images", "masks")),
+    ],
+)
+def test_an_empty_folder(tmp_path, make, folders):
+    for name in folders:
+        (tmp_path / name).mkdir(parents=True)
+    with pytest.raises(ValueError, match=f"{folders[0]}' holds no image: give a folder that does"):
+        make(str(tmp_path))
+
+
 def test_masks_without_an_image_are_told(tmp_path, capsys):
     folder(tmp_path)
     save(tmp_path / "masks/more.png", mask_of(0))
@@ -432,6 +447,8 @@ def test_images_of_two_sizes(tmp_path):
         ({"ignore": -1}, "ignore must be at least 0 and at most 65535, got -1"),
         ({"crop_size": (8, 0)}, "crop_size must be at least 1, got 0"),
         ({"crop_size": (8,)}, "crop_size must be height and width"),
+        ({"crop_size": 8}, "crop_size must be height and width, got 8: give two whole numbers"),
+        ({"image_size": 8}, "image_size must be height and width, got 8: give two whole numbers"),
         ({"scale": (2.0, 0.5)}, "scale must be two numbers, the smaller one first"),
         ({"scale": (0.0, 0.5)}, "scale must be above 0, got 0.0"),
         ({"colour": 1.0}, "colour must be at least 0 and below 1, got 1.0"),
