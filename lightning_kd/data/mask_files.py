@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -100,6 +100,24 @@ class MaskTable:
         if size is not None and (mask.height, mask.width) != tuple(size):
             mask = mask.resize((size[1], size[0]), Image.Resampling.NEAREST)
         return torch.from_numpy(self._mapped(np.asarray(mask), path))
+
+    def tell_of_one_class(self, masks: Iterable[Tensor], names: Sequence[str]) -> None:
+        """Note it where some masks, int16 ``[H, W]`` each, show one class or none, from which nothing is learnt."""
+        found: set[int] = set()
+        for count, mask in enumerate(masks, 1):
+            found |= {*mask.unique().tolist()} - {-1}
+            if len(found) > 1:  # mostly in the first one
+                return
+        what = (
+            f"all labelled pixels of {count} training masks are of class {names[found.pop()]!r}"
+            if found
+            else (f"no pixel of {count} training masks is labelled")
+        )
+        hint = "" if self.in_colours or self.ignore is None else (
+            f"; {self.ignore} is ignored: where that is a class, give colours, as {{{names[0]}: [0, 0, 0], "
+            f"{names[-1]}: [{', '.join([str(self.ignore)] * 3)}]}}, which grey masks are read by, too"
+        )  # fmt: skip
+        note(f"{what}: a network has nothing to learn from them{hint}")
 
     def _mapped(self, values: np.ndarray, path: str) -> np.ndarray:
         if self.in_colours:

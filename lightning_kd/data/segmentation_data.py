@@ -151,10 +151,9 @@ class SegmentationFilesDataModule(LabelledDataModule):
 
     def _first_size(self, crop_size: Sequence[int] | None) -> tuple[int, int]:
         """Of a whole image, which networks are told."""
-        folder = self.image_folder()
         if self.predict is not None:
             return picture_size(files_to_predict(self.predict)[0])
-        if folder.is_dir() and (found := images_below(folder)):
+        if (folder := self.image_folder()).is_dir() and (found := images_below(folder)):
             return picture_size(found[0])
         if not self.fake:
             self.find_pairs("train")  # says what is not there
@@ -181,7 +180,8 @@ class SegmentationFilesDataModule(LabelledDataModule):
             setattr(self, f"{name}_paths", images)
             setattr(self, f"{name}_masks", masks)
         made = {name: self._array(*pair) for name, pair in parts.items()} if self._stay(parts) else {}
-        arrays = {name: made.get(name) or (images, _bytes_of(masks)) for name, (images, masks) in parts.items()}
+        sizes = {name: torch.tensor([os.stat(path).st_size for path in masks]) for name, (_, masks) in parts.items()}
+        arrays = {name: made.get(name) or (images, sizes[name]) for name, (images, _) in parts.items()}
         return Arrays(*arrays["train"], *arrays["test"], *arrays.get("val", ()))
 
     def _drawn_test(self, train: Pairs) -> tuple[Pairs, Pairs]:
@@ -201,9 +201,8 @@ class SegmentationFilesDataModule(LabelledDataModule):
             return self.resident
         images = [path for paths, _ in parts.values() for path in paths]
         height, width = self.image_size or picture_size(images[0])
-        if 5 * height * width * len(images) > RESIDENT_BYTES:
-            return False
-        return self.image_size is not None or all(picture_size(path) == (height, width) for path in images)
+        small = 5 * height * width * len(images) <= RESIDENT_BYTES
+        return small and (self.image_size is not None or all(picture_size(one) == (height, width) for one in images))
 
     def _array(self, images: list[str], masks: list[str]) -> tuple[Tensor, Tensor]:
         files = PairFiles(images, masks, self.table, self.image_size)
@@ -240,6 +239,11 @@ class SegmentationFilesDataModule(LabelledDataModule):
         super().setup(stage)
         if self.trainer is not None:  # else somebody only looks around
             self.check_files(*(("predict",) if self._only_new(stage) else SPLITS_OF.get(stage or "", ())))
+            if stage == "fit" and not self.fake:
+                some = self.train_indices[:: len(self.train_indices) // 16 + 1].tolist()
+                kept = isinstance(self.train_image, Tensor)
+                masks = (self.train_target[k] if kept else self.table.read(self.train_masks[k]) for k in some)
+                self.table.tell_of_one_class(masks, self.class_names)
 
     def check_files(self, *splits: str) -> None:
         """Look at the files of some splits, once: whether they can be read, and fit together.
@@ -294,7 +298,3 @@ class SegmentationFilesDataModule(LabelledDataModule):
             pin_memory=self._process()[2].type == "cuda",
             extras=self._extras(source),
         )
-
-
-def _bytes_of(paths: list[str]) -> Tensor:
-    return torch.tensor([os.stat(path).st_size for path in paths])

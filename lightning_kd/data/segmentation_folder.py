@@ -28,7 +28,8 @@ class SegmentationFolderDataModule(SegmentationFilesDataModule):
         masks: where the masks are.
         class_names: the classes, in the order of their ids; or how many there are. Default: those of ``colours``.
         colours: red, green and blue of each class, ``{name: [r, g, b]}`` or a ``.csv`` of such lines; masks are in
-            colours then. With ``class_names``, other colours of the table are ignored.
+            colours then, or grey: of 0 and 255, ``{no: [0, 0, 0], yes: [255, 255, 255]}``. With ``class_names``, other
+            colours of the table are ignored.
         ignore: the id, or the colour, of pixels that are ignored; ``null`` for none. Default: 255, and none with
             colours.
         kwargs: see ``SegmentationFilesDataModule``.

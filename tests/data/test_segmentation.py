@@ -412,6 +412,24 @@ def test_an_empty_folder(tmp_path, make, folders):
         make(str(tmp_path))
 
 
+def test_masks_of_0_and_255_are_told_and_read_by_colours(tmp_path, capsys):
+    """Else 255, the usual value of the one thing to be found, is ignored, and a constant answer is perfect."""
+    for name in "abcd":
+        save(tmp_path / "images" / f"{name}.png", np.zeros((12, 16, 3), np.uint8))
+        save(tmp_path / "masks" / f"{name}.png", 255 * mask_of(0, classes=2))
+    options = {"val_fraction": 0.0, "crop_size": (8, 8), "eval_batch_size": 1}
+    for resident in (True, False):
+        data = SegmentationFolderDataModule(str(tmp_path), class_names=["no", "yes"], resident=resident, **options)
+        fitted(data, max_epochs=1)
+        said = capsys.readouterr().err
+        assert "all labelled pixels of 3 training masks are of class 'no': a network has nothing to learn" in said
+        assert "255 is ignored: where that is a class, give colours, as {no: [0, 0, 0], yes: [255, 255, 255]}" in said
+    data = SegmentationFolderDataModule(str(tmp_path), colours={"no": [0] * 3, "yes": [255] * 3}, **options)
+    fitted(data, max_epochs=1)
+    assert "nothing to learn" not in capsys.readouterr().err
+    assert torch.equal(batches(data, "test")[0].target[0], torch.from_numpy(mask_of(0, classes=2)).long())
+
+
 def test_masks_without_an_image_are_told(tmp_path, capsys):
     folder(tmp_path)
     save(tmp_path / "masks/more.png", mask_of(0))
