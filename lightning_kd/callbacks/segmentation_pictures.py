@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any, Literal
 
 import lightning as L
@@ -31,7 +32,8 @@ class SegmentationPictures(L.Callback):
     Several processes: the first one draws, of its own images.
 
     Args:
-        count: how many images, evenly spaced in the split; with data that is not of this package the first ones.
+        count: how many images, evenly spaced in the split; with data that is not of this package the first ones, and
+            without its ``mean`` and ``std`` the pixels as the network gets them, 0 to 1.
         every: draw after every so many epochs, too. Default: only at the end.
         split: ``"val"`` or ``"test"``.
 
@@ -70,16 +72,21 @@ class SegmentationPictures(L.Callback):
 
     def _loader(self, trainer: L.Trainer, data: Any) -> Any:
         indices = getattr(data, f"{self.split}_indices", None)
+        if data is None:  # loaders alone
+            loader = trainer.val_dataloaders if self.split == "val" else trainer.test_dataloaders
+            if loader is None:
+                raise ValueError(f"there is no loader of the {self.split} set: give a data module, or another split")
+            return loader
         if indices is None or not hasattr(data, "loader"):
             return getattr(data, f"{self.split}_dataloader")()
         count = min(max(self.count, trainer.world_size), len(indices))
         return data.loader(self.split, indices[np.linspace(0, len(indices) - 1, count).round().astype(int)])
 
-    def _columns(self, trainer: L.Trainer, task: Any) -> tuple[np.ndarray, dict[str, Tensor]]:
-        """The images, 0 to 1 ``[N, H, W, 3]``, and what there is to show of each pixel by name, ``[N, H, W]``."""
+    def _columns(self, trainer: L.Trainer, task: Any) -> tuple[list[np.ndarray], dict[str, list[Tensor]]]:
+        """The images, 0 to 1 ``[H, W, 3]``, and what there is to show of the pixels of each by name, ``[H, W]``."""
         data: Any = trainer.datamodule  # type: ignore[attr-defined]
         strategy, convert = trainer.strategy, trainer.precision_plugin.convert_input
-        parts: list[dict[str, Tensor]] = []
+        columns: dict[str, list[Tensor]] = {}  # images may differ in size
         with evaluating(task):
             for batch in self._loader(trainer, data):
                 batch = as_batch(strategy.batch_to_device(convert(batch)))
@@ -87,21 +94,24 @@ class SegmentationPictures(L.Callback):
                 found = {"true classes": target, "predicted classes": task.problem.prediction(task(image))}
                 if hasattr(task, "pixel_maps"):
                     found |= task.pixel_maps(image, target)
-                parts.append({"image": image.float(), **found})
-                if sum(len(part["image"]) for part in parts) >= self.count:
+                for name, values in {"image": image.float(), **found}.items():
+                    columns[name] = [*columns.get(name, []), *values.cpu()][: self.count]
+                if len(columns["image"]) >= self.count:
                     break
-        columns = {name: torch.cat([part[name].cpu() for part in parts])[: self.count] for name in parts[0]}
-        mean, std = (torch.tensor(values).view(-1, 1, 1) for values in (data.mean, data.std))
-        shown = (columns.pop("image") * std + mean).clamp(0, 1).expand(-1, 3, -1, -1)
-        return shown.permute(0, 2, 3, 1).numpy(), columns
+        given = getattr(data, "mean", [0.0]), getattr(data, "std", [1.0])
+        mean, std = (torch.tensor(values).view(-1, 1, 1) for values in given)
+        shown = [(image * std + mean).clamp(0, 1).expand(3, -1, -1) for image in columns.pop("image")]
+        return [image.permute(1, 2, 0).numpy() for image in shown], columns
 
 
-def pixel_figure(image: np.ndarray, columns: dict[str, Tensor], num_classes: int, title: str) -> Figure:
+def pixel_figure(
+    image: Sequence[np.ndarray], columns: Mapping[str, Sequence[Tensor]], num_classes: int, title: str
+) -> Figure:
     """Images beside what is said of their pixels, a row each.
 
     Args:
-        image: ``[N, H, W, 3]`` of 0 to 1.
-        columns: by name, each ``[N, H, W]``: integers are classes, -1 for none; bools and numbers from 0 to 1 are
+        image: ``[H, W, 3]`` each, of 0 to 1.
+        columns: by name, ``[H, W]`` for each image: integers are classes, -1 for none; bools and numbers from 0 to 1 are
             shown from dark to light.
         num_classes: of the classes.
         title: above the picture.
@@ -109,9 +119,8 @@ def pixel_figure(image: np.ndarray, columns: dict[str, Tensor], num_classes: int
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
-    height, width = image.shape[1:3]
     side = 2.4
-    size = (side * (1 + len(columns)), side * len(image) * height / width + 0.8)
+    size = (side * (1 + len(columns)), side * sum(one.shape[0] / one.shape[1] for one in image) + 0.8)
     figure = Figure(figsize=size, dpi=110, layout="constrained")
     FigureCanvasAgg(figure)
     grid = figure.subplots(len(image), 1 + len(columns), squeeze=False)

@@ -1,9 +1,11 @@
 """Pictures of pixels: what is in them, for which tasks, and that they cost no training."""
 
+import lightning as L
 import numpy as np
 import pytest
 import torch
 from PIL import Image
+from torch.utils.data import DataLoader
 
 from lightning_kd.callbacks import SegmentationPictures
 from lightning_kd.callbacks.segmentation_pictures import pixel_figure
@@ -34,11 +36,11 @@ def test_the_pictures_of_rdd(monkeypatch, tmp_path):
     ]
     image, columns, _ = found[-1]
     assert [*columns] == ["true classes", "predicted classes", "difficulty weight", "disputed pixels"]
-    assert all(values.shape == (4, *SHAPE[1:]) for values in columns.values())
+    assert all([one.shape for one in values] == [SHAPE[1:]] * 4 for values in columns.values())
     chosen = torch.from_numpy(data.val_indices[[0, 4, 7, 11]])
-    assert torch.equal(columns["true classes"], data.train_target[chosen].long())
+    assert torch.equal(torch.stack(columns["true classes"]), data.train_target[chosen].long())
     stored = data.train_image[chosen].permute(0, 2, 3, 1).numpy() / 255
-    assert np.abs(image - stored).max() < 1e-6
+    assert np.abs(np.stack(image) - stored).max() < 1e-6
     assert sorted(path.name for path in (tmp_path / "pictures").iterdir()) == [
         "pixels.png",
         "pixels_epoch001.png",
@@ -52,6 +54,40 @@ def test_a_plain_task_has_two_columns(monkeypatch, tmp_path):
     found, _ = drawn(monkeypatch, tmp_path, task, count=2, split="test")
     assert [*found[0][1]] == ["true classes", "predicted classes"]
     assert task.training
+
+
+SIZES = [(16, 16), (16, 24), (20, 16)]
+
+
+class OtherData(L.LightningDataModule):
+    """Images of three sizes, one a batch, without anything that data of this package says of itself."""
+
+    def batches(self):
+        pairs = [(torch.rand(1, 3, *size), torch.zeros(1, *size, dtype=torch.int64)) for size in SIZES]
+        return DataLoader(pairs, batch_size=None)
+
+    def train_dataloader(self):
+        return self.batches()
+
+    def val_dataloader(self):
+        return self.batches()
+
+
+@pytest.mark.parametrize("module", [True, False])
+def test_images_of_several_sizes_from_data_of_another_kind(monkeypatch, tmp_path, module):
+    found = []
+    monkeypatch.setattr(
+        "lightning_kd.callbacks.segmentation_pictures.pixel_figure",
+        lambda *args: found.append(args) or pixel_figure(*args),
+    )
+    trainer = trainer_of(default_root_dir=tmp_path, callbacks=[SegmentationPictures(count=2)], max_epochs=1)
+    data = OtherData()
+    given = {"datamodule": data} if module else {"train_dataloaders": data.batches(), "val_dataloaders": data.batches()}
+    trainer.fit(task_of(RDD), **given)
+    image, columns, *_ = found[0]
+    assert [one.shape[:2] for one in image] == SIZES[:2]
+    assert all([tuple(one.shape) for one in values] == SIZES[:2] for values in columns.values())
+    assert (tmp_path / "pictures" / "pixels.png").is_file()
 
 
 def test_a_picture_that_fails_is_a_warning(tmp_path):
