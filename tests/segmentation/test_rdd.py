@@ -311,3 +311,19 @@ def test_two_processes_are_like_one():
 def test_two_processes_stay_alike_in_the_second_stage():
     first, second = on_two_ranks(_weights_of_a_rank, 2)
     assert first == second
+
+
+def _heads_of_a_rank(method):
+    one = (
+        task_of(method, auxiliary_weight=0.0)
+        if method is RDD
+        else SemanticSegmentation(TwoHeads(), CLASSES, input_shape=SHAPE, auxiliary_weight=0.0)
+    )
+    trainer = trainer_of(devices=2, strategy="ddp", max_epochs=1, use_distributed_sampler=False)
+    trainer.fit(one, datamodule=Pixels(val_fraction=0.0))
+    return trainer.global_step
+
+
+@pytest.mark.parametrize("method", [RDD, SemanticSegmentation])
+def test_two_processes_leave_the_auxiliary_head_out(method):
+    assert on_two_ranks(_heads_of_a_rank, method) == [3, 3]
