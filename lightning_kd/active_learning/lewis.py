@@ -186,15 +186,15 @@ class Draw(NamedTuple):
     Attributes:
         draws: int64 ``[m]``, in order, with all repeats; the last one is new.
         distinct: int64 ``[budget]``, ascending.
-        multiplicity: int64 ``[budget]``, how often each of ``distinct`` was drawn.
         loss_weight: float64 ``[budget]``, ``multiplicity / (m P)``: what ``|residual|^p`` of each counts, so that the
             sum estimates that of all rows. (The scale of a row would be its p-th root.)
+        multiplicity: int64 ``[budget]``, how often each of ``distinct`` was drawn.
     """
 
     draws: Tensor
     distinct: Tensor
-    multiplicity: Tensor
     loss_weight: Tensor
+    multiplicity: Tensor
 
     @property
     def order(self) -> Tensor:
@@ -248,7 +248,7 @@ def draw_until(
     draws = np.concatenate(parts)
     distinct, multiplicity = np.unique(draws, return_counts=True)
     weight = multiplicity / (len(draws) * chance[distinct])
-    arrays = possible[draws], possible[distinct], multiplicity.astype(np.int64), weight
+    arrays = possible[draws], possible[distinct], weight, multiplicity.astype(np.int64)
     return Draw(*map(torch.from_numpy, arrays))
 
 

@@ -37,7 +37,12 @@ def lp_regression(
     check_numbers(least=1, p=p)
     rows, wanted = (cpu_tensor(value).double() for value in (features, target))
     weight = torch.ones(len(rows), dtype=torch.float64) if weights is None else cpu_tensor(weights).double()
-    if rows.ndim != 2 or wanted.ndim not in (1, 2) or len({len(rows), len(wanted), *weight.shape}) > 1:
+    if (
+        rows.ndim != 2
+        or 0 in rows.shape
+        or wanted.ndim not in (1, 2)
+        or len({len(rows), len(wanted), *weight.shape}) > 1
+    ):
         shapes = ", ".join(str(list(value.shape)) for value in (rows, wanted, weight))
         raise ValueError(f"features, target and weights must be [n, d], [n] or [n, k], and [n], got {shapes}")
     if not all(bool(value.isfinite().all()) for value in (rows, wanted, weight)) or bool((weight < 0).any()):

@@ -24,7 +24,7 @@ class WhitenedRows:
 
     def __init__(self, features: Tensor | np.ndarray, rank_tolerance: float | None) -> None:
         self.features = features = cpu_tensor(features)
-        if features.ndim != 2 or not features.shape[1] or features.is_complex():
+        if features.ndim != 2 or 0 in features.shape or features.is_complex():
             raise ValueError(f"features must be [n, d] real numbers, got {list(features.shape)}: give one row a sample")
         check_numbers(above=0, below=1, optional=True, rank_tolerance=rank_tolerance)
         self.count, width = features.shape

@@ -164,6 +164,8 @@ def test_the_certificate_of_what_is_no_weight():
     ("features", "arguments", "message"),
     [
         (torch.ones(3), {}, r"features must be \[n, d\] real numbers, got \[3\]"),
+        (torch.ones(0, 3), {}, r"features must be \[n, d\] real numbers, got \[0, 3\]: give one row a sample"),
+        (torch.ones(3, 0), {}, r"features must be \[n, d\] real numbers, got \[3, 0\]"),
         (torch.tensor([[1.0], [math.nan]]), {}, "features must be finite"),
         (torch.tensor([[1.0], [math.inf]]), {"p": 1}, "features must be finite"),
         (torch.ones(3, 1), {"p": 0}, "p must be above 0, got 0"),
@@ -216,7 +218,9 @@ def test_draws_from_given_numbers():
     assert drawn.multiplicity.tolist() == [1, 3]
     close(drawn.loss_weight, [1 / (4 * 3 / 7), 3 / (4 * 2 / 7)])
     assert drawn.order.tolist() == [1, 0]  # 2 was first
-    assert [value.dtype for value in drawn] == [torch.int64, torch.int64, torch.int64, torch.float64]
+    draws, distinct, loss_weight, *_ = drawn  # in this order
+    assert (draws, distinct, loss_weight) == (drawn.draws, drawn.distinct, drawn.loss_weight)
+    assert [value.dtype for value in drawn] == [torch.int64, torch.int64, torch.float64, torch.int64]
 
 
 def test_edges_belong_to_the_next_row_and_zeros_to_none():
@@ -330,6 +334,7 @@ def test_deficient_features_give_the_shortest_solution():
     ("arguments", "message"),
     [
         ((torch.ones(3, 1), torch.ones(4)), r"got \[3, 1\], \[4\], \[3\]"),
+        ((torch.ones(0, 2), torch.ones(0)), r"got \[0, 2\], \[0\], \[0\]"),
         ((torch.ones(3, 1), torch.ones(3), torch.ones(2)), r"\[2\]"),
         ((torch.ones(3, 1), torch.ones(3), -torch.ones(3)), "0 or more"),
         ((torch.ones(3, 1), torch.full((3,), math.nan)), "finite"),
