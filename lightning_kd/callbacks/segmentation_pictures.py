@@ -111,7 +111,7 @@ def pixel_figure(
 
     Args:
         image: ``[H, W, 3]`` each, of 0 to 1.
-        columns: by name, ``[H, W]`` for each image: integers are classes, -1 for none; bools and numbers from 0 to 1 are
+        columns: by name, ``[H, W]`` for each image: integers are classes, -1 for none; bools and numbers of 0 to 1 are
             shown from dark to light.
         num_classes: of the classes.
         title: above the picture.

@@ -104,7 +104,7 @@ class MaskTable:
     def tell_of_one_class(self, masks: Iterable[Tensor], names: Sequence[str]) -> None:
         """Note it where some masks, int16 ``[H, W]`` each, show one class or none, from which nothing is learnt."""
         found: set[int] = set()
-        for count, mask in enumerate(masks, 1):
+        for count, mask in enumerate(masks, 1):  # noqa: B007  used below
             found |= {*mask.unique().tolist()} - {-1}
             if len(found) > 1:  # mostly in the first one
                 return
