@@ -4,29 +4,21 @@ from __future__ import annotations
 
 from abc import abstractmethod
 from collections.abc import Sequence
-from pathlib import Path
-from typing import Any
 
 import numpy as np
-from torch import Tensor
 
 from lightning_kd.argument_checks import check_numbers
 from lightning_kd.core.seeding import numpy_generator
-from lightning_kd.data.array_files import to_target
 from lightning_kd.data.candidates import candidates_from_uniforms
-from lightning_kd.data.label_noise import DrawnLabels, at_least_two
+from lightning_kd.data.label_noise import CleanLabels, DrawnLabels, at_least_two
 
 __all__ = ["CandidateSets", "PairwiseCandidates", "UniformCandidates", "to_candidates"]
 
 
 class CandidateSets(DrawnLabels):
-    """Gives each training sample a set of labels, its candidates, among which is its own. A subclass has ``draw``.
+    """Gives each training sample a set of labels, its candidates, among which is its own.
 
-    Args:
-        seed: fixes the candidates, together with nothing but the labels; 0 or more.
-
-    Raises:
-        ValueError: for a seed that is not a whole number from 0 on.
+    A subclass has ``draw``; see ``DrawnLabels`` for its arguments.
     """
 
     #: whether the clean meta set is drawn from the samples with one candidate alone
@@ -36,33 +28,11 @@ class CandidateSets(DrawnLabels):
     def draw(self, target: np.ndarray, class_names: Sequence[str], generator: np.random.Generator) -> np.ndarray:
         """Which classes are candidates, ``[N, K]`` of 0 and 1, for the labels ``target``, int64 ``[N]``."""
 
-    def corrupt(
-        self,
-        target: np.ndarray | Tensor | Sequence[int],
-        class_names: Sequence[str] | int,
-        image: Any = None,
-        file: Path | None = None,
-    ) -> np.ndarray:
-        """The candidates of a data set.
-
-        Args:
-            target: the data set's own labels ``[N]``.
-            class_names: a name for each class, or only their number.
-            image: not looked at, as ``file``.
-            file: see there.
-
-        Returns:
-            uint8 ``[N, K]``: 1 for a candidate, else 0.
-
-        Raises:
-            ValueError: for labels out of range, and for candidates that are none or do not belong to the data set.
-        """
-        names = [str(c) for c in range(class_names)] if isinstance(class_names, int) else list(class_names)
-        at_least_two(names)
-        own = np.asarray(target)
-        own = to_target(own, len(own), len(names), "labels").numpy()
-        drawn = np.asarray(self.draw(own, names, numpy_generator(self.seed, "candidates")))
-        return to_candidates(drawn, own, len(names), f"candidates of {self}")
+    def given_labels(self, clean: CleanLabels) -> np.ndarray:
+        """Uint8 ``[N, K]``: 1 for a candidate, else 0."""
+        at_least_two(clean.class_names)
+        drawn = np.asarray(self.draw(clean.target, clean.class_names, numpy_generator(self.seed, "candidates")))
+        return to_candidates(drawn, clean.target, clean.num_classes, f"candidates of {self}")
 
 
 def to_candidates(array: np.ndarray, own: np.ndarray, num_classes: int, name: str) -> np.ndarray:

@@ -3,17 +3,12 @@
 from __future__ import annotations
 
 from abc import abstractmethod
-from collections.abc import Sequence
-from pathlib import Path
-from typing import Any
 
 import numpy as np
-from torch import Tensor
 
 from lightning_kd.argument_checks import check_numbers
 from lightning_kd.core.annotations import check_annotations
 from lightning_kd.core.seeding import numpy_generator
-from lightning_kd.data.array_files import to_target
 from lightning_kd.data.label_noise import CleanLabels, DrawnLabels, at_least_two
 from lightning_kd.data.splits import take_per_class
 
@@ -21,7 +16,7 @@ __all__ = ["CrowdLabels", "SimulatedCrowd", "keep_some"]
 
 
 class CrowdLabels(DrawnLabels):
-    """Gives the training samples labels by several annotators. A subclass has ``draw``.
+    """Gives the training samples labels by several annotators. A subclass has ``draw``; see also ``DrawnLabels``.
 
     Args:
         imbalance: train on a part of the samples whose classes are unequal: the first has so many times the samples of
@@ -56,33 +51,18 @@ class CrowdLabels(DrawnLabels):
         generator = numpy_generator(self.seed, "annotation_imbalance")
         return indices[take_per_class(target[indices], np.minimum(size, there), generator)]
 
-    def corrupt(
-        self,
-        target: np.ndarray | Tensor | Sequence[int],
-        class_names: Sequence[str] | int,
-        image: Any = None,
-        file: Path | None = None,
-    ) -> np.ndarray:
-        """The annotations of a data set; arguments as ``LabelNoise.corrupt``.
-
-        Returns:
-            int16 ``[N, R]``, -1 where there is none.
-
-        Raises:
-            ValueError: for annotations that do not belong to the data set, or are no classes of it.
-        """
-        names = [str(c) for c in range(class_names)] if isinstance(class_names, int) else list(class_names)
-        at_least_two(names)
-        own = np.asarray(target)
-        own = to_target(own, len(own), len(names), "labels").numpy()
-        given = np.asarray(self.draw(CleanLabels(own, names, image, file), numpy_generator(self.seed, "annotations")))
-        if given.ndim != 2 or len(given) != len(own) or not given.shape[1] or given.dtype.kind not in "iu":
+    def given_labels(self, clean: CleanLabels) -> np.ndarray:
+        """Int16 ``[N, R]``, -1 where there is none."""
+        at_least_two(clean.class_names)
+        given = np.asarray(self.draw(clean, numpy_generator(self.seed, "annotations")))
+        count = len(clean.target)
+        if given.ndim != 2 or len(given) != count or not given.shape[1] or given.dtype.kind not in "iu":
             raise ValueError(
-                f"annotations of {self} must be integers [{len(own)}, R], a row for each sample and a column for each "
+                f"annotations of {self} must be integers [{count}, R], a row for each sample and a column for each "
                 f"annotator, got {given.dtype} {list(given.shape)}: give those of this data set"
             )
         try:
-            return check_annotations(given.astype(np.int64), len(names)).numpy().astype(np.int16)
+            return check_annotations(given.astype(np.int64), clean.num_classes).numpy().astype(np.int16)
         except ValueError as error:
             raise ValueError(f"{self}: {error}") from None
 

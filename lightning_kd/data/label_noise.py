@@ -41,9 +41,9 @@ class CleanLabels:
 class DrawnLabels(ABC):
     """What a method is trained on in the place of a data set's own labels, and a run folder keeps.
 
-    A subclass keeps its arguments as attributes of the same names, and calls ``super().__init__(seed)``. Its public
-    attributes are what a run folder remembers it by; one that reads a file also overrides ``without_files``, and then a
-    resumed run asks whether the file still holds the same labels.
+    A subclass has ``given_labels``, keeps its arguments as attributes of the same names, and calls
+    ``super().__init__(seed)``. Its public attributes are what a run folder remembers it by; one that reads a file also
+    overrides ``without_files``, and then a resumed run asks whether the file still holds the same labels.
 
     Args:
         seed: fixes the labels, together with nothing else; 0 or more.
@@ -65,7 +65,6 @@ class DrawnLabels(ABC):
         """What stands in for it on made-up data: itself, unless it reads a file."""
         return self
 
-    @abstractmethod
     def corrupt(
         self,
         target: np.ndarray | Tensor | Sequence[int],
@@ -73,7 +72,29 @@ class DrawnLabels(ABC):
         image: Any = None,
         file: Path | None = None,
     ) -> np.ndarray:
-        """What is given in the place of the labels of a data set; see ``LabelNoise.corrupt``."""
+        """What is given in the place of the labels of a data set.
+
+        Args:
+            target: the data set's own labels ``[N]``.
+            class_names: a name for each class, or only their number.
+            image: the samples, for what depends on them (see ``CleanLabels``).
+            file: the ``.npz`` of the data set, for what is stored in it.
+
+        Returns:
+            a new array ``[N, ...]``, see ``given_labels``; the same one for the same seed, whatever was drawn elsewhere
+            before.
+
+        Raises:
+            ValueError: for labels out of range, and where what is drawn or read does not fit the data set.
+        """
+        names = [str(c) for c in range(class_names)] if isinstance(class_names, int) else list(class_names)
+        own = np.asarray(target)
+        own = to_target(own, len(own), len(names), "clean labels").numpy()
+        return self.given_labels(CleanLabels(own, names, image, file))
+
+    @abstractmethod
+    def given_labels(self, clean: CleanLabels) -> np.ndarray:
+        """What ``corrupt`` returns, ``[N, ...]``, checked; ``clean`` is not to be changed."""
 
     def __repr__(self) -> str:
         arguments = {k: v for k, v in vars(self).items() if not k.startswith("_")}
@@ -83,47 +104,19 @@ class DrawnLabels(ABC):
 class LabelNoise(DrawnLabels):
     """Turns a data set's own labels into the given labels that a method is trained on.
 
-    A subclass implements ``draw``; see ``DrawnLabels`` for its arguments.
-
-    Args:
-        seed: fixes the labels, together with nothing else; 0 or more.
-
-    Raises:
-        ValueError: for a seed that is not a whole number from 0 on.
+    A subclass implements ``draw``; see ``DrawnLabels`` for its arguments. A nominal rate of 0 gives the own labels.
     """
 
     @abstractmethod
     def draw(self, clean: CleanLabels, generator: np.random.Generator) -> np.ndarray:
         """The given labels, integers ``[N]``; ``clean`` is not to be changed, and ``generator`` is this noise's own."""
 
-    def corrupt(
-        self,
-        target: np.ndarray | Tensor | Sequence[int],
-        class_names: Sequence[str] | int,
-        image: Any = None,
-        file: Path | None = None,
-    ) -> np.ndarray:
-        """The given labels of a data set. A nominal rate of 0 returns its own ones.
-
-        Args:
-            target: the data set's own labels ``[N]``.
-            class_names: a name for each class, or only their number.
-            image: the samples, for noise that depends on them (see ``CleanLabels``).
-            file: the ``.npz`` of the data set, for noise that is stored in it.
-
-        Returns:
-            int64 ``[N]``, a new array; the same ones for the same seed, whatever was drawn elsewhere before.
-
-        Raises:
-            ValueError: for labels out of range, and where the noise does not fit the data set.
-        """
-        names = [str(c) for c in range(class_names)] if isinstance(class_names, int) else list(class_names)
-        own = np.asarray(target)
-        own = to_target(own, len(own), len(names), "clean labels").numpy()
-        given = own
+    def given_labels(self, clean: CleanLabels) -> np.ndarray:
+        """Int64 ``[N]``."""
+        given = clean.target
         if self.nominal_rate != 0:
-            given = self.draw(CleanLabels(own, names, image, file), numpy_generator(self.seed, "label_noise"))
-        return to_target(np.asarray(given), len(own), len(names), f"labels of {self}").numpy()
+            given = self.draw(clean, numpy_generator(self.seed, "label_noise"))
+        return to_target(np.asarray(given), len(clean.target), clean.num_classes, f"labels of {self}").numpy()
 
 
 def check_rate(rate: float) -> float:

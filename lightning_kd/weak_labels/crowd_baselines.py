@@ -33,7 +33,7 @@ class AggregatedCrowd(CrowdTask):
         soft: learn shares or posteriors, in place of the likeliest class.
         iterations: of ``dawid_skene``.
         smoothing: see there; also of the confusions by the vote.
-        kwargs: ``input_shape``, ``weights`` of ``CrowdTask``, and the arguments of ``FineTunedTask`` and ``Task``.
+        kwargs: ``input_shape``, ``weights`` of ``SupervisedTask``, and the arguments of ``FineTunedTask`` and ``Task``.
 
     Raises:
         ValueError: for arguments out of range.
@@ -106,7 +106,7 @@ class NetworkEM(CrowdTask):
         network: see ``CrowdTask``.
         num_classes: see ``Task``.
         smoothing: added to all counts, above 0.
-        kwargs: ``input_shape``, ``weights`` of ``CrowdTask``, and the arguments of ``FineTunedTask`` and ``Task``.
+        kwargs: ``input_shape``, ``weights`` of ``SupervisedTask``, and the arguments of ``FineTunedTask`` and ``Task``.
 
     Raises:
         ValueError: for arguments out of range.

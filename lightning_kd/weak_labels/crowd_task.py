@@ -9,12 +9,12 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from lightning_kd.core.batch import Batch
-from lightning_kd.core.fine_tuning import FineTunedTask
 from lightning_kd.core.inference_pass import ordered_pass
 from lightning_kd.core.sample_memories import SampleMemories
+from lightning_kd.core.supervised_task import SupervisedTask
 from lightning_kd.file_writing import write_text
 from lightning_kd.spreadsheet import csv_text
 from lightning_kd.weak_labels.crowd_statistics import posterior_of
@@ -25,7 +25,7 @@ __all__ = ["CrowdTask"]
 FLOOR = 1e-3
 
 
-class CrowdTask(SampleMemories, FineTunedTask, ABC):
+class CrowdTask(SampleMemories, SupervisedTask, ABC):
     """A method that trains one network on labels by several annotators; its data has ``annotations``.
 
     After ``fit`` the run folder holds ``annotators.csv``: of each annotator the number of annotations, the reliability
@@ -41,29 +41,13 @@ class CrowdTask(SampleMemories, FineTunedTask, ABC):
     Args:
         network: a network's name (``lightning-kd list``) or any ``nn.Module`` that gives logits ``[B, C]``.
         num_classes: see ``Task``.
-        input_shape: see ``Task``.
-        weights: see ``SupervisedTask``.
-        kwargs: the arguments of ``FineTunedTask`` and ``Task``.
+        kwargs: ``input_shape``, ``weights`` of ``SupervisedTask``, and the arguments of ``FineTunedTask`` and ``Task``.
 
     Raises:
         ValueError: in a fit, where the data has no annotations.
     """
 
-    def __init__(
-        self,
-        network: str | nn.Module,
-        num_classes: int,
-        *,
-        input_shape: Sequence[int] = (3, 32, 32),
-        weights: str | None = None,
-        **kwargs: Any,
-    ) -> None:
-        super().__init__(num_classes, input_shape=input_shape, **kwargs)
-        self.network = self.build_to_train(network, weights)
-
-    @property
-    def main_network(self) -> nn.Module:
-        return self.network
+    loss_is_plain = False
 
     def default_optimizer(self, parameters: list[Any]) -> torch.optim.Optimizer:
         given = self.has_given_weights or self.freeze_part is not None

@@ -160,7 +160,7 @@ class CrowdLayer(CrowdTask):
         variant: of the layer, see ``AnnotatorLayer``.
         per_annotation: the loss is the mean over annotations; without, over all cells, see ``crowd_loss``.
         kernel_lr: what the learning rate of the layer is multiplied by.
-        kwargs: ``input_shape``, ``weights`` of ``CrowdTask``, and the arguments of ``FineTunedTask`` and ``Task``.
+        kwargs: ``input_shape``, ``weights`` of ``SupervisedTask``, and the arguments of ``FineTunedTask`` and ``Task``.
 
     Raises:
         ValueError: for arguments out of range, and for ``kernel_lr`` with ``backbone_lr``.
