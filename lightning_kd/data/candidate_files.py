@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
 
 from lightning_kd.core.notes import note
-from lightning_kd.data.array_files import read_arrays, to_target
+from lightning_kd.data.array_files import read_arrays
 from lightning_kd.data.candidate_sets import CandidateSets, UniformCandidates
-from lightning_kd.data.label_files import class_indices, read_columns
+from lightning_kd.data.label_noise import CleanLabels
+from lightning_kd.data.sample_tables import read_sample_labels
 
 __all__ = ["CandidateFile"]
 
@@ -21,8 +21,10 @@ class CandidateFile(CandidateSets):
     - ``.npy`` or ``.npz``: 0 and 1, ``[N, K]``, a row for each sample of the training array, in its order. Of an
       ``.npz`` the array ``key``, by default ``candidates``, then ``given`` (as in the ``noise.npz`` of another run),
       then the only one;
-    - ``.csv``: a line for each candidate, with the columns ``index`` (of the sample) and ``key``, by default ``label``,
-      a number or name of a class, as ``LabelFile`` reads them. A sample without a line has its own label alone.
+    - ``.csv``, separated by commas, semicolons or tabs: a line for each candidate, with the columns ``index`` (of the
+      sample; also called ``item``) or ``path`` (of an image folder, with or without its folders; ``file``) and ``key``,
+      by default ``label``, a number or name of a class, as ``LabelFile`` reads them. Lines without a label, or with -1,
+      and those for files that are no training images, are left out. A sample without a line has its own label alone.
 
     Args:
         path: the file.
@@ -46,9 +48,9 @@ class CandidateFile(CandidateSets):
         self.meta_from_single = meta_from_single
         super().__init__()
 
-    def draw(self, target: np.ndarray, class_names: Sequence[str], generator: np.random.Generator) -> np.ndarray:
+    def draw(self, clean: CleanLabels, generator: np.random.Generator) -> np.ndarray:
         if Path(self.path).suffix.lower() == ".csv":
-            return self._from_lines(target, class_names)
+            return self._from_lines(clean)
         arrays = read_arrays(Path(self.path))
         known = [self.key] if self.key is not None else ["candidates", "given", *(arrays if len(arrays) == 1 else ())]
         for key in known:
@@ -58,32 +60,15 @@ class CandidateFile(CandidateSets):
             f"key={self.key!r} is none of {self.path!r}, which holds {', '.join(arrays)}: give one of them"
         )
 
-    def _from_lines(self, target: np.ndarray, class_names: Sequence[str]) -> np.ndarray:
-        key = self.key or "label"
-        columns = read_columns(Path(self.path), key)
-        if missing := {"index", key} - columns.keys():
-            raise ValueError(f"{self.path!r} must have the columns index and {key}, it lacks {min(missing)}: add it")
-        try:
-            index = columns["index"].astype(np.int64)
-        except ValueError as error:
-            raise ValueError(
-                f"the column index of {self.path!r} must hold whole numbers ({error}): correct it"
-            ) from None
-        wrong = (index < 0) | (index >= len(target))
-        if wrong.any():
-            raise ValueError(
-                f"the column index of {self.path!r} must be from 0 to {len(target) - 1}, got {index[wrong][0]}: is it "
-                "for this data set?"
-            )
-        label = class_indices(columns[key], class_names, repr(self.path), key)
-        label = to_target(label, len(index), len(class_names), f"{key} of {self.path!r}").numpy()
-        given = np.zeros((len(target), len(class_names)), dtype=np.uint8)
-        given[index, label] = 1
+    def _from_lines(self, clean: CleanLabels) -> np.ndarray:
+        item, label, _ = read_sample_labels(Path(self.path), clean, key=self.key)
+        given = np.zeros((len(clean.target), clean.num_classes), dtype=np.uint8)
+        given[item, label] = 1
         single = np.flatnonzero(~given.any(1))
-        given[single, target[single]] = 1
+        given[single, clean.target[single]] = 1
         if len(single):
             note(
-                f"{self.path!r} has no line for {len(single)} of {len(target)} samples: they have their own label alone"
+                f"{self.path!r} has no line for {len(single)} of {len(given)} samples: they have their own label alone"
             )
         return given
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from abc import abstractmethod
-from collections.abc import Sequence
 
 import numpy as np
 
@@ -25,13 +24,13 @@ class CandidateSets(DrawnLabels):
     meta_from_single = False
 
     @abstractmethod
-    def draw(self, target: np.ndarray, class_names: Sequence[str], generator: np.random.Generator) -> np.ndarray:
-        """Which classes are candidates, ``[N, K]`` of 0 and 1, for the labels ``target``, int64 ``[N]``."""
+    def draw(self, clean: CleanLabels, generator: np.random.Generator) -> np.ndarray:
+        """Which classes are candidates, ``[N, K]`` of 0 and 1; ``clean`` is not to be changed."""
 
     def given_labels(self, clean: CleanLabels) -> np.ndarray:
         """Uint8 ``[N, K]``: 1 for a candidate, else 0."""
         at_least_two(clean.class_names)
-        drawn = np.asarray(self.draw(clean.target, clean.class_names, numpy_generator(self.seed, "candidates")))
+        drawn = np.asarray(self.draw(clean, numpy_generator(self.seed, "candidates")))
         return to_candidates(drawn, clean.target, clean.num_classes, f"candidates of {self}")
 
 
@@ -89,8 +88,8 @@ class UniformCandidates(CandidateSets):
     def nominal_rate(self) -> float:
         return self.q
 
-    def draw(self, target: np.ndarray, class_names: Sequence[str], generator: np.random.Generator) -> np.ndarray:
-        count = len(class_names)
+    def draw(self, clean: CleanLabels, generator: np.random.Generator) -> np.ndarray:
+        target, count = clean.target, clean.num_classes
         if count == 2 and self.ensure_ambiguous and self.reject_full:
             raise ValueError("ensure_ambiguous and reject_full exclude each other with 2 classes: leave one out")
         own = np.eye(count, dtype=np.uint8)[target]
@@ -125,8 +124,9 @@ class PairwiseCandidates(CandidateSets):
     def nominal_rate(self) -> float:
         return self.q
 
-    def draw(self, target: np.ndarray, class_names: Sequence[str], generator: np.random.Generator) -> np.ndarray:
-        given = np.eye(len(class_names), dtype=np.uint8)[target]
+    def draw(self, clean: CleanLabels, generator: np.random.Generator) -> np.ndarray:
+        target, count = clean.target, clean.num_classes
+        given = np.eye(count, dtype=np.uint8)[target]
         chosen = np.flatnonzero(generator.random(len(target)) < self.q)
-        given[chosen, (target[chosen] + 1) % len(class_names)] = 1
+        given[chosen, (target[chosen] + 1) % count] = 1
         return given

@@ -21,7 +21,8 @@ def find_rows(columns: Mapping[str, np.ndarray], image: Any, source: str) -> tup
     Positions change where files come or go; so a line with a ``path`` is for the file of that name.
 
     Args:
-        columns: of text ``[n]``, ``index`` and perhaps ``path``; of files ``path`` alone will do.
+        columns: of text ``[n]``, ``index`` and perhaps ``path``; of files ``path`` alone will do, and then also names
+            without their folders, where each is that of one file.
         image: the samples; where they are a list of paths, those are compared, from the folder on that holds all of
             them, so that this may be another one: one for all lines, where it can be.
         source: the table, for messages.
@@ -30,7 +31,8 @@ def find_rows(columns: Mapping[str, np.ndarray], image: Any, source: str) -> tup
         int64 ``[n]``, and bool ``[n]``: false where the file is none of ``image``, which is said.
 
     Raises:
-        ValueError: for an ``index`` that is no whole number, and where no path is that of a sample.
+        ValueError: for an ``index`` that is no whole number, where no path is that of a sample, and for a name that is
+            that of several.
     """
     numbered = "index" in columns
     try:
@@ -41,21 +43,27 @@ def find_rows(columns: Mapping[str, np.ndarray], image: Any, source: str) -> tup
     here = np.ones(len(place), dtype=bool)
     if not isinstance(image, list) or "path" not in columns:
         return place, here
-    paths = columns["path"].tolist()
+    paths, files = columns["path"].tolist(), [as_written(path) for path in image]
+    places = _find(paths, files)
+    if not any(k is not None for k in places):  # a table of somebody's own may come from Windows
+        paths = [path.replace("\\", "/") for path in paths]
+        places = _find(paths, files)
+    if not numbered and not any(k is not None for k in places):
+        places = _find_names(paths, files, source)
     moved = []
-    for k, (path, found) in enumerate(zip(paths, _find(paths, [as_written(path) for path in image]), strict=True)):
+    for k, (path, found) in enumerate(zip(paths, places, strict=True)):
         if not path:
             continue
         if found is None:  # a table of somebody's own may have shorter names
-            here[k] = 0 <= place[k] < len(image) and f"/{as_written(image[place[k]])}".endswith(f"/{path}")
+            here[k] = 0 <= place[k] < len(image) and f"/{files[place[k]]}".endswith(f"/{path}")
         elif found != place[k]:
             moved += [path] if numbered else []
             place[k] = found
     gone = columns["path"][~here].tolist()
     if len(place) and not here.any():
         raise ValueError(
-            f"no path in {source!r} is one of the training images, such as {gone[0]!r}: is it for this data set? "
-            "Without the column path the lines are taken by their index"
+            f"no path in {source!r} is one of the training images, such as {gone[0]!r}: is it for this data set?"
+            + (" Without the column path the lines are taken by their index" if numbered else "")
         )
     if moved:
         note(f"{len(moved)} files of {source!r} have another index now, such as {moved[0]!r}: taken by their path")
@@ -78,6 +86,22 @@ def _find(paths: Sequence[str], files: Sequence[str]) -> list[int | None]:
         each.get(own) if path.startswith(own) else next(iter(each.values()), None)
         for path, each in zip(paths, found, strict=True)
     ]
+
+
+def _find_names(paths: Sequence[str], files: Sequence[str], source: str) -> list[int | None]:
+    """The position in ``files`` of each path, of which the folders in front may be left out."""
+    named: dict[str, list[int]] = {}
+    for k, file in enumerate(files):
+        named.setdefault(os.path.basename(file), []).append(k)
+    found: list[int | None] = []
+    for path in paths:
+        fits = [k for k in named.get(os.path.basename(path), ()) if f"/{files[k]}".endswith(f"/{path}")]
+        if len(fits) > 1:
+            raise ValueError(
+                f"{path!r} in {source!r} may be {files[fits[0]]!r} or {files[fits[1]]!r}: put the folder before it"
+            )
+        found.append(fits[0] if fits else None)
+    return found
 
 
 def _by_folder(path: str, tails: Mapping[str, int]) -> dict[str, int]:

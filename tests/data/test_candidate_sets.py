@@ -105,6 +105,20 @@ def test_candidates_in_files(tmp_path, caplog):
     found = CandidateFile(str(tmp_path / "d.csv")).corrupt([0, 1, 0], ["no", "yes"])
     assert found.tolist() == [[1, 1], [0, 1], [1, 0]]
     assert "has no line for 1 of 3 samples" in caplog.text
+    # as a spreadsheet writes it: another name, whole numbers beside empty cells, lines without a label
+    (tmp_path / "d.csv").write_text("\ufeffitem;class_name\r\n0.0;no\r\n0.0;yes\r\n1;\r\n002;no\r\n2;-1\r\n")
+    assert np.array_equal(CandidateFile(str(tmp_path / "d.csv")).corrupt([0, 1, 0], ["no", "yes"]), found)
+    (tmp_path / "d.csv").write_text("index,mine\n0,1\n0,0\n1,1\n2,0\n")
+    assert np.array_equal(CandidateFile(str(tmp_path / "d.csv"), "mine").corrupt([0, 1, 0], ["no", "yes"]), found)
+
+
+@pytest.mark.parametrize("folder", ["", "photos/", "/elsewhere/photos/"])
+def test_candidates_of_files(tmp_path, folder):
+    files = [f"/home/a/photos/{name}" for name in ("cat/0.png", "cat/1.png", "dog/0.png")]
+    lines = ["cat/1.png,dog", "cat/1.png,cat", "dog/0.png,dog", "dog/0.png,owl", "dog/gone.png,owl"]
+    (tmp_path / "d.csv").write_text("file,label\n" + "\n".join(folder + line for line in lines))
+    found = CandidateFile(str(tmp_path / "d.csv")).corrupt([0, 0, 1], ["cat", "dog", "owl"], files)
+    assert found.tolist() == [[1, 0, 0], [1, 1, 0], [0, 1, 1]]
 
 
 @pytest.mark.parametrize(
@@ -128,7 +142,10 @@ def test_files_that_do_not_fit(tmp_path):
         with pytest.raises(ValueError, match=rf"key={key!r} is none of .* which holds mine, other"):
             CandidateFile(str(tmp_path / "c.npz"), key).corrupt([0, 1, 0], 2)
     for text, message in (
-        ("item,label\n0,1\n", "must have the columns index and label, it lacks index"),
+        ("label,sure\n1,0\n", "does not say which sample its lines are for: add the column item"),
+        ("path,label\na.png,1\n", "does not say which sample its lines are for: add the column item, as the samples"),
+        ("item,given_by\n0,1\n", "must have the column label, got item, given_by: name it so"),
+        ("index,label\n0,1\n,0\n", "the column index of .* is empty in 1 lines with a label, such as '0': fill it in"),
         ("index,label\n0,1\n7,0\n", "must be from 0 to 2, got 7"),
         ("index,label\n0,1\nx,0\n", "must hold whole numbers"),
         ("index,label\n0,2\n", "must be between 0 and 1, got 2"),

@@ -161,6 +161,42 @@ def test_numbers_of_annotators_are_in_their_order(tmp_path):
     assert data.train_annotations[:3].tolist() == [[-1, 1, -1], [2, -1, -1], [-1, -1, 0]]
 
 
+def test_tables_of_other_programs(tmp_path):
+    # 7.0 is 7, beside empty cells; -1 is no label, as in an array that was made a table
+    data = table(tmp_path, "item;annotator;label\r\n0;10.0;1\r\n1;7;2\r\n2;7.0;0\r\n2;10;-1\r\n3;7.0;-1.0\r\n")
+    data.setup()
+    assert data.annotator_names == ["7", "10"]
+    assert data.train_annotations[:4].tolist() == [[-1, 1], [2, -1], [0, -1], [-1, -1]]
+    names = table(tmp_path, "item,annotator,label\n0,ann 2.0,1\n1,bob,2\n")
+    names.setup()
+    assert names.annotator_names == ["ann 2.0", "bob"]
+
+
+PHOTOS = [f"/home/a/photos/{name}" for name in ("cat/0001.png", "cat/0002.png", "dog/0003.png", "dog/b/0002.png")]
+
+
+@pytest.mark.parametrize("folder", ["", "{}/", "photos\\{}\\", "C:\\photos\\{}\\"])
+def test_names_of_files_without_their_folders(tmp_path, folder, capsys):
+    names = [("cat", "0001"), ("dog", "0003"), ("dog", "9999")]
+    lines = [f"{folder.format(c)}{k}.png,ann,{k != '0001'}" for c, k in names]
+    (tmp_path / "crowd.csv").write_text("\n".join(["file,annotator,label", *lines]))
+    crowd = CrowdAnnotations(str(tmp_path / "crowd.csv"))
+    given = crowd.corrupt([0, 0, 1, 1], ["False", "True"], PHOTOS)
+    assert given.tolist() == [[0], [-1], [1], [-1]]
+    assert "1 files of" in capsys.readouterr().err
+
+
+def test_names_of_files_that_are_not_clear(tmp_path):
+    for line, message in (
+        ("0002.png,ann,0", r"'0002.png' in '.*' may be '.*cat/0002.png' or '.*dog/b/0002.png': put the folder before"),
+        ("x.png,ann,0", r"no path in '.*' is one of the training images, such as 'x.png': is it for this data set\?$"),
+        (",ann,1", r"the column file of '.*' is empty in 1 lines with a label, such as '1': fill it in"),
+    ):
+        (tmp_path / "crowd.csv").write_text(f"file,annotator,label\n{line}\n")
+        with pytest.raises(ValueError, match=message):
+            CrowdAnnotations(str(tmp_path / "crowd.csv")).corrupt([0, 0, 1, 1], 2, PHOTOS)
+
+
 @pytest.mark.parametrize(
     ("text", "message"),
     [
@@ -174,6 +210,7 @@ def test_numbers_of_annotators_are_in_their_order(tmp_path):
         ("item,annotator,label\nx,ann,1\n", "the column index of '.*' must hold whole numbers"),
         ("item,annotator,label\n0,ann,cow\n", "holds the label 'cow'"),
         ("item,annotator,label\n0,ann,3\n", "label of '.*' must be between 0 and 2, got 3"),
+        ("item,annotator,label\n0,,1\n", "the column annotator of '.*' is empty in 1 lines with a label, such as '1'"),
         ("item,annotator,label\n0,ann,1\n0,ann,2\n", "holds two labels by annotator ann for sample 0, dog and owl"),
     ],
 )
