@@ -1,4 +1,4 @@
-"""Full precision on GPUs."""
+"""Plain arithmetic in the place of faster kinds: full precision on GPUs, and attention by its operations."""
 
 from __future__ import annotations
 
@@ -7,8 +7,9 @@ from contextlib import contextmanager
 from typing import Any, cast
 
 import torch
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
-__all__ = ["no_tf32"]
+__all__ = ["no_tf32", "plain_attention"]
 
 
 @contextmanager
@@ -27,3 +28,15 @@ def no_tf32() -> Iterator[None]:
     finally:
         for place, value in zip(places, before, strict=True):
             setattr(place, name, value)
+
+
+@contextmanager
+def plain_attention() -> Iterator[None]:
+    """Attention by matrix products and a softmax, also in eval mode, for what its fused kernels cannot do."""
+    fused = torch.backends.mha.get_fastpath_enabled()
+    torch.backends.mha.set_fastpath_enabled(False)
+    try:
+        with sdpa_kernel(SDPBackend.MATH):
+            yield
+    finally:
+        torch.backends.mha.set_fastpath_enabled(fused)

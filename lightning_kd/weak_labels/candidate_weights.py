@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+from typing import Literal
+
 import torch
 from torch import Tensor
 
+from lightning_kd.argument_checks import check_numbers
 from lightning_kd.core.losses import at_least_float32, check_shapes
 
 __all__ = ["candidate_likelihood_loss", "likely_weights", "uniform_weights", "weighted_candidate_loss"]
@@ -58,6 +61,49 @@ def likely_weights(logits: Tensor, candidates: Tensor) -> Tensor:
     check_shapes(logits=(logits, "BK"), candidates=(candidates, "BK"))
     (logits,) = at_least_float32(logits.detach())
     return logits.masked_fill(~check_candidates(candidates), -torch.inf).softmax(1)
+
+
+def updated_weights(
+    weights: Tensor,
+    gradient: Tensor,
+    candidates: Tensor,
+    step: float,
+    normalization: Literal["example", "batch"] = "example",
+) -> Tensor:
+    """New weights of the candidates: a step against the meta gradient, cut off at 0, and normalised.
+
+    By ``"example"`` those of each sample sum to 1, and a sample whose candidates would all get 0 has equal ones; a
+    single candidate so always has 1. By ``"batch"`` all of the batch sum to 1, and such a sample drops out (if all do,
+    all are 0).
+
+    Args:
+        weights: ``[B, K]`` before; zeros for the start without memory, where ``step`` then does not matter.
+        gradient: ``[B, K]`` of ``candidate_meta_gradient``; where it is not finite, no weights are.
+        candidates: ``[B, K]``, above 0 where a class is a candidate.
+        step: 0 or more.
+        normalization: ``"example"`` or ``"batch"``.
+
+    Returns:
+        ``[B, K]``, at least 0, without gradient; 0 off the candidates.
+
+    Raises:
+        ValueError: for shapes that differ, a sample without candidates, and arguments out of range.
+
+    Source: arXiv 2208.12459; normalised by the batch as in arXiv 1803.09050.
+    """
+    check_numbers(least=0, step=step)
+    if normalization not in ("example", "batch"):
+        raise ValueError(f"normalization must be 'example' or 'batch', got {normalization!r}: give one of them")
+    check_shapes(weights=(weights, "BK"), gradient=(gradient, "BK"), candidates=(candidates, "BK"))
+    there = check_candidates(candidates)
+    weights, gradient = at_least_float32(weights.detach(), gradient.detach())
+    raised = (weights - step * gradient).clamp(min=0).masked_fill(~there, 0.0)
+    if normalization == "batch":
+        total = raised.sum()
+        return raised / torch.where(total > 0, total, 1.0)
+    total = raised.sum(1, keepdim=True)
+    raised = torch.where(total == 0, there.to(raised.dtype), raised)  # NaN stays, for all to see
+    return raised / raised.sum(1, keepdim=True)
 
 
 def weighted_candidate_loss(logits: Tensor, weights: Tensor) -> Tensor:

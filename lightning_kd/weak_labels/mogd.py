@@ -19,9 +19,15 @@ from lightning_kd.argument_checks import check_numbers
 from lightning_kd.core.distributed import averaged, process_count
 from lightning_kd.core.feature_hooks import Tap, find_classifier
 from lightning_kd.core.losses import at_least_float32, check_shapes, check_target
+from lightning_kd.core.precision import plain_attention
 from lightning_kd.core.two_pass_step import second_pass
 from lightning_kd.weak_labels.candidate_task import CandidateTask, Forward, MetaBatch
-from lightning_kd.weak_labels.candidate_weights import check_candidates, uniform_weights, weighted_candidate_loss
+from lightning_kd.weak_labels.candidate_weights import (
+    check_candidates,
+    uniform_weights,
+    updated_weights,
+    weighted_candidate_loss,
+)
 
 __all__ = ["MoGD", "candidate_meta_gradient", "updated_weights"]
 
@@ -60,7 +66,8 @@ def candidate_meta_gradient(
         ``[B, K]``, without gradient; 0 off the candidates, whose weights have no effect.
 
     Raises:
-        ValueError: for shapes that do not belong together, a sample without candidates, meta labels out of range.
+        ValueError: for shapes that do not belong together, a sample without candidates, meta labels out of range, and
+            no meta sample.
         RuntimeError: where ``forward`` has an operation without a derivative in forward mode.
 
     Source: arXiv 2208.12459; the closed form of the derivative was derived for this package.
@@ -70,6 +77,7 @@ def candidate_meta_gradient(
     return slope * (lr / (len(x) * process_count()))
 
 
+@plain_attention()  # the fused one has no derivative in forward mode
 def meta_slopes(
     forward: Forward,
     parameters: Mapping[str, Tensor],
@@ -120,6 +128,8 @@ def _likelihood(logits: Tensor, there: Tensor, weights: Tensor) -> Tensor:
 
 def _meta_loss(logits: Tensor, target: Tensor) -> Tensor:
     check_target(logits, target, "meta_target")
+    if not len(target):
+        raise ValueError("meta_target must be of one sample or more, got none: give samples with clean labels")
     (logits,) = at_least_float32(logits)
     return F.cross_entropy(logits, target)
 
@@ -130,49 +140,6 @@ def _gradients(loss: Callable[[dict[str, Tensor]], Tensor], values: Mapping[str,
         leaves = {name: value.detach().requires_grad_() for name, value in values.items()}
         found = torch.autograd.grad(loss(leaves), list(leaves.values()), allow_unused=True, materialize_grads=True)
     return dict(zip(leaves, averaged(found), strict=True))
-
-
-def updated_weights(
-    weights: Tensor,
-    gradient: Tensor,
-    candidates: Tensor,
-    step: float,
-    normalization: Literal["example", "batch"] = "example",
-) -> Tensor:
-    """New weights of the candidates: a step against the meta gradient, cut off at 0, and normalised.
-
-    By ``"example"`` those of each sample sum to 1, and a sample whose candidates would all get 0 has equal ones; a
-    single candidate so always has 1. By ``"batch"`` all of the batch sum to 1, and such a sample drops out (if all do,
-    all are 0).
-
-    Args:
-        weights: ``[B, K]`` before; zeros for the start without memory, where ``step`` then does not matter.
-        gradient: ``[B, K]`` of ``candidate_meta_gradient``.
-        candidates: ``[B, K]``, above 0 where a class is a candidate.
-        step: 0 or more.
-        normalization: ``"example"`` or ``"batch"``.
-
-    Returns:
-        ``[B, K]``, at least 0, without gradient; 0 off the candidates.
-
-    Raises:
-        ValueError: for shapes that differ, a sample without candidates, and arguments out of range.
-
-    Source: arXiv 2208.12459; normalised by the batch as in arXiv 1803.09050.
-    """
-    check_numbers(least=0, step=step)
-    if normalization not in ("example", "batch"):
-        raise ValueError(f"normalization must be 'example' or 'batch', got {normalization!r}: give one of them")
-    check_shapes(weights=(weights, "BK"), gradient=(gradient, "BK"), candidates=(candidates, "BK"))
-    there = check_candidates(candidates)
-    weights, gradient = at_least_float32(weights.detach(), gradient.detach())
-    raised = (weights - step * gradient).clamp(min=0).masked_fill(~there, 0.0)
-    if normalization == "batch":
-        total = raised.sum()
-        return raised / torch.where(total > 0, total, 1.0)
-    total = raised.sum(1, keepdim=True)
-    raised = torch.where(total > 0, raised, there.to(raised.dtype))
-    return raised / raised.sum(1, keepdim=True)
 
 
 class MoGD(CandidateTask):

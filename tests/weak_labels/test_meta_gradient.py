@@ -9,6 +9,7 @@ import torch.nn.functional as F
 from torch import nn
 from torch.func import functional_call
 
+from lightning_kd.core.precision import plain_attention
 from lightning_kd.weak_labels import candidate_meta_gradient, likely_weights, updated_weights
 from tests.two_processes import on_two_ranks
 
@@ -68,6 +69,29 @@ def test_equals_the_second_derivative(name, start):
     assert found.abs().max() > 1e-3
     if start == "zero":
         torch.testing.assert_close(candidate_meta_gradient(*given, None, 0.3), found, rtol=0, atol=0)
+
+
+class Attending(nn.Module):
+    """A layer of attention over the features of a sample."""
+
+    def __init__(self):
+        super().__init__()
+        self.embed, self.head = nn.Linear(3, 8), nn.Linear(8, 4)
+        self.attend = nn.TransformerEncoderLayer(8, 2, 16, dropout=0.0, batch_first=True)
+
+    def forward(self, x):
+        return self.head(self.attend(self.embed(x)).mean(1))
+
+
+@pytest.mark.parametrize("train", [True, False])
+def test_attention(train):
+    given = problem(Attending().train(train), (5, 3))
+    found = candidate_meta_gradient(*given, 0.3)
+    with plain_attention():
+        expected = by_second_derivative(*given, 0.3)
+    torch.testing.assert_close(found, expected, rtol=0, atol=1e-12)
+    assert found.abs().max() > 1e-3
+    assert torch.backends.mha.get_fastpath_enabled()
 
 
 def test_the_toy_problem():
@@ -147,6 +171,13 @@ def test_weights_that_are_made():
     assert nothing.tolist() == [[0.0] * 3]
 
 
+def test_a_gradient_that_is_no_number_is_not_passed_over():
+    weights, gradient = torch.full((2, 2), 0.5), torch.tensor([[torch.nan, 0.1], [0.0, 0.0]])
+    for normalization in ("example", "batch"):
+        found = updated_weights(weights, gradient, torch.ones(2, 2), 1.0, normalization)
+        assert bool(found[0].isnan().any())
+
+
 def test_a_perfect_network_and_all_classes_as_candidates():
     parameters = {"w": 400 * torch.eye(3)}
     x, candidates, target = torch.eye(3), torch.ones(3, 3), torch.arange(3)
@@ -189,6 +220,8 @@ def test_what_is_refused():
         updated_weights(weights, weights, empty, 1.0)
     with pytest.raises(ValueError, match=r"^meta_target must be between 0 and 3, got 0 to 4"):
         changed(meta_target=torch.tensor([0, 1, 2, 3, 4]))
+    with pytest.raises(ValueError, match=r"^meta_target must be of one sample or more, got none"):
+        changed(meta_x=meta_x[:0], meta_target=target[:0])
     with pytest.raises(ValueError, match=r"^candidates must be \[6, 4\], got \[6, 3\]"):
         changed(candidates=candidates[:, :3].clamp(max=1).index_fill(1, torch.tensor([0]), 1), weights=None)
     with pytest.raises(ValueError, match=r"^candidates must have a row for each of 6 samples, got 5"):
