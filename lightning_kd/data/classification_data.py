@@ -47,7 +47,8 @@ class ClassificationDataModule(LabelledDataModule):
         kwargs: see ``LabelledDataModule``.
 
     Raises:
-        ValueError: for these where samples have more than one class, and for noise with one of the others.
+        ValueError: for these where samples have more than one class, for noise with one of the others, and for
+            candidates with ``balance``.
     """
 
     train_clean: Tensor | None
@@ -70,6 +71,10 @@ class ClassificationDataModule(LabelledDataModule):
                 raise ValueError(f"{name} is for one class a sample, the data has {self.problem.kind}: leave it out")
             if value is not None and noise is not None and name != "noise":
                 raise ValueError(f"noise and {name} exclude each other, got {noise} and {value}: leave one out")
+        if candidates is not None and self.balance:
+            raise ValueError(
+                f"balance counts the classes of labels that nobody knows with candidates={candidates}: leave it out"
+            )
         self.noise = noise
         self.candidates = candidates
         self.meta_per_class = meta_per_class
@@ -143,6 +148,12 @@ class ClassificationDataModule(LabelledDataModule):
                 f"candidates: {sizes.float().mean():.2f} labels a training sample, {int((sizes == 1).sum())} of "
                 f"{len(sizes)} have one alone{by}"
             )
+            task = self.trainer.lightning_module  # type: ignore[union-attr]
+            if not hasattr(task, "candidates_of"):
+                note(
+                    f"{type(task).__name__} is no method for candidates: unless it looks for batch.extras['candidates']"
+                    " itself, it learns the true labels"
+                )
         if self.meta_per_class is not None:
             found = np.bincount(self.train_target.numpy()[self.meta_indices], minlength=self.num_classes)
             counts = dict(zip(self.class_names, found.tolist(), strict=True))

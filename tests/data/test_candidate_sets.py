@@ -24,6 +24,7 @@ from lightning_kd.data import (
     SymmetricNoise,
     UniformCandidates,
 )
+from lightning_kd.weak_labels import CandidateBaseline
 
 COUNT, CLASSES = 3000, 6
 TARGET = np.arange(COUNT) % CLASSES
@@ -332,3 +333,20 @@ def test_real_sets_that_are_refused(tmp_path):
         PartialLabelDataModule(str(path))
     with pytest.raises(ValueError, match=r"^fold must be at least 0 and below 10, got 10"):
         PartialLabelDataModule(str(path), fold=10)
+
+
+def test_classes_that_nobody_knows_are_not_balanced():
+    with pytest.raises(ValueError, match=r"^balance counts the classes of labels that nobody knows"):
+        DigitsDataModule(candidates=UniformCandidates(0.3), balance=True)
+
+
+def test_a_task_that_learns_the_true_labels_is_told(capsys):
+    def told(method, **options):
+        data = DigitsDataModule(fake=True, candidates=UniformCandidates(0.3))
+        quiet = {"logger": False, "enable_progress_bar": False, "enable_model_summary": False}
+        trainer = L.Trainer(fast_dev_run=True, accelerator="cpu", **quiet)
+        trainer.fit(method("mlp_16", 10, input_shape=(1, 8, 8), **options), datamodule=data)
+        return "is no method for candidates: unless it looks" in capsys.readouterr().err
+
+    assert told(Classification)
+    assert not told(CandidateBaseline)
