@@ -13,7 +13,7 @@ __all__ = ["check_annotations", "majority_vote", "observed_cells"]
 
 
 def check_annotations(annotations: Any, num_classes: int) -> Tensor:
-    """Annotations as int64 ``[N, R]``, after checking them.
+    """Annotations as a tensor ``[N, R]``, after checking them; of the integers that they are, as there may be many.
 
     Args:
         annotations: integers ``[N, R]``, a tensor or an array: the class that each of ``R`` annotators gave to each of
@@ -37,11 +37,11 @@ def check_annotations(annotations: Any, num_classes: int) -> Tensor:
                 f"annotations must be classes from 0 to {num_classes - 1}, or -1 for none, got {low} to {high}: "
                 "correct them"
             )
-    return given.long()
+    return given
 
 
 def observed_cells(annotations: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Item, annotator and class of every annotation in ``[N, R]`` that there is, in the order of the cells."""
+    """Item, annotator and class (int64) of every annotation in ``[N, R]`` that there is, in the order of the cells."""
     item, annotator = (annotations >= 0).nonzero(as_tuple=True)
     return item, annotator, annotations[item, annotator].long()
 

@@ -61,8 +61,9 @@ class CrowdLabels(DrawnLabels):
                 f"annotations of {self} must be integers [{count}, R], a row for each sample and a column for each "
                 f"annotator, got {given.dtype} {list(given.shape)}: give those of this data set"
             )
+        signed = given.astype(np.int64) if given.dtype.kind == "u" else given
         try:
-            return check_annotations(given.astype(np.int64), clean.num_classes).numpy().astype(np.int16)
+            return check_annotations(signed, clean.num_classes).numpy().astype(np.int16, copy=False)
         except ValueError as error:
             raise ValueError(f"{self}: {error}") from None
 

@@ -71,7 +71,10 @@ def check_no_noise(folder: RunFolder | None, trainer: L.Trainer | None) -> None:
 
 def digest(given: np.ndarray) -> str:
     """The sha256 of labels of any shape as little-endian int64, in hexadecimal."""
-    return hashlib.sha256(given.astype("<i8").tobytes()).hexdigest()
+    found, flat = hashlib.sha256(), given.reshape(-1)
+    for start in range(0, len(flat), 1 << 20):
+        found.update(flat[start : start + (1 << 20)].astype("<i8").tobytes())
+    return found.hexdigest()
 
 
 def _settle(noise: DrawnLabels, clean: CleanLabels, folder: RunFolder | None, fitting: bool) -> np.ndarray:

@@ -16,6 +16,9 @@ from lightning_kd.core.annotations import check_annotations, majority_vote, obse
 
 __all__ = ["DawidSkene", "dawid_skene"]
 
+# item, annotator and class of every annotation
+Cells = tuple[Tensor, Tensor, Tensor]
+
 
 class DawidSkene(NamedTuple):
     """``posterior`` float64 ``[N, C]`` of the true class of each item, and ``confusion`` float64 ``[R, C, C]``: how
@@ -50,20 +53,24 @@ def dawid_skene(annotations: Any, num_classes: int, iterations: int = 50, smooth
     check_numbers(least=0, whole=True, iterations=iterations)
     check_numbers(above=0, smoothing=smoothing)
     given = check_annotations(annotations, num_classes)
+    cells = observed_cells(given)
     posterior = majority_vote(given, num_classes)
-    confusion = confusion_of(posterior, given, smoothing)
+    confusion = _confusion(posterior, cells, given.shape[1], smoothing)
     for k in range(iterations):
         prior = posterior.sum(0) + smoothing
-        confusion = confusion_of(posterior, given, smoothing) if k else confusion
+        confusion = _confusion(posterior, cells, given.shape[1], smoothing) if k else confusion
         log_prior = (prior / prior.sum()).log().expand(len(given), -1)
-        posterior = posterior_of(log_prior, confusion, given)
+        posterior = _posterior(log_prior, confusion, cells)
     return DawidSkene(posterior, confusion)
 
 
 def confusion_of(posterior: Tensor, annotations: Tensor, smoothing: float = 0.01) -> Tensor:
     """Confusions float64 ``[R, C, C]`` from posteriors ``[N, C]`` of the true classes: counts, and ``smoothing``."""
-    classes, annotators = posterior.shape[1], annotations.shape[1]
-    item, annotator, label = observed_cells(annotations)
+    return _confusion(posterior, observed_cells(annotations), annotations.shape[1], smoothing)
+
+
+def _confusion(posterior: Tensor, cells: Cells, annotators: int, smoothing: float) -> Tensor:
+    classes, (item, annotator, label) = posterior.shape[1], cells
     count = torch.zeros(annotators * classes, classes, dtype=torch.float64, device=posterior.device)
     count.index_add_(0, annotator * classes + label, posterior.double()[item])
     count = count.view(annotators, classes, classes).transpose(1, 2) + smoothing  # from [r, given, true]
@@ -76,8 +83,12 @@ def posterior_of(log_prior: Tensor, confusion: Tensor, annotations: Tensor) -> T
     Args:
         log_prior: ``[N, C]``, not necessarily normalised.
         confusion: ``[R, C, C]``.
-        annotations: int64 ``[N, R]``, -1 where there is none.
+        annotations: integers ``[N, R]``, -1 where there is none.
     """
-    item, annotator, label = observed_cells(annotations)
+    return _posterior(log_prior, confusion, observed_cells(annotations))
+
+
+def _posterior(log_prior: Tensor, confusion: Tensor, cells: Cells) -> Tensor:
+    item, annotator, label = cells
     evidence = confusion.log().transpose(1, 2)[annotator, label].to(log_prior.dtype)  # [r, given, true]
     return log_prior.index_add(0, item, evidence).softmax(1)

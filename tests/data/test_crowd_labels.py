@@ -1,6 +1,8 @@
 """Annotations by several people: simulated, from files, what a data module makes of them, and their record."""
 
+import hashlib
 import re
+import tracemalloc
 
 import lightning as L
 import numpy as np
@@ -24,6 +26,7 @@ from lightning_kd.data import (
     OpenSetDataModule,
     SimulatedCrowd,
 )
+from lightning_kd.data.noise_record import digest
 
 TARGET = np.arange(4000) % 5
 
@@ -266,6 +269,27 @@ def test_table_of_files(folder, tmp_path):
     assert batch.extras["annotations"].tolist() == [[-1, 0], [1, 0]]
 
 
+def test_many_annotators_take_little_memory(tmp_path):
+    lines = [f"{i},w{i % 1000},{i % 3}" for i in range(2000)]
+    (tmp_path / "crowd.csv").write_text("\n".join(["item,annotator,label", *lines]))
+    tracemalloc.start()
+    given = CrowdAnnotations(str(tmp_path / "crowd.csv")).corrupt(np.arange(2000) % 3, 3)
+    assert (given.shape, given.dtype) == ((2000, 1000), np.int16)
+    assert tracemalloc.get_traced_memory()[1] < 3 * given.nbytes
+    tracemalloc.reset_peak()
+    before = tracemalloc.get_traced_memory()[0]
+    found = digest(given)
+    peak = tracemalloc.get_traced_memory()[1] - before
+    tracemalloc.stop()
+    assert peak < 5 * given.nbytes  # 8 times as int64 at once
+    assert found == hashlib.sha256(given.astype("<i8").tobytes()).hexdigest()
+
+
+def test_unsigned_numbers_are_taken(tmp_path):
+    np.save(tmp_path / "crowd.npy", np.ones((4, 2), np.uint16))
+    assert CrowdAnnotations(str(tmp_path / "crowd.npy")).corrupt([0, 1, 2, 0], 3).tolist() == [[1, 1]] * 4
+
+
 def test_what_does_not_go_together(tmp_path):
     crowd = SimulatedCrowd(6, 0.7, 3)
     with pytest.raises(ValueError, match="annotations are for one class a sample, the data has several labels"):
@@ -352,8 +376,6 @@ def test_annotations_are_kept_in_the_run_folder(tmp_path, capsys):
     assert "annotations: 600 of 200 training samples by 6 annotators; the majority differs" in capsys.readouterr().err
     # what was drawn stays, should it be drawn otherwise some day
     record["given"] = np.roll(record["given"], 1, axis=1)
-    from lightning_kd.data.noise_record import digest
-
     np.savez(tmp_path / "noise.npz", **{**record, "sha256": digest(record["given"])})
     last = str(tmp_path / "checkpoints/last.ckpt")
     with pytest.raises(ValueError, match="the checkpoint was trained on other labels than those of annotations=Simul"):

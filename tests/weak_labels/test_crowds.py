@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 import torch
 
+from lightning_kd.core.annotations import observed_cells
 from lightning_kd.weak_labels import annotator_probabilities, crowd_loss, dawid_skene, majority_vote
 
 SMALL = torch.tensor([[0, 1, -1], [1, 1, 0], [-1, -1, -1], [2, -1, -1]])
@@ -208,3 +209,21 @@ def test_loss_refuses_what_does_not_belong_together():
     ):
         with pytest.raises(ValueError, match=message):
             crowd_loss(predicted, annotations)
+
+
+def test_of_two_precisions_the_wider():
+    p, kernel = torch.tensor([[0.25, 0.75]]), torch.randn(2, 2, 3, dtype=torch.float64)
+    found = annotator_probabilities(p, kernel)
+    torch.testing.assert_close(found, annotator_probabilities(p.double(), kernel), rtol=0, atol=0)
+
+
+def test_annotations_are_searched_for_once(monkeypatch):
+    calls = []
+
+    def counted(annotations):
+        calls.append(annotations)
+        return observed_cells(annotations)
+
+    monkeypatch.setattr("lightning_kd.weak_labels.crowd_statistics.observed_cells", counted)
+    dawid_skene(torch.tensor([[0, 1, -1], [1, -1, 1]]), 2, 50)
+    assert len(calls) == 1
