@@ -191,7 +191,7 @@ class CandidateTask(SampleMemories, SupervisedTask):
         (weight, label), (probability, predicted) = weights.max(1), likely.max(1)
         names, files = self.data.class_names, self.data.train_image
         paths = files if isinstance(files, list) else None
-        head = ["index", *(["path"] if paths else []), "candidates", "label", "weight", "predicted", "probability"]
+        head = ["index", *(["path"] if paths else []), "candidates", "class_name", "weight", "predicted", "probability"]
         rows: list[list[Any]] = [head]
         for i in weight.argsort(stable=True).tolist():
             where = [str(paths[int(index[i])])] if paths else []

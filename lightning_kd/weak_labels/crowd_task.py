@@ -180,9 +180,9 @@ def aggregated_rows(
     disagreement[count == 0] = 0
     probability, label = posterior.max(1)
     order = np.lexsort((index.numpy(), -disagreement.numpy(), probability.numpy())).tolist()
-    rows: list[list[Any]] = [
-        ["index", *([] if files is None else ["path"]), "label", "probability", "disagreement", "count", "posterior"]
-    ]
+    # not "label": names of classes may be whole numbers other than their own
+    head = ["index", *([] if files is None else ["path"]), "class_name", "probability", "disagreement", "count"]
+    rows: list[list[Any]] = [[*head, "posterior"]]
     for i in order:
         file = [] if files is None else [files[int(index[i])]]
         numbers = [f"{float(probability[i]):.6g}", f"{float(disagreement[i]):.6g}", int(count[i])]

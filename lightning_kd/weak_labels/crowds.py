@@ -51,6 +51,8 @@ def annotator_probabilities(probabilities: Tensor, kernel: Tensor) -> Tensor:
     """
     check_shapes(probabilities=(probabilities, "BC"), kernel=(kernel, "CCR"))
     probabilities, kernel = at_least_float32(probabilities, kernel)
+    wider = torch.promote_types(probabilities.dtype, kernel.dtype)
+    probabilities, kernel = probabilities.to(wider), kernel.to(wider)
     with torch.autocast(probabilities.device.type, enabled=False):
         return torch.einsum("bk,kcr->bcr", probabilities, kernel).softmax(1)
 
@@ -149,8 +151,8 @@ class CrowdLayer(CrowdTask):
 
     The probabilities of the network go through a layer with a part for each annotator, and what comes out is compared
     with what these gave. The layer is left out when the network answers. It may exchange classes (a large learning rate
-    for it does), so ``train/kernel_trace`` is logged: the mean probability that annotators give the true class, by
-    their layer. It is flat: ``e / (e + C - 1)`` for annotators who are always right.
+    for it does), so ``train/kernel_trace`` is logged: the mean probability that annotators (who gave any) give the
+    true class, by their layer. It is flat: ``e / (e + C - 1)`` for annotators who are always right.
 
     Several processes: the loss is the mean over the annotations of the joint batch.
 
@@ -223,7 +225,9 @@ class CrowdLayer(CrowdTask):
 
     def on_train_epoch_end(self) -> None:
         super().on_train_epoch_end()
-        self.log("train/kernel_trace", self.annotator_confusion().diagonal(dim1=1, dim2=2).mean().float())
+        trace = self.annotator_confusion().diagonal(dim1=1, dim2=2)
+        known = (self.annotations >= 0).any(0)  # the others would seem to be always right
+        self.log("train/kernel_trace", trace[known.to(trace.device)].mean().float())
 
     def annotator_confusion(self) -> Tensor:
         with torch.no_grad():

@@ -73,13 +73,16 @@ class SelfCrowd(CrowdLayer):
     takes ``t`` times as many, so that early mistakes can be undone. In the rounds an annotation of a class counts
     ``annotation_weights``, in the place of being sampled so often. Epochs beyond the last round go on with its set.
 
+    Samples without annotation are trained on once they have one, so that epochs become longer: where there are any, a
+    schedule as long as the training must step by the epoch.
+
     The control to compare with, ``selection="confident"``, takes the most confident cells of all classes together and
     weighs all annotations alike.
 
     Logged each epoch: ``train/pseudo_annotations`` (how many there are), ``train/annotation_ratio`` and
     ``annotation_distance`` (how unequal the classes of all annotations are, see ``AnnotationBalance``) and, where the
     true labels are known, ``train/pseudo_correct``, the share of pseudo-annotations that are true. After ``fit`` the
-    run folder also holds ``pseudo_annotations.csv``: index, annotator and label. They are in checkpoints as
+    run folder also holds ``pseudo_annotations.csv``: index, annotator and class. They are in checkpoints as
     ``pseudo_annotations`` and never used to choose one.
 
     Several processes: the probabilities of all samples are gathered, and all select the same.
@@ -141,6 +144,10 @@ class SelfCrowd(CrowdLayer):
         self._cells: PseudoCells | None = None
         self._class_weight: Tensor | None = None
         self._added: Tensor | None = None
+
+    def steps_of_epoch(self) -> int | None:
+        joining = self.rounds > 0 and len(self.data.unlabelled_indices) > 0
+        return None if joining else super().steps_of_epoch()
 
     # -- rounds ------------------------------------------------------------------------------------------------------
 
@@ -270,4 +277,4 @@ class SelfCrowd(CrowdLayer):
         if self.trainer.is_global_zero:
             people, classes = self.data.annotator_names, self.data.class_names
             rows = [[item, people[r], classes[label]] for item, r, label in self.pseudo.tolist()]
-            write_text(folder / "pseudo_annotations.csv", csv_text([["index", "annotator", "label"], *rows]))
+            write_text(folder / "pseudo_annotations.csv", csv_text([["index", "annotator", "class_name"], *rows]))

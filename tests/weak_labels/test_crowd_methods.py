@@ -2,6 +2,7 @@
 
 import csv
 import math
+from functools import partial
 
 import pytest
 import torch
@@ -9,7 +10,8 @@ from torch import nn
 
 from lightning_kd.core.run_callbacks import run_callbacks
 from lightning_kd.core.run_folder import RunFolder
-from lightning_kd.data import DigitsDataModule
+from lightning_kd.data import DigitsDataModule, LabelFile
+from lightning_kd.spreadsheet import csv_text
 from lightning_kd.weak_labels import (
     AggregatedCrowd,
     AnnotatorLayer,
@@ -21,6 +23,7 @@ from lightning_kd.weak_labels import (
     majority_vote,
 )
 from lightning_kd.weak_labels.crowd_statistics import confusion_of
+from lightning_kd.weak_labels.crowd_task import aggregated_rows
 from tests.two_processes import on_two_ranks
 from tests.weak_labels.crowd_runs import built, crowd_data, even_data, fitted, resumes_to_the_bit, trainer_of
 
@@ -163,7 +166,7 @@ def test_reports(method, tmp_path):
     place = dict(zip(index.tolist(), posterior, strict=True))
     for row in rows[:5] + rows[-5:]:
         expected = place[int(row["index"])]
-        assert row["label"] == str(int(expected.argmax()))
+        assert row["class_name"] == str(int(expected.argmax()))
         assert [float(v) for v in row["posterior"].split(";")] == pytest.approx(expected.tolist(), abs=1e-5)
         answers = data.train_annotations[int(row["index"])]
         assert int(row["count"]) == int((answers >= 0).sum())
@@ -171,12 +174,10 @@ def test_reports(method, tmp_path):
 
 
 def test_disagreement_and_doubt():
-    from lightning_kd.weak_labels.crowd_task import aggregated_rows
-
     given = torch.tensor([[0, 0, 1], [1, 1, 1], [-1, -1, -1], [0, 1, -1]])
     posterior = torch.tensor([[0.7, 0.3], [0.1, 0.9], [0.5, 0.5], [0.5, 0.5]])
     rows = aggregated_rows(torch.tensor([4, 7, 8, 9]), posterior, given, ["cat", "dog"], None)
-    assert rows[0] == ["index", "label", "probability", "disagreement", "count", "posterior"]
+    assert rows[0] == ["index", "class_name", "probability", "disagreement", "count", "posterior"]
     assert [row[:5] for row in rows[1:]] == [
         [9, "cat", "0.5", "0.5", 2],
         [8, "cat", "0.5", "0", 0],
@@ -185,6 +186,23 @@ def test_disagreement_and_doubt():
     ]
     files = [f"{k}.png" for k in range(10)]
     assert aggregated_rows(torch.tensor([4, 7, 8, 9]), posterior, given, ["cat", "dog"], files)[1][1] == "9.png"
+
+
+def test_names_that_are_other_numbers_come_back(tmp_path):
+    posterior, given = torch.eye(3)[[2, 0, 1]], torch.tensor([[2], [0], [1]])
+    rows = aggregated_rows(torch.arange(3), posterior, given, ["1", "10", "2"], None)
+    (tmp_path / "aggregated.csv").write_text(csv_text(rows))
+    found = LabelFile(str(tmp_path / "aggregated.csv")).corrupt([0, 0, 0], ["1", "10", "2"])
+    assert found.tolist() == [2, 0, 1]
+
+
+def test_the_trace_is_of_annotators_who_gave_something():
+    task, data, trainer = fitted(CrowdLayer, optimizer=partial(torch.optim.Adam, lr=0.2))
+    traces = task.annotator_confusion().diagonal(dim1=1, dim2=2).mean(1)
+    assert not bool((data.train_annotations[:, 3] >= 0).any())
+    found = float(trainer.callback_metrics["train/kernel_trace"])
+    assert found == pytest.approx(float(traces[:3].mean()), rel=1e-5)
+    assert abs(found - float(traces.mean())) > 5e-5
 
 
 @pytest.mark.parametrize("method", [CrowdLayer, NetworkEM, AggregatedCrowd])

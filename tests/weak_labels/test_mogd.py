@@ -189,7 +189,7 @@ def test_disambiguated_file(tmp_path):
     for row in (rows[0], rows[-1]):
         weights, candidates = task.stored.rows[int(row["index"])], data.train_candidates[int(row["index"])]
         assert float(row["weight"]) == pytest.approx(weights.max().item(), rel=1e-4)
-        assert row["label"] == data.class_names[int(weights.argmax())]
+        assert row["class_name"] == data.class_names[int(weights.argmax())]
         assert row["candidates"].split("|") == [data.class_names[c] for c in candidates.nonzero().squeeze(1).tolist()]
         assert row["predicted"] in row["candidates"].split("|")
         assert 0 < float(row["probability"]) <= 1

@@ -9,6 +9,7 @@ import torch
 
 from lightning_kd.core.run_callbacks import run_callbacks
 from lightning_kd.core.run_folder import RunFolder
+from lightning_kd.core.schedules import CosineAnnealing
 from lightning_kd.data import SimulatedCrowd
 from lightning_kd.weak_labels import (
     CrowdLayer,
@@ -162,6 +163,21 @@ def test_a_training_that_is_too_short_is_told(capsys):
     assert "max_epochs=2 has room for 1 of 5 rounds of 1 epochs" in capsys.readouterr().err
 
 
+def test_in_double_precision():
+    task, _, _ = fitted(SelfCrowd, trainer=trainer_of(max_epochs=2, precision="64-true"), **ROUNDS)
+    assert task.annotators.kernel.dtype == torch.float64
+    assert len(task.pseudo) > 0
+
+
+def test_epochs_that_become_longer_have_no_schedule_by_the_step():
+    options = {"lr_scheduler": CosineAnnealing, "lr_interval": "step", **ROUNDS}
+    with pytest.raises(ValueError, match=r"does not say how many steps SelfCrowd trains: give lr_interval epoch"):
+        fitted(SelfCrowd, **options)
+    fitted(SelfCrowd, **{**options, "rounds": 0})
+    fitted(SelfCrowd, even_data(), **options)  # all samples have an annotation from the start
+    fitted(SelfCrowd, **{**options, "lr_interval": "epoch"})
+
+
 def test_file(tmp_path):
     run = trainer_of(max_epochs=3, callbacks=run_callbacks(RunFolder(tmp_path), "val/acc"), enable_checkpointing=True)
     task, _, _ = fitted(SelfCrowd, trainer=run, **ROUNDS)
@@ -169,6 +185,7 @@ def test_file(tmp_path):
         rows = [[int(value) for value in row.values()] for row in csv.DictReader(file)]
     assert rows == task.pseudo.tolist()
     assert (tmp_path / "annotators.csv").is_file()
+    assert (tmp_path / "pseudo_annotations.csv").read_text().startswith("index,annotator,class_name\n")
 
 
 @pytest.mark.parametrize(
