@@ -232,7 +232,7 @@ class DHKD(Distillation):
             # the idle head stays in the graph with gradient 0: DDP waits for every parameter
             self._objectives = None
             return self.step_loss({"ce": ce}, logits, batch.target) + 0.0 * head_logits.sum()
-        (teacher_logits,) = at_least_float32(self.teacher_logits(batch.image))
+        (teacher_logits,) = at_least_float32(self.teacher_logits_for(batch))
         kd = self.kd_weight * self.distillation_loss(head_logits, teacher_logits, batch.target)
         self._objectives = (ce, kd) if self.gradient_alignment != "off" else None
         return self.step_loss({"ce": ce, "kd": kd}, logits, batch.target)

@@ -11,7 +11,7 @@ from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor, nn
 
 from lightning_kd.argument_checks import check_numbers
-from lightning_kd.core.batch import as_batch
+from lightning_kd.core.batch import Batch, as_batch
 from lightning_kd.core.fine_tuning import FineTunedTask
 from lightning_kd.core.losses import at_least_float32
 from lightning_kd.core.teacher import FrozenTeacher, checked_size, teacher_network
@@ -118,7 +118,7 @@ class Distillation(FineTunedTask, ABC):
 
     def training_step(self, batch: Any, batch_idx: int) -> Tensor:
         batch = as_batch(batch)
-        student_logits, teacher_logits = at_least_float32(self(batch.image), self.teacher_logits(batch.image))
+        student_logits, teacher_logits = at_least_float32(self(batch.image), self.teacher_logits_for(batch))
         ce = self.problem.loss(student_logits, batch.target)
         kd = self.distillation_loss(student_logits, teacher_logits, batch.target)
         return self.step_loss({"ce": self.ce_weight * ce, "kd": self.kd_weight * kd}, student_logits, batch.target)
@@ -144,6 +144,13 @@ class Distillation(FineTunedTask, ABC):
             if not hasattr(data, "mean") or not hasattr(data, "std"):
                 raise ValueError("teacher_mean needs a data module with mean and std, to undo its normalisation")
             self.teacher.set_data_normalisation(data.mean, data.std)
+
+    def teacher_logits_for(self, batch: Batch) -> Tensor:
+        """The teacher's logits ``[B, C]`` for the images of a training batch, without gradient.
+
+        What a ``training_step`` asks: they need not come from a forward pass of the teacher.
+        """
+        return self.teacher_logits(batch.image)
 
     def teacher_logits(self, image: Tensor) -> Tensor:
         """The frozen teacher's logits ``[B, C]``, without gradient."""

@@ -477,3 +477,17 @@ def test_predictions_of_two_processes_are_complete(tmp_path):
     sizes = on_two_ranks(predict_two, str(tmp_path))
     lines = (tmp_path / "predictions.csv").read_text().splitlines()[1:]
     assert [int(line.split(",")[0]) for line in lines] == list(range(sizes[0]))
+
+
+@pytest.mark.parametrize("name", ["kd", "dkd", "dhkd"])
+def test_a_step_asks_for_the_teachers_logits_of_its_batch(name, monkeypatch):
+    asked = []
+
+    def logits(task, batch):
+        asked.append(batch.index.clone())
+        return torch.zeros(len(batch.target), 10)
+
+    monkeypatch.setattr(Distillation, "teacher_logits_for", logits)
+    monkeypatch.setattr(Distillation, "teacher_logits", lambda *_: pytest.fail("the teacher was run"))
+    trainer(limit_train_batches=2, limit_val_batches=0).fit(METHODS[name](), digits())
+    assert [len(index) for index in asked] == [32, 32]
