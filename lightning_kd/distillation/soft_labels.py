@@ -1,0 +1,118 @@
+"""What a teacher says of an image in a few numbers: its best class, or its best few and their probabilities.
+
+Zhiqiang Shen, Eric Xing. A Fast Knowledge Distillation Framework for Visual Recognition. ECCV 2022, arXiv 2112.01528.
+"""
+
+from __future__ import annotations
+
+import re
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from lightning_kd.argument_checks import check_numbers
+from lightning_kd.core.losses import at_least_float32, check_shapes
+
+__all__ = ["SoftLabels", "compress", "kept_classes", "recover"]
+
+_KINDS = re.compile(r"hard|smoothing|marginal_(?:smoothing|renorm)_k([1-9]\d*)")
+
+
+class SoftLabels(NamedTuple):
+    """Compressed probabilities of ``B`` images.
+
+    Attributes:
+        index: int64 ``[B, k]``, the most probable classes, the first one first.
+        probability: float ``[B, k]``, theirs; ``None`` for the kind ``"hard"``.
+    """
+
+    index: Tensor
+    probability: Tensor | None
+
+
+def kept_classes(kind: str, num_classes: int | None = None) -> int:
+    """How many classes of an image a kind of soft label keeps.
+
+    Args:
+        kind: ``"hard"``, ``"smoothing"``, ``"marginal_smoothing_kN"`` or ``"marginal_renorm_kN"``, ``N`` a number.
+        num_classes: of which ``N`` must be fewer. Default: not looked at.
+
+    Raises:
+        ValueError: for another name, and where ``N`` is not below ``num_classes``.
+    """
+    found = _KINDS.fullmatch(kind) if isinstance(kind, str) else None
+    if found is None:
+        raise ValueError(
+            f"kind must be 'hard', 'smoothing', 'marginal_smoothing_kN' or 'marginal_renorm_kN' with N such as 5, got "
+            f"{kind!r}: give one of them"
+        )
+    kept = int(found[1] or 1)
+    if num_classes is not None and kept >= num_classes:
+        raise ValueError(
+            f"kind {kind!r} keeps {kept} classes, which must be fewer than the {num_classes} there are: keep fewer, or "
+            "store the logits themselves"
+        )
+    return kept
+
+
+def compress(probabilities: Tensor, kind: str) -> SoftLabels:
+    """The part of a teacher's probabilities that a kind of soft label keeps.
+
+    Args:
+        probabilities: ``[B, C]``, rows of sum 1; half precision is computed in float32, float64 stays.
+        kind: ``"hard"``: the most probable class; ``"smoothing"``: that and its probability;
+            ``"marginal_smoothing_kN"`` and ``"marginal_renorm_kN"``: the ``N`` most probable classes with theirs.
+
+    Raises:
+        ValueError: for another shape, an unknown kind, and one that keeps as many classes as there are.
+
+    Source: arXiv 2112.01528, section 3.
+    """
+    check_shapes(probabilities=(probabilities, "BC"))
+    top = at_least_float32(probabilities)[0].topk(kept_classes(kind, probabilities.shape[1]), dim=1)
+    return SoftLabels(top.indices, None if kind == "hard" else top.values)
+
+
+def recover(stored: SoftLabels, kind: str, num_classes: int) -> Tensor:
+    """Probabilities of all classes from what ``compress`` kept, ``[B, C]``, rows of sum 1.
+
+    ``"hard"`` is one-hot. The smoothing kinds spread what is left, ``1 - sum of those kept``, evenly over the other
+    classes; ``"marginal_renorm_kN"`` divides those kept by their sum and has 0 elsewhere. Where the sum of those kept
+    is above 1, by rounding, they are divided by it.
+
+    Args:
+        stored: of that kind; probabilities in half precision come back as float32.
+        kind: see ``compress``.
+        num_classes: ``C``.
+
+    Raises:
+        ValueError: for an unknown kind, what was stored as another one, and integers that are no classes (which only a
+            CPU is asked for).
+    """
+    check_numbers(least=2, whole=True, num_classes=num_classes)
+    kept = kept_classes(kind, num_classes)
+    index, probability = stored
+    if (
+        index.is_floating_point()
+        or index.ndim != 2
+        or index.shape[1] != kept
+        or (probability is None) != (kind == "hard")
+    ):
+        got = f"{index.dtype} {list(index.shape)}, {'no' if probability is None else 'with'} probabilities"
+        raise ValueError(f"stored must be of kind {kind!r}, with integers [B, {kept}], got {got}: give the kind it has")
+    index = index.long()
+    if index.device.type == "cpu" and index.numel() and not 0 <= int(index.min()) <= int(index.max()) < num_classes:
+        raise ValueError(
+            f"stored must name classes from 0 to {num_classes - 1}, got {int(index.min())} to {int(index.max())}: give "
+            "the num_classes that it is of"
+        )
+    if probability is None:
+        return torch.zeros(len(index), num_classes, device=index.device).scatter_(1, index, 1.0)
+    check_shapes(index=(index, "BK"), probability=(probability, "BK"))
+    (top,) = at_least_float32(probability)
+    total = top.sum(1, keepdim=True)
+    if kind.startswith("marginal_renorm"):
+        return top.new_zeros(len(top), num_classes).scatter_(1, index, top / total)
+    rest = (1 - total).clamp(min=0) / (num_classes - kept)
+    return rest.repeat(1, num_classes).scatter_(1, index, top / total.clamp(min=1))
