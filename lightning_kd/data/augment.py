@@ -99,9 +99,13 @@ class CropFlip:
         """How many different views an image has."""
         return (2 * self.padding + 1) ** 2 * (1 + self.flip)
 
-    def draw(self, count: int, seed: int, epoch: int = 0, pass_: int = 0) -> Tensor:
-        """The view of each of ``count`` samples, int64 ``[count]``, from the stream ``(seed, "augment", ...)``."""
-        return torch.from_numpy(numpy_generator(seed, "augment", epoch, pass_).integers(0, self.views, count))
+    def draw(self, count: int, seed: int, epoch: int = 0, pass_: int = 0, among: int | None = None) -> Tensor:
+        """The view of each of ``count`` samples, int64 ``[count]``, from the stream ``(seed, "augment", ...)``.
+
+        With ``among`` a number below that instead, of so many views that are fixed elsewhere.
+        """
+        views = self.views if among is None else among
+        return torch.from_numpy(numpy_generator(seed, "augment", epoch, pass_).integers(0, views, count))
 
     def decode(self, view: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """The parts of a view: row offset, column offset (both int64, 0 to ``2 * padding``) and flip (bool)."""

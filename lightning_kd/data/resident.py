@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from lightning_kd.core.batch import Batch
+from lightning_kd.core.view_keys import VIEW, ViewKeys
 from lightning_kd.data.augment import (
     PATCHES,
     CropFlip,
@@ -123,6 +125,39 @@ class ResidentLoader(BatchLoader):
         self._normalize = normalize.to(self.device)
         self._policy = policy or BatchedAutoAugment()
         self._extras = {name: value.to(self.device) for name, value in (extras or {}).items()}
+        self._keys: ViewKeys | None = None
+        self._fixed: Tensor | None = None
+
+    def give_keys(self, keys: ViewKeys) -> None:
+        if not self._single or self.views[0] == "strong" or (self.views[0] == "weak" and self.cutout):
+            cutout = f" and cutout={self.cutout}" * bool(self.cutout)
+            raise ValueError(
+                f"keys are for one view by crop and flip alone, got views={self.views}{cutout}: leave the rest out"
+            )
+        table = keys.table(len(self._target), self._views_of_each())
+        self._keys, self._fixed = keys, None if table is None else torch.from_numpy(table).to(self.device)
+
+    @property
+    def key_count(self) -> int:
+        return self._views_of_each() if self._fixed is None else self._fixed.shape[1]
+
+    def describe_keys(self) -> dict[str, Any]:
+        crops = None if self.views == ("plain",) else self.augment
+        found: dict[str, Any] = (
+            {"padding": crops.padding, "flip": crops.flip} if crops else {"padding": 0, "flip": False}
+        )
+        return found | {"fixed": self._keys and self._keys.fixed, "seed": self._keys and self._keys.seed}
+
+    def images(self, index: Tensor, key: Tensor) -> Tensor:
+        index, view = index.to(self.device), key.to(self.device)
+        if self.augment is None or self.views == ("plain",):
+            return self._normalize(self._stored.get().index_select(0, index))
+        if self._fixed is not None:
+            view = self._fixed[index, view]
+        return self._normalize(self.augment.gather(self._stored.get(self.augment), index, view))
+
+    def _views_of_each(self) -> int:
+        return 1 if self.augment is None or self.views == ("plain",) else self.augment.views
 
     def __iter__(self) -> Iterator[Batch]:
         epoch, pass_, batches = self.sampler.next_pass()
@@ -140,9 +175,12 @@ class ResidentLoader(BatchLoader):
             for k, (name, cell) in enumerate(expand_views(self.views, self.n_grid))
         ]
         masks = self._mask_views(parts, passes, view_seed(self.sampler.seed, 0), epoch) if self._masks else None
-        for part, *views in zip(parts, *images, strict=True):
+        keys = None if self._keys is None else self._draw_keys(passes, view_seed(self.sampler.seed, 0), epoch)
+        for part, slot, *views in zip(parts, drawn, *images, strict=True):
             index = part.clone()  # a slice would drag the whole order along when it is saved or sent
             extras = {name: wide(value.index_select(0, index)) for name, value in self._extras.items()}
+            if keys is not None:
+                extras[VIEW] = keys.index_select(0, slot)
             target = self._target.index_select(0, index) if masks is None else next(masks)
             yield Batch(views[0] if self._single else tuple(views), target, index, extras)
 
@@ -198,10 +236,21 @@ class ResidentLoader(BatchLoader):
         nothing = torch.zeros(count * len(passes), 2, dtype=torch.int64)
         view, centre = nothing[:, 0], nothing
         if self.augment is not None:
-            view = torch.cat([self.augment.draw(count, seed, epoch, pass_) for pass_ in passes])
+            view = self._draw_keys(passes, seed, epoch)
+        if self._fixed is not None:
+            view = self._fixed[torch.arange(count, device=self.device).repeat(len(passes)), view]
         if cutout:
             centre = torch.cat([draw_centres(count, self._size, seed, epoch, pass_) for pass_ in passes])
         return view.to(self.device), centre.to(self.device)
+
+    def _draw_keys(self, passes: list[int], seed: int, epoch: int) -> Tensor:
+        """The key of each sample's view, for one of ``passes`` after another; 0 where there is but one."""
+        count = len(self._target)
+        if self.augment is None or self.views == ("plain",):
+            return torch.zeros(count * len(passes), dtype=torch.int64, device=self.device)
+        among = None if self._fixed is None else self._fixed.shape[1]
+        drawn = [self.augment.draw(count, seed, epoch, pass_, among) for pass_ in passes]
+        return torch.cat(drawn).to(self.device)
 
     def _view(self, image: Tensor, rows: Tensor, view: Tensor, centre: Tensor, cutout: int) -> Tensor:
         cropped = image.index_select(0, rows) if self.augment is None else self.augment.gather(image, rows, view)

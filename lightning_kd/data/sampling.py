@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Iterator
+from typing import Any
 
 import numpy as np
 import torch
@@ -12,6 +13,7 @@ from torch import Tensor
 from lightning_kd.argument_checks import check_numbers
 from lightning_kd.core.batch import Batch
 from lightning_kd.core.seeding import numpy_generator
+from lightning_kd.core.view_keys import ViewKeys
 
 # a sample that comes again in a pass gets the views of another pass, so many further on
 REPEAT = 1_000_000
@@ -198,6 +200,32 @@ class BatchLoader(ABC):
 
     def __len__(self) -> int:
         return len(self.sampler)
+
+    def give_keys(self, keys: ViewKeys) -> None:
+        """From now on let ``extras["view"]`` of each batch say which view each image is, int64 ``[B]``.
+
+        Raises:
+            ValueError: where views are not counted.
+        """
+        raise ValueError(f"{type(self).__name__} draws views that are not counted: take data that stays in memory")
+
+    @property
+    def key_count(self) -> int:
+        """How many keys a sample has, once ``give_keys`` was called."""
+        raise NotImplementedError
+
+    def describe_keys(self) -> dict[str, Any]:
+        """What the views behind the keys hang on, in plain values."""
+        raise NotImplementedError
+
+    def images(self, index: Tensor, key: Tensor) -> Tensor:
+        """Samples in views of choice, as batches have them.
+
+        Args:
+            index: int64 ``[B]``, positions in the full array.
+            key: int64 ``[B]``.
+        """
+        raise NotImplementedError
 
     @abstractmethod
     def __iter__(self) -> Iterator[Batch]:

@@ -14,6 +14,7 @@ from torchvision.transforms import AutoAugmentPolicy
 from lightning_kd.core.problems import Problem, Segmentation
 from lightning_kd.core.seeding import derive_seed, stream_seed
 from lightning_kd.core.task import Task
+from lightning_kd.core.view_keys import ViewKeys
 from lightning_kd.data.augment import CropFlip, Normalize, check_views
 from lightning_kd.data.auto_augment import BatchedAutoAugment
 from lightning_kd.data.resident import ResidentLoader, StoredImages
@@ -63,6 +64,7 @@ class SplitLoaders(L.LightningDataModule):
         views: str | Sequence[str] | None = None,
         stream: str = "",
         drop_last: bool = False,
+        view_keys: ViewKeys | None = None,
     ) -> BatchLoader:
         """A loader over any samples of a split, for this process. Making one is cheap, however often.
 
@@ -95,9 +97,12 @@ class SplitLoaders(L.LightningDataModule):
             stream: a name; each gives another order and other views from the same seed.
             drop_last: with ``shuffle``, leave out a last batch that is smaller than the others, unless it is the only
                 one.
+            view_keys: let ``Batch.extras`` say as ``view`` which view each image is, int64 ``[B]``; for one view by
+                crop and flip, or a plain one.
 
         Raises:
-            ValueError: for an unknown split or view, indices out of range, and strong views of features.
+            ValueError: for an unknown split or view, indices out of range, strong views of features, and keys of views
+                that are not counted.
         """
         self.setup("predict" if split == "predict" else None)
         if split not in ("train", "val", "test") and (split != "predict" or self.predict is None):
@@ -127,7 +132,10 @@ class SplitLoaders(L.LightningDataModule):
             drop_last=drop_last,
             classes=self.train_target.numpy()[chosen] if self.balance and shuffle and split == "train" else None,
         )
-        return self._make_loader(source, sampler, views)
+        loader = self._make_loader(source, sampler, views)
+        if view_keys is not None:
+            loader.give_keys(view_keys)
+        return loader
 
     def _make_loader(self, source: str, sampler: ShardedSampler, views: str | Sequence[str]) -> BatchLoader:
         image = getattr(self, f"{source}_image")
