@@ -26,13 +26,15 @@ def config_names() -> list[str]:
 
 
 def config_path(name: str) -> str:
-    """The path of a config given by path or by shipped name.
+    """The path of a config given by path, by shipped name, or by the folder of a run that has one.
 
     Raises:
         FileNotFoundError: with the nearest known names.
     """
     if Path(name).is_file():
         return name
+    if (Path(name) / "config.yaml").is_file():
+        return str(Path(name) / "config.yaml")
     path = config_folder() / f"{name.removesuffix('.yaml')}.yaml"
     if path.is_file():
         return str(path)

@@ -23,7 +23,7 @@ from lightning_kd.cli.parser import RunParser
 from lightning_kd.cli.pool_verbs import add_new_classes
 from lightning_kd.cli.run_trainer import RunTrainer, verb_module
 from lightning_kd.cli.saved_config import check_same_run, config_text
-from lightning_kd.cli.usage import OWN_VERBS
+from lightning_kd.cli.usage import OWN_VERBS, VERBS
 from lightning_kd.core.distributed import is_first_process
 from lightning_kd.core.registry import family_packages
 from lightning_kd.core.run_callbacks import run_callbacks
@@ -58,6 +58,7 @@ class RunCLI(LightningCLI):
         if self._verb == "predict":
             kwargs["args"], self._new_samples = without_predict(kwargs["args"])
         self._records = self._begins = False
+        self._keeps = VERBS[self._verb].keeps_run if self._verb in VERBS else True
         self.only_prints = False  # in a folder that may not be written
         self.later_round = False
         defaults: dict[str, Any] = {
@@ -154,10 +155,12 @@ class RunCLI(LightningCLI):
         add_new_classes(config, folder.pool)
         if verb in OWN_VERBS:
             getattr(verb_module(verb), "check", lambda config: None)(config)
-            if verb != "active":
+            if verb != "active" and self._keeps:
                 config["ckpt_path"] = config.get("ckpt_path") or "last"
         if verb is None:
             self.beginning.add(folder, None, None, self.saved_config())
+        elif not self._keeps:
+            config["weights_only"] = True
         elif not config.trainer.get("fast_dev_run"):
             if not folder.can_be_written():
                 if verb not in ("validate", "test"):
@@ -224,6 +227,9 @@ class RunCLI(LightningCLI):
         kwargs["default_root_dir"] = str(self.run_folder.path)
         callbacks = given.get("callbacks") or []
         callbacks = list(callbacks) if isinstance(callbacks, list) else [callbacks]
+        if not self._keeps:
+            off = {"logger": False, "enable_checkpointing": False, "enable_model_summary": False}
+            return super().instantiate_trainer(**kwargs, **off, callbacks=[])
         if not given.get("fast_dev_run"):
             callbacks.append(self.beginning)
         if given.get("barebones"):

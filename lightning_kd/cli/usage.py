@@ -22,6 +22,7 @@ class Verb:
         light: needs neither torch nor lightning.
         standalone: reads its options itself: its module has ``main(args)``, as that of a light verb.
         of_checkpoint: knows its config from the checkpoint or run folder that it is given.
+        keeps_run: works in a run folder, and leaves its record there.
     """
 
     sentence: str
@@ -29,6 +30,7 @@ class Verb:
     light: bool = False
     standalone: bool = False
     of_checkpoint: bool = False
+    keeps_run: bool = True
 
 
 VERBS = {
@@ -36,6 +38,11 @@ VERBS = {
     "validate": Verb("evaluate on the validation split, test on the test split, with --ckpt_path last | best | PATH"),
     "test": Verb(""),
     "predict": Verb("write predictions.csv into the run folder"),
+    "teach": Verb(
+        "store a teacher's logits for many students: lightning-kd teach --config distillation/kd_cifar100",
+        "lightning_kd.cli.teach_command",
+        keeps_run=False,
+    ),
     "export": Verb(
         "a network for other programs:   lightning-kd export RUN --format onnx | torchscript | state_dict",
         "lightning_kd.cli.export_command",

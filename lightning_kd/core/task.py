@@ -133,9 +133,12 @@ class Task(EvaluatedModule):
         """
         # Trainer(overfit_batches=...) promises the same batches each epoch, but cannot change this loader itself
         overfit = self.trainer.overfit_batches > 0  # type: ignore[attr-defined]
-        view = self.view if isinstance(self, Task) else None  # modules of users come here, too
-        views = {} if view is None else {"views": view}
-        return data.loader("train", shuffle=not overfit, augment=True, batch_size=data.batch_size, **views)
+        options = self.view_options() if isinstance(self, Task) else {}  # modules of users come here, too
+        return data.loader("train", shuffle=not overfit, augment=True, batch_size=data.batch_size, **options)
+
+    def view_options(self) -> dict[str, Any]:
+        """What ``train_loader`` asks of the views of an image beside its augmentation, see ``SplitLoaders.loader``."""
+        return {} if self.view is None else {"views": self.view}
 
     def write_results(self, folder: Path) -> None:
         """Called on every process at the end of training, to leave further files in ``folder``; by default none."""

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 from torch import Tensor
 
-__all__ = ["data_digest"]
+__all__ = ["data_digest", "image_digest"]
 
 # pixels of each image, and images, that are looked at: reading all of a large file would take minutes
 PIXELS, IMAGES = 16, 200_000
@@ -28,6 +28,18 @@ def data_digest(image: Tensor | Sequence[Any], target: Tensor, indices: np.ndarr
     """
     found = hashlib.sha256(np.ascontiguousarray(target.numpy()).tobytes())
     found.update(indices.astype("<i8").tobytes())
+    _add_images(found, image)
+    return found.hexdigest()
+
+
+def image_digest(image: Tensor | Sequence[Any]) -> str:
+    """The same of the images alone, whatever their labels, and whichever are in use."""
+    found = hashlib.sha256()
+    _add_images(found, image)
+    return found.hexdigest()
+
+
+def _add_images(found: Any, image: Tensor | Sequence[Any]) -> None:
     if isinstance(image, Tensor):
         rows = image.flatten(1)
         rows = rows[:: len(rows) // IMAGES + 1, :: rows.shape[1] // PIXELS + 1]
@@ -35,4 +47,3 @@ def data_digest(image: Tensor | Sequence[Any], target: Tensor, indices: np.ndarr
     else:
         names = ("/".join(Path(str(path)).parts[-2:]) for path in image)
         found.update("\n".join(names).encode("utf-8", "surrogateescape"))
-    return found.hexdigest()

@@ -17,6 +17,7 @@ from lightning_kd.core.task import Task
 from lightning_kd.core.view_keys import ViewKeys
 from lightning_kd.data.augment import CropFlip, Normalize, check_views
 from lightning_kd.data.auto_augment import BatchedAutoAugment
+from lightning_kd.data.data_digest import image_digest
 from lightning_kd.data.resident import ResidentLoader, StoredImages
 from lightning_kd.data.sampling import BatchLoader, ShardedSampler
 
@@ -33,6 +34,7 @@ class SplitLoaders(L.LightningDataModule):
 
     problem: Problem
     input_shape: tuple[int, ...]
+    class_names: list[str]
     mean: list[float]
     std: list[float]
     batch_size: int
@@ -43,6 +45,7 @@ class SplitLoaders(L.LightningDataModule):
     seed: int
     predict: str | None
     val_indices: np.ndarray
+    train_image: Any
     train_target: Tensor
     _val_source: str
     _stored: dict[str, StoredImages]
@@ -152,6 +155,18 @@ class SplitLoaders(L.LightningDataModule):
             extras=self._extras(source),
             n_grid=self.n_grid,
         )
+
+    def training_images(self) -> dict[str, Any]:
+        """What the answers of a network to the training images hang on, beside their views, in plain values."""
+        self.setup()
+        return {
+            "count": len(self.train_target),
+            "images_sha256": image_digest(self.train_image),
+            "input_shape": list(self.input_shape),
+            "mean": list(self.mean),
+            "std": list(self.std),
+            "class_names": list(map(str, self.class_names)),
+        }
 
     def _policy(self) -> BatchedAutoAugment:
         """What strong views of samples in memory start with."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 from lightning.pytorch.utilities import rank_zero_warn
@@ -14,7 +14,10 @@ from lightning_kd.argument_checks import check_numbers
 from lightning_kd.core.batch import Batch, as_batch
 from lightning_kd.core.fine_tuning import FineTunedTask
 from lightning_kd.core.losses import at_least_float32
+from lightning_kd.core.random_draws import skip_draws
 from lightning_kd.core.teacher import FrozenTeacher, checked_size, teacher_network
+from lightning_kd.core.view_keys import VIEW
+from lightning_kd.distillation.teacher_store import TeacherStore, draws_of_teacher
 
 __all__ = ["Distillation"]
 
@@ -33,6 +36,10 @@ class Distillation(FineTunedTask, ABC):
     The teacher stays in eval mode, gets no gradient, is not handed to the optimizer and is not in the checkpoint. Its
     accuracy is logged once, as ``val/teacher_acc``, with a warning if it is near chance. After ``fit`` the run folder
     holds ``student.pt``, the plain student.
+
+    With ``teacher_store`` the teacher is neither built nor run: its logits are those that ``lightning-kd teach`` has
+    stored of every view of the training images, and ``val/teacher_acc`` is what it reached then. A step asks for
+    ``teacher_logits_for(batch)``; a method that looks into the teacher, such as at its features, is refused.
 
     Several processes: each has a copy of the teacher; losses are means over the process's batch.
 
@@ -53,14 +60,20 @@ class Distillation(FineTunedTask, ABC):
         teacher_std: likewise the standard deviation.
         teacher_size: height and width, or one number for both, that the teacher's images are brought to (bilinear,
             antialiased), where it wants another input size than the student. Default: that of the data.
+        teacher_store: a file that ``lightning-kd teach`` has made with this teacher, of this data and its views. Then
+            ``teacher_weights`` need not exist; where they do, they must be those. Read when a fit begins.
         kwargs: ``new_classifier``, ``freeze``, ``backbone_lr`` of ``FineTunedTask``, for the student; ``optimizer``
             (default: see ``optimizer_for``), ``lr_scheduler``, ``lr_interval``, ``channels_last``, ``compile`` of
             ``Task``.
 
     Raises:
         ValueError: if the teacher has no weights or another number of classes, or is the student itself; before a fit
-            where its checkpoint names other classes than the data.
+            where its checkpoint names other classes than the data, or ``teacher_store`` is of something else.
     """
+
+    #: whether the method looks at more of the teacher than its logits, so that no ``teacher_store`` will do
+    looks_into_teacher = False
+    teacher: FrozenTeacher
 
     def __init__(
         self,
@@ -76,35 +89,58 @@ class Distillation(FineTunedTask, ABC):
         teacher_mean: Sequence[float] | None = None,
         teacher_std: Sequence[float] | None = None,
         teacher_size: int | Sequence[int] | None = None,
+        teacher_store: str | None = None,
         **kwargs: Any,
     ) -> None:
         super().__init__(num_classes, input_shape=input_shape, **kwargs)
+        self.teacher_store = teacher_store
+        self._store: TeacherStore | None = None
         check_numbers(least=0, ce_weight=ce_weight, kd_weight=kd_weight)
         if student is teacher and isinstance(student, nn.Module):
             raise ValueError("student and teacher are one module: give the teacher its own copy")
         self.student = self.build_to_train(student, student_weights, "student_weights")
         size = checked_size(teacher_size)
-
-        def build(network: str | nn.Module) -> nn.Module:
-            return self.build(network, None if size is None else (self.input_shape[0], *size))
-
         for name, values in (("teacher_mean", teacher_mean), ("teacher_std", teacher_std)):
             if values is not None and len(values) != self.input_shape[0]:
                 raise ValueError(f"{name} needs {self.input_shape[0]} values, one a channel, got {len(values)}")
             for value in values or ():
                 check_numbers({name: value}, above=0 if name == "teacher_std" else None)
-        self.teacher = FrozenTeacher(
-            teacher_network(teacher, teacher_weights, num_classes, build),
-            self.problem,
-            mean=teacher_mean,
-            std=teacher_std,
-            size=size,
-            channels_last=bool(self.channels_last),
-        )
+        self.teacher_arguments: dict[str, Any] = {
+            "name": teacher if isinstance(teacher, str) else None,
+            "weights": teacher_weights,
+            "mean": teacher_mean,
+            "std": teacher_std,
+            "size": size,
+        }
+        self.teacher_draws: tuple[Tensor, Tensor] | None = None
+        if teacher_store is None:
+            before = torch.get_rng_state()
+            self._build_teacher(teacher)
+            self.teacher_draws = before, torch.get_rng_state()
+        elif self.looks_into_teacher:
+            self._refuse_store()
+        else:
+            skip_draws(draws_of_teacher(teacher_store))  # parts that are made later begin as they would beside it
         self.ce_weight = ce_weight
         self.kd_weight = kd_weight
         self._teacher_sums: Tensor | None = None
         self._teacher_judged = False
+
+    def _build_teacher(self, teacher: str | nn.Module) -> None:
+        asked = self.teacher_arguments
+        size = asked["size"]
+
+        def build(network: str | nn.Module) -> nn.Module:
+            return self.build(network, None if size is None else (self.input_shape[0], *size))
+
+        self.teacher = FrozenTeacher(
+            teacher_network(teacher, asked["weights"], self.num_classes, build),
+            self.problem,
+            mean=asked["mean"],
+            std=asked["std"],
+            size=size,
+            channels_last=bool(self.channels_last),
+        )
 
     @abstractmethod
     def distillation_loss(self, student_logits: Tensor, teacher_logits: Tensor, target: Tensor) -> Tensor:
@@ -124,7 +160,7 @@ class Distillation(FineTunedTask, ABC):
         return self.step_loss({"ce": self.ce_weight * ce, "kd": self.kd_weight * kd}, student_logits, batch.target)
 
     def modules_at_rest(self) -> list[nn.Module]:
-        return [*super().modules_at_rest(), self.teacher]
+        return [*super().modules_at_rest(), *([] if self.teacher_store else [self.teacher])]
 
     @property
     def main_network(self) -> nn.Module:
@@ -135,8 +171,25 @@ class Distillation(FineTunedTask, ABC):
 
     # -- the teacher -------------------------------------------------------------------------------------------------
 
+    def __getattr__(self, name: str) -> Any:
+        if name == "teacher" and self.__dict__.get("teacher_store") is not None:
+            self._refuse_store()
+        return super().__getattr__(name)
+
+    def _refuse_store(self) -> NoReturn:
+        raise ValueError(
+            f"{type(self).__name__} looks into the teacher, of which a teacher_store holds the logits alone, got "
+            f"teacher_store={self.teacher_store!r}: leave it out"
+        )
+
     def setup(self, stage: str) -> None:
         super().setup(stage)
+        if self.teacher_store is not None:
+            if stage == "fit":
+                self._store = TeacherStore(self.teacher_store)
+                self._store.check(getattr(self.trainer, "datamodule", None), self.teacher_arguments)
+                self._store.to(self.trainer.strategy.root_device)
+            return
         if stage in ("fit", "validate"):  # else it is not asked
             self.teacher.check_classes(getattr(self.trainer, "datamodule", None))
         if self.teacher.mean is not None:
@@ -148,9 +201,23 @@ class Distillation(FineTunedTask, ABC):
     def teacher_logits_for(self, batch: Batch) -> Tensor:
         """The teacher's logits ``[B, C]`` for the images of a training batch, without gradient.
 
-        What a ``training_step`` asks: they need not come from a forward pass of the teacher.
+        What a ``training_step`` asks: from the ``teacher_store``, or from a forward pass of the teacher.
+
+        Raises:
+            ValueError: where a batch does not tell its views, which a store is asked by.
         """
-        return self.teacher_logits(batch.image)
+        if self._store is None:
+            return self.teacher_logits(batch.image)
+        if batch.index is None or VIEW not in batch.extras:
+            raise ValueError(
+                f"teacher_store needs batches that tell their views, got extras {sorted(batch.extras)}: let "
+                "train_loader give data.loader the options of self.view_options(), or leave teacher_store out"
+            )
+        return self._store.logits(batch.index, batch.extras[VIEW])
+
+    def view_options(self) -> dict[str, Any]:
+        keys = {} if self._store is None else {"view_keys": self._store.view_keys}
+        return super().view_options() | keys
 
     def teacher_logits(self, image: Tensor) -> Tensor:
         """The frozen teacher's logits ``[B, C]``, without gradient."""
@@ -158,7 +225,7 @@ class Distillation(FineTunedTask, ABC):
 
     def validation_step(self, batch: Any, batch_idx: int) -> None:
         super().validation_step(batch, batch_idx)
-        if not self._teacher_judged and not self.trainer.sanity_checking:
+        if self.teacher_store is None and not self._teacher_judged and not self.trainer.sanity_checking:
             batch = as_batch(batch)
             values, counted = self.problem.training_values(self.teacher_logits(batch.image), batch.target)
             counted = torch.ones_like(values, dtype=torch.bool) if counted is None else counted
@@ -169,19 +236,27 @@ class Distillation(FineTunedTask, ABC):
         super().on_validation_epoch_end()
         if self._teacher_judged or self.trainer.sanity_checking:
             return
+        if self.teacher_store is not None:
+            reached = {} if self._store is None else self._store.reached
+            if self.problem.training_metric in reached:
+                self._tell_of_teacher(reached[self.problem.training_metric])
+            return
         # also where this process had no batch: the others wait
         sums = torch.zeros(2, device=self.device) if self._teacher_sums is None else self._teacher_sums
         total, count = self.trainer.strategy.reduce(sums, reduce_op="sum").tolist()
         self._teacher_sums = None
         if count:
-            self._teacher_judged = True
-            reached, name, chance = total / count, self.problem.training_metric, self.problem.chance
-            self.log(f"val/teacher_{name}", reached)
-            if chance is not None and reached < min(2 * chance, (1 + chance) / 2):
-                rank_zero_warn(
-                    f"the teacher's validation accuracy is {reached:.1%}, chance is {chance:.1%}: check "
-                    "teacher_weights, the class order and the normalisation (teacher_mean, teacher_std)"
-                )
+            self._tell_of_teacher(total / count)
+
+    def _tell_of_teacher(self, reached: float) -> None:
+        self._teacher_judged = True
+        name, chance = self.problem.training_metric, self.problem.chance
+        self.log(f"val/teacher_{name}", reached)
+        if chance is not None and reached < min(2 * chance, (1 + chance) / 2):
+            rank_zero_warn(
+                f"the teacher's validation accuracy is {reached:.1%}, chance is {chance:.1%}: check "
+                "teacher_weights, the class order and the normalisation (teacher_mean, teacher_std)"
+            )
 
     # -- checkpoints -------------------------------------------------------------------------------------------------
 

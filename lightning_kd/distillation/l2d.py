@@ -161,6 +161,7 @@ class L2D(Distillation):
     """
 
     problem_class = MultiLabel
+    looks_into_teacher = True
     loss_is_sum = True
 
     def __init__(

@@ -106,6 +106,7 @@ class SegmentationDistillation(Distillation):
     """
 
     problem_class = Segmentation
+    looks_into_teacher = True
 
     def __init__(
         self,

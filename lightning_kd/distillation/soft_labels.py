@@ -27,7 +27,7 @@ class SoftLabels(NamedTuple):
         probability: float ``[B, k]``, theirs; ``None`` for the kind ``"hard"``.
     """
 
-    index: Tensor
+    index: Tensor  # type: ignore[assignment]  # tuple.index gives way
     probability: Tensor | None
 
 

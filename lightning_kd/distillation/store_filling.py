@@ -1,0 +1,242 @@
+"""Asks a teacher for its answers to all views and writes them into a store, alone or with other processes."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import shutil
+import time
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from lightning_kd.distillation._store_header import (
+    StoreLayout,
+    first_difference,
+    header_path,
+    read_header,
+    read_marks,
+)
+from lightning_kd.distillation.soft_labels import compress
+from lightning_kd.file_writing import told_of, write_text
+
+try:
+    import fcntl
+except ImportError:  # there is no such thing on Windows
+    fcntl = None  # type: ignore[assignment]
+
+__all__ = ["begin_store", "fill_store", "weights_digest"]
+
+# how long to wait for the piece of another process before looking again
+PAUSE = 0.1
+
+
+def begin_store(path: Path, header: Mapping[str, Any], restart: bool = False) -> None:
+    """Make the two files of a store, or take up those that are there and of the same.
+
+    Args:
+        path: the store.
+        header: what ``PATH.json`` is to say.
+        restart: throw away what is there.
+
+    Raises:
+        FileExistsError: where there is another store, or a file that is none.
+        ValueError: where they are damaged.
+        OSError: where they cannot be written, or there is too little room on the disk.
+    """
+    file = header_path(path)
+    if restart:
+        for each in (file, path):
+            each.unlink(missing_ok=True)
+    layout = StoreLayout(header)
+    there = file.is_file()
+    if there:
+        if (what := first_difference({**read_header(path), "reached": {}}, {**header, "reached": {}})) is not None:
+            raise FileExistsError(
+                f"{path} holds other answers, {what}: name another file with --out, or add --restart true to lose them"
+            )
+    elif path.exists() and not file.is_file():  # or another process has just begun
+        raise FileExistsError(f"{path} exists and is no teacher store: name another file with --out")
+    with told_of(path):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        check_room(path, layout.size)
+        if not there:
+            write_text(file, json.dumps(header, indent=1) + "\n", durable=True)
+        read_marks(path, layout)
+        descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o666)
+        try:
+            if os.fstat(descriptor).st_size == 0:
+                os.ftruncate(descriptor, layout.size)
+        finally:
+            os.close(descriptor)
+
+
+def check_room(path: Path, size: int) -> None:
+    """Refuse to begin what the disk has no room for.
+
+    Args:
+        path: the file; what it takes already counts.
+        size: of the file in bytes.
+
+    Raises:
+        OSError: naming how much there is.
+    """
+    taken = getattr(path.stat(), "st_blocks", 0) * 512 if path.is_file() else 0
+    free = shutil.disk_usage(path.parent).free
+    if size - taken > free:
+        raise OSError(
+            f"{path} takes {size / 1e9:.2f} GB, and its disk has {free / 1e9:.2f} GB left: make room, name another "
+            "--out, or store less by --dtype float16, --compress marginal_smoothing_k5 or --views 16"
+        )
+
+
+class _Writer:
+    """Writes pieces and their marks; a piece that is claimed is nobody else's until this process lets go or dies."""
+
+    def __init__(self, path: Path, layout: StoreLayout) -> None:
+        self.path, self.layout = path, layout
+        # one descriptor for all: closing another one of the same file would let go of its locks
+        self._file = os.open(path, os.O_RDWR)
+
+    def close(self) -> None:
+        os.close(self._file)
+
+    def done(self) -> np.ndarray:
+        """Bool ``[pieces]``."""
+        return np.frombuffer(os.pread(self._file, self.layout.pieces, self.layout.marks), np.uint8) > 0
+
+    @contextmanager
+    def claimed(self, piece: int) -> Iterator[bool]:
+        """Whether the piece is to be made by this process."""
+        place, mine = self.layout.marks + piece, True
+        if fcntl is not None:
+            try:
+                fcntl.lockf(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB, 1, place)
+            except BlockingIOError:
+                mine = False
+            except PermissionError:  # what some systems call the same
+                mine = False
+            except OSError:  # a file system without locks: better twice than not at all
+                pass
+        try:
+            yield mine and not self.done()[piece]
+        finally:
+            if mine and fcntl is not None:
+                with suppress(OSError):
+                    fcntl.lockf(self._file, fcntl.LOCK_UN, 1, place)
+
+    def write(self, piece: int, answers: Mapping[str, Tensor]) -> None:
+        """All of a piece, then, once the disk has it, its mark."""
+        first = self.layout.samples_of(piece).start * self.layout.keys
+        with told_of(self.path):
+            for name, (dtype, width, start) in self.layout.fields.items():
+                values = np.ascontiguousarray(answers[name].cpu().numpy().astype(dtype, copy=False))
+                self._write(values.tobytes(), start + first * width * dtype.itemsize)
+            os.fsync(self._file)
+            self._write(b"\1", self.layout.marks + piece)
+
+    def _write(self, content: bytes, place: int) -> None:
+        while content:
+            written = os.pwrite(self._file, content, place)
+            content, place = content[written:], place + written
+
+
+def fill_store(
+    path: Path,
+    header: Mapping[str, Any],
+    logits: Callable[[Tensor, Tensor], Tensor],
+    *,
+    batch_size: int = 256,
+    first: float = 0.0,
+    progress: Callable[[int, int], None] | None = None,
+) -> int:
+    """Make the pieces that are not done, until all are; what other processes work at is left to them.
+
+    A process that is killed loses the piece that it was at, which another one, or the next run, makes.
+
+    Args:
+        path: a store that ``begin_store`` was called for.
+        header: see there.
+        logits: the teacher's logits ``[B, C]`` of samples ``[B]`` in views ``[B]`` (int64 both).
+        batch_size: views that it is asked for at once.
+        first: where among the pieces this process begins, 0 to below 1, so that several seldom meet.
+        progress: told how many pieces are done, and how many there are.
+
+    Returns:
+        How many pieces this process has made.
+
+    Raises:
+        ValueError: where the teacher's logits are not finite, or not in the dtype of the store.
+        OSError: where the file cannot be written.
+    """
+    layout = StoreLayout(header)
+    order = np.roll(np.arange(layout.pieces), -int(first * layout.pieces))
+    made, writer = 0, _Writer(path, layout)
+    try:
+        while not (done := writer.done()).all():
+            before = made
+            for piece in order[~done[order]].tolist():
+                with writer.claimed(piece) as mine:
+                    if mine:
+                        writer.write(piece, _answers(layout, header, piece, logits, batch_size))
+                        made += 1
+                if mine and progress is not None:
+                    progress(int(writer.done().sum()), layout.pieces)
+            if made == before:
+                time.sleep(PAUSE)  # others are at the last ones
+    finally:
+        writer.close()
+    if progress is not None:
+        progress(layout.pieces, layout.pieces)
+    return made
+
+
+def _answers(
+    layout: StoreLayout,
+    header: Mapping[str, Any],
+    piece: int,
+    logits: Callable[[Tensor, Tensor], Tensor],
+    batch_size: int,
+) -> dict[str, Tensor]:
+    samples = torch.from_numpy(layout.samples[layout.samples_of(piece)])
+    index, key = samples.repeat_interleave(layout.keys), torch.arange(layout.keys).repeat(len(samples))
+    parts = [
+        _stored(logits(*both), header) for both in zip(index.split(batch_size), key.split(batch_size), strict=True)
+    ]
+    return {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
+
+
+def _stored(logits: Tensor, header: Mapping[str, Any]) -> dict[str, Tensor]:
+    kind, dtype = header["answers"], getattr(torch, header["dtype"])
+    if logits.ndim != 2 or logits.shape[1] != header["num_classes"]:
+        raise ValueError(
+            f"a store holds logits [B, {header['num_classes']}], the teacher gives {list(logits.shape)}: there is none "
+            "for this kind of problem"
+        )
+    values = logits.float()
+    kept = {"logits": values.to(dtype)}
+    if kind != "logits":
+        index, probability = compress((values / header["temperature"]).softmax(1), kind)
+        kept = {"index": index} if probability is None else {"index": index, "probability": probability.to(dtype)}
+    if not all(part.isfinite().all() for part in (values, *kept.values())):
+        raise ValueError(
+            f"the teacher's logits are not finite in {header['dtype']}: check teacher_weights and the normalisation, "
+            "or store them as --dtype float32"
+        )
+    return kept
+
+
+def weights_digest(network: nn.Module) -> str:
+    """The sha256 of all that a network's answers hang on: its parameters and buffers, by name."""
+    found = hashlib.sha256()
+    for name, value in sorted(network.state_dict().items()):
+        content = value.detach().cpu().contiguous()
+        found.update(f"{name} {content.dtype} {tuple(content.shape)}\n".encode())
+        found.update(content.flatten().view(torch.uint8).numpy().tobytes() if content.numel() else b"")
+    return found.hexdigest()

@@ -1,0 +1,167 @@
+"""What a teacher said of every view of the training images, in one file that many trainings read.
+
+``FILE`` holds the answers, a row a view, and then a byte for each piece of them that is done; ``FILE.json`` says what
+they are of.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from lightning_kd.core.view_keys import ViewKeys
+from lightning_kd.distillation._store_header import (
+    StoreLayout,
+    first_difference,
+    read_header,
+    read_marks,
+    teacher_argument,
+)
+from lightning_kd.distillation.soft_labels import SoftLabels, recover
+
+__all__ = ["TeacherStore"]
+
+# a store that takes less than this share of what is free on a GPU is kept there
+SHARE_OF_DEVICE = 0.5
+
+
+class TeacherStore:
+    """A finished store, read as it is needed: a part of it that is asked for again stays in memory.
+
+    Args:
+        path: the file; ``PATH.json`` is beside it.
+
+    Raises:
+        FileNotFoundError: where one of the two is missing.
+        ValueError: where they are damaged, or not all answers are there.
+    """
+
+    def __init__(self, path: str | Path) -> None:
+        self.path = Path(path)
+        self.header = read_header(self.path)
+        self.layout = StoreLayout(self.header)
+        done = read_marks(self.path, self.layout)
+        if missing := int((done == 0).sum()):
+            raise ValueError(
+                f"teacher_store {str(path)!r} is not finished, {missing} of {len(done)} pieces are missing: run the "
+                "lightning-kd teach that began it once more, which goes on"
+            )
+        self._position = torch.full((self.header["data"]["count"],), -1)
+        self._position[torch.from_numpy(self.layout.samples)] = torch.arange(len(self.layout.samples))
+        self._parts = {
+            name: torch.from_numpy(np.memmap(self.path, dtype, "c", start, (self.layout.rows, width)))
+            for name, (dtype, width, start) in self.layout.fields.items()
+        }
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> TeacherStore:
+        return self  # an average of networks shares it
+
+    def __reduce__(self) -> tuple[type[TeacherStore], tuple[Path]]:
+        return TeacherStore, (self.path,)
+
+    @property
+    def view_keys(self) -> ViewKeys:
+        """What the loader must tell of its views."""
+        return ViewKeys(self.header["views"].get("fixed"), self.header["views"].get("seed") or 0)
+
+    @property
+    def reached(self) -> dict[str, float]:
+        """What the teacher reached on the validation set, by the name of the metric; empty where there was none."""
+        return dict(self.header["reached"])
+
+    def check(self, data: Any, teacher: Mapping[str, Any]) -> None:
+        """Refuse a store that was made of something else.
+
+        Args:
+            data: the data module that training is fed by, set up.
+            teacher: ``name``, ``weights``, ``mean``, ``std`` and ``size`` as a distillation is given them; what is
+                ``None`` there, a file that is missing, and a network that has no name are not looked at.
+
+        Raises:
+            ValueError: naming the first thing that differs, and where samples are missing.
+        """
+        if not hasattr(data, "training_images"):
+            raise ValueError(
+                f"teacher_store {str(self.path)!r} is for a data module of this package whose batches tell their "
+                f"views, got {type(data).__name__}: give that, or leave teacher_store out"
+            )
+        loader = data.loader("train", augment=True, view_keys=self.view_keys)
+        here = {"data": data.training_images(), "views": loader.describe_keys()}
+        stored = {name: self.header[name] for name in here}
+        given = teacher_argument(teacher)
+        stored["teacher"] = {key: self.header["teacher"][key] for key in given}
+        what = first_difference(stored, {**here, "teacher": given})
+        if what is None and (lacking := np.setdiff1d(data.train_indices, self.layout.samples)).size:
+            what = (
+                f"it lacks {lacking.size} of the {len(data.train_indices)} training samples (another split or subset)"
+            )
+        if what is not None:
+            raise ValueError(
+                f"teacher_store {str(self.path)!r} does not fit, {what}: train with what it was made of, or run "
+                "lightning-kd teach for this config"
+            )
+
+    def to(self, device: torch.device) -> None:
+        """Keep the answers on a GPU, where they are small enough; else they stay in the file."""
+        if device.type == "cuda":
+            free, _ = torch.cuda.mem_get_info(device)
+            if self.layout.size < SHARE_OF_DEVICE * free:
+                self._parts = {name: part.to(device) for name, part in self._parts.items()}
+                self._position = self._position.to(device)
+
+    def logits(self, index: Tensor, key: Tensor) -> Tensor:
+        """The teacher's logits of some views, float32 ``[B, C]`` on the device of ``index``.
+
+        Of compressed answers they are the logarithms of the probabilities, and where these are 0, that of the smallest
+        number there is.
+
+        Args:
+            index: int64 ``[B]``, positions in the full training array.
+            key: int64 ``[B]``, the view of each, as ``Batch.extras`` has it.
+
+        Raises:
+            ValueError: for a sample that is not in it (which a GPU is not asked for).
+        """
+        found = self._rows(index, key)
+        if "logits" in found:
+            return found["logits"].float()
+        return self._recovered(found).clamp(min=torch.finfo(torch.float32).tiny).log()
+
+    def probabilities(self, index: Tensor, key: Tensor, temperature: float = 1.0) -> Tensor:
+        """The teacher's probabilities of some views, float32 ``[B, C]``, see ``logits``.
+
+        Args:
+            index: see ``logits``.
+            key: see ``logits``.
+            temperature: of stored logits; compressed ones have that of their making.
+        """
+        found = self._rows(index, key)
+        return (found["logits"].float() / temperature).softmax(1) if "logits" in found else self._recovered(found)
+
+    def _recovered(self, found: Mapping[str, Tensor]) -> Tensor:
+        stored = SoftLabels(found["index"].long(), found.get("probability"))
+        return recover(stored, self.header["answers"], self.header["num_classes"])
+
+    def _rows(self, index: Tensor, key: Tensor) -> dict[str, Tensor]:
+        place = self._position.device
+        position = self._position[index.to(place)]
+        if place.type == "cpu" and len(position) and int(position.min()) < 0:
+            raise ValueError(
+                f"teacher_store {str(self.path)!r} has no answers for sample {int(index[position.argmin()])}: run "
+                "lightning-kd teach for all samples that you train on"
+            )
+        rows = position * self.layout.keys + key.to(place)
+        return {name: part.index_select(0, rows).to(index.device) for name, part in self._parts.items()}
+
+
+def draws_of_teacher(path: str | Path) -> int:
+    """How many random numbers the teacher of a store began with; 0 where that is not known, or there is no store."""
+    try:
+        return int(read_header(Path(path))["teacher"].get("draws") or 0)
+    except (OSError, ValueError):  # told when a fit begins
+        return 0

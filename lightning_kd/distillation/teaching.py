@@ -1,0 +1,138 @@
+"""Asks the teacher of a distillation once for all that trainings will want to know of it."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from lightning_kd.argument_checks import check_numbers
+from lightning_kd.core.random_draws import count_draws
+from lightning_kd.core.teacher import FrozenTeacher
+from lightning_kd.core.view_keys import ViewKeys
+from lightning_kd.distillation._store_header import FORMAT, file_digest, ranges_of
+from lightning_kd.distillation.distillation_task import Distillation
+from lightning_kd.distillation.soft_labels import kept_classes
+from lightning_kd.distillation.store_filling import begin_store, fill_store, weights_digest
+
+__all__ = ["teach_store"]
+
+# rows of a piece, about: a few seconds of a teacher's work
+ROWS_OF_PIECE = 4096
+
+
+def teach_store(
+    task: Distillation,
+    data: Any,
+    path: str | Path,
+    *,
+    views: str = "all",
+    dtype: Literal["float16", "float32"] = "float16",
+    compress: str | None = None,
+    temperature: float = 1.0,
+    samples: Literal["used", "all"] = "used",
+    seed: int = 0,
+    batch_size: int = 256,
+    restart: bool = False,
+    reached: dict[str, float] | None = None,
+    first: float = 0.0,
+    progress: Callable[[int, int], None] | None = None,
+) -> dict[str, Any]:
+    """Store the logits of a distillation's teacher for the views of the training images; goes on where it stopped.
+
+    Several processes may call it for one file at once: each makes pieces that no other is at, and returns when all are
+    done.
+
+    Args:
+        task: whose ``teacher_logits`` are asked, on its device, set up.
+        data: the data module, set up.
+        path: the file; ``PATH.json`` beside it says what it is of.
+        views: ``"all"``: every crop and flip that training can draw, so that it sees what it would see with the teacher
+            beside it; ``"plain"``: the images as they are, for training without augmentation; a number: so many views
+            of each image that are drawn once, which is another, poorer distribution of images.
+        dtype: of what is stored.
+        compress: a kind of soft label (see ``soft_labels.compress``) instead of the logits.
+        temperature: of the softmax before ``compress``.
+        samples: ``"used"``: the training samples that ``data`` has now; ``"all"``: the full training array, so that
+            another split or subset will do.
+        seed: of the views that are drawn.
+        batch_size: views that the teacher sees at once.
+        restart: throw away what is in the file.
+        reached: the teacher's validation metric by name, to be told by trainings.
+        first: where this process begins, see ``fill_store``.
+        progress: see ``fill_store``.
+
+    Returns:
+        What ``PATH.json`` says.
+
+    Raises:
+        ValueError: for arguments out of their range, methods and data that no store is for, and what ``fill_store``
+            refuses.
+        FileExistsError, OSError: see ``begin_store``.
+    """
+    if not isinstance(task, Distillation):
+        raise ValueError(f"teach needs a distillation, whose teacher it asks, got {type(task).__name__}: name another")
+    name = type(task).__name__
+    if task.looks_into_teacher:
+        raise ValueError(f"{name} looks into the teacher, of which a store holds the logits alone: take another method")
+    if task.teacher_store is not None:
+        raise ValueError(f"teach asks the teacher itself, got teacher_store={task.teacher_store!r}: leave it out")
+    if not hasattr(data, "training_images"):
+        raise ValueError(f"teach needs a data module of this package, got {type(data).__name__}: take another")
+    if dtype not in ("float16", "float32"):
+        raise ValueError(f"dtype must be 'float16' or 'float32', got {dtype!r}: give one of them")
+    if samples not in ("used", "all"):
+        raise ValueError(f"samples must be 'used' or 'all', got {samples!r}: give one of them")
+    check_numbers(above=0, temperature=temperature)
+    check_numbers(least=1, whole=True, batch_size=batch_size)
+    if compress is not None:
+        kept_classes(compress, task.num_classes)
+        if not task.problem.one_class:
+            raise ValueError(f"compress is for one class a sample, the data has {task.problem.kind}: leave it out")
+    if not (views in ("all", "plain") or (views.isdecimal() and int(views) > 0)):
+        raise ValueError(f"views must be 'all', 'plain' or a number above 0, got {views!r}: give one of them")
+    keys = ViewKeys(int(views), seed) if views.isdecimal() else ViewKeys()
+    loader = data.loader("train", augment=views != "plain", view_keys=keys)
+    indices = data.train_indices if samples == "used" else np.arange(len(data.train_target))
+    header = {
+        "format": FORMAT,
+        "answers": compress or "logits",
+        "dtype": dtype,
+        "temperature": temperature if compress else None,
+        "num_classes": task.num_classes,
+        "keys": loader.key_count,
+        "piece": max(1, ROWS_OF_PIECE // loader.key_count),
+        "samples": ranges_of(indices),
+        "views": loader.describe_keys(),
+        "teacher": _teacher(task),
+        "data": data.training_images(),
+        "precision": str(task.trainer.precision),
+        "reached": reached or {},
+    }
+    header = json.loads(json.dumps(header))
+    begin_store(Path(path), header, restart)
+
+    def logits(index: Tensor, key: Tensor) -> Tensor:
+        with torch.inference_mode(), task.trainer.precision_plugin.val_step_context():
+            return task.teacher_logits(loader.images(index, key))
+
+    fill_store(Path(path), header, logits, batch_size=batch_size, first=first, progress=progress)
+    return header
+
+
+def _teacher(task: Distillation) -> dict[str, Any]:
+    asked = task.teacher_arguments
+    weights = asked["weights"]
+    teachers = [module for module in task.modules() if isinstance(module, FrozenTeacher)]
+    of_file = weights is not None and weights not in ("default", "random")
+    return {
+        **asked,
+        "weights_sha256": file_digest(weights) if of_file else None,
+        "draws": None if task.teacher_draws is None else count_draws(*task.teacher_draws),
+        "networks_sha256": [weights_digest(teacher.network) for teacher in teachers],
+    }

@@ -1,0 +1,458 @@
+"""A teacher that is asked once: what trainings read is what it would have said, or they are refused."""
+
+import json
+import os
+import shutil
+import signal
+from collections import namedtuple
+
+import lightning as L
+import numpy as np
+import pytest
+import torch
+from torch import nn
+
+from lightning_kd.core import Classification
+from lightning_kd.core.run_callbacks import run_callbacks
+from lightning_kd.core.run_folder import RunFolder
+from lightning_kd.core.view_keys import ViewKeys
+from lightning_kd.data import DigitsDataModule
+from lightning_kd.distillation import DHKD, DKD, KD, L2D, Distillation, TeacherStore, store_filling, teach_store
+from lightning_kd.distillation.distillation_task import FrozenTeacher
+from tests.forked import run_forked
+
+SHAPE = (1, 8, 8)
+METHODS = {
+    "kd": KD,
+    "dkd": DKD,
+    "dhkd": DHKD,
+    "dhkd_aligned": lambda *a, **k: DHKD(*a, gradient_alignment="shared", **k),
+}
+
+
+def trainer(**options):
+    quiet = {"logger": False, "enable_checkpointing": False, "enable_progress_bar": False, "accelerator": "cpu"}
+    return L.Trainer(**{**quiet, "enable_model_summary": False, "max_epochs": 2, "num_sanity_val_steps": 0, **options})
+
+
+def digits(**options):
+    return DigitsDataModule(**{"fake": True, "batch_size": 32, "augment": True, **options})
+
+
+@pytest.fixture(scope="module")
+def weights(tmp_path_factory):
+    """Of a teacher with batch norm whose statistics are not those of an untrained network."""
+    torch.manual_seed(7)
+    network = Classification("cnn", 10, input_shape=SHAPE).network
+    with torch.no_grad():
+        for _ in range(3):
+            network(torch.randn(64, *SHAPE))
+    path = tmp_path_factory.mktemp("teacher") / "network.pt"
+    torch.save(network.state_dict(), path)
+    return str(path)
+
+
+def task(method="kd", weights=None, **options):
+    torch.manual_seed(3)
+    return METHODS[method]("cnn_tiny", "cnn", 10, input_shape=SHAPE, teacher_weights=weights, **options)
+
+
+def taught(path, weights, data=None, **options):
+    model, data = task(weights=weights), data or digits()
+    run = trainer()
+    run.validate(model, data, verbose=False)
+    return teach_store(model, data, path, **{"dtype": "float32", "reached": {"acc": 0.625}, **options})
+
+
+@pytest.fixture(scope="module")
+def store(tmp_path_factory, weights):
+    path = tmp_path_factory.mktemp("store") / "cnn.store"
+    taught(path, weights)
+    return str(path)
+
+
+class Losses(L.Callback):
+    def __init__(self):
+        self.found = []
+
+    def on_train_epoch_start(self, trainer, pl_module):
+        if trainer.current_epoch:  # those of the epoch before
+            self.on_fit_end(trainer, pl_module)
+
+    def on_fit_end(self, trainer, pl_module):
+        self.found.append({k: float(v) for k, v in trainer.callback_metrics.items() if k.startswith("train/loss")})
+
+
+def fitted(model, data=None, **options):
+    losses = Losses()
+    run = trainer(**{"callbacks": [losses], **options})
+    run.fit(model, data or digits())
+    return model, losses.found, run
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_training_with_the_store_is_training_with_the_teacher(method, store, weights, monkeypatch):
+    live, expected, beside = fitted(task(method, weights))
+    monkeypatch.setattr(FrozenTeacher, "__init__", lambda *_: pytest.fail("the teacher was built"))
+    model, found, run = fitted(task(method, "no such file", teacher_store=store))
+    assert len(found) == 2
+    for one, two in zip(expected, found, strict=True):
+        assert one.keys() == two.keys() >= {"train/loss", "train/loss_ce", "train/loss_kd"}
+        for name, value in one.items():
+            assert two[name] == pytest.approx(value, rel=1e-5), name
+    for one, two in zip(live.student.parameters(), model.student.parameters(), strict=True):
+        torch.testing.assert_close(one, two, rtol=1e-4, atol=1e-4)
+    assert float(run.callback_metrics["val/acc"]) == pytest.approx(float(beside.callback_metrics["val/acc"]), abs=0.021)
+
+
+def test_what_the_teacher_reached_is_told_once(store, weights):
+    *_, run = fitted(task("kd", teacher_store=store), max_epochs=1)
+    assert float(run.callback_metrics["val/teacher_acc"]) == 0.625
+
+
+@pytest.mark.parametrize("views", ["all", "plain", "5"])
+@pytest.mark.parametrize("dtype", ["float16", "float32"])
+def test_each_view_has_the_logits_of_the_teacher(views, dtype, tmp_path, weights):
+    data = digits(augment=views != "plain")
+    header = taught(tmp_path / "a.store", weights, data, views=views, dtype=dtype)
+    found, model = TeacherStore(tmp_path / "a.store"), task(weights=weights)
+    assert header["keys"] == {"all": 9, "plain": 1, "5": 5}[views]
+    loader = data.loader("train", shuffle=True, augment=True, view_keys=found.view_keys)
+    for batch in loader:
+        logits = found.logits(batch.index, batch.extras["view"])
+        assert logits.dtype == torch.float32
+        tolerance = {"atol": 1e-5, "rtol": 1e-5} if dtype == "float32" else {"atol": 1e-3, "rtol": 1e-3}
+        torch.testing.assert_close(logits, model.teacher_logits(batch.image), **tolerance)
+    size = len(data.train_indices) * header["keys"] * 10 * (2 if dtype == "float16" else 4)
+    assert size < os.path.getsize(tmp_path / "a.store") < size + 200
+
+
+@pytest.mark.parametrize("kind", ["hard", "smoothing", "marginal_smoothing_k3", "marginal_renorm_k3"])
+def test_compressed_answers(kind, tmp_path, weights):
+    data = digits()
+    taught(tmp_path / "a.store", weights, data, compress=kind, temperature=2.0)
+    found, model = TeacherStore(tmp_path / "a.store"), task(weights=weights)
+    batch = next(iter(data.loader("train", shuffle=True, augment=True, view_keys=ViewKeys())))
+    p = (model.teacher_logits(batch.image) / 2).softmax(1)
+    got = found.probabilities(batch.index, batch.extras["view"])
+    logits = found.logits(batch.index, batch.extras["view"])
+    assert logits.isfinite().all()
+    torch.testing.assert_close(logits.softmax(1), got)
+    torch.testing.assert_close(got.sum(1), torch.ones(len(got)))
+    top = p.topk(3)
+    if kind == "marginal_smoothing_k3":
+        torch.testing.assert_close(got.gather(1, top.indices), top.values)
+    if kind == "marginal_renorm_k3":
+        torch.testing.assert_close(got.gather(1, top.indices), top.values / top.values.sum(1, keepdim=True))
+    assert torch.equal(got.argmax(1), p.argmax(1))
+    fitted(task("dkd", teacher_store=str(tmp_path / "a.store")), max_epochs=1)
+
+
+def test_a_resumed_run_with_the_store_is_the_same_to_the_bit(tmp_path, store):
+    def run(folder, epochs, ckpt_path=None):
+        model = task("dhkd", teacher_store=store)
+        callbacks = run_callbacks(RunFolder(folder))
+        fitter = trainer(max_epochs=epochs, enable_checkpointing=True, callbacks=callbacks)
+        fitter.fit(model, digits(), ckpt_path=ckpt_path, weights_only=True)
+        return model, fitter
+
+    whole, _ = run(tmp_path / "whole", 3)
+    run(tmp_path / "parts", 1)
+    resumed, fitter = run(tmp_path / "parts", 3, tmp_path / "parts/checkpoints/last.ckpt")
+    assert fitter.global_step == 3 * (fitter.global_step // 3)
+    assert "val/teacher_acc" not in fitter.callback_metrics  # told before
+    for one, two in zip(whole.parameters(), resumed.parameters(), strict=True):
+        assert torch.equal(one, two)
+
+
+def test_no_file_is_needed_to_evaluate_and_a_checkpoint_is_loaded_without(tmp_path, store):
+    model = task("kd", teacher_store=store)
+    run = trainer(max_epochs=1, enable_checkpointing=True, callbacks=run_callbacks(RunFolder(tmp_path)))
+    run.fit(model, digits())
+    path = tmp_path / "checkpoints/last.ckpt"
+    again = KD.load_from_checkpoint(path, teacher_store="gone.store")
+    trainer().test(again, digits(), verbose=False)
+    assert all(torch.equal(v, again.state_dict()[k]) for k, v in model.state_dict().items())
+    with pytest.raises(FileNotFoundError, match=r"teacher_store 'gone.store': there is no gone.store.json"):
+        trainer().fit(again, digits())
+
+
+def other_teacher(path):
+    torch.save(Classification("cnn", 10, input_shape=SHAPE).network.state_dict(), path)
+    return str(path)
+
+
+@pytest.mark.parametrize(
+    ("data", "options", "message"),
+    [
+        ({"augment": False}, {}, "views.padding was 1, here it is 0"),
+        ({"mean": [0.5]}, {}, r"data.mean was \[0.305\], here it is \[0.5\]"),
+        ({"seed": 3}, {}, r"it lacks \d+ of the \d+ training samples"),
+        ({"fake": False}, {}, "data.count was"),
+        ({}, {"teacher_weights": "other"}, "the weights are others"),
+        ({}, {"teacher_weights": "random"}, "teacher.weights was .*network.pt', here it is 'random'"),
+        ({}, {"teacher": "resnet8"}, "teacher.name was 'cnn', here it is 'resnet8'"),
+        ({}, {"teacher_size": 16}, "teacher.size was None, here it is"),
+        ({}, {"teacher_mean": [0.1], "teacher_std": [0.2]}, "teacher.mean was None"),
+        ({"cutout": 3}, {}, "keys are for one view by crop and flip alone.*cutout=3"),
+    ],
+)
+def test_what_does_not_fit_is_refused_before_training(data, options, message, store, tmp_path, monkeypatch):
+    monkeypatch.setattr(KD, "training_step", lambda *_: pytest.fail("it trained"))
+    if options.get("teacher_weights") == "other":
+        options = {"teacher_weights": other_teacher(tmp_path / "other.pt")}
+    options = {"teacher": "cnn", **options}
+    model = KD("cnn_tiny", options.pop("teacher"), 10, input_shape=SHAPE, teacher_store=store, **options)
+    with pytest.raises(ValueError, match=message):
+        trainer().fit(model, digits(**data))
+
+
+def test_other_images_of_the_same_shape_are_refused(store):
+    data = digits()
+    data.setup()
+    data.train_image = data.train_image.flip(0)
+    with pytest.raises(ValueError, match="does not fit, the images are others: train with what it was made of"):
+        trainer().fit(task("kd", teacher_store=store), data)
+
+
+def test_labels_and_a_smaller_subset_may_be_others_and_all_samples_serve_any_split(tmp_path, weights, store):
+    fitted(task("kd", teacher_store=store), digits(train_fraction=0.5), max_epochs=1)
+    path = tmp_path / "all.store"
+    taught(path, weights, samples="all")
+    fitted(task("kd", teacher_store=str(path)), digits(seed=3), max_epochs=1)
+
+
+def test_data_without_keys_is_refused(store):
+    loader = torch.utils.data.DataLoader([(torch.zeros(SHAPE), 0)] * 4, 2)
+    with pytest.raises(ValueError, match="is for a data module of this package whose batches tell their views"):
+        trainer().fit(task("kd", teacher_store=store), loader)
+
+    class Own(KD):
+        def train_loader(self, data):
+            return data.loader("train", shuffle=True, augment=True)
+
+    with pytest.raises(ValueError, match="teacher_store needs batches that tell their views"):
+        trainer().fit(Own("cnn_tiny", "cnn", 10, input_shape=SHAPE, teacher_store=store), digits())
+
+
+class Features(Distillation):
+    """Decides by an argument whether it looks at features."""
+
+    def __init__(self, *args, features, **kwargs):
+        super().__init__(*args, **kwargs)
+        self.tapped = [self.teacher.network] if features else []
+
+    def distillation_loss(self, student_logits, teacher_logits, target):
+        return (student_logits - teacher_logits).square().mean()
+
+
+def test_a_method_that_looks_into_the_teacher_is_refused(store, weights):
+    with pytest.raises(
+        ValueError, match=r"L2D looks into the teacher, of which a teacher_store holds the logits alone"
+    ):
+        L2D("cnn_tiny", "cnn", 10, input_shape=SHAPE, teacher_store=store)
+    own = {"input_shape": SHAPE, "teacher_store": store}
+    with pytest.raises(ValueError, match="Features looks into the teacher"):
+        Features("cnn_tiny", "cnn", 10, features=True, **own)
+    fitted(Features("cnn_tiny", "cnn", 10, features=False, **own), max_epochs=1)
+    with pytest.raises(ValueError, match="teach asks the teacher itself"):
+        teach_store(task("kd", teacher_store=store), digits(), "a.store")
+    with pytest.raises(ValueError, match="teach needs a distillation, whose teacher it asks, got Classification"):
+        teach_store(Classification("cnn", 10, input_shape=SHAPE), digits(), "a.store")
+
+
+# -- files -----------------------------------------------------------------------------------------------------------
+
+
+class Killing(nn.Module):
+    """A teacher that ends its process at some call."""
+
+    def __init__(self, at=-1, gate=None):
+        super().__init__()
+        self.flat = nn.Sequential(nn.Flatten(), nn.Linear(64, 10))
+        with torch.no_grad():
+            self.flat[1].weight.copy_(torch.arange(640).view(10, 64) / 640)
+            self.flat[1].bias.zero_()
+        self.calls, self.at = 0, at
+
+    def forward(self, image):
+        self.calls += 1
+        if self.calls == self.at:
+            os.kill(os.getpid(), signal.SIGKILL)
+        return self.flat(image)
+
+
+def fill(path, at=-1, first=0.0, report=None):
+    data = digits()
+    data.setup()
+    teacher = Killing(at)
+    model = KD("cnn_tiny", teacher, 10, input_shape=SHAPE)
+    model.trainer = trainer()
+    seen = []
+    teach_store(model, data, path, batch_size=64, first=first, progress=lambda done, total: seen.append((done, total)))
+    if report is not None:
+        report.write_text(json.dumps([teacher.calls, seen]))
+    return teacher.calls, seen
+
+
+def test_a_killed_one_goes_on_where_it_was(tmp_path, monkeypatch):
+    monkeypatch.setattr("lightning_kd.distillation.teaching.ROWS_OF_PIECE", 90)
+    calls, seen = fill(tmp_path / "whole.store")
+    pieces = seen[-1][1]
+    assert pieces > 5
+    assert calls == 2 * pieces  # of 90 views, 64 at once
+    assert [done for done, _ in seen] == [*range(1, pieces + 1), pieces]
+    with monkeypatch.context() as patch:
+        patch.setattr(Killing, "forward", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
+        with pytest.raises(KeyboardInterrupt):
+            fill(tmp_path / "parts.store")
+    killed = run_forked(_fill_small, tmp_path / "parts.store", 8, folder=tmp_path)
+    assert killed.returncode == -signal.SIGKILL
+    with pytest.raises(ValueError, match=rf"is not finished, {pieces - 3} of {pieces} pieces are missing: run"):
+        TeacherStore(tmp_path / "parts.store")
+    calls, seen = fill(tmp_path / "parts.store")
+    assert calls == 2 * (pieces - 3)
+    assert (tmp_path / "parts.store").read_bytes() == (tmp_path / "whole.store").read_bytes()
+    assert fill(tmp_path / "parts.store")[0] == 0  # there is nothing left to do
+
+
+def _fill_small(path, at=-1, first=0.0, report=None):
+    from lightning_kd.distillation import teaching
+
+    teaching.ROWS_OF_PIECE = 90
+    fill(path, at, first, report)
+
+
+def test_two_processes_share_the_pieces(tmp_path, monkeypatch):
+    from tests.forked import CONTEXT
+
+    monkeypatch.setattr("lightning_kd.distillation.teaching.ROWS_OF_PIECE", 90)
+    calls, _ = fill(tmp_path / "alone.store")
+    reports = [tmp_path / f"{k}.json" for k in range(2)]
+    children = [
+        CONTEXT.Process(target=_fill_small, args=(tmp_path / "both.store", -1, k / 2, reports[k])) for k in range(2)
+    ]
+    for child in children:
+        child.start()
+    for child in children:
+        child.join(60)
+    counts = [json.loads(report.read_text())[0] for report in reports]
+    assert sum(counts) == calls  # none is made twice
+    assert (tmp_path / "both.store").read_bytes() == (tmp_path / "alone.store").read_bytes()
+
+
+def test_a_piece_that_another_process_has_is_waited_for(tmp_path, monkeypatch):
+    """Locks of one process do not hold itself up, so the other one is a child that holds a piece for a while."""
+    monkeypatch.setattr("lightning_kd.distillation.teaching.ROWS_OF_PIECE", 90)
+    monkeypatch.setattr(store_filling, "PAUSE", 0.01)
+    calls, _ = fill(tmp_path / "alone.store")
+    header = json.loads((tmp_path / "alone.store.json").read_text())
+    path = tmp_path / "held.store"
+    store_filling.begin_store(path, header)
+    ready, go = os.pipe(), os.pipe()
+    child = os.fork()
+    if child == 0:
+        writer = store_filling._Writer(path, store_filling.StoreLayout(header))
+        with writer.claimed(2):
+            os.write(ready[1], b"1")
+            os.read(go[0], 1)
+            os._exit(0)  # dies with the piece undone
+    os.read(ready[0], 1)
+    monkeypatch.setattr(store_filling.time, "sleep", lambda _: os.write(go[1], b"1"))
+    assert fill(path)[0] == calls
+    os.waitpid(child, 0)
+    assert path.read_bytes() == (tmp_path / "alone.store").read_bytes()
+
+
+def test_other_answers_in_the_file_are_not_lost(tmp_path, weights, store):
+    path = tmp_path / "a.store"
+    taught(path, weights)
+    before = path.read_bytes()
+    for options, what in (
+        ({"dtype": "float16"}, "dtype was 'float32', here it is 'float16'"),
+        ({"views": "plain"}, "keys was 9, here it is 1"),
+        ({"weights": other_teacher(tmp_path / "other.pt")}, "teacher.weights was"),
+    ):
+        with pytest.raises(FileExistsError, match=f"holds other answers, {what}.*add --restart true to lose them"):
+            taught(path, **{"weights": weights, **options})
+    assert path.read_bytes() == before
+    taught(path, weights, views="plain", restart=True)
+    assert TeacherStore(path).header["keys"] == 1
+    (tmp_path / "mine.store").write_text("somebody's")
+    with pytest.raises(FileExistsError, match="exists and is no teacher store"):
+        taught(tmp_path / "mine.store", weights)
+
+
+def test_a_disk_without_room_is_told_before_anything_is_written(tmp_path, weights, monkeypatch):
+    usage = namedtuple("usage", "total used free")
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: usage(10, 10, 1000))
+    with pytest.raises(OSError, match=r"takes 0.00 GB, and its disk has 0.00 GB left: make room, .*--dtype float16"):
+        taught(tmp_path / "a.store", weights)
+    assert not list(tmp_path.iterdir())
+
+
+def test_damaged_files_are_told(tmp_path, store):
+    path = tmp_path / "a.store"
+    shutil.copy(store, path)
+    with pytest.raises(FileNotFoundError, match=r"there is no .*a.store.json"):
+        TeacherStore(path)
+    shutil.copy(f"{store}.json", f"{path}.json")
+    TeacherStore(path)
+    with path.open("ab") as file:
+        file.write(b"x")
+    with pytest.raises(ValueError, match=r"a.store is damaged, it has \d+ bytes of \d+"):
+        TeacherStore(path)
+    path.unlink()
+    with pytest.raises(ValueError, match="is not finished"):
+        TeacherStore(path)
+    (tmp_path / "a.store.json").write_text('{"format": 1, "keys"')
+    with pytest.raises(ValueError, match=r"a.store.json is damaged"):
+        TeacherStore(path)
+    (tmp_path / "a.store.json").write_text('{"format": 9}')
+    with pytest.raises(ValueError, match="is of format 9, this version reads 1"):
+        TeacherStore(path)
+
+
+def test_logits_that_half_precision_cannot_hold_are_refused(tmp_path):
+    data = digits()
+    data.setup()
+    teacher = nn.Sequential(nn.Flatten(), nn.Linear(64, 10))
+    nn.init.constant_(teacher[1].bias, 1e5)
+    model = KD("cnn_tiny", teacher, 10, input_shape=SHAPE)
+    model.trainer = trainer()
+    with pytest.raises(ValueError, match=r"the teacher's logits are not finite in float16.*--dtype float32"):
+        teach_store(model, data, tmp_path / "a.store")
+    teach_store(model, data, tmp_path / "b.store", dtype="float32")
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"views": "some"}, "views must be 'all', 'plain' or a number above 0, got 'some'"),
+        ({"views": "0"}, "views must be 'all', 'plain' or a number above 0, got '0'"),
+        ({"views": "30"}, "fixed views must be 9 or fewer, which a sample has, got 30"),
+        ({"dtype": "bfloat16"}, "dtype must be 'float16' or 'float32', got 'bfloat16'"),
+        ({"compress": "marginal_renorm"}, "kind must be 'hard'"),
+        ({"compress": "marginal_renorm_k10"}, "keeps 10 classes, which must be fewer than the 10"),
+        ({"samples": "some"}, "samples must be 'used' or 'all'"),
+        ({"temperature": 0}, "temperature must be above 0"),
+    ],
+)
+def test_wrong_arguments_are_named(options, message, tmp_path, weights):
+    with pytest.raises(ValueError, match=message):
+        taught(tmp_path / "a.store", weights, **options)
+    assert not list(tmp_path.iterdir())
+
+
+def test_an_average_of_the_network_shares_the_file(store):
+    import copy
+    import pickle
+
+    found = TeacherStore(store)
+    assert copy.deepcopy(found) is found
+    again = pickle.loads(pickle.dumps(found))
+    index = torch.from_numpy(found.layout.samples[:3].copy())
+    assert torch.equal(again.logits(index, index % 9), found.logits(index, index % 9))
+    lacking = np.setdiff1d(np.arange(found.header["data"]["count"]), found.layout.samples)[:1]
+    with pytest.raises(ValueError, match="has no answers for sample"):
+        found.logits(torch.from_numpy(lacking), torch.tensor([0]))
