@@ -20,7 +20,7 @@ from lightning_kd.cli.usage import OWN_VERBS
 from lightning_kd.core.run_folder import RunFolder
 from lightning_kd.file_writing import sentence_of, write_text
 
-__all__ = ["check_still_there", "report"]
+__all__ = ["check_still_there", "report", "tell"]
 
 
 def check_still_there(cli: Any) -> None:
@@ -60,9 +60,7 @@ def report(cli: Any, error: BaseException | None) -> None:
         sentence = _sentence(error)
         details["error"] = f"{type(_cause(error)).__name__}: {sentence}"
         inside = begun and folder.record_file.is_file()
-        trace = _write_trace(error, folder.path / "traceback.txt" if inside else None)
-        print(f"error: {sentence}{trace}", file=sys.stderr)
-        error.told = True  # type: ignore[attr-defined]
+        _print_error(error, folder.path / "traceback.txt" if inside else None)
     if begun and (error is None or folder.record_file.is_file()):
         with _noted(unwritten):
             folder.end(outcome, **details)
@@ -91,6 +89,21 @@ def report(cli: Any, error: BaseException | None) -> None:
         print(step)
     if unwritten and error is None:
         sys.exit(1)
+
+
+def tell(cli: Any, error: BaseException) -> None:
+    """Print the last lines of a ``RunCLI`` that keeps no run and has failed or was stopped, once it was parsed."""
+    if cli.keeps_run or not hasattr(cli, "run_folder"):
+        return
+    if _is_stop(error):
+        print(f"\n{cli.subcommand} interrupted\ngo on with: {cli.command}")
+    else:
+        _print_error(error, None)
+
+
+def _print_error(error: BaseException, trace: Path | None) -> None:
+    print(f"error: {_sentence(error)}{_write_trace(error, trace)}", file=sys.stderr)
+    error.told = True  # type: ignore[attr-defined]
 
 
 @contextmanager

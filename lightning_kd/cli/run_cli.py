@@ -16,12 +16,12 @@ from lightning_kd.cli.active_command import run_active
 from lightning_kd.cli.beginning import Beginning, FolderBefore
 from lightning_kd.cli.command_words import default_run_folder
 from lightning_kd.cli.config_check import check_config
-from lightning_kd.cli.endings import check_still_there, report
+from lightning_kd.cli.endings import check_still_there, report, tell
 from lightning_kd.cli.new_samples import take_from_run, without_predict
 from lightning_kd.cli.parameter_count import ParameterCount
 from lightning_kd.cli.parser import RunParser
 from lightning_kd.cli.pool_verbs import add_new_classes
-from lightning_kd.cli.run_trainer import RunTrainer, verb_module
+from lightning_kd.cli.run_trainer import NO_RUN, RunTrainer, verb_module
 from lightning_kd.cli.saved_config import check_same_run, config_text
 from lightning_kd.cli.usage import OWN_VERBS, VERBS
 from lightning_kd.core.distributed import is_first_process
@@ -58,7 +58,7 @@ class RunCLI(LightningCLI):
         if self._verb == "predict":
             kwargs["args"], self._new_samples = without_predict(kwargs["args"])
         self._records = self._begins = False
-        self._keeps = VERBS[self._verb].keeps_run if self._verb in VERBS else True
+        self.keeps_run = VERBS[self._verb].keeps_run if self._verb in VERBS else True
         self.only_prints = False  # in a folder that may not be written
         self.later_round = False
         defaults: dict[str, Any] = {
@@ -79,8 +79,8 @@ class RunCLI(LightningCLI):
                 if self._records and self.is_first:
                     check_still_there(self)
             except BaseException as error:
-                if self._records and self.is_first:
-                    report(self, error)
+                if self.is_first:
+                    (report if self._records else tell)(self, error)
                 raise
             if self._records and self.is_first:
                 report(self, None)
@@ -155,13 +155,11 @@ class RunCLI(LightningCLI):
         add_new_classes(config, folder.pool)
         if verb in OWN_VERBS:
             getattr(verb_module(verb), "check", lambda config: None)(config)
-            if verb != "active" and self._keeps:
+            if verb != "active" and self.keeps_run:
                 config["ckpt_path"] = config.get("ckpt_path") or "last"
         if verb is None:
             self.beginning.add(folder, None, None, self.saved_config())
-        elif not self._keeps:
-            config["weights_only"] = True
-        elif not config.trainer.get("fast_dev_run"):
+        elif self.keeps_run and not config.trainer.get("fast_dev_run"):
             if not folder.can_be_written():
                 if verb not in ("validate", "test"):
                     raise PermissionError(
@@ -227,9 +225,8 @@ class RunCLI(LightningCLI):
         kwargs["default_root_dir"] = str(self.run_folder.path)
         callbacks = given.get("callbacks") or []
         callbacks = list(callbacks) if isinstance(callbacks, list) else [callbacks]
-        if not self._keeps:
-            off = {"logger": False, "enable_checkpointing": False, "enable_model_summary": False}
-            return super().instantiate_trainer(**kwargs, **off, callbacks=[])
+        if not self.keeps_run:
+            return super().instantiate_trainer(**kwargs, **NO_RUN)
         if not given.get("fast_dev_run"):
             callbacks.append(self.beginning)
         if given.get("barebones"):

@@ -11,7 +11,10 @@ import lightning as L
 
 from lightning_kd.cli.usage import OWN_VERBS
 
-__all__ = ["RunTrainer", "verb_module"]
+__all__ = ["NO_RUN", "RunTrainer", "verb_module"]
+
+# of a Trainer whose verb keeps no run
+NO_RUN = {"logger": False, "enable_checkpointing": False, "enable_model_summary": False, "callbacks": []}
 
 
 class RunTrainer(L.Trainer):
