@@ -17,6 +17,7 @@ from lightning_kd.data.arguments import names_of
 from lightning_kd.data.array_files import Arrays
 from lightning_kd.data.augment import CropFlip, RandomCutout
 from lightning_kd.data.candidate_sets import CandidateSets
+from lightning_kd.data.crop_files import CropFiles, CropRecipe
 from lightning_kd.data.crowd_labels import CrowdLabels
 from lightning_kd.data.image_files import class_folders, find_images, read_image
 from lightning_kd.data.label_noise import LabelNoise
@@ -232,13 +233,19 @@ class ImageFolderDataModule(SplitFiles):
         transform = self.transform(views) if isinstance(views, str) else [self.transform(view) for view in views]
         paths, target = getattr(self, f"{source}_image"), getattr(self, f"{source}_target")
         files = ImageFiles(paths, target, transform, sampler.seed, self.background, self.image_range)
+        recipe = CropRecipe(self.image_size, self.scale, self.ratio, tuple(self.mean), tuple(self.std))
         return StreamingLoader(
             files,
             sampler,
             num_workers=self.num_workers,
             pin_memory=self._process()[2].type == "cuda",
             extras=self._extras(source),
+            keyed=(lambda keys: CropFiles(files, recipe, keys)) if views == "weak" and self._only_crops else None,
         )
+
+    @property
+    def _only_crops(self) -> bool:
+        return self.augment and not self.cutout
 
     def transform(self, view: str) -> v2.Compose:
         """From a PIL image in RGB to a normalised float32 ``[3, S, S]``: ``"plain"``, ``"weak"`` or ``"strong"``.

@@ -160,6 +160,9 @@ class ResidentLoader(BatchLoader):
         return 1 if self.augment is None or self.views == ("plain",) else self.augment.views
 
     def __iter__(self) -> Iterator[Batch]:
+        if self._keys is not None and self._keys.per_visit > 1:
+            yield from self._visits(self._keys)
+            return
         epoch, pass_, batches = self.sampler.next_pass()
         order = torch.from_numpy(np.concatenate(batches)).to(self.device)
         parts = order.split([len(batch) for batch in batches])
@@ -183,6 +186,16 @@ class ResidentLoader(BatchLoader):
                 extras[VIEW] = keys.index_select(0, slot)
             target = self._target.index_select(0, index) if masks is None else next(masks)
             yield Batch(views[0] if self._single else tuple(views), target, index, extras)
+
+    def _visits(self, keys: ViewKeys) -> Iterator[Batch]:
+        """Batches with several views of each sample, side by side."""
+        epoch, pass_, batches = self.sampler.next_pass()
+        for batch in batches:
+            drawn = keys.visits(batch, self.key_count, self.sampler.seed, epoch, pass_)
+            index = torch.from_numpy(batch).to(self.device).repeat_interleave(keys.per_visit)
+            key = torch.from_numpy(drawn).flatten().to(self.device)
+            extras = {name: wide(value.index_select(0, index)) for name, value in self._extras.items()}
+            yield Batch(self.images(index, key), self._target.index_select(0, index), index, extras | {VIEW: key})
 
     def _mask_views(self, parts: Parts, passes: list[int], seed: int, epoch: int) -> Iterator[Tensor]:
         """The masks with the crop and flip of their images, which are drawn from the same stream."""

@@ -227,6 +227,18 @@ class BatchLoader(ABC):
         """
         raise NotImplementedError
 
+    def crops_of(self, index: Tensor) -> dict[str, Tensor]:
+        """Where the view behind each key is in its image, for a store; empty where the key says it.
+
+        Args:
+            index: int64 ``[B]``, positions in the full array.
+
+        Returns:
+            ``box``, float32 ``[B * key_count, 4]``: top, left, height and width as shares of the upright image; and
+            ``flip``, bool ``[B * key_count]``.
+        """
+        return {}
+
     @abstractmethod
     def __iter__(self) -> Iterator[Batch]:
         """One pass. Nothing may be drawn before the first batch: Lightning makes the iterator, then sets the epoch."""

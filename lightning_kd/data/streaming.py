@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
+import numpy as np
 import torch
 from PIL import Image
 from torch import Tensor
@@ -13,6 +14,7 @@ from torch.utils.data import DataLoader, Dataset
 
 from lightning_kd.core.batch import Batch
 from lightning_kd.core.seeding import derive_seed, torch_generator
+from lightning_kd.core.view_keys import VIEW, ViewKeys
 from lightning_kd.data.augment import view_seed
 from lightning_kd.data.image_files import read_image, truncated_allowed
 from lightning_kd.data.sampling import REPEAT, BatchLoader, ShardedSampler, wide
@@ -98,12 +100,36 @@ class _KeyedBatches:
             yield [(epoch, pass_ + REPEAT * times, index) for index, times in zip(batch.tolist(), before, strict=True)]
 
 
-def collate(samples: list[tuple[Any, Tensor, int]]) -> Batch:
-    """``(image, target, index)`` of each sample to one ``Batch``."""
-    image, target, index = zip(*samples, strict=True)
+def collate(samples: list[tuple[Any, ...]]) -> Batch:
+    """``(image, target, index)`` of each sample to one ``Batch``; with the keys of several views of it, all of them."""
+    image, target, index, *keys = zip(*samples, strict=True)
+    if keys:
+        count = torch.tensor([len(key) for key in keys[0]])
+        targets = torch.stack(target).repeat_interleave(count, 0)
+        return Batch(
+            torch.cat(image), targets, torch.tensor(index).repeat_interleave(count), {VIEW: torch.cat(keys[0])}
+        )
     several = isinstance(image[0], tuple)
     stacked = tuple(torch.stack(view) for view in zip(*image, strict=True)) if several else torch.stack(image)
     return Batch(stacked, torch.stack(target), torch.tensor(index), {})
+
+
+class KeyedFiles(ImageFiles):
+    """Image files of which each view has a key, see ``CropFiles``."""
+
+    count: int
+
+    def cut(self, index: int, keys: np.ndarray) -> Tensor:
+        """Some views of an image, ``[n, ...]``."""
+        raise NotImplementedError
+
+    def crops(self, index: int) -> tuple[np.ndarray, np.ndarray]:
+        """Where they are, see ``StoredCrops.of``."""
+        raise NotImplementedError
+
+    def describe(self) -> dict[str, Any]:
+        """What they hang on, in plain values."""
+        raise NotImplementedError
 
 
 class StreamingLoader(BatchLoader):
@@ -118,6 +144,7 @@ class StreamingLoader(BatchLoader):
         num_workers: worker processes, kept over the epochs; 0 decodes in this process.
         pin_memory: whether the batches go to a CUDA device.
         extras: further tensors by name, first dimension ``N``, whose rows each batch has in ``extras``.
+        keyed: the images with views that are told by keys, where there are such.
     """
 
     def __init__(
@@ -128,18 +155,55 @@ class StreamingLoader(BatchLoader):
         num_workers: int = 0,
         pin_memory: bool = False,
         extras: dict[str, Tensor] | None = None,
+        keyed: Callable[[ViewKeys], KeyedFiles] | None = None,
     ) -> None:
         super().__init__(sampler)
         self._extras = extras or {}
-        self._loader: DataLoader[tuple[Any, Tensor, int]] = DataLoader(
+        self._num_workers, self._pin_memory = num_workers, pin_memory
+        self._keyed = keyed
+        self._files: KeyedFiles | None = None
+        self._loader = self._load(dataset)
+
+    def _load(self, dataset: Dataset[Any]) -> DataLoader[tuple[Any, Tensor, int]]:
+        return DataLoader(
             dataset,
-            batch_sampler=_KeyedBatches(sampler),  # type: ignore[arg-type]
-            num_workers=num_workers,
+            batch_sampler=_KeyedBatches(self.sampler),  # type: ignore[arg-type]
+            num_workers=self._num_workers,
             collate_fn=collate,
-            pin_memory=pin_memory,
-            persistent_workers=num_workers > 0,
-            generator=torch_generator(sampler.seed, "workers"),  # or it would draw from the global one
+            pin_memory=self._pin_memory,
+            persistent_workers=self._num_workers > 0,
+            generator=torch_generator(self.sampler.seed, "workers"),  # or it would draw from the global one
         )
+
+    def give_keys(self, keys: ViewKeys) -> None:
+        if self._keyed is None:
+            super().give_keys(keys)
+            return
+        self._files = self._keyed(keys)
+        self._loader = self._load(self._files)
+
+    @property
+    def key_count(self) -> int:
+        return self._with_keys.count
+
+    def describe_keys(self) -> dict[str, Any]:
+        return self._with_keys.describe()
+
+    def images(self, index: Tensor, key: Tensor) -> Tensor:
+        parts, begin = [], 0
+        for image, count in zip(*(part.tolist() for part in index.unique_consecutive(return_counts=True)), strict=True):
+            parts.append(self._with_keys.cut(image, key[begin : begin + count].numpy()))  # a file is read once
+            begin += count
+        return torch.cat(parts)
+
+    def crops_of(self, index: Tensor) -> dict[str, Tensor]:
+        boxes, flips = zip(*(self._with_keys.crops(each) for each in index.tolist()), strict=True)
+        return {"box": torch.from_numpy(np.concatenate(boxes)), "flip": torch.from_numpy(np.concatenate(flips))}
+
+    @property
+    def _with_keys(self) -> KeyedFiles:
+        assert self._files is not None, "give_keys comes first"
+        return self._files
 
     @property
     def _iterator(self) -> Any:
@@ -152,4 +216,5 @@ class StreamingLoader(BatchLoader):
 
     def __iter__(self) -> Iterator[Batch]:
         for batch in self._loader:
-            yield batch._replace(extras={name: wide(value[batch.index]) for name, value in self._extras.items()})
+            known = {name: wide(value[batch.index]) for name, value in self._extras.items()}
+            yield batch._replace(extras=known | batch.extras)

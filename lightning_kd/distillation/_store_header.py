@@ -56,6 +56,8 @@ class StoreLayout:
             parts = {"index": (np.dtype(np.int16 if classes < 2**15 else np.int32), kept)}
             if kind != "hard":
                 parts["probability"] = (np.dtype(header["dtype"]), kept)
+        if header["views"].get("crops"):
+            parts |= {"box": (np.dtype(np.float32), 4), "flip": (np.dtype(np.bool_), 1)}
         self.fields: dict[str, tuple[np.dtype[Any], int, int]] = {}
         self.size = 0
         for name, (dtype, width) in parts.items():

@@ -155,6 +155,7 @@ def fill_store(
     batch_size: int = 256,
     first: float = 0.0,
     progress: Callable[[int, int], None] | None = None,
+    beside: Callable[[Tensor], Mapping[str, Tensor]] | None = None,
 ) -> int:
     """Make the pieces that are not done, until all are; what other processes work at is left to them.
 
@@ -167,6 +168,7 @@ def fill_store(
         batch_size: views that it is asked for at once.
         first: where among the pieces this process begins, 0 to below 1, so that several seldom meet.
         progress: told how many pieces are done, and how many there are.
+        beside: what else is stored of all views of samples ``[B]``, by name, see ``StoreLayout``.
 
     Returns:
         How many pieces this process has made.
@@ -184,7 +186,9 @@ def fill_store(
             for piece in order[~done[order]].tolist():
                 with writer.claimed(piece) as mine:
                     if mine:
-                        writer.write(piece, _answers(layout, header, piece, logits, batch_size))
+                        answers = _answers(layout, header, piece, logits, batch_size)
+                        samples = torch.from_numpy(layout.samples[layout.samples_of(piece)])
+                        writer.write(piece, {**answers, **(beside(samples) if beside is not None else {})})
                         made += 1
                 if mine and progress is not None:
                     progress(int(writer.done().sum()), layout.pieces)

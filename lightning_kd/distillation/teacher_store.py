@@ -53,10 +53,12 @@ class TeacherStore:
             )
         self._position = torch.full((self.header["data"]["count"],), -1)
         self._position[torch.from_numpy(self.layout.samples)] = torch.arange(len(self.layout.samples))
-        self._parts = {
-            name: torch.from_numpy(np.memmap(self.path, dtype, "c", start, (self.layout.rows, width)))
+        parts = {
+            name: np.memmap(self.path, dtype, "c", start, (self.layout.rows, width))
             for name, (dtype, width, start) in self.layout.fields.items()
         }
+        self._crops = {name: parts.pop(name) for name in ("box", "flip") if name in parts}
+        self._parts = {name: torch.from_numpy(part) for name, part in parts.items()}
 
     def __deepcopy__(self, memo: dict[int, Any]) -> TeacherStore:
         return self  # an average of networks shares it
@@ -67,7 +69,15 @@ class TeacherStore:
     @property
     def view_keys(self) -> ViewKeys:
         """What the loader must tell of its views."""
-        return ViewKeys(self.header["views"].get("fixed"), self.header["views"].get("seed") or 0)
+        views = self.header["views"]
+        crops = self if "box" in self.layout.fields else None
+        return ViewKeys(views.get("fixed"), views.get("seed") or 0, crops=crops)
+
+    def of(self, index: int) -> tuple[np.ndarray, np.ndarray]:
+        """Where each crop of an image is that views are, see ``StoredCrops``."""
+        first = int(self._position[index]) * self.layout.keys
+        rows = slice(first, first + self.layout.keys)
+        return self._crops["box"][rows], self._crops["flip"][rows, 0]
 
     @property
     def reached(self) -> dict[str, float]:

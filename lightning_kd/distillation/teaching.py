@@ -119,9 +119,17 @@ def teach_store(
 
     def logits(index: Tensor, key: Tensor) -> Tensor:
         with torch.inference_mode(), task.trainer.precision_plugin.val_step_context():
-            return task.teacher_logits(loader.images(index, key))
+            return task.teacher_logits(loader.images(index, key).to(task.device))
 
-    fill_store(Path(path), header, logits, batch_size=batch_size, first=first, progress=progress)
+    fill_store(
+        Path(path),
+        header,
+        logits,
+        batch_size=batch_size,
+        first=first,
+        progress=progress,
+        beside=loader.crops_of,
+    )
     return header
 
 

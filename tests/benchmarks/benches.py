@@ -30,10 +30,11 @@ from lightning_kd.core.run_callbacks import run_callbacks
 from lightning_kd.core.run_folder import RunFolder
 from lightning_kd.core.run_logger import RunLogger
 from lightning_kd.core.supervised import Classification
+from lightning_kd.data import CIFAR100DataModule
 from lightning_kd.data.augment import CropFlip, Normalize
 from lightning_kd.data.resident import ResidentLoader
 from lightning_kd.data.sampling import ShardedSampler
-from lightning_kd.distillation import DHKD
+from lightning_kd.distillation import DHKD, teach_store
 from lightning_kd.nets import build_network
 
 CPU = torch.device("cpu")
@@ -231,11 +232,11 @@ def random_batches(count: int, batch_size: int, device: torch.device = CPU) -> B
     )
 
 
-def module_turn(model: L.LightningModule, batches: Batches, device: torch.device = CPU, **kwargs: Any) -> float:
-    """Seconds a step of a module in a Trainer's epoch."""
+def module_turn(model: L.LightningModule, batches: Any, device: torch.device = CPU, **kwargs: Any) -> float:
+    """Seconds a step of a module in a Trainer's epoch, on batches or a data module."""
     timer = EpochTime()
     bare_trainer(device, callbacks=[timer], **kwargs).fit(model, batches)
-    return timer.seconds / len(batches)
+    return timer.seconds / (len(batches) if isinstance(batches, Batches) else len(batches.train_dataloader()))
 
 
 def loop_turn(loop: DualHeadLoop, batches: Batches) -> float:
@@ -271,6 +272,45 @@ def _steps(settings: Settings, align: bool, target: str) -> None:
         ]
         name = "align" if align else "step"
         compare(f"{name}: {teacher} -> {student}, batch {batch_size}", variants, settings.rounds)
+
+
+# -- store ---------------------------------------------------------------------------------------------------------
+
+
+def store(settings: Settings) -> None:
+    """A training step with a teacher that was asked before, and how long that takes."""
+    batch_size = settings.size(64, 32)
+    for (teacher, student), target in zip(PAIRS, (">= 3.0", ">= 2.3"), strict=True):
+        with tempfile.TemporaryDirectory() as folder:
+            path = Path(folder) / "teacher.store"
+            data = CIFAR100DataModule(folder, fake=True, batch_size=batch_size, val_fraction=0.0)
+            data.setup()
+            data.train_indices = data.train_indices[: 2 * batch_size]
+            loop = DualHeadLoop(student, teacher, 100, CPU)
+            live = dual_heads(student, teacher)
+            live.trainer = bare_trainer()
+            teach_store(live, data, path, views="2")
+            read = dual_heads(student, teacher, teacher_store=str(path))
+            batches = Batches(list(data.loader("train", shuffle=True, augment=True)))
+
+            def fill(live: DHKD = live, data: Any = data, path: Path = path, batches: Batches = batches) -> float:
+                live.trainer = bare_trainer()
+                with Clock() as clock:
+                    teach_store(live, data, path, views="1", batch_size=64, restart=True)
+                return clock.seconds / len(batches)
+
+            variants = [
+                Variant("plain loop", lambda loop=loop, batches=batches: loop_turn(loop, batches)),
+                Variant("DHKD with its teacher", lambda live=live, data=data: module_turn(live, data)),
+                Variant("DHKD with a store", lambda read=read, data=data: module_turn(read, data), target),
+            ]
+            compare(f"store: {teacher} -> {student}, batch {batch_size}", variants, settings.rounds)
+            views = CropFlip().views
+            variants = [
+                Variant("DHKD with its teacher", variants[1].turn),
+                Variant(f"storing one of {views} views of each image", fill),
+            ]
+            compare(f"store: time to fill, {teacher}, against an epoch (a batch of each)", variants, settings.rounds)
 
 
 # -- cuda ----------------------------------------------------------------------------------------------------------
@@ -340,6 +380,7 @@ BENCHES = {
     "trainer": trainer,
     "step": step,
     "align": align,
+    "store": store,
     "margins": margins,
     "dpc": dpc,
     "rows": rows,

@@ -1,0 +1,115 @@
+"""Crops of image files that are drawn once, and cut out again where they were."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor
+from torchvision.transforms import v2
+from torchvision.transforms.v2 import functional as tv
+
+from lightning_kd.core.view_keys import ViewKeys
+from lightning_kd.data.image_files import read_image
+from lightning_kd.data.streaming import ImageFiles, Key, KeyedFiles, sample_generator
+
+__all__ = ["CropFiles", "CropRecipe"]
+
+
+@dataclass(frozen=True)
+class CropRecipe:
+    """Random crops of an image, resized and flipped, as ``RandomResizedCrop`` and ``RandomHorizontalFlip`` draw them.
+
+    Args:
+        size: height and width that crops are brought to (bilinear, antialiased).
+        scale: the least and the most share of the area that a crop takes.
+        ratio: the least and the greatest width / height.
+        mean: subtracted from each channel.
+        std: divides.
+    """
+
+    size: int
+    scale: tuple[float, float]
+    ratio: tuple[float, float]
+    mean: tuple[float, ...]
+    std: tuple[float, ...]
+
+    def draw(self, image: Image.Image, index: int, count: int, seed: int) -> tuple[np.ndarray, np.ndarray]:
+        """The crops of an image, see ``StoredCrops``; they hang on its ``index`` and the ``seed`` alone."""
+        crop = v2.RandomResizedCrop(self.size, scale=self.scale, ratio=self.ratio)
+        boxes, flips = np.zeros((count, 4), np.float32), np.zeros(count, bool)
+        for key in range(count):
+            with sample_generator(seed, key, 0, index):
+                found = crop.make_params([image])
+                flips[key] = bool(torch.rand(1) < 0.5)
+            boxes[key] = [
+                found["top"] / image.height,
+                found["left"] / image.width,
+                found["height"] / image.height,
+                found["width"] / image.width,
+            ]
+        return boxes, flips
+
+    def cut(self, image: Image.Image, box: np.ndarray, flip: bool) -> Tensor:
+        """A crop of an upright image, normalised float32 ``[3, S, S]``.
+
+        Shares in float32 are exact to a hundredth of a pixel in images of 100,000, so that they round to the pixels
+        that they are of.
+        """
+        top, left, height, width = (
+            round(float(share) * length) for share, length in zip(box, (image.height, image.width) * 2, strict=True)
+        )
+        cropped = tv.resized_crop(image, top, left, height, width, [self.size, self.size])
+        if flip:
+            cropped = tv.horizontal_flip(cropped)
+        pixels = tv.to_dtype(tv.pil_to_tensor(cropped), torch.float32, scale=True)
+        return tv.normalize(pixels, list(self.mean), list(self.std))
+
+
+class CropFiles(KeyedFiles):
+    """Image files of which a visit gives some of the crops that were drawn once; each file is read once for them.
+
+    ``[epoch, pass, index]`` gives ``(images [n, 3, S, S], target, index, keys [n])``.
+
+    Args:
+        files: the images.
+        recipe: of the crops.
+        keys: how many there are, and of a visit.
+    """
+
+    def __init__(self, files: ImageFiles, recipe: CropRecipe, keys: ViewKeys) -> None:
+        self.__dict__.update(files.__dict__)
+        if keys.fixed is None:
+            raise ValueError("the random crops of image files are without end: give a number of them, as --views 200")
+        self.recipe, self.keys, self.count = recipe, keys, keys.fixed
+
+    def read(self, index: int) -> Image.Image:
+        """An image as crops are cut out of it: RGB, upright."""
+        return read_image(self.paths[index], self.background, self.image_range)
+
+    def crops(self, index: int, image: Image.Image | None = None) -> tuple[np.ndarray, np.ndarray]:
+        """See ``StoredCrops.of``: as they were stored, else as they are drawn."""
+        if self.keys.crops is not None:
+            return self.keys.crops.of(index)
+        return self.recipe.draw(self.read(index) if image is None else image, index, self.count, self.keys.seed)
+
+    def cut(self, index: int, keys: np.ndarray) -> Tensor:
+        """Some crops of an image, ``[n, 3, S, S]``."""
+        image = self.read(index)
+        boxes, flips = self.crops(index, image)
+        return torch.stack([self.recipe.cut(image, boxes[key], bool(flips[key])) for key in keys.tolist()])
+
+    def __getitem__(self, key: Key) -> tuple[Any, ...]:  # type: ignore[override]  # with the keys of its views
+        epoch, pass_, index = key
+        (keys,) = self.keys.visits(np.array([index]), self.count, self.seed, epoch, pass_)
+        return self.cut(index, keys), self.target[index], index, torch.from_numpy(keys)
+
+    def describe(self) -> dict[str, Any]:
+        """What the crops hang on, in plain values."""
+        recipe = self.recipe
+        found: dict[str, Any] = {"size": recipe.size, "scale": list(recipe.scale), "ratio": list(recipe.ratio)}
+        found |= {"background": list(self.background), "image_range": self.image_range and list(self.image_range)}
+        return found | {"fixed": self.count, "seed": self.keys.seed, "crops": True}

@@ -1,0 +1,195 @@
+"""FKD and FerKD: stored crops are cut out again bit for bit, and their labels learnt."""
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from PIL import Image
+
+from lightning_kd.core.view_keys import ViewKeys
+from lightning_kd.data import DigitsDataModule, ImageFolderDataModule
+from lightning_kd.data.image_files import read_image
+from lightning_kd.data.streaming import sample_generator
+from lightning_kd.distillation import FKD, FerKD, TeacherStore, adapt_labels, compress, recover, teach_store
+from lightning_kd.distillation.fkd import mix_crops
+from tests.distillation.test_teacher_store import trainer
+
+
+@pytest.fixture
+def root(tmp_path):
+    """Six lossless images of two classes, of many sizes; one lies on its side, as its EXIF says."""
+    generator = np.random.default_rng(0)
+    for name in ("ant", "bee"):
+        (tmp_path / "photos" / name).mkdir(parents=True)
+        for k in range(6):
+            shape = (int(generator.integers(17, 90)), int(generator.integers(17, 90)), 3)
+            image = Image.fromarray(generator.integers(0, 256, shape, dtype=np.uint8))
+            exif = Image.Exif()
+            exif[274] = 6 if k == 2 else 1
+            image.save(tmp_path / "photos" / name / f"{k}.png", exif=exif)
+    return tmp_path / "photos"
+
+
+def folder(root, **options):
+    settings = {"image_size": 16, "batch_size": 4, "val_fraction": 0.25, "test_fraction": 0.2, **options}
+    return ImageFolderDataModule(root=str(root), **settings)
+
+
+def task(cls=FKD, **options):
+    torch.manual_seed(1)
+    shape = options.pop("input_shape", (3, 16, 16))
+    weights = {"teacher_weights": "random"} if "teacher_store" not in options else {}
+    return cls("cnn_tiny", "cnn", options.pop("classes", 2), input_shape=shape, **weights, **options)
+
+
+def taught(root, path, **options):
+    model, data = task(), folder(root)
+    trainer().validate(model, data, verbose=False)
+    teach_store(model, data, path, **{"views": "7", "dtype": "float32", **options})
+    return model, data
+
+
+def test_a_crop_is_that_of_the_augmentation_and_is_cut_out_again_bit_for_bit(root, tmp_path):
+    model, data = taught(root, tmp_path / "a.store")
+    store = TeacherStore(tmp_path / "a.store")
+    drawn = data.loader("train", augment=True, view_keys=ViewKeys(7))
+    stored = data.loader("train", augment=True, view_keys=store.view_keys)
+    assert drawn.key_count == stored.key_count == 7
+    augment, flips = data.transform("weak"), []
+    for index in data.train_indices.tolist():
+        image = read_image(data.train_image[index])
+        boxes, flip = store.of(index)
+        assert boxes.dtype == np.float32
+        assert (boxes >= 0).all()
+        assert (boxes[:, :2] + boxes[:, 2:] <= 1 + 1e-6).all()
+        flips += flip.tolist()
+        for key in range(7):
+            with sample_generator(0, key, 0, index):
+                expected = augment(image)
+            one, two = torch.tensor([index]), torch.tensor([key])
+            assert torch.equal(drawn.images(one, two)[0], expected)
+            assert torch.equal(stored.images(one, two)[0], expected)
+            logits = model.teacher_logits(expected[None])
+            torch.testing.assert_close(store.logits(one, two), logits, rtol=1e-5, atol=1e-5)
+    assert 0.2 < np.mean(flips) < 0.8
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_a_visit_gives_some_crops_of_each_image_side_by_side(workers, root, tmp_path):
+    taught(root, tmp_path / "a.store")
+    store, data = TeacherStore(tmp_path / "a.store"), folder(root, num_workers=workers)
+    data.setup()
+    keys = ViewKeys(7, per_visit=3, crops=store)
+    loader = data.loader("train", shuffle=True, augment=True, view_keys=keys)
+    seen = []
+    for epoch in (0, 1):
+        loader.set_epoch(epoch)
+        for batch in loader:
+            index, key = batch.index.view(-1, 3), batch.extras["view"].view(-1, 3)
+            assert (index == index[:, :1]).all()
+            assert all(len(set(row)) == 3 for row in key.tolist())
+            assert torch.equal(batch.target, data.train_target[batch.index])
+            assert torch.equal(loader.images(batch.index, batch.extras["view"]), batch.image)
+            seen.append(key)
+        assert len(loader) == 2
+    assert not torch.equal(torch.cat(seen[:2]), torch.cat(seen[2:]))
+    again = data.loader("train", shuffle=True, augment=True, batch_size=3, view_keys=keys)  # whatever the batches
+    found = {int(i): k.tolist() for b in again for i, k in zip(b.index[::3], b.extras["view"].view(-1, 3), strict=True)}
+    loader.set_epoch(0)
+    for batch in loader:
+        for i, k in zip(batch.index[::3].tolist(), batch.extras["view"].view(-1, 3).tolist(), strict=True):
+            assert found.get(i, k) == k
+
+
+@pytest.mark.parametrize("cls", [FKD, FerKD])
+def test_the_loss_is_that_of_the_stored_labels(cls, root, tmp_path):
+    path = tmp_path / "a.store"
+    taught(root, path, compress="smoothing")
+    model = task(cls, teacher_store=str(path), crops=3, temperature=2.0)
+    found, data = [], folder(root)
+    model.step_loss = lambda terms, *_: found.append(terms["kd"]) or terms["kd"]
+    trainer(max_epochs=1).fit(model, data)
+    assert len(found) == 2
+    store = TeacherStore(path)
+    loader = data.loader("train", shuffle=True, augment=True, view_keys=ViewKeys(7, per_visit=3, crops=store))
+    fresh = task(cls, teacher_store=str(path), crops=3, temperature=2.0)
+    batch = next(iter(loader))
+    q = store.probabilities(batch.index, batch.extras["view"])
+    if cls is FerKD:
+        q = adapt_labels(q, batch.target, 0.3, 0.1)
+    logits = fresh.train()(batch.image)
+    expected = -(q * (logits / 2).log_softmax(1)).sum(1).mean()
+    assert float(found[0].detach()) == pytest.approx(float(expected.detach()), rel=1e-5)
+
+
+def test_worked_labels():
+    q = torch.tensor([[0.9, 0.1, 0.0], [0.4, 0.35, 0.25], [0.5, 0.25, 0.25]], dtype=torch.float64)
+    target = torch.tensor([1, 2, 1])
+    got = adapt_labels(q, target, 0.5, 0.3)
+    expected = torch.tensor([[0.9, 0.1, 0.0], [0.1, 0.1, 0.8], [0.5, 0.25, 0.25]], dtype=torch.float64)
+    torch.testing.assert_close(got, expected)
+    assert torch.equal(adapt_labels(q, target, 0.0), q)
+    torch.testing.assert_close(adapt_labels(q, target, 1.0, 0.0), F.one_hot(target, 3).double())
+    with pytest.raises(ValueError, match="adapt_below must be at least 0 and at most 1, got 2"):
+        adapt_labels(q, target, 2)
+
+
+def test_with_all_labels_but_one_it_is_the_cross_entropy_of_distillation():
+    p = torch.randn(5, 4, dtype=torch.float64).softmax(1)
+    kept = recover(compress(p, "marginal_smoothing_k3"), "marginal_smoothing_k3", 4)
+    model = task(classes=4)
+    logits = torch.randn(5, 4, dtype=torch.float64)
+    torch.testing.assert_close(model.distillation_loss(logits, kept.log(), None), F.cross_entropy(logits, p))
+
+
+def test_mixed_crops_are_of_one_image_and_labels_follow_the_area():
+    torch.manual_seed(0)
+    image = torch.arange(6.0).view(6, 1, 1, 1).expand(6, 2, 10, 10).contiguous()
+    q = torch.eye(6)
+    for _ in range(20):
+        mixed, soft = mix_crops(image, q, 3)
+        assert torch.equal(image[:, 0, 0, 0], torch.arange(6.0))  # as it was
+        for k, other in enumerate([1, 2, 0, 4, 5, 3]):
+            share = float((mixed[k] == other).float().mean())
+            assert set(mixed[k].unique().tolist()) <= {float(k), float(other)}
+            assert 0 < share <= 1
+            assert float(soft[k, other]) == pytest.approx(share)
+            assert float(soft[k].sum()) == pytest.approx(1)
+
+
+def test_images_in_memory_and_no_store(tmp_path):
+    digits = {"input_shape": (1, 8, 8), "classes": 10}
+    data = DigitsDataModule(fake=True, augment=True)
+    model = task(**digits)
+    trainer().validate(model, data, verbose=False)
+    teach_store(model, data, tmp_path / "d.store", views="4", compress="marginal_renorm_k3")
+    sizes = []
+
+    class Sized(FerKD):
+        def training_step(self, batch, batch_idx):
+            sizes.append((len(batch.image), len(set(batch.index.tolist()))))
+            return super().training_step(batch, batch_idx)
+
+    trained = task(Sized, teacher_store=str(tmp_path / "d.store"), crops=2, self_mix=1.0, **digits)
+    trainer(max_epochs=1).fit(trained, DigitsDataModule(fake=True, augment=True, batch_size=16))
+    assert sizes[0] == (32, 16)
+    trainer(max_epochs=1, limit_train_batches=2).fit(task(**digits), data)
+    with pytest.raises(ValueError, match="per_visit must be 4 or fewer, the views of a sample, got 5"):
+        trainer(max_epochs=1).fit(task(teacher_store=str(tmp_path / "d.store"), crops=5, **digits), data)
+
+
+def test_what_cannot_be_is_refused(root, tmp_path):
+    with pytest.raises(ValueError, match=r"self_mix=0.5 mixes crops of one image, got crops=1: give 2 or more"):
+        task(FerKD, crops=1, self_mix=0.5)
+    with pytest.raises(ValueError, match="the random crops of image files are without end: give a number of them"):
+        taught(root, tmp_path / "a.store", views="all")
+    path = tmp_path / "b.store"
+    taught(root, path)
+    for options, message in (
+        ({"scale": (0.5, 1.0)}, r"views.scale was \[0.08, 1.0\], here it is \[0.5, 1.0\]"),
+        ({"image_size": 20}, "data.input_shape was"),
+        ({"cutout": 4}, "StreamingLoader draws views that are not counted"),
+    ):
+        data = folder(root, **options)
+        with pytest.raises(ValueError, match=message):
+            trainer().fit(task(teacher_store=str(path), input_shape=data.input_shape), data)
