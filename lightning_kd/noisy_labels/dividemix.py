@@ -16,12 +16,12 @@ from torch import Tensor, nn
 
 from lightning_kd.argument_checks import check_numbers
 from lightning_kd.core.batch import Batch
+from lightning_kd.core.mixing import draw_mix, mix
 from lightning_kd.core.mixture import Mixture
 from lightning_kd.core.notes import note
 from lightning_kd.core.phased_loader import Phase, PhaseBatch
 from lightning_kd.noisy_labels.label_scores import LabelScores, logit_margin, split_scaled, unit_scores
 from lightning_kd.noisy_labels.mixmatch import linear_ramp, prior_penalty, sharpen
-from lightning_kd.noisy_labels.mixup import draw_mix, mix
 from lightning_kd.noisy_labels.two_networks import TwoNetworkTask
 
 __all__ = ["DivideMix"]

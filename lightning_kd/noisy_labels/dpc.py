@@ -17,12 +17,12 @@ from lightning_kd.argument_checks import check_numbers
 from lightning_kd.core.dirichlet import calibrated_softmax, dirichlet_kl, dirichlet_nll, log_calibrated_softmax
 from lightning_kd.core.feature_hooks import penultimate_tap
 from lightning_kd.core.losses import at_least_float32, check_shapes
+from lightning_kd.core.mixing import mix
 from lightning_kd.core.mixture import Mixture
 from lightning_kd.core.outputs import class_logits
 from lightning_kd.core.phased_loader import PhaseBatch
 from lightning_kd.noisy_labels.dividemix import DivideMix
 from lightning_kd.noisy_labels.label_scores import clean_probability, logit_margin, split_scaled
-from lightning_kd.noisy_labels.mixup import mix
 
 __all__ = ["DPC", "calibrated_softmax", "clean_probability", "dirichlet_kl", "dirichlet_nll", "logit_margin"]
 

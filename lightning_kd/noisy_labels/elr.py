@@ -20,10 +20,10 @@ from lightning_kd.argument_checks import check_numbers
 from lightning_kd.core.averaging import averaged_copy, update_average
 from lightning_kd.core.batch import Batch
 from lightning_kd.core.losses import at_least_float32
+from lightning_kd.core.mixing import draw_mix, mix
 from lightning_kd.core.outputs import class_logits
 from lightning_kd.core.phased_loader import Phase, PhaseBatch
 from lightning_kd.core.sample_memory import SampleMemory
-from lightning_kd.noisy_labels.mixup import draw_mix, mix
 from lightning_kd.noisy_labels.noisy_label_task import SingleNetworkTask
 from lightning_kd.noisy_labels.two_networks import TwoNetworkTask
 

@@ -9,14 +9,13 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-import numpy as np
-import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from lightning_kd.argument_checks import check_numbers
 from lightning_kd.core.batch import Batch, as_batch
 from lightning_kd.core.losses import at_least_float32, check_target
+from lightning_kd.core.mixing import draw_mix, mix
 from lightning_kd.noisy_labels.noisy_label_task import SingleNetworkTask
 
 __all__ = ["Mixup", "mixup_loss"]
@@ -47,23 +46,6 @@ def mixup_loss(logits: Tensor, target: Tensor, partner_target: Tensor, weight: f
     check_target(logits, partner_target, "partner_target")
     (logits,) = at_least_float32(logits)
     return weight * F.cross_entropy(logits, target) + (1 - weight) * F.cross_entropy(logits, partner_target)
-
-
-def draw_mix(
-    generator: np.random.Generator, alpha: float, count: int, device: torch.device | str = "cpu"
-) -> tuple[float, Tensor]:
-    """One mixing weight from Beta(alpha, alpha), taken to be at least 1/2, and a permutation of ``count`` partners.
-
-    To replace a weight by its complement swaps the two images of every pair, whose order is random anyway: a sum over
-    the batch has the same distribution, and the first image is always the dominant one.
-    """
-    weight = float(generator.beta(alpha, alpha))
-    return max(weight, 1 - weight), torch.from_numpy(generator.permutation(count)).to(device)
-
-
-def mix(tensor: Tensor, partner: Tensor, weight: float) -> Tensor:
-    """``weight * tensor + (1 - weight) * tensor[partner]``, for the first ``len(partner)`` rows."""
-    return torch.lerp(tensor[partner], tensor[: len(partner)], weight)
 
 
 class Mixup(SingleNetworkTask):

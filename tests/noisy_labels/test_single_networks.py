@@ -10,8 +10,8 @@ import torch.nn.functional as F
 from torch.utils.data import DataLoader, TensorDataset
 
 from lightning_kd.core.batch import Batch
+from lightning_kd.core.mixing import draw_mix, mix
 from lightning_kd.noisy_labels import GCE, SCE, CrossEntropy, Mixup, NegativeLearning, gce_loss, mixup_loss, sce_loss
-from lightning_kd.noisy_labels.mixup import draw_mix, mix
 from tests.noisy_labels.runs import data_module, fitted, resumes_to_the_bit, trainer_of
 
 METHODS = {
