@@ -15,7 +15,8 @@ from lightning_kd.core.batch import Batch, as_batch
 from lightning_kd.core.fine_tuning import FineTunedTask
 from lightning_kd.core.losses import at_least_float32
 from lightning_kd.core.random_draws import skip_draws
-from lightning_kd.core.teacher import FrozenTeacher, checked_size, teacher_network
+from lightning_kd.core.teacher import FrozenTeacher, teacher_network
+from lightning_kd.core.teacher_ensemble import TeacherEnsemble, teacher_settings
 from lightning_kd.core.view_keys import VIEW
 from lightning_kd.distillation.teacher_store import TeacherStore, draws_of_teacher
 
@@ -46,7 +47,8 @@ class Distillation(FineTunedTask, ABC):
     Args:
         student: network name or any ``nn.Module`` that gives logits ``[B, C]``.
         teacher: network name or ``nn.Module``. A module given without ``teacher_weights`` is taken as trained; it is
-            frozen in place.
+            frozen in place. A method with ``several_teachers`` takes a list of them, too; the other arguments of the
+            teacher are then one for all of them, or a list with one for each.
         num_classes: see ``Task``.
         input_shape: see ``Task``.
         teacher_weights: a checkpoint or ``state_dict`` file; ``"default"`` for the published weights of a
@@ -73,22 +75,25 @@ class Distillation(FineTunedTask, ABC):
 
     #: whether the method looks at more of the teacher than its logits, so that no ``teacher_store`` will do
     looks_into_teacher = False
-    teacher: FrozenTeacher
+    #: whether ``teacher`` may be a list, whose mean probabilities are the answer
+    several_teachers = False
+    #: a ``FrozenTeacher``, or a ``TeacherEnsemble`` of several
+    teacher: Any
 
     def __init__(
         self,
         student: str | nn.Module,
-        teacher: str | nn.Module,
+        teacher: str | nn.Module | list[str | nn.Module],
         num_classes: int,
         *,
         input_shape: Sequence[int] = (3, 32, 32),
-        teacher_weights: str | None = None,
+        teacher_weights: str | list[str | None] | None = None,
         student_weights: str | None = None,
         ce_weight: float = 1.0,
         kd_weight: float = 1.0,
-        teacher_mean: Sequence[float] | None = None,
-        teacher_std: Sequence[float] | None = None,
-        teacher_size: int | Sequence[int] | None = None,
+        teacher_mean: Sequence[float] | Sequence[Sequence[float] | None] | None = None,
+        teacher_std: Sequence[float] | Sequence[Sequence[float] | None] | None = None,
+        teacher_size: int | Sequence[int | Sequence[int] | None] | None = None,
         teacher_store: str | None = None,
         **kwargs: Any,
     ) -> None:
@@ -96,26 +101,33 @@ class Distillation(FineTunedTask, ABC):
         self.teacher_store = teacher_store
         self._store: TeacherStore | None = None
         check_numbers(least=0, ce_weight=ce_weight, kd_weight=kd_weight)
-        if student is teacher and isinstance(student, nn.Module):
+        networks = list(teacher) if isinstance(teacher, list | tuple) else [teacher]
+        if isinstance(teacher, list | tuple) and not (self.several_teachers and networks):
+            raise ValueError(
+                f"teacher of {type(self).__name__} must be one network, got a list of {len(networks)}: name one, or "
+                "take a method for several, such as MEALV2"
+            )
+        if isinstance(student, nn.Module) and any(student is network for network in networks):
             raise ValueError("student and teacher are one module: give the teacher its own copy")
         self.student = self.build_to_train(student, student_weights, "student_weights")
-        size = checked_size(teacher_size)
-        for name, values in (("teacher_mean", teacher_mean), ("teacher_std", teacher_std)):
-            if values is not None and len(values) != self.input_shape[0]:
-                raise ValueError(f"{name} needs {self.input_shape[0]} values, one a channel, got {len(values)}")
-            for value in values or ():
-                check_numbers({name: value}, above=0 if name == "teacher_std" else None)
-        self.teacher_arguments: dict[str, Any] = {
-            "name": teacher if isinstance(teacher, str) else None,
-            "weights": teacher_weights,
-            "mean": teacher_mean,
-            "std": teacher_std,
-            "size": size,
-        }
+        each = teacher_settings(
+            teacher,
+            self.input_shape[0],
+            weights=teacher_weights,
+            mean=teacher_mean,
+            std=teacher_std,
+            size=teacher_size,
+        )
+        one = not isinstance(teacher, list | tuple)
+        #: what was given, of several teachers a list of each
+        self.teacher_arguments: dict[str, Any] = (
+            each[0] if one else {key: [own[key] for own in each] for key in each[0]}
+        )
         self.teacher_draws: tuple[Tensor, Tensor] | None = None
         if teacher_store is None:
             before = torch.get_rng_state()
-            self._build_teacher(teacher)
+            teachers = [self._build_teacher(network, own) for network, own in zip(networks, each, strict=True)]
+            self.teacher = teachers[0] if one else TeacherEnsemble(teachers)
             self.teacher_draws = before, torch.get_rng_state()
         elif self.looks_into_teacher:
             self._refuse_store()
@@ -126,18 +138,17 @@ class Distillation(FineTunedTask, ABC):
         self._teacher_sums: Tensor | None = None
         self._teacher_judged = False
 
-    def _build_teacher(self, teacher: str | nn.Module) -> None:
-        asked = self.teacher_arguments
-        size = asked["size"]
+    def _build_teacher(self, network: str | nn.Module, own: dict[str, Any]) -> FrozenTeacher:
+        size = own["size"]
 
         def build(network: str | nn.Module) -> nn.Module:
             return self.build(network, None if size is None else (self.input_shape[0], *size))
 
-        self.teacher = FrozenTeacher(
-            teacher_network(teacher, asked["weights"], self.num_classes, build),
+        return FrozenTeacher(
+            teacher_network(network, own["weights"], self.num_classes, build),
             self.problem,
-            mean=asked["mean"],
-            std=asked["std"],
+            mean=own["mean"],
+            std=own["std"],
             size=size,
             channels_last=bool(self.channels_last),
         )
@@ -160,7 +171,10 @@ class Distillation(FineTunedTask, ABC):
         return self.step_loss({"ce": self.ce_weight * ce, "kd": self.kd_weight * kd}, student_logits, batch.target)
 
     def modules_at_rest(self) -> list[nn.Module]:
-        return [*super().modules_at_rest(), *([] if self.teacher_store else [self.teacher])]
+        if self.teacher_store:
+            return super().modules_at_rest()
+        together = [self.teacher, self.teacher.teachers] if isinstance(self.teacher, TeacherEnsemble) else []
+        return [*super().modules_at_rest(), *together, *self.teachers]
 
     @property
     def main_network(self) -> nn.Module:
@@ -190,13 +204,19 @@ class Distillation(FineTunedTask, ABC):
                 self._store.check(getattr(self.trainer, "datamodule", None), self.teacher_arguments)
                 self._store.to(self.trainer.strategy.root_device)
             return
-        if stage in ("fit", "validate"):  # else it is not asked
-            self.teacher.check_classes(getattr(self.trainer, "datamodule", None))
-        if self.teacher.mean is not None:
-            data: Any = getattr(self.trainer, "datamodule", None)
-            if not hasattr(data, "mean") or not hasattr(data, "std"):
-                raise ValueError("teacher_mean needs a data module with mean and std, to undo its normalisation")
-            self.teacher.set_data_normalisation(data.mean, data.std)
+        data: Any = getattr(self.trainer, "datamodule", None)
+        for teacher in self.teachers:
+            if stage in ("fit", "validate"):  # else it is not asked
+                teacher.check_classes(data)
+            if teacher.mean is not None:
+                if not hasattr(data, "mean") or not hasattr(data, "std"):
+                    raise ValueError("teacher_mean needs a data module with mean and std, to undo its normalisation")
+                teacher.set_data_normalisation(data.mean, data.std)
+
+    @property
+    def teachers(self) -> list[FrozenTeacher]:
+        """All of them, one or more."""
+        return list(self.teacher.teachers) if isinstance(self.teacher, TeacherEnsemble) else [self.teacher]
 
     def teacher_logits_for(self, batch: Batch) -> Tensor:
         """The teacher's logits ``[B, C]`` for the images of a training batch, without gradient.
@@ -220,7 +240,7 @@ class Distillation(FineTunedTask, ABC):
         return super().view_options() | keys
 
     def teacher_logits(self, image: Tensor) -> Tensor:
-        """The frozen teacher's logits ``[B, C]``, without gradient."""
+        """The frozen teacher's logits ``[B, C]``, without gradient; of several the logarithm of mean probabilities."""
         return self.teacher(image)
 
     def validation_step(self, batch: Any, batch_idx: int) -> None:
