@@ -1,0 +1,64 @@
+"""What the distillation methods share that learn from the teacher's answers alone, without labels."""
+
+from __future__ import annotations
+
+from abc import ABC
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from lightning_kd.core.batch import Batch, as_batch
+from lightning_kd.distillation.distillation_task import Distillation
+
+__all__ = ["LabelFreeDistillation"]
+
+
+class LabelFreeDistillation(Distillation, ABC):
+    """Train a student with ``distillation_loss`` alone: no label is learnt, so that images without one teach, too.
+
+    An epoch goes over the labelled training samples and, where the data module has them, over its
+    ``unlabelled_indices`` (``unlabelled`` of the data modules), in one order. Targets of -1 are no label, and batches
+    of a loader of your own may be images alone. ``train/acc`` is of labelled samples, and so are validation and test.
+
+    Args:
+        student: see ``Distillation``.
+        teacher: see ``Distillation``, or a list of several, whose mean probabilities are the answer.
+        num_classes: see ``Task``.
+        kwargs: ``teacher_weights``, ``student_weights``, ``teacher_mean``, ``teacher_std``, ``teacher_size`` of
+            ``Distillation``, and the arguments of ``FineTunedTask`` and ``Task``.
+    """
+
+    several_teachers = True
+
+    def __init__(
+        self,
+        student: str | nn.Module,
+        teacher: str | nn.Module | list[str | nn.Module],
+        num_classes: int,
+        **kwargs: Any,
+    ) -> None:
+        super().__init__(student, teacher, num_classes, ce_weight=0.0, kd_weight=1.0, **kwargs)
+        for stored in (self.hparams, self._hparams_initial):  # or a checkpoint would give them again
+            for name in ("ce_weight", "kd_weight"):
+                stored.pop(name, None)  # type: ignore[union-attr]
+
+    def train_loader(self, data: Any) -> Any:
+        data.setup()
+        unlabelled = getattr(data, "unlabelled_indices", ())
+        if not len(unlabelled):
+            return super().train_loader(data)
+        overfit = self.trainer.overfit_batches > 0  # type: ignore[attr-defined]
+        both = np.union1d(data.train_indices, unlabelled)
+        return data.loader("train", both, shuffle=not overfit, augment=True, batch_size=data.batch_size)
+
+    def training_target(self, batch: Any) -> Tensor | None:
+        target = super().training_target(batch)
+        return None if target is None else target + (target == -1)  # any class will do: it is not learnt
+
+    def training_batch(self, batch: Any) -> Batch:
+        """What a training step was given, as a ``Batch``; images alone get targets of -1."""
+        if isinstance(batch, Tensor):
+            return Batch(batch, torch.full((len(batch),), -1, device=batch.device))
+        return as_batch(batch)

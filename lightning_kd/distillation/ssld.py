@@ -1,0 +1,116 @@
+"""SSLD: a student learns the teacher's distribution by a symmetric loss, from labelled and unlabelled images alike.
+
+Cheng Cui, Ruoyu Guo, Yuning Du, Dongliang He, Fu Li, Zewu Wu, Qiwen Liu, Shilei Wen, Jizhou Huang, Xiaoguang Hu,
+Dianhai Yu, Errui Ding, Yanjun Ma. Beyond Self-Supervision: A Simple Yet Effective Network Distillation Alternative to
+Improve Backbones. 2021, arXiv 2103.05959.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+
+from lightning_kd.core.losses import at_least_float32, check_logits
+from lightning_kd.distillation.label_free_distillation import LabelFreeDistillation
+
+__all__ = ["SSLD", "jensen_shannon_loss", "symmetric_kl_loss"]
+
+
+def symmetric_kl_loss(student_logits: Tensor, teacher_logits: Tensor) -> Tensor:
+    """``1/2 (KL(q || p) + KL(p || q))`` of teacher's probabilities ``q`` and student's ``p``, mean over samples.
+
+    The paper calls it a Jensen-Shannon loss; its code, followed here, is half the Jeffreys divergence, which is not
+    bounded and about four times that for close distributions.
+
+    Args:
+        student_logits: ``[B, C]``; half precision is computed in float32, float64 stays.
+        teacher_logits: ``[B, C]``; gets no gradient.
+
+    Returns:
+        Scalar.
+
+    Raises:
+        ValueError: for logits of two shapes.
+
+    Source: arXiv 2103.05959, as in its code, from log-softmax in place of logarithms floored at 1e-12.
+    """
+    log_student, log_teacher = _log_probabilities(student_logits, teacher_logits)
+    return (_divergence(log_teacher, log_student) + _divergence(log_student, log_teacher)).mean() / 2
+
+
+def jensen_shannon_loss(student_logits: Tensor, teacher_logits: Tensor) -> Tensor:
+    """``1/2 (KL(p || m) + KL(q || m))`` with ``m = (p + q) / 2``, mean over samples: at most ``log 2``.
+
+    Args:
+        student_logits: ``[B, C]``, of ``p``; half precision is computed in float32, float64 stays.
+        teacher_logits: ``[B, C]``, of ``q``; gets no gradient.
+
+    Returns:
+        Scalar.
+
+    Raises:
+        ValueError: for logits of two shapes.
+
+    Source: Lin, Divergence Measures Based on the Shannon Entropy, IEEE Transactions on Information Theory 1991.
+    """
+    log_student, log_teacher = _log_probabilities(student_logits, teacher_logits)
+    log_mean = torch.logaddexp(log_student, log_teacher) - math.log(2)
+    return (_divergence(log_student, log_mean) + _divergence(log_teacher, log_mean)).mean() / 2
+
+
+def _log_probabilities(student_logits: Tensor, teacher_logits: Tensor) -> tuple[Tensor, Tensor]:
+    check_logits(student_logits, teacher_logits)
+    student, teacher = at_least_float32(student_logits, teacher_logits.detach())
+    return student.log_softmax(1), teacher.log_softmax(1)
+
+
+def _divergence(log_p: Tensor, log_q: Tensor) -> Tensor:
+    """``KL(p || q)`` of each row."""
+    p = log_p.exp()
+    # a class that p rules out counts 0, even where both logarithms overflow
+    return (p * (log_p - log_q).masked_fill(p == 0, 0)).sum(1)
+
+
+class SSLD(LabelFreeDistillation):
+    """SSLD (Cui et al., 2021, arXiv 2103.05959): the teacher's distribution alone, with a symmetric loss.
+
+    Give the data module ``unlabelled``, a folder or array of further images: they are learnt with the training samples,
+    in one order. A second stage, which the paper has, is the same on the labelled samples alone from the first one's
+    ``student_weights``, with a small learning rate. An own loader may give images alone.
+
+    Several processes: each has a copy of the teacher; the loss is the mean over the process's batch.
+
+    Args:
+        student: see ``Distillation``.
+        teacher: see ``Distillation``, or a list of several, whose mean probabilities are the answer.
+        num_classes: see ``Task``.
+        loss: ``"symmetric_kl"`` as in the official code, or ``"jensen_shannon"``, which the paper speaks of.
+        kwargs: the further arguments of ``LabelFreeDistillation``.
+    """
+
+    def __init__(
+        self,
+        student: str | nn.Module,
+        teacher: str | nn.Module | list[str | nn.Module],
+        num_classes: int,
+        *,
+        loss: Literal["symmetric_kl", "jensen_shannon"] = "symmetric_kl",
+        **kwargs: Any,
+    ) -> None:
+        super().__init__(student, teacher, num_classes, **kwargs)
+        if loss not in ("symmetric_kl", "jensen_shannon"):
+            raise ValueError(f"loss must be 'symmetric_kl' or 'jensen_shannon', got {loss!r}: give one of them")
+        self.loss = loss
+
+    def distillation_loss(self, student_logits: Tensor, teacher_logits: Tensor, target: Tensor) -> Tensor:
+        function = symmetric_kl_loss if self.loss == "symmetric_kl" else jensen_shannon_loss
+        return function(student_logits, teacher_logits)
+
+    def training_step(self, batch: Any, batch_idx: int) -> Tensor:
+        batch = self.training_batch(batch)
+        logits, teacher_logits = at_least_float32(self(batch.image), self.teacher_logits(batch.image))
+        loss = self.distillation_loss(logits, teacher_logits, batch.target)
+        return self.step_loss({"kd": loss}, logits, batch.target, counted=batch.target >= 0)
