@@ -5,7 +5,6 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor
 
@@ -41,7 +40,6 @@ class AnnotatedDataModule(ClassificationDataModule):
     """
 
     train_annotations: Tensor | None
-    unlabelled_indices: np.ndarray
 
     def __init__(self, *, annotations: CrowdLabels | None = None, **kwargs: Any) -> None:
         super().__init__(**kwargs)
@@ -49,7 +47,7 @@ class AnnotatedDataModule(ClassificationDataModule):
             raise ValueError(
                 f"annotations are for one class a sample, the data has {self.problem.kind}: leave them out"
             )
-        for name in ("noise", "candidates", "meta_per_class"):
+        for name in ("noise", "candidates", "meta_per_class", "unlabelled"):
             if annotations is not None and getattr(self, name, None) is not None:
                 raise ValueError(
                     f"annotations and {name} exclude each other, got {annotations} and {getattr(self, name)}: leave "
@@ -57,7 +55,6 @@ class AnnotatedDataModule(ClassificationDataModule):
                 )
         self.annotations = annotations
         self.train_annotations = None
-        self.unlabelled_indices = np.arange(0)
         self._annotation_digest: str | None = None
 
     @property

@@ -103,6 +103,7 @@ class ArrayDataModule(MultiLabelDataModule):
         n_grid: see there.
         meta_per_class: so many training samples of each class are held out, with true labels, to learn candidates by.
         annotations: gives the training samples labels by several annotators, see ``AnnotatedDataModule``.
+        unlabelled: further samples without labels, or ``"rest"``, see ``ClassificationDataModule``.
 
     Raises:
         ValueError: for an argument out of its range, and for arrays that are damaged or do not fit together.
@@ -140,13 +141,12 @@ class ArrayDataModule(MultiLabelDataModule):
         n_grid: int = 2,
         meta_per_class: int | None = None,
         annotations: CrowdLabels | None = None,
+        unlabelled: str | None = None,
     ) -> None:
         check_numbers(above=0, below=1, remedy="give a share", test_fraction=test_fraction)
         check_numbers(least=0, whole=True, crop_padding=crop_padding)
         given = names_of(class_names)
-        self.path = path
-        self.target_path = target_path
-        self.test_fraction = test_fraction
+        self.path, self.target_path, self.test_fraction = path, target_path, test_fraction
         if kind is not None and kind not in _PROBLEMS:
             raise ValueError(f"kind must be one of {', '.join(_PROBLEMS)}, or None, got {kind!r}: give one of them")
         self.kind: str = kind or "single_label"
@@ -204,10 +204,9 @@ class ArrayDataModule(MultiLabelDataModule):
             normalize=normalize,
             n_grid=n_grid,
             meta_per_class=meta_per_class,
+            unlabelled=unlabelled,
         )
-        self.augment = augment
-        self.crop_padding = crop_padding
-        self.flip = flip
+        self.augment, self.crop_padding, self.flip = augment, crop_padding, flip
 
     def load_arrays(self) -> Arrays:
         if self._arrays is None:  # so far there was only something to predict

@@ -72,6 +72,7 @@ class CIFAR10DataModule(OfficialDataModule):
         meta_per_class: so many training samples of each class are held out with their true labels, for methods that
             learn from candidates.
         annotations: gives the training samples labels by several annotators, see ``AnnotatedDataModule``.
+        unlabelled: further samples without labels, or ``"rest"``, see ``ClassificationDataModule``.
 
     Raises:
         ValueError: for an argument out of its range, and for a damaged file or a wrong checksum.
@@ -101,6 +102,7 @@ class CIFAR10DataModule(OfficialDataModule):
         candidates: CandidateSets | None = None,
         meta_per_class: int | None = None,
         annotations: CrowdLabels | None = None,
+        unlabelled: str | None = None,
     ) -> None:
         super().__init__(
             root,
@@ -124,6 +126,7 @@ class CIFAR10DataModule(OfficialDataModule):
             balance=balance,
             candidates=candidates,
             meta_per_class=meta_per_class,
+            unlabelled=unlabelled,
         )
 
     def open_official(self, root: str, train: bool, download: bool) -> dict[str, np.ndarray]:
@@ -164,6 +167,7 @@ class CIFAR100DataModule(OfficialDataModule):
         meta_per_class: so many training samples of each class are held out with their true labels, for methods that
             learn from candidates.
         annotations: gives the training samples labels by several annotators, see ``AnnotatedDataModule``.
+        unlabelled: further samples without labels, or ``"rest"``, see ``ClassificationDataModule``.
 
     Raises:
         ValueError: for an argument out of its range, and for a damaged file or a wrong checksum.
@@ -194,6 +198,7 @@ class CIFAR100DataModule(OfficialDataModule):
         candidates: CandidateSets | None = None,
         meta_per_class: int | None = None,
         annotations: CrowdLabels | None = None,
+        unlabelled: str | None = None,
     ) -> None:
         if labels not in ("fine", "coarse"):
             raise ValueError(f"labels must be 'fine' or 'coarse', got {labels!r}: give one of them")
@@ -219,6 +224,7 @@ class CIFAR100DataModule(OfficialDataModule):
             balance=balance,
             candidates=candidates,
             meta_per_class=meta_per_class,
+            unlabelled=unlabelled,
         )
         self.labels = labels
         self.target_key = "target" if labels == "fine" else "coarse"

@@ -15,10 +15,12 @@ from lightning_kd.core.run_callbacks import run_folder_of
 from lightning_kd.core.run_folder import RunFolder
 from lightning_kd.core.seeding import numpy_generator
 from lightning_kd.data.candidate_sets import CandidateSets
+from lightning_kd.data.fake_data import fake_unlabelled
 from lightning_kd.data.label_noise import CleanLabels, DrawnLabels, LabelNoise
 from lightning_kd.data.labelled_data import LabelledDataModule
 from lightning_kd.data.noise_record import check_no_noise, digest, load_or_draw_labels
-from lightning_kd.data.splits import take_per_class
+from lightning_kd.data.splits import take_per_class, without
+from lightning_kd.data.unlabelled_samples import further_samples
 
 __all__ = ["ClassificationDataModule"]
 
@@ -36,6 +38,10 @@ class ClassificationDataModule(LabelledDataModule):
     ascending, else empty) are samples that are held out of ``train_indices``, whose ``train_target`` a method may use:
     ``loader("train", data.meta_indices)``.
 
+    With ``unlabelled``, there are training samples without a label, at the positions ``unlabelled_indices`` (int64,
+    ascending, else empty) of the full training array: their ``train_target`` is -1. ``train_indices``, validation and
+    test stay the labelled ones, so that a method that does not ask for the others trains as without.
+
     What was drawn depends on no split. Under a Trainer with a run folder it is kept there in ``noise.npz``, and taken
     from it where a run is resumed or evaluated. Checkpoints hold its sha256, and a fit does not go on from one that was
     trained on other labels. A fit prints how many are wrong, or how many candidates there are.
@@ -44,16 +50,22 @@ class ClassificationDataModule(LabelledDataModule):
         noise: gives the training samples wrong labels; ``None`` keeps the data set's own.
         candidates: gives each training sample several labels, of which one is true.
         meta_per_class: so many training samples of each class are held out (of a class with no more, all but one).
+        unlabelled: a folder, an image or a list (``files_to_predict``) where samples are image files, an ``.npy`` or
+            ``.npz`` with ``image`` or ``feature`` where they are in memory. They come behind the labelled ones, without
+            those that training, validation or test has already. ``"rest"``: the training samples that
+            ``train_fraction`` or ``train_per_class`` leaves out, with their labels hidden.
         kwargs: see ``LabelledDataModule``.
 
     Raises:
         ValueError: for these where samples have more than one class, for noise with one of the others, and for
-            candidates with ``balance``.
+            candidates with ``balance``, and for
+            unlabelled samples with anything else that changes labels or their shares.
     """
 
     train_clean: Tensor | None
     train_candidates: Tensor | None
     meta_indices: np.ndarray
+    unlabelled_indices: np.ndarray
 
     def __init__(
         self,
@@ -61,11 +73,12 @@ class ClassificationDataModule(LabelledDataModule):
         noise: LabelNoise | None = None,
         candidates: CandidateSets | None = None,
         meta_per_class: int | None = None,
+        unlabelled: str | None = None,
         **kwargs: Any,
     ) -> None:
         super().__init__(**kwargs)
         check_numbers(least=1, whole=True, optional=True, meta_per_class=meta_per_class)
-        given = {"noise": noise, "candidates": candidates, "meta_per_class": meta_per_class}
+        given = {"noise": noise, "candidates": candidates, "meta_per_class": meta_per_class, "unlabelled": unlabelled}
         for name, value in given.items():
             if value is not None and not self.problem.one_class:
                 raise ValueError(f"{name} is for one class a sample, the data has {self.problem.kind}: leave it out")
@@ -75,11 +88,16 @@ class ClassificationDataModule(LabelledDataModule):
             raise ValueError(
                 f"balance counts the classes of labels that nobody knows with candidates={candidates}: leave it out"
             )
+        others = {"candidates": candidates, "meta_per_class": meta_per_class, "balance": self.balance or None}
+        for name, value in others.items() if unlabelled is not None else ():
+            if value is not None:
+                raise ValueError(f"unlabelled and {name} exclude each other, got {unlabelled!r} and {value}: leave one")
         self.noise = noise
         self.candidates = candidates
         self.meta_per_class = meta_per_class
         self.train_clean = self.train_candidates = None
-        self.meta_indices = np.arange(0)
+        self.meta_indices = self.unlabelled_indices = np.arange(0)
+        self.unlabelled = unlabelled
         self._noise_folder: Path | None = None
         self._labels_digest: str | None = None
 
@@ -102,7 +120,34 @@ class ClassificationDataModule(LabelledDataModule):
         self._ready = False  # until all of it has worked
         if self.meta_per_class is not None:
             self._hold_out(self.meta_per_class)
+        if self.unlabelled is not None:
+            self._add_unlabelled(self.unlabelled)
         self._ready = True
+
+    def _add_unlabelled(self, given: str) -> None:
+        """Put the samples without labels behind the others, or hide the labels of those that are left out."""
+        image, count = self.train_image, len(self.train_target)
+        val_is_own = self._val_source == "val"
+        if given == "rest":
+            used = self.train_indices if val_is_own else np.union1d(self.train_indices, self.val_indices)
+            self.unlabelled_indices = without(count, used)
+            if not len(self.unlabelled_indices) and not self.fake:
+                raise ValueError(
+                    "unlabelled='rest' finds no training sample that is left out: give train_per_class or "
+                    "train_fraction, or further samples"
+                )
+            self.train_target = self.train_target.clone()  # the arrays may be another's, too
+            self.train_target[self.unlabelled_indices] = -1
+            return
+        if self.fake:
+            added = fake_unlabelled(self.input_shape, self.num_classes)
+        else:
+            source = self.val_image if val_is_own else image
+            val = [source[i] for i in self.val_indices] if isinstance(source, list) else source[self.val_indices]
+            added = further_samples(given, image, [val, self.test_image])
+        self.train_image = [*image, *added] if isinstance(image, list) else torch.cat([image, added])
+        self.train_target = torch.cat([self.train_target, torch.full((len(added),), -1)])
+        self.unlabelled_indices = np.arange(count, count + len(added))
 
     def _hold_out(self, per_class: int) -> None:
         """Take the meta set out of the training samples."""
@@ -154,6 +199,9 @@ class ClassificationDataModule(LabelledDataModule):
                     f"{type(task).__name__} is no method for candidates: unless it looks for batch.extras['candidates']"
                     " itself, it learns the true labels"
                 )
+        if self.unlabelled is not None:
+            labelled = f"{len(self.train_indices)} labelled ones"
+            note(f"unlabelled: {len(self.unlabelled_indices)} training samples beside the {labelled}")
         if self.meta_per_class is not None:
             found = np.bincount(self.train_target.numpy()[self.meta_indices], minlength=self.num_classes)
             counts = dict(zip(self.class_names, found.tolist(), strict=True))

@@ -50,6 +50,8 @@ class DerivedDataModule(L.LightningDataModule, ABC):
                 f"the source of a pool takes no predict, got {source.predict!r}: the prediction set is the pool; for "
                 "other samples there are lightning-kd predict --data.predict and lightning_kd.load(RUN).predict"
             )
+        if source.unlabelled is not None:
+            raise ValueError(f"the source of a pool takes no unlabelled, got {source.unlabelled!r}: give it as pool")
         annotations = getattr(source, "annotations", None)
         if annotations is not None:
             raise ValueError(f"the source of a pool takes no annotations, got {annotations}: leave them out")

@@ -41,6 +41,7 @@ class DigitsDataModule(AnnotatedDataModule):
         meta_per_class: so many training samples of each class are held out with their true labels, for methods that
             learn from candidates.
         annotations: gives the training samples labels by several annotators, see ``AnnotatedDataModule``.
+        unlabelled: further samples without labels, or ``"rest"``, see ``ClassificationDataModule``.
 
     Raises:
         ValueError: for an argument out of its range.
@@ -64,6 +65,7 @@ class DigitsDataModule(AnnotatedDataModule):
         candidates: CandidateSets | None = None,
         meta_per_class: int | None = None,
         annotations: CrowdLabels | None = None,
+        unlabelled: str | None = None,
     ) -> None:
         super().__init__(
             class_names=[str(digit) for digit in range(10)],
@@ -84,6 +86,7 @@ class DigitsDataModule(AnnotatedDataModule):
             balance=balance,
             candidates=candidates,
             meta_per_class=meta_per_class,
+            unlabelled=unlabelled,
         )
         self.augment = augment
 

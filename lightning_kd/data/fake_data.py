@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import numpy as np
 import torch
 from torch import Tensor
@@ -9,7 +11,7 @@ from torch import Tensor
 from lightning_kd.core.seeding import numpy_generator
 from lightning_kd.data.array_files import Arrays
 
-__all__ = ["fake_arrays", "fake_label_arrays", "fake_mask_arrays"]
+__all__ = ["fake_arrays", "fake_label_arrays", "fake_mask_arrays", "fake_unlabelled"]
 
 
 def fake_arrays(shape: tuple[int, ...], num_classes: int) -> Arrays:
@@ -24,6 +26,20 @@ def fake_arrays(shape: tuple[int, ...], num_classes: int) -> Arrays:
     Returns:
         at least 256 training samples and half as many test samples, 4 and 2 or more a class; always the same ones.
     """
+    samples = _fake_samples(shape, num_classes)
+    count = max(256, 4 * num_classes)
+    return Arrays(*samples(count), *samples(count // 2))
+
+
+def fake_unlabelled(shape: tuple[int, ...], num_classes: int) -> Tensor:
+    """As many further samples as ``fake_arrays`` has for training, of the same classes."""
+    samples = _fake_samples(shape, num_classes)
+    count = max(256, 4 * num_classes)
+    return [samples(size)[0] for size in (count, count // 2, count)][-1]  # those before are taken
+
+
+def _fake_samples(shape: tuple[int, ...], num_classes: int) -> Callable[[int], tuple[Tensor, Tensor]]:
+    """Gives so many samples and their classes, others each time."""
     generator = numpy_generator(0, "fake")
     pattern: np.ndarray
     if len(shape) == 1:
@@ -42,8 +58,7 @@ def fake_arrays(shape: tuple[int, ...], num_classes: int) -> Arrays:
             image = np.clip(pattern[target] + noise.astype(np.int16), 0, 255).astype(np.uint8)
         return torch.from_numpy(image), torch.from_numpy(target)
 
-    count = max(256, 4 * num_classes)
-    return Arrays(*samples(count), *samples(count // 2))
+    return samples
 
 
 def fake_label_arrays(shape: tuple[int, ...], num_classes: int) -> Arrays:

@@ -66,6 +66,7 @@ class FashionMNISTDataModule(OfficialDataModule):
         meta_per_class: so many training samples of each class are held out with their true labels, for methods that
             learn from candidates.
         annotations: gives the training samples labels by several annotators, see ``AnnotatedDataModule``.
+        unlabelled: further samples without labels, or ``"rest"``, see ``ClassificationDataModule``.
 
     Raises:
         ValueError: for an argument out of its range, and for a damaged file or a wrong checksum.
@@ -95,6 +96,7 @@ class FashionMNISTDataModule(OfficialDataModule):
         candidates: CandidateSets | None = None,
         meta_per_class: int | None = None,
         annotations: CrowdLabels | None = None,
+        unlabelled: str | None = None,
     ) -> None:
         super().__init__(
             root,
@@ -118,6 +120,7 @@ class FashionMNISTDataModule(OfficialDataModule):
             balance=balance,
             candidates=candidates,
             meta_per_class=meta_per_class,
+            unlabelled=unlabelled,
         )
 
     def open_official(self, root: str, train: bool, download: bool) -> dict[str, np.ndarray]:

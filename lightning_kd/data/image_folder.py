@@ -86,6 +86,7 @@ class ImageFolderDataModule(SplitFiles):
         meta_per_class: so many training samples of each class are held out with their true labels, for methods that
             learn from candidates.
         annotations: gives the training samples labels by several annotators, see ``AnnotatedDataModule``.
+        unlabelled: further samples without labels, or ``"rest"``, see ``ClassificationDataModule``.
 
     Raises:
         ValueError: for an argument out of its range, a root without class folders, and a class without an image.
@@ -126,6 +127,7 @@ class ImageFolderDataModule(SplitFiles):
         candidates: CandidateSets | None = None,
         meta_per_class: int | None = None,
         annotations: CrowdLabels | None = None,
+        unlabelled: str | None = None,
     ) -> None:
         check_numbers(least=1, whole=True, image_size=image_size)
         check_numbers(least=0, whole=True, num_workers=num_workers)
@@ -191,6 +193,7 @@ class ImageFolderDataModule(SplitFiles):
             balance=balance,
             candidates=candidates,
             meta_per_class=meta_per_class,
+            unlabelled=unlabelled,
         )
 
     def load_new(self) -> list[str]:

@@ -51,6 +51,8 @@ class SplitFiles(AnnotatedDataModule):
     def _check(self, splits: Sequence[str]) -> None:
         # without a Trainer somebody only looks around; but what is skipped must be so everywhere
         wanted = self.trainer is not None or self.on_error == "skip"
+        if "train" in splits and self.unlabelled is not None:
+            splits = [*splits, "unlabelled"]
         real = [split for split in splits if not self.fake or split == "predict"]
         splits = [split for split in real if wanted and split not in self._checked]
         files = [path for split in splits for path in self._files(split)]
@@ -80,7 +82,8 @@ class SplitFiles(AnnotatedDataModule):
         return [paths[i] for i in getattr(self, f"{split}_indices")]
 
     def _of(self, split: str, what: str) -> Any:
-        return getattr(self, f"{self._val_source if split == 'val' else split}_{what}")
+        source = {"val": self._val_source, "unlabelled": "train"}.get(split, split)
+        return getattr(self, f"{source}_{what}")
 
     def _load(self) -> None:
         super()._load()
