@@ -143,6 +143,17 @@ def test_students_of_paired_teachers_are_one_group(tmp_path: Path, file: str, re
     assert labels(*students) == ["student", "other", "file", "none"]
 
 
+def test_students_of_several_paired_teachers_are_one_group(tmp_path: Path) -> None:
+    students = []
+    for seed in (0, 1):
+        both = [make_run(tmp_path / f"{name}_seed{seed}", seed, depth=depth) for name, depth in (("a", 20), ("b", 40))]
+        weights = [str(teacher / "network.pt") for teacher in both]
+        students.append(make_run(tmp_path / f"student_seed{seed}", seed, teacher_weights=weights))
+    students.append(make_run(tmp_path / "other_seed0", 0, teacher_weights=[weights[1], weights[0]]))
+    students.append(make_run(tmp_path / "one_seed0", 0, teacher_weights=["random", None]))
+    assert labels(*students) == ["student", "other", "one"]
+
+
 def test_teachers_of_teachers_and_circles_end(tmp_path: Path) -> None:
     for seed in (0, 1):
         make_run(tmp_path / f"a_seed{seed}", seed, teacher_weights=f"{tmp_path}/b_seed{seed}/network.pt")

@@ -328,7 +328,9 @@ def test_overlays_compose(overlay):
 def test_fit_test_resume(method, tmp_path):
     name = next(n for n in COMPLETE if method_of(n) == method and ("digits" in n or "_arrays" in n))
     extra = ["--model.teacher_weights", "random"] if name in DISTILLING else []
-    if "warmup_epochs" in content(name)["model"]["init_args"]:
+    given = content(name)["model"]["init_args"]
+    extra += ["--model.student_weights", "null"] if "student_weights" in given else []
+    if "warmup_epochs" in given:
         extra += ["--model.warmup_epochs", "1"]
     run = ["--run", "run", *extra]
     main(["fit", *arguments(name), *run])

@@ -46,8 +46,8 @@ def compare_runs(runs: Sequence[str | Path], metrics: Sequence[str] | None = Non
 
     Two runs belong together when their ``config.yaml`` are equal without ``seed_everything``, ``run``, ``overwrite``,
     ``ckpt_path``, ``trainer.default_root_dir``, ``trainer.logger`` and every ``seed`` and ``split_seed`` under
-    ``data``. A ``teacher_weights`` that lies in a run folder counts as that run's config without its seeds, so that
-    students with a teacher of their own seed are one group; any other path counts as it is written.
+    ``data``. A ``teacher_weights``, or one of a list, that lies in a run folder counts as that run's config without its
+    seeds, so that students with a teacher of their own seed are one group; any other path counts as it is written.
 
     Without ``metrics``: ``test/acc`` and ``val/acc``, those of them that a run has (or the same of ``map``, or
     ``miou``); else the first ``val/...``, else the first ``test/...``.

@@ -163,10 +163,14 @@ def _settings(config: dict[str, Any], path: Path, students: tuple[Path, ...]) ->
             continue
         if key.startswith("data.") and key.endswith((".seed", ".split_seed")):
             seeds.append(str(value))
+        elif key.endswith(".teacher_weights") and isinstance(value, str | list):
+            listed = isinstance(value, list)
+            for k, one in enumerate(value if listed else [value]):
+                found = _teacher(one, path, students) if isinstance(one, str) else {"": one}
+                own = f"{key}.{k}" if listed else key
+                kept |= {f"{own}.{name}" if name else own: v for name, v in found.items()}
         elif not isinstance(value, str):
             kept[key] = value
-        elif key.endswith(".teacher_weights"):
-            kept |= {f"{key}.{name}" if name else key: v for name, v in _teacher(value, path, students).items()}
         else:  # a callback may write into the run's own folder
             kept[key] = value.removeprefix(f"{config.get('run')}/")
     return kept, seeds

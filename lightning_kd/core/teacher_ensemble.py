@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from lightning_kd.argument_checks import check_numbers
+from lightning_kd.core.losses import at_least_float32
 from lightning_kd.core.teacher import FrozenTeacher, checked_size
 
 __all__ = ["TeacherEnsemble", "teacher_settings"]
@@ -37,8 +38,8 @@ class TeacherEnsemble(nn.Module):
         return [teacher(image) for teacher in self.teachers]
 
     def forward(self, image: Tensor) -> Tensor:
-        """The logarithm of the mean probabilities, float32 ``[B, C]``: logits whose softmax is that mean."""
-        logs = torch.stack([logits.float().log_softmax(1) for logits in self.each(image)])
+        """The logarithm of the mean probabilities ``[B, C]``, at least float32: logits whose softmax is that mean."""
+        logs = torch.stack([logits.log_softmax(1) for logits in at_least_float32(*self.each(image))])
         return logs.logsumexp(0) - math.log(len(logs))
 
 

@@ -200,12 +200,15 @@ class MEALV2(LabelFreeDistillation):
 
     def training_step(self, batch: Any, batch_idx: int) -> Tensor:
         batch = self.mixed(self.training_batch(batch))
-        answers = [teacher(batch.image) for teacher in self.teachers]
-        logits, *answers = at_least_float32(self(batch.image), *answers)
-        terms = {"similarity": soft_cross_entropy(logits, mean_probabilities(answers))}
-        if self.discriminator is not None:
-            # of this value, and with the gradient reversed
+        if self.discriminator is None:
+            logits, answer = at_least_float32(self(batch.image), self.teacher_logits_for(batch))
+            terms = {"similarity": self.distillation_loss(logits, answer, batch.target)}
+        else:
+            logits, *answers = at_least_float32(self(batch.image), *(teacher(batch.image) for teacher in self.teachers))
+            # of the same value, and with the gradient reversed
             seen = 2 * logits.detach() - logits if self.mode == "adversarial" else logits
-            mean_logits = torch.stack(answers).mean(0)
-            terms["discriminator"] = discriminator_loss(self.discriminator, seen, mean_logits)
+            terms = {
+                "similarity": soft_cross_entropy(logits, mean_probabilities(answers)),
+                "discriminator": discriminator_loss(self.discriminator, seen, torch.stack(answers).mean(0)),
+            }
         return self.step_loss(terms, logits, batch.target, counted=batch.target >= 0)

@@ -10,6 +10,7 @@ from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
 from lightning_kd import KD, MEALV2, DigitsDataModule
+from lightning_kd.cli import get_cli
 from lightning_kd.core.teacher import FrozenTeacher
 from lightning_kd.distillation.meal_v2 import Discriminator, discriminator_loss, mean_probabilities
 
@@ -63,9 +64,9 @@ def test_discriminator_by_worked_numbers(final_relu, expected):
     student, teacher = torch.tensor([[1.0, -1.0]]), torch.tensor([[0.0, 2.0]])
     # outputs (1, 0) or (1, -1) for the target (1, 0), and (0, 1) for (0, 1)
     net = by_hand(final_relu)
-    assert float(discriminator_loss(net, student, teacher)) == pytest.approx(expected, abs=1e-6)
+    assert float(discriminator_loss(net, student, teacher).detach()) == pytest.approx(expected, abs=1e-6)
     with torch.autocast("cpu", dtype=torch.bfloat16):
-        assert float(discriminator_loss(net, student.bfloat16(), teacher)) == pytest.approx(expected, abs=1e-6)
+        assert float(discriminator_loss(net, student.bfloat16(), teacher).detach()) == pytest.approx(expected, abs=1e-6)
 
 
 def test_discriminator_of_the_official_size():
@@ -203,6 +204,23 @@ def test_the_ensemble_is_judged_and_stays_out(tmp_path):
     again = MEALV2.load_from_checkpoint(tmp_path / "x.ckpt")
     assert len(again.teachers) == 2
     assert list(task.exports()) == ["student"]
+
+
+def test_from_the_command_line():
+    base = ["--config", "distillation/meal_v2_digits", "--data.fake", "true", "--model.student_weights", "null"]
+    given = ["--model.teacher_size", "[16, null]", "--model.teacher_mean", "[[0.25], null]"]
+    given += ["--model.teacher_std", "[[2.0], null]", "--model.discriminator_hidden", "[16, 8]"]
+    cli = get_cli(
+        [*base, "--model.teacher_weights", "[random, random]", "--model.discriminator", "adversarial", *given]
+    )
+    first, second = cli.model.teachers
+    assert (first.size, first.mean, second.size, second.mean) == ((16, 16), [0.25], None, None)
+    assert cli.model.discriminator.fc2.in_features == 16
+    one = get_cli([*base, "--model.teacher", "cnn", "--model.teacher_weights", "random"]).model
+    assert len(one.teachers) == 1
+    for option in ("--model.ce_weight", "--model.kd_weight"):  # there is nothing that they would weigh
+        with pytest.raises(SystemExit):
+            get_cli([*base, "--model.teacher_weights", "random", option, "0.5"])
 
 
 def test_what_is_refused(tmp_path):
