@@ -62,7 +62,7 @@ def teach(
         ValueError: unless this is a distillation by logits on data whose views can be counted.
     """
     weights = model.teacher_arguments["weights"] if isinstance(model, Distillation) else None
-    if weights in (None, "default", "random"):
+    if weights in (None, "default", "random") or isinstance(weights, list):  # of several teachers
         beside = Path(trainer.default_root_dir) / "teacher.store"
     else:
         beside = Path(weights).with_suffix(".store")

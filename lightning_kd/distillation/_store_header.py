@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Mapping
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +23,7 @@ __all__ = [
     "read_header",
     "read_marks",
     "teacher_argument",
+    "weights_digests",
 ]
 
 FORMAT = 1
@@ -135,19 +137,31 @@ def file_digest(path: str | Path) -> str:
     return found.hexdigest()
 
 
+def weights_digests(weights: Any) -> Any:
+    """The sha256 of a teacher's file of weights, or of each of a list; what names no file stays as it is.
+
+    Raises:
+        OSError: where a file cannot be read.
+    """
+    if isinstance(weights, list | tuple):
+        return [weights_digests(one) for one in weights]
+    return weights if weights in (None, "default", "random") else file_digest(weights)
+
+
 def teacher_argument(teacher: Mapping[str, Any]) -> dict[str, Any]:
     """What of a distillation's arguments about its teacher can be compared, as ``FILE.json`` has it.
 
     Args:
-        teacher: ``name``, ``weights``, ``mean``, ``std`` and ``size``. What is ``None``, and a file that is missing,
-            is left out.
+        teacher: ``name``, ``weights``, ``mean``, ``std`` and ``size``, of several teachers a list of each. What is
+            ``None``, and weights of which a file is missing, are left out.
     """
     given = {key: value for key, value in teacher.items() if value is not None and key != "weights"}
     weights = teacher.get("weights")
     if weights in ("default", "random"):
         given["weights"] = weights
-    elif weights is not None and Path(weights).expanduser().is_file():
-        given["weights_sha256"] = file_digest(weights)
+    elif weights is not None:
+        with suppress(OSError):
+            given["weights_sha256"] = weights_digests(weights)
     return dict(json.loads(json.dumps(given)))
 
 

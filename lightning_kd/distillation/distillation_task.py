@@ -6,6 +6,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from typing import Any, NoReturn
 
+import numpy as np
 import torch
 from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor, nn
@@ -196,15 +197,20 @@ class Distillation(FineTunedTask, ABC):
             f"teacher_store={self.teacher_store!r}: leave it out"
         )
 
+    def training_indices(self, data: Any) -> np.ndarray | None:
+        """The training samples that an epoch goes over, by their positions in the full array of ``data``."""
+        return getattr(data, "train_indices", None)
+
     def setup(self, stage: str) -> None:
         super().setup(stage)
+        data: Any
         if self.teacher_store is not None:
             if stage == "fit":
-                self._store = TeacherStore(self.teacher_store)
-                self._store.check(getattr(self.trainer, "datamodule", None), self.teacher_arguments)
+                self._store, data = TeacherStore(self.teacher_store), getattr(self.trainer, "datamodule", None)
+                self._store.check(data, self.teacher_arguments, self.training_indices(data))
                 self._store.to(self.trainer.strategy.root_device)
             return
-        data: Any = getattr(self.trainer, "datamodule", None)
+        data = getattr(self.trainer, "datamodule", None)
         for teacher in self.teachers:
             if stage in ("fit", "validate"):  # else it is not asked
                 teacher.check_classes(data)

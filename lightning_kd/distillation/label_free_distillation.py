@@ -44,14 +44,15 @@ class LabelFreeDistillation(Distillation, ABC):
             for name in ("ce_weight", "kd_weight"):
                 stored.pop(name, None)  # type: ignore[union-attr]
 
+    def training_indices(self, data: Any) -> np.ndarray | None:
+        labelled, unlabelled = super().training_indices(data), getattr(data, "unlabelled_indices", ())
+        return labelled if labelled is None or not len(unlabelled) else np.union1d(labelled, unlabelled)
+
     def train_loader(self, data: Any) -> Any:
         data.setup()
-        unlabelled = getattr(data, "unlabelled_indices", ())
-        if not len(unlabelled):
-            return super().train_loader(data)
         overfit = self.trainer.overfit_batches > 0  # type: ignore[attr-defined]
-        both = np.union1d(data.train_indices, unlabelled)
-        return data.loader("train", both, shuffle=not overfit, augment=True, batch_size=data.batch_size)
+        options = {"batch_size": data.batch_size, **self.view_options()}
+        return data.loader("train", self.training_indices(data), shuffle=not overfit, augment=True, **options)
 
     def training_target(self, batch: Any) -> Tensor | None:
         target = super().training_target(batch)

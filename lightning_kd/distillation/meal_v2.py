@@ -153,6 +153,8 @@ class MEALV2(LabelFreeDistillation):
         cutmix_alpha: float = 1.0,
         **kwargs: Any,
     ) -> None:
+        # each teacher's own logits, or those of images that are mixed here, are in no store
+        self.looks_into_teacher = discriminator != "none" or bool(cutmix)
         super().__init__(student, teacher, num_classes, input_shape=input_shape, **kwargs)
         if discriminator not in ("none", "cooperative", "adversarial"):
             raise ValueError(

@@ -84,13 +84,14 @@ class TeacherStore:
         """What the teacher reached on the validation set, by the name of the metric; empty where there was none."""
         return dict(self.header["reached"])
 
-    def check(self, data: Any, teacher: Mapping[str, Any]) -> None:
+    def check(self, data: Any, teacher: Mapping[str, Any], indices: np.ndarray | None = None) -> None:
         """Refuse a store that was made of something else.
 
         Args:
             data: the data module that training is fed by, set up.
             teacher: ``name``, ``weights``, ``mean``, ``std`` and ``size`` as a distillation is given them; what is
                 ``None`` there, a file that is missing, and a network that has no name are not looked at.
+            indices: the samples that training will ask for. Default: the training samples of ``data``.
 
         Raises:
             ValueError: naming the first thing that differs, and where samples are missing.
@@ -106,10 +107,9 @@ class TeacherStore:
         given = teacher_argument(teacher)
         stored["teacher"] = {key: self.header["teacher"][key] for key in given}
         what = first_difference(stored, {**here, "teacher": given})
-        if what is None and (lacking := np.setdiff1d(data.train_indices, self.layout.samples)).size:
-            what = (
-                f"it lacks {lacking.size} of the {len(data.train_indices)} training samples (another split or subset)"
-            )
+        wanted = data.train_indices if indices is None else indices
+        if what is None and (lacking := np.setdiff1d(wanted, self.layout.samples)).size:
+            what = f"it lacks {lacking.size} of the {len(wanted)} training samples (another split or subset)"
         if what is not None:
             raise ValueError(
                 f"teacher_store {str(self.path)!r} does not fit, {what}: train with what it was made of, or run "

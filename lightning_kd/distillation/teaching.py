@@ -15,7 +15,7 @@ from lightning_kd.argument_checks import check_numbers
 from lightning_kd.core.random_draws import count_draws
 from lightning_kd.core.teacher import FrozenTeacher
 from lightning_kd.core.view_keys import ViewKeys
-from lightning_kd.distillation._store_header import FORMAT, file_digest, ranges_of
+from lightning_kd.distillation._store_header import FORMAT, ranges_of, weights_digests
 from lightning_kd.distillation.distillation_task import Distillation
 from lightning_kd.distillation.soft_labels import kept_classes
 from lightning_kd.distillation.store_filling import begin_store, fill_store, weights_digest
@@ -58,8 +58,8 @@ def teach_store(
         dtype: of what is stored.
         compress: a kind of soft label (see ``soft_labels.compress``) instead of the logits.
         temperature: of the softmax before ``compress``.
-        samples: ``"used"``: the training samples that ``data`` has now; ``"all"``: the full training array, so that
-            another split or subset will do.
+        samples: ``"used"``: the training samples that ``task`` takes of ``data`` now; ``"all"``: the full training
+            array, so that another split or subset will do.
         seed: of the views that are drawn.
         batch_size: views that the teacher sees at once.
         restart: throw away what is in the file.
@@ -98,7 +98,7 @@ def teach_store(
         raise ValueError(f"views must be 'all', 'plain' or a number above 0, got {views!r}: give one of them")
     keys = ViewKeys(int(views), seed) if views.isdecimal() else ViewKeys()
     loader = data.loader("train", augment=views != "plain", view_keys=keys)
-    indices = data.train_indices if samples == "used" else np.arange(len(data.train_target))
+    indices = task.training_indices(data) if samples == "used" else np.arange(len(data.train_target))
     header = {
         "format": FORMAT,
         "answers": compress or "logits",
@@ -137,10 +137,10 @@ def _teacher(task: Distillation) -> dict[str, Any]:
     asked = task.teacher_arguments
     weights = asked["weights"]
     teachers = [module for module in task.modules() if isinstance(module, FrozenTeacher)]
-    of_file = weights is not None and weights not in ("default", "random")
+    of_file = weights not in (None, "default", "random")
     return {
         **asked,
-        "weights_sha256": file_digest(weights) if of_file else None,
+        "weights_sha256": weights_digests(weights) if of_file else None,
         "draws": None if task.teacher_draws is None else count_draws(*task.teacher_draws),
         "networks_sha256": [weights_digest(teacher.network) for teacher in teachers],
     }

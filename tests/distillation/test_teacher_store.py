@@ -17,7 +17,18 @@ from lightning_kd.core.run_callbacks import run_callbacks
 from lightning_kd.core.run_folder import RunFolder
 from lightning_kd.core.view_keys import ViewKeys
 from lightning_kd.data import DigitsDataModule
-from lightning_kd.distillation import DHKD, DKD, KD, L2D, Distillation, TeacherStore, store_filling, teach_store
+from lightning_kd.distillation import (
+    DHKD,
+    DKD,
+    KD,
+    L2D,
+    MEALV2,
+    SSLD,
+    Distillation,
+    TeacherStore,
+    store_filling,
+    teach_store,
+)
 from lightning_kd.distillation.distillation_task import FrozenTeacher
 from tests.forked import run_forked
 
@@ -456,3 +467,43 @@ def test_an_average_of_the_network_shares_the_file(store):
     lacking = np.setdiff1d(np.arange(found.header["data"]["count"]), found.layout.samples)[:1]
     with pytest.raises(ValueError, match="has no answers for sample"):
         found.logits(torch.from_numpy(lacking), torch.tensor([0]))
+
+
+def without_labels(cls, weights, **options):
+    """A method that learns no label, of two teachers, on labelled and unlabelled samples."""
+    torch.manual_seed(3)
+    two = {"teacher": ["cnn", "cnn_tiny"], "teacher_weights": [weights, "random"], "teacher_size": [16, None]}
+    return cls("cnn_tiny", num_classes=10, input_shape=SHAPE, **two, **options)
+
+
+@pytest.mark.parametrize("cls", [SSLD, MEALV2])
+def test_several_teachers_and_samples_without_labels(cls, tmp_path, weights):
+    def data(**options):
+        return digits(train_per_class=4, unlabelled="rest", **options)
+
+    _, expected, _ = fitted(without_labels(cls, weights), data(), max_epochs=1)
+    model = without_labels(cls, weights)
+    trainer().validate(model, data(), verbose=False)
+    header = teach_store(model, model.trainer.datamodule, tmp_path / "two.store", dtype="float32")
+    assert header["teacher"]["name"] == ["cnn", "cnn_tiny"]
+    assert sum(stop - start for start, stop in header["samples"]) == 230
+    store = {"teacher_store": str(tmp_path / "two.store")}
+    _, found, _ = fitted(without_labels(cls, weights, **store), data(), max_epochs=1)
+    assert found[0]["train/loss"] == pytest.approx(expected[0]["train/loss"], rel=1e-5)
+    other = str(tmp_path / "other.pt")
+    torch.save(Classification("cnn", 10, input_shape=SHAPE).network.state_dict(), other)
+    with pytest.raises(ValueError, match="does not fit, the weights are others"):
+        fitted(without_labels(cls, other, **store), data(), max_epochs=1)
+    with pytest.raises(ValueError, match="does not fit, it lacks 1 of the 231 training samples"):
+        fitted(without_labels(cls, weights, **store), with_one_more(data()), max_epochs=1)
+    if cls is MEALV2:
+        for option in ({"cutmix": 0.5}, {"discriminator": "cooperative"}):
+            with pytest.raises(ValueError, match="MEALV2 looks into the teacher"):
+                without_labels(cls, weights, **option, **store)
+
+
+def with_one_more(data):
+    """Of the samples that were held out for validation, one is in the training."""
+    data.setup()
+    data.unlabelled_indices = np.sort(np.append(data.unlabelled_indices, data.val_indices[0]))
+    return data
