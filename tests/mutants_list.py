@@ -27,6 +27,8 @@ class Mutant(NamedTuple):
 
 KD = ("tests/distillation",)
 FEATURES = ("tests/distillation/test_feature_losses.py", "tests/distillation/test_feature_methods.py")
+SSLD, MEAL = ("tests/distillation/test_ssld.py",), ("tests/distillation/test_meal_v2.py",)
+UNLABELLED = ("tests/data/test_unlabelled.py",)
 NOISY = "tests/noisy_labels"
 POOL = "tests/active_learning"
 FLAT = "tests/flatness"
@@ -56,6 +58,76 @@ MUTANTS = [
         "min((self.current_epoch + 1) / max",
         "min((self.current_epoch) / max",
         KD,
+    ),
+    Mutant(
+        "SSLD's loss of one side",
+        "distillation/ssld.py",
+        "(_divergence(log_teacher, log_student) + _divergence(log_student, log_teacher)).mean() / 2",
+        "_divergence(log_teacher, log_student).mean()",
+        SSLD,
+    ),
+    Mutant(
+        "Jensen-Shannon to a mean that is none",
+        "distillation/ssld.py",
+        "torch.logaddexp(log_student, log_teacher) - math.log(2)",
+        "torch.logaddexp(log_student, log_teacher)",
+        SSLD,
+    ),
+    Mutant(
+        "SSLD's epochs without unlabelled samples",
+        "distillation/label_free_distillation.py",
+        "np.union1d(labelled, unlabelled) if",
+        "labelled if",
+        UNLABELLED,
+    ),
+    Mutant(
+        "unlabelled copies of held-out samples are trained on",
+        "data/unlabelled_samples.py",
+        "for samples in (train, *held_out) for row",
+        "for samples in (train,) for row",
+        UNLABELLED,
+    ),
+    Mutant(
+        "labels of the rest are not hidden",
+        "data/classification_data.py",
+        "            self.train_target[self.unlabelled_indices] = -1\n",
+        "",
+        UNLABELLED,
+    ),
+    Mutant(
+        "MEAL V2 takes the mean of the logits",
+        "distillation/meal_v2.py",
+        "torch.stack([one.softmax(1) for one in at_least_float32(*logits)]).mean(0)",
+        "torch.stack([*at_least_float32(*logits)]).mean(0).softmax(1)",
+        MEAL,
+    ),
+    Mutant(
+        "MEAL V2's adversary helps",
+        "distillation/meal_v2.py",
+        "2 * logits.detach() - logits if",
+        "logits if",
+        MEAL,
+    ),
+    Mutant(
+        "MEAL V2's discriminator takes the student for the teachers",
+        "distillation/meal_v2.py",
+        "torch.cat([is_student, ~is_student], 1)",
+        "torch.cat([~is_student, is_student], 1)",
+        MEAL,
+    ),
+    Mutant(
+        "all teachers have the settings of the first",
+        "core/teacher_ensemble.py",
+        "value if for_all else value[k]",
+        "value if for_all else value[0]",
+        ("tests/core/test_teacher_ensemble.py", *MEAL),
+    ),
+    Mutant(
+        "CutMix without another image",
+        "core/mixing.py",
+        "image[partner][:, :, rows, columns]",
+        "image[:, :, rows, columns]",
+        ("tests/core/test_mixing.py",),
     ),
     Mutant(
         "BinaryKL without the other half",

@@ -27,7 +27,7 @@ class TeacherEnsemble(nn.Module):
 
     def __init__(self, teachers: Sequence[FrozenTeacher]) -> None:
         super().__init__()
-        self.teachers = nn.ModuleList(teachers)
+        self.teachers: Any = nn.ModuleList(teachers)
         self.eval()
 
     def train(self, mode: bool = True) -> TeacherEnsemble:

@@ -197,9 +197,9 @@ class Distillation(FineTunedTask, ABC):
             f"teacher_store={self.teacher_store!r}: leave it out"
         )
 
-    def training_indices(self, data: Any) -> np.ndarray | None:
-        """The training samples that an epoch goes over, by their positions in the full array of ``data``."""
-        return getattr(data, "train_indices", None)
+    def training_indices(self, data: Any) -> np.ndarray:
+        """The training samples that an epoch goes over, int64, by their positions in the full array of ``data``."""
+        return getattr(data, "train_indices", np.arange(0))
 
     def setup(self, stage: str) -> None:
         super().setup(stage)

@@ -44,9 +44,9 @@ class LabelFreeDistillation(Distillation, ABC):
             for name in ("ce_weight", "kd_weight"):
                 stored.pop(name, None)  # type: ignore[union-attr]
 
-    def training_indices(self, data: Any) -> np.ndarray | None:
+    def training_indices(self, data: Any) -> np.ndarray:
         labelled, unlabelled = super().training_indices(data), getattr(data, "unlabelled_indices", ())
-        return labelled if labelled is None or not len(unlabelled) else np.union1d(labelled, unlabelled)
+        return np.union1d(labelled, unlabelled) if len(unlabelled) else labelled
 
     def train_loader(self, data: Any) -> Any:
         data.setup()
