@@ -143,11 +143,15 @@ class Task(EvaluatedModule):
     def write_results(self, folder: Path) -> None:
         """Called on every process at the end of training, to leave further files in ``folder``; by default none."""
 
+    @property
+    def run_seed(self) -> int:
+        """The seed of this run's random streams, the same on all processes."""
+        seeds = [c.seed for c in self.trainer.callbacks if isinstance(c, EpochSeeding)]  # type: ignore[attr-defined]
+        return seeds[0] if seeds and seeds[0] is not None else global_seed()
+
     def generator(self, stream: str, pass_: int = 0) -> np.random.Generator:
         """The random stream ``(seed, stream, current epoch, pass, rank)`` of this run."""
-        seeds = [c.seed for c in self.trainer.callbacks if isinstance(c, EpochSeeding)]  # type: ignore[attr-defined]
-        seed = seeds[0] if seeds and seeds[0] is not None else global_seed()
-        return numpy_generator(seed, stream, self.current_epoch, pass_, self.global_rank)
+        return numpy_generator(self.run_seed, stream, self.current_epoch, pass_, self.global_rank)
 
     def setup(self, stage: str) -> None:
         self.check_data(getattr(self.trainer, "datamodule", None), has_targets=stage != "predict")

@@ -1,0 +1,277 @@
+"""Contrastive representation distillation: an image's two embeddings against those of images of other classes.
+
+Yonglong Tian, Dilip Krishnan, Phillip Isola. Contrastive Representation Distillation. ICLR 2020, arXiv 1910.10699.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from lightning_kd.argument_checks import check_numbers
+from lightning_kd.core.batch import Batch, as_batch
+from lightning_kd.core.distributed import joint_batch, process_rank, summed
+from lightning_kd.core.feature_hooks import penultimate_tap
+from lightning_kd.core.losses import at_least_float32
+from lightning_kd.core.sample_memories import SampleMemories
+from lightning_kd.core.sample_memory import SampleMemory
+from lightning_kd.core.seeding import torch_generator
+from lightning_kd.core.two_pass_step import second_pass
+from lightning_kd.distillation._negative_images import NegativeImages
+from lightning_kd.distillation.distillation_task import Distillation
+
+__all__ = ["CRD", "ContrastBanks", "contrast_loss"]
+
+EPS = 1e-7
+
+
+def contrast_loss(score: Tensor, count: int) -> Tensor:
+    """Noise-contrastive estimation: which of the scores is that of the sample itself.
+
+    With ``P`` a score and ``m = K / count``: ``-log(P / (P + m))`` of the first and ``-log(m / (P + m))`` of the
+    others, summed, mean over the batch. As in the usual code, the sums below the fractions are raised by 1e-7.
+
+    Args:
+        score: ``[N, 1 + K]``, above 0, the sample's own first; half precision is computed in float32, float64 stays.
+        count: how many samples there are, which negatives are drawn from.
+
+    Returns:
+        Scalar.
+
+    Raises:
+        ValueError: for scores of another shape or without negatives, and a ``count`` below 1.
+
+    Source: arXiv 1910.10699, equations 17 and 18.
+    """
+    check_numbers(least=1, whole=True, count=count)
+    if score.ndim != 2 or score.shape[1] < 2:
+        raise ValueError(f"score must be [N, 1 + K] with K at least 1, got {list(score.shape)}: give negatives")
+    (score,) = at_least_float32(score)
+    noise = (score.shape[1] - 1) / count
+    own, others = score[:, 0], score[:, 1:]
+    total = (own / (own + (noise + EPS))).log().sum() + (noise / (others + (noise + EPS))).log().sum()
+    return -total / len(score)
+
+
+class ContrastBanks(nn.Module):
+    """The latest embedding of every training image, by the student and by the teacher, and what is learnt from them.
+
+    The student's embedding is scored against the teacher's bank, and the teacher's against the student's: a score is
+    ``exp(<row, embedding> / temperature) / z``, with ``z`` what the first batch had on the mean, times the number of
+    rows. After that, the rows of the batch move towards the embeddings.
+
+    Several processes: rows and ``z`` are those of the joint batch, on each of them.
+
+    Args:
+        dim: length of an embedding.
+        temperature: of the scores, above 0.
+        momentum: what stays of a row at each visit, at least 0 and below 1.
+
+    Attributes:
+        student: memory of the student's embeddings, float32 rows ``[n, dim]`` of length 1 once visited.
+        teacher: likewise of the teacher's.
+        z: ``[2]``, of the student's scores and of the teacher's; -1 before the first batch.
+    """
+
+    z: Tensor
+
+    def __init__(self, dim: int = 128, temperature: float = 0.07, momentum: float = 0.5) -> None:
+        super().__init__()
+        check_numbers(least=1, whole=True, dim=dim)
+        check_numbers(above=0, temperature=temperature)
+        check_numbers(least=0, below=1, momentum=momentum)
+        self.dim, self.temperature, self.momentum = dim, temperature, momentum
+        self.student, self.teacher = SampleMemory((dim,)), SampleMemory((dim,))
+        self.register_buffer("z", torch.full((2,), -1.0))
+        self._has_z = False  # known here, or a GPU would be asked in each step
+        self.register_load_state_dict_post_hook(lambda module, _: module._look_for_z())
+
+    def _look_for_z(self) -> None:
+        self._has_z = bool((self.z > 0).all())
+
+    def allocate(self, count: int, generator: torch.Generator) -> None:
+        """Begin with ``count`` rows, uniform in +-1 / sqrt(dim / 3), unless there are rows already.
+
+        Args:
+            count: of training images.
+            generator: on the CPU, equal on all processes.
+        """
+        width = 1 / math.sqrt(self.dim / 3)
+        for memory in (self.student, self.teacher):
+            if len(memory.rows) == 0:
+                memory.rows = torch.rand(count, self.dim, generator=generator) * (2 * width) - width
+            memory.allocate(count, self.z.device)
+
+    def forward(self, student: Tensor, teacher: Tensor, row: Tensor, negatives: Tensor) -> Tensor:
+        """The loss of both sides, a scalar; then the rows of the batch are moved.
+
+        Args:
+            student: embeddings ``[B, dim]`` of length 1; half precision is computed in float32, float64 stays.
+            teacher: likewise; the loss has a gradient by both.
+            row: int64 ``[B]``, the rows of these images.
+            negatives: int64 ``[B, K]``, rows of images of other classes.
+        """
+        with torch.autocast(student.device.type, enabled=False):
+            student, teacher = at_least_float32(student, teacher)
+            chosen = torch.cat([row[:, None], negatives], 1)
+            scores = self._scores(student, self.teacher, chosen), self._scores(teacher, self.student, chosen)
+            if not self._has_z:
+                self._set_z(*scores)
+            count = len(self.student.rows)
+            z = self.z.to(scores[0].dtype)
+            loss = contrast_loss(scores[0] / z[0], count) + contrast_loss(scores[1] / z[1], count)
+            if not second_pass():
+                self._move(row, student.detach(), teacher.detach())
+            return loss
+
+    def _scores(self, embedding: Tensor, bank: SampleMemory, chosen: Tensor) -> Tensor:
+        # all products, of which some are taken: 1 / 25 of the time of taking rows of 128 numbers for each sample; with
+        # a copy of the rows, as the gradient needs them as they are now
+        products = embedding @ bank.rows.to(embedding.dtype, copy=True).T
+        return (products.gather(1, chosen) / self.temperature).exp()
+
+    @torch.no_grad()
+    def _set_z(self, student: Tensor, teacher: Tensor) -> None:
+        sums = summed(torch.stack([student.sum(), teacher.sum(), student.new_tensor(student.numel())]))
+        self.z.copy_(sums[:2] / sums[2] * len(self.student.rows))
+        self._has_z = True
+
+    @torch.no_grad()
+    def _move(self, row: Tensor, student: Tensor, teacher: Tensor) -> None:
+        row, seen = joint_batch(row), joint_batch(torch.stack([student, teacher], 1))
+        for side, memory in enumerate((self.student, self.teacher)):
+            moved = self.momentum * memory.rows[row].to(seen.dtype) + (1 - self.momentum) * seen[:, side]
+            memory.rows[row] = F.normalize(moved).to(memory.rows.dtype)
+
+
+class CRD(SampleMemories, Distillation):
+    """Contrastive representation distillation (Tian et al., ICLR 2020, arXiv 1910.10699).
+
+    The pooled features of student and teacher go through a linear embedding each. An image's embeddings are to be
+    alike, and unlike those of ``negatives`` images of other classes, that were put down when these were last seen: see
+    ``ContrastBanks``. Positives are the image's own rows. Embeddings and banks serve the training alone.
+
+    Rows are those of the training samples in use, found by their index. The negatives of a step depend on the seed, the
+    epoch and the step alone. A plain ``DataLoader`` yields ``(image, target, index)``; the labels of all samples are
+    the ``targets`` of its data set, or the second tensor of a ``TensorDataset``.
+
+    Several processes: banks are those that one process would have with the joint batch, which also decides the
+    negatives; embeddings of all processes are exchanged in each step.
+
+    Args:
+        student: see ``Distillation``; it needs a linear classifier, whose input is the pooled feature.
+        teacher: likewise.
+        num_classes: see ``Task``.
+        dim: length of the embeddings.
+        negatives: images of other classes that each is compared with; drawn with replacement where there are fewer.
+        temperature: of the scores.
+        momentum: what stays of an image's rows at each visit.
+        classifier: module path of the student's classifier. Default: its last ``nn.Linear``.
+        teacher_classifier: likewise of the teacher's.
+        ce_weight: weight of the cross-entropy.
+        kd_weight: weight of the loss of the banks.
+        kwargs: the further arguments of ``Distillation`` and ``Task``.
+
+    Raises:
+        ValueError: in a fit, for data of one class, batches without index, and labels that cannot be found by index.
+    """
+
+    def __init__(
+        self,
+        student: str | nn.Module,
+        teacher: str | nn.Module,
+        num_classes: int,
+        *,
+        dim: int = 128,
+        negatives: int = 16384,
+        temperature: float = 0.07,
+        momentum: float = 0.5,
+        classifier: str | None = None,
+        teacher_classifier: str | None = None,
+        ce_weight: float = 1.0,
+        kd_weight: float = 0.8,
+        **kwargs: Any,
+    ) -> None:
+        super().__init__(student, teacher, num_classes, ce_weight=ce_weight, kd_weight=kd_weight, **kwargs)
+        check_numbers(least=1, whole=True, negatives=negatives)
+        self.negatives = negatives
+        self.banks = ContrastBanks(dim, temperature, momentum)
+        self.memories = {"student_bank": self.banks.student, "teacher_bank": self.banks.teacher}
+        self._student_feature, linear = penultimate_tap(self.student, classifier)
+        self.student_embedding = nn.Linear(linear.in_features, dim)
+        self._teacher_feature, linear = penultimate_tap(self.teacher.network, teacher_classifier)
+        self.teacher_embedding = nn.Linear(linear.in_features, dim)
+        self._step: tuple[Tensor, Tensor] | None = None
+
+    def training_labels(self) -> tuple[Tensor, Tensor, int]:
+        """Of the training samples in use: their indices and labels, int64 ``[n]``, and the size of the full array.
+
+        Raises:
+            ValueError: where the labels cannot be found by index.
+        """
+        data: Any = getattr(self.trainer, "datamodule", None)
+        if hasattr(data, "train_target") and hasattr(data, "train_indices"):
+            index = torch.as_tensor(data.train_indices)
+            return index, data.train_target[index], len(data.train_target)
+        samples = getattr(self.trainer.train_dataloader, "dataset", None)
+        tensors = getattr(samples, "tensors", ())
+        labels = getattr(samples, "targets", tensors[1] if len(tensors) > 1 else None)
+        if labels is None:
+            raise ValueError(
+                f"CRD must find the label of each training sample by its index, got a {type(samples).__name__} without "
+                "targets: use one of our data modules, or a data set with an attribute targets"
+            )
+        labels = torch.as_tensor(labels)
+        return torch.arange(len(labels)), labels, len(labels)
+
+    def sample_count(self) -> int:
+        return len(self.training_labels()[0])
+
+    def on_train_start(self) -> None:
+        index, labels, total = self.training_labels()
+        self.banks.allocate(len(index), torch_generator(self.run_seed, "contrast_banks"))
+        super().on_train_start()
+        self._row = torch.full((total,), -1, device=self.device)
+        self._row[index.to(self.device)] = torch.arange(len(index), device=self.device)
+        self._images = NegativeImages(labels.to(self.device), self.negatives)
+
+    def index_of(self, batch: Batch) -> Tensor:
+        """The rows of the batch's samples, int64 ``[B]``."""
+        if batch.index is None:
+            return super().index_of(batch)  # which says so
+        on_cpu = batch.index.device.type == "cpu"
+        row = None if on_cpu and int(batch.index.max()) >= len(self._row) else self._row[batch.index]
+        if row is None or (on_cpu and int(row.min()) < 0):
+            raise ValueError(
+                f"index must be that of a training sample in use, of {len(self._row)} in all, got up to "
+                f"{int(batch.index.max())}: let the loader yield positions in the data set that it was made from"
+            )
+        return row
+
+    def draw_negatives(self, batch: Batch, batch_idx: int) -> Tensor:
+        """Rows of images of other classes, int64 ``[B, negatives]``."""
+        stream = torch_generator(
+            self.run_seed, "negative_images", self.current_epoch, batch_idx, device=batch.target.device
+        )
+        return self._images.draw(batch.target, stream, skip=process_rank() * len(batch.target))
+
+    def training_step(self, batch: Any, batch_idx: int) -> Tensor:
+        batch = as_batch(batch)
+        self._step = self.index_of(batch), self.draw_negatives(batch, batch_idx)
+        return super().training_step(batch, batch_idx)
+
+    def distillation_loss(self, student_logits: Tensor, teacher_logits: Tensor, target: Tensor) -> Tensor:
+        assert self._step is not None
+        student = _embedded(self._student_feature.pop(), self.student_embedding)
+        teacher = _embedded(self._teacher_feature.pop(), self.teacher_embedding)
+        return self.banks(student, teacher, *self._step)
+
+
+def _embedded(feature: Tensor, embedding: nn.Linear) -> Tensor:
+    with torch.autocast(feature.device.type, enabled=False):
+        (rows,) = at_least_float32(embedding(feature.to(embedding.weight.dtype)))
+        return F.normalize(rows)
