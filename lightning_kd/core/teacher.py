@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
@@ -99,6 +100,16 @@ class FrozenTeacher(nn.Module):
                 f"the teacher was trained on other classes than the data has, or in another order ({what}): give "
                 "teacher_weights of the same classes, or the data in the same order"
             )
+
+    def fingerprint(self) -> bytes:
+        """The sha256, 32 bytes, of all that its answers hang on: weights, statistics, input size and normalisation."""
+        found = hashlib.sha256(repr((self.mean, self.std, self.size)).encode())
+        for name, value in self.network.state_dict().items():
+            value = value.detach().cpu()
+            value = value.float() if value.is_floating_point() else value  # whatever precision a run has
+            found.update(f"{name}{list(value.shape)}".encode())
+            found.update(value.contiguous().numpy().tobytes())
+        return found.digest()
 
     def set_data_normalisation(self, mean: Sequence[float], std: Sequence[float]) -> None:
         """Say what the images were normalised with: they are given the teacher's own normalisation instead."""

@@ -54,6 +54,8 @@ CASES = {
     distillation.symmetric_kl_loss: (A, Z),
     distillation.jensen_shannon_loss: (A, Z),
     distillation.discriminator_loss: (lambda logits: logits[:, :2], A, Z),
+    distillation.contrast_loss: (P, 10),
+    distillation.norm_direction_loss: (A, Z, P[:C], TARGET),
     distillation.easy_first_loss: (PIXELS, PIXELS, CLASSES, torch.rand(2 * B, 2, 2)),
     distillation.disputed_loss: (PIXELS, PIXELS, OTHER_PIXELS, OTHER_PIXELS, CLASSES),
     distillation.pixel_kd_loss: (PIXELS, OTHER_PIXELS, 2.0),

@@ -32,7 +32,7 @@ def banks_of(count, dim=4, **options):
     return banks
 
 
-# -- the loss and the banks -----------------------------------------------------------------------------------------------
+# -- the loss and the banks --------------------------------------------------------------------------------------------
 
 
 def test_worked_numbers():
@@ -115,7 +115,7 @@ def test_half_precision_around_it_changes_nothing():
     assert values[0] == values[1]
 
 
-# -- negatives ----------------------------------------------------------------------------------------------------------
+# -- negatives ---------------------------------------------------------------------------------------------------------
 
 
 def test_negatives_are_of_other_classes_and_differ():
@@ -160,11 +160,11 @@ def test_drawn_in_parts_and_by_several(monkeypatch):
     monkeypatch.setattr(_negative_images, "AT_ONCE", 120)
     assert torch.equal(images.draw(target, seeded(1)), whole)
     assert torch.equal(images.draw(target[3:], seeded(1), skip=3), whole[3:])
-    with pytest.raises(ValueError, match="^negatives need images of two classes or more"):
+    with pytest.raises(ValueError, match=r"^negatives need images of two classes or more"):
         NegativeImages(torch.zeros(5, dtype=torch.int64), 2)
 
 
-# -- the task -----------------------------------------------------------------------------------------------------------
+# -- the task ----------------------------------------------------------------------------------------------------------
 
 
 def networks(dtype=torch.float32):
@@ -295,11 +295,13 @@ class Pairs(torch.utils.data.Dataset):
 
 
 def test_what_is_refused():
-    with pytest.raises(ValueError, match="^CRD remembers every sample, but the batch has no index"):
+    with pytest.raises(ValueError, match=r"^CRD remembers every sample, but the batch has no index"):
         trainer().fit(built(), samples())
-    with pytest.raises(ValueError, match="^CRD must find the label of each training sample by its index, got a Pairs"):
+    with pytest.raises(ValueError, match=r"^CRD must find the label of each training sample by its index, got a Pairs"):
         trainer().fit(built(), DataLoader(Pairs(), 8))
-    with pytest.raises(ValueError, match="^index must be that of a training sample in use, of 24 in all, got up to 30"):
+    with pytest.raises(
+        ValueError, match=r"^index must be that of a training sample in use, of 24 in all, got up to 30"
+    ):
         trainer().fit(built(), samples(torch.arange(7, 31)))
     for bad, message in (
         ({"negatives": 0}, "negatives must be at least 1, got 0"),
