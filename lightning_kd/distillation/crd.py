@@ -88,10 +88,7 @@ class ContrastBanks(nn.Module):
         self.student, self.teacher = SampleMemory((dim,)), SampleMemory((dim,))
         self.register_buffer("z", torch.full((2,), -1.0))
         self._has_z = False  # known here, or a GPU would be asked in each step
-        self.register_load_state_dict_post_hook(lambda module, _: module._look_for_z())
-
-    def _look_for_z(self) -> None:
-        self._has_z = bool((self.z > 0).all())
+        self.register_load_state_dict_post_hook(_look_for_z)
 
     def allocate(self, count: int, generator: torch.Generator) -> None:
         """Begin with ``count`` rows, uniform in +-1 / sqrt(dim / 3), unless there are rows already.
@@ -148,6 +145,10 @@ class ContrastBanks(nn.Module):
             memory.rows[row] = F.normalize(moved).to(memory.rows.dtype)
 
 
+def _look_for_z(banks: ContrastBanks, _: Any) -> None:
+    banks._has_z = bool((banks.z > 0).all())
+
+
 class CRD(SampleMemories, Distillation):
     """Contrastive representation distillation (Tian et al., ICLR 2020, arXiv 1910.10699).
 
@@ -179,6 +180,8 @@ class CRD(SampleMemories, Distillation):
     Raises:
         ValueError: in a fit, for data of one class, batches without index, and labels that cannot be found by index.
     """
+
+    looks_into_teacher = True
 
     def __init__(
         self,

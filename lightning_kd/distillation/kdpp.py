@@ -21,13 +21,14 @@ from lightning_kd.core.inference_pass import evaluating
 from lightning_kd.core.losses import at_least_float32, check_shapes, check_target
 from lightning_kd.core.random_state import same_random_state
 from lightning_kd.distillation._published_weights import PublishedWeights, published_weights
+from lightning_kd.distillation.dist import dist_loss
 from lightning_kd.distillation.distillation_task import Distillation
 from lightning_kd.distillation.dkd import dkd_loss
 from lightning_kd.distillation.kd import kd_loss
 
 __all__ = ["KDPlusPlus", "PublishedWeights", "norm_direction_loss", "published_weights"]
 
-BASES = ("kd", "dkd")
+BASES = ("kd", "dkd", "dist")
 FLOOR = 1e-12
 
 
@@ -85,7 +86,7 @@ class KDPlusPlus(Distillation):
         student: see ``Distillation``; it needs a linear classifier, whose input is the pooled feature.
         teacher: likewise.
         num_classes: see ``Task``.
-        base: ``"kd"`` (KD++) or ``"dkd"`` (DKD++).
+        base: ``"kd"`` (KD++), ``"dkd"`` (DKD++) or ``"dist"`` (DIST++, whose two relations weigh alike).
         ce_weight: weight of the cross-entropy. Weights that are not given are those of the paper for the pair of names,
             see ``published_weights``.
         kd_weight: weight of the base.
@@ -103,6 +104,8 @@ class KDPlusPlus(Distillation):
         ValueError: in a fit, where a class has no training sample, and where a resumed run has another teacher.
     """
 
+    looks_into_teacher = True
+
     class_mean: Tensor
     class_mean_teacher: Tensor
 
@@ -112,7 +115,7 @@ class KDPlusPlus(Distillation):
         teacher: str | nn.Module,
         num_classes: int,
         *,
-        base: Literal["kd", "dkd"] = "kd",
+        base: Literal["kd", "dkd", "dist"] = "kd",
         ce_weight: float | None = None,
         kd_weight: float | None = None,
         nd_weight: float | None = None,
@@ -210,6 +213,8 @@ class KDPlusPlus(Distillation):
         """The base, without its warm-up."""
         if self.base == "dkd":
             return dkd_loss(student_logits, teacher_logits, target, self.alpha, self.beta, self.temperature)
+        if self.base == "dist":
+            return dist_loss(student_logits, teacher_logits, 1.0, 1.0, self.temperature)
         return kd_loss(student_logits, teacher_logits, self.temperature)
 
     def training_step(self, batch: Any, batch_idx: int) -> Tensor:

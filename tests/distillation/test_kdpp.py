@@ -10,7 +10,7 @@ from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
 from lightning_kd.data import DigitsDataModule
-from lightning_kd.distillation import KDPlusPlus, dkd_loss, kd_loss, norm_direction_loss, published_weights
+from lightning_kd.distillation import KDPlusPlus, dist_loss, dkd_loss, kd_loss, norm_direction_loss, published_weights
 from tests.two_processes import on_two_ranks
 
 SHAPE = (1, 8, 8)
@@ -159,7 +159,7 @@ def test_class_means_are_of_the_training_samples_as_they_are():
     assert not torch.allclose(augmented.class_mean.double(), expected, rtol=1e-3)
 
 
-@pytest.mark.parametrize("base", ["kd", "dkd"])
+@pytest.mark.parametrize("base", ["kd", "dkd", "dist"])
 @pytest.mark.parametrize("width", [12, 20])
 def test_a_step_is_the_sum_of_its_terms(base, width):
     seen = []
@@ -180,7 +180,11 @@ def test_a_step_is_the_sum_of_its_terms(base, width):
     run.fit(task, DataLoader(TensorDataset(image, target), 40, shuffle=True))
     student, teacher = task.student, task.teacher.network
     logits, taught = student(image), teacher(image)
-    kd = kd_loss(logits, taught, 3.0) if base == "kd" else dkd_loss(logits, taught, target, 2.0, 0.5, 3.0)
+    kd = {
+        "kd": lambda: kd_loss(logits, taught, 3.0),
+        "dkd": lambda: dkd_loss(logits, taught, target, 2.0, 0.5, 3.0),
+        "dist": lambda: dist_loss(logits, taught, 1.0, 1.0, 3.0),
+    }[base]()
     means = means_of(teacher, image, target)
     feature = student[:3](image)
     if width == 20:
@@ -286,7 +290,7 @@ def test_what_is_refused():
     with pytest.raises(ValueError, match=r"^target must be int64"):
         trainer().fit(built(), DataLoader(TensorDataset(image, torch.rand(18, 10)), 6))
     for bad, message in (
-        ({"base": "dhkd"}, "base must be one of kd, dkd, got 'dhkd'"),
+        ({"base": "dhkd"}, "base must be one of kd, dkd, dist, got 'dhkd'"),
         ({"nd_weight": -1.0}, "nd_weight must be at least 0, got -1.0"),
         ({"alpha": -1.0}, "alpha must be at least 0, got -1.0"),
         ({"temperature": 0.0}, "temperature must be above 0"),
