@@ -1527,15 +1527,15 @@ MUTANTS = [
     ),
     Mutant(
         "MoGD's weights go up the meta gradient",
-        "weak_labels/mogd.py",
+        "weak_labels/candidate_weights.py",
         "(weights - step * gradient)",
         "(weights + step * gradient)",
         GRADIENT,
     ),
     Mutant(
         "a sample whose candidates all lose has equal weights of all classes",
-        "weak_labels/mogd.py",
-        "torch.where(total > 0, raised, there.to(raised.dtype))",
+        "weak_labels/candidate_weights.py",
+        "torch.where(total == 0, there.to(raised.dtype), raised)",
         "torch.where(total > 0, raised, 1.0)",
         GRADIENT,
     ),
