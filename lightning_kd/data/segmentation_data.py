@@ -82,6 +82,8 @@ class SegmentationFilesDataModule(LabelledDataModule):
 
     root: str
 
+    train_masks: list[Path]
+
     def __init__(
         self,
         *,

@@ -221,7 +221,7 @@ class CRD(SampleMemories, Distillation):
             index = torch.as_tensor(data.train_indices)
             return index, data.train_target[index], len(data.train_target)
         samples = getattr(self.trainer.train_dataloader, "dataset", None)
-        tensors = getattr(samples, "tensors", ())
+        tensors: Any = getattr(samples, "tensors", ())
         labels = getattr(samples, "targets", tensors[1] if len(tensors) > 1 else None)
         if labels is None:
             raise ValueError(

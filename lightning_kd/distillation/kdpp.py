@@ -6,7 +6,6 @@ Regularizing Feature Norm and Direction. arXiv 2305.17007.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
 from typing import Any, Literal
 
 import torch
@@ -176,7 +175,7 @@ class KDPlusPlus(Distillation):
         data: Any = getattr(self.trainer, "datamodule", None)
         view = "weak" if self.augmented_means else "plain"
         ours = hasattr(data, "loader") and hasattr(data, "train_indices")
-        loader: Iterable[Any] = data.loader("train", views=view) if ours else self.trainer.train_dataloader
+        loader: Any = data.loader("train", views=view) if ours else self.trainer.train_dataloader
         sums = torch.zeros(self.class_mean.shape, dtype=torch.float64)
         counts = torch.zeros(len(sums), dtype=torch.float64)
         strategy, precision = self.trainer.strategy, self.trainer.precision_plugin
