@@ -109,8 +109,8 @@ class Classification(SupervisedTask):
         check_numbers(z_b=z_b)
         if loss == "z":
             check_numbers(least=3, remedy="the Z-loss of two classes has no gradient", num_classes=num_classes)
-            given = (label_smoothing, class_weights, use_sampling_weights)
-            for name, value in zip(("label_smoothing", "class_weights", "use_sampling_weights"), given, strict=True):
+            others = (label_smoothing, class_weights, use_sampling_weights)
+            for name, value in zip(("label_smoothing", "class_weights", "use_sampling_weights"), others, strict=True):
                 if value:
                     raise ValueError(f"{name} is of the cross-entropy, got {value!r} with loss='z': leave one out")
         self.loss_name, self.z_a, self.z_b = loss, z_a, z_b
