@@ -256,7 +256,16 @@ class CRD(SampleMemories, Distillation):
         return row
 
     def draw_negatives(self, batch: Batch, batch_idx: int) -> Tensor:
-        """Rows of images of other classes, int64 ``[B, negatives]``."""
+        """Rows of images of other classes, int64 ``[B, negatives]``.
+
+        Raises:
+            ValueError: for targets that are no classes, as those of mixed images.
+        """
+        if batch.target.ndim != 1 or batch.target.dtype != torch.int64:
+            raise ValueError(
+                f"target must be int64 [B], got {batch.target.dtype} {list(batch.target.shape)}: CRD has no other "
+                "classes of a mixed image, so do not mix"
+            )
         stream = torch_generator(
             self.run_seed, "negative_images", self.current_epoch, batch_idx, device=batch.target.device
         )

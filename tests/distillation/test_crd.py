@@ -303,6 +303,10 @@ def test_what_is_refused():
         ValueError, match=r"^index must be that of a training sample in use, of 24 in all, got up to 30"
     ):
         trainer().fit(built(), samples(torch.arange(7, 31)))
+    task = built()
+    task.draw_negatives = lambda batch, k: CRD.draw_negatives(task, batch._replace(target=torch.rand(8, 10)), k)
+    with pytest.raises(ValueError, match=r"^target must be int64 \[B\], got torch.float32 \[8, 10\]"):
+        trainer().fit(task, samples(torch.arange(24)))
     for bad, message in (
         ({"negatives": 0}, "negatives must be at least 1, got 0"),
         ({"dim": 0}, "dim must be at least 1"),
