@@ -6,6 +6,7 @@ Regularizing Feature Norm and Direction. arXiv 2305.17007.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any, Literal
 
 import torch
@@ -19,15 +20,17 @@ from lightning_kd.core.feature_hooks import penultimate_tap
 from lightning_kd.core.inference_pass import evaluating
 from lightning_kd.core.losses import at_least_float32, check_shapes, check_target
 from lightning_kd.core.random_state import same_random_state
+from lightning_kd.core.stage_features import StageFeatures
 from lightning_kd.distillation._published_weights import PublishedWeights, published_weights
 from lightning_kd.distillation.dist import dist_loss
 from lightning_kd.distillation.distillation_task import Distillation
 from lightning_kd.distillation.dkd import dkd_loss
 from lightning_kd.distillation.kd import kd_loss
+from lightning_kd.distillation.reviewkd import ReviewKDLoss
 
 __all__ = ["KDPlusPlus", "PublishedWeights", "norm_direction_loss", "published_weights"]
 
-BASES = ("kd", "dkd", "dist")
+BASES = ("kd", "dkd", "dist", "reviewkd")
 FLOOR = 1e-12
 
 
@@ -85,7 +88,8 @@ class KDPlusPlus(Distillation):
         student: see ``Distillation``; it needs a linear classifier, whose input is the pooled feature.
         teacher: likewise.
         num_classes: see ``Task``.
-        base: ``"kd"`` (KD++), ``"dkd"`` (DKD++) or ``"dist"`` (DIST++, whose two relations weigh alike).
+        base: ``"kd"`` (KD++), ``"dkd"`` (DKD++), ``"dist"`` (DIST++, whose two relations weigh alike) or ``"reviewkd"``
+            (ReviewKD++, with training-only fusion blocks on the stages of both networks).
         ce_weight: weight of the cross-entropy. Weights that are not given are those of the paper for the pair of names,
             see ``published_weights``.
         kd_weight: weight of the base.
@@ -97,6 +101,8 @@ class KDPlusPlus(Distillation):
         augmented_means: let the teacher see augmented images for the means, as the official code.
         classifier: module path of the student's classifier. Default: its last ``nn.Linear``.
         teacher_classifier: likewise of the teacher's.
+        student_stages: of ``"reviewkd"``, module paths of the student's stages. Default: found, see ``StageFeatures``.
+        teacher_stages: likewise of the teacher.
         kwargs: the further arguments of ``Distillation`` and ``Task``.
 
     Raises:
@@ -114,7 +120,7 @@ class KDPlusPlus(Distillation):
         teacher: str | nn.Module,
         num_classes: int,
         *,
-        base: Literal["kd", "dkd", "dist"] = "kd",
+        base: Literal["kd", "dkd", "dist", "reviewkd"] = "kd",
         ce_weight: float | None = None,
         kd_weight: float | None = None,
         nd_weight: float | None = None,
@@ -125,6 +131,8 @@ class KDPlusPlus(Distillation):
         augmented_means: bool = False,
         classifier: str | None = None,
         teacher_classifier: str | None = None,
+        student_stages: Sequence[str] | None = None,
+        teacher_stages: Sequence[str] | None = None,
         **kwargs: Any,
     ) -> None:
         if base not in BASES:
@@ -146,6 +154,15 @@ class KDPlusPlus(Distillation):
         self._teacher_feature, teacher_linear = penultimate_tap(self.teacher.network, teacher_classifier)
         length, own = teacher_linear.in_features, linear.in_features
         self.adapter = nn.Identity() if own == length else _adapter(own, length)
+        self.review: ReviewKDLoss | None = None
+        if base == "reviewkd":
+            size = self.teacher.size
+            shape = self.input_shape if size is None else (self.input_shape[0], *size)
+            self._student_stages = StageFeatures(self.student, self.input_shape, student_stages)
+            self._teacher_stages = StageFeatures(self.teacher.network, shape, teacher_stages, before=True)
+            self.review = ReviewKDLoss(self._student_stages.shapes, self._teacher_stages.shapes)
+            if self.channels_last:
+                self.review.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
         self.register_buffer("class_mean", torch.zeros(num_classes, length))
         self.register_buffer("class_mean_teacher", torch.zeros(32, dtype=torch.uint8))  # all 0: there are no means
 
@@ -210,6 +227,8 @@ class KDPlusPlus(Distillation):
 
     def distillation_loss(self, student_logits: Tensor, teacher_logits: Tensor, target: Tensor) -> Tensor:
         """The base, without its warm-up."""
+        if self.review is not None:
+            return self.review(self._student_stages.pop(), self._teacher_stages.pop())
         if self.base == "dkd":
             return dkd_loss(student_logits, teacher_logits, target, self.alpha, self.beta, self.temperature)
         if self.base == "dist":
@@ -218,6 +237,11 @@ class KDPlusPlus(Distillation):
 
     def training_step(self, batch: Any, batch_idx: int) -> Tensor:
         batch = as_batch(batch)
+        if len(batch.target) < 2 and (self.review is not None or not isinstance(self.adapter, nn.Identity)):
+            raise ValueError(
+                "a batch of 1 has no statistics for what is trained beside the student: choose a batch_size that does "
+                "not leave one over, or drop_last"
+            )
         logits, teacher_logits = at_least_float32(self(batch.image), self.teacher_logits(batch.image))
         warmup = min(1.0, self.current_epoch / self.warmup_epochs) if self.warmup_epochs else 1.0
         ce = self.problem.loss(logits, batch.target)

@@ -209,6 +209,32 @@ def test_the_adapter_trains_and_leaves_no_trace():
     assert not list(built().adapter.parameters())
 
 
+def test_beside_reviewkd():
+    """Its loss from the maps of both, in ND's step; fusion blocks train, and a checkpoint has them."""
+    seen = {}
+
+    class Looking(KDPlusPlus):
+        def step_loss(self, terms, logits, target):
+            seen.update(terms)
+            return super().step_loss(terms, logits, target)
+
+    L.seed_everything(0, verbose=False)
+    options = {"teacher_weights": "random", "base": "reviewkd", "input_shape": SHAPE, "warmup_epochs": 0}
+    task = Looking("cnn_tiny", "cnn", 10, kd_weight=3.0, optimizer=lambda p: torch.optim.SGD(p, lr=0.0), **options)
+    assert any(key.startswith("review.") for key in task.state_dict())
+    assert not [key for key in task.exports()["student"].state_dict() if "review" in key]
+    image, target = torch.randn(20, *SHAPE), torch.arange(20) % 10
+    trainer().fit(task, DataLoader(TensorDataset(image, target), 20))
+    task.train()
+    task(image)
+    task.teacher_logits(image)
+    plain = task.review(task._student_stages.pop(), task._teacher_stages.pop())
+    assert plain > 0.1
+    assert seen["kd"].item() == pytest.approx(3 * plain.item(), rel=1e-4)
+    assert seen["nd"] > 0
+    assert KDPlusPlus("cnn_tiny", "cnn", 10, **options).kd_weight == 5
+
+
 def test_no_warm_up():
     task = built(warmup_epochs=0)
     run = trainer(limit_train_batches=1)
@@ -289,8 +315,10 @@ def test_what_is_refused():
         trainer().fit(built(), DataLoader(TensorDataset(image, torch.arange(18) % 9), 6))
     with pytest.raises(ValueError, match=r"^target must be int64"):
         trainer().fit(built(), DataLoader(TensorDataset(image, torch.rand(18, 10)), 6))
+    with pytest.raises(ValueError, match=r"^a batch of 1 has no statistics .*: choose a batch_size"):
+        trainer().fit(built(width=20), DataLoader(TensorDataset(image[:11], torch.arange(11) % 10), 5))
     for bad, message in (
-        ({"base": "dhkd"}, "base must be one of kd, dkd, dist, got 'dhkd'"),
+        ({"base": "dhkd"}, "base must be one of kd, dkd, dist, reviewkd, got 'dhkd'"),
         ({"nd_weight": -1.0}, "nd_weight must be at least 0, got -1.0"),
         ({"alpha": -1.0}, "alpha must be at least 0, got -1.0"),
         ({"temperature": 0.0}, "temperature must be above 0"),
