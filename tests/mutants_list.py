@@ -37,6 +37,26 @@ CONFIGS = "tests/test_configs.py"
 
 MUTANTS = [
     # distillation
+    Mutant("the rest shared by all classes", "distillation/soft_labels.py", "(num_classes - kept)", "num_classes", KD),
+    Mutant("rounding above 1 left", "distillation/soft_labels.py", "(1 - total).clamp(min=0)", "(1 - total)", KD),
+    Mutant(
+        "a store read at another view",
+        "distillation/teacher_store.py",
+        "self.layout.keys + key",
+        "self.layout.keys",
+        KD,
+    ),
+    Mutant("no draws made up for", "distillation/distillation_task.py", "skip_draws(draws", "abs(draws", KD),
+    Mutant("sure crops mended", "distillation/fkd.py", "amax(1, keepdim=True) <", "amax(1, keepdim=True) >", KD),
+    Mutant("mixed labels not by area", "distillation/fkd.py", "(1 - area) * soft", "0.5 * soft", KD),
+    Mutant("crops cut by the pixel below", "data/crop_files.py", "round(float(share)", "int(float(share)", KD),
+    Mutant(
+        "a fixed view of another key",
+        "data/resident.py",
+        "self._fixed[index, view]",
+        "self._fixed[index, 0]",
+        ("tests/data",),
+    ),
     Mutant("KD without the squared temperature", "distillation/kd.py", "temperature**2 *", "temperature *", KD),
     Mutant(
         "KD with teacher and student swapped",
