@@ -4,13 +4,14 @@ PYTHON ?= python3
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 
-.PHONY: help quickstart test test-all lint mutants bench notebooks clean
+.PHONY: help quickstart test test-all lint mutants bench notebooks verdicts clean
 
 help:
 	@echo "make quickstart   train a teacher and students on scikit-learn's digits, print the comparison (4 minutes)"
 	@echo "make test         the test suite          make test-all   with the slow tests"
 	@echo "make lint         ruff and types          make bench      speed ratios"
 	@echo "make notebooks    run the notebooks       make mutants    faults that the tests must catch (15 minutes)"
+	@echo "make verdicts     the README's table of claims, from docs/claims"
 
 # installed again only when pyproject.toml changed
 $(STAMP): pyproject.toml
@@ -42,6 +43,9 @@ bench: $(STAMP)
 
 notebooks: $(STAMP)
 	@$(BIN)/python notebooks/run.py
+
+verdicts: $(STAMP)
+	@$(BIN)/python -m lightning_kd.claims.verdict_table
 
 clean:
 	rm -rf .pytest_cache .mypy_cache .ruff_cache dist build

@@ -12,6 +12,7 @@ PACKAGE = Path(lightning_kd.__file__).parent
 MAY_IMPORT = {
     "nets": set(),
     "compare": set(),
+    "claims": {"compare"},
     "pool": set(),
     "core": {"nets"},
     "metrics": {"core"},
@@ -20,7 +21,7 @@ MAY_IMPORT = {
     **{family: {"core", "nets", "metrics"} for family in FAMILIES},
     "deploy": {"core", "data"},
     "active_learning": {"core", "nets", "metrics", "pool"},
-    "cli": {"core", "nets", "metrics", "pool", "compare", "data", "callbacks", "deploy", *FAMILIES},
+    "cli": {"core", "nets", "metrics", "pool", "compare", "claims", "data", "callbacks", "deploy", *FAMILIES},
 }
 # which import nothing of the package themselves
 AT_THE_TOP = ("lightning_kd.argument_checks", "lightning_kd.file_writing", "lightning_kd.spreadsheet")

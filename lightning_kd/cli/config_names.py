@@ -20,9 +20,10 @@ def config_folder() -> Path:
 
 
 def config_names() -> list[str]:
-    """All shipped configs, such as ``distillation/dhkd_digits``."""
+    """All shipped configs, such as ``distillation/dhkd_digits``; claims are none, see ``lightning-kd claim list``."""
     folder = config_folder()
-    return sorted(path.relative_to(folder).with_suffix("").as_posix() for path in folder.rglob("*.yaml"))
+    names = (path.relative_to(folder).with_suffix("").as_posix() for path in folder.rglob("*.yaml"))
+    return sorted(name for name in names if not name.startswith("claims/"))
 
 
 def config_path(name: str) -> str:

@@ -76,6 +76,11 @@ VERBS = {
     "compare": Verb(
         "mean and std over seeds of finished runs: lightning-kd compare RUN...", "lightning_kd.compare", light=True
     ),
+    "claim": Verb(
+        "does a paper's claim show in a small setting? lightning-kd claim list, then lightning-kd claim NAME",
+        "lightning_kd.cli.claim_command",
+        light=True,
+    ),
 }
 OWN_VERBS = {name: verb for name, verb in VERBS.items() if verb.module and not (verb.light or verb.standalone)}
 CHECKPOINT_VERBS = [name for name, verb in VERBS.items() if verb.of_checkpoint]
