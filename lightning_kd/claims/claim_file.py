@@ -173,8 +173,8 @@ def _check_command(setting: str, command: str, first: bool, before: dict[str, An
     for name in _named(command):
         if name not in (*before, "seed", "run"):
             raise ValueError(
-                f"settings: {setting} names {{{name}}}, which is no setting before it: take {{seed}}, {{run}} or one of "
-                f"{', '.join(before) or 'those before it, of which there are none'}"
+                f"settings: {setting} names {{{name}}}, which is no setting before it: take {', '.join(before)}"
+                f"{', ' if before else ''}seed or run"
             )
 
 

@@ -26,7 +26,12 @@ class Progress:
     def __init__(self, title: str, settings: Sequence[str], at_once: int, guess: float) -> None:
         self._left, self._at_once, self._guess = list(settings), at_once, guess
         self._spent: dict[str, list[float]] = {}
-        columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TextColumn("{task.fields[left]}"))
+        columns = (
+            TextColumn("{task.description}"),
+            BarColumn(),
+            MofNCompleteColumn(),
+            TextColumn("{task.fields[left]}"),
+        )
         self._bar = Bar(*columns, console=Console(file=sys.stderr))
         self._task = self._bar.add_task(title, total=len(settings), left=self._text())
 

@@ -9,6 +9,7 @@ import shlex
 import sys
 from collections.abc import Sequence
 from dataclasses import replace
+from itertools import pairwise
 from pathlib import Path
 
 from lightning_kd.argument_checks import check_numbers
@@ -46,7 +47,9 @@ def main(args: Sequence[str]) -> None:
     parser.add_argument(
         "--seeds", nargs="+", type=int, metavar="N", help="how many seeds, or several of them (default: the claim's)"
     )
-    parser.add_argument("--jobs", type=int, default=1, metavar="N", help="runs at once, each with one thread (default 1)")
+    parser.add_argument(
+        "--jobs", type=int, default=1, metavar="N", help="runs at once, of one thread each (default: 1)"
+    )
     parser.add_argument("--run", type=Path, metavar="FOLDER", help="where the runs go (default: runs/claims/NAME)")
     parser.add_argument("--overwrite", action="store_true", help="make all runs anew")
     given, further = parser.parse_known_args(list(args))
@@ -105,10 +108,9 @@ def _make_runs(claim: Claim, folder: Path, at_once: int, anew: bool, further: Se
         for setting in claim.settings:
             name = claim.run_name(setting, seed)
             commands = claim.commands(setting, seed, folder, further)
-            for words in commands[:1]:
-                for flag, value in zip(words, words[1:], strict=False):
-                    if flag == "--config":
-                        config_path(value)
+            for flag, value in pairwise(commands[0]):
+                if flag == "--config":
+                    config_path(value)  # or there is none of that name
             if left := commands_left(folder / name, commands, anew):
                 after = [claim.run_name(other, seed) for other in claim.needs(setting)]
                 jobs.append(Job(name, left, folder / "logs" / f"{name}.txt", after))
@@ -133,7 +135,11 @@ def _check(claim: Claim, jobs: Sequence[Job], settings: dict[str, str], folder: 
     """Parse the training command of each setting, in processes that import what this one does not."""
     first = {settings[job.name]: job for job in reversed(jobs) if job.commands[0][0] in ("fit", "active")}
     looks = [
-        Job(f"the command of {setting}", [[*job.commands[0], "--print_config"]], folder / "logs" / f"check_{setting}.txt")
+        Job(
+            f"the command of {setting}",
+            [[*job.commands[0], "--print_config"]],
+            folder / "logs" / f"check_{setting}.txt",
+        )
         for setting, job in first.items()
     ]
     try:

@@ -17,7 +17,11 @@ from lightning_kd.nets import network_names, segmentation_network_names
 
 
 @pytest.mark.parametrize(
-    "words", [["--version"], ["--help"], [], ["list"], ["compare", "--help"], ["label", "--help"], ["claim"], ["claim", "--help"], ["fitt"]]
+    "words",
+    [
+        *(["--version"], ["--help"], [], ["list"], ["compare", "--help"], ["label", "--help"], ["fitt"]),
+        *(["claim"], ["claim", "--help"], ["claim", "dhdk"]),
+    ],
 )
 def test_neither_torch_nor_lightning_is_imported(words, tmp_path):
     code = (

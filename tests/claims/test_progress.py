@@ -1,0 +1,23 @@
+"""The time that is left, from that of the runs that are done."""
+
+import pytest
+
+from lightning_kd.claims.progress import Progress, seconds_left, told
+
+
+def test_each_run_takes_as_long_as_those_of_its_setting():
+    spent = {"teacher": [10.0, 20.0], "student": [3.0]}
+    assert seconds_left(["teacher", "student", "student"], spent, 1, 60) == pytest.approx(15 + 3 + 3)
+    assert seconds_left(["teacher", "student", "student"], spent, 2, 60) == pytest.approx(10.5)
+    assert seconds_left(["other"], spent, 1, 60) == pytest.approx(11)  # the mean of all
+    assert seconds_left(["other", "other"], {}, 1, 60) == pytest.approx(120)  # nothing is known yet
+    assert (told(89.4), told(150.4)) == ("89 s left", "3 min left")
+
+
+def test_each_run_is_told(capsys):
+    with Progress("mine", ["a", "b"], 1, 5) as bar:
+        bar.ended("a", 2.0, "a_seed0: 2 s")
+        bar.ended("b", 2.0, "b_seed0: 2 s")
+    err = capsys.readouterr().err
+    assert "a_seed0: 2 s\nb_seed0: 2 s\n" in err
+    assert "2/2 0 s left" in err
