@@ -117,9 +117,9 @@ def _claim(name: str, content: dict[str, Any]) -> Claim:
     settings = _settings(content["settings"], content.get("shared", ""))
     expected = _expected(content["expected"], settings)
     seeds = seeds_of(content["seeds"])
-    texts = (" ".join(content[key].split()) for key in ("claim", "source"))
-    tried = " ".join(content.get("tried", "").split())
-    return Claim(name, *texts, float(content["minutes"]), seeds, content["metric"], settings, expected, tried)
+    sentence, source, tried = (" ".join(content.get(key, "").split()) for key in ("claim", "source", "tried"))
+    minutes, metric = float(content["minutes"]), content["metric"]
+    return Claim(name, sentence, source, minutes, seeds, metric, settings, expected, tried)
 
 
 def seeds_of(value: Any) -> tuple[int, ...]:

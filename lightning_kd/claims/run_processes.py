@@ -57,8 +57,8 @@ def run_jobs(
     Raises:
         RuntimeError: where a job failed, with its error and its log; those that run are waited for, no other is begun.
     """
-    waiting, running, done = list(jobs), {}, set()  # type: ignore[var-annotated]
-    failed: list[Job] = []
+    waiting, done, failed = list(jobs), set[str](), list[Job]()
+    running: dict[Any, tuple[Any, Job, float]] = {}  # by what becomes ready when the process ends
     names = {job.name for job in jobs}
     with _one_thread():
         context = _context(preload)
