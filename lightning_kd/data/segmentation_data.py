@@ -45,7 +45,6 @@ class SegmentationFilesDataModule(LabelledDataModule):
     Evaluation sees whole images. Where samples stay in memory, ``train_image`` and so on are uint8 ``[N, 3, H, W]`` and
     ``train_target`` int16 ``[N, H, W]``; else ``train_image`` are paths, and ``train_target`` the sizes in bytes of
     the mask files, by which a checkpoint knows its data again. ``train_paths`` and ``train_masks`` are the files.
-
     Several processes: as ``LabelledDataModule``; each has what stays in memory.
 
     Args:
@@ -81,8 +80,7 @@ class SegmentationFilesDataModule(LabelledDataModule):
     """
 
     root: str
-
-    train_masks: list[Path]
+    train_masks: list[str]
 
     def __init__(
         self,
