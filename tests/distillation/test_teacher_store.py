@@ -12,6 +12,7 @@ import pytest
 import torch
 from torch import nn
 
+from lightning_kd.cli.teach_command import teach
 from lightning_kd.core import Classification
 from lightning_kd.core.run_callbacks import run_callbacks
 from lightning_kd.core.run_folder import RunFolder
@@ -31,6 +32,7 @@ from lightning_kd.distillation import (
 )
 from lightning_kd.distillation.distillation_task import FrozenTeacher
 from tests.forked import run_forked
+from tests.two_processes import on_two_ranks
 
 SHAPE = (1, 8, 8)
 METHODS = {
@@ -507,3 +509,33 @@ def with_one_more(data):
     data.setup()
     data.unlabelled_indices = np.sort(np.append(data.unlabelled_indices, data.val_indices[0]))
     return data
+
+
+def taught_by_command(path, weights, **options):
+    model, data = task(weights=weights), digits()
+    run = trainer(**options)
+    return str(teach(run, model, data, out=str(path), dtype="float32")), float(run.callback_metrics["val/teacher_acc"])
+
+
+def taught_by_two(path, weights):
+    return taught_by_command(path, weights, strategy="ddp", devices=2)
+
+
+def test_two_processes_of_a_trainer_make_the_store_of_one(tmp_path, weights):
+    _, reached = taught_by_command(tmp_path / "one.store", weights)
+    found = on_two_ranks(taught_by_two, tmp_path / "two.store", weights)
+    assert [value for _, value in found] == pytest.approx([reached, reached])
+    assert (tmp_path / "two.store").read_bytes() == (tmp_path / "one.store").read_bytes()
+    assert TeacherStore(tmp_path / "two.store").reached == pytest.approx({"acc": reached})
+
+
+def fitted_by_two(store):
+    _, losses, _ = fitted(task("kd", teacher_store=store), strategy="ddp", devices=2, max_epochs=1)
+    return losses[0]["train/loss_kd"]
+
+
+def test_each_process_reads_its_part_of_the_batch(store, weights):
+    *_, live = fitted(task("kd", weights), digits(batch_size=64), max_epochs=1)
+    found = on_two_ranks(fitted_by_two, store)
+    assert found[0] == found[1]
+    assert found[0] == pytest.approx(float(live.callback_metrics["train/loss_kd"]), rel=0.1)  # batch norm differs
