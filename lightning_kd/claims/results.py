@@ -93,8 +93,8 @@ def to_json(results: Results) -> dict[str, Any]:
     settings = {
         name: {
             "commands": list(claim.settings[name]),
-            "mean": _number(np.mean(values)),
-            "std": _number(np.std(values, ddof=1)) if len(values) > 1 else None,
+            "mean": _number(float(np.mean(values))),
+            "std": _number(float(np.std(values, ddof=1))) if len(values) > 1 else None,
             "values": [_number(value) for value in values],
         }
         for name, values in results.values.items()
