@@ -41,7 +41,7 @@ OTHERS = {  # what some classes take besides
     schedules.ConstantThenCosine: {"cosine_epochs": 2},
     lightning_kd.RDD: {"student": "fcn_tiny", "teacher": "fcn_tiny"},
 }
-BELOW_0 = {"kurtosis_threshold", "last_epoch", "log_zero"}  # may be
+BELOW_0 = {"kurtosis_threshold", "last_epoch", "log_zero", "z_b"}  # may be
 LIMITED = {"label_smoothing": 1.0, "rate": 1.1, "noise_rate": 1.0, "momentum": 1.0, "clip": 0.5, "late_beta1": 1.0}
 STATISTICS = ("mean", "std", "teacher_mean", "teacher_std")
 
