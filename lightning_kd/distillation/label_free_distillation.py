@@ -16,7 +16,7 @@ __all__ = ["LabelFreeDistillation"]
 
 
 class LabelFreeDistillation(Distillation, ABC):
-    """Train a student with ``distillation_loss`` alone: no label is learnt, so that images without one teach, too.
+    """Train a student with ``kd_weight * distillation_loss`` alone: images without a label teach as much as others.
 
     An epoch goes over the labelled training samples and, where the data module has them, over its
     ``unlabelled_indices`` (``unlabelled`` of the data modules), in one order. Targets of -1 are no label, and batches
@@ -26,8 +26,9 @@ class LabelFreeDistillation(Distillation, ABC):
         student: see ``Distillation``.
         teacher: see ``Distillation``, or a list of several, whose mean probabilities are the answer.
         num_classes: see ``Task``.
-        kwargs: ``teacher_weights``, ``student_weights``, ``teacher_mean``, ``teacher_std``, ``teacher_size`` of
-            ``Distillation``, and the arguments of ``FineTunedTask`` and ``Task``.
+        ce_weight: 0, and nothing else.
+        kwargs: ``teacher_weights``, ``student_weights``, ``kd_weight``, ``teacher_mean``, ``teacher_std``,
+            ``teacher_size``, ``teacher_store`` of ``Distillation``, and arguments of ``FineTunedTask`` and ``Task``.
     """
 
     several_teachers = True
@@ -37,12 +38,13 @@ class LabelFreeDistillation(Distillation, ABC):
         student: str | nn.Module,
         teacher: str | nn.Module | list[str | nn.Module],
         num_classes: int,
+        *,
+        ce_weight: float = 0.0,
         **kwargs: Any,
     ) -> None:
-        super().__init__(student, teacher, num_classes, ce_weight=0.0, kd_weight=1.0, **kwargs)
-        for stored in (self.hparams, self._hparams_initial):  # or a checkpoint would give them again
-            for name in ("ce_weight", "kd_weight"):
-                stored.pop(name, None)  # type: ignore[union-attr]
+        if isinstance(ce_weight, bool) or ce_weight != 0:
+            raise ValueError(f"ce_weight must be 0, as no label is learnt, got {ce_weight!r}: leave it out")
+        super().__init__(student, teacher, num_classes, ce_weight=ce_weight, **kwargs)
 
     def training_indices(self, data: Any) -> np.ndarray:
         labelled, unlabelled = super().training_indices(data), getattr(data, "unlabelled_indices", ())

@@ -213,4 +213,5 @@ class MEALV2(LabelFreeDistillation):
                 "similarity": soft_cross_entropy(logits, mean_probabilities(answers)),
                 "discriminator": discriminator_loss(self.discriminator, seen, torch.stack(answers).mean(0)),
             }
+        terms = {name: self.kd_weight * term for name, term in terms.items()}
         return self.step_loss(terms, logits, batch.target, counted=batch.target >= 0)

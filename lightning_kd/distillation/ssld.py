@@ -112,5 +112,5 @@ class SSLD(LabelFreeDistillation):
     def training_step(self, batch: Any, batch_idx: int) -> Tensor:
         batch = self.training_batch(batch)
         logits, teacher_logits = at_least_float32(self(batch.image), self.teacher_logits_for(batch))
-        loss = self.distillation_loss(logits, teacher_logits, batch.target)
+        loss = self.kd_weight * self.distillation_loss(logits, teacher_logits, batch.target)
         return self.step_loss({"kd": loss}, logits, batch.target, counted=batch.target >= 0)

@@ -109,7 +109,7 @@ def test_what_is_refused():
     student, teacher = networks()
     with pytest.raises(ValueError, match="loss must be 'symmetric_kl' or 'jensen_shannon', got 'js'"):
         SSLD(student, teacher, 10, input_shape=(1, 8, 8), loss="js")
-    with pytest.raises(TypeError, match="ce_weight"):
+    with pytest.raises(ValueError, match=r"ce_weight must be 0, as no label is learnt, got 0\.5"):
         SSLD(student, teacher, 10, input_shape=(1, 8, 8), ce_weight=0.5)
     with pytest.raises(ValueError, match="target must be between 0 and 9, got"):
         trained(torch.arange(32))
