@@ -7,7 +7,7 @@ STAMP := $(VENV)/.installed
 .PHONY: help quickstart test test-all lint mutants bench notebooks verdicts clean
 
 help:
-	@echo "make quickstart   train a teacher and students on scikit-learn's digits, print the comparison (4 minutes)"
+	@echo "make quickstart   train a teacher and students on scikit-learn's digits, print the comparison (a minute)"
 	@echo "make test         the test suite          make test-all   with the slow tests"
 	@echo "make lint         ruff and types          make bench      speed ratios"
 	@echo "make notebooks    run the notebooks       make mutants    faults that the tests must catch (15 minutes)"
@@ -22,7 +22,7 @@ $(STAMP): pyproject.toml
 	@touch $@
 
 quickstart: $(STAMP)
-	@$(BIN)/python -m lightning_kd.quickstart
+	@$(BIN)/python -m lightning_kd claim quickstart
 
 test: $(STAMP)
 	@$(BIN)/python -m pytest

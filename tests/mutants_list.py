@@ -902,7 +902,7 @@ MUTANTS = [
         "core/run_folder.py",
         '"history": [*history, earlier] if earlier else history,',
         '"history": [],',
-        ("tests/test_cli.py", "tests/test_quickstart.py"),
+        ("tests/test_cli.py",),
     ),
     Mutant(
         "the loss of evaluation not by its samples",

@@ -178,7 +178,7 @@ def _number(value: float) -> float | None:
 
 
 def _shown(value: float) -> str:
-    return f"{value:.2f}" if abs(value) >= 1 or value == 0 else f"{value:.3g}"
+    return f"{value:.2f}" if abs(value) >= 0.1 or value == 0 else f"{value:.3g}"
 
 
 def _signed(value: float) -> str:

@@ -29,6 +29,13 @@ def test_stored_results_are_of_the_claims_as_they_are():
             assert len(found["values"]) == len(result["seeds"]) == len(claim.seeds)
 
 
+def test_the_quickstart_is_what_its_claim_found():
+    (result,) = [result for result in RESULTS if result["name"] == "quickstart"]
+    readme = (ROOT / "README.md").read_text()
+    for found in result["settings"].values():
+        assert f" | {len(found['values'])} | {100 * found['mean']:.2f} | {100 * found['std']:.2f} |\n" in readme
+
+
 def test_a_row_for_each_expectation(tmp_path):
     one = {"expected": "a > b", "difference": 0.0123, "interval": [-0.001, 0.02], "verdict": "undecided"}
     result = {"name": "x", "claim": "It is so.", "metric": "test/acc", "percent": True, "seeds": [0, 1]}
