@@ -2,15 +2,18 @@
 
 import csv
 import json
+import re
 
 import pytest
 import torch
+import yaml
 
 import lightning_kd
 from lightning_kd.cli import get_cli, main
 from lightning_kd.cli.command_words import default_run_folder, resume_command
 from lightning_kd.cli.config_names import config_names, config_path, with_config_paths
 from lightning_kd.core.run_folder import RunFolder
+from tests.conftest import ROOT
 
 TEACHER = ["--config", "distillation/teacher_digits"]
 DHKD = ["--config", "distillation/dhkd_digits", "--model.teacher_weights", "random"]
@@ -20,6 +23,13 @@ SMOKE = ["--config", "_overlay/smoke", "--trainer.enable_progress_bar", "false"]
 def rows(run):
     with (run / "metrics.csv").open(newline="") as stream:
         return list(csv.DictReader(stream))
+
+
+def test_changelog_and_citation_are_of_this_version():
+    released = re.findall(r"^## \[(\d[\d.]*)\] - (\d{4}-\d\d-\d\d)$", (ROOT / "CHANGELOG.md").read_text(), re.M)
+    citation = yaml.safe_load((ROOT / "CITATION.cff").read_text())
+    assert released[0] == (lightning_kd.__version__, str(citation["date-released"]))
+    assert citation["version"] == lightning_kd.__version__
 
 
 def test_help_version_and_list(capsys):
