@@ -85,7 +85,8 @@ def run_jobs(
             for process, _, _ in running.values():
                 process.join()
     if failed:
-        raise RuntimeError(f"{failed[0].name} failed: {error_in(failed[0].log)} (all that it printed: {failed[0].log})")
+        first = min(failed, key=jobs.index)
+        raise RuntimeError(f"{first.name} failed: {error_in(first.log)} (all that it printed: {first.log})")
 
 
 def error_in(log: Path) -> str:
