@@ -20,7 +20,7 @@ from lightning_kd.cli.named_classes import argument_names, known_classes
                 "--model.temperature: float = 2.0",
                 "of the loss (2 for the binary ones",
                 "--model.student: str | Module (required)",
-                "--model.teacher_weights: str | None = None",  # of a parent
+                "--model.student_weights: str | None = None",  # of a parent
                 "--model.lr_interval: str = 'epoch'",  # of its parent
                 '"epoch" or "step": when the scheduler steps.',
             ],
