@@ -6,6 +6,7 @@ Yonglong Tian, Dilip Krishnan, Phillip Isola. Contrastive Representation Distill
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -89,6 +90,12 @@ class ContrastBanks(nn.Module):
         self.register_buffer("z", torch.full((2,), -1.0))
         self._has_z = False  # known here, or a GPU would be asked in each step
         self.register_load_state_dict_post_hook(_look_for_z)
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> ContrastBanks:
+        z = self.z
+        super()._apply(fn, recurse)
+        self.z = z.to(self.z.device)  # as large as the number of rows: float16 has no such numbers
+        return self
 
     def allocate(self, count: int, generator: torch.Generator) -> None:
         """Begin with ``count`` rows, uniform in +-1 / sqrt(dim / 3), unless there are rows already.

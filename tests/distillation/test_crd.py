@@ -79,6 +79,14 @@ def test_banks_by_their_plain_form():
         torch.testing.assert_close(banks.z, torch.tensor(z), rtol=1e-5, atol=0)
 
 
+def test_z_fits_its_number_whatever_the_precision():
+    banks = ContrastBanks(dim=4)
+    banks.z.copy_(torch.tensor([110_700.0, 2.0]))
+    for cast in (banks.half(), banks.to(torch.bfloat16)):
+        assert cast.z.tolist() == [110_700.0, 2.0]
+        assert cast.z.dtype == torch.float32
+
+
 def test_what_moves_and_what_stays():
     banks = banks_of(5)
     start = banks.student.rows.clone()
