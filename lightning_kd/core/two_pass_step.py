@@ -7,6 +7,7 @@ from contextlib import contextmanager
 from typing import Any
 
 import lightning as L
+import numpy as np
 import torch
 from torch import Tensor, nn
 from torchmetrics import Metric
@@ -28,13 +29,14 @@ def second_pass() -> bool:
 
 
 class FirstPass:
-    """What torch's generators and the metrics were before the first evaluation of a batch, so that it can be repeated.
+    """What generators and metrics were before the first evaluation of a batch, so that it can be repeated.
 
     Made before the first evaluation; the second one runs inside ``repeated()``.
 
     Args:
         module: what is trained, if it is known. Its buffers (running statistics of normalisation), the ``torchmetrics``
-            in it and, for a LightningModule, what it logs are then those of the first evaluation alone.
+            in it and, for a LightningModule, what it logs are then those of the first evaluation alone. Its NumPy
+            generators, attributes or lists of them, are repeated.
         device: of the parameters.
     """
 
@@ -44,15 +46,17 @@ class FirstPass:
         self._modules = [] if module is None else list(module.modules())
         self._metrics = [(m, m.update_count) for m in self._modules if isinstance(m, Metric)]
         self._random = torch_random_state(device)
+        self._streams = [] if module is None else _states(module)
 
     @contextmanager
     def repeated(self) -> Iterator[None]:
-        """The second evaluation: torch draws the same numbers, ``second_pass()`` true, nothing counted or logged.
+        """The second evaluation: the same numbers are drawn, ``second_pass()`` true, nothing counted or logged.
 
         Afterwards the generators are where the first evaluation left them, also if the second one raised.
         """
         global _second
         after = torch_random_state(self.device)
+        streams_after = [(stream, stream.bit_generator.state) for stream, _ in self._streams]
         buffers = [
             (m._buffers, name, value)
             for m in self._modules
@@ -68,10 +72,12 @@ class FirstPass:
             if isinstance(self.module, L.LightningModule):
                 self.module.log = _log_nothing  # type: ignore[method-assign]
             set_torch_random_state(self._random, self.device)
+            _set_states(self._streams)
             yield
         finally:
             _second = before
             set_torch_random_state(after, self.device)
+            _set_states(streams_after)
             if isinstance(self.module, L.LightningModule):
                 del self.module.log
                 if own_log is not None:
@@ -84,6 +90,17 @@ class FirstPass:
                 for name, value in state.items():
                     setattr(metric, name, value)
                 metric._update_count, metric._computed = count, None
+
+
+def _states(module: nn.Module) -> list[tuple[np.random.Generator, Any]]:
+    """The NumPy generators that a module holds, such as those that mix images, and where they are."""
+    held = [one for value in vars(module).values() for one in (value if isinstance(value, list) else [value])]
+    return [(one, one.bit_generator.state) for one in held if isinstance(one, np.random.Generator)]
+
+
+def _set_states(states: list[tuple[np.random.Generator, Any]]) -> None:
+    for stream, state in states:
+        stream.bit_generator.state = state
 
 
 def _log_nothing(*args: Any, **kwargs: Any) -> None:

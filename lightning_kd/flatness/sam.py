@@ -49,7 +49,8 @@ class SAM(Optimizer):
     Momentum and all else of the base optimizer are in ``state`` and ``param_groups``, which are its own: schedulers,
     checkpoints and resuming work as with it alone.
 
-    Random numbers: torch's generators are repeated in the second evaluation; those of NumPy and Python are not.
+    Random numbers: torch's generators are repeated in the second evaluation, and so are NumPy generators that the
+    module holds, such as those that mix images; the global ones of NumPy and Python are not.
 
     Args:
         params: parameters or groups of them (which may have a ``rho`` of their own), on one device.

@@ -13,6 +13,7 @@ from lightning_kd import KD, MEALV2, DigitsDataModule
 from lightning_kd.cli import get_cli
 from lightning_kd.core.teacher import FrozenTeacher
 from lightning_kd.distillation.meal_v2 import Discriminator, discriminator_loss, mean_probabilities
+from lightning_kd.flatness import SAM
 
 SHAPE = (1, 8, 8)
 
@@ -156,6 +157,17 @@ def test_cutmix_mixes_before_teachers_and_student():
     assert same.all()
     with pytest.raises(ValueError, match=r"cutmix=0.5 needs images, got input_shape \(64,\)"):
         MEALV2("mlp", "mlp", 10, input_shape=(64,), teacher_weights="random", cutmix=0.5)
+
+
+def test_both_evaluations_of_sam_see_one_mixture():
+    seen, student = [], linear(0)
+    student.register_forward_pre_hook(lambda module, args: seen.append(args[0]))
+    options = {"cutmix": 1.0, "optimizer": lambda p: SAM(p, lambda q: torch.optim.SGD(q, lr=0.1))}
+    task = MEALV2(student, [linear(1)], 10, input_shape=SHAPE, **options).double()
+    trainer(precision=64, limit_train_batches=1).fit(task, samples())
+    assert len(seen) == 2
+    assert torch.equal(seen[0], seen[1])
+    assert not torch.equal(seen[0], next(iter(samples()))[0])
 
 
 # -- several teachers ------------------------------------------------------------------------------------------------

@@ -4,6 +4,7 @@ import copy
 from functools import partial
 
 import lightning as L
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
@@ -523,6 +524,21 @@ class Counting(Classification):
     def on_train_epoch_end(self):
         self.counts = [int(weight) for _, weight in self._means._sums.values()]
         super().on_train_epoch_end()
+
+
+def test_numpy_streams_of_a_module_are_drawn_again():
+    module = nn.Linear(1, 1)
+    module.draws, module.both = np.random.default_rng(0), [np.random.default_rng(k) for k in (1, 2)]
+
+    def drawn():
+        return [generator.random() for generator in (module.draws, *module.both)]
+
+    before = FirstPass(module, torch.device("cpu"))
+    first = drawn()
+    with before.repeated():
+        assert drawn() == first
+        drawn()  # whatever more is drawn there
+    assert drawn() == [np.random.default_rng(k).random(2)[1] for k in range(3)]
 
 
 def test_means_and_memories_of_a_task_count_once():
