@@ -42,8 +42,9 @@ def pkt_loss(student_feature: Tensor, teacher_feature: Tensor) -> Tensor:
 
 
 def _likeness(feature: Tensor) -> Tensor:
-    # a feature of zeros has the cosine 0 with all
-    unit = feature / (torch.linalg.vector_norm(feature, dim=1, keepdim=True) + EPS)
+    length = torch.linalg.vector_norm(feature, dim=1, keepdim=True)
+    # a feature of zeros has the cosine 0 with all, and no gradient: it would be 1e7 times that of others
+    unit = feature / (length + EPS).masked_fill(length == 0, torch.inf)
     likeness = (unit @ unit.T + 1) / 2
     return likeness / likeness.sum(1, keepdim=True)
 

@@ -69,6 +69,15 @@ def test_features_that_are_alike_or_zero(loss):
         assert feature.grad.isfinite().all()
 
 
+@pytest.mark.parametrize("loss", LOSSES)
+def test_one_zero_among_others_gets_no_huge_gradient(loss):
+    feature = random(5, 3).float()
+    feature[1] = 0
+    feature.requires_grad_()
+    loss(feature, random(5, 4, seed=1).float()).backward()
+    assert 0 < feature.grad.abs().max() < 10
+
+
 def test_two_alike_among_others_get_no_huge_gradient():
     feature = random(5, 3).float()
     feature[1] = feature[0]
