@@ -126,6 +126,7 @@ class PSKD(SampleMemories, SupervisedTask):
         if not second_pass():  # or the past would be what has just been written
             past = self.bank.read(index)
             unknown = past.sum(1, keepdim=True) == 0  # of a loader whose labels nobody knew before
+            unknown |= self.current_epoch == 0  # also of an image that is drawn again in the first epoch
             past = torch.where(unknown, F.one_hot(batch.target, self.num_classes).to(past), past)
             self._soft_target = progressive_target(batch.target, past, self.alpha)
             self.bank.write(index, logits.softmax(1))

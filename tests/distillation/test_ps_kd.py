@@ -104,6 +104,17 @@ def test_the_first_epoch_is_cross_entropy_and_the_second_looks_back():
     assert seen.steps[0][0] == F.cross_entropy(seen.steps[0][2], seen.steps[0][1].target).item()
 
 
+def test_an_image_that_the_first_epoch_repeats_has_its_label_each_time():
+    seen = Losses()
+    x, y = torch.randn(12, *SHAPE, generator=torch.Generator().manual_seed(3)), torch.arange(12) % 10
+    loader = DataLoader([(x[i], y[i], i) for i in range(12)], 6, sampler=[*range(12), *range(12)])
+    task = PSKD(linear(), 10, input_shape=SHAPE, optimizer=STILL)
+    trainer_of(callbacks=seen, max_epochs=1).fit(task, loader)
+    assert len(seen.steps) == 4
+    for loss, batch, logits in seen.steps:
+        assert loss == pytest.approx(F.cross_entropy(logits, batch.target).item(), rel=1e-6)
+
+
 def test_the_bank_has_labels_where_nothing_was_seen():
     data = data_module(batch_size=8)
     task, _ = fitted(data=data, trainer=trainer_of(max_epochs=1, limit_train_batches=2))
