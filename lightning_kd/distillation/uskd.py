@@ -160,6 +160,7 @@ class USKD(SupervisedTask):
         if ranking not in ("log_probability", "probability"):
             raise ValueError(f"ranking must be 'log_probability' or 'probability', got {ranking!r}: give one of them")
         self.alpha, self.beta, self.mu, self.ranking, self.ce_weight = alpha, beta, mu, ranking, ce_weight
+        self.loss_is_plain = ce_weight == 1
         self._feature_layer = feature_layer
         self._tap = None if feature_layer is None else Tap(self.network, feature_layer)
         self._stages = self._found_stages() if feature_layer is None else None

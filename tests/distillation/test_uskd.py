@@ -192,6 +192,11 @@ def test_what_the_weak_head_sees(network, layer, feature):
     assert all(p.grad is None or p.grad.isfinite().all() for p in task.parameters())
 
 
+def test_a_weighted_loss_is_not_compared_with_guessing():
+    assert USKD("cnn_tiny", 10, input_shape=SHAPE).loss_is_plain
+    assert not USKD("cnn_tiny", 10, input_shape=SHAPE, ce_weight=3.0).loss_is_plain
+
+
 def trainer_of(**options):
     quiet = {"logger": False, "enable_progress_bar": False, "enable_model_summary": False, "accelerator": "cpu"}
     return L.Trainer(**{**quiet, "enable_checkpointing": False, "max_epochs": 1, "num_sanity_val_steps": 0, **options})
