@@ -5,14 +5,13 @@ from __future__ import annotations
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
 
 from lightning_kd.core.feature_hooks import PooledFeature, Tap, check_not_compiled
-from lightning_kd.core.module_modes import eval_mode
-from lightning_kd.core.random_state import same_random_state
+from lightning_kd.core.trial_pass import Call, trial_pass
 
 __all__ = ["StageFeatures", "StageMaps", "StageShapes"]
 
@@ -42,38 +41,10 @@ class StageShapes(NamedTuple):
 
 
 @dataclass
-class _Call:
-    """A module's call in the trial pass, in the order in which they end.
-
-    Tensors are told apart by identity; what is overwritten later has a newer version at the end than here.
-    """
-
-    path: str
-    module: nn.Module
-    given: Tensor | None
-    given_version: int
-    output: Tensor | None
-    output_version: int
-
-    @property
-    def leaf(self) -> bool:
-        return next(self.module.children(), None) is None
-
-    @property
-    def is_activation(self) -> bool:
-        homes = (kind.__module__.rsplit(".", 1)[-1] for kind in type(self.module).__mro__)
-        return self.leaf and any(home.startswith("activation") for home in homes)  # of torch and timm
-
-    @property
-    def is_map(self) -> bool:
-        return self.output is not None and self.output.ndim == 4
-
-
-@dataclass
 class _Place:
     """Where a map is seen in every pass: on one side of a module."""
 
-    call: _Call
+    call: Call
     side: str
 
     @property
@@ -83,12 +54,31 @@ class _Place:
         return value
 
     @property
-    def shape(self) -> tuple[int, ...]:
-        return tuple(self.value.shape[1:])
+    def channels_last(self) -> bool:
+        return self.call.given_last if self.side == "input" else self.call.output_last
 
-    def tap(self, network: nn.Module) -> Tap:
+    @property
+    def shape(self) -> tuple[int, ...]:
+        return tuple(_channels_first(self.value, self.channels_last).shape[1:])
+
+    def tap(self, network: nn.Module) -> _MapTap:
         seen = self.call.given_version if self.side == "input" else self.call.output_version
-        return Tap(network, self.call.path, self.side, copy=self.value._version != seen)
+        tap = Tap(network, self.call.path, self.side, copy=self.value._version != seen)
+        return _MapTap(tap, self.channels_last)
+
+
+class _MapTap(NamedTuple):
+    """A tap whose maps are ``[B, C, H, W]``."""
+
+    tap: Tap
+    channels_last: bool
+
+    def pop(self) -> Tensor:
+        return _channels_first(self.tap.pop(), self.channels_last)
+
+
+def _channels_first(value: Tensor, channels_last: bool) -> Tensor:
+    return value.permute(0, 3, 1, 2) if channels_last else value
 
 
 class StageFeatures:
@@ -102,7 +92,8 @@ class StageFeatures:
     that activate first and after linear bottlenecks, it is the stage's output. Before: what went into that activation;
     without one what a batch normalisation makes of the output that follows at once, else the output itself. That is
     where the usual benchmark of distillation takes them. A block that does more after its activation, such as to
-    shuffle channels, may name it by an attribute ``feature_activation``.
+    shuffle channels, may name it by an attribute ``feature_activation``. Maps of networks that have the channels in the
+    last dimension, as Swin has, are seen as ``[B, C, H, W]``, too.
 
     One pass in eval mode over one image, on the network's device, finds all that, and leaves statistics, modes and
     random generators as they were. Taps go where the network is compiled or distributed later; it may run with gradient
@@ -135,7 +126,7 @@ class StageFeatures:
         self.name = type(network).__name__
         linear = any(isinstance(module, nn.Linear) for module in network.modules())
         self._pooled = PooledFeature(network) if linear else None
-        calls = _trial_pass(network, input_shape)
+        calls = trial_pass(network, input_shape)
         self.paths, stem = _find_stages(self.name, calls, network, stages)
         pairs = [_sides(self.name, calls, path, network) for path in self.paths]
         hidden = [path for path, pair in zip(self.paths, pairs, strict=True) if pair[1] is None]
@@ -169,36 +160,8 @@ class StageFeatures:
         return StageMaps(maps, before, stem, pooled)
 
 
-def _trial_pass(network: nn.Module, input_shape: Sequence[int]) -> list[_Call]:
-    """All calls of modules on one image."""
-    calls: list[_Call] = []
-    under_way: list[tuple[Tensor | None, int]] = []
-
-    def begin(module: nn.Module, args: tuple[Any, ...]) -> None:
-        given = args[0] if args and isinstance(args[0], Tensor) else None
-        under_way.append((given, 0 if given is None else given._version))
-
-    def end(path: str, module: nn.Module, output: Any) -> None:
-        output = output if isinstance(output, Tensor) else None
-        calls.append(_Call(path, module, *under_way.pop(), output, 0 if output is None else output._version))
-
-    handles = []
-    for path, module in network.named_modules():
-        handles.append(module.register_forward_pre_hook(begin))
-        handles.append(module.register_forward_hook(lambda m, args, output, path=path: end(path, m, output)))
-    example = next(network.parameters(), torch.empty(0))
-    image = torch.randn(1, *input_shape, generator=torch.Generator().manual_seed(0)).to(example)
-    try:
-        with eval_mode(network), torch.no_grad(), same_random_state(example.device):
-            network(image)
-    finally:
-        for handle in handles:
-            handle.remove()
-    return calls
-
-
 def _find_stages(
-    name: str, calls: list[_Call], network: nn.Module, stages: Sequence[str] | None
+    name: str, calls: list[Call], network: nn.Module, stages: Sequence[str] | None
 ) -> tuple[list[str], _Place | None]:
     """The paths of the stages, and where the stem is seen."""
     if stages is not None:
@@ -222,7 +185,7 @@ def _find_stages(
     return paths, None
 
 
-def _numbered(calls: list[_Call]) -> list[str]:
+def _numbered(calls: list[Call]) -> list[str]:
     """Paths of modules with maps that have one name but for their number; of several such, the outermost."""
     groups: dict[tuple[str, str], dict[int, str]] = {}
     for call in calls:
@@ -236,15 +199,15 @@ def _numbered(calls: list[_Call]) -> list[str]:
     return [group[number] for number in sorted(group)]
 
 
-def _last_of_each_size(calls: list[_Call]) -> list[str]:
+def _last_of_each_size(calls: list[Call]) -> list[str]:
     """The last module at each height and width, the outermost of those that give the same; no pooling, no vectors."""
     pooled = {id(call.output) for call in calls if call.leaf and "Pool" in type(call.module).__name__}
-    halving = {call.path: call.given.shape[2:] for call in calls if _halves(call) and call.given is not None}
+    halving = {call.path: call.given_size for call in calls if _halves(call)}
     last: dict[torch.Size, str] = {}
     for call in calls:
-        if not call.path or not call.is_map or call.output is None or id(call.output) in pooled:
+        size = call.size
+        if not call.path or size is None or id(call.output) in pooled:
             continue
-        size = call.output.shape[2:]
         # what a block of the next stage does first, such as to expand, is no end of this one
         begun = any(call.path.startswith(f"{path}.") and size == before for path, before in halving.items())
         if size.numel() > 1 and not begun:
@@ -252,14 +215,13 @@ def _last_of_each_size(calls: list[_Call]) -> list[str]:
     return list(last.values())
 
 
-def _halves(call: _Call) -> bool:
+def _halves(call: Call) -> bool:
     """Whether a block makes its map about half as high; a whole trunk makes it less."""
-    if call.leaf or not call.is_map or call.output is None or call.given is None or call.given.ndim != 4:
-        return False
-    return call.output.shape[2] < call.given.shape[2] <= 2 * call.output.shape[2]
+    given, size = call.given_size, call.size
+    return not call.leaf and given is not None and size is not None and size[0] < given[0] <= 2 * size[0]
 
 
-def _called(name: str, calls: list[_Call], path: str, network: nn.Module) -> _Call:
+def _called(name: str, calls: list[Call], path: str, network: nn.Module) -> Call:
     """The last call of the module at ``path``."""
     for call in reversed(calls):
         if call.path == path:
@@ -271,7 +233,7 @@ def _called(name: str, calls: list[_Call], path: str, network: nn.Module) -> _Ca
     raise ValueError(f"stage {path!r} of {name} is never called: name another module")
 
 
-def _sides(name: str, calls: list[_Call], path: str, network: nn.Module) -> tuple[_Place, _Place | None]:
+def _sides(name: str, calls: list[Call], path: str, network: nn.Module) -> tuple[_Place, _Place | None]:
     """Where the stage's map is seen, and where what is before its activation; ``None`` where that cannot be seen."""
     stage = _called(name, calls, path, network)
     end, plain = calls.index(stage), _Place(stage, "output")

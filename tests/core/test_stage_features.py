@@ -6,7 +6,9 @@ import random
 import numpy as np
 import pytest
 import torch
+import torchvision
 from torch import nn
+from torchvision.models.convnext import CNBlockConfig
 
 from lightning_kd.core.stage_features import StageFeatures
 from lightning_kd.nets import build_network
@@ -108,6 +110,37 @@ def test_stages_of_any_network(name, stages):
     assert found.before == ()
     assert (found.pooled is None) == (name == "fcn_tiny")
     assert [m.shape[1:] for m in found.maps] == [torch.Size(shape) for shape in features.shapes.maps]
+
+
+def small_swin():
+    return torchvision.models.SwinTransformer([4, 4], 8, [1, 1, 2, 1], [1] * 4, [2, 2], num_classes=7)
+
+
+def small_convnext():
+    blocks = [CNBlockConfig(width, 2 * width if width < 64 else None, 1) for width in (8, 16, 32, 64)]
+    return torchvision.models.ConvNeXt(blocks, num_classes=7)
+
+
+@pytest.mark.parametrize(
+    ("build", "last"),
+    [(small_swin, "permute"), (small_convnext, "features")],
+)
+@pytest.mark.parametrize("width", [64, 96])
+def test_channels_in_the_last_dimension(build, last, width):
+    net = build().eval()
+    features = StageFeatures(net, (3, 64, width), before=True)
+    assert features.paths == ["features.1", "features.3", "features.5", last]
+    w = width // 4
+    shapes = [(8, 16, w), (16, 8, w // 2), (32, 4, w // 4), (64, 2, w // 8)]
+    assert list(features.shapes.maps) == shapes
+    image = images(2, 3, 64, width)
+    net(image)
+    maps = features.pop().maps
+    assert [tuple(m.shape[1:]) for m in maps] == shapes
+    first = net.features[:2](image)
+    torch.testing.assert_close(maps[0], first if build is small_convnext else first.permute(0, 3, 1, 2))
+    named = StageFeatures(net, (3, 64, width), ["features.3"])
+    assert named.shapes.maps == ((16, 8, w // 2),)
 
 
 def test_the_last_module_at_each_size_but_for_pooling():
