@@ -199,6 +199,13 @@ MUTANTS = [
         ("tests/core/test_stage_features.py",),
     ),
     Mutant(
+        "channels in the last dimension taken for a width",
+        "core/trial_pass.py",
+        "return c in widths and",
+        "return False and",
+        ("tests/core/test_stage_features.py",),
+    ),
+    Mutant(
         "attention summed over positions",
         "distillation/at.py",
         "(student - teacher).square().mean()",
@@ -1949,6 +1956,13 @@ MUTANTS = [
         ("tests/distillation/test_relations.py",),
     ),
     Mutant(
+        "a dead feature gets a huge gradient of PKT",
+        "distillation/pkt.py",
+        ".masked_fill(length == 0, torch.inf)",
+        "",
+        ("tests/distillation/test_relations.py",),
+    ),
+    Mutant(
         "masks are not flipped with their images",
         "data/joint_views.py",
         "image, mask = image.flip(-1), mask.flip(-1)",
@@ -2060,6 +2074,13 @@ MUTANTS = [
         "distillation/ps_kd.py",
         "self.bank.rows[labelled, target.to(labelled.device)[labelled]] = 1",
         "pass",
+        ("tests/distillation/test_ps_kd.py",),
+    ),
+    Mutant(
+        "PS-KD looks back in its first epoch",
+        "distillation/ps_kd.py",
+        "unknown |= self.current_epoch == 0",
+        "unknown |= False",
         ("tests/distillation/test_ps_kd.py",),
     ),
 ]
