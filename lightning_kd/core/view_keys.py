@@ -54,7 +54,9 @@ class ViewKeys:
         check_numbers(least=0, whole=True, seed=self.seed)
         check_numbers(least=1, whole=True, per_visit=self.per_visit)
 
-    def visits(self, index: np.ndarray, key_count: int, seed: int, epoch: int, pass_: int) -> np.ndarray:
+    def visits(
+        self, index: np.ndarray, key_count: int, seed: int, epoch: int, pass_: int | np.ndarray
+    ) -> np.ndarray:
         """The keys of a visit, int64 ``[B, per_visit]``, different ones of each sample.
 
         They hang on the sample alone, not on its batch or process.
@@ -64,7 +66,7 @@ class ViewKeys:
             key_count: keys of a sample.
             seed: of the order and the views of the loader.
             epoch: of the pass.
-            pass_: of the epoch.
+            pass_: of the epoch; ``[B]`` where a sample that comes again in it is to have other keys.
 
         Raises:
             ValueError: where a sample has fewer keys.
@@ -72,8 +74,8 @@ class ViewKeys:
         if self.per_visit > key_count:
             raise ValueError(f"per_visit must be {key_count} or fewer, the views of a sample, got {self.per_visit}")
         drawn = [
-            numpy_generator(seed, "visits", epoch, pass_, i).choice(key_count, self.per_visit, replace=False)
-            for i in index.tolist()
+            numpy_generator(seed, "visits", epoch, p, i).choice(key_count, self.per_visit, replace=False)
+            for p, i in zip(np.broadcast_to(pass_, index.shape).tolist(), index.tolist(), strict=True)
         ]
         return np.stack(drawn).astype(np.int64)
 

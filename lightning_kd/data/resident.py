@@ -190,8 +190,9 @@ class ResidentLoader(BatchLoader):
     def _visits(self, keys: ViewKeys) -> Iterator[Batch]:
         """Batches with several views of each sample, side by side."""
         epoch, pass_, batches = self.sampler.next_pass()
-        for batch in batches:
-            drawn = keys.visits(batch, self.key_count, self.sampler.seed, epoch, pass_)
+        repeats = self.sampler.repeats(epoch, pass_) or [np.zeros_like(batch) for batch in batches]
+        for batch, times in zip(batches, repeats, strict=True):
+            drawn = keys.visits(batch, self.key_count, self.sampler.seed, epoch, pass_ + REPEAT * times)
             index = torch.from_numpy(batch).to(self.device).repeat_interleave(keys.per_visit)
             key = torch.from_numpy(drawn).flatten().to(self.device)
             extras = {name: wide(value.index_select(0, index)) for name, value in self._extras.items()}

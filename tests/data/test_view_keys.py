@@ -88,3 +88,17 @@ def test_what_is_not_a_crop_and_flip_alone_has_no_keys(tmp_path):
         loader(digits(), views=("weak", "plain"), view_keys=ViewKeys())
     with pytest.raises(ValueError, match=r"got views=\('strong',\)"):
         loader(digits(), views="strong", view_keys=ViewKeys())
+
+
+def test_a_sample_that_comes_again_in_a_pass_has_other_views():
+    data = digits(balance=True)
+    data.setup()
+    rare = [int((data.train_target[data.train_indices] == c).nonzero()[0]) for c in range(9)]
+    indices = np.append(data.train_indices[rare], data.train_indices[data.train_target[data.train_indices] == 9])
+    keyed = data.loader("train", indices, shuffle=True, augment=True, view_keys=ViewKeys(per_visit=2))
+
+    def two(batch):
+        return batch.extras["view"].view(-1, 2).T.tolist()
+
+    visits = [row for b in keyed for row in zip(b.index[::2].tolist(), *two(b), strict=True)]
+    assert len(set(visits)) > 0.8 * len(visits) > len({row[0] for row in visits})
