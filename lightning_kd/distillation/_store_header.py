@@ -26,7 +26,7 @@ __all__ = [
     "weights_digests",
 ]
 
-FORMAT = 1
+FORMAT = 2
 
 
 class StoreLayout:

@@ -178,6 +178,22 @@ def test_images_in_memory_and_no_store(tmp_path):
         trainer(max_epochs=1).fit(task(teacher_store=str(tmp_path / "d.store"), crops=5, **digits), data)
 
 
+def test_a_file_of_other_content_is_refused(root, tmp_path):
+    file = root / "ant" / "0.png"
+    image = Image.open(file).convert("RGB")
+    image.save(file, compress_level=0)
+    size = file.stat().st_size
+    taught(root, tmp_path / "a.store")
+    image.putpixel((3, 3), (1, 2, 3))
+    image.save(file, compress_level=0)
+    assert file.stat().st_size == size
+    data = folder(root)
+    data.setup()
+    assert str(file) in map(str, data.train_image)
+    with pytest.raises(ValueError, match="does not fit, the images are others"):
+        trainer().fit(task(teacher_store=str(tmp_path / "a.store")), data)
+
+
 def test_what_cannot_be_is_refused(root, tmp_path):
     with pytest.raises(ValueError, match=r"self_mix=0.5 mixes crops of one image, got crops=1: give 2 or more"):
         task(FerKD, crops=1, self_mix=0.5)

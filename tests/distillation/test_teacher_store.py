@@ -220,10 +220,15 @@ def test_what_does_not_fit_is_refused_before_training(data, options, message, st
         trainer().fit(model, digits(**data))
 
 
-def test_other_images_of_the_same_shape_are_refused(store):
+@pytest.mark.parametrize("changed", ["order", "one pixel"])
+def test_other_images_of_the_same_shape_are_refused(changed, store):
     data = digits()
     data.setup()
-    data.train_image = data.train_image.flip(0)
+    if changed == "order":
+        data.train_image = data.train_image.flip(0)
+    else:
+        data.train_image = data.train_image.clone()
+        data.train_image[-1, 0, 3, 4] ^= 1
     with pytest.raises(ValueError, match="does not fit, the images are others: train with what it was made of"):
         trainer().fit(task("kd", teacher_store=store), data)
 
@@ -418,11 +423,11 @@ def test_damaged_files_are_told(tmp_path, store):
     path.unlink()
     with pytest.raises(ValueError, match="is not finished"):
         TeacherStore(path)
-    (tmp_path / "a.store.json").write_text('{"format": 1, "keys"')
+    (tmp_path / "a.store.json").write_text('{"format": 2, "keys"')
     with pytest.raises(ValueError, match=r"a.store.json is damaged"):
         TeacherStore(path)
     (tmp_path / "a.store.json").write_text('{"format": 9}')
-    with pytest.raises(ValueError, match="is of format 9, this version reads 1"):
+    with pytest.raises(ValueError, match="is of format 9, this version reads 2"):
         TeacherStore(path)
 
 
