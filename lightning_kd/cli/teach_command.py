@@ -66,7 +66,7 @@ def teach(
         beside = Path(trainer.default_root_dir) / "teacher.store"
     else:
         beside = Path(weights).with_suffix(".store")
-    path = beside if out is None else Path(out)
+    path = (beside if out is None else Path(out)).expanduser()
     trainer.validate(model, datamodule, verbose=False)  # sets all of it up, and judges the teacher
     reached = {
         name.removeprefix("val/teacher_"): float(value)
@@ -86,7 +86,7 @@ def teach(
             samples=samples,
             seed=seed,
             batch_size=batch_size,
-            restart=restart and trainer.is_global_zero,
+            restart=restart,
             reached=reached,
             first=trainer.global_rank / trainer.world_size,
             progress=progress,

@@ -87,10 +87,20 @@ class FKD(Distillation):
         kd_weight: float = 1.0,
         **kwargs: Any,
     ) -> None:
-        super().__init__(student, teacher, num_classes, kd_weight=kd_weight, **kwargs)
+        super().__init__(student, teacher, num_classes, ce_weight=0.0, kd_weight=kd_weight, **kwargs)
+        for stored in (self.hparams, self._hparams_initial):  # or a checkpoint would give it again
+            stored.pop("ce_weight", None)  # type: ignore[union-attr]
         check_numbers(least=1, whole=True, crops=crops)
         check_numbers(above=0, temperature=temperature)
         self.crops, self.temperature = crops, temperature
+
+    def setup(self, stage: str) -> None:
+        super().setup(stage)
+        if self._store is not None and self.crops > (views := self._store.layout.keys):
+            raise ValueError(
+                f"crops must be {views} or fewer, the views of an image in teacher_store {self.teacher_store!r}, got "
+                f"{self.crops}: give fewer, or store more by lightning-kd teach --views"
+            )
 
     def view_options(self) -> dict[str, Any]:
         options = super().view_options()

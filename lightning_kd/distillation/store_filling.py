@@ -31,19 +31,25 @@ try:
 except ImportError:  # there is no such thing on Windows
     fcntl = None  # type: ignore[assignment]
 
-__all__ = ["begin_store", "fill_store", "weights_digest"]
+__all__ = ["begin_store", "fill_store", "remove_store", "weights_digest"]
 
 # how long to wait for the piece of another process before looking again
 PAUSE = 0.1
 
 
-def begin_store(path: Path, header: Mapping[str, Any], restart: bool = False) -> None:
+def remove_store(path: Path) -> None:
+    """Throw away the two files of a store, where they are."""
+    with told_of(path):
+        for each in (header_path(path), path):
+            each.unlink(missing_ok=True)
+
+
+def begin_store(path: Path, header: Mapping[str, Any]) -> None:
     """Make the two files of a store, or take up those that are there and of the same.
 
     Args:
         path: the store.
         header: what ``PATH.json`` is to say.
-        restart: throw away what is there.
 
     Raises:
         FileExistsError: where there is another store, or a file that is none.
@@ -51,20 +57,22 @@ def begin_store(path: Path, header: Mapping[str, Any], restart: bool = False) ->
         OSError: where they cannot be written, or there is too little room on the disk.
     """
     file = header_path(path)
-    if restart:
-        for each in (file, path):
-            each.unlink(missing_ok=True)
     layout = StoreLayout(header)
     there = file.is_file()
     if there:
-        if (what := first_difference({**read_header(path), "reached": {}}, {**header, "reached": {}})) is not None:
+        if (what := first_difference(_compared(read_header(path)), _compared(header))) is not None:
             raise FileExistsError(
                 f"{path} holds other answers, {what}: name another file with --out, or add --restart true to lose them"
             )
     elif path.exists() and not file.is_file():  # or another process has just begun
         raise FileExistsError(f"{path} exists and is no teacher store: name another file with --out")
     with told_of(path):
-        path.parent.mkdir(parents=True, exist_ok=True)
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+        except (FileExistsError, NotADirectoryError):
+            raise FileExistsError(
+                f"{path} needs a folder where there is a file: name another file with --out"
+            ) from None
         check_room(path, layout.size)
         if not there:
             write_text(file, json.dumps(header, indent=1) + "\n", durable=True)
@@ -75,6 +83,11 @@ def begin_store(path: Path, header: Mapping[str, Any], restart: bool = False) ->
                 os.ftruncate(descriptor, layout.size)
         finally:
             os.close(descriptor)
+
+
+def _compared(header: Mapping[str, Any]) -> dict[str, Any]:
+    """What makes answers others: not where the file of the weights is, whose content is compared."""
+    return {**header, "reached": {}, "teacher": {**header["teacher"], "weights": None}}
 
 
 def check_room(path: Path, size: int) -> None:

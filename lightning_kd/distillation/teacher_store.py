@@ -42,7 +42,7 @@ class TeacherStore:
     """
 
     def __init__(self, path: str | Path) -> None:
-        self.path = Path(path)
+        self.path = Path(path).expanduser()
         self.header = read_header(self.path)
         self.layout = StoreLayout(self.header)
         done = read_marks(self.path, self.layout)
@@ -127,8 +127,8 @@ class TeacherStore:
     def logits(self, index: Tensor, key: Tensor) -> Tensor:
         """The teacher's logits of some views, float32 ``[B, C]`` on the device of ``index``.
 
-        Of compressed answers they are the logarithms of the probabilities, and where these are 0, that of the smallest
-        number there is.
+        Of compressed answers they are the logarithms of the probabilities, times the temperature of their making, so
+        that a softmax at it gives these; where they are 0, the logarithm of the smallest number there is.
 
         Args:
             index: int64 ``[B]``, positions in the full training array.
@@ -140,7 +140,8 @@ class TeacherStore:
         found = self._rows(index, key)
         if "logits" in found:
             return found["logits"].float()
-        return self._recovered(found).clamp(min=torch.finfo(torch.float32).tiny).log()
+        logs = self._recovered(found).clamp(min=torch.finfo(torch.float32).tiny).log()
+        return logs * float(self.header["temperature"])
 
     def probabilities(self, index: Tensor, key: Tensor, temperature: float = 1.0) -> Tensor:
         """The teacher's probabilities of some views, float32 ``[B, C]``, see ``logits``.
@@ -172,6 +173,6 @@ class TeacherStore:
 def draws_of_teacher(path: str | Path) -> int:
     """How many random numbers the teacher of a store began with; 0 where that is not known, or there is no store."""
     try:
-        return int(read_header(Path(path))["teacher"].get("draws") or 0)
+        return int(read_header(Path(path).expanduser())["teacher"].get("draws") or 0)
     except (OSError, ValueError):  # told when a fit begins
         return 0

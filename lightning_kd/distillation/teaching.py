@@ -18,7 +18,7 @@ from lightning_kd.core.view_keys import ViewKeys
 from lightning_kd.distillation._store_header import FORMAT, ranges_of, weights_digests
 from lightning_kd.distillation.distillation_task import Distillation
 from lightning_kd.distillation.soft_labels import kept_classes
-from lightning_kd.distillation.store_filling import begin_store, fill_store, weights_digest
+from lightning_kd.distillation.store_filling import begin_store, fill_store, remove_store, weights_digest
 
 __all__ = ["teach_store"]
 
@@ -90,6 +90,8 @@ def teach_store(
         raise ValueError(f"samples must be 'used' or 'all', got {samples!r}: give one of them")
     check_numbers(above=0, temperature=temperature)
     check_numbers(least=1, whole=True, batch_size=batch_size)
+    if compress is None and temperature != 1:
+        raise ValueError(f"temperature is of compress, got temperature={temperature} without it: leave it out")
     if compress is not None:
         kept_classes(compress, task.num_classes)
         if not task.problem.one_class:
@@ -115,14 +117,19 @@ def teach_store(
         "reached": reached or {},
     }
     header = json.loads(json.dumps(header))
-    begin_store(Path(path), header, restart)
+    path, trainer = Path(path).expanduser(), task.trainer
+    if restart:  # others must not take up what is thrown away
+        if trainer.is_global_zero:
+            remove_store(path)
+        trainer.strategy.barrier("restart")
+    begin_store(path, header)
 
     def logits(index: Tensor, key: Tensor) -> Tensor:
         with torch.inference_mode(), task.trainer.precision_plugin.val_step_context():
             return task.teacher_logits(loader.images(index, key).to(task.device))
 
     fill_store(
-        Path(path),
+        path,
         header,
         logits,
         batch_size=batch_size,

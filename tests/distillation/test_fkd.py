@@ -174,7 +174,7 @@ def test_images_in_memory_and_no_store(tmp_path):
     trainer(max_epochs=1).fit(trained, DigitsDataModule(fake=True, augment=True, batch_size=16))
     assert sizes[0] == (32, 16)
     trainer(max_epochs=1, limit_train_batches=2).fit(task(**digits), data)
-    with pytest.raises(ValueError, match="per_visit must be 4 or fewer, the views of a sample, got 5"):
+    with pytest.raises(ValueError, match=r"crops must be 4 or fewer, the views of an image in teacher_store '.*d.store', got 5"):
         trainer(max_epochs=1).fit(task(teacher_store=str(tmp_path / "d.store"), crops=5, **digits), data)
 
 
@@ -197,6 +197,8 @@ def test_a_file_of_other_content_is_refused(root, tmp_path):
 def test_what_cannot_be_is_refused(root, tmp_path):
     with pytest.raises(ValueError, match=r"self_mix=0.5 mixes crops of one image, got crops=1: give 2 or more"):
         task(FerKD, crops=1, self_mix=0.5)
+    with pytest.raises(TypeError, match="ce_weight"):
+        task(ce_weight=0.5)
     with pytest.raises(ValueError, match="the random crops of image files are without end: give a number of them"):
         taught(root, tmp_path / "a.store", views="all")
     path = tmp_path / "b.store"

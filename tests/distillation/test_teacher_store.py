@@ -150,7 +150,7 @@ def test_compressed_answers(kind, tmp_path, weights):
     got = found.probabilities(batch.index, batch.extras["view"])
     logits = found.logits(batch.index, batch.extras["view"])
     assert logits.isfinite().all()
-    torch.testing.assert_close(logits.softmax(1), got)
+    torch.testing.assert_close((logits / 2).softmax(1), got)  # as the teacher's logits at that temperature
     torch.testing.assert_close(got.sum(1), torch.ones(len(got)))
     top = p.topk(3)
     if kind == "marginal_smoothing_k3":
@@ -389,14 +389,19 @@ def test_other_answers_in_the_file_are_not_lost(tmp_path, weights, store):
     for options, what in (
         ({"dtype": "float16"}, "dtype was 'float32', here it is 'float16'"),
         ({"views": "plain"}, "keys was 9, here it is 1"),
-        ({"weights": other_teacher(tmp_path / "other.pt")}, "teacher.weights was"),
+        ({"weights": other_teacher(tmp_path / "other.pt")}, "the weights are others"),
     ):
         with pytest.raises(FileExistsError, match=f"holds other answers, {what}.*add --restart true to lose them"):
             taught(path, **{"weights": weights, **options})
     assert path.read_bytes() == before
+    shutil.copy(weights, tmp_path / "same.pt")
+    taught(path, str(tmp_path / "same.pt"))  # the same file elsewhere
+    assert path.read_bytes() == before
     taught(path, weights, views="plain", restart=True)
     assert TeacherStore(path).header["keys"] == 1
     (tmp_path / "mine.store").write_text("somebody's")
+    with pytest.raises(FileExistsError, match="needs a folder where there is a file: name another file with --out"):
+        taught(tmp_path / "mine.store" / "a.store", weights)
     with pytest.raises(FileExistsError, match="exists and is no teacher store"):
         taught(tmp_path / "mine.store", weights)
 
@@ -454,6 +459,7 @@ def test_logits_that_half_precision_cannot_hold_are_refused(tmp_path):
         ({"compress": "marginal_renorm_k10"}, "keeps 10 classes, which must be fewer than the 10"),
         ({"samples": "some"}, "samples must be 'used' or 'all'"),
         ({"temperature": 0}, "temperature must be above 0"),
+        ({"temperature": 2.0}, r"temperature is of compress, got temperature=2.0 without it"),
     ],
 )
 def test_wrong_arguments_are_named(options, message, tmp_path, weights):
@@ -532,6 +538,38 @@ def test_two_processes_of_a_trainer_make_the_store_of_one(tmp_path, weights):
     assert [value for _, value in found] == pytest.approx([reached, reached])
     assert (tmp_path / "two.store").read_bytes() == (tmp_path / "one.store").read_bytes()
     assert TeacherStore(tmp_path / "two.store").reached == pytest.approx({"acc": reached})
+
+
+def taught_anew_by_two(path, weights):
+    """The first process is late, so that the other one would find the old store."""
+    import time
+
+    from lightning_kd.distillation import teaching
+
+    model, data, run = task(weights=weights), digits(), trainer(strategy="ddp", devices=2)
+    run.validate(model, data, verbose=False)
+    if run.is_global_zero:
+        describe = teaching.weights_digest
+        teaching.weights_digest = lambda network: time.sleep(0.5) or describe(network)
+    return teach_store(model, data, path, dtype="float32", views="plain", restart=True)["keys"]
+
+
+def test_processes_of_a_trainer_begin_anew_together(tmp_path, weights, store):
+    for file in ("", ".json"):
+        shutil.copy(f"{store}{file}", f"{tmp_path / 'a.store'}{file}")
+    assert on_two_ranks(taught_anew_by_two, tmp_path / "a.store", weights) == [1, 1]
+    assert TeacherStore(tmp_path / "a.store").header["keys"] == 1
+
+
+def test_the_home_folder_may_be_called_by_its_sign(tmp_path, weights, store, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.chdir(tmp_path)
+    shutil.copy(weights, tmp_path / "n.pt")
+    path = teach(trainer(), task(weights="~/n.pt"), digits())
+    assert path == tmp_path / "n.store"
+    assert TeacherStore("~/n.store").path == path
+    assert not (tmp_path / "~").exists()
+    fitted(task("kd", teacher_store="~/n.store"), max_epochs=1, limit_train_batches=1)
 
 
 def fitted_by_two(store):
