@@ -49,7 +49,7 @@ def teach(
         dtype: of what is stored.
         compress: hard, smoothing, marginal_smoothing_k5 or marginal_renorm_k5 (or another number): the most probable
             classes instead of all logits.
-        temperature: of the softmax before that.
+        temperature: of the softmax before that; with compress alone.
         samples: used: the training samples of this config; all: the whole training array, for other splits and subsets.
         seed: of the views that are drawn.
         batch_size: views that the teacher sees at once.

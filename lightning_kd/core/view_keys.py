@@ -54,9 +54,7 @@ class ViewKeys:
         check_numbers(least=0, whole=True, seed=self.seed)
         check_numbers(least=1, whole=True, per_visit=self.per_visit)
 
-    def visits(
-        self, index: np.ndarray, key_count: int, seed: int, epoch: int, pass_: int | np.ndarray
-    ) -> np.ndarray:
+    def visits(self, index: np.ndarray, key_count: int, seed: int, epoch: int, pass_: int | np.ndarray) -> np.ndarray:
         """The keys of a visit, int64 ``[B, per_visit]``, different ones of each sample.
 
         They hang on the sample alone, not on its batch or process.

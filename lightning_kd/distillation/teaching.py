@@ -57,7 +57,7 @@ def teach_store(
             of each image that are drawn once, which is another, poorer distribution of images.
         dtype: of what is stored.
         compress: a kind of soft label (see ``soft_labels.compress``) instead of the logits.
-        temperature: of the softmax before ``compress``.
+        temperature: of the softmax before ``compress``; 1 without that.
         samples: ``"used"``: the training samples that ``task`` takes of ``data`` now; ``"all"``: the full training
             array, so that another split or subset will do.
         seed: of the views that are drawn.

@@ -174,7 +174,9 @@ def test_images_in_memory_and_no_store(tmp_path):
     trainer(max_epochs=1).fit(trained, DigitsDataModule(fake=True, augment=True, batch_size=16))
     assert sizes[0] == (32, 16)
     trainer(max_epochs=1, limit_train_batches=2).fit(task(**digits), data)
-    with pytest.raises(ValueError, match=r"crops must be 4 or fewer, the views of an image in teacher_store '.*d.store', got 5"):
+    with pytest.raises(
+        ValueError, match=r"crops must be 4 or fewer, the views of an image in teacher_store '.*d.store', got 5"
+    ):
         trainer(max_epochs=1).fit(task(teacher_store=str(tmp_path / "d.store"), crops=5, **digits), data)
 
 
