@@ -1207,8 +1207,8 @@ MUTANTS = [
     Mutant(
         "SAM's second evaluation has another dropout mask",
         "core/two_pass_step.py",
-        "            set_torch_random_state(self._random, self.device)\n            yield",
-        "            yield",
+        "            set_torch_random_state(self._random, self.device)\n            _set_states",
+        "            _set_states",
         (f"{FLAT}/test_sam.py",),
     ),
     Mutant(

@@ -47,7 +47,7 @@ def image_digest(image: Tensor | Sequence[Any]) -> str:
     found = hashlib.sha256()
     if isinstance(image, Tensor):
         for rows in image.split(ROWS):
-            found.update(np.ascontiguousarray(rows.numpy()).reshape(-1).view(np.uint8))
+            found.update(np.ascontiguousarray(rows.numpy()).reshape(-1).view(np.uint8).data)
         return found.hexdigest()
     _add_images(found, image)
     step = -(-len(image) // FILES) or 1
