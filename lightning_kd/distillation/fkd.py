@@ -19,6 +19,7 @@ from lightning_kd.core.batch import Batch, as_batch
 from lightning_kd.core.losses import at_least_float32, check_target, soft_cross_entropy
 from lightning_kd.core.view_keys import VIEW
 from lightning_kd.distillation.distillation_task import Distillation
+from lightning_kd.distillation.label_free_distillation import check_no_labels
 
 __all__ = ["FKD", "FerKD", "adapt_labels"]
 
@@ -72,6 +73,7 @@ class FKD(Distillation):
         num_classes: see ``Task``.
         crops: of an image in a visit, from a store.
         temperature: of the student.
+        ce_weight: 0, and nothing else.
         kd_weight: weight of the loss.
         kwargs: the further arguments of ``Distillation`` and ``Task``.
     """
@@ -84,12 +86,12 @@ class FKD(Distillation):
         *,
         crops: int = 4,
         temperature: float = 1.0,
+        ce_weight: float = 0.0,
         kd_weight: float = 1.0,
         **kwargs: Any,
     ) -> None:
-        super().__init__(student, teacher, num_classes, ce_weight=0.0, kd_weight=kd_weight, **kwargs)
-        for stored in (self.hparams, self._hparams_initial):  # or a checkpoint would give it again
-            stored.pop("ce_weight", None)  # type: ignore[union-attr]
+        check_no_labels(ce_weight)
+        super().__init__(student, teacher, num_classes, ce_weight=ce_weight, kd_weight=kd_weight, **kwargs)
         check_numbers(least=1, whole=True, crops=crops)
         check_numbers(above=0, temperature=temperature)
         self.crops, self.temperature = crops, temperature

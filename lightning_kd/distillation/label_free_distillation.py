@@ -15,6 +15,12 @@ from lightning_kd.distillation.distillation_task import Distillation
 __all__ = ["LabelFreeDistillation"]
 
 
+def check_no_labels(ce_weight: float) -> None:
+    """Raise ``ValueError`` unless the weight of the loss on labels is 0."""
+    if isinstance(ce_weight, bool) or ce_weight != 0:
+        raise ValueError(f"ce_weight must be 0, as no label is learnt, got {ce_weight!r}: leave it out")
+
+
 class LabelFreeDistillation(Distillation, ABC):
     """Train a student with ``kd_weight * distillation_loss`` alone: images without a label teach as much as others.
 
@@ -42,8 +48,7 @@ class LabelFreeDistillation(Distillation, ABC):
         ce_weight: float = 0.0,
         **kwargs: Any,
     ) -> None:
-        if isinstance(ce_weight, bool) or ce_weight != 0:
-            raise ValueError(f"ce_weight must be 0, as no label is learnt, got {ce_weight!r}: leave it out")
+        check_no_labels(ce_weight)
         super().__init__(student, teacher, num_classes, ce_weight=ce_weight, **kwargs)
 
     def training_indices(self, data: Any) -> np.ndarray:
