@@ -235,6 +235,19 @@ def to_label_matrix(array: np.ndarray, count: int, num_classes: int | None, name
     return torch.from_numpy(np.where(array == 255, np.float32(-1), array.astype(np.float32)))
 
 
+def array_named(path: Path, key: str | None, usual: str) -> np.ndarray:
+    """The array ``key`` of a file; without, that called ``usual`` or ``given``, or the only one.
+
+    Raises:
+        ValueError: where there is none, and as ``read_arrays``.
+    """
+    arrays = read_arrays(path)
+    for name in [key] if key is not None else [usual, "given", *(arrays if len(arrays) == 1 else ())]:
+        if name in arrays:
+            return arrays[name]
+    raise ValueError(f"key={key!r} is none of {str(path)!r}, which holds {', '.join(arrays)}: give one of them")
+
+
 def to_masks(array: np.ndarray, count: int, num_classes: int | None, name: str, shape: tuple[int, ...]) -> Tensor:
     """A class for each pixel, uint8 ``[N, H, W]`` with 255 for ignored ones, to int16 with -1 for them.
 

@@ -7,10 +7,10 @@ from pathlib import Path
 import numpy as np
 
 from lightning_kd.core.notes import note
-from lightning_kd.data.array_files import read_arrays
+from lightning_kd.data.array_files import array_named
 from lightning_kd.data.candidate_sets import CandidateSets, UniformCandidates
 from lightning_kd.data.label_noise import CleanLabels
-from lightning_kd.data.sample_tables import read_sample_labels
+from lightning_kd.data.sample_tables import check_label_path, read_sample_labels
 
 __all__ = ["CandidateFile"]
 
@@ -39,10 +39,7 @@ class CandidateFile(CandidateSets):
     """
 
     def __init__(self, path: str, key: str | None = None, meta_from_single: bool = False) -> None:
-        if Path(path).suffix.lower() not in (".npy", ".npz", ".csv"):
-            raise ValueError(
-                f"path must end in .npy, .npz or .csv, got {path!r}: convert the candidates to one of them"
-            )
+        check_label_path(path, "candidates")
         self.path = path
         self.key = key
         self.meta_from_single = meta_from_single
@@ -51,14 +48,7 @@ class CandidateFile(CandidateSets):
     def draw(self, clean: CleanLabels, generator: np.random.Generator) -> np.ndarray:
         if Path(self.path).suffix.lower() == ".csv":
             return self._from_lines(clean)
-        arrays = read_arrays(Path(self.path))
-        known = [self.key] if self.key is not None else ["candidates", "given", *(arrays if len(arrays) == 1 else ())]
-        for key in known:
-            if key in arrays:
-                return arrays[key]
-        raise ValueError(
-            f"key={self.key!r} is none of {self.path!r}, which holds {', '.join(arrays)}: give one of them"
-        )
+        return array_named(Path(self.path), self.key, "candidates")
 
     def _from_lines(self, clean: CleanLabels) -> np.ndarray:
         item, label, _ = read_sample_labels(Path(self.path), clean, key=self.key)

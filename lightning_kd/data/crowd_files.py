@@ -6,10 +6,10 @@ from pathlib import Path
 
 import numpy as np
 
-from lightning_kd.data.array_files import only_numbers, read_arrays
+from lightning_kd.data.array_files import array_named, only_numbers
 from lightning_kd.data.crowd_labels import CrowdLabels, SimulatedCrowd
 from lightning_kd.data.label_noise import CleanLabels
-from lightning_kd.data.sample_tables import read_sample_labels
+from lightning_kd.data.sample_tables import check_label_path, read_sample_labels
 from lightning_kd.spreadsheet import without_zeros
 
 __all__ = ["CrowdAnnotations"]
@@ -41,10 +41,7 @@ class CrowdAnnotations(CrowdLabels):
     """
 
     def __init__(self, path: str, key: str | None = None) -> None:
-        if Path(path).suffix.lower() not in (".npy", ".npz", ".csv"):
-            raise ValueError(
-                f"path must end in .npy, .npz or .csv, got {path!r}: convert the annotations to one of them"
-            )
+        check_label_path(path, "annotations")
         self.path = path
         self.key = key
         super().__init__()
@@ -52,14 +49,7 @@ class CrowdAnnotations(CrowdLabels):
     def draw(self, clean: CleanLabels, generator: np.random.Generator) -> np.ndarray:
         if Path(self.path).suffix.lower() == ".csv":
             return self._from_lines(clean)
-        arrays = read_arrays(Path(self.path))
-        known = ["annotations", "given", *(arrays if len(arrays) == 1 else ())] if self.key is None else [self.key]
-        for key in known:
-            if key in arrays:
-                return arrays[key]
-        raise ValueError(
-            f"key={self.key!r} is none of {self.path!r}, which holds {', '.join(arrays)}: give one of them"
-        )
+        return array_named(Path(self.path), self.key, "annotations")
 
     def _from_lines(self, clean: CleanLabels) -> np.ndarray:
         where = repr(self.path)

@@ -30,6 +30,12 @@ class SampleLabels(NamedTuple):
     others: dict[str, np.ndarray]
 
 
+def check_label_path(path: str, what: str) -> None:
+    """Raise ``ValueError`` unless a file of labels, called ``what``, is one of arrays or a table by its name."""
+    if Path(path).suffix.lower() not in (".npy", ".npz", ".csv"):
+        raise ValueError(f"path must end in .npy, .npz or .csv, got {path!r}: convert the {what} to one of them")
+
+
 def read_sample_labels(
     path: Path, clean: CleanLabels, others: Mapping[str, Sequence[str]] | None = None, key: str | None = None
 ) -> SampleLabels:
