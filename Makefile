@@ -22,7 +22,7 @@ $(STAMP): pyproject.toml
 	@touch $@
 
 quickstart: $(STAMP)
-	@$(BIN)/python -m lightning_kd claim quickstart
+	@$(BIN)/python -m lightning_kd claim quickstart --jobs 2
 
 test: $(STAMP)
 	@$(BIN)/python -m pytest
