@@ -20,7 +20,7 @@ main(["list"])
 main("fit --config {CONFIG} --config _overlay/smoke --model.teacher_weights random".split())
 import pytest
 alone = ["-n", "0", "-p", "no:cacheprovider"]
-raise SystemExit(pytest.main([*alone, "-k", "{NAME}", "tests/distillation", "tests/test_configs.py"]))
+raise SystemExit(pytest.main([*alone, "-k", "{NAME}", "tests/distillation/test_{NAME}.py", "tests/test_configs.py"]))
 """
 
 

@@ -21,7 +21,7 @@ ELSEWHERE = Path("/dev/shm")
 OTHER_DISK = ELSEWHERE.is_dir() and os.access(ELSEWHERE, os.W_OK)
 
 
-@pytest.fixture(params=["the same disk", "another disk"])
+@pytest.fixture(params=["the same disk", pytest.param("another disk", marks=pytest.mark.slow)])
 def tmpdir(request, tmp_path):
     """What $TMPDIR is."""
     if request.param == "the same disk":
