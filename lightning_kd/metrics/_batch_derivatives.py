@@ -1,4 +1,4 @@
-"""The loss of each batch with its first and second derivatives in a network's parameters."""
+"""The loss of each batch, and its first and second derivatives with respect to a network's parameters."""
 
 from __future__ import annotations
 
@@ -17,8 +17,8 @@ from lightning_kd.metrics._functional_network import Copies
 
 LossFn = Callable[[nn.Module, Any], Tensor]
 
-# Graphs of batches are kept from one Hessian-vector product to the next up to so many bytes: one that is there saves a
-# third to a half of the work, and a network that needs more has to go without.
+# Autograd graphs of batches are kept between Hessian-vector products, up to this many bytes in all: a kept graph saves
+# a third to a half of the work. The graphs of further batches are rebuilt for every product.
 KEPT_BYTES = 2**31
 
 
@@ -28,7 +28,10 @@ def cross_entropy(model: nn.Module, batch: Any) -> Tensor:
 
 
 class BatchDerivatives(Copies):
-    """A network on copies of its parameters, and a loss of it; graphs of batches are kept as far as there is room."""
+    """Losses, gradients and Hessian-vector products of single batches, on copies of a network's parameters.
+
+    Autograd graphs of batches are kept for the next product, up to ``KEPT_BYTES``.
+    """
 
     def __init__(self, model: nn.Module, loss_fn: LossFn | None, loader: Any, parameters: Sequence[str] | None) -> None:
         super().__init__(model, loader, parameters)
@@ -39,7 +42,7 @@ class BatchDerivatives(Copies):
         self._kept_all = False
 
     def checked_loss(self, loss: Tensor) -> Tensor:
-        """``loss``, if it is a number."""
+        """``loss`` as it is; ValueError where it is not a scalar tensor."""
         if not isinstance(loss, Tensor) or loss.ndim:
             got = list(loss.shape) if isinstance(loss, Tensor) else type(loss).__name__
             raise ValueError(f"loss_fn must give the mean loss of a batch as a scalar tensor, got {got}")
@@ -48,15 +51,18 @@ class BatchDerivatives(Copies):
     def batch_gradients(
         self, number: int, batch: Any, create_graph: bool
     ) -> tuple[int, float, list[tuple[int, Tensor]]]:
-        """Size and loss of a batch, and the gradient by the number of each parameter that it has one in."""
+        """Size of a batch, its loss, and pairs of a parameter's index in ``leaves`` and the gradient.
+
+        Parameters that the loss does not depend on are left out.
+        """
         loss = self.checked_loss(self.run(self.loss_fn, self.leaves, number, batch))
         if not loss.requires_grad:
-            raise ValueError("the loss has no gradient in the parameters: give a loss_fn that is computed from them")
+            raise ValueError("the loss does not depend on the parameters: give a loss_fn that is computed from them")
         found = torch.autograd.grad(loss, self.leaves, create_graph=create_graph, allow_unused=True)
         return batch_size(batch), float(loss.detach()), [(k, g) for k, g in enumerate(found) if g is not None]
 
     def batch_graphs(self) -> Iterator[tuple[int, float, list[tuple[int, Tensor]], bool]]:
-        """The differentiable gradient of each batch, and whether its graph is wanted again."""
+        """Size, loss and differentiable gradients of each batch, and whether to retain the batch's graph."""
         for size, loss, gradients in self._kept:
             yield size, loss, gradients, True
         if self._kept_all:
@@ -80,7 +86,7 @@ class BatchDerivatives(Copies):
     def batch_product(
         self, gradients: list[tuple[int, Tensor]], parts: list[Tensor], keep: bool
     ) -> list[tuple[int, Tensor]]:
-        """The batch's Hessian times ``parts``; where nothing comes, the derivative is zero."""
+        """The batch's Hessian times ``parts``, by index of the parameter; a parameter left out has product zero."""
         curved = [(k, g) for k, g in gradients if g.requires_grad]
         if not curved:
             return []
@@ -102,7 +108,14 @@ class BatchDerivatives(Copies):
 
 @contextmanager
 def saved_bytes(ignored: set[int]) -> Iterator[list[int]]:
-    """Counts the bytes that graphs made inside hold on to."""
+    """Counts the bytes of the tensors that autograd saves for backward in this block.
+
+    Args:
+        ignored: ``data_ptr`` of storages that do not count, such as the parameters'.
+
+    Yields:
+        A list of one number: the count so far.
+    """
     count, seen = [0], set(ignored)
 
     def pack(tensor: Tensor) -> Tensor:
@@ -110,7 +123,7 @@ def saved_bytes(ignored: set[int]) -> Iterator[list[int]]:
         if storage.data_ptr() not in seen:
             seen.add(storage.data_ptr())
             count[0] += storage.nbytes()
-        return tensor.detach()  # an output itself would hold the graph that holds it, for ever
+        return tensor.detach()  # an undetached output refers to the graph that saves it: the cycle would leak memory
 
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
         yield count

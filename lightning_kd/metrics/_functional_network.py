@@ -1,4 +1,4 @@
-"""Copies of a network's parameters and buffers that it can be run on, and the data that it is run on."""
+"""Run a network on copies of its parameters and buffers, so that the network itself stays unchanged."""
 
 from __future__ import annotations
 
@@ -19,22 +19,23 @@ from lightning_kd.metrics._arguments import chosen_parameters
 
 
 class Copies:
-    """A network on copies of its parameters and buffers.
+    """A network that runs on copies of its parameters and buffers.
 
-    All copies are contiguous, as are the batches: second derivatives of convolutions are slower in channels_last.
+    All copies and batches are contiguous: second derivatives of convolutions are slower in channels_last.
 
     Attributes:
-        names: of the parameters that are varied.
-        leaves: float copies of them, in the same order.
-        weights: all of them as one vector ``[P]``.
+        names: names of the parameters that derivatives are taken with respect to.
+        leaves: copies of these parameters in ``dtype``, in the same order.
+        weights: these parameters flattened into one vector ``[P]``.
         fixed: copies of all other parameters and of the buffers.
+        dtype: of the computation: float64 where the network has a float64 parameter, else float32.
     """
 
     def __init__(self, model: nn.Module, loader: Any, parameters: Sequence[str] | None) -> None:
         chosen = chosen_parameters(model, parameters)
         values = dict(model.named_parameters())
         wide = any(p.dtype == torch.float64 for p in values.values())
-        self.dtype = torch.float64 if wide else torch.float32  # of half precision a float32 copy
+        self.dtype = torch.float64 if wide else torch.float32  # half precision is computed in float32
         self.names = list(chosen)
         self.leaves = [self._own(p).clone().requires_grad_() for p in chosen.values()]
         self.sizes = [leaf.numel() for leaf in self.leaves]
@@ -51,18 +52,18 @@ class Copies:
             )
 
     def share_buffers(self, model: nn.Module) -> None:
-        """Take the buffers of the first process, for statistics that each process has of its own batches."""
+        """Copy the buffers of process 0 to all: batch-normalisation statistics can differ between processes."""
         for name, _ in model.named_buffers():
             if process_count() > 1 and self.fixed[f"model.{name}"].is_floating_point():
                 dist.broadcast(self.fixed[f"model.{name}"], 0)
 
     def split(self, vector: Tensor) -> list[Tensor]:
-        """``vector`` ``[P]`` as tensors shaped like the parameters."""
+        """``vector`` ``[P]`` cut into tensors shaped like ``leaves``."""
         parts = vector.to(self.device, self.dtype).split(self.sizes)
         return [part.view(leaf.shape) for part, leaf in zip(parts, self.leaves, strict=True)]
 
     def check(self, vector: Tensor, name: str) -> Tensor:
-        """``vector`` as one of this objective, if it has the length."""
+        """``vector`` on the device and in the dtype of ``weights``; ValueError where it is not ``[P]``."""
         if vector.shape != self.weights.shape:
             raise ValueError(
                 f"{name} must be [{len(self.weights)}], one number for each entry of the parameters, got "
@@ -75,7 +76,7 @@ class Copies:
         return torch.float32 if self.device.type == "mps" else torch.float64
 
     def batches(self) -> Iterator[tuple[int, Any]]:
-        """The batches of one pass with their numbers, on the device and in the type of the copies."""
+        """Number and tensors of each batch of one pass over the data, on the device and in the dtype of the copies."""
         for number, batch in enumerate(self._loader):
             yield number, apply_to_collection(move_data_to_device(batch, self.device), Tensor, self._own)
 
@@ -87,7 +88,10 @@ class Copies:
         batch: Any,
         fixed: dict[str, Tensor] | None = None,
     ) -> Tensor:
-        """``function`` of the network and a batch; what it draws depends on the number of the batch alone."""
+        """``function(network, batch)`` with ``leaves`` as the parameters.
+
+        The random state depends only on ``number``, the batch's position: every pass draws the same numbers.
+        """
         given = {f"model.{name}": leaf for name, leaf in zip(self.names, leaves, strict=True)}
         with same_random_state(self.device, number):
             return functional_call(self._call, {**(fixed or self.fixed), **given}, (function, batch))
@@ -99,7 +103,7 @@ class Copies:
 
 
 class _Call(nn.Module):
-    """A function of a model as a module, so that ``functional_call`` can put the parameters in."""
+    """``function(model, batch)`` as a module, because ``functional_call`` replaces the parameters of a module."""
 
     def __init__(self, model: nn.Module) -> None:
         super().__init__()

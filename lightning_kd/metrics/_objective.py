@@ -1,6 +1,6 @@
 """The mean loss of a network over data as a function of its parameters, with first and second derivatives.
 
-Nothing here touches the network: it is run on copies of its parameters and buffers.
+The network stays unchanged: it runs on copies of its parameters and buffers.
 """
 
 from __future__ import annotations
@@ -28,14 +28,14 @@ from lightning_kd.metrics._batch_derivatives import BatchDerivatives, LossFn
 
 @dataclass(frozen=True)
 class Measured:
-    """What a result refers to.
+    """The conditions of a measurement, which every curvature result carries. The network was in eval mode.
 
     Attributes:
-        loss: mean over all samples, with the ``l2`` term where one is given.
-        samples: how many, over all processes.
-        hvps: products of the whole Hessian with a vector that were made; each is a pass over the samples.
+        loss: mean loss over all samples, plus the ``l2`` term where one is given.
+        samples: number of samples over all processes.
+        hvps: number of Hessian-vector products computed; each is one pass over all samples.
         dtype: of the computation, ``"float32"`` or ``"float64"``.
-        parameters: names of the parameters that the derivatives are in. The network was in eval mode.
+        parameters: names of the parameters that derivatives were taken with respect to.
     """
 
     loss: float
@@ -46,10 +46,11 @@ class Measured:
 
 
 class Objective(BatchDerivatives):
-    """Made by ``objective``. Its methods are collective: every process calls them alike.
+    """The mean loss over all batches and processes, and its derivatives; ``objective`` creates it.
 
-    In each an error of one process alone is an error of all; a process that is killed, or an error between two methods,
-    leaves the others waiting until their time limit.
+    Its methods are collective: every process must call the same ones in the same order. An error that one process
+    raises inside a method is raised on all. Where a process is killed, or fails between two calls, the others wait
+    until the process group's timeout.
     """
 
     def __init__(
@@ -69,10 +70,12 @@ class Objective(BatchDerivatives):
         weights: Tensor | None = None,
         fixed: dict[str, Tensor] | None = None,
     ) -> Tensor:
-        """``measure`` of each batch, float64 ``[...]`` summed over all batches.
+        """The sum of ``measure(network, batch)`` over all batches and processes, float64 ``[...]``, without gradients.
 
-        ``measure`` gives sums over the batch; it runs without gradient, at ``weights`` (default: as they are) and with
-        ``fixed`` in place of ``self.fixed``.
+        Args:
+            measure: gives a tensor that is summed over the samples of the batch.
+            weights: ``[P]``, parameters to use. Default: the network's own.
+            fixed: other parameters and buffers to use. Default: ``self.fixed``.
         """
         leaves = self.leaves if weights is None else self.split(weights)
         total: Tensor | None = None
@@ -83,9 +86,9 @@ class Objective(BatchDerivatives):
         return sum_of_parts(total, self.sums_dtype, self.device)
 
     def collect(self, measure: Callable[[nn.Module, Any], Sequence[Tensor]]) -> list[Tensor]:
-        """``measure`` of each batch, tensors ``[B, ...]``, of all batches and processes, on the CPU.
+        """Tensors ``[B, ...]`` that ``measure`` gives for a batch, concatenated over batches and processes, on the CPU.
 
-        Nothing where ``measure`` gives nothing for a batch.
+        Empty where ``measure`` gives an empty list for any batch.
         """
         rows: list[Sequence[Tensor]] = []
 
@@ -98,7 +101,7 @@ class Objective(BatchDerivatives):
         return [torch.cat(column) for column in zip(*rows, strict=True)] if all(rows) else []
 
     def value(self, weights: Tensor | None = None, fixed: dict[str, Tensor] | None = None) -> float:
-        """The mean loss at ``weights``; at the network's own it must be what every earlier pass found."""
+        """The mean loss at ``weights``. Default: at the network's own, where it must equal that of earlier passes."""
 
         def measure(model: nn.Module, batch: Any) -> Tensor:
             size = batch_size(batch)
@@ -107,7 +110,7 @@ class Objective(BatchDerivatives):
 
         total, samples = self.evaluate(measure, weights, fixed).tolist()
         if weights is None:
-            return self._note(total, samples)
+            return self._record_loss(total, samples)
         return total / samples + self.l2 / 2 * float(weights.double().square().sum())
 
     def gradient(self) -> Tensor:
@@ -134,9 +137,12 @@ class Objective(BatchDerivatives):
         return self._mean(total, sums) + self.l2 * vector
 
     def quadratic_forms(self, vectors: Sequence[Tensor]) -> Tensor:
-        """``v^T H v`` of each vector ``[P]``, by parameters: float64 ``[len(vectors), len(names)]`` on the CPU.
+        """``v^T H v`` for each vector ``v`` ``[P]``, the part of each parameter in a column of its own.
 
-        All vectors go through one graph of each batch, and processes exchange these sums alone.
+        All vectors share one graph of each batch, and processes exchange only these sums.
+
+        Returns:
+            float64 ``[len(vectors), len(names)]`` on the CPU.
         """
         forms = torch.zeros(len(vectors), len(self.names), dtype=self.sums_dtype, device=self.device)
         sums = [0.0, 0.0]
@@ -156,15 +162,15 @@ class Objective(BatchDerivatives):
         return forms
 
     def gradient_forms(self, cotangents: Callable[[int, Tensor], Iterable[tuple[int, Tensor]]], rows: int) -> Tensor:
-        """Squared norms of gradients of the network's output, by parameters, over the number of samples.
+        """Squared norms of vector-Jacobian products of the network's output, divided by the number of samples.
 
         Args:
-            cotangents: of the number of the batch and the output for ``batch[0]``: pairs of a row of the result, to
-                which the squared norm is added, and a tensor shaped like the output.
-            rows: of the result.
+            cotangents: called with the number of a batch and the network's output for ``batch[0]``. Gives pairs of a
+                row of the result, to which the squared norm is added, and the vector: a tensor shaped like the output.
+            rows: number of rows of the result.
 
         Returns:
-            float64 ``[rows, len(names)]`` on the CPU.
+            float64 ``[rows, len(names)]`` on the CPU, the part of each parameter in a column of its own.
         """
         forms = torch.zeros(rows, len(self.names), dtype=self.sums_dtype, device=self.device)
         sums = [0.0, 0.0]
@@ -181,13 +187,13 @@ class Objective(BatchDerivatives):
         return self._mean(forms, sums).double().cpu()
 
     def measured(self) -> dict[str, Any]:
-        """The fields of ``Measured``."""
+        """Values for the fields of ``Measured``."""
         dtype = str(self.dtype).removeprefix("torch.")
         return {
             "loss": self.loss, "samples": self.samples, "hvps": self.hvps, "dtype": dtype, "parameters": self.names,
         }  # fmt: skip
 
-    # -- parts -------------------------------------------------------------------------------------------------------
+    # -- helpers -----------------------------------------------------------------------------------------------------
 
     def _add(self, total: Tensor, parts: list[tuple[int, Tensor]], size: int) -> None:
         places = total.split(self.sizes)
@@ -195,21 +201,22 @@ class Objective(BatchDerivatives):
             places[k].add_(part.reshape(-1), alpha=size)
 
     def _mean(self, total: Tensor, sums: list[float]) -> Tensor:
-        """``total`` of all processes over their samples, after noting the loss."""
+        """``total`` summed over processes and divided by the number of samples; also records the mean loss."""
         both = torch.tensor(sums, dtype=self.sums_dtype, device=self.device)
         if process_count() > 1:
             dist.all_reduce(both)
             dist.all_reduce(total)
         loss, samples = both.tolist()
-        self._note(loss, samples)
+        self._record_loss(loss, samples)
         return total.div_(samples)
 
-    def _note(self, total: float, samples: float) -> float:
+    def _record_loss(self, total: float, samples: float) -> float:
+        """Store and return the mean loss of a pass; ValueError where it is not finite or differs between passes."""
         if not samples:
             raise ValueError("loader gave no sample: give at least one")
         loss = total / samples + self.l2 / 2 * float(self.weights.double().square().sum())
         if not np.isfinite(loss):
-            raise ValueError(f"the loss is {loss}: a network or data that is not finite has no sharpness")
+            raise ValueError(f"the loss is {loss}: check the weights of the network and the data for infinite or NaN")
         if self.samples and (samples != self.samples or abs(loss - self.loss) > 1e-4 * abs(self.loss) + 1e-7):
             raise ValueError(
                 f"loader gave {self.samples} samples of loss {self.loss:.6g} in one pass and {int(samples)} of loss "
@@ -229,7 +236,7 @@ def objective(
     parameters: Sequence[str] | None = None,
     l2: float = 0.0,
 ) -> Iterator[Objective]:
-    """``model`` in eval mode as an ``Objective``, in full precision; afterwards all is as it was.
+    """The ``Objective`` of a network in eval mode and full precision; modes and settings are restored afterwards.
 
     Works inside ``torch.no_grad()``, ``torch.inference_mode()`` and autocast.
     """
@@ -241,8 +248,8 @@ def objective(
         for device in {"cpu", *(p.device.type for p in model.parameters())} - {"meta"}:
             stack.enter_context(torch.autocast(device, enabled=False))
         stack.enter_context(no_tf32())
-        stack.enter_context(sdpa_kernel(SDPBackend.MATH))  # the fused forms have no second derivative
-        if compiled:  # nor has compiled code
+        stack.enter_context(sdpa_kernel(SDPBackend.MATH))  # fused attention has no second derivative
+        if compiled:  # compiled code has none either
             stack.enter_context(torch.compiler.set_stance("force_eager"))
         stack.enter_context(eval_mode(model))
         with together(next((p.device for p in model.parameters()), torch.device("cpu"))):

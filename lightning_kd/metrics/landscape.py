@@ -1,4 +1,4 @@
-"""Slices of the loss around the weights of a network, and between two networks.
+"""The loss along directions through the weights of a network, and on the line between two networks.
 
 Li et al., Visualizing the Loss Landscape of Neural Nets, NeurIPS 2018, arXiv 1712.09913.
 """
@@ -21,9 +21,9 @@ class LossSlice(NamedTuple):
     """The loss along one direction or two.
 
     Attributes:
-        position: float64 ``[points]``, multiples of the direction, of both where there are two; 0 is the network.
-        loss: float64 ``[points]``, or ``[points, points]`` by the first and the second direction.
-        samples: that the loss is the mean of.
+        position: float64 ``[points]``, steps in multiples of each direction; 0 is the network itself.
+        loss: float64 ``[points]``, or ``[points, points]`` (first direction, second direction).
+        samples: number of samples that the loss is averaged over.
     """
 
     position: Tensor
@@ -37,19 +37,22 @@ def filter_normalized_direction(
     orthogonal_to: dict[str, Tensor] | None = None,
     parameters: Sequence[str] | None = None,
 ) -> dict[str, Tensor]:
-    """A random direction in which each filter is as long as the network's own.
+    """A random direction in which each filter has the norm of the network's own filter.
 
-    Normal numbers for each parameter with at least 2 dimensions; each of its filters (first index; a row of a linear
-    layer) is scaled to the norm of the network's filter. 0 for biases and the parameters of normalisation layers.
+    Normal numbers for each parameter with at least 2 dimensions; each filter (the slice at one first index; a row of a
+    linear layer) is scaled to the norm of the network's filter. Biases and parameters of normalisation layers get 0.
 
     Args:
         model: a network.
-        generator: on the CPU.
-        orthogonal_to: another direction; each filter is made orthogonal to its filter, before the scaling.
+        generator: a generator on the CPU.
+        orthogonal_to: another direction; each filter is made orthogonal to the filter there, before the scaling.
         parameters: names of parameters, or of modules for all of theirs. Default: all trainable ones.
 
     Returns:
         float64 tensors on the CPU by parameter name.
+
+    Raises:
+        ValueError: for an unknown name in ``parameters``.
 
     Source: arXiv 1712.09913, section 4, with 1e-10 added to the norm that is divided by, as in the authors' code.
     """
@@ -68,20 +71,20 @@ def filter_normalized_direction(
 
 
 def filter_normalize(model: nn.Module, direction: dict[str, Tensor]) -> dict[str, Tensor]:
-    """A direction with each filter scaled to the norm of the network's own.
+    """A direction with each filter scaled to the norm of the network's own filter.
 
-    Filters are the parts of a parameter along its first index, the rows of a linear layer among them. Parameters with
-    fewer than 2 dimensions, as biases and those of normalisation layers, become 0.
+    A filter is the slice of a parameter at one first index, such as a row of a linear layer. Parameters with fewer than
+    2 dimensions, such as biases and those of normalisation layers, become 0.
 
     Args:
         model: a network.
-        direction: tensors shaped like its parameters, by their names; it may leave out some.
+        direction: tensors shaped like its parameters, by parameter name; some may be left out.
 
     Returns:
         float64 tensors on the CPU by the same names.
 
     Raises:
-        ValueError: for a name or a shape that the network has not.
+        ValueError: for a name that the network does not have, or another shape.
 
     Source: arXiv 1712.09913, section 4, with 1e-10 added to the norm that is divided by, as in the authors' code.
     """
@@ -111,30 +114,33 @@ def loss_slice(
     parameters: Sequence[str] | None = None,
     along: Sequence[dict[str, Tensor]] | None = None,
 ) -> LossSlice:
-    """The loss along one or two directions through the weights: random ones, each filter scaled to the network's own.
+    """The loss along one or two directions through the weights, by default random ones with normalised filters.
 
-    The network is run on copies of its weights, in eval mode, and left as it was. ``points`` (squared for two
-    directions) passes over the samples. Two networks are comparable at equal data and span; scaling by filters takes
-    out what rescaling their weights would do, the loss itself still counts.
+    The network runs in eval mode on copies of its weights and stays unchanged. It takes ``points`` passes over the
+    samples (``points`` squared for two directions). Compare two networks at equal data, span and loss: normalised
+    filters remove only the effect of rescaled weights.
 
-    Several processes: each gives its share of the samples, and all get the same slice.
+    With several processes, each passes its share of the samples, and all get the same slice.
 
     Args:
         model: a network.
-        loss_fn: see ``lightning_kd.metrics.hessian_vector_product``, as ``loader``.
-        loader: the data.
+        loss_fn: as in ``lightning_kd.metrics.hessian_vector_product``.
+        loader: as in ``lightning_kd.metrics.hessian_vector_product``.
         directions: 1 or 2.
-        points: along each direction; an odd number has the network itself in the middle.
-        span: from ``-span`` to ``span``, in multiples of the direction.
-        seed: of the directions.
-        orthogonal: make the second direction orthogonal to the first, filter by filter.
-        parameters: that the random directions are in, see ``filter_normalized_direction``.
-        along: one or two directions instead of the random ones, as they are: tensors shaped like the parameters, by
-            their names; what is not named stays. To compare two networks along the same directions, scaled to each or
-            not (``filter_normalize``).
+        points: number of points along each direction; with an odd number the middle one is the network itself.
+        span: points go from ``-span`` to ``span``, in multiples of the direction.
+        seed: of the random directions.
+        orthogonal: make the second random direction orthogonal to the first, filter by filter.
+        parameters: names of the parameters to vary, as in ``filter_normalized_direction``.
+        along: one or two directions to use unscaled instead of random ones: tensors shaped like the parameters, by
+            parameter name; parameters without an entry stay fixed. With it two networks can be compared along the same
+            directions, as they are or scaled to each network by ``filter_normalize``.
+
+    Returns:
+        The positions and the loss at each.
 
     Raises:
-        ValueError: where an argument is out of range, or for no sample or a loss that is not finite at the network.
+        ValueError: where an argument is out of range, there is no sample, or the loss at the network is not finite.
     """
     directions = directions if along is None else len(along)
     if directions not in (1, 2):
@@ -151,7 +157,7 @@ def loss_slice(
         _fitting(model, direction)
     names = list(dict.fromkeys(name for direction in along for name in direction))
     with objective(model, loss_fn, loader, parameters=names) as found:
-        found.value()  # what is wrong with the loss shows here
+        found.value()  # raises for a wrong loss_fn or loader before the many passes below
         zero = {name: torch.zeros_like(leaf) for name, leaf in zip(found.names, found.leaves, strict=True)}
         steps = [torch.cat([d.get(name, zero[name]).to(found.weights).reshape(-1) for name in zero]) for d in along]
         if len(steps) == 1:
@@ -171,19 +177,22 @@ def interpolation(
     low: float = -0.5,
     high: float = 1.5,
 ) -> LossSlice:
-    """The loss on the line from one network (position 0) through another of the same shape (position 1).
+    """The loss on the line through the weights of two networks, ``model`` at position 0 and ``other`` at position 1.
 
-    All parameters and floating-point buffers, as the statistics of batch normalisation, move along the line; variances
-    do not go below 0.
+    All parameters and floating-point buffers, such as batch-normalisation statistics, are interpolated linearly;
+    running variances are clamped at 0.
 
     Args:
-        model: a network.
-        other: another; both are left as they were.
-        loss_fn: see ``lightning_kd.metrics.hessian_vector_product``, as ``loader``.
-        loader: the data.
-        points: on the line.
-        low: where it begins.
-        high: where it ends.
+        model: a network; it stays unchanged.
+        other: a network with parameters of the same names and shapes; it stays unchanged.
+        loss_fn: as in ``lightning_kd.metrics.hessian_vector_product``.
+        loader: as in ``lightning_kd.metrics.hessian_vector_product``.
+        points: number of points on the line.
+        low: position of the first point.
+        high: position of the last point.
+
+    Returns:
+        The positions and the loss at each.
 
     Raises:
         ValueError: where the networks differ in the names or shapes of their parameters.
@@ -210,11 +219,11 @@ def interpolation(
 
 
 def _fitting(model: nn.Module, direction: dict[str, Tensor]) -> dict[str, nn.Parameter]:
-    """The parameters of ``model``, if those that ``direction`` names are shaped like its tensors."""
+    """The parameters of ``model`` by name; ValueError where ``direction`` has another name or shape."""
     known = dict(model.named_parameters())
     if unfit := [name for name, part in direction.items() if name not in known or known[name].shape != part.shape]:
         raise ValueError(
-            f"a direction must have the shapes of the parameters of {type(model).__name__}, {unfit[:5]} differ or are "
-            f"no parameters: name some of {list(known)[:12]}"
+            f"a direction must have the names and shapes of the parameters of {type(model).__name__}, {unfit[:5]} do "
+            f"not fit: choose from {list(known)[:12]}"
         )
     return known

@@ -1,4 +1,4 @@
-"""Metrics and decision rules of several labels an image, as they are used in the literature, told apart by name."""
+"""Metrics and decision rules for multi-label classification, each in the variants that papers use."""
 
 from __future__ import annotations
 
@@ -23,7 +23,16 @@ Definition = Literal["sklearn", "rank", "voc11", "area"]
 
 
 class PrecisionRecall(NamedTuple):
-    """Precision, recall and F1 as the mean over classes (``c``) and over all labels (``o``), in [0, 1]."""
+    """Precision, recall and F1 in [0, 1].
+
+    Attributes:
+        cp: mean over the classes of their precision.
+        cr: mean over the classes of their recall.
+        cf1: harmonic mean of ``cp`` and ``cr``.
+        op: precision over the labels of all classes together.
+        or_: recall over the labels of all classes together.
+        of1: harmonic mean of ``op`` and ``or_``.
+    """
 
     cp: float
     cr: float
@@ -36,28 +45,31 @@ class PrecisionRecall(NamedTuple):
 def average_precision(scores: Tensor, target: Tensor, definition: Definition = "sklearn") -> Tensor:
     """The average precision of each class.
 
-    - ``"sklearn"``: ``sum_k (R_k - R_{k-1}) P_k`` over the distinct scores, so that equal ones form one step;
+    - ``"sklearn"``: ``sum_k (R_k - R_{k-1}) P_k`` over the distinct scores: samples of equal score form one step;
     - ``"rank"``: the mean over the positives of the precision at their rank;
-    - ``"area"``: the same of the largest precision at that rank or a later one (PASCAL VOC from 2010 on);
-    - ``"voc11"``: the mean of the largest precision at a recall of at least 0, 0.1, ..., 1 (PASCAL VOC 2007).
+    - ``"area"``: the mean over the positives of the largest precision at their rank or a later one (PASCAL VOC from
+      2010 on);
+    - ``"voc11"``: the mean over the recall levels 0, 0.1, ..., 1 of the largest precision at that recall or a higher
+      one (PASCAL VOC 2007).
 
-    Without equal scores ``sklearn = rank <= area``. With equal ones the other three depend on the order of the samples.
+    Where no scores are equal, ``sklearn = rank <= area``. Where some are, the last three depend on the order of the
+    samples.
 
     Args:
-        scores: ``[N, C]``, larger for what is likelier; logits, or probabilities in float32.
-        target: ``[N, C]`` of 1, 0 and -1 (not known: left out).
-        definition: which of them.
+        scores: float ``[N, C]``, larger for a likelier label: logits, or probabilities in float32.
+        target: ``[N, C]`` of 1, 0 and -1 (unknown: left out).
+        definition: one of the four above. Default: ``"sklearn"``.
 
     Returns:
         float64 ``[C]`` in [0, 1]; NaN for a class without a positive.
 
     Raises:
-        ValueError: for another definition, shapes that differ, and other values in ``target``.
+        ValueError: for another ``definition``, shapes that differ, or another value in ``target``.
 
     Source: Everingham et al., the PASCAL visual object classes challenge, section 4.2; scikit-learn.
     """
     if definition not in ("sklearn", "rank", "voc11", "area"):
-        raise ValueError(f"definition must be 'sklearn', 'rank', 'voc11' or 'area', got {definition!r}: give one")
+        raise ValueError(f"definition must be 'sklearn', 'rank', 'voc11' or 'area', got {definition!r}: choose one")
     check_shapes(scores=(scores, "NC"), target=(target, "NC"))
     check_label_values(target, (-1, 0, 1))
     if definition == "sklearn" or not len(scores):
@@ -74,25 +86,28 @@ def average_precision(scores: Tensor, target: Tensor, definition: Definition = "
     if definition == "area":
         return (envelope * positive).sum(0) / total
     found = torch.zeros(scores.shape[1], dtype=torch.float64, device=scores.device)
-    for tenth in range(11):  # in whole numbers: 3 of 10 is a recall of 0.3
+    for tenth in range(11):  # compares integers: in floating point 3 of 10 can miss a recall of 0.3
         reached = 10 * hits >= tenth * total
         found += torch.where(reached, precision, 0.0).amax(0)
     return (found / 11).masked_fill(total == 0, float("nan"))
 
 
 def precision_recall_f1(prediction: Tensor, target: Tensor, empty: Literal["skip", "zero"] = "skip") -> PrecisionRecall:
-    """Precision, recall and F1 over classes and over all labels.
+    """Precision, recall and F1, averaged over classes and over all labels together.
 
     ``cf1`` is the harmonic mean of the mean precision and the mean recall, not the mean of the classes' F1.
 
     Args:
         prediction: ``[N, C]`` of booleans, or of 1 and 0.
-        target: ``[N, C]`` of 1, 0 and -1 (not known: left out).
-        empty: a class that is never predicted has no precision, one without a positive no recall: ``"skip"`` leaves it
-            out of that mean, ``"zero"`` counts 0.
+        target: ``[N, C]`` of 1, 0 and -1 (unknown: left out).
+        empty: what counts for a class without a precision (it is never predicted) or without a recall (it has no
+            positive): ``"skip"`` leaves the class out of that mean, ``"zero"`` counts it as 0. Default: ``"skip"``.
+
+    Returns:
+        Six numbers in [0, 1]; a mean over no class at all is 0.
 
     Raises:
-        ValueError: for another ``empty``, shapes that differ, and other values.
+        ValueError: for another ``empty``, shapes that differ, or another value in ``prediction`` or ``target``.
     """
     if empty not in ("skip", "zero"):
         raise ValueError(f"empty must be 'skip' or 'zero', got {empty!r}: give one of them")
@@ -115,32 +130,39 @@ def precision_recall_f1(prediction: Tensor, target: Tensor, empty: Literal["skip
 
 
 def top_k_prediction(scores: Tensor, k: int) -> Tensor:
-    """The ``k`` labels of each image with the highest scores, bool ``[N, C]``.
+    """Predicts for each image the ``k`` labels with the highest scores.
 
     Args:
-        scores: ``[N, C]``.
-        k: from 1 to ``C``; 3 is usual.
+        scores: float ``[N, C]``, larger for a likelier label.
+        k: number of labels an image, from 1 to ``C``; papers mostly use 3.
+
+    Returns:
+        bool ``[N, C]``, true for the predicted labels.
 
     Raises:
         ValueError: for ``k`` out of range.
     """
     check_shapes(scores=(scores, "NC"))
     if not 1 <= k <= scores.shape[1]:
-        raise ValueError(f"k must be from 1 to {scores.shape[1]}, got {k}: give a number of labels an image")
+        raise ValueError(f"k must be from 1 to {scores.shape[1]}, got {k}: it is the number of labels an image")
     return torch.zeros_like(scores, dtype=torch.bool).scatter_(1, scores.topk(k, 1).indices, True)
 
 
 def oracle_count_prediction(scores: Tensor, target: Tensor) -> Tensor:
-    """As many labels as each image really has: those whose scores are above that of the next one, bool ``[N, C]``.
+    """Predicts for each image as many labels as it truly has, those with the highest scores.
 
-    It looks at the answer, so that its F1 is higher than that of a threshold; some papers report it (L2D does).
+    It reads the true number of labels from the target, so its F1 is higher than that of a threshold. Some papers, such
+    as L2D (arXiv 2308.06453), report it. Labels that tie with the highest score left out are not predicted.
 
     Args:
-        scores: ``[N, C]``.
+        scores: float ``[N, C]``, larger for a likelier label.
         target: ``[N, C]`` of 1 and 0.
 
+    Returns:
+        bool ``[N, C]``, true for the predicted labels.
+
     Raises:
-        ValueError: for shapes that differ, and other values.
+        ValueError: for shapes that differ, or another value in ``target``.
     """
     check_shapes(scores=(scores, "NC"), target=(target, "NC"))
     check_label_values(target, (0, 1))
@@ -151,21 +173,25 @@ def oracle_count_prediction(scores: Tensor, target: Tensor) -> Tensor:
 
 
 def share_prediction(scores: Tensor, shares: Tensor) -> Tensor:
-    """For each class as many images as its share says, those with the highest scores, bool ``[N, C]``.
+    """Predicts each class for a given fraction of the images, those with the highest scores for it.
 
-    It needs all test images at once. Where scores are equal, more images may be predicted.
+    It needs all test images at once. Images that tie with the lowest score chosen are predicted as well.
 
     Args:
-        scores: ``[N, C]``.
-        shares: ``[C]`` in [0, 1], such as those of the training set; where ``int(share * N)`` is 0, no image.
+        scores: float ``[N, C]``, larger for a likelier label.
+        shares: float ``[C]`` in [0, 1], the fraction of images of each class, such as that in the training set. A
+            class whose ``int(share * N)`` is 0 is predicted for no image.
+
+    Returns:
+        bool ``[N, C]``, true for the predicted labels.
 
     Raises:
-        ValueError: for shapes that do not belong together, and shares out of range.
+        ValueError: for shapes that do not match, or a share out of range.
     """
     check_shapes(scores=(scores, "NC"), shares=(shares, "C"))
     if not bool(((shares >= 0) & (shares <= 1)).all()):
-        raise ValueError(f"shares must be in [0, 1], got {shares.min():g} to {shares.max():g}: give shares of images")
-    # a hair more: in single precision 0.29 * 100 is a little below 29
+        raise ValueError(f"shares must be in [0, 1], got {shares.min():g} to {shares.max():g}: give fractions")
+    # enlarged by the rounding error of float32, in which 0.29 * 100 is a little below 29
     count = (shares.double() * len(scores) * (1 + 2e-7) + 1e-9).long()
     ordered = scores.sort(0, descending=True).values
     least = ordered.gather(0, (count - 1).clamp(min=0)[None])

@@ -1,4 +1,4 @@
-"""How well clean labels are told from wrong ones, where the clean ones are known; for reports only."""
+"""How well a method separates clean labels from wrong ones. It needs the true labels, so it is for reports only."""
 
 from __future__ import annotations
 
@@ -17,24 +17,24 @@ def selection_metrics(
     clean: Tensor,
     positives: Literal["clean", "wrong"] = "clean",
 ) -> dict[str, float]:
-    """Precision, recall, F1 and AUC of a selection of labels as clean.
+    """Precision, recall, F1 and AUC of a method that selects the labels it takes for clean.
 
-    A value that is not defined (precision of an empty selection, recall without positives, AUC with labels of one kind
-    only or a score that is NaN) is NaN, with a warning.
+    A value that is not defined (precision of an empty selection, recall without positives, AUC where all labels are
+    clean, all are wrong, or a score is NaN) is NaN, with a warning.
 
     Args:
-        clean_score: ``[N]``, larger for cleaner; only its order matters, ties count half.
-        selected: bool ``[N]``, the labels taken for clean.
+        clean_score: float ``[N]``, larger for a label that is likelier clean; only the order matters, ties count half.
+        selected: bool ``[N]``, true for the labels that the method takes for clean.
         given: int64 ``[N]``, the labels trained on.
         clean: int64 ``[N]``, the true labels.
-        positives: ``"clean"``, or ``"wrong"`` for the detection of wrong labels: its positives are the labels that
-            are not selected. The AUC is the same for both.
+        positives: ``"clean"`` measures how well clean labels are selected; ``"wrong"`` how well wrong labels are
+            detected, where the labels that are not selected count as detected. The AUC is the same for both.
 
     Returns:
-        ``precision``, ``recall``, ``f1`` (twice the hits over the sizes of selection and positives) and ``auc``.
+        ``precision``, ``recall``, ``f1`` (``2 * hits / (selected + positives)``) and ``auc``.
 
     Raises:
-        ValueError: where the tensors differ in shape, ``selected`` is not bool, or ``positives`` is something else.
+        ValueError: where the tensors are not all ``[N]``, ``selected`` is not bool, or for another ``positives``.
     """
     if not clean_score.shape == selected.shape == given.shape == clean.shape or clean_score.ndim != 1:
         shapes = ", ".join(str(list(t.shape)) for t in (clean_score, selected, given, clean))
@@ -55,18 +55,19 @@ def selection_metrics(
 
 
 def memorisation(predicted: Tensor, given: Tensor, clean: Tensor) -> dict[str, float]:
-    """Accuracy on the given labels, for rightly and for wrongly labelled samples apart; NaN where there are none.
+    """How often predictions equal the given labels, separately for correctly and wrongly labelled samples.
 
     Args:
-        predicted: int64 ``[N]``.
+        predicted: int64 ``[N]``, the predicted classes.
         given: int64 ``[N]``, the labels trained on.
         clean: int64 ``[N]``, the true labels.
 
     Returns:
-        ``fitted_clean`` and ``memorised_wrong``.
+        ``fitted_clean`` for samples whose given label is correct, ``memorised_wrong`` for the others, in [0, 1]; NaN,
+        with a warning, where there are no such samples.
 
     Raises:
-        ValueError: where the shapes differ.
+        ValueError: where the tensors are not all ``[N]``.
     """
     if not predicted.shape == given.shape == clean.shape or given.ndim != 1:
         shapes = ", ".join(str(list(t.shape)) for t in (predicted, given, clean))
@@ -89,14 +90,14 @@ def _undefined(name: str) -> float:
 
 
 def _auc(score: Tensor, positive: Tensor) -> float:
-    """The chance that a positive scores above a negative, ties half (the rank statistic of Mann and Whitney).
+    """The probability that a positive scores above a negative, ties counted half (the Mann-Whitney U statistic).
 
-    torchmetrics' binary_auroc squashes scores outside [0, 1] by a float32 sigmoid, which makes ties of large ones.
+    Not torchmetrics' binary_auroc: it applies a float32 sigmoid to scores outside [0, 1], so that large scores tie.
     """
     count = int(positive.sum())
     if count in (0, len(positive)) or bool(score.isnan().any()):
         return _undefined("AUC of clean against wrong labels")
     _, place, sizes = score.unique(return_inverse=True, return_counts=True)
-    rank = sizes.cumsum(0) - (sizes - 1) / 2  # of equal scores their mean
+    rank = sizes.cumsum(0) - (sizes - 1) / 2  # equal scores share their mean rank
     total = float(rank.double()[place][positive].sum())
     return (total - count * (count + 1) / 2) / (count * (len(positive) - count))

@@ -1,4 +1,4 @@
-"""How much the loss rises near the weights of a network, and one report of all that says how flat its minimum is."""
+"""Epsilon-sharpness (the rise of the loss near a network's weights), and one report of all measures of flatness."""
 
 from __future__ import annotations
 
@@ -19,21 +19,21 @@ from lightning_kd.metrics.traces import hutchinson
 
 RHOS = (0.01, 0.05, 0.1, 0.5)
 PARTS = ("eigenvalues", "trace", "epsilon", "head")
-_IGNORED = -100  # the target that cross-entropy leaves out
+_IGNORED = -100  # ignore_index of cross_entropy
 _CAVEAT = (
-    "Compare networks at equal data and loss. Eigenvalues, trace and rises change when weights are rescaled so that "
-    "the function stays; kappa does not."
+    "Compare networks at equal data and loss. Eigenvalues, trace and rises change when weights are rescaled, even "
+    "where the network computes the same function; kappa does not."
 )
 
 
 @dataclass(frozen=True)
 class EpsilonSharpness(Measured):
-    """The rise of the loss after one step of ascent.
+    """The rise of the loss after one gradient ascent step.
 
     Attributes:
         value: ``perturbed_loss - loss``.
-        perturbed_loss: after the step.
-        rho: its length.
+        perturbed_loss: mean loss after the step.
+        rho: length of the step.
     """
 
     value: float
@@ -43,29 +43,29 @@ class EpsilonSharpness(Measured):
 
 @dataclass(frozen=True)
 class Sharpness:
-    """What ``measure_sharpness`` found; ``None`` where it was not asked for or is not defined. ``print`` it.
+    """The report of ``measure_sharpness``; ``print`` shows it as a table. What was not measured is ``None``.
 
-    Raw eigenvalues, traces and rises of the loss change when weights are rescaled so that the network's function stays,
-    and near interpolation they shrink with the loss: they compare networks only at equal data and loss. ``kappa`` does
-    not change by such rescaling.
+    Eigenvalues, traces and rises of the loss change when weights are rescaled, even where the network computes the same
+    function, and near zero training loss they shrink with the loss: they compare networks only at equal data and loss.
+    ``kappa`` does not change by such rescaling.
 
     Attributes:
-        loss: mean over the samples; belongs beside every number below.
+        loss: mean loss over the samples; quote it beside every number below.
+        samples: number of samples over all processes.
         accuracy: on the samples, in [0, 1].
-        samples: how many, over all processes.
         top_eigenvalue: largest eigenvalue of the Hessian.
-        smallest_eigenvalue: negative away from a minimum.
-        trace: of the Hessian, estimated.
+        smallest_eigenvalue: smallest eigenvalue of the Hessian; negative away from a minimum.
+        trace: estimated trace of the Hessian.
         trace_error: standard error of ``trace``.
-        layer_traces: parts of ``trace`` by module path.
-        epsilon_sharpness: rise of the loss after a step of ascent, by its length.
-        kappa: relative flatness of the classifier.
-        feature_trace: trace of the Hessian in the features that enter the classifier.
-        nc1: scatter of these features within classes over that between classes.
-        weight_norm: Euclidean norm of the parameters that were varied.
-        hvps: Hessian-vector products made.
-        dtype: of the computation.
-        trace_tolerance: share of ``trace`` that its error was to come down to.
+        layer_traces: part of each layer in ``trace``, by module path.
+        epsilon_sharpness: rise of the loss after a gradient ascent step, by the length of the step.
+        kappa: relative flatness of the classifier, see ``relative_flatness``.
+        feature_trace: trace of the Hessian with respect to the classifier's input, see ``feature_hessian_trace``.
+        nc1: variance of these features within classes over that between classes, see ``neural_collapse``.
+        weight_norm: Euclidean norm of the measured parameters.
+        hvps: number of Hessian-vector products computed.
+        dtype: of the computation, ``"float32"`` or ``"float64"``.
+        trace_tolerance: the fraction of ``trace`` that its standard error was to fall below.
     """
 
     loss: float
@@ -86,7 +86,7 @@ class Sharpness:
     trace_tolerance: float | None = None
 
     def to_dict(self) -> dict[str, Any]:
-        """Plain values for JSON: keys are strings, what is not finite is ``None``."""
+        """Plain values for JSON: keys are strings, infinite and NaN numbers are ``None``."""
         return {name: _plain(value) for name, value in asdict(self).items()}
 
     def __str__(self) -> str:
@@ -138,23 +138,27 @@ def epsilon_sharpness(
     eta: float = 0.01,
     parameters: Sequence[str] | None = None,
 ) -> EpsilonSharpness:
-    """``L(w + e) - L(w)`` after one step of ascent ``e`` along the gradient ``g`` of all the data.
+    """``L(w + e) - L(w)`` for one gradient ascent step ``e`` along the gradient ``g`` over all the data.
 
     ``e = rho g / |g|`` as in SAM (Foret et al., arXiv 2010.01412). With ``adaptive`` it is ASAM's
     ``rho T^2 g / |T g|`` (Kwon et al., arXiv 2102.11600), where ``T`` is ``|w| + eta`` for parameters with "weight" in
-    their name and 1 for others; with ``eta`` 0 and no biases, rescaling the layers of a ReLU network so that its
-    function stays does not change it.
+    their name and 1 for others. With ``eta=0`` and no biases it does not change when the layers of a ReLU network are
+    rescaled such that the network computes the same function.
 
     Args:
-        model: see ``lightning_kd.metrics.hessian_vector_product``, as ``loss_fn``, ``loader`` and ``parameters``.
-        loss_fn: the loss.
-        loader: the data.
+        model: a network.
+        loss_fn: as in ``lightning_kd.metrics.hessian_vector_product``.
+        loader: as in ``lightning_kd.metrics.hessian_vector_product``.
         rho: length of the step.
-        adaptive: ASAM's step.
-        eta: of ``T``.
+        adaptive: take ASAM's step instead of SAM's.
+        eta: ``eta`` of ASAM's ``T``.
+        parameters: as in ``lightning_kd.metrics.hessian_vector_product``.
+
+    Returns:
+        The rise of the loss and the loss after the step.
 
     Raises:
-        ValueError: where ``rho`` is not positive; and as ``hessian_vector_product``.
+        ValueError: where ``rho`` is not positive and finite, and as in ``hessian_vector_product``.
     """
     with objective(model, loss_fn, loader, parameters=parameters) as found:
         rise = _rises(found, [rho], adaptive, eta)[rho]
@@ -177,29 +181,33 @@ def measure_sharpness(
     seed: int = 0,
     parameters: Sequence[str] | None = None,
 ) -> Sharpness:
-    """All that says how flat a network's minimum is, with the loss beside it, in one go.
+    """Every measure of the flatness of a network's minimum, and the loss, in one report.
 
-    The network is left as it was. Several processes: each gives its share of the samples, and all get the same result.
+    The network stays unchanged. With several processes, each passes its share of the samples; all get the same report.
 
     Args:
-        model: see ``lightning_kd.metrics.hessian_vector_product``, as ``loss_fn``, ``loader`` and ``parameters``.
-        loss_fn: the loss. With one of your own and neither ``num_classes`` nor ``classifier`` there is no accuracy.
-        loader: the data.
-        num_classes: for NC1. Default: one more than the largest target.
-        classifier: the linear layer of ``model`` whose input is the feature and whose output the logits. Default: no
-            ``kappa``, ``feature_trace`` and ``nc1``; nor are they given where ``model(batch[0])``, whose accuracy this
-            is, is not this output. Samples of target -100, which cross-entropy ignores, are left out.
-        which: parts to measure: ``"eigenvalues"``, ``"trace"``, ``"epsilon"``, ``"head"``.
-        rhos: lengths of the steps of ascent.
-        steps: Hessian-vector products for the eigenvalues.
-        min_probes: for the trace, see ``hessian_trace``, as ``max_probes`` and ``tolerance``.
-        seed: of the probes and of the first vector of the Lanczos iteration.
+        model: a network.
+        loss_fn: as in ``hessian_vector_product``. With a loss of your own, accuracy is measured only where
+            ``num_classes`` or ``classifier`` is given.
+        loader: as in ``hessian_vector_product``.
+        num_classes: for ``nc1``. Default: one more than the largest target.
+        classifier: the linear layer of ``model`` that maps features to logits, for ``kappa``, ``feature_trace`` and
+            ``nc1``, which are ``None`` without it or where its output is not that of ``model(batch[0])``. Samples of
+            target -100, which cross-entropy ignores, are left out.
+        which: parts to measure, of ``"eigenvalues"``, ``"trace"``, ``"epsilon"`` and ``"head"``. Default: all.
+        rhos: lengths of the ascent steps.
+        steps: largest number of Hessian-vector products for the eigenvalues.
+        min_probes: of the trace, as in ``hessian_trace``.
+        max_probes: of the trace, as in ``hessian_trace``.
+        tolerance: of the trace, as in ``hessian_trace``.
+        seed: of the trace's probes and of the first vector of the Lanczos iteration.
+        parameters: as in ``hessian_vector_product``.
 
     Raises:
-        ValueError: for an unknown part, and as ``hessian_vector_product``.
+        ValueError: for an unknown part, a length that is not positive, and as in ``hessian_vector_product``.
     """
     if unknown := set(which) - set(PARTS):
-        raise ValueError(f"which must be of {list(PARTS)}, got {sorted(unknown)}")
+        raise ValueError(f"which must be some of {list(PARTS)}, got {sorted(unknown)}")
     values: dict[str, Any] = {}
     with objective(model, loss_fn, loader, parameters=parameters) as found:
         found.value()
@@ -220,7 +228,7 @@ def measure_sharpness(
 
 
 def _rises(found: Objective, rhos: Sequence[float], adaptive: bool = False, eta: float = 0.01) -> dict[float, float]:
-    """The rise of the loss after a step of each length along one gradient."""
+    """The rise of the loss by the length of the step, for steps along one gradient."""
     if any(not 0 < rho < math.inf for rho in rhos):
         raise ValueError(f"rho must be a positive length, got {list(rhos)}")
     gradient = found.gradient()
@@ -237,7 +245,7 @@ def _rises(found: Objective, rhos: Sequence[float], adaptive: bool = False, eta:
 
 
 def _head(found: Objective, classifier: nn.Module | None, num_classes: int | None) -> dict[str, float]:
-    """Accuracy and what the classifier's input and output tell."""
+    """Accuracy, and the measures in the classifier's input and output."""
     seen: dict[str, Tensor] = {}
 
     def keep(module: nn.Module, args: tuple[Any, ...], output: Tensor) -> None:
@@ -247,15 +255,15 @@ def _head(found: Objective, classifier: nn.Module | None, num_classes: int | Non
         seen.clear()
         try:
             answer, target = logits_of(model(batch[0])), batch[1]
-        except TypeError:  # an output of a kind of its own
+        except TypeError:  # logits_of cannot read such an output
             return []
         labels = isinstance(target, Tensor) and target.ndim == 1 and not target.is_floating_point()
         if not labels or not isinstance(answer, Tensor) or answer.ndim != 2 or answer.shape[1] < 2:
-            return []  # no classification
+            return []  # not single-label classification
         feature, logits = seen.get("feature", answer[:, :0]), seen.get("logits", answer)
         if feature.ndim != 2 or len(feature) != len(answer) or logits.shape != answer.shape:
             feature, logits = answer[:, :0], answer
-        # else it is another network's, or something is done to the logits
+        # false where the classifier belongs to another network, or the model changes its output
         same = feature.numel() > 0 and torch.allclose(logits.to(answer), answer, rtol=1e-4, atol=1e-6)
         parts = [answer.argmax(1) == target, target, torch.full_like(target, same, dtype=torch.bool), feature, logits]
         return [part[target != _IGNORED] for part in parts]

@@ -1,6 +1,6 @@
-"""Traces of the Hessian of a network's mean loss, and relative flatness, by random probes.
+"""Traces of the Hessian of a network's mean loss, and relative flatness, estimated by random probes.
 
-What ``lightning_kd.metrics.curvature`` says of the network, the data and of rescaling holds here too.
+The notes in ``lightning_kd.metrics.curvature`` on the network, the data and rescaled weights apply here too.
 """
 
 from __future__ import annotations
@@ -26,11 +26,11 @@ class HessianTrace(Measured):
     """An estimated trace.
 
     Attributes:
-        value: the mean of the quadratic forms of all probes.
+        value: the mean of ``quadratic_forms``.
         standard_error: of ``value``; NaN with one probe, 0 where ``value`` is exact.
-        probes: how many there were.
-        quadratic_forms: of each probe.
-        per_parameter: the part of each parameter tensor by its name; they sum up to ``value``.
+        probes: number of probes used.
+        quadratic_forms: ``z^T H z`` of each probe ``z``.
+        per_parameter: the part of each parameter tensor, by name; the parts sum to ``value``.
     """
 
     value: float
@@ -41,7 +41,7 @@ class HessianTrace(Measured):
 
     @property
     def per_layer(self) -> dict[str, float]:
-        """The part of each module by its path: weight and bias together."""
+        """The part of each module (weight and bias together) in ``value``, by module path."""
         layers: dict[str, float] = {}
         for name, value in self.per_parameter.items():
             layer = name.rpartition(".")[0]
@@ -62,20 +62,28 @@ def hessian_trace(
     parameters: Sequence[str] | None = None,
     l2: float = 0.0,
 ) -> HessianTrace:
-    """The trace of the Hessian and of its blocks, by Hutchinson's estimator.
+    """The trace of the Hessian and of its diagonal blocks, by Hutchinson's estimator.
 
-    The mean of ``z^T H z`` over vectors ``z`` of random signs, each from a generator of its own. Probes are added until
-    the standard error is small enough; ten at a time share the graph of a batch.
+    The mean of ``z^T H z`` over probes ``z``, vectors of random signs. Probes are added, ten at a time, until the
+    standard error is at most ``tolerance`` times the estimate.
 
     Args:
-        model: see ``hessian_vector_product``, as ``loss_fn``, ``loader``, ``parameters`` and ``l2``.
-        loss_fn: the loss.
-        loader: the data.
-        min_probes: at least so many.
-        max_probes: at most so many.
-        tolerance: stop once the standard error is at most this share of the estimate.
-        vectors: ``[k, P]``, these probes and no others.
-        seed: of the probes.
+        model: a network.
+        loss_fn: as in ``hessian_vector_product``.
+        loader: as in ``hessian_vector_product``.
+        min_probes: smallest number of probes.
+        max_probes: largest number of probes.
+        tolerance: stop once the standard error is at most this fraction of the estimate.
+        vectors: ``[k, P]``, probes to use instead of random ones.
+        seed: of the random probes.
+        parameters: as in ``hessian_vector_product``.
+        l2: as in ``hessian_vector_product``.
+
+    Raises:
+        ValueError: where ``min_probes`` is below 1 or above ``max_probes``, ``vectors`` is not ``[k, P]``, and as in
+            ``hessian_vector_product``.
+
+    Source: Hutchinson, Communications in Statistics 19, 1990; Yao et al., PyHessian, arXiv 1912.07145.
     """
     with objective(model, loss_fn, loader, parameters=parameters, l2=l2) as found:
         return hutchinson(found, min_probes, max_probes, tolerance, vectors, seed)
@@ -89,7 +97,7 @@ def hutchinson(
     vectors: Tensor | None = None,
     seed: int = 0,
 ) -> HessianTrace:
-    """``hessian_trace`` of an objective."""
+    """``hessian_trace`` for an open ``Objective``."""
     size = len(found.weights)
     if vectors is not None:
         if vectors.ndim != 2 or vectors.shape[1] != size or not len(vectors):
@@ -114,19 +122,24 @@ def layer_relative_flatness(
 
     ``H_st`` are the blocks of the Hessian in the rows ``w_s`` of the weight ``W`` ``[K, D]`` (a filter of a
     convolution, flattened, is a row). Estimated by ``u = W z`` with random signs ``z`` ``[D, D]``: ``kappa`` is the
-    mean of ``u^T H u``. Rescaling the layers of a ReLU network so that its function stays does not change it. For the
-    classifier ``lightning_kd.metrics.relative_flatness`` has the exact value without any derivative.
+    mean of ``u^T H u``. It does not change when the layers of a ReLU network are rescaled such that the network
+    computes the same function. For the classifier, ``lightning_kd.metrics.relative_flatness`` is exact and needs no
+    derivative.
 
     Args:
-        model: see ``hessian_vector_product``, as ``loss_fn`` and ``loader``.
-        loss_fn: the loss.
-        loader: the data.
+        model: a network.
+        loss_fn: as in ``hessian_vector_product``.
+        loader: as in ``hessian_vector_product``.
         layer: path of a module whose ``weight`` has at least 2 dimensions.
-        min_probes: see ``hessian_trace``, as ``max_probes``, ``tolerance`` and ``seed``.
-        exact: the sum itself by ``D min(K, D)`` Hessian-vector products, for small layers; the standard error is 0.
+        min_probes: as in ``hessian_trace``.
+        max_probes: as in ``hessian_trace``.
+        tolerance: as in ``hessian_trace``.
+        seed: as in ``hessian_trace``.
+        exact: compute the sum itself by ``D min(K, D)`` Hessian-vector products, for small layers; the standard error
+            is 0.
 
     Raises:
-        ValueError: where ``layer`` is no such module.
+        ValueError: where ``layer`` is not such a module, and as in ``hessian_trace``.
 
     Source: Petzka et al., arXiv 2001.00939, definition 3.
     """
@@ -141,11 +154,11 @@ def layer_relative_flatness(
         rows = found.weights.view(weight.shape[0], -1)
         width = rows.shape[1]
         if exact:
-            # W W^T = sum_a v_a v_a^T with the scaled left singular vectors: the products of v_a with every column's
-            # unit vector take the place of all pairs of rows
+            # With W W^T = sum_a v_a v_a^T, v_a the left singular vectors times the singular values, the sum over pairs
+            # of rows is the sum of u^T H u over u = v_a e_j^T, for all a and all columns j.
             left, sizes, _ = torch.linalg.svd(rows.double().cpu(), full_matrices=False)
             count = len(sizes) * width
-            scaled = (left * sizes * math.sqrt(count)).T  # so that the mean of the forms is their sum
+            scaled = (left * sizes * math.sqrt(count)).T  # _mean_form divides by count, but the sum is wanted
 
             def column(i: int) -> Tensor:
                 placed = torch.zeros(rows.shape, dtype=torch.float64)
@@ -174,20 +187,27 @@ def gauss_newton_trace(
 ) -> HessianTrace:
     """Trace of the Gauss-Newton matrix of softmax cross-entropy, ``mean_n tr(J_n^T (diag(p_n) - p_n p_n^T) J_n)``.
 
-    At least 0, and the trace of the Hessian itself where each weight enters the logits piecewise linearly, as in ReLU
-    networks without batch normalisation. A probe costs one backward pass: with a factor ``L L^T = diag(p) - p p^T`` and
-    random signs ``z`` for each logit of each sample it is the squared norm of the gradient of ``<logits, L z>``.
+    It is at least 0. It equals the trace of the Hessian where the logits are piecewise linear in each single weight, as
+    in ReLU networks without batch normalisation. A probe costs one backward pass: with a factor
+    ``L L^T = diag(p) - p p^T`` and random signs ``z`` for each logit of each sample, it is the squared norm of the
+    gradient of ``<logits, L z>``.
 
     Args:
-        model: gives logits ``[B, C]`` for ``batch[0]``; see ``hessian_vector_product``, as ``loader`` and
-            ``parameters``.
-        loader: the data, with targets ``batch[1]`` for the loss.
-        min_probes: see ``hessian_trace``, as ``max_probes``, ``tolerance`` and ``seed``.
-        exact: the trace itself by one backward pass for each class of each sample, for small networks and data; the
-            standard error is 0.
+        model: gives logits ``[B, C]`` for ``batch[0]``.
+        loader: as in ``hessian_vector_product``, with targets ``batch[1]`` for the reported loss.
+        min_probes: as in ``hessian_trace``.
+        max_probes: as in ``hessian_trace``.
+        tolerance: as in ``hessian_trace``.
+        seed: as in ``hessian_trace``.
+        parameters: as in ``hessian_vector_product``.
+        exact: compute the trace itself by one backward pass for each class of each sample, for small networks and
+            data; the standard error is 0.
 
     Returns:
-        The estimate, with 0 Hessian-vector products.
+        The estimate; ``hvps`` is 0.
+
+    Raises:
+        ValueError: as in ``hessian_trace``.
     """
     with objective(model, None, loader, parameters=parameters) as found:
         rank = process_rank()
@@ -223,9 +243,10 @@ def _forms(found: Objective, probe: Callable[[int], Tensor]) -> Callable[[int, i
 def _mean_form(
     found: Objective, of_probes: Callable[[int, int], Tensor], least: int, most: int, tolerance: float
 ) -> HessianTrace:
-    """The mean of the forms of probes 0, 1, ..., as many as it takes; ``of_probes(start, end)`` gives some."""
+    """The mean over probes 0, 1, ... until the standard error is small enough; ``of_probes(start, end)`` computes some.
+    """
     if not 1 <= least <= most:
-        raise ValueError(f"min_probes must be between 1 and max_probes, got {least} and {most}")
+        raise ValueError(f"min_probes must be from 1 to max_probes={most}, got {least}")
     forms = torch.zeros(0, len(found.names), dtype=torch.float64)
     error = math.nan
     while len(forms) < most:
@@ -251,5 +272,5 @@ def _exact(trace: HessianTrace) -> HessianTrace:
 
 
 def _signs(size: int, seed: int, number: int) -> Tensor:
-    """Random signs, int8 ``[size]``: on the CPU, so that every process and device sees the same."""
+    """Random signs, int8 ``[size]``; drawn on the CPU, so that every process and device gets the same."""
     return torch.randint(0, 2, (size,), dtype=torch.int8, generator=generator(seed, "probe", number)) * 2 - 1

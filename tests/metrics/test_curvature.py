@@ -420,7 +420,7 @@ def test_errors(monkeypatch: pytest.MonkeyPatch) -> None:
         hessian_trace(mlp().requires_grad_(False), None, samples())
     with pytest.raises(ValueError, match="the loss is nan"):
         hessian_trace(model, None, (samples()[0] * math.nan, samples()[1]))
-    with pytest.raises(ValueError, match="no gradient"):
+    with pytest.raises(ValueError, match="does not depend on the parameters"):
         hessian_trace(model, lambda m, b: b[0].mean(), samples())
     with pytest.raises(ValueError, match="scalar tensor, got"):
         hessian_trace(model, lambda m, b: m(b[0]), samples())
@@ -428,9 +428,9 @@ def test_errors(monkeypatch: pytest.MonkeyPatch) -> None:
         hessian_vector_product(model, None, samples(), torch.ones(3))
     with pytest.raises(ValueError, match="at least one"):
         hessian_trace(model, None, [])
-    with pytest.raises(ValueError, match=r"parameters names \['nope'\]"):
+    with pytest.raises(ValueError, match=r"parameters must name .* got \['nope'\]"):
         hessian_trace(model, None, samples(), parameters=["nope"])
-    with pytest.raises(ValueError, match="k must be between"):
+    with pytest.raises(ValueError, match="k must be from 1 to"):
         hessian_eigenvalues(model, None, samples(), k=31)
     with pytest.raises(ValueError, match="no weight with rows"):
         layer_relative_flatness(model, None, samples(), "1")

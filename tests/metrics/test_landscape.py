@@ -85,9 +85,9 @@ def test_slices_along_given_directions_and_of_chosen_parameters() -> None:
     assert frozen.loss[0] != frozen.loss[1]
     assert first["6.weight"].any()
     for wrong in ({"7.weight": torch.ones(3)}, {"5.weight": torch.ones(27, 3)}):
-        with pytest.raises(ValueError, match="a direction must have the shapes"):
+        with pytest.raises(ValueError, match="a direction must have the names and shapes"):
             filter_normalize(model, wrong)
-        with pytest.raises(ValueError, match="a direction must have the shapes"):
+        with pytest.raises(ValueError, match="a direction must have the names and shapes"):
             loss_slice(model, None, samples(), along=[wrong])
 
 

@@ -96,7 +96,7 @@ def test_report_measures_what_it_is_asked_for() -> None:
     one = measure_sharpness(model, None, samples(1), classifier=model[4], which=["head"])
     assert one.nc1 != one.nc1
     assert one.to_dict()["nc1"] is None
-    with pytest.raises(ValueError, match=r"which must be of .* got \['flatness'\]"):
+    with pytest.raises(ValueError, match=r"which must be some of .* got \['flatness'\]"):
         measure_sharpness(model, None, samples(), which=["flatness"])
     with pytest.raises(ValueError, match="rho must be a positive length"):
         epsilon_sharpness(model, None, samples(), rho=0.0)
