@@ -1,9 +1,9 @@
-"""Networks by name: the CIFAR families of the papers, small ones, ``timm/NAME`` and ``torchvision/NAME``.
+"""Networks by name: the CIFAR networks of the papers, small networks, ``timm/NAME`` and ``torchvision/NAME``.
 
-Every network takes a batch and returns plain logits ``[N, num_classes]``; the input of its last ``nn.Linear`` is the
-pooled feature, and its stages are submodules (``layer1``, ``block1``, ``blocks.0`` ...) that hooks can be put on. Where
-their names do not say which are the stages that benchmarks compare, ``feature_stages`` names them, the stem first. No
-operation is in place, so that what a hook kept stays as it was.
+Every network takes a batch and returns plain logits ``[N, num_classes]``. The input of its last ``nn.Linear`` is the
+pooled feature. Its stages are submodules (``layer1``, ``block1``, ``blocks.0`` ...), so that forward hooks can read
+them. Where the submodule names do not tell which outputs distillation benchmarks compare, the class attribute
+``feature_stages`` lists them, the stem first. No operation is in place: a tensor that a hook keeps is not overwritten.
 """
 
 from __future__ import annotations
@@ -42,7 +42,7 @@ __all__ = [
 _NARROW = (16, 16, 32, 64)
 _WIDE = (32, 64, 128, 256)
 
-# Each is called with num_classes and in_channels.
+# called with num_classes and in_channels
 _NETWORKS: dict[str, Callable[[int, int], nn.Module]] = {
     **{f"resnet{depth}": partial(CifarResNet, depth, _NARROW) for depth in (8, 14, 20, 32, 44, 56, 110)},
     **{f"resnet{depth}x4": partial(CifarResNet, depth, _WIDE) for depth in (8, 32)},
@@ -58,7 +58,7 @@ _NETWORKS: dict[str, Callable[[int, int], nn.Module]] = {
     "cnn": partial(CNN, (32, 64, 128)),
     "cnn_tiny": partial(CNN, (8, 16, 32)),
 }
-# These give ``out`` and ``aux``, a score for each class and pixel.
+# these return a dict of ``out`` and ``aux``, logits for each class and pixel
 _SEGMENTATION: dict[str, Callable[[int, int], nn.Module]] = {
     "fcn_tiny": partial(FCN, (16, 32, 64, 48)),
     "fcn_small": partial(FCN, (32, 64, 128, 96)),
@@ -69,20 +69,20 @@ _WRN = re.compile(r"wrn_(\d+)_([1-9]\d*)")
 
 
 def network_names() -> list[str]:
-    """The names that :func:`build_network` knows, sorted.
+    """The fixed names of classification networks that :func:`build_network` accepts, sorted.
 
-    Besides these it takes ``mlp_A_B...`` (hidden widths), ``wrn_DEPTH_WIDTH``, ``timm/NAME`` and ``torchvision/NAME``.
+    It also accepts ``mlp_A_B...`` (hidden widths), ``wrn_DEPTH_WIDTH``, ``timm/NAME`` and ``torchvision/NAME``.
     """
     return sorted([*_NETWORKS, "mlp"])
 
 
 def segmentation_network_names() -> list[str]:
-    """The names of networks that answer for each pixel, sorted; ``torchvision/NAME`` has more."""
+    """The fixed names of segmentation networks, sorted; there are more under ``torchvision/NAME``."""
     return sorted(_SEGMENTATION)
 
 
 def build_network(name: str, num_classes: int, in_channels: int = 3) -> nn.Module:
-    """A new network by its name, with fresh weights.
+    """A new network by its name, with random weights.
 
     Args:
         name: one of :func:`network_names` or :func:`segmentation_network_names`; ``mlp_A_B...`` for a fully connected
@@ -92,12 +92,13 @@ def build_network(name: str, num_classes: int, in_channels: int = 3) -> nn.Modul
         in_channels: channels of the images; for an mlp the number of values of one input (C * H * W for images).
 
     Returns:
-        A module from ``[N, in_channels, H, W]`` (an mlp: ``[N, ...]``) to logits ``[N, num_classes]``; a
-        segmentation network to a dict of ``out`` and ``aux``, ``[N, num_classes, H, W]``.
+        A module that maps float images ``[N, in_channels, H, W]`` (an mlp: ``[N, ...]``) to logits
+        ``[N, num_classes]``. A segmentation network returns a dict of ``out`` and ``aux``, logits
+        ``[N, num_classes, H, W]``.
 
     Raises:
-        ValueError: where the name is not known, or a number is below 1.
-        ImportError: where ``timm/NAME`` is asked for and timm is not installed.
+        ValueError: for an unknown name, or a number below 1.
+        ImportError: for ``timm/NAME`` where timm is not installed.
     """
     for argument, value in (("num_classes", num_classes), ("in_channels", in_channels)):
         if value < 1:
@@ -119,7 +120,14 @@ def build_network(name: str, num_classes: int, in_channels: int = 3) -> nn.Modul
 
 
 def split_head(name: str) -> tuple[str, dict[str, Any] | None]:
-    """``NAME`` and the sizes of the head of ``NAME+ml_decoder``, for ``with_ml_decoder``; ``None`` without a head."""
+    """Splits ``NAME+ml_decoder`` into the backbone's name and the keyword arguments of ``with_ml_decoder``.
+
+    Args:
+        name: ``NAME``, ``NAME+ml_decoder`` or ``NAME+ml_decoder_DIM``, with the embedding size ``DIM`` (default: 768).
+
+    Returns:
+        ``NAME``, and ``embedding_dim`` and ``inner_dim`` (``8 / 3`` of it); ``None`` for a name without a head.
+    """
     match = _DECODER.fullmatch(name)
     if match is None:
         return name, None
@@ -128,16 +136,21 @@ def split_head(name: str) -> tuple[str, dict[str, Any] | None]:
 
 
 def network_for(name: str, num_classes: int, input_shape: Sequence[int]) -> nn.Module:
-    """A new network for inputs of one shape, as data modules give it.
+    """A new network by its name, for the ``input_shape`` of a data module.
 
     Args:
-        name: as in :func:`build_network`, perhaps with a head: ``NAME+ml_decoder`` answers each label by a query of its
-            own (``MLDecoderNetwork``), ``NAME+ml_decoder_64`` by embeddings of 64 values and an inner width of 170.
+        name: as in :func:`build_network`; or with another head: ``NAME+ml_decoder`` has one attention query per label
+            (``MLDecoderNetwork``), ``NAME+ml_decoder_64`` the same with embeddings of 64 values and an inner width of
+            170.
         num_classes: number of logits.
-        input_shape: ``(C, H, W)`` of the images, or ``(D,)`` of features, which only an mlp takes.
+        input_shape: ``(C, H, W)`` of images, or ``(D,)`` of feature vectors, which only an mlp accepts.
+
+    Returns:
+        As in :func:`build_network`; with the ``ml_decoder`` head a ``LabelOutput`` of logits and embeddings.
 
     Raises:
-        ValueError: where an image network is asked for features, and as in :func:`build_network`.
+        ValueError: for an image network and an ``input_shape`` that is not ``(C, H, W)``, and as in
+            :func:`build_network`.
         ImportError: as in :func:`build_network`.
     """
     backbone, head = split_head(name)

@@ -1,4 +1,4 @@
-"""What several networks share."""
+"""Layers and initialisations that several networks use."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from torch import Tensor, nn
 
 
 def global_pool(x: Tensor) -> Tensor:
-    """Average over the positions: ``[N, C, H, W]`` to ``[N, C]``."""
+    """Global average pooling: ``[N, C, H, W]`` to ``[N, C]``."""
     return F.adaptive_avg_pool2d(x, 1).flatten(1)
 
 
@@ -21,7 +21,7 @@ def init_convolutions(network: nn.Module) -> None:
 
 
 def init_classifier(classifier: nn.Linear) -> None:
-    """Normal weights of deviation 0.01 and zero biases, in place."""
+    """Normal weights with standard deviation 0.01 and zero biases, in place."""
     nn.init.normal_(classifier.weight, std=0.01)
     nn.init.zeros_(classifier.bias)
 
@@ -29,7 +29,8 @@ def init_classifier(classifier: nn.Linear) -> None:
 def conv_bn_relu(
     in_channels: int, out_channels: int, kernel_size: int, stride: int = 1, groups: int = 1
 ) -> list[nn.Module]:
-    """A convolution that keeps the size at stride 1, batch normalisation and ReLU, for ``nn.Sequential``."""
+    """Convolution (padded to keep the size at stride 1), batch normalisation and ReLU, to unpack in ``nn.Sequential``.
+    """
     return [
         nn.Conv2d(in_channels, out_channels, kernel_size, stride, kernel_size // 2, groups=groups, bias=False),
         nn.BatchNorm2d(out_channels),

@@ -1,8 +1,8 @@
-"""Residual networks for 32x32 images: the narrow three-stage ones and the wide four-stage ones.
+"""Residual networks for 32x32 images: narrow ones with three stages and wide ones with four.
 
-He et al., "Deep Residual Learning for Image Recognition", arXiv:1512.03385: section 4.2 for the three-stage networks
-(here with 1x1 convolutions where a shortcut changes its shape), section 4.1 for resnet18, 34 and 50, whose stem here is
-a 3x3 convolution without pooling. Tensor names are those of the public CIFAR checkpoints.
+He et al., "Deep Residual Learning for Image Recognition", arXiv:1512.03385. The three-stage networks are those of
+section 4.2, but shortcuts that change the shape are 1x1 convolutions. resnet18, 34 and 50 are those of section 4.1, but
+their stem is a 3x3 convolution without pooling. Tensors have the names of the public CIFAR checkpoints.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ def _projection(in_channels: int, out_channels: int, stride: int) -> nn.Module:
 
 
 class _CifarBlock(nn.Module):
-    """Two 3x3 convolutions; the shortcut is named ``downsample``."""
+    """Two 3x3 convolutions and a shortcut; public checkpoints of these networks name it ``downsample``."""
 
     def __init__(self, in_channels: int, out_channels: int, stride: int) -> None:
         super().__init__()
@@ -82,7 +82,7 @@ class CifarResNet(nn.Module):
 
 
 class _BasicBlock(nn.Module):
-    """Two 3x3 convolutions; the shortcut is named ``shortcut``."""
+    """Two 3x3 convolutions and a shortcut; public checkpoints of these networks name it ``shortcut``."""
 
     expansion = 1
 

@@ -20,17 +20,14 @@ def _stage(in_channels: int, widths: Sequence[int], padding: int) -> nn.Sequenti
 class CNN9(nn.Module):
     """Nine 3x3 convolutions, each with batch normalisation and leaky ReLU, and one linear layer (arXiv:1804.06872).
 
-    Stages are ``layer1`` (128 channels three times) and ``layer2`` (256 three times), each followed by a 2x2 maximum
-    and dropout of a quarter of the channels, and ``layer3`` (512, 256, 128, without padding) before a global average;
-    the classifier is ``linear``. Images ``[N, C, H, W]``, at least 28x28, to logits ``[N, num_classes]``. Dropout acts
-    in training mode only.
+    Stages are ``layer1`` (three times 128 channels) and ``layer2`` (three times 256), each followed by 2x2 max pooling
+    and dropout of a quarter of the channels, and ``layer3`` (512, 256 and 128 channels, without padding), followed by
+    global average pooling; the classifier is ``linear``. Images ``[N, C, H, W]`` of at least 28x28 to logits
+    ``[N, num_classes]``; ``forward`` raises a ValueError for smaller ones.
 
     Args:
         num_classes: number of logits.
         in_channels: channels of the images.
-
-    Raises:
-        ValueError: for smaller images, when they come.
     """
 
     def __init__(self, num_classes: int, in_channels: int = 3) -> None:

@@ -1,5 +1,5 @@
 """MobileNetV1 (Howard et al., arXiv:1704.04861) and the half-width MobileNetV2 (Sandler et al., arXiv:1801.04381) of
-the distillation literature. Tensor names of the public checkpoints."""
+the distillation literature. Tensors have the names of the public checkpoints."""
 
 from __future__ import annotations
 
@@ -9,16 +9,21 @@ from lightning_kd.nets._common import conv_bn_relu, global_pool, init_classifier
 
 # (out_channels, stride) of each depthwise-separable block
 _SEPARABLE = [(64, 1), (128, 2), (128, 1), (256, 2), (256, 1), (512, 2), *[(512, 1)] * 5, (1024, 2), (1024, 1)]
-# (expansion, out_channels, blocks, stride) of each stage, at half width; the paper halves the size in the second stage
-# too, which would leave one pixel of 32x32 images
+# (expansion, out_channels, blocks, stride) of each stage, at half width; stride 1 in the second stage, where the paper
+# has 2, which would reduce 32x32 images to one pixel
 _INVERTED = [(1, 8, 1, 1), (6, 12, 2, 1), (6, 16, 3, 2), (6, 32, 4, 2), (6, 48, 3, 1), (6, 80, 3, 2), (6, 160, 1, 1)]
 
 
 class MobileNetV1(nn.Module):
     """MobileNet of width 1 for 224x224 images (arXiv:1704.04861).
 
-    ``model.0`` is the stem, ``model.1`` to ``model.13`` the depthwise-separable blocks; the classifier is ``fc``. The
-    image is shrunk 32 times. Images ``[N, C, H, W]`` to logits ``[N, num_classes]``.
+    ``model.0`` is the stem, ``model.1`` to ``model.13`` are the depthwise-separable blocks; the classifier is ``fc``.
+    The last feature map has 1/32 of the image's height and width. Images ``[N, C, H, W]`` to logits
+    ``[N, num_classes]``.
+
+    Args:
+        num_classes: number of logits.
+        in_channels: channels of the images.
     """
 
     feature_stages = ("model.0", "model.3", "model.5", "model.11", "model.13")
@@ -59,6 +64,10 @@ class MobileNetV2(nn.Module):
 
     Stages are ``blocks.0`` to ``blocks.6`` (of 16, 16, 8, 4, 4, 2 and 2 pixels a side for 32x32 images); the classifier
     is ``classifier``. Images ``[N, C, H, W]`` to logits ``[N, num_classes]``.
+
+    Args:
+        num_classes: number of logits.
+        in_channels: channels of the images.
     """
 
     feature_stages = ("conv1", "blocks.1", "blocks.2", "blocks.4", "blocks.6")

@@ -1,7 +1,8 @@
 """Pre-activation ResNet-18 for 32x32 images: the network of DivideMix, ELR+ and DPC.
 
-He et al., "Identity Mappings in Deep Residual Networks", arXiv:1603.05027. Unlike there the stem is normalised and
-activated, and the last block is not, as in the public networks for noisy labels, whose tensor names these are.
+He et al., "Identity Mappings in Deep Residual Networks", arXiv:1603.05027. As in the public code for noisy labels, and
+unlike in the paper, the stem is followed by batch normalisation and ReLU, and the last block is not. Tensors have the
+names of that code.
 """
 
 from __future__ import annotations
@@ -12,7 +13,7 @@ from lightning_kd.nets._common import global_pool, init_convolutions
 
 
 class _PreActBlock(nn.Module):
-    """Normalisation and ReLU before each of two 3x3 convolutions; the shortcut starts at the activated input, too."""
+    """Batch normalisation and ReLU before each of two 3x3 convolutions; the shortcut also takes the activated input."""
 
     def __init__(self, in_channels: int, channels: int, stride: int) -> None:
         super().__init__()
@@ -22,7 +23,7 @@ class _PreActBlock(nn.Module):
         self.bn2 = nn.BatchNorm2d(channels)
         self.relu2 = nn.ReLU()
         self.conv2 = nn.Conv2d(channels, channels, 3, padding=1, bias=False)
-        # empty where nothing changes its shape: the activated input itself is added
+        # an empty Sequential is the identity
         self.shortcut = nn.Sequential()
         if stride != 1 or in_channels != channels:
             self.shortcut.append(nn.Conv2d(in_channels, channels, 1, stride, bias=False))
@@ -36,8 +37,8 @@ class _PreActBlock(nn.Module):
 class PreActResNet18(nn.Module):
     """Pre-activation ResNet-18 with a 3x3 stem (arXiv:1603.05027).
 
-    Stages are ``layer1`` to ``layer4`` of two blocks with 64, 128, 256 and 512 channels; their outputs are sums, not
-    normalised or activated, and the last one is averaged as it is. The classifier is ``linear``. Images
+    Stages are ``layer1`` to ``layer4`` of two blocks with 64, 128, 256 and 512 channels. Their outputs are residual
+    sums without normalisation or ReLU; that of ``layer4`` is average-pooled. The classifier is ``linear``. Images
     ``[N, C, H, W]`` to logits ``[N, num_classes]``.
 
     Args:

@@ -1,4 +1,4 @@
-"""Small segmentation networks for CPUs."""
+"""Small segmentation networks that train on a CPU."""
 
 from __future__ import annotations
 
@@ -18,13 +18,13 @@ def _block(in_channels: int, out_channels: int, stride: int) -> nn.Sequential:
 class FCN(nn.Module):
     """A fully convolutional network with a main and an auxiliary head.
 
-    Three stages at 1/2, 1/4 and 1/4 of the size, the last one with dilation; the auxiliary head is on the second, as in
-    torchvision's segmentation networks, whose outputs it gives too.
+    Three stages at 1/2, 1/4 and 1/4 of the size, the last one with dilation. The auxiliary head reads the second stage.
+    Outputs are a dict of ``out`` and ``aux``, as of torchvision's segmentation networks.
 
     Args:
-        widths: channels of the first two stages, and of the two convolutions of the third: 16, 32, 64, 48 make 65,000
-            parameters.
-        num_classes: logits of each pixel.
+        widths: channels of the first two stages, and of the two convolutions of the third. With 16, 32, 64, 48 the
+            network has about 65,000 parameters.
+        num_classes: number of logits of each pixel.
         in_channels: channels of the images.
     """
 
@@ -39,7 +39,7 @@ class FCN(nn.Module):
         self.aux_classifier = nn.Conv2d(second, num_classes, 1)
 
     def forward(self, image: Tensor) -> dict[str, Tensor]:
-        """``out`` and ``aux``, both ``[N, num_classes, H, W]``, of images ``[N, C, H, W]``."""
+        """Images ``[N, C, H, W]`` to logits ``out`` and ``aux``, both ``[N, num_classes, H, W]``."""
         size = image.shape[-2:]
         fine = self.stage1(image)
         middle = self.stage2(fine)

@@ -1,5 +1,5 @@
-"""ShuffleNetV1 (Zhang et al., arXiv:1707.01083) and ShuffleNetV2 (Ma et al., arXiv:1807.11164) for 32x32 images: a 1x1
-stem without stride or pooling. Tensor names of the public CIFAR checkpoints."""
+"""ShuffleNetV1 (Zhang et al., arXiv:1707.01083) and ShuffleNetV2 (Ma et al., arXiv:1807.11164) for 32x32 images: the
+stem is a 1x1 convolution without stride or pooling. Tensors have the names of the public CIFAR checkpoints."""
 
 from __future__ import annotations
 
@@ -25,13 +25,16 @@ def _depthwise(channels: int, stride: int) -> nn.Conv2d:
 
 
 class _UnitV1(nn.Module):
-    """With stride 2 the pooled input is concatenated, so that the convolutions give ``out_channels - in_channels``."""
+    """Residual unit; with stride 2 the pooled input is concatenated, not added.
+
+    The convolutions then give the other ``out_channels - in_channels`` channels.
+    """
 
     def __init__(self, in_channels: int, out_channels: int, stride: int) -> None:
         super().__init__()
         branch = out_channels - in_channels if stride == 2 else out_channels
         middle = branch // 4
-        # The stem is too narrow to be split.
+        # the first unit is not grouped: the stem has few channels
         self.groups = 1 if in_channels == _STEM else 3
         self.conv1 = _pointwise(in_channels, middle, self.groups)
         self.bn1 = nn.BatchNorm2d(middle)
@@ -56,6 +59,10 @@ class ShuffleNetV1(nn.Module):
 
     Stages are ``layer1``, ``layer2``, ``layer3`` of 4, 8 and 4 units, each halving the size; the classifier is
     ``linear``. Images ``[N, C, H, W]`` to logits ``[N, num_classes]``.
+
+    Args:
+        num_classes: number of logits.
+        in_channels: channels of the images.
     """
 
     def __init__(self, num_classes: int, in_channels: int = 3) -> None:
@@ -79,9 +86,10 @@ class ShuffleNetV1(nn.Module):
 
 
 class _UnitV2(nn.Module):
-    """Half of the channels pass; the other half goes through the convolutions.
+    """Half of the channels go through the convolutions; the other half is passed on unchanged.
 
-    What passes is activated already: the last ReLU leaves it as it is, and so sees the whole unit.
+    That half is an output of ReLU, so the last ReLU does not change it; it is applied to both halves, so that a hook on
+    it sees the unit's whole output.
     """
 
     feature_activation = "relu3"
@@ -105,7 +113,7 @@ class _UnitV2(nn.Module):
 
 
 class _DownV2(nn.Module):
-    """Two strided branches of the whole input, each giving half of the output."""
+    """Two strided branches that take the whole input and give half of the output channels each."""
 
     def __init__(self, in_channels: int, out_channels: int) -> None:
         super().__init__()
@@ -136,6 +144,10 @@ class ShuffleNetV2(nn.Module):
 
     Stages are ``layer1``, ``layer2``, ``layer3`` of 4, 8 and 4 units, each halving the size; the classifier is
     ``linear``. Images ``[N, C, H, W]`` to logits ``[N, num_classes]``.
+
+    Args:
+        num_classes: number of logits.
+        in_channels: channels of the images.
     """
 
     def __init__(self, num_classes: int, in_channels: int = 3) -> None:

@@ -1,4 +1,4 @@
-"""Small networks for features and for work on a CPU."""
+"""Small networks for feature vectors and for training on a CPU."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ class MLP(nn.Module):
     """Fully connected network: flatten, then a linear layer and ReLU for each hidden width, then the classifier ``fc``.
 
     Inputs ``[N, ...]`` with ``in_features`` values each to logits ``[N, num_classes]``. ``hidden.1``, ``hidden.3`` ...
-    are the activated hidden layers.
+    output the hidden layers after ReLU.
 
     Args:
         in_features: values of one input, D or C * H * W.
@@ -35,7 +35,7 @@ class MLP(nn.Module):
 
 
 class CNN(nn.Module):
-    """Three 3x3 convolutions of stride 2 with batch normalisation and ReLU, a global average and one linear layer.
+    """Three 3x3 convolutions of stride 2 with batch normalisation and ReLU, global average pooling and a linear layer.
 
     Stages are ``layer1``, ``layer2``, ``layer3``; the classifier is ``fc``. Images ``[N, C, H, W]`` to logits
     ``[N, num_classes]``.

@@ -1,5 +1,6 @@
 """VGG with batch normalisation for small images: Simonyan and Zisserman, arXiv:1409.1556, and the VGG-8 of the
-distillation literature (arXiv:1910.10699). One linear classifier; tensor names of the public CIFAR checkpoints."""
+distillation literature (arXiv:1910.10699). One linear classifier; tensors have the names of the public CIFAR
+checkpoints."""
 
 from __future__ import annotations
 
@@ -10,7 +11,7 @@ from torch import Tensor, nn
 from lightning_kd.nets._common import global_pool, init_classifier, init_convolutions
 
 _WIDTHS = (64, 128, 256, 512, 512)
-_CONVOLUTIONS = {  # in each of the five blocks
+_CONVOLUTIONS = {  # depth: number of convolutions in each of the five blocks
     8: (1, 1, 1, 1, 1),
     11: (1, 1, 2, 2, 2),
     13: (2, 2, 2, 2, 2),
@@ -30,9 +31,10 @@ def _block(in_channels: int, out_channels: int, convolutions: int) -> nn.Sequent
 class VGG(nn.Module):
     """VGG with batch normalisation and one linear classifier (arXiv:1409.1556).
 
-    ``block0`` to ``block4`` end before their last ReLU; ``relu0`` to ``relu4`` give the activated stages. Blocks 0, 1
-    and 2 are followed by a 2x2 maximum, block 3 only for images at least 64 high, so that block 4 always has something
-    to see, and block 4 by a global average. Images ``[N, C, H, W]`` (at least 8x8) to logits ``[N, num_classes]``.
+    ``block0`` to ``block4`` end before their last ReLU; ``relu0`` to ``relu4`` output the stages after ReLU. 2x2 max
+    pooling follows blocks 0, 1 and 2, and block 3 too for images at least 64 pixels high; smaller images would leave
+    block 4 too few pixels. Global average pooling follows block 4. Images ``[N, C, H, W]`` (at least 8x8) to logits
+    ``[N, num_classes]``.
 
     Args:
         depth: 8, 11, 13, 16 or 19.

@@ -1,4 +1,4 @@
-"""Wide residual networks: Zagoruyko and Komodakis, arXiv:1605.07146. Tensor names of the public CIFAR checkpoints."""
+"""Wide residual networks (Zagoruyko and Komodakis, arXiv:1605.07146), with the tensor names of public checkpoints."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from lightning_kd.nets._common import global_pool, init_convolutions
 
 
 class _Block(nn.Module):
-    """Normalisation and ReLU come before each convolution."""
+    """Batch normalisation and ReLU before each of two 3x3 convolutions, and a shortcut."""
 
     def __init__(self, in_channels: int, out_channels: int, stride: int) -> None:
         super().__init__()
@@ -18,7 +18,7 @@ class _Block(nn.Module):
         self.bn2 = nn.BatchNorm2d(out_channels)
         self.relu2 = nn.ReLU()
         self.conv2 = nn.Conv2d(out_channels, out_channels, 3, padding=1, bias=False)
-        # The channels alone decide, as in the public networks: with width 1 the first stage has no projection.
+        # as in the public networks a projection depends on the channels alone, so with width 1 the first stage has none
         self.convShortcut = (
             nn.Conv2d(in_channels, out_channels, 1, stride, bias=False) if in_channels != out_channels else None
         )
@@ -26,7 +26,7 @@ class _Block(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         active = self.relu1(self.bn1(x))
         out = self.conv2(self.relu2(self.bn2(self.conv1(active))))
-        # A projection sees the activated input, an identity the raw one.
+        # a projection takes the activated input, the identity the input itself
         return out + (x if self.convShortcut is None else self.convShortcut(active))
 
 
@@ -59,7 +59,7 @@ class WideResNet(nn.Module):
     def __init__(self, depth: int, width: int, num_classes: int, in_channels: int = 3) -> None:
         super().__init__()
         if depth < 10 or depth % 6 != 4:
-            raise ValueError(f"a wide ResNet has depth 6n + 4 (10, 16, 22, 28, 34, 40 ...), got {depth}")
+            raise ValueError(f"depth of a wide ResNet must be 6n + 4 (10, 16, 22, 28, 34, 40 ...), got {depth}")
         blocks = (depth - 4) // 6
         self.conv1 = nn.Conv2d(in_channels, 16, 3, padding=1, bias=False)
         self.block1 = _Stage(16, 16 * width, blocks, stride=1)

@@ -312,7 +312,7 @@ def test_unknown_name_lists_near_ones() -> None:
 
 
 def test_wide_resnet_depth() -> None:
-    with pytest.raises(ValueError, match=r"depth 6n \+ 4 .* got 17"):
+    with pytest.raises(ValueError, match=r"must be 6n \+ 4 .* got 17"):
         build_network("wrn_17_1", 10)
     assert build_network("wrn_10_3", 10)(torch.randn(2, 3, 8, 8)).shape == (2, 10)
 
