@@ -243,8 +243,7 @@ def _forms(found: Objective, probe: Callable[[int], Tensor]) -> Callable[[int, i
 def _mean_form(
     found: Objective, of_probes: Callable[[int, int], Tensor], least: int, most: int, tolerance: float
 ) -> HessianTrace:
-    """The mean over probes 0, 1, ... until the standard error is small enough; ``of_probes(start, end)`` computes some.
-    """
+    """The mean over probes 0, 1, ... until its standard error is small; ``of_probes(start, end)`` computes some."""
     if not 1 <= least <= most:
         raise ValueError(f"min_probes must be from 1 to max_probes={most}, got {least}")
     forms = torch.zeros(0, len(found.names), dtype=torch.float64)

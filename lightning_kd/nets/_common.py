@@ -29,8 +29,7 @@ def init_classifier(classifier: nn.Linear) -> None:
 def conv_bn_relu(
     in_channels: int, out_channels: int, kernel_size: int, stride: int = 1, groups: int = 1
 ) -> list[nn.Module]:
-    """Convolution (padded to keep the size at stride 1), batch normalisation and ReLU, to unpack in ``nn.Sequential``.
-    """
+    """Convolution (padded to keep the size at stride 1), batch normalisation and ReLU, for ``nn.Sequential``."""
     return [
         nn.Conv2d(in_channels, out_channels, kernel_size, stride, kernel_size // 2, groups=groups, bias=False),
         nn.BatchNorm2d(out_channels),
