@@ -180,7 +180,7 @@ def test_a_new_class_in_a_run(tmp_path, capsys):
     for words in (["fit", "--ckpt_path", "last", "--trainer.max_epochs", "2"], ["test", "--ckpt_path", "last"]):
         with pytest.raises(SystemExit):
             main([words[0], "--config", "r/config.yaml", *words[1:]])
-        assert "the classes of the data are not those of the checkpoint (new are ['bird'])" in capsys.readouterr().err
+        assert "the classes of the data are not those of the checkpoint (['bird'] are new;" in capsys.readouterr().err
     main(["fit", "--config", "r/config.yaml", "--overwrite"])
     assert torch.load("r/checkpoints/last.ckpt", weights_only=True)["class_names"] == ["<b>cat", "=dög", "bird"]
     assert "new_classes:\n    - bird\n" in Path("r/config.yaml").read_text()

@@ -140,7 +140,7 @@ def test_a_checkpoint_without_a_description_asks_the_data(run, capsys):
     checkpoint = torch.load(path, weights_only=True)
     del checkpoint["data_description"]
     torch.save(checkpoint, path)
-    with pytest.raises(Exception, match="'photos' is no folder"):
+    with pytest.raises(Exception, match="'photos' is not a folder"):
         lightning_kd.load(path)
     for name in NAMES:
         Path(f"photos/{name}").mkdir(parents=True)
@@ -214,7 +214,7 @@ def test_what_cannot_be_read_is_told(run):
         ([], "images is empty"),
         ("gone.png", "'gone.png' does not exist"),
         (["gone.png"], "the image 'gone.png' cannot be read"),
-        (torch.zeros(3, 20, 20), r"of the shape that was trained on, \(3, 16, 16\), got \(3, 20, 20\)"),
+        (torch.zeros(3, 20, 20), r"have the shape of the training samples, \(3, 16, 16\), got \(3, 20, 20\)"),
         (torch.zeros(3, 16, 16, dtype=torch.int64), "must be uint8, or float"),
         (np.zeros((3, 16, 16), np.uint8), "must be an image"),
         (np.zeros((16, 16, 3), np.int64), "must be an image"),

@@ -157,7 +157,7 @@ def test_damaged_and_missing_files(run, capsys):
         ("nowhere", "'nowhere' does not exist"),
         ("empty", "'empty' holds no image"),
         ("none.txt", "'none.txt' holds no image"),
-        ("notes.md", "'notes.md' is no folder, no image"),
+        ("notes.md", "'notes.md' must be a folder, an image"),
     ],
 )
 def test_what_holds_nothing_is_told(given, message, run, capsys):
@@ -181,11 +181,11 @@ def test_arrays_where_the_data_trained_on_is_gone(run, capsys):
     np.save("colour.npy", np.zeros((2, 12, 12, 3), np.uint8))
     with pytest.raises(SystemExit):
         main([*ARRAYS, "--data.predict", "colour.npy"])
-    assert "are of shape (3, 12, 12), and those trained on of (1, 12, 12)" in capsys.readouterr().err
+    assert "have shape (3, 12, 12), but training samples have (1, 12, 12)" in capsys.readouterr().err
     np.save("large.npy", np.zeros((2, 20, 20), np.uint8))
     with pytest.raises(SystemExit):
         main([*ARRAYS, "--data.predict", "large.npy"])
-    assert "are of shape (1, 20, 20), and those trained on of (1, 12, 12)" in capsys.readouterr().err
+    assert "have shape (1, 20, 20), but training samples have (1, 12, 12)" in capsys.readouterr().err
     np.savez("strange.npz", pictures=np.zeros((2, 12, 12), np.uint8))
     with pytest.raises(SystemExit):
         main([*ARRAYS, "--data.predict", "strange.npz"])
@@ -306,7 +306,7 @@ def test_a_fit_with_new_samples_trains_and_tests_on_its_own(run):
     assert (data.class_names, data.test_size) == (NAMES, 6)
     assert len(data.predict_dataloader().sampler.indices) == 6
     assert data.path_of(0) == "new/0.png"
-    with pytest.raises(ValueError, match="class_names has 'green', which is no folder"):
+    with pytest.raises(ValueError, match="class_names has 'green', which is not a folder"):
         ImageFolderDataModule("photos", class_names=[*NAMES, "green"]).setup()
     other = ImageFolderDataModule("photos", image_size=16, class_names=NAMES[::-1])
     other.setup()

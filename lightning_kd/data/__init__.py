@@ -1,4 +1,4 @@
-"""LightningDataModules: what the methods train on."""
+"""Lightning data modules: the data sets, and label noise, candidates, crowds and pools on top of any of them."""
 
 from lightning_kd.data.annotated_data import AnnotatedDataModule
 from lightning_kd.data.array_files import Arrays

@@ -1,4 +1,4 @@
-"""The base of the data modules whose samples may be labelled by several annotators."""
+"""The base class of data modules whose training samples may have labels by several annotators."""
 
 from __future__ import annotations
 
@@ -19,24 +19,25 @@ __all__ = ["AnnotatedDataModule"]
 
 
 class AnnotatedDataModule(ClassificationDataModule):
-    """A ``ClassificationDataModule`` that may have labels by several annotators, where each sample has one class.
+    """A ``ClassificationDataModule`` whose training samples may have labels by several annotators.
 
-    With ``annotations``, ``train_annotations`` (int16 ``[N, R]``, else ``None``) are the classes that ``R`` annotators
-    gave to the training samples in use, -1 where there is none; ``Batch.extras`` has them as ``annotations`` (int64
-    ``[B, R]``). ``train_target`` of these samples is the majority, so that any task can be trained on it, and
-    ``train_clean`` the data set's own labels, which nothing learns; validation and test labels stay those.
-    ``train_indices`` are the samples with an annotation, ``unlabelled_indices`` (int64, ascending, else empty) those
-    without, whose target is -1.
+    With ``annotations``, ``train_annotations`` (int16 ``[N, R]``, else ``None``) holds the class that each of ``R``
+    annotators gave to each training sample in use, -1 where there is none. ``Batch.extras`` holds them as
+    ``annotations`` (int64 ``[B, R]``). ``train_target`` of these samples is the majority vote, so that any task can be
+    trained on it. ``train_clean`` is the data set's own labels, which no method learns from; validation and test labels
+    stay the data set's own. ``train_indices`` are the samples with an annotation, ``unlabelled_indices`` (int64,
+    ascending, else empty) those without; their target is -1.
 
-    What was drawn is kept in the run folder in ``noise.npz``, with its sha256, and taken from it where a run is resumed
-    or evaluated.
+    The run folder keeps the annotations in ``noise.npz``, with their sha256; a run that is resumed or evaluated reads
+    them from there.
 
     Args:
-        annotations: gives the training samples labels by several annotators.
+        annotations: the source of the annotations.
         kwargs: see ``ClassificationDataModule``.
 
     Raises:
-        ValueError: for annotations where samples have more than one class, and with other noise.
+        ValueError: for annotations together with noise, candidates, a meta set or unlabelled samples, or for data with
+            more than one class per sample.
     """
 
     train_annotations: Tensor | None
@@ -45,7 +46,7 @@ class AnnotatedDataModule(ClassificationDataModule):
         super().__init__(**kwargs)
         if annotations is not None and not self.problem.one_class:
             raise ValueError(
-                f"annotations are for one class a sample, the data has {self.problem.kind}: leave them out"
+                f"annotations are for one class per sample, the data has {self.problem.kind}: leave them out"
             )
         for name in ("noise", "candidates", "meta_per_class", "unlabelled"):
             if annotations is not None and getattr(self, name, None) is not None:
@@ -59,7 +60,7 @@ class AnnotatedDataModule(ClassificationDataModule):
 
     @property
     def annotator_names(self) -> list[str]:
-        """A name for each annotator; none without annotations."""
+        """A name for each annotator; empty without annotations."""
         if self.train_annotations is None:
             return []
         crowd = self._crowd
@@ -70,24 +71,24 @@ class AnnotatedDataModule(ClassificationDataModule):
         crowd = self.annotations
         assert crowd is not None
         if self.fake:
-            standing_in = crowd.without_files()
-            assert isinstance(standing_in, CrowdLabels)
-            return standing_in
+            substitute = crowd.without_files()
+            assert isinstance(substitute, CrowdLabels)
+            return substitute
         return crowd
 
     def setup(self, stage: str | None = None) -> None:
-        """Load and split the data, once; to predict new samples, load those alone."""
+        """Load and split the data, once; for the stage ``"predict"`` with ``predict``, load the new samples only."""
         if self.annotations is None:
             super().setup(stage)
             return
         if self._only_new(stage):
             return
         folder = self._folder()
-        # annotations drawn before there was a run folder must be those recorded in it
+        # annotations drawn before the run folder was known may differ from those recorded in it
         if not self._ready or (folder is not None and folder.path != self._noise_folder):
             self._load()
         if stage == "fit" and self.trainer is not None:
-            self._tell_annotations()
+            self._note_annotations()
 
     def _load(self) -> None:
         if self.annotations is None:
@@ -95,13 +96,13 @@ class AnnotatedDataModule(ClassificationDataModule):
             return
         self.train_clean = self.train_annotations = None
         super()._load()
-        self._ready = False  # until all of it has worked
+        self._ready = False  # stays so if a step below fails
         crowd, own, folder = self._crowd, self.train_target, self._folder()
         used = crowd.keep(own.numpy(), self.train_indices, self.num_classes)
-        path = getattr(self, "path", None)  # of those modules that read one file
+        path = getattr(self, "path", None)  # only modules that read a single file have one
         clean = CleanLabels(own.numpy(), self.class_names, self.train_image, None if path is None else Path(path))
         drawn = torch.from_numpy(load_or_draw_labels(crowd, clean, folder, self.trainer))
-        given = torch.full_like(drawn, -1)  # what nobody trains on is nobody's business
+        given = torch.full_like(drawn, -1)  # samples that are not trained on have no annotations
         given[used] = drawn[used]
         there = (given[used] >= 0).any(1).numpy()
         if not there.any():
@@ -115,7 +116,7 @@ class AnnotatedDataModule(ClassificationDataModule):
         self._noise_folder = None if folder is None else folder.path
         self._ready = True
 
-    def _tell_annotations(self) -> None:
+    def _note_annotations(self) -> None:
         given, clean = self.train_annotations, self.train_clean
         assert given is not None
         assert clean is not None
@@ -128,15 +129,15 @@ class AnnotatedDataModule(ClassificationDataModule):
         )
 
     def state_dict(self) -> dict[str, Any]:
-        """What checkpoints remember the data by and, with ``annotations``, the sha256 of these."""
+        """State for checkpoints: a digest of the data and, with ``annotations``, the sha256 of the annotations."""
         given = self._annotation_digest if self._ready else None
         return super().state_dict() | ({} if given is None else {"annotations_sha256": given})
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Before a fit goes on from a checkpoint.
+        """Check, before a fit resumes, that the checkpoint was trained on these annotations and this data.
 
         Raises:
-            ValueError: where that was trained on other annotations, or other data.
+            ValueError: where it was trained on others.
         """
         fitting = self.trainer is not None and self.trainer.state.fn == "fit"
         if fitting and state_dict.get("annotations_sha256") != self._annotation_digest:
@@ -147,7 +148,7 @@ class AnnotatedDataModule(ClassificationDataModule):
         super().load_state_dict(state_dict)
 
     def _extras(self, source: str) -> dict[str, Tensor]:
-        """What else is known about each sample of a full array."""
+        """Further tensors for ``Batch.extras``, a row for each sample of a full array."""
         found = super()._extras(source)
         if source == "train" and self.train_annotations is not None:
             found["annotations"] = self.train_annotations

@@ -1,4 +1,4 @@
-"""Checks of arguments that several data modules take."""
+"""Checks of arguments that several data modules share."""
 
 from __future__ import annotations
 
@@ -7,34 +7,34 @@ from collections.abc import Sequence
 from lightning_kd.argument_checks import check_numbers
 
 
-def check_shares(val_fraction: float, train_fraction: float | None, train_per_class: int | None) -> None:
-    """Raise a ``ValueError`` where one is out of its range, or both ways to choose a subset are given."""
-    check_numbers(least=0, below=1, remedy="give a share, 0 for none", val_fraction=val_fraction)
+def check_subset_sizes(val_fraction: float, train_fraction: float | None, train_per_class: int | None) -> None:
+    """Raise a ``ValueError`` for a number out of range, or where both sizes of the training subset are given."""
+    check_numbers(least=0, below=1, remedy="give a fraction, 0 for none", val_fraction=val_fraction)
     if train_fraction is not None and train_per_class is not None:
         raise ValueError(
             f"train_fraction and train_per_class exclude each other, got {train_fraction} and {train_per_class}: "
             "leave one out"
         )
-    check_numbers(above=0, most=1, optional=True, remedy="give a share", train_fraction=train_fraction)
+    check_numbers(above=0, most=1, optional=True, remedy="give a fraction", train_fraction=train_fraction)
     check_numbers(least=1, whole=True, optional=True, train_per_class=train_per_class)
 
 
 def check_statistics(mean: Sequence[float], std: Sequence[float], input_shape: Sequence[int]) -> None:
-    """Raise a ``ValueError`` unless there is a mean and a positive deviation for each channel."""
+    """Raise a ``ValueError`` unless there is a mean and a positive standard deviation for each channel."""
     for name, value in (("mean", mean), ("std", std)):
         if len(value) != input_shape[0]:
             raise ValueError(f"{name} must have {input_shape[0]} values, got {list(value)}: one for each channel")
     for each in mean:
         check_numbers(mean=each)
     for each in std:
-        check_numbers(above=0, remedy="give the deviation of each channel", std=each)
+        check_numbers(above=0, remedy="give the standard deviation of each channel", std=each)
 
 
 def names_of(class_names: Sequence[str | int] | None) -> list[str] | None:
-    """The ``class_names`` that a user gave, as texts: numbers in YAML are names, too.
+    """The ``class_names`` of a user as strings; YAML may have read some as numbers.
 
     Raises:
-        ValueError: where one comes twice, and for a text in place of a list.
+        ValueError: for a name that occurs twice, or a string instead of a list.
     """
     if class_names is None:
         return None
@@ -45,14 +45,14 @@ def names_of(class_names: Sequence[str | int] | None) -> list[str] | None:
 
 
 def check_class_names(stored: Sequence[str], names: Sequence[str]) -> None:
-    """Refuse a checkpoint of other classes, whose numbers would mean something else now.
+    """Refuse a checkpoint of other classes: its class indices would mean other classes now.
 
     Args:
-        stored: the names in the checkpoint, in the order of their numbers.
-        names: those of the data.
+        stored: class names in the checkpoint, by class index.
+        names: class names of the data.
 
     Raises:
-        ValueError: where they differ.
+        ValueError: where they differ. The data may lack the last classes of the checkpoint.
     """
     if list(stored[: len(names)]) == list(names):  # a data set may lack the last ones
         return
@@ -60,14 +60,14 @@ def check_class_names(stored: Sequence[str], names: Sequence[str]) -> None:
     what = "; ".join(
         text
         for text in (
-            f"new are {added[:5]}" if added else "",
-            f"gone are {gone[:5]}" if gone else "",
-            "they stand in another order" if not added and not gone else "",
+            f"{added[:5]} are new" if added else "",
+            f"{gone[:5]} are missing" if gone else "",
+            "their order differs" if not added and not gone else "",
         )
         if text
     )
     raise ValueError(
-        f"the classes of the data are not those of the checkpoint ({what}): class 0 was {stored[0]!r} and so on; give "
-        f"the data of that run, give arrays that lack some of its classes class_names={list(stored)}, or start anew "
+        f"the classes of the data are not those of the checkpoint ({what}; its class 0 was {stored[0]!r}): give the "
+        f"data of that run, or class_names={list(stored)} for arrays that lack some of its classes, or start anew "
         "with fit --overwrite"
     )

@@ -1,4 +1,4 @@
-"""Reading, checking, writing and making up the arrays of a data set."""
+"""Reads, checks and writes the arrays of data sets: images, features, targets and masks."""
 
 from __future__ import annotations
 
@@ -17,10 +17,12 @@ from lightning_kd.file_writing import written_whole
 
 
 class Arrays(NamedTuple):
-    """A data set in memory. Images are uint8 ``[N, C, H, W]``, features float32 ``[N, D]``, targets int64 ``[N]``
-    (several labels float32 ``[N, C]``, masks int16 ``[N, H, W]``).
+    """A data set in memory.
 
-    ``val_*`` is ``None`` where the validation set is taken out of the training set.
+    Images are uint8 ``[N, C, H, W]``, features float32 ``[N, D]``; targets are int64 ``[N]``, or float32 ``[N, C]`` for
+    several labels, or masks int16 ``[N, H, W]``.
+
+    ``val_*`` is ``None`` where the validation set is split off the training set.
     """
 
     train_image: Any
@@ -32,11 +34,11 @@ class Arrays(NamedTuple):
 
 
 def read_arrays(path: Path) -> dict[str, np.ndarray]:
-    """The arrays of a ``.npz``, or the one of a ``.npy`` under the key ``""``. Pickles are never read.
+    """The arrays of an ``.npz`` by name, or the array of a ``.npy`` under the name ``""``. Pickles are never loaded.
 
     Raises:
-        FileNotFoundError, PermissionError: if there is no such file, or it may not be read.
-        ValueError: if the file is damaged, holds pickled objects, or is none of the two.
+        FileNotFoundError, PermissionError: where the file does not exist, or may not be read.
+        ValueError: where the file is damaged, holds pickled objects, or is neither an ``.npz`` nor a ``.npy``.
     """
     try:
         loaded = np.load(path, allow_pickle=False)
@@ -55,13 +57,13 @@ def read_arrays(path: Path) -> dict[str, np.ndarray]:
                 "array.astype(str)"
             ) from None
         raise ValueError(
-            f"{str(path)!r} is damaged, or no .npz/.npy file of plain arrays ({error}): replace it, or delete it if it "
-            "can be made again"
+            f"{str(path)!r} is damaged, or not an .npz/.npy file of plain arrays ({error}): replace it, or delete it "
+            "if it can be written again"
         ) from error
 
 
 def write_npz(path: Path, arrays: dict[str, np.ndarray]) -> None:
-    """Write an ``.npz`` whole or not at all: into a temporary file beside ``path``, which then takes its place."""
+    """Write an ``.npz`` whole or not at all: a temporary file beside ``path`` is written and then renamed."""
     with written_whole(path, durable=True) as part, open(part, "wb") as file:
         np.savez(file, **arrays)  # type: ignore[arg-type]
 
@@ -75,10 +77,10 @@ def check_keys(arrays: dict[str, np.ndarray], keys: Sequence[str], where: str) -
 
 
 def to_image(array: np.ndarray, name: str, shape: tuple[int, int, int] | None = None) -> Tensor:
-    """Images ``[N, H, W, C]`` or ``[N, H, W]`` to uint8 ``[N, C, H, W]``, after checking them.
+    """Convert images ``[N, H, W, C]`` or ``[N, H, W]`` to uint8 ``[N, C, H, W]``, after checks.
 
     Raises:
-        ValueError: if they are not uint8, not of that rank, not channels-last, or not of ``shape`` (H, W, C).
+        ValueError: where they are not uint8, not of that rank, not channels-last, or not of ``shape`` (H, W, C).
     """
     got = f"{array.dtype} {array.shape}"
     if array.dtype != np.uint8 or array.ndim not in (3, 4):
@@ -93,10 +95,10 @@ def to_image(array: np.ndarray, name: str, shape: tuple[int, int, int] | None = 
 
 
 def to_feature(array: np.ndarray, name: str) -> Tensor:
-    """Features ``[N, D]`` to float32, after checking them.
+    """Convert features ``[N, D]`` to float32, after checks.
 
     Raises:
-        ValueError: if they are not floats of rank 2, or not finite.
+        ValueError: where they are not floats of rank 2, or not finite.
     """
     if array.ndim != 2 or not np.issubdtype(array.dtype, np.floating):
         raise ValueError(
@@ -108,16 +110,16 @@ def to_feature(array: np.ndarray, name: str) -> Tensor:
 
 
 def to_target(array: np.ndarray, count: int, num_classes: int | None, name: str) -> Tensor:
-    """Class labels to int64 ``[N]``, after checking them.
+    """Convert class labels to int64 ``[N]``, after checks.
 
     Args:
         array: integers ``[N]``.
-        count: how many samples they belong to.
-        num_classes: the upper limit; ``None`` checks only that none is negative.
-        name: what to call them in errors.
+        count: number of samples that the labels are for.
+        num_classes: labels must be below it; with ``None`` they need only be 0 or more.
+        name: name of the array in error messages.
 
     Raises:
-        ValueError: if there are none, if rank, dtype or number do not fit, or a label is out of range.
+        ValueError: where the array is empty, its rank, dtype or length is wrong, or a label is out of range.
     """
     if array.ndim != 1 or not np.issubdtype(array.dtype, np.integer):
         remedy = "save names by array.astype(str)" if array.dtype.kind == "S" else "convert it by array.astype(int)"
@@ -135,23 +137,24 @@ def to_target(array: np.ndarray, count: int, num_classes: int | None, name: str)
 def number_classes(
     targets: Sequence[np.ndarray], class_names: list[str] | None, where: str
 ) -> tuple[list[str] | None, list[np.ndarray]]:
-    """Targets of one class a sample as numbers from 0 on, and the names of the classes where these say them.
+    """Convert targets with one class per sample to class indices from 0 on, and find the class names.
 
-    Texts are names of classes, numbered in the order of ``class_names`` or of the alphabet. Without ``class_names``,
-    integers that begin above 0, or of whose range less than half occurs, are numbered anew in their order; their names
-    are what they were. With ``class_names`` that are such whole numbers, integers are looked up among them, and with
-    ``C`` others, integers that are exactly 1 to ``C`` are numbered from 0. What is done is told.
+    Strings are class names, numbered in the order of ``class_names`` or alphabetically. Without ``class_names``,
+    integers are renumbered in ascending order, with the old numbers as class names, if they start above 0 or if fewer
+    than half of the numbers in their range occur. If ``class_names`` are whole numbers, integers are looked up among
+    them. If they are ``C`` other names, integers that are exactly 1 to ``C`` become 0 to ``C - 1``. A printed note says
+    what was done.
 
     Args:
         targets: arrays ``[N]`` (or ``[N, 1]``) of one data set.
-        class_names: those given.
-        where: what holds the targets, for messages.
+        class_names: the names that the user gave.
+        where: where the targets come from, for messages.
 
     Raises:
-        ValueError: for a label that is none of ``class_names``, and for integers that may be numbers of classes or
-            names of them.
+        ValueError: for a label that is not in ``class_names``, and for integers that could be class indices or class
+            names.
     """
-    if not targets:  # what is missing is told where it is read
+    if not targets:  # the caller raises for missing arrays
         return class_names, []
     targets = [target.astype(np.uint8) if target.dtype == bool else target for target in targets]
     kinds = {target.dtype.kind for target in targets}
@@ -159,8 +162,8 @@ def number_classes(
         values = class_names or np.unique(np.concatenate([target.reshape(-1) for target in targets])).tolist()
         number = {name: k for k, name in enumerate(values)}
         for target in targets:
-            if unheard := [name for name in np.unique(target).tolist() if name not in number]:
-                raise ValueError(f"{where} holds the label {unheard[0]!r}, which is none of class_names: correct one")
+            if unknown := [name for name in np.unique(target).tolist() if name not in number]:
+                raise ValueError(f"{where} holds the label {unknown[0]!r}, which is not in class_names: correct one")
         lookup = np.vectorize(number.__getitem__, otypes=[np.int64])
         return list(values), [lookup(target) if target.size else target.astype(np.int64) for target in targets]
     if not kinds <= {"i", "u"} or not all(target.size for target in targets):
@@ -171,53 +174,53 @@ def number_classes(
     if labels[0] < 0 or (labels[0] == 0 and labels[-1] + 1 <= 2 * len(labels)):
         return None, list(targets)
     names = [str(label) for label in labels.tolist()]
-    if len(names) > 1:  # else they are refused
-        what = f"the {len(names)} classes that occur ({_some(names)})"
-        note(f"{where}: {what} are numbered from 0, and keep these as names")
+    if len(names) > 1:  # the caller refuses a single class
+        what = f"the {len(names)} labels that occur ({_first_names(names)})"
+        note(f"{where}: {what} are renumbered from 0, and the old numbers become the class names")
     return names, [np.searchsorted(labels, target) for target in targets]
 
 
 def _numbers_among(
     labels: np.ndarray, targets: Sequence[np.ndarray], class_names: list[str], where: str
 ) -> list[np.ndarray]:
-    """Integers as numbers of ``class_names``; ``labels`` are all that occur."""
+    """Convert integer targets to indices into ``class_names``; ``labels`` are the distinct values that occur."""
     count = len(class_names)
     numbered = labels[0] >= 0 and labels[-1] < count
     if not only_numbers(class_names):
         if labels.tolist() != [*range(1, count + 1)]:
             return list(targets)
-        note(f"{where}: the labels 1 to {count} are the classes {_some(class_names)}, numbered from 0")
+        note(f"{where}: the labels 1 to {count} are the classes {_first_names(class_names)}, numbered from 0")
         return [target - 1 for target in targets]
     names = [int(name) for name in class_names]
     if names == [*range(count)]:
         return list(targets)
-    unheard = sorted({*labels.tolist()} - {*names})
-    if unheard and not numbered:
-        raise ValueError(f"{where} holds the label {unheard[0]}, which is none of class_names: correct one")
-    if unheard:
-        note(f"{where}: the labels are taken for numbers of classes, 0 for {class_names[0]!r} and so on")
+    unknown = sorted({*labels.tolist()} - {*names})
+    if unknown and not numbered:
+        raise ValueError(f"{where} holds the label {unknown[0]}, which is not in class_names: correct one")
+    if unknown:
+        note(f"{where}: the labels are read as class indices, 0 for {class_names[0]!r} and so on")
         return list(targets)
-    if numbered and names != sorted(names):  # as of folders, in the order of their text
+    if numbered and names != sorted(names):  # class folders are sorted as text: 1, 10, 2
         raise ValueError(
-            f"the labels of {where} may be numbers of classes or their names, which are {_some(class_names)}: save the "
-            "names as text"
+            f"the labels of {where} may be class indices or class names, which are {_first_names(class_names)}: save "
+            "the names as text"
         )
-    note(f"{where}: the labels are taken for names of classes, which are {_some(class_names)}")
+    note(f"{where}: the labels are read as class names, which are {_first_names(class_names)}")
     order = np.argsort(names)
     return [order[np.searchsorted(names, target, sorter=order)] for target in targets]
 
 
 def only_numbers(names: Sequence[str]) -> bool:
-    """Whether all classes are called by whole numbers."""
+    """Whether all names are whole numbers."""
     return all(name.isdecimal() for name in names)
 
 
-def _some(names: Sequence[str]) -> str:
+def _first_names(names: Sequence[str]) -> str:
     return ", ".join(names[:5]) + ", ..." * (len(names) > 5)
 
 
 def to_label_matrix(array: np.ndarray, count: int, num_classes: int | None, name: str) -> Tensor:
-    """Several labels a sample, uint8 ``[N, C]`` of 0, 1 and 255 (not known), to float32 of 0, 1 and -1.
+    """Convert multi-label targets, uint8 ``[N, C]`` of 0, 1 and 255 (unknown), to float32 of 0, 1 and -1.
 
     Raises:
         ValueError: for another dtype, shape or value; arguments as in ``to_target``.
@@ -230,33 +233,33 @@ def to_label_matrix(array: np.ndarray, count: int, num_classes: int | None, name
     if wrong.any():
         row, column = np.argwhere(wrong)[0]
         raise ValueError(
-            f"{name} must hold 0, 1 and 255 (not known), got {array[row, column]} at {row}, {column}: correct them"
+            f"{name} must hold 0, 1 and 255 (unknown), got {array[row, column]} at {row}, {column}: correct them"
         )
     return torch.from_numpy(np.where(array == 255, np.float32(-1), array.astype(np.float32)))
 
 
 def array_named(path: Path, key: str | None, usual: str) -> np.ndarray:
-    """The array ``key`` of a file; without, that called ``usual`` or ``given``, or the only one.
+    """The array ``key`` of a file. Without ``key``: the one named ``usual``, else ``given``, else the only one.
 
     Raises:
-        ValueError: where there is none, and as ``read_arrays``.
+        ValueError: where there is none, and as in ``read_arrays``.
     """
     arrays = read_arrays(path)
     for name in [key] if key is not None else [usual, "given", *(arrays if len(arrays) == 1 else ())]:
         if name in arrays:
             return arrays[name]
-    raise ValueError(f"key={key!r} is none of {str(path)!r}, which holds {', '.join(arrays)}: give one of them")
+    raise ValueError(f"key={key!r} is not in {str(path)!r}, which holds {', '.join(arrays)}: give one of them")
 
 
 def to_masks(array: np.ndarray, count: int, num_classes: int | None, name: str, shape: tuple[int, ...]) -> Tensor:
-    """A class for each pixel, uint8 ``[N, H, W]`` with 255 for ignored ones, to int16 with -1 for them.
+    """Convert masks, uint8 ``[N, H, W]`` of class indices and 255 (ignored), to int16 with -1 for ignored pixels.
 
     Args:
         array: the masks.
-        count: how many samples they belong to.
-        num_classes: the upper limit; ``None`` for none.
-        name: what to call them in errors.
-        shape: of an image, ``(C, H, W)``.
+        count: number of samples that the masks are for.
+        num_classes: class indices must be below it; ``None`` for no limit.
+        name: name of the array in error messages.
+        shape: ``(C, H, W)`` of the images.
 
     Raises:
         ValueError: for another dtype, shape or value.
@@ -284,12 +287,12 @@ def _check_count(array: np.ndarray, count: int, name: str) -> None:
 
 
 def image_statistics(image: Tensor) -> tuple[list[float], list[float]]:
-    """Mean and standard deviation of each channel of uint8 ``[N, C, H, W]``, in units of 255."""
+    """Mean and standard deviation of each channel of uint8 images ``[N, C, H, W]``, for values scaled to 0..1."""
     value = np.arange(256) / 255
     mean, std = [], []
     for channel in range(image.shape[1]):
         count = sum(np.bincount(part[:, channel].reshape(-1).numpy(), minlength=256) for part in image.split(1024))
-        share = count / np.sum(count)
-        mean.append(float(share @ value))
-        std.append(float(np.sqrt(share @ (value - mean[-1]) ** 2)) or 1.0)  # a constant channel stays as it is
+        frequency = count / np.sum(count)
+        mean.append(float(frequency @ value))
+        std.append(float(np.sqrt(frequency @ (value - mean[-1]) ** 2)) or 1.0)  # a constant channel is not scaled
     return mean, std

@@ -1,4 +1,4 @@
-"""A user's own arrays: an .npz file, or a pair of .npy files."""
+"""Data module for your own arrays: an .npz file, or a pair of .npy files."""
 
 from __future__ import annotations
 
@@ -48,65 +48,65 @@ class ArrayDataModule(MultiLabelDataModule):
 
     An ``.npz`` holds ``train_image`` and ``train_target``, and ``test_image`` and ``test_target`` if there is a test
     set; or ``image`` and ``target``. Without a test set, ``test_fraction`` of each class becomes it, the same samples
-    for every ``seed``. Samples are uint8 images ``[N, H, W, C]`` or ``[N, H, W]``, or float features ``[N, D]`` (then
-    ``feature`` may stand for ``image`` in the names). Further keys are left alone.
-    Targets say what is asked of a network:
+    for every ``seed``. Samples are uint8 images ``[N, H, W, C]`` or ``[N, H, W]``, or float features ``[N, D]``, for
+    which names may have ``feature`` instead of ``image``. Other arrays are ignored. Targets may be
 
-    - integers ``[N]`` (or ``[N, 1]``) from 0 on, false and true, or texts, the names of the classes: one class a
-      sample (``SingleLabel``). Integers from 1 on, and those with large gaps, are numbered anew, and keep theirs as
-      names;
-    - uint8 ``[N, C]`` of 0, 1 and 255 for "not known": several labels (``MultiLabel``);
+    - integers ``[N]`` (or ``[N, 1]``) from 0 on, booleans, or strings, the class names: one class per sample
+      (``SingleLabel``). Integers from 1 on, or with large gaps, are renumbered; the old numbers become class names;
+    - uint8 ``[N, C]`` of 0, 1 and 255 (unknown): several labels per sample (``MultiLabel``);
     - uint8 ``[N, H, W]`` (or ``[N, H, W, 1]``) with 255 for ignored pixels: a class for each pixel (``Segmentation``).
       Masks are cropped and flipped with their images.
 
-    The file is read when the object is made, and all samples stay in memory. See ``ClassificationDataModule``
-    for what it offers and for several processes.
+    The file is read when the object is created, and all samples stay in memory. See ``ClassificationDataModule``
+    for attributes, loaders and use with several processes.
 
     Args:
-        path: the ``.npz`` file, or the ``.npy`` file of the samples. With ``fake`` it may be missing.
+        path: the ``.npz`` file, or the ``.npy`` file of the samples. With ``fake`` it need not exist.
         target_path: the ``.npy`` file of the targets, if ``path`` is a ``.npy``.
-        class_names: a name for each class; by default their numbers, as many as the largest training target says, or
-            as the targets have columns. Where all are whole numbers, but not 0 to C - 1, integer targets are looked up
-            among them: so a file that lacks some classes of another one is given that one's ``class_names``.
-        batch_size: training samples a step and process.
-        eval_batch_size: the most samples an evaluation step and process.
-        val_fraction: the share of the training samples that becomes the validation set, 0 to below 1. This and the
-            other shares are taken of each class alike where each sample has one class.
-        test_fraction: the share that becomes the test set where the file has none, above 0 to below 1.
-        train_fraction: train on this share of what is left, above 0 to 1.
-        train_per_class: train on this many samples of each class instead; only with one class a sample.
-        augment: pad training images with black, crop back at random, and flip; not for features.
-        crop_padding: pixels of that padding.
-        flip: flip half of the training images left-right, with ``augment``.
-        cutout: the side in pixels of a box set to the mean colour in each training image; 0 is off.
-        mean: subtracted from each channel (0 to 1) or feature; by default that of the training images, for features 0.
-        std: divides each channel or feature; by default that of the training images, for features 1.
-        seed: fixes the validation split and the subset, for the same given labels (one class a sample: both are
-            stratified by them); together with ``seed_everything`` also the order of the batches and the augmentation.
-        fake: use a small made-up data set instead, of the shape of the file if there is one, else of 10 classes of
-            32 x 32 colour images.
-        noise: gives the training samples wrong labels, see ``LabelNoise``; only with one class a sample. ``None`` keeps
-            the data set's own.
-        kind: ``"single_label"``, ``"multi_label"`` or ``"segmentation"``. By default what the shape of the targets
-            says; needed for ``fake`` data of another kind than the first without a file.
-        predict: what to predict in place of the test set, without labels: a ``.npy``, or an ``.npz`` with ``image`` or
-            ``feature``. With ``class_names``, ``mean`` and ``std`` (and ``kind``, but for one class a sample) ``path``
-            need not exist then; ``lightning-kd predict`` takes them from the checkpoint.
-        balance: show each class equally often in training, whatever their sizes: an epoch stays as long, a rare sample
-            comes several times (each time augmented anew), of a frequent class some wait for later epochs.
-        candidates: with several labels, see ``MultiLabelDataModule``, as the others; with one class a sample, labels of
-            which one is true, see ``UniformCandidates``.
-        single_positive: see there.
-        labelled_fraction: see there.
-        labelled_seed: see there.
-        normalize: see there; for data of any kind.
-        n_grid: see there.
-        meta_per_class: so many training samples of each class are held out, with true labels, to learn candidates by.
+        class_names: a name for each class. Default: their numbers, up to the largest training target or one per column
+            of the targets. Names that are whole numbers other than 0 to C - 1 are looked up for integer targets, so a
+            file that lacks some classes of another file can be given that file's ``class_names``.
+        batch_size: training samples per step and process.
+        eval_batch_size: largest number of samples per evaluation step and process.
+        val_fraction: fraction of the training samples that becomes the validation set, in [0, 1). All fractions are
+            stratified by class where each sample has one class.
+        test_fraction: fraction that becomes the test set where the file has none, in (0, 1).
+        train_fraction: fraction of the remaining training samples to train on, in (0, 1]. Default: all.
+        train_per_class: number of samples of each class to train on, instead of ``train_fraction``; only with one class
+            per sample.
+        augment: random crops of training images padded with black, and left-right flips; not for features.
+        crop_padding: width of that padding in pixels.
+        flip: with ``augment``, flip half of the training images left-right.
+        cutout: side in pixels of a square set to the mean colour at a random place in each training image; 0 is off.
+        mean: mean of each channel (values from 0 to 1) or feature. Default: that of the training images; 0 for
+            features.
+        std: standard deviation of each channel or feature. Default: that of the training images; 1 for features.
+        seed: fixes the validation split and the training subset, which are stratified by the given labels; together
+            with ``seed_everything`` also the order of the batches and the augmentation.
+        fake: use a small synthetic data set instead, shaped like the file if there is one, else 32 x 32 colour images
+            of 10 classes.
+        noise: label noise for the training samples, see ``LabelNoise``; only with one class per sample. Default: none.
+        kind: ``"single_label"``, ``"multi_label"`` or ``"segmentation"``. Default: told by the shape of the targets;
+            with ``fake`` and no file ``"single_label"``.
+        predict: samples to predict instead of the test set, without labels: a ``.npy``, or an ``.npz`` with ``image``
+            or ``feature``. ``path`` need not exist then, if ``class_names``, ``mean``, ``std`` (and a ``kind`` other
+            than the first) are given; ``lightning-kd predict`` takes them from the checkpoint.
+        balance: draw each class equally often in training. The epoch keeps its length: samples of rare classes are
+            repeated (with new augmentation each time), some of frequent classes wait for later epochs.
+        candidates: with several labels per sample, see ``MultiLabelDataModule``; with one class, candidate sets of
+            which one label is true, see ``UniformCandidates``.
+        single_positive: see ``MultiLabelDataModule``.
+        labelled_fraction: see ``MultiLabelDataModule``.
+        labelled_seed: see ``MultiLabelDataModule``.
+        normalize: see ``MultiLabelDataModule``; for every ``kind``.
+        n_grid: see ``MultiLabelDataModule``.
+        meta_per_class: number of training samples of each class to hold out with their true labels, for candidate
+            methods.
         annotations: gives the training samples labels by several annotators, see ``AnnotatedDataModule``.
-        unlabelled: further samples without labels, or ``"rest"``, see ``ClassificationDataModule``.
+        unlabelled: further training samples without labels, or ``"rest"``, see ``ClassificationDataModule``.
 
     Raises:
-        ValueError: for an argument out of its range, and for arrays that are damaged or do not fit together.
+        ValueError: for an argument out of its range, and for arrays that are damaged or do not match.
         FileNotFoundError: where a file does not exist.
     """
 
@@ -143,12 +143,12 @@ class ArrayDataModule(MultiLabelDataModule):
         annotations: CrowdLabels | None = None,
         unlabelled: str | None = None,
     ) -> None:
-        check_numbers(above=0, below=1, remedy="give a share", test_fraction=test_fraction)
+        check_numbers(above=0, below=1, remedy="give a fraction", test_fraction=test_fraction)
         check_numbers(least=0, whole=True, crop_padding=crop_padding)
         given = names_of(class_names)
         self.path, self.target_path, self.test_fraction = path, target_path, test_fraction
         if kind is not None and kind not in _PROBLEMS:
-            raise ValueError(f"kind must be one of {', '.join(_PROBLEMS)}, or None, got {kind!r}: give one of them")
+            raise ValueError(f"kind must be one of {', '.join(_PROBLEMS)}, or None, got {kind!r}: choose one")
         self.kind: str = kind or "single_label"
         self.predict = predict
         self._new: Tensor | None = None
@@ -209,7 +209,7 @@ class ArrayDataModule(MultiLabelDataModule):
         self.augment, self.crop_padding, self.flip = augment, crop_padding, flip
 
     def load_arrays(self) -> Arrays:
-        if self._arrays is None:  # so far there was only something to predict
+        if self._arrays is None:  # so far only the samples to predict were read
             self._arrays = self._read(self.class_names, self.kind)[1]
         return self._arrays
 
@@ -228,7 +228,7 @@ class ArrayDataModule(MultiLabelDataModule):
         return self._new
 
     def describe(self) -> dict[str, Any]:
-        """See ``LabelledDataModule.describe``; and the ``kind``."""
+        """As ``LabelledDataModule.describe``, with the ``kind``."""
         return super().describe() | {"kind": self.kind}
 
     def _read(self, class_names: list[str] | None, kind: str | None) -> tuple[list[str], Arrays]:
@@ -239,7 +239,7 @@ class ArrayDataModule(MultiLabelDataModule):
             arrays = {"image": arrays[""], "target": read_arrays(Path(self.target_path)).get("", np.empty(0))}
         prefix = "train_" if {"train_image", "train_feature", "train_target"} & set(arrays) else ""
         shape = arrays.get(f"{prefix}target", np.empty(0)).shape
-        one_each = len(shape) == 2 and shape[1] == 1  # how some libraries keep one class a sample
+        one_each = len(shape) == 2 and shape[1] == 1  # some libraries store one class per sample as [N, 1]
         guess = {2: "multi_label", 3: "segmentation", 4: "segmentation"}.get(len(shape), "single_label")
         self.kind = kind or ("single_label" if one_each else guess)
         if self.kind == "single_label":
@@ -265,7 +265,7 @@ class ArrayDataModule(MultiLabelDataModule):
                     f"{tuple(test_image.shape[1:])}: give both in one shape and dtype"
                 )
             return names, Arrays(image, target, test_image, test_target)
-        generator = numpy_generator(0, "test_split")  # whatever the seed, so that runs are tested on the same samples
+        generator = numpy_generator(0, "test_split")  # does not use self.seed: all runs have the same test samples
         single = self.kind == "single_label"
         by_class, classes = (target.numpy(), len(names)) if single else (np.zeros(len(target), np.int64), 1)
         test = take_fraction(by_class, classes, self.test_fraction, generator, leave=1)
@@ -279,19 +279,19 @@ class ArrayDataModule(MultiLabelDataModule):
     def _pair(self, arrays: dict[str, np.ndarray], prefix: str, num_classes: int | None) -> tuple[Tensor, Tensor]:
         key = f"{prefix}feature" if f"{prefix}feature" in arrays else f"{prefix}image"
         check_keys(arrays, [key, f"{prefix}target"], repr(self.path))
-        # two dimensions are features; anything else is told to be images
+        # two dimensions are features; to_image names what is wrong with anything else
         convert = to_feature if arrays[key].ndim == 2 else to_image
         image = convert(arrays[key], f"{key} of {self.path!r}")
         target, name = arrays[f"{prefix}target"], f"{prefix}target of {self.path!r}"
         if self.kind == "segmentation" and image.ndim == 2:
-            raise ValueError(f"{name} can be masks of images alone, got features: give a class for each sample")
+            raise ValueError(f"{name} may be masks only for images, got features: give a class for each sample")
         if target.ndim == {"single_label": 2, "segmentation": 4}.get(self.kind) and target.shape[-1] == 1:
             target = target[..., 0]
         if self.kind == "multi_label":
             if num_classes is not None and target.ndim == 2 and target.shape[1] != num_classes:
                 raise ValueError(
                     f"class_names must have a name for each of the {target.shape[1]} columns of {name}, got "
-                    f"{num_classes} names: give one a column"
+                    f"{num_classes} names: give one per column"
                 )
             return image, to_label_matrix(target, len(image), num_classes, name)
         if self.kind == "segmentation":

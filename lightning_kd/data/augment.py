@@ -1,4 +1,4 @@
-"""Augmentation of whole batches of images: one random view per sample, drawn ahead for every sample of an epoch."""
+"""Random crop, flip and cutout of whole batches of images, drawn in advance for every sample of an epoch."""
 
 from __future__ import annotations
 
@@ -13,25 +13,26 @@ from lightning_kd.argument_checks import check_numbers
 from lightning_kd.core.seeding import derive_seed, numpy_generator
 
 VIEWS = ("plain", "weak", "strong")
-# what stands for the whole image and its cells, each as the view named here
+# names that stand for several views, of the whole image and of its cells, and the kind of each of these views
 PATCHES = {"patches": "plain", "strong_patches": "strong"}
 
 
 def check_views(
     views: str | Sequence[str], shape: tuple[int, ...], masks: bool = False, n_grid: int | None = None
 ) -> tuple[str, ...]:
-    """The names as a tuple, checked against samples of ``shape``.
+    """The names of views as a tuple, after checks against samples of ``shape``.
 
     Raises:
-        ValueError: for no view, an unknown one, strong views of what is no image of 1 or 3 channels, and with ``masks``
-            several views or a strong one; patches without ``n_grid``, and of images that it does not divide.
+        ValueError: for no view, an unknown one, strong views or patches of samples that are not images of 1 or 3
+            channels; with ``masks``, for several views or a strong one; for patches of images whose sides ``n_grid``
+            does not divide.
     """
     names = (views,) if isinstance(views, str) else tuple(views)
     known = VIEWS if n_grid is None else (*VIEWS, *PATCHES)
     if not names or any(name not in known for name in names):
         raise ValueError(
             f"views must name at least one of {', '.join(map(repr, known[:-1]))} and {known[-1]!r}, got {views!r}: "
-            "give such names"
+            "correct the names"
         )
     if masks and (len(names) > 1 or "strong" in names):
         raise ValueError(f"views={views!r} cannot go with masks: give 'plain' or 'weak' alone")
@@ -48,7 +49,7 @@ def check_views(
 
 
 def expand_views(views: Sequence[str], n_grid: int | None = None) -> list[tuple[str, int | None]]:
-    """Each view that is made for ``views``, in order: its name, and which cell of the image it is of, or ``None``.
+    """All views to make for ``views``, in order: the kind of each, and the cell that it shows (``None``: the image).
 
     ``"patches"`` and ``"strong_patches"`` are ``1 + n_grid ** 2`` views: the whole image, then its cells, row by row.
     """
@@ -57,12 +58,15 @@ def expand_views(views: Sequence[str], n_grid: int | None = None) -> list[tuple[
 
 
 def cut_cell(image: Tensor, cell: int, n_grid: int) -> Tensor:
-    """One of ``n_grid`` x ``n_grid`` equal cells of each image, counted row by row, brought to its size (bilinear).
+    """One of ``n_grid`` x ``n_grid`` equal cells of each image, counted row by row, resized to the image's size.
 
     Args:
         image: uint8 ``[B, C, H, W]``; ``n_grid`` divides ``H`` and ``W``.
         cell: 0 to ``n_grid ** 2 - 1``.
-        n_grid: cells in a row and in a column.
+        n_grid: cells per row and per column.
+
+    Returns:
+        uint8 ``[B, C, H, W]``, by bilinear interpolation.
     """
     height, width = image.shape[-2] // n_grid, image.shape[-1] // n_grid
     top, left = cell // n_grid * height, cell % n_grid * width
@@ -70,22 +74,23 @@ def cut_cell(image: Tensor, cell: int, n_grid: int) -> Tensor:
 
 
 def view_seed(seed: int, view: int) -> int:
-    """The seed of the ``view``-th view of each sample; that of the first one is ``seed`` itself."""
+    """The seed of the ``view``-th view of every sample; for view 0 it is ``seed`` itself."""
     return derive_seed(seed, f"view/{view}") if view else seed
 
 
 @dataclass(frozen=True)
 class CropFlip:
-    """Pad with black, crop back at a random offset, flip left-right with probability 1/2.
+    """Random crops of images padded with black, and left-right flips with probability 1/2.
 
-    All ``views`` are equally likely, ``(2 * padding + 1) ** 2`` crops times 2 with the flip: 162 for ``padding=4``.
+    There are ``(2 * padding + 1) ** 2`` crops, times 2 with flips (162 for ``padding=4``), all equally likely. Each
+    such combination is a *view* and has a number.
 
     Args:
-        padding: black pixels added on every side, and so the largest shift.
-        flip: draw a left-right flip too.
+        padding: black pixels added on every side, which is also the largest shift of a crop.
+        flip: also flip half of the images left-right.
 
     Raises:
-        ValueError: for a ``padding`` that is no whole number from 0 on.
+        ValueError: for a ``padding`` that is not a whole number from 0 on.
     """
 
     padding: int = 4
@@ -96,37 +101,38 @@ class CropFlip:
 
     @property
     def views(self) -> int:
-        """How many different views an image has."""
+        """Number of different views of an image."""
         return (2 * self.padding + 1) ** 2 * (1 + self.flip)
 
     def draw(self, count: int, seed: int, epoch: int = 0, pass_: int = 0, among: int | None = None) -> Tensor:
-        """The view of each of ``count`` samples, int64 ``[count]``, from the stream ``(seed, "augment", ...)``.
+        """Draw the view of each of ``count`` samples, int64 ``[count]``.
 
-        With ``among`` a number below that instead, of so many views that are fixed elsewhere.
+        From the stream ``(seed, "augment", epoch, pass)``. With ``among``, draw numbers below ``among`` instead, to
+        choose from that many fixed views.
         """
         views = self.views if among is None else among
         return torch.from_numpy(numpy_generator(seed, "augment", epoch, pass_).integers(0, views, count))
 
     def decode(self, view: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """The parts of a view: row offset, column offset (both int64, 0 to ``2 * padding``) and flip (bool)."""
+        """Row offset, column offset (int64, 0 to ``2 * padding``) and flip (bool) of each view, all ``[B]``."""
         crop = view // 2 if self.flip else view
         side = 2 * self.padding + 1
         return crop // side, crop % side, (view % 2 if self.flip else torch.zeros_like(view)).bool()
 
     def pad(self, image: Tensor, fill: int = 0) -> Tensor:
-        """``[N, C, H, W]`` to ``[N, C, H + 2 * padding, W + 2 * padding]``, ``fill`` around, contiguous."""
+        """Pad ``[N, C, H, W]`` by ``fill`` to ``[N, C, H + 2 * padding, W + 2 * padding]``, contiguous."""
         p, (height, width) = self.padding, image.shape[-2:]
         padded = image.new_full((*image.shape[:2], height + 2 * p, width + 2 * p), fill)
         padded[:, :, p : p + height, p : p + width] = image
         return padded
 
     def gather(self, padded: Tensor, index: Tensor, view: Tensor) -> Tensor:
-        """One view of each of some images.
+        """Cut one view out of each of some padded images.
 
         Args:
             padded: ``[N, C, H + 2 * padding, W + 2 * padding]``, contiguous, as ``pad`` returns it.
-            index: int64 ``[B]``, which images.
-            view: int64 ``[B]``, which view of each.
+            index: int64 ``[B]``, positions of the images in ``padded``.
+            view: int64 ``[B]``, the view of each.
 
         Returns:
             ``[B, C, H, W]``, contiguous, of the dtype of ``padded``.
@@ -134,8 +140,8 @@ class CropFlip:
         _, channels, padded_height, padded_width = padded.shape
         height, width = padded_height - 2 * self.padding, padded_width - 2 * self.padding
         y, x, flip = self.decode(view)
-        # Every run of `width` bytes as a row of an overlapping view: then a crop is a choice of whole rows, which
-        # index_select copies in one piece, several times faster than element by element.
+        # `runs` is an overlapping view whose row k is the `width` values from position k on. A crop is a selection of
+        # such rows, and index_select copies whole rows, several times faster than gathering single elements.
         runs = padded.view(-1).as_strided((padded.numel() - width + 1, width), (1, 1))
         channel = torch.arange(channels, device=padded.device) * (padded_height * padded_width)
         row = torch.arange(height, device=padded.device) * padded_width
@@ -149,13 +155,13 @@ class CropFlip:
 
 
 class Normalize:
-    """Bring stored samples to float32 with mean 0 and standard deviation 1.
+    """Convert stored samples to float32, subtract the mean and divide by the standard deviation.
 
     Args:
-        mean: one value a channel (or feature); for uint8 images in units of the full scale, 0 to 1.
-        std: likewise, above 0.
+        mean: one value per channel (or feature); for uint8 images in units of the full scale, 0 to 1.
+        std: likewise the standard deviation, above 0.
         shape: the shape of one sample, ``(C, H, W)`` or ``(D,)``.
-        full_scale: what counts as 1 in the stored values: 255 for uint8 images, 1 for features.
+        full_scale: the stored value that counts as 1: 255 for uint8 images, 1 for features.
     """
 
     def __init__(self, mean: list[float], std: list[float], shape: tuple[int, ...], full_scale: float = 255.0) -> None:
@@ -170,25 +176,26 @@ class Normalize:
         return self
 
     def __call__(self, sample: Tensor) -> Tensor:
-        """``[B, ...]`` of any real dtype to float32 of the same shape, in new memory."""
+        """Normalise ``[B, ...]`` of any real dtype to float32 of the same shape, in new memory."""
         return sample.to(torch.float32, copy=True).mul_(self.scale).add_(self.shift)
 
 
 def draw_centres(count: int, size: tuple[int, int], seed: int, epoch: int = 0, pass_: int = 0) -> Tensor:
-    """The centre (row, column) of each sample's cutout box, int64 ``[count, 2]``, uniform over the pixels of ``size``.
+    """Draw the centre (row, column) of each sample's cutout square, int64 ``[count, 2]``, uniformly over all pixels.
 
-    From the stream ``(seed, "cutout", epoch, pass)``.
+    From the stream ``(seed, "cutout", epoch, pass)``; ``size`` is height and width of the images.
     """
     return torch.from_numpy(numpy_generator(seed, "cutout", epoch, pass_).integers(0, size, (count, 2)))
 
 
 def cut_out_(image: Tensor, centre: Tensor, side: int) -> Tensor:
-    """Set a box of ``side`` x ``side`` pixels to 0, in place: after normalisation that is the mean colour.
+    """Set a square of ``side`` x ``side`` pixels to 0, in place; after normalisation 0 is the mean colour.
 
     Args:
         image: float ``[B, C, H, W]``.
-        centre: int64 ``[B, 2]``, row and column; the box starts ``side // 2`` before it and is clipped at the borders.
-        side: its side in pixels.
+        centre: int64 ``[B, 2]``, row and column. The square begins ``side // 2`` before it and is clipped at the
+            borders.
+        side: side of the square in pixels.
     """
 
     def inside(length: int, middle: Tensor) -> Tensor:
@@ -200,7 +207,7 @@ def cut_out_(image: Tensor, centre: Tensor, side: int) -> Tensor:
 
 
 class RandomCutout(torch.nn.Module):
-    """Set a box of ``side`` x ``side`` pixels around a random pixel of a ``[C, H, W]`` image to 0, in place."""
+    """Set a square of ``side`` x ``side`` pixels around a random pixel of a ``[C, H, W]`` image to 0, in place."""
 
     def __init__(self, side: int) -> None:
         super().__init__()

@@ -1,4 +1,4 @@
-"""AutoAugment of whole batches: drawn for every sample ahead, applied to all that share an operation at once."""
+"""AutoAugment of whole batches: operations are drawn in advance, and each is applied to all its images at once."""
 
 from __future__ import annotations
 
@@ -13,11 +13,11 @@ from torchvision.transforms.v2 import functional as F
 
 from lightning_kd.core.seeding import numpy_generator
 
-BINS = 10  # the magnitudes of an operation, counted from 0 in the policies
+BINS = 10  # number of magnitudes of an operation; policies number them from 0
 
 
 def _affine(image: Tensor, translate: list[float] | None = None, shear: list[float] | None = None) -> Tensor:
-    # AutoAugment shears about the corner; the centre makes no difference to a translation
+    # AutoAugment shears about the top left corner; the centre does not matter for translations
     return F.affine(
         image, angle=0.0, translate=translate or [0, 0], scale=1.0, shear=shear or [0.0, 0.0], center=[0.0, 0.0]
     )
@@ -27,7 +27,7 @@ def _degrees(slope: float) -> float:
     return math.degrees(math.atan(slope))
 
 
-# What each operation does to images at magnitude m
+# each operation as a function of the images and the magnitude m
 OPERATIONS: dict[str, Callable[[Tensor, float], Tensor]] = {
     "ShearX": lambda x, m: _affine(x, shear=[_degrees(m), 0.0]),
     "ShearY": lambda x, m: _affine(x, shear=[0.0, _degrees(m)]),
@@ -48,7 +48,7 @@ UNSIGNED = ("Posterize", "Solarize", "AutoContrast", "Equalize", "Invert")
 
 
 def magnitude(name: str, bin_: int, size: tuple[int, int], bins: int = BINS) -> float:
-    """The magnitude of an operation, without its sign, for images of ``size`` (height, width)."""
+    """The unsigned magnitude of an operation at a bin (0 to ``bins - 1``), for images of ``size`` (height, width)."""
     most = {
         "ShearX": 0.3,
         "ShearY": 0.3,
@@ -58,27 +58,27 @@ def magnitude(name: str, bin_: int, size: tuple[int, int], bins: int = BINS) -> 
         "Posterize": 4.0,
         "Solarize": 1.0,
     }.get(name, 0.9)
-    return float(torch.linspace(0, most, bins)[bin_])  # float32, as in torchvision: results are the same to the bit
+    return float(torch.linspace(0, most, bins)[bin_])  # float32 as in torchvision, for bitwise equal images
 
 
 class BatchedAutoAugment:
     """AutoAugment (Cubuk et al., arXiv 1805.09501) with torchvision's policies, operations and magnitudes.
 
-    Each image gets one of the sub-policies, each operation of it happens with its own probability, and magnitudes with
-    a direction are positive or negative equally often, as in ``torchvision.transforms.v2.AutoAugment``, whose images
-    these are for the same draws: nearest neighbours, black outside.
+    Each image gets one random sub-policy of two operations. Each operation is applied with its own probability, and
+    magnitudes with a direction are positive or negative with probability 1/2. For the same draws images equal those of
+    ``torchvision.transforms.v2.AutoAugment`` with nearest-neighbour interpolation and black outside.
 
     Args:
-        policy: one of torchvision's.
+        policy: one of torchvision's policies.
     """
 
-    #: whether a cutout is part of what ``apply`` does
+    #: whether ``apply`` includes cutout
     cuts_out = False
 
     def __init__(self, policy: AutoAugmentPolicy = AutoAugmentPolicy.CIFAR10) -> None:
         self.policy = policy
         steps = AutoAugment(policy).policies
-        #: name, bin and sign of each operation; the first one is none at all
+        #: name, bin and sign of each operation; position 0 stands for no operation
         self.operations: list[tuple[str, int, int]] = [("", 0, 1)]
         self._probability = np.array([[probability for _, probability, _ in pair] for pair in steps])
         self._code = np.array(
@@ -92,10 +92,10 @@ class BatchedAutoAugment:
         return self.operations.index(operation)
 
     def draw(self, count: int, seed: int, epoch: int = 0, pass_: int = 0) -> np.ndarray:
-        """The operations of each of ``count`` samples, from the stream ``(seed, "autoaugment", epoch, pass)``.
+        """Draw the two operations of each of ``count`` samples, from the stream ``(seed, "autoaugment", epoch, pass)``.
 
         Returns:
-            int64 ``[count, 2]``: what happens first and second, as positions in ``operations``.
+            int64 ``[count, 2]``, the first and the second operation as positions in ``operations``; 0 is no operation.
         """
         generator = numpy_generator(seed, "autoaugment", epoch, pass_)
         chosen = generator.integers(0, len(self._code), count)
@@ -105,18 +105,18 @@ class BatchedAutoAugment:
         return np.where(happens, code, 0)
 
     def apply(self, image: Tensor, choice: np.ndarray) -> Tensor:
-        """Do what was drawn.
+        """Apply the drawn operations.
 
         Args:
             image: uint8 ``[B, C, H, W]`` of 1 or 3 channels.
-            choice: int64 ``[B, 2]``, from ``draw``.
+            choice: int64 ``[B, 2]``, as ``draw`` returns it.
 
         Returns:
             uint8 ``[B, C, H, W]``, in new memory.
         """
         image = image.clone()
         for code in choice.T:
-            # one transfer for all groups, not one each
+            # sorted by operation: one transfer to the device instead of one per operation
             order = torch.from_numpy(np.argsort(code, kind="stable")).to(image.device)
             counts = np.bincount(code, minlength=len(self.operations)).tolist()
             for number, rows in enumerate(order.split(counts)):

@@ -1,4 +1,4 @@
-"""CamVid: scenes of streets from a car, a class for each pixel."""
+"""CamVid: street scenes filmed from a car, with a class for each pixel."""
 
 from __future__ import annotations
 
@@ -14,18 +14,18 @@ CAMVID_CLASSES = "sky building pole road pavement tree sign fence car pedestrian
 
 
 class CamVidDataModule(SegmentationFilesDataModule):
-    """CamVid as the papers on segmentation use it: 11 classes, 367, 101 and 233 images; what is void is ignored.
+    """CamVid as in most papers on segmentation: 11 classes; 367, 101 and 233 images; void pixels are ignored.
 
-    Reads images in ``ROOT/train``, ``val`` and ``test``, and masks of the same names in ``trainannot``, ``valannot``
-    and ``testannot``: PNG files with ids 0 to 10, and 11 for void. See ``SegmentationFilesDataModule`` for how they are
-    read and what else it offers.
+    Reads images from ``ROOT/train``, ``val`` and ``test``, and masks of the same names from ``trainannot``,
+    ``valannot`` and ``testannot``: PNG files with class indices 0 to 10, and 11 for void. See
+    ``SegmentationFilesDataModule`` for how they are read and for further arguments.
 
     Args:
-        root: the folder.
+        root: the folder of the data set.
         kwargs: see ``SegmentationFilesDataModule``.
 
     Raises:
-        ValueError: naming the file, for what does not fit together.
+        ValueError: naming the file, where images and masks do not match.
         FileNotFoundError, PermissionError: where a file or folder does not exist or may not be read.
     """
 

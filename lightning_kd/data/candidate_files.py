@@ -1,4 +1,4 @@
-"""Candidates that somebody gave, in a file."""
+"""Candidate labels that are read from a file."""
 
 from __future__ import annotations
 
@@ -16,26 +16,27 @@ __all__ = ["CandidateFile"]
 
 
 class CandidateFile(CandidateSets):
-    """The candidates are in a file. It may be
+    """Reads the candidates from a file. It may be
 
-    - ``.npy`` or ``.npz``: 0 and 1, ``[N, K]``, a row for each sample of the training array, in its order. Of an
-      ``.npz`` the array ``key``, by default ``candidates``, then ``given`` (as in the ``noise.npz`` of another run),
-      then the only one;
-    - ``.csv``, separated by commas, semicolons or tabs: a line for each candidate, with the columns ``index`` (of the
-      sample; also called ``item``) or ``path`` (of an image folder, with or without its folders; ``file``) and ``key``,
-      by default ``label``, a number or name of a class, as ``LabelFile`` reads them. Lines without a label, or with -1,
-      and those for files that are no training images, are left out. A sample without a line has its own label alone.
+    - ``.npy`` or ``.npz``: 0 and 1, ``[N, K]``, a row for each sample of the training array, in its order. In an
+      ``.npz`` it is the array ``key``; by default ``candidates``, else ``given`` (as in the ``noise.npz`` of another
+      run), else the only array;
+    - ``.csv``, separated by commas, semicolons or tabs, with a line for each candidate. Its columns are ``index`` (or
+      ``item``), the position of the sample, or ``path`` (or ``file``), its image file with or without the folders; and
+      ``key`` (by default ``label``), a class index or class name, as in ``LabelFile``. Lines without a label or with
+      label -1, and lines for files that are not training images, are skipped. A sample without a line has its own
+      label as its only candidate.
 
     Args:
-        path: the file.
-        key: the array or the column.
-        meta_from_single: the data set's own labels are sure only where a sample has one candidate: draw the clean meta
-            set from those. (Where no true label is known, give a sample any of its candidates as its own.)
+        path: the ``.npy``, ``.npz`` or ``.csv`` file.
+        key: name of the array or column.
+        meta_from_single: draw the clean meta set only from samples with one candidate, because only their labels are
+            certain. (Where no true label is known, the class that the data set gives a sample may be any of its
+            candidates.)
 
     Raises:
-        ValueError: for a suffix that is none of these; when read, for a damaged file, and candidates that do not
-            belong to the data set.
-        FileNotFoundError: when read, where there is no such file.
+        ValueError: for another suffix; when read, for a damaged file, or candidates that do not match the data set.
+        FileNotFoundError: when read, where the file does not exist.
     """
 
     def __init__(self, path: str, key: str | None = None, meta_from_single: bool = False) -> None:
@@ -58,7 +59,8 @@ class CandidateFile(CandidateSets):
         given[single, clean.target[single]] = 1
         if len(single):
             note(
-                f"{self.path!r} has no line for {len(single)} of {len(given)} samples: they have their own label alone"
+                f"{self.path!r} has no line for {len(single)} of {len(given)} samples: their only candidate is their "
+                "own label"
             )
         return given
 

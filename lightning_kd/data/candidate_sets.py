@@ -1,4 +1,4 @@
-"""Several labels for each sample of which one is true: what all kinds have in common, and made-up ones."""
+"""Candidate sets, several labels per sample of which one is true: the base class, and two random generators."""
 
 from __future__ import annotations
 
@@ -15,17 +15,17 @@ __all__ = ["CandidateSets", "PairwiseCandidates", "UniformCandidates", "to_candi
 
 
 class CandidateSets(DrawnLabels):
-    """Gives each training sample a set of labels, its candidates, among which is its own.
+    """Gives each training sample a set of candidate labels that includes its true label.
 
-    A subclass has ``draw``; see ``DrawnLabels`` for its arguments.
+    A subclass implements ``draw``; see ``DrawnLabels`` for the arguments.
     """
 
-    #: whether the clean meta set is drawn from the samples with one candidate alone
+    #: whether the clean meta set is drawn only from samples with one candidate
     meta_from_single = False
 
     @abstractmethod
     def draw(self, clean: CleanLabels, generator: np.random.Generator) -> np.ndarray:
-        """Which classes are candidates, ``[N, K]`` of 0 and 1; ``clean`` is not to be changed."""
+        """Draw the candidates, ``[N, K]`` of 0 and 1, from ``generator``; must not change ``clean``."""
 
     def given_labels(self, clean: CleanLabels) -> np.ndarray:
         """Uint8 ``[N, K]``: 1 for a candidate, else 0."""
@@ -35,16 +35,16 @@ class CandidateSets(DrawnLabels):
 
 
 def to_candidates(array: np.ndarray, own: np.ndarray, num_classes: int, name: str) -> np.ndarray:
-    """Candidates as uint8 ``[N, K]``, after checking them.
+    """Convert candidate sets to uint8 ``[N, K]``, after checks.
 
     Args:
         array: ``[N, K]`` of 0 and 1.
-        own: the labels of the samples, int64 ``[N]``.
-        num_classes: ``K``.
-        name: what to call them in errors.
+        own: the true labels, int64 ``[N]``.
+        num_classes: ``K``, the number of classes.
+        name: name of the array in error messages.
 
     Raises:
-        ValueError: for another shape, other values, a sample without candidates, and one whose label is none of them.
+        ValueError: for another shape or value, a sample without candidates, or one whose own label is not a candidate.
     """
     if array.shape != (len(own), num_classes):
         raise ValueError(
@@ -63,18 +63,18 @@ def to_candidates(array: np.ndarray, own: np.ndarray, num_classes: int, name: st
 
 
 class UniformCandidates(CandidateSets):
-    """Each wrong label becomes a candidate with probability ``q``, whatever the class.
+    """Adds each wrong label to the candidates with probability ``q``, independently of the class.
 
-    With ``q=0.5`` and ``reject_full`` every set with the true label, but for that of all labels, is equally likely.
+    With ``q=0.5`` and ``reject_full``, all sets that contain the true label, except the full set, are equally likely.
 
     Args:
-        q: in [0, 1).
-        ensure_ambiguous: give a sample without a wrong label one, drawn at random.
-        reject_full: draw the samples anew that have all labels.
-        seed: fixes the candidates, together with nothing but the labels; 0 or more.
+        q: probability in [0, 1).
+        ensure_ambiguous: give a sample whose only candidate is its true label one random wrong label.
+        reject_full: draw again for samples that have all labels as candidates.
+        seed: the candidates depend only on the seed and the labels; 0 or more.
 
     Raises:
-        ValueError: for an argument out of its range; for 2 classes with both options, which nothing fulfils.
+        ValueError: for an argument out of its range, and for both options with 2 classes, where no set satisfies both.
     """
 
     def __init__(self, q: float, ensure_ambiguous: bool = False, reject_full: bool = False, seed: int = 1) -> None:
@@ -93,7 +93,7 @@ class UniformCandidates(CandidateSets):
         if count == 2 and self.ensure_ambiguous and self.reject_full:
             raise ValueError("ensure_ambiguous and reject_full exclude each other with 2 classes: leave one out")
         own = np.eye(count, dtype=np.uint8)[target]
-        # of all labels at once, so that it depends on their number, the classes and the seed alone
+        # drawn at once for all labels, so that the candidates depend only on the labels and the seed
         given = candidates_from_uniforms(own, self.q, generator.random(own.shape))
         while self.reject_full and len(full := np.flatnonzero(given.all(1))):
             given[full] = candidates_from_uniforms(own[full], self.q, generator.random((len(full), count)))
@@ -105,11 +105,11 @@ class UniformCandidates(CandidateSets):
 
 
 class PairwiseCandidates(CandidateSets):
-    """The next class (the first after the last) becomes a candidate with probability ``q``, and no other.
+    """Adds the next class (after the last one the first) to the candidates with probability ``q``, and no other label.
 
     Args:
-        q: 0 to 1.
-        seed: fixes the candidates, together with nothing but the labels; 0 or more.
+        q: probability in [0, 1].
+        seed: the candidates depend only on the seed and the labels; 0 or more.
 
     Raises:
         ValueError: for an argument out of its range.

@@ -1,4 +1,4 @@
-"""Labels of which some are false: the candidates of partial labels."""
+"""Draws candidate labels, of which some are false, for partial-label learning."""
 
 from __future__ import annotations
 
@@ -10,18 +10,18 @@ __all__ = ["candidates_from_uniforms"]
 
 
 def candidates_from_uniforms(target: np.ndarray, rate: float, uniforms: np.ndarray) -> np.ndarray:
-    """The true labels and, with probability ``rate`` each, others beside them.
+    """The true labels, and each other label with probability ``rate``.
 
     Args:
-        target: ``[N, C]`` of 1 and 0; one-hot rows for one class an image.
-        rate: the share of the others that becomes a candidate, in [0, 1).
-        uniforms: ``[N, C]`` in [0, 1), drawn at once, so that the result depends on the shape and the seed alone.
+        target: ``[N, C]`` of 1 and 0; one-hot rows where each image has one class.
+        rate: probability in [0, 1) that a false label becomes a candidate.
+        uniforms: ``[N, C]``, uniform random numbers in [0, 1).
 
     Returns:
-        uint8 ``[N, C]``: 1 where ``target`` is, and where ``uniforms < rate``.
+        uint8 ``[N, C]``: 1 where ``target`` is 1 or ``uniforms < rate``.
 
     Raises:
-        ValueError: for shapes that differ, other values, and a rate out of range.
+        ValueError: for shapes that differ, another value in ``target``, or a rate out of range.
     """
     check_numbers(least=0, below=1, rate=rate)
     target, uniforms = np.asarray(target), np.asarray(uniforms)

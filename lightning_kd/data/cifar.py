@@ -33,7 +33,7 @@ insects large_carnivores large_man-made_outdoor_things large_natural_outdoor_sce
 medium_mammals non-insect_invertebrates people reptiles small_mammals trees vehicles_1 vehicles_2
 """.split()  # noqa: SIM905
 
-CIFAR100_COARSE = [  # of each fine class
+CIFAR100_COARSE = [  # index of the superclass of each fine class
     *(4, 1, 14, 8, 0, 6, 7, 7, 18, 3, 3, 14, 9, 18, 7, 11, 3, 9, 7, 11, 6, 11, 5, 10, 7),
     *(6, 13, 15, 3, 15, 0, 11, 1, 10, 12, 14, 16, 9, 11, 5, 5, 19, 8, 8, 15, 13, 14, 17, 18, 10),
     *(16, 4, 17, 4, 2, 0, 17, 4, 18, 17, 10, 3, 2, 12, 12, 16, 12, 1, 9, 19, 2, 10, 0, 1, 16),
@@ -42,41 +42,43 @@ CIFAR100_COARSE = [  # of each fine class
 
 
 class CIFAR10DataModule(OfficialDataModule):
-    """CIFAR-10: 50,000 training and 10,000 test images of 10 classes, 32 x 32 pixels, in colour.
+    """CIFAR-10: 50,000 training and 10,000 test colour images of 10 classes, 32 x 32 pixels.
 
-    Read from ``ROOT/cifar10.npz`` where there is one (``train_image``, ``train_target``, ``test_image``,
-    ``test_target``), else from the official files in ``ROOT/cifar-10-batches-py``, which are then decoded into it.
-    All images stay in memory. See ``ClassificationDataModule`` for what it offers and for several processes.
+    Read from ``ROOT/cifar10.npz`` (``train_image``, ``train_target``, ``test_image``, ``test_target``) if it exists,
+    else from the official files in ``ROOT/cifar-10-batches-py``, from which that file is then written. All images stay
+    in memory. See ``ClassificationDataModule`` for attributes, loaders and use with several processes.
 
     Args:
         root: the folder of the files.
-        batch_size: training samples a step and process.
-        eval_batch_size: the most samples an evaluation step and process.
-        val_fraction: the share of each class of the training images that becomes the validation set, 0 to below 1. The
-            published protocols validate on nothing: 0.
-        train_fraction: train on this share of what is left, of each class alike, above 0 to 1.
-        train_per_class: train on this many images of each class instead.
-        augment: pad training images by 4 black pixels, crop back at random and flip half of them.
-        cutout: the side in pixels of a box set to the mean colour in each training image; 0 is off.
-        mean: subtracted from each channel (0 to 1); by default the published 0.4914, 0.4822, 0.4465.
-        std: divides each channel; by default the published 0.2470, 0.2435, 0.2616.
-        seed: fixes the validation split and the subset, for the same given labels (both are stratified by them);
-            together with ``seed_everything`` also the order of the batches and the augmentation.
-        download: fetch the official files where they are missing.
-        fake: use a small made-up data set instead, without any file.
-        noise: gives the training samples wrong labels, see ``LabelNoise``; ``None`` keeps the data set's own.
-        balance: show each class equally often in training, whatever their sizes: an epoch stays as long, a rare sample
-            comes several times (each time augmented anew), of a frequent class some wait for later epochs.
-        candidates: gives training samples several labels, of which one is true, see ``UniformCandidates``,
-            ``PairwiseCandidates`` and ``CandidateFile``.
-        meta_per_class: so many training samples of each class are held out with their true labels, for methods that
-            learn from candidates.
+        batch_size: training samples per step and process.
+        eval_batch_size: largest number of samples per evaluation step and process.
+        val_fraction: fraction of each class of the training images that becomes the validation set, in [0, 1). The
+            published protocols have none: 0.
+        train_fraction: fraction of each class of the remaining training images to train on, in (0, 1]. Default: all.
+        train_per_class: number of images of each class to train on, instead of ``train_fraction``. Default: all.
+        augment: random crops of training images padded by 4 black pixels, and left-right flips of half of them.
+        cutout: side in pixels of a square set to the mean colour at a random place in each training image; 0 is off.
+        mean: mean of each channel (values from 0 to 1), to normalise images. Default: the published 0.4914, 0.4822,
+            0.4465.
+        std: standard deviation of each channel. Default: the published 0.2470, 0.2435, 0.2616.
+        seed: fixes the validation split and the training subset, which are stratified by the given labels (so other
+            labels give other splits); together with ``seed_everything`` also the order of the batches and the
+            augmentation.
+        download: download the official files where they are missing.
+        fake: use a small synthetic data set instead, without any file.
+        noise: label noise for the training samples, see ``LabelNoise``. Default: the labels of the data set.
+        balance: draw each class equally often in training. The epoch keeps its length: samples of rare classes are
+            repeated (with new augmentation each time), some of frequent classes wait for later epochs.
+        candidates: gives each training sample a candidate set: several labels, of which one is true. See
+            ``UniformCandidates``, ``PairwiseCandidates`` and ``CandidateFile``.
+        meta_per_class: number of training samples of each class to hold out with their true labels (the meta set), for
+            methods that learn from candidates.
         annotations: gives the training samples labels by several annotators, see ``AnnotatedDataModule``.
-        unlabelled: further samples without labels, or ``"rest"``, see ``ClassificationDataModule``.
+        unlabelled: further training samples without labels, or ``"rest"``, see ``ClassificationDataModule``.
 
     Raises:
-        ValueError: for an argument out of its range, and for a damaged file or a wrong checksum.
-        FileNotFoundError: where ``root`` holds no such files.
+        ValueError: for an argument out of its range, a damaged file or a wrong checksum.
+        FileNotFoundError: where ``root`` does not hold the files.
     """
 
     file_name = "cifar10.npz"
@@ -135,43 +137,45 @@ class CIFAR10DataModule(OfficialDataModule):
 
 
 class CIFAR100DataModule(OfficialDataModule):
-    """CIFAR-100: 50,000 training and 10,000 test images of 100 classes (or 20 coarse ones), 32 x 32, in colour.
+    """CIFAR-100: 50,000 training and 10,000 test colour images of 100 classes (or 20 superclasses), 32 x 32 pixels.
 
-    Read from ``ROOT/cifar100.npz`` where there is one (``train_image``, ``train_target``, ``test_image``,
-    ``test_target``; for coarse labels also ``train_coarse``, ``test_coarse``), else from the official files in
-    ``ROOT/cifar-100-python``, which are then decoded into it. All images stay in memory. See
-    ``ClassificationDataModule`` for what it offers and for several processes.
+    Read from ``ROOT/cifar100.npz`` (``train_image``, ``train_target``, ``test_image``, ``test_target``; for coarse
+    labels also ``train_coarse``, ``test_coarse``) if it exists, else from the official files in
+    ``ROOT/cifar-100-python``, from which that file is then written. All images stay in memory. See
+    ``ClassificationDataModule`` for attributes, loaders and use with several processes.
 
     Args:
         root: the folder of the files.
         labels: ``"fine"`` for the 100 classes, ``"coarse"`` for the 20 superclasses.
-        batch_size: training samples a step and process.
-        eval_batch_size: the most samples an evaluation step and process.
-        val_fraction: the share of each class of the training images that becomes the validation set, 0 to below 1. The
-            published protocols validate on nothing: 0.
-        train_fraction: train on this share of what is left, of each class alike, above 0 to 1.
-        train_per_class: train on this many images of each class instead.
-        augment: pad training images by 4 black pixels, crop back at random and flip half of them.
-        cutout: the side in pixels of a box set to the mean colour in each training image; 0 is off.
-        mean: subtracted from each channel (0 to 1); by default the published 0.5071, 0.4867, 0.4408.
-        std: divides each channel; by default the published 0.2675, 0.2565, 0.2761.
-        seed: fixes the validation split and the subset, for the same given labels (both are stratified by them);
-            together with ``seed_everything`` also the order of the batches and the augmentation.
-        download: fetch the official files where they are missing.
-        fake: use a small made-up data set instead, without any file.
-        noise: gives the training samples wrong labels, see ``LabelNoise``; ``None`` keeps the data set's own.
-        balance: show each class equally often in training, whatever their sizes: an epoch stays as long, a rare sample
-            comes several times (each time augmented anew), of a frequent class some wait for later epochs.
-        candidates: gives training samples several labels, of which one is true, see ``UniformCandidates``,
-            ``PairwiseCandidates`` and ``CandidateFile``.
-        meta_per_class: so many training samples of each class are held out with their true labels, for methods that
-            learn from candidates.
+        batch_size: training samples per step and process.
+        eval_batch_size: largest number of samples per evaluation step and process.
+        val_fraction: fraction of each class of the training images that becomes the validation set, in [0, 1). The
+            published protocols have none: 0.
+        train_fraction: fraction of each class of the remaining training images to train on, in (0, 1]. Default: all.
+        train_per_class: number of images of each class to train on, instead of ``train_fraction``. Default: all.
+        augment: random crops of training images padded by 4 black pixels, and left-right flips of half of them.
+        cutout: side in pixels of a square set to the mean colour at a random place in each training image; 0 is off.
+        mean: mean of each channel (values from 0 to 1), to normalise images. Default: the published 0.5071, 0.4867,
+            0.4408.
+        std: standard deviation of each channel. Default: the published 0.2675, 0.2565, 0.2761.
+        seed: fixes the validation split and the training subset, which are stratified by the given labels (so other
+            labels give other splits); together with ``seed_everything`` also the order of the batches and the
+            augmentation.
+        download: download the official files where they are missing.
+        fake: use a small synthetic data set instead, without any file.
+        noise: label noise for the training samples, see ``LabelNoise``. Default: the labels of the data set.
+        balance: draw each class equally often in training. The epoch keeps its length: samples of rare classes are
+            repeated (with new augmentation each time), some of frequent classes wait for later epochs.
+        candidates: gives each training sample a candidate set: several labels, of which one is true. See
+            ``UniformCandidates``, ``PairwiseCandidates`` and ``CandidateFile``.
+        meta_per_class: number of training samples of each class to hold out with their true labels (the meta set), for
+            methods that learn from candidates.
         annotations: gives the training samples labels by several annotators, see ``AnnotatedDataModule``.
-        unlabelled: further samples without labels, or ``"rest"``, see ``ClassificationDataModule``.
+        unlabelled: further training samples without labels, or ``"rest"``, see ``ClassificationDataModule``.
 
     Raises:
-        ValueError: for an argument out of its range, and for a damaged file or a wrong checksum.
-        FileNotFoundError: where ``root`` holds no such files.
+        ValueError: for an argument out of its range, a damaged file or a wrong checksum.
+        FileNotFoundError: where ``root`` does not hold the files.
     """
 
     file_name = "cifar100.npz"
@@ -201,7 +205,7 @@ class CIFAR100DataModule(OfficialDataModule):
         unlabelled: str | None = None,
     ) -> None:
         if labels not in ("fine", "coarse"):
-            raise ValueError(f"labels must be 'fine' or 'coarse', got {labels!r}: give one of them")
+            raise ValueError(f"labels must be 'fine' or 'coarse', got {labels!r}: choose one")
         super().__init__(
             root,
             download=download,
@@ -231,7 +235,7 @@ class CIFAR100DataModule(OfficialDataModule):
 
     def open_official(self, root: str, train: bool, download: bool) -> dict[str, np.ndarray]:
         data = datasets.CIFAR100(root, train=train, download=download)
-        # torchvision leaves the coarse labels out; it has just checked the checksum of this file
+        # torchvision does not return the coarse labels; the call above has checked the checksum of this file
         entry = pickle.loads(
             (Path(root) / self.folder / ("train" if train else "test")).read_bytes(), encoding="latin1"
         )

@@ -1,4 +1,4 @@
-"""The people who labelled CIFAR-10, as annotators."""
+"""The human annotations of CIFAR-10 (CIFAR-10N and CIFAR-10H) as labels by several annotators."""
 
 from __future__ import annotations
 
@@ -18,17 +18,18 @@ __all__ = ["CIFAR10H", "CIFARNCrowd"]
 class CIFARNCrowd(CrowdLabels):
     """The three human labels of each training image of CIFAR-10 (Wei et al., ICLR 2022, arXiv 2110.12088).
 
-    ``random1`` to ``random3`` are the three annotators. Each is many people, whom the file does not tell apart.
+    The columns ``random1`` to ``random3`` are the three annotators. Each column mixes the labels of many people, whom
+    the file does not identify.
 
     Args:
-        path: see ``CIFARN``.
-        per_item: how many of the three, drawn at random, each image keeps.
+        path: as in ``CIFARN``.
+        per_item: number of the three labels, chosen at random, that each image keeps.
         imbalance: see ``CrowdLabels``.
-        seed: fixes what is drawn; 0 or more.
+        seed: of that choice; 0 or more.
 
     Raises:
-        ValueError: for an argument out of its range; when read, as ``CIFARN``.
-        FileNotFoundError: when read, where there is no such file.
+        ValueError: for an argument out of its range; when read, as in ``CIFARN``.
+        FileNotFoundError: when read, where the file does not exist.
     """
 
     def __init__(self, path: str | None = None, per_item: int = 3, imbalance: float = 1.0, seed: int = 0) -> None:
@@ -36,7 +37,7 @@ class CIFARNCrowd(CrowdLabels):
         self.path = path
         self.per_item = per_item
         super().__init__(imbalance, seed)
-        CIFARN("random1", path)  # which says what is wrong with the path
+        CIFARN("random1", path)  # checks the path
 
     def draw(self, clean: CleanLabels, generator: np.random.Generator) -> np.ndarray:
         self._names = ["random1", "random2", "random3"]
@@ -53,20 +54,20 @@ class CIFARNCrowd(CrowdLabels):
 class CIFAR10H(CrowdLabels):
     """The labels of about 51 people for each test image of CIFAR-10 (Peterson et al., ICCV 2019).
 
-    The file counts them and does not say who gave which: annotator ``r`` is the ``r``-th label that is drawn of an
-    image. The images trained on must be the 10,000 test images, in their order, for example as an ``.npz`` with
-    ``image`` and ``target`` for ``ArrayDataModule``.
+    The file holds counts and does not say who gave which label: annotator ``r`` is the ``r``-th label drawn for an
+    image. The training images must be the 10,000 test images of CIFAR-10 in their order, for example as an ``.npz``
+    with ``image`` and ``target`` for ``ArrayDataModule``.
 
     Args:
-        path: of ``cifar10h-counts.npy``, integers ``[10000, 10]``.
-        per_item: how many labels of each image, drawn without putting them back.
+        path: path of ``cifar10h-counts.npy``, integers ``[10000, 10]``.
+        per_item: number of labels of each image, drawn without replacement.
         imbalance: see ``CrowdLabels``.
-        seed: fixes what is drawn; 0 or more.
+        seed: of the draw; 0 or more.
 
     Raises:
-        ValueError: for an argument out of its range; when read, for a damaged file, and counts that do not belong to
-            the data set.
-        FileNotFoundError: when read, where there is no such file.
+        ValueError: for an argument out of its range; when read, for a damaged file, or counts that do not match the
+            data set.
+        FileNotFoundError: when read, where the file does not exist.
     """
 
     def __init__(self, path: str, per_item: int = 3, imbalance: float = 1.0, seed: int = 0) -> None:
@@ -88,8 +89,8 @@ class CIFAR10H(CrowdLabels):
         agree = float((counts.argmax(1) == clean.target).mean())
         if agree < 0.9:
             raise ValueError(
-                f"most people of {self.path!r} agree with the label at {agree:.1%} of the images, 99 % are usual: give "
-                "the test images of CIFAR-10 in their order"
+                f"the majority of {self.path!r} agrees with the data set's label for {agree:.1%} of the images, and "
+                "should for 99 %: give the test images of CIFAR-10 in their order"
             )
         item, label = (np.repeat(part.ravel(), counts.ravel()) for part in np.indices(counts.shape))
         order = np.lexsort((generator.random(len(item)), item))

@@ -1,4 +1,4 @@
-"""The human labels of CIFAR."""
+"""CIFAR-10N and CIFAR-100N: human labels of the CIFAR training images."""
 
 from __future__ import annotations
 
@@ -36,24 +36,24 @@ CIFARN_SETS = {
 class CIFARN(StoredNoise):
     """Human labels of the training images of CIFAR-10 and CIFAR-100 (Wei et al., ICLR 2022, arXiv 2110.12088).
 
-    ``random1`` to ``random3`` are those of one annotator each, ``aggre`` their majority (9 % wrong), ``worst`` a wrong
-    one wherever one of the three is (40 %); ``noisy100`` those of one annotator for CIFAR-100 (40 %), and
-    ``noisy100_coarse`` the superclasses of these (26 %). The clean labels of the file must equal the data set's at
-    every sample, and of 50,000 labels as many must be wrong as published. Coarse labels are those of the fine ones,
-    where the file holds these.
+    For CIFAR-10, ``random1`` to ``random3`` are the labels of one annotator each, ``aggre`` is their majority (9 %
+    wrong), and ``worst`` has a wrong label wherever one of the three is wrong (40 %). For CIFAR-100, ``noisy100`` are
+    the labels of one annotator (40 %), and ``noisy100_coarse`` the superclasses of these (26 %), computed from the fine
+    labels where the file holds them. Two checks make sure that labels and images match: the clean labels in the file
+    must equal the data set's, and among 50,000 labels the fraction of wrong ones must be the published one.
 
     Args:
-        labels: which ones.
+        labels: which set of labels.
         path: the official ``CIFAR-10_human.pt`` or ``CIFAR-100_human.pt``, or an ``.npz`` with ``train_target`` and
-            ``aggre``, ``worse``, ``random1`` to ``random3``, or ``noisy`` and ``noisy_coarse``. By default the
-            ``.npz`` of the data set. (The files in "ordered" form belong to another order of the images.)
-        synthetic: draw the labels anew with the transition matrix of the human ones.
-        seed: fixes the labels with ``synthetic``; 0 or more.
+            ``aggre``, ``worse``, ``random1`` to ``random3``, or ``noisy`` and ``noisy_coarse``. Default: the ``.npz``
+            of the data set. (The files published in "ordered" form are for another order of the images.)
+        synthetic: draw the labels from the transition matrix of the human labels instead.
+        seed: of the labels with ``synthetic``; 0 or more.
 
     Raises:
         ValueError: for an argument out of its range; when read, for another data set, a damaged file, missing labels,
-            clean labels other than the data set's, and labels in another order than the clean ones.
-        FileNotFoundError: when read, where there is no such file.
+            clean labels that are not the data set's, and labels in another order than the clean ones.
+        FileNotFoundError: when read, where the file does not exist.
     """
 
     def __init__(
@@ -64,7 +64,7 @@ class CIFARN(StoredNoise):
         seed: int = 0,
     ) -> None:
         if labels not in CIFARN_SETS:
-            raise ValueError(f"labels must be one of {', '.join(CIFARN_SETS)}, got {labels!r}: give one of them")
+            raise ValueError(f"labels must be one of {', '.join(CIFARN_SETS)}, got {labels!r}: choose one")
         if path is not None and Path(path).suffix not in (".pt", ".npz"):
             raise ValueError(
                 f"path must be the official .pt or an .npz, got {path!r}: other forms are in another order"
@@ -83,20 +83,20 @@ class CIFARN(StoredNoise):
             raise ValueError(
                 f"labels={self.labels!r} are for the {len(wanted.class_names)} classes {wanted.class_names[0]}, "
                 f"{wanted.class_names[1]}, ..., got a data set of {clean.num_classes}, {clean.class_names[0]}, ...: "
-                "use the data set that they were given for"
+                "use the data set that the labels are for"
             )
         path = clean.file if self.path is None else Path(self.path)
         if path is None or (self.path is None and not path.is_file()):
             raise FileNotFoundError(
-                f"labels={self.labels!r} are in a file, got path=None and a data set without one: give the path of "
-                "CIFAR-*_human.pt"
+                f"labels={self.labels!r} are read from a file, got path=None and a data set without an .npz: give the "
+                "path of CIFAR-*_human.pt"
             )
         official = path.suffix == ".pt"
         arrays = read_human(path) if official else read_arrays(path)
         fine_key, clean_key = ("noisy_label", "clean_label") if official else ("noisy", "train_target")
         key = wanted.official if official else wanted.key
         coarse = self.labels == "noisy100_coarse"
-        fine = coarse and fine_key in arrays  # coarse labels of some copies are wrong
+        fine = coarse and fine_key in arrays  # some copies of the file hold wrong coarse labels
         try:
             check_keys(arrays, [fine_key if fine else key, clean_key], repr(str(path)))
         except ValueError as error:
@@ -106,30 +106,30 @@ class CIFARN(StoredNoise):
             stored = arrays["train_coarse"] if "train_coarse" in arrays else coarse_labels(stored, path)
             given = coarse_labels(given, path) if fine else given
         if len(given) == len(stored) == 50_000:
-            # clean labels in the file of the data set are always right, and tell nothing about the order of these
+            # an .npz of the data set always has its clean labels, so only the rate shows labels in another order
             rate = float((given != stored).mean())
             if abs(rate - wanted.rate) > 1e-3:
                 raise ValueError(
                     f"labels={self.labels!r} of {str(path)!r} differ from the clean ones at {rate:.2%} of 50000 "
-                    f"samples, published are {wanted.rate:.2%}: they are probably in another order, give the path of "
-                    "CIFAR-*_human.pt"
+                    f"samples, but {wanted.rate:.2%} is published: they are probably in another order, give the path "
+                    "of CIFAR-*_human.pt"
                 )
         return given, stored
 
 
 def coarse_labels(fine: np.ndarray, path: Path) -> np.ndarray:
-    """The coarse classes of fine ones of CIFAR-100."""
+    """The superclasses, int64 ``[N]``, of fine CIFAR-100 labels ``[N]``; ``path`` is for error messages."""
     return np.asarray(CIFAR100_COARSE)[to_target(fine, len(fine), 100, f"fine labels of {str(path)!r}").numpy()]
 
 
 def read_human(path: Path) -> dict[str, np.ndarray]:
-    """The arrays and lists of integers in an official ``.pt`` of CIFAR-N, by name. Nothing else is unpickled.
+    """The integer arrays and lists in an official ``.pt`` file of CIFAR-N, by name. Nothing else is unpickled.
 
     Raises:
-        FileNotFoundError: if there is no such file.
-        ValueError: if it is damaged, or holds something else.
+        FileNotFoundError: where the file does not exist.
+        ValueError: where it is damaged, or holds other objects.
     """
-    # pickled NumPy arrays call this function under the name that it had in the NumPy of the writer
+    # pickled arrays name the function that rebuilds them, which differs between NumPy 1 and 2
     rebuild = np.empty(0).__reduce__()[0]
     names = [f"numpy.{core}.multiarray._reconstruct" for core in ("core", "_core")]
     allowed: list[Any] = [np.ndarray, np.dtype, type(np.dtype(np.int64)), *((rebuild, name) for name in names)]
@@ -141,10 +141,10 @@ def read_human(path: Path) -> dict[str, np.ndarray]:
     except PermissionError:
         raise PermissionError(f"{str(path)!r} may not be read: check the permissions of the file") from None
     except (UnpicklingError, RuntimeError, OSError, EOFError, ValueError, KeyError) as error:
-        # torch first says how to switch safety off
+        # torch's message begins with advice to disable weights_only, which is left out
         reason = str(error).rpartition("WeightsUnpickler error: ")[2].strip().partition("\n")[0]
         raise ValueError(
-            f"{str(path)!r} is damaged, or holds more than arrays of integers ({reason}): fetch CIFAR-*_human.pt again"
+            f"{str(path)!r} is damaged, or holds more than integer arrays ({reason}): download CIFAR-*_human.pt again"
         ) from error
     if not isinstance(loaded, dict):
         raise ValueError(

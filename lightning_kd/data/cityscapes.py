@@ -1,4 +1,4 @@
-"""Cityscapes: scenes of streets in 50 cities, a class for each pixel."""
+"""Cityscapes: street scenes of 50 cities, with a class for each pixel."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from lightning_kd.data.segmentation_data import Pairs, SegmentationFilesDataModu
 
 __all__ = ["CITYSCAPES_CLASSES", "CityscapesDataModule"]
 
-# by the id in labelIds files; 34 ids in all, and 255 for what has none
+# by the id in labelIds files, which hold the ids 0 to 33, and 255 for unlabelled pixels
 CITYSCAPES_CLASSES = {
     7: "road",
     8: "sidewalk",
@@ -35,20 +35,19 @@ CITYSCAPES_CLASSES = {
 
 
 class CityscapesDataModule(SegmentationFilesDataModule):
-    """Cityscapes' fine annotations: the 19 classes of its benchmark, 2,975 images, tested on the 500 of ``val``.
+    """Cityscapes with fine annotations: 19 classes, 2,975 training images, tested on the 500 images of ``val``.
 
-    Reads ``ROOT/leftImg8bit/SPLIT/CITY/NAME_leftImg8bit.png`` and ``ROOT/gtFine/SPLIT/CITY/NAME_gtFine_labelIds.png``,
-    of which the 15 other ids are ignored. The labels of the official test set are not public. Without ``fake`` crops
-    are of 512 x 1024 where nothing else is said. See ``SegmentationFilesDataModule`` for how files are read and what
-    else it offers.
+    Reads ``ROOT/leftImg8bit/SPLIT/CITY/NAME_leftImg8bit.png`` and ``ROOT/gtFine/SPLIT/CITY/NAME_gtFine_labelIds.png``;
+    pixels of the other 15 ids are ignored. The labels of the official test set are not public. See
+    ``SegmentationFilesDataModule`` for how files are read and for further arguments.
 
     Args:
-        root: the folder.
-        crop_size: height and width of training images.
+        root: the folder of the data set.
+        crop_size: height and width of training crops.
         kwargs: see ``SegmentationFilesDataModule``.
 
     Raises:
-        ValueError: naming the file, for what does not fit together.
+        ValueError: naming the file, where images and masks do not match.
         FileNotFoundError, PermissionError: where a file or folder does not exist or may not be read.
     """
 

@@ -1,4 +1,4 @@
-"""Made-up label noise, as the papers on learning with noisy labels define it."""
+"""Synthetic label noise that depends on the class, as defined in papers on noisy labels."""
 
 from __future__ import annotations
 
@@ -26,14 +26,14 @@ CIFAR10_FLIPS = {9: 1, 2: 0, 3: 5, 5: 3, 4: 7}
 
 
 class ClassNoise(LabelNoise):
-    """Noise that depends on the class alone: each label is drawn, by itself, from a row of a transition matrix."""
+    """Noise that depends only on the class: each label is drawn independently from a row of a transition matrix."""
 
     @abstractmethod
     def transition(self, class_names: Sequence[str]) -> np.ndarray:
         """float64 ``[C, C]``: entry ``[i, j]`` is the probability that label ``i`` becomes ``j``.
 
         Raises:
-            ValueError: for classes that the noise is not made for.
+            ValueError: for classes that the noise is not defined for.
         """
 
     def draw(self, clean: CleanLabels, generator: np.random.Generator) -> np.ndarray:
@@ -41,16 +41,17 @@ class ClassNoise(LabelNoise):
 
 
 class SymmetricNoise(ClassNoise):
-    """Labels are wrong without a pattern. Papers mean two different things by that, so ``kind`` says which.
+    """Replaces labels by uniformly random ones. Papers define this in two ways; ``kind`` says which.
 
-    With C classes, ``"inclusive"`` leaves ``rate * (1 - 1/C)`` of the labels wrong, ``"exclusive"`` ``rate``.
+    With C classes, a fraction of ``rate * (1 - 1/C)`` of the labels is wrong for ``"inclusive"``, and ``rate`` for
+    ``"exclusive"``.
 
     Args:
-        rate: 0 to 1.
-        kind: ``"inclusive"`` gives exactly ``int(rate * N)`` random samples a uniform label out of all classes, also
-            the true one (DivideMix, ELR, DPC); ``"exclusive"`` moves each label with probability ``rate`` to one of
-            the other classes (GCE, SCE, Co-teaching); ``"dividemix"`` is inclusive, and bit for bit what DivideMix's
-            code (Li et al., arXiv 2002.07394) draws where Python's generator has this ``seed``.
+        rate: noise rate in [0, 1].
+        kind: ``"inclusive"`` gives exactly ``int(rate * N)`` random samples a label drawn from all classes, the true
+            one included (DivideMix, ELR, DPC). ``"exclusive"`` replaces each label with probability ``rate`` by one of
+            the other classes (GCE, SCE, Co-teaching). ``"dividemix"`` is inclusive and draws the same labels as the
+            code of DivideMix (Li et al., arXiv 2002.07394) with Python's generator seeded by ``seed``.
         seed: fixes the labels; 0 or more.
 
     Raises:
@@ -61,7 +62,7 @@ class SymmetricNoise(ClassNoise):
         self, rate: float, kind: Literal["inclusive", "exclusive", "dividemix"] = "inclusive", seed: int = 0
     ) -> None:
         if kind not in ("inclusive", "exclusive", "dividemix"):
-            raise ValueError(f"kind must be 'inclusive', 'exclusive' or 'dividemix', got {kind!r}: give one of them")
+            raise ValueError(f"kind must be 'inclusive', 'exclusive' or 'dividemix', got {kind!r}: choose one")
         self.rate = check_rate(rate)
         self.kind = kind
         super().__init__(seed)
@@ -85,17 +86,17 @@ class SymmetricNoise(ClassNoise):
             python = random.Random(self.seed)
             order = list(range(count))
             python.shuffle(order)
-            # in ascending order of index, as the code that is reproduced asks for each sample in turn
+            # in ascending order of index, because DivideMix's code draws while it loops over the samples
             for i in sorted(order[:touched]):
                 given[i] = python.randint(0, clean.num_classes - 1)
         return given
 
 
 class PairFlipNoise(ClassNoise):
-    """Each label moves to the next class, the last one to the first, with probability ``rate`` (Co-teaching).
+    """Replaces each label with probability ``rate`` by the next class, the last class by the first (Co-teaching).
 
     Args:
-        rate: 0 to 1.
+        rate: noise rate in [0, 1].
         seed: fixes the labels; 0 or more.
 
     Raises:
@@ -112,23 +113,24 @@ class PairFlipNoise(ClassNoise):
 
 
 class AsymmetricNoise(ClassNoise):
-    """Classes are taken for similar ones. For CIFAR-10 and the 100 fine classes of CIFAR-100 only.
+    """Replaces labels by those of similar classes. Only for CIFAR-10 and the 100 fine classes of CIFAR-100.
 
-    On CIFAR-10 truck becomes automobile, bird airplane, deer horse, and cat and dog each other; the other classes keep
-    their labels, so that half of ``rate`` is wrong. On CIFAR-100 a class becomes the next one of its group of five, the
-    last one the first, and ``rate`` is wrong.
+    On CIFAR-10 truck becomes automobile, bird airplane, deer horse, cat dog and dog cat; the other five classes keep
+    their labels, so about half of ``rate`` of all labels is wrong. On CIFAR-100 each class becomes the next one in its
+    group of five classes, the last one the first, so ``rate`` of all labels is wrong.
 
     Args:
-        rate: 0 to 1.
-        kind: on CIFAR-10 ``"iid"``, each label of the five classes with probability ``rate`` (DPC), or
-            ``"exact_subset"``, those among exactly ``int(rate * N)`` random samples of all classes (DivideMix). On
-            CIFAR-100 ``"superclass"``, groups of the 20 superclasses, or ``"blocks"``, of neighbours in the alphabet,
-            which are not alike (ELR's code). By default ``"iid"`` and ``"superclass"``.
+        rate: noise rate in [0, 1].
+        kind: on CIFAR-10, ``"iid"`` changes each label of the five classes with probability ``rate`` (DPC), and
+            ``"exact_subset"`` those among exactly ``int(rate * N)`` random samples of all classes (DivideMix). On
+            CIFAR-100, ``"superclass"`` takes the 20 superclasses as groups, and ``"blocks"`` takes blocks of the
+            alphabetical order, whose classes are not similar (the code of ELR). Default: ``"iid"`` and
+            ``"superclass"``.
         seed: fixes the labels; 0 or more.
 
     Raises:
-        ValueError: for an argument out of its range; when drawn, for another data set, and for a ``kind`` that is not
-            one of this data set.
+        ValueError: for an argument out of its range; when drawn, for another data set, or a ``kind`` of the other data
+            set.
     """
 
     def __init__(
@@ -139,7 +141,7 @@ class AsymmetricNoise(ClassNoise):
     ) -> None:
         kinds = ("iid", "exact_subset", "superclass", "blocks")
         if kind is not None and kind not in kinds:
-            raise ValueError(f"kind must be one of {', '.join(kinds)}, got {kind!r}: give one, or none for the usual")
+            raise ValueError(f"kind must be one of {', '.join(kinds)}, got {kind!r}: choose one, or None")
         self.rate = check_rate(rate)
         self.kind = kind
         super().__init__(seed)
@@ -166,13 +168,13 @@ class AsymmetricNoise(ClassNoise):
         if names == CIFAR100_CLASSES and self.kind == "blocks":
             return next_in_group([c // 5 for c in range(100)])
         raise ValueError(
-            f"AsymmetricNoise of kind {self.kind!r} got {len(names)} classes, {', '.join(names[:3])}, ...: "
-            "CIFAR-10 has 'iid' and 'exact_subset', CIFAR-100 'superclass' and 'blocks'; use TransitionNoise elsewhere"
+            f"AsymmetricNoise of kind {self.kind!r} got {len(names)} classes, {', '.join(names[:3])}, ...: use 'iid' "
+            "or 'exact_subset' for CIFAR-10, 'superclass' or 'blocks' for CIFAR-100, and TransitionNoise for other data"
         )
 
 
 class TransitionNoise(ClassNoise):
-    """Each label is drawn from a transition matrix of your own.
+    """Draws each label from a transition matrix that you give.
 
     Args:
         matrix: rows ``[C, C]``, entry ``[i, j]`` the probability that label ``i`` becomes ``j``; or the path of a
@@ -181,8 +183,8 @@ class TransitionNoise(ClassNoise):
 
     Raises:
         ValueError: for a matrix that is not square, has a negative entry or a row that does not sum to 1 within 1e-6;
-            when drawn, for one that does not fit the number of classes.
-        FileNotFoundError: when drawn, where there is no such file.
+            when drawn, for another number of classes.
+        FileNotFoundError: when drawn, where the file does not exist.
     """
 
     def __init__(self, matrix: list[list[float]] | str, seed: int = 0) -> None:
@@ -196,7 +198,7 @@ class TransitionNoise(ClassNoise):
         return float("nan")
 
     def without_files(self) -> LabelNoise:
-        # the classes of made-up data may be others than the file's
+        # synthetic data may have another number of classes than the file
         return SymmetricNoise(0.4, "exclusive", self.seed) if isinstance(self.matrix, str) else self
 
     def transition(self, class_names: Sequence[str]) -> np.ndarray:
@@ -205,14 +207,14 @@ class TransitionNoise(ClassNoise):
 
     def __repr__(self) -> str:
         matrix = self.matrix
-        if not isinstance(matrix, str):  # a hundred rows would fill the screen
+        if not isinstance(matrix, str):  # a matrix of 100 classes would be too long
             table = np.asarray(matrix, dtype="<f8")
             matrix = f"{len(table)} classes, sha256 {hashlib.sha256(table.tobytes()).hexdigest()[:12]}"
         return f"TransitionNoise(matrix={matrix!r}, seed={self.seed})"
 
 
 def flips(step: dict[int, int], rate: float, num_classes: int) -> np.ndarray:
-    """The transition matrix float64 ``[C, C]`` by which class ``i`` becomes ``step[i]`` with probability ``rate``."""
+    """The transition matrix, float64 ``[C, C]``, in which class ``i`` becomes ``step[i]`` with probability ``rate``."""
     table = np.eye(num_classes)
     for source, to in step.items():
         table[source, source] = 1 - rate
@@ -221,7 +223,7 @@ def flips(step: dict[int, int], rate: float, num_classes: int) -> np.ndarray:
 
 
 def next_in_group(group: Sequence[int]) -> dict[int, int]:
-    """For each class the next one of its group, from the last one back to the first; ``group[c]`` is that of ``c``."""
+    """For each class the next class of its group, for the last one the first; ``group[c]`` is that of class ``c``."""
     step: dict[int, int] = {}
     for value in set(group):
         members = [c for c, g in enumerate(group) if g == value]
@@ -230,11 +232,11 @@ def next_in_group(group: Sequence[int]) -> dict[int, int]:
 
 
 def read_matrix(path: str) -> np.ndarray:
-    """A table of numbers from a ``.npy``, an ``.npz`` of one array, or a ``.csv`` without header.
+    """Read a table of numbers from a ``.npy``, an ``.npz`` of one array, or a ``.csv`` without a header.
 
     Raises:
-        FileNotFoundError, PermissionError: if there is no such file, or it may not be read.
-        ValueError: if it is damaged, or is none of the three.
+        FileNotFoundError, PermissionError: where the file does not exist, or may not be read.
+        ValueError: where it is damaged, or is none of the three.
     """
     if Path(path).suffix == ".csv":
         try:
@@ -242,7 +244,7 @@ def read_matrix(path: str) -> np.ndarray:
         except FileNotFoundError:
             raise FileNotFoundError(f"matrix={path!r} does not exist: give the path of a .npy, .npz or .csv") from None
         except (ValueError, UnicodeDecodeError) as error:
-            raise ValueError(f"matrix={path!r} is no table of numbers ({error}): give commas and no header") from error
+            raise ValueError(f"matrix={path!r} is not a table of numbers ({error}): use commas, no header") from error
     arrays = read_arrays(Path(path))
     if len(arrays) != 1:
         raise ValueError(

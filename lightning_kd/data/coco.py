@@ -1,4 +1,4 @@
-"""COCO, as an image with several labels: the classes of its objects."""
+"""COCO as a multi-label data set: the labels of an image are the classes of its objects."""
 
 from __future__ import annotations
 
@@ -18,29 +18,30 @@ from lightning_kd.data.multi_label_files import MultiLabelFilesDataModule
 
 __all__ = ["COCODataModule"]
 
-# pixels that objects of a size are below
+# upper limit of the area in pixels
 AREAS = {"small": 32**2, "medium": 96**2, "large": math.inf}
 
 
 class COCODataModule(MultiLabelFilesDataModule):
-    """COCO 2014 or 2017: trained on ``train``, tested on ``val``; 80 classes, those of the objects in an image.
+    """COCO 2014 or 2017 with 80 classes, those of the objects in an image; trained on ``train``, tested on ``val``.
 
     Reads ``ROOT/trainYEAR``, ``ROOT/valYEAR`` and ``instances_trainYEAR.json``, ``instances_valYEAR.json`` in
-    ``ROOT/annotations`` or ``ROOT``. Classes stand in the order of the list ``categories``, whatever numbers they have.
-    Crowds (``iscrowd``) count. Images are sorted by their ids as texts, as in the papers' scripts, so that
-    ``labelled_fraction`` gives their splits. With 2014 there are 82,081 and 40,137 images, without objects 82,783 and
-    40,504. See ``MultiLabelFilesDataModule`` for how they are read, and what else it offers.
+    ``ROOT/annotations`` or ``ROOT``. Class indices follow the order of the list ``categories``, not the category ids.
+    Crowd annotations (``iscrowd``) count as objects. Images are sorted by their ids as strings, as in the papers'
+    scripts, so that ``labelled_fraction`` gives the same splits. COCO 2014 has 82,081 training and 40,137 test images,
+    or 82,783 and 40,504 with those without objects. See ``MultiLabelFilesDataModule`` for how images are read and for
+    further arguments.
 
     Args:
-        root: the folder.
+        root: the folder of the data set.
         year: 2014 or 2017.
-        keep_empty: whether images without any object are kept, with no label; else they are left out, of both splits.
-        areas: count objects of these sizes alone: ``"small"``, below 32 x 32 pixels; ``"medium"``, below 96 x 96;
-            ``"large"``. Default: all.
-        kwargs: see ``MultiLabelFilesDataModule``. The published protocols validate on nothing: ``val_fraction=0``.
+        keep_empty: keep images without any object, with no positive label. Default: leave them out of both splits.
+        areas: count only objects of these sizes: ``"small"``, below 32 x 32 pixels; ``"medium"``, below 96 x 96;
+            ``"large"``, the others. Default: all.
+        kwargs: see ``MultiLabelFilesDataModule``. The published protocols have no validation set: ``val_fraction=0``.
 
     Raises:
-        ValueError: naming the file, for one that is damaged or holds something impossible.
+        ValueError: naming the file, where it is damaged or inconsistent.
         FileNotFoundError, PermissionError: where a file does not exist or may not be read.
     """
 
@@ -53,9 +54,9 @@ class COCODataModule(MultiLabelFilesDataModule):
         **kwargs: Any,
     ) -> None:
         if year not in (2014, 2017):
-            raise ValueError(f"year must be 2014 or 2017, got {year!r}: give one of them")
+            raise ValueError(f"year must be 2014 or 2017, got {year!r}: choose one")
         if areas is not None and (isinstance(areas, str) or not areas or not {*areas} <= {*AREAS}):
-            raise ValueError(f"areas must be a list of {', '.join(map(repr, AREAS))}, got {areas!r}: give such names")
+            raise ValueError(f"areas must be a list of {', '.join(map(repr, AREAS))}, got {areas!r}: correct it")
         self.areas = None if areas is None else tuple(areas)
         self.year = year
         self.keep_empty = keep_empty
@@ -76,9 +77,7 @@ class COCODataModule(MultiLabelFilesDataModule):
         names = [category["name"] for category in content["categories"]]
         if names != self.class_names:
             odd = sorted({*names} ^ {*self.class_names})[:5]
-            raise ValueError(
-                f"{str(path)!r} has other categories than those of train ({odd}, or their order): replace it"
-            )
+            raise ValueError(f"{str(path)!r} has other categories than train ({odd}, or another order): replace it")
         column = {category["id"]: c for c, category in enumerate(content["categories"])}
         images = sorted(content["images"], key=lambda image: str(image["id"]))
         row = {image["id"]: k for k, image in enumerate(images)}
@@ -91,7 +90,7 @@ class COCODataModule(MultiLabelFilesDataModule):
             for key, known in (("image_id", row), ("category_id", column)):
                 if one[key] not in known:
                     raise ValueError(
-                        f"{str(path)!r}, annotation {one.get('id')}: {key} {one[key]} is none in the file: replace it"
+                        f"{str(path)!r}, annotation {one.get('id')}: {key} {one[key]} is not in the file: replace it"
                     )
             if self.areas is not None and _size_of(one, path) not in self.areas:
                 continue
@@ -108,7 +107,7 @@ class COCODataModule(MultiLabelFilesDataModule):
 
 def _size_of(annotation: dict[str, Any], path: Path) -> str:
     if not isinstance(annotation.get("area"), int | float):
-        raise ValueError(f"{str(path)!r}, annotation {annotation.get('id')}: has no area: leave areas out")
+        raise ValueError(f"{str(path)!r}, annotation {annotation.get('id')}, has no area: leave areas out")
     return next(name for name, most in AREAS.items() if annotation["area"] < most)
 
 
@@ -125,7 +124,7 @@ def _read_instances(path: Path) -> dict[str, Any]:
         raise FileNotFoundError(f"{str(path)!r} does not exist: is root the folder of COCO, and year right?") from None
     except PermissionError:
         raise PermissionError(f"{str(path)!r} may not be read: check the permissions of the file") from None
-    except ValueError as error:  # which says the line
+    except ValueError as error:  # its message names the line
         raise ValueError(f"{str(path)!r} is damaged ({error}): replace it") from None
     wanted = {
         "images": {"id", "file_name"},

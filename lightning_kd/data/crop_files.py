@@ -1,4 +1,4 @@
-"""Crops of image files that are drawn once, and cut out again where they were."""
+"""Random crops of image files that are drawn once, stored as boxes, and cut out again later."""
 
 from __future__ import annotations
 
@@ -21,14 +21,14 @@ __all__ = ["CropFiles", "CropRecipe"]
 
 @dataclass(frozen=True)
 class CropRecipe:
-    """Random crops of an image, resized and flipped, as ``RandomResizedCrop`` and ``RandomHorizontalFlip`` draw them.
+    """Draws and cuts random crops of an image, as ``RandomResizedCrop`` and ``RandomHorizontalFlip`` do.
 
     Args:
-        size: height and width that crops are brought to (bilinear, antialiased).
-        scale: the least and the most share of the area that a crop takes.
-        ratio: the least and the greatest width / height.
-        mean: subtracted from each channel.
-        std: divides.
+        size: height and width that crops are resized to (bilinear, antialiased).
+        scale: smallest and largest fraction of the image's area that a crop covers.
+        ratio: smallest and largest aspect ratio, width / height.
+        mean: mean of each channel, to normalise crops.
+        std: standard deviation of each channel.
     """
 
     size: int
@@ -38,7 +38,11 @@ class CropRecipe:
     std: tuple[float, ...]
 
     def draw(self, image: Image.Image, index: int, count: int, seed: int) -> tuple[np.ndarray, np.ndarray]:
-        """The crops of an image, see ``StoredCrops``; they hang on its ``index`` and the ``seed`` alone."""
+        """Draw ``count`` crops of an image; they depend only on its size, its ``index`` and the ``seed``.
+
+        Returns boxes float32 ``[count, 4]`` (top, left, height, width, as fractions of the image) and flips bool
+        ``[count]``, see ``StoredCrops``.
+        """
         crop = v2.RandomResizedCrop(self.size, scale=self.scale, ratio=self.ratio)
         boxes, flips = np.zeros((count, 4), np.float32), np.zeros(count, bool)
         for key in range(count):
@@ -54,10 +58,10 @@ class CropRecipe:
         return boxes, flips
 
     def cut(self, image: Image.Image, box: np.ndarray, flip: bool) -> Tensor:
-        """A crop of an upright image, normalised float32 ``[3, S, S]``.
+        """Cut one crop out of an upright image, resized and normalised, float32 ``[3, S, S]``.
 
-        Shares in float32 are exact to a hundredth of a pixel in images of 100,000, so that they round to the pixels
-        that they are of.
+        Boxes are fractions in float32, exact to a hundredth of a pixel in images of 100,000 pixels a side, so rounding
+        gives back the pixels that were drawn.
         """
         top, left, height, width = (
             round(float(share) * length) for share, length in zip(box, (image.height, image.width) * 2, strict=True)
@@ -70,34 +74,37 @@ class CropRecipe:
 
 
 class CropFiles(KeyedFiles):
-    """Image files of which a visit gives some of the crops that were drawn once; each file is read once for them.
+    """Image files of which each visit returns some of a fixed number of crops; one visit reads the file once.
 
-    ``[epoch, pass, index]`` gives ``(images [n, 3, S, S], target, index, keys [n])``.
+    ``[epoch, pass, index]`` gives ``(images [n, 3, S, S], target, index, keys [n])``; a key is the number of a crop.
 
     Args:
-        files: the images.
-        recipe: of the crops.
-        keys: how many there are, and of a visit.
+        files: the image files.
+        recipe: draws and cuts the crops.
+        keys: the number of crops of each image, and which of them each visit returns.
+
+    Raises:
+        ValueError: where ``keys`` has no fixed number of crops.
     """
 
     def __init__(self, files: ImageFiles, recipe: CropRecipe, keys: ViewKeys) -> None:
         self.__dict__.update(files.__dict__)
         if keys.fixed is None:
-            raise ValueError("the random crops of image files are without end: give a number of them, as --views 200")
+            raise ValueError("there are infinitely many random crops of image files: give a number, as --views 200")
         self.recipe, self.keys, self.count = recipe, keys, keys.fixed
 
     def read(self, index: int) -> Image.Image:
-        """An image as crops are cut out of it: RGB, upright."""
+        """The image that crops are cut out of: RGB, upright."""
         return read_image(self.paths[index], self.background, self.image_range)
 
     def crops(self, index: int, image: Image.Image | None = None) -> tuple[np.ndarray, np.ndarray]:
-        """See ``StoredCrops.of``: as they were stored, else as they are drawn."""
+        """Boxes and flips of all crops of an image: the stored ones, else drawn by the recipe."""
         if self.keys.crops is not None:
             return self.keys.crops.of(index)
         return self.recipe.draw(self.read(index) if image is None else image, index, self.count, self.keys.seed)
 
     def cut(self, index: int, keys: np.ndarray) -> Tensor:
-        """Some crops of an image, ``[n, 3, S, S]``."""
+        """The crops ``keys`` of an image, float32 ``[n, 3, S, S]``."""
         image = self.read(index)
         boxes, flips = self.crops(index, image)
         return torch.stack([self.recipe.cut(image, boxes[key], bool(flips[key])) for key in keys.tolist()])
@@ -108,7 +115,7 @@ class CropFiles(KeyedFiles):
         return self.cut(index, keys), self.target[index], index, torch.from_numpy(keys)
 
     def describe(self) -> dict[str, Any]:
-        """What the crops hang on, in plain values."""
+        """Everything that the crops depend on, as plain values."""
         recipe = self.recipe
         found: dict[str, Any] = {"size": recipe.size, "scale": list(recipe.scale), "ratio": list(recipe.ratio)}
         found |= {"background": list(self.background), "image_range": self.image_range and list(self.image_range)}

@@ -1,4 +1,4 @@
-"""Labels by several annotators, in a file."""
+"""Labels by several annotators that are read from a file."""
 
 from __future__ import annotations
 
@@ -16,28 +16,28 @@ __all__ = ["CrowdAnnotations"]
 
 
 class CrowdAnnotations(CrowdLabels):
-    """The annotations are in a file. It may be
+    """Reads the annotations from a file. It may be
 
-    - ``.csv``, separated by commas, semicolons or tabs: a line for each annotation, with the columns ``item`` (the
-      position in the training array, from 0 on; also called ``index``) or ``file`` (of an image folder, with or
-      without its folders; ``path``), ``annotator`` (or ``worker``; any name) and ``label``, a number or name of a
-      class, as ``LabelFile`` reads them. Lines without a label, or with -1, and those for files that are no training
-      images, are left out; samples without a line have no annotation;
+    - ``.csv``, separated by commas, semicolons or tabs, with a line for each annotation. Its columns are ``item`` (or
+      ``index``), the position in the training array from 0 on, or ``file`` (or ``path``), the image file with or
+      without its folders; ``annotator`` (or ``worker``), any name; and ``label``, a class index or class name, as in
+      ``LabelFile``. Lines without a label or with label -1, and lines for files that are not training images, are
+      skipped; samples without a line have no annotation;
     - ``.npy`` or ``.npz``: integers ``[N, R]``, a row for each sample of the training array, in its order, and a column
-      for each annotator, -1 where there is none. Of an ``.npz`` the array ``key``, by default ``annotations``, then
-      ``given`` (as in the ``noise.npz`` of another run), then the only one.
+      for each annotator, -1 for no annotation. In an ``.npz`` it is the array ``key``; by default ``annotations``, else
+      ``given`` (as in the ``noise.npz`` of another run), else the only array.
 
-    Where no true label of the training images is known, put them into the folder of any class (and give a validation
-    set of your own): that is used for splits and for what is printed, and not learnt.
+    Where no true label of the training images is known, put the images into the folder of any class (and give a
+    validation set of your own): that class is used for splits and printed statistics only, no method learns from it.
 
     Args:
-        path: the file.
-        key: the array.
+        path: the ``.csv``, ``.npy`` or ``.npz`` file.
+        key: name of the array in an ``.npz``.
 
     Raises:
-        ValueError: for a suffix that is none of these; when read, for a damaged file, a class or sample that the data
-            set has not, and two labels by one annotator for one sample.
-        FileNotFoundError: when read, where there is no such file.
+        ValueError: for another suffix; when read, for a damaged file, a class or sample that the data set does not
+            have, or two labels by one annotator for one sample.
+        FileNotFoundError: when read, where the file does not exist.
     """
 
     def __init__(self, path: str, key: str | None = None) -> None:
@@ -56,7 +56,7 @@ class CrowdAnnotations(CrowdLabels):
         item, label, others = read_sample_labels(Path(self.path), clean, {"annotator": ("annotator", "worker")})
         annotator = others["annotator"]
         whole = np.array([*map(without_zeros, annotator.tolist())])
-        if only_numbers(whole.tolist()):  # 7.0, as programs write 7 beside empty cells
+        if only_numbers(whole.tolist()):  # pandas writes 7 as 7.0 in columns with empty cells
             annotator = whole
         people = np.unique(annotator).tolist()
         if only_numbers(people):

@@ -1,4 +1,4 @@
-"""Labels by several annotators, few for each sample: what they have in common, and simulated ones."""
+"""Labels by several annotators, few for each sample: the base class, and simulated annotators."""
 
 from __future__ import annotations
 
@@ -16,12 +16,14 @@ __all__ = ["CrowdLabels", "SimulatedCrowd", "keep_some"]
 
 
 class CrowdLabels(DrawnLabels):
-    """Gives the training samples labels by several annotators. A subclass has ``draw``; see also ``DrawnLabels``.
+    """Gives the training samples labels by several annotators.
+
+    A subclass implements ``draw``; see also ``DrawnLabels``.
 
     Args:
-        imbalance: train on a part of the samples whose classes are unequal: the first has so many times the samples of
-            the last, and those between lie on a geometric series. 1 keeps all samples.
-        seed: fixes annotations and that part; 0 or more.
+        imbalance: train on a subset with unequal class sizes: the first class has this many times the samples of the
+            last, and the sizes in between form a geometric series. 1 keeps all samples.
+        seed: fixes the annotations and that subset; 0 or more.
 
     Raises:
         ValueError: for an argument out of its range.
@@ -35,24 +37,24 @@ class CrowdLabels(DrawnLabels):
 
     @abstractmethod
     def draw(self, clean: CleanLabels, generator: np.random.Generator) -> np.ndarray:
-        """Integers ``[N, R]``, the class that each annotator gave to each sample, -1 where there is none."""
+        """Draw the class that each annotator gave to each sample, integers ``[N, R]``, -1 for none."""
 
     def annotator_names(self, count: int) -> list[str]:
-        """A name for each of ``count`` annotators: those in the file, else their numbers."""
+        """A name for each of ``count`` annotators: those in the file, else ``"0"``, ``"1"``, ..."""
         return self._names if len(self._names) == count else [str(r) for r in range(count)]
 
     def keep(self, target: np.ndarray, indices: np.ndarray, num_classes: int) -> np.ndarray:
-        """Those of the samples ``indices`` that ``imbalance`` leaves, int64, ascending."""
+        """The subset of the samples ``indices`` that ``imbalance`` asks for, int64, ascending."""
         if self.imbalance == 1:
             return indices
         there = np.bincount(target[indices], minlength=num_classes)
-        share = self.imbalance ** (-np.arange(num_classes) / max(1, num_classes - 1))
-        size = np.maximum(1, np.round(share * (there / share).min()).astype(np.int64))
+        weight = self.imbalance ** (-np.arange(num_classes) / max(1, num_classes - 1))
+        size = np.maximum(1, np.round(weight * (there / weight).min()).astype(np.int64))
         generator = numpy_generator(self.seed, "annotation_imbalance")
         return indices[take_per_class(target[indices], np.minimum(size, there), generator)]
 
     def given_labels(self, clean: CleanLabels) -> np.ndarray:
-        """Int16 ``[N, R]``, -1 where there is none."""
+        """The annotations, int16 ``[N, R]``, -1 for none."""
         at_least_two(clean.class_names)
         given = np.asarray(self.draw(clean, numpy_generator(self.seed, "annotations")))
         count = len(clean.target)
@@ -69,14 +71,15 @@ class CrowdLabels(DrawnLabels):
 
 
 class SimulatedCrowd(CrowdLabels):
-    """Each sample is labelled by a few annotators, who are right more or less often, and else say any other class.
+    """Simulates annotators, each with an own probability of the true label; otherwise they give a random wrong one.
 
     Args:
-        annotators: their number.
-        reliability: how often each is right, or the least and the most, between which each annotator's is drawn.
-        per_item: how many, drawn at random, label each sample.
+        annotators: number of annotators ``R``.
+        reliability: probability that an annotator is right: one for all, or the smallest and the largest, between which
+            each annotator's is drawn uniformly.
+        per_item: number of annotators, chosen at random, that label each sample.
         imbalance: see ``CrowdLabels``.
-        seed: fixes all that is drawn, together with nothing but the labels; 0 or more.
+        seed: the annotations depend only on the seed and the labels; 0 or more.
 
     Raises:
         ValueError: for an argument out of its range.
@@ -96,11 +99,11 @@ class SimulatedCrowd(CrowdLabels):
         check_numbers(least=1, most=annotators, whole=True, per_item=per_item)
         limits = tuple(reliability) if isinstance(reliability, list | tuple) else (reliability, reliability)
         if len(limits) != 2:
-            raise ValueError(f"reliability must be a number, or the least and the most, got {reliability!r}: give two")
+            raise ValueError(f"reliability must be a number, or a minimum and a maximum, got {reliability!r}: give two")
         for value in limits:
             check_numbers(least=0, most=1, reliability=value)
         if limits[0] > limits[1]:
-            raise ValueError(f"reliability must be the least and the most, got {reliability!r}: swap them")
+            raise ValueError(f"reliability must be a minimum and a maximum, got {reliability!r}: swap them")
         self.annotators = annotators
         self.reliability = (float(limits[0]), float(limits[1]))
         self.per_item = per_item
@@ -115,7 +118,7 @@ class SimulatedCrowd(CrowdLabels):
 
 
 def keep_some(annotations: np.ndarray, per_item: int, generator: np.random.Generator) -> np.ndarray:
-    """``per_item`` of the annotations of each item, drawn at random, or all where there are no more; the others -1."""
+    """Keep ``per_item`` random annotations of each sample (all, where there are no more) and set the others to -1."""
     drawn = np.where(annotations >= 0, generator.random(annotations.shape), 2.0)
     chosen = drawn.argsort(1, kind="stable")[:, :per_item]
     given = np.full_like(annotations, -1)

@@ -1,4 +1,4 @@
-"""What a checkpoint remembers of the data that it was trained on."""
+"""Digests of a data set, which checkpoints store to recognise the data that they were trained on."""
 
 from __future__ import annotations
 
@@ -13,21 +13,24 @@ from torch import Tensor
 
 __all__ = ["data_digest", "image_digest"]
 
-# pixels of each image, and images, that are looked at: reading all of a large file would take minutes
+# number of pixels per image, and of images, that are hashed: reading all of a large file would take minutes
 PIXELS, IMAGES = 16, 200_000
-# images that are in memory together, and files whose content is read
+# number of images hashed at once, and of files whose content is hashed
 ROWS, FILES = 1024, 1000
 
 
 def data_digest(image: Tensor | Sequence[Any], target: Tensor, indices: np.ndarray) -> str:
-    """The sha256 of what a memory of each sample hangs on: which samples there are, in which order, with which labels.
+    """A sha256 of the training samples, their order and their labels, on which stored values per sample depend.
 
-    Images are told apart by a few of their pixels, files by their names and those of their folders.
+    Images are compared by a few of their pixels, image files by their names and those of their folders.
 
     Args:
-        image: the training images ``[N, ...]``, or their files.
-        target: ``[N, ...]``.
-        indices: int64 ``[n]``, the samples in use.
+        image: the training images ``[N, ...]``, or the paths of their files.
+        target: ``[N, ...]``, the labels.
+        indices: int64 ``[n]``, positions of the samples in use.
+
+    Returns:
+        the digest in hexadecimal.
     """
     found = hashlib.sha256(np.ascontiguousarray(target.numpy()).tobytes())
     found.update(indices.astype("<i8").tobytes())
@@ -36,13 +39,16 @@ def data_digest(image: Tensor | Sequence[Any], target: Tensor, indices: np.ndarr
 
 
 def image_digest(image: Tensor | Sequence[Any]) -> str:
-    """The sha256 of all images alone, whatever their labels, and whichever are in use.
+    """A sha256 of all images, independent of their labels and of which are in use.
 
-    Of a tensor every number counts; of files their names, those of their folders and their sizes, and what is in
-    ``FILES`` of them, spread evenly, so in all of fewer.
+    It covers every value of a tensor. Of files it covers names, folder names and sizes, and the content of at most
+    ``FILES`` of them, evenly spaced.
 
     Args:
-        image: ``[N, ...]``, or files.
+        image: ``[N, ...]``, or paths of files.
+
+    Returns:
+        the digest in hexadecimal.
     """
     found = hashlib.sha256()
     if isinstance(image, Tensor):
@@ -52,7 +58,7 @@ def image_digest(image: Tensor | Sequence[Any]) -> str:
     _add_images(found, image)
     step = -(-len(image) // FILES) or 1
     for k, path in enumerate(image):
-        with suppress(OSError):  # a missing file is told by whoever reads it
+        with suppress(OSError):  # reading the image raises for a missing file
             found.update(f"{Path(path).stat().st_size}\n".encode())
             found.update(b"" if k % step else hashlib.sha256(Path(path).read_bytes()).digest())
     return found.hexdigest()

@@ -1,4 +1,4 @@
-"""The base of data modules that stand on another one and take their samples from it."""
+"""The base class of data modules that take their samples from another data module."""
 
 from __future__ import annotations
 
@@ -20,13 +20,14 @@ from lightning_kd.data.split_loaders import train_loader_of
 
 
 class DerivedDataModule(L.LightningDataModule, ABC):
-    """What a data module has from ``source``, of which it keeps a shallow copy.
+    """A data module that takes samples, sizes and statistics from ``source``, of which it keeps a shallow copy.
 
     Args:
-        source: the other data module, of one class a sample, which is left as it is.
+        source: a data module with one class per sample; it stays unchanged.
 
     Raises:
-        ValueError: where ``source`` is of another kind, or has samples to predict.
+        ValueError: where ``source`` has another kind of problem, or has candidates, a meta set, annotations, unlabelled
+            samples, or samples to predict.
     """
 
     class_names: list[str]
@@ -37,24 +38,24 @@ class DerivedDataModule(L.LightningDataModule, ABC):
         super().__init__()
         if not source.problem.one_class:
             raise ValueError(
-                f"source must have one class a sample, {type(source).__name__} has {source.problem.kind}: give other "
+                f"source must have one class per sample, {type(source).__name__} has {source.problem.kind}: give other "
                 "data"
             )
         if source.candidates is not None or source.meta_per_class is not None:
             raise ValueError(
-                f"the source of a pool takes no candidates and no meta set, got candidates={source.candidates} and "
+                f"the source of a pool may have no candidates and no meta set, got candidates={source.candidates} and "
                 f"meta_per_class={source.meta_per_class}: leave them out"
             )
         if source.predict is not None:
             raise ValueError(
-                f"the source of a pool takes no predict, got {source.predict!r}: the prediction set is the pool; for "
-                "other samples there are lightning-kd predict --data.predict and lightning_kd.load(RUN).predict"
+                f"the source of a pool may have no predict, got {source.predict!r}: the prediction set is the pool; "
+                "for other samples use lightning-kd predict --data.predict or lightning_kd.load(RUN).predict"
             )
         if source.unlabelled is not None:
-            raise ValueError(f"the source of a pool takes no unlabelled, got {source.unlabelled!r}: give it as pool")
+            raise ValueError(f"the source of a pool may have no unlabelled, got {source.unlabelled!r}: give it as pool")
         annotations = getattr(source, "annotations", None)
         if annotations is not None:
-            raise ValueError(f"the source of a pool takes no annotations, got {annotations}: leave them out")
+            raise ValueError(f"the source of a pool may have no annotations, got {annotations}: leave them out")
         self.source = copy.copy(source)
         self.source._stored = {}
 

@@ -1,4 +1,4 @@
-"""New samples for a run, known by what its checkpoint says of the data that it was trained on."""
+"""New samples for a trained run, prepared as its checkpoint describes the training data."""
 
 from __future__ import annotations
 
@@ -22,21 +22,21 @@ __all__ = ["DescribedSamples"]
 class DescribedSamples(SplitFiles):
     """Files or arrays without labels, to be predicted by a run of any data module of this package.
 
-    Images are brought to the size of the network as the evaluation of the run does it; where the run was trained on
-    arrays, arrays must have their shape. ``lightning-kd predict --data.predict`` takes it for data modules that cannot
-    read such samples themselves.
+    Images are resized to the network's input as in the run's evaluation. If the run was trained on arrays, arrays must
+    have the same shape. ``lightning-kd predict --data.predict`` uses it for data modules that cannot read new samples
+    themselves.
 
     Args:
-        description: what the data module of the run gives as ``describe()``, as checkpoints hold it
-            (``data_description``).
-        predict: a folder, an image, a list of images, see ``files_to_predict``; or a ``.npy`` or ``.npz``, see
+        description: what the data module of the run returns from ``describe()``; checkpoints hold it as
+            ``data_description``.
+        predict: a folder, an image or a list of images, see ``files_to_predict``; or a ``.npy`` or ``.npz``, see
             ``read_unlabelled``.
-        eval_batch_size: the most samples a step and process.
-        num_workers: processes that decode images; 0 decodes in the process itself.
-        on_error: ``"skip"`` leaves out image files that are damaged, with a warning.
+        eval_batch_size: largest number of samples per step and process.
+        num_workers: number of worker processes that decode images; 0 decodes in the main process.
+        on_error: ``"skip"`` leaves out damaged image files, with a warning; ``"raise"`` raises an error for them.
 
     Raises:
-        ValueError: for a description of a problem that is not of this package, and for samples of another shape.
+        ValueError: for a kind of problem that is not of this package, and for samples of another shape.
         FileNotFoundError: where ``predict`` does not exist.
     """
 
@@ -51,8 +51,8 @@ class DescribedSamples(SplitFiles):
         kind = getattr(problems, str(description.get("problem")), None)
         if kind is None:
             raise ValueError(
-                f"the data of this run has a problem of its own, {description.get('problem')!r}: give a data module "
-                "that reads the new samples"
+                f"the data of this run has a custom problem, {description.get('problem')!r}: give a data module that "
+                "reads the new samples"
             )
         names = list(description["class_names"])
         self.preparation = Preparation(description, tuple(description["input_shape"]))
@@ -73,15 +73,15 @@ class DescribedSamples(SplitFiles):
         self._checked = set()
 
     def load_arrays(self) -> Arrays:
-        raise ValueError(f"there is nothing here but predict={self.predict!r}: take the data module of the run")
+        raise ValueError(f"there are only the samples of predict={self.predict!r}: use the data module of the run")
 
     def load_new(self) -> list[str] | Tensor:
         given, shape = str(self.predict), self.input_shape
         if not is_array_file(given):
             if len(shape) == 1 or shape[0] not in (1, 3):
                 raise ValueError(
-                    f"samples of predict {given!r} are image files, and those trained on are of shape {shape}: give a "
-                    ".npy or .npz of such"
+                    f"samples of predict {given!r} are image files, but training samples have shape {shape}: give a "
+                    ".npy or .npz of that shape"
                 )
             return files_to_predict(given)
         found = read_unlabelled(given, "predict")
@@ -90,8 +90,8 @@ class DescribedSamples(SplitFiles):
             return torch.stack([self.preparation.unit(image).mul(255).round().to(torch.uint8) for image in images])
         if tuple(found.shape[1:]) != shape:
             raise ValueError(
-                f"samples of predict {given!r} are of shape {tuple(found.shape[1:])}, and those trained on of {shape}: "
-                "give samples like those"
+                f"samples of predict {given!r} have shape {tuple(found.shape[1:])}, but training samples have {shape}: "
+                "give samples of that shape"
             )
         return found
 

@@ -1,4 +1,4 @@
-"""The handwritten digits that come with scikit-learn."""
+"""The handwritten digits of scikit-learn."""
 
 from __future__ import annotations
 
@@ -15,33 +15,36 @@ from lightning_kd.data.splits import take_fraction, without
 
 
 class DigitsDataModule(AnnotatedDataModule):
-    """The 1,797 handwritten digits of scikit-learn: 10 classes, 8 x 8 pixels, grey. Needs no file and no network.
+    """The 1,797 handwritten digits of scikit-learn: 10 classes, 8 x 8 pixels, grey. Needs no file and no download.
 
-    There is no official test split: 20 % of each class are the test set, the same ones for every ``seed``. Images are
-    scaled from 0..16 to uint8 0..255. See ``ClassificationDataModule`` for what it offers and for several processes.
+    There is no official test split: 20 % of each class are the test set, the same samples for every ``seed``. Pixels
+    are scaled from 0..16 to uint8 0..255. See ``ClassificationDataModule`` for attributes, loaders and use with several
+    processes.
 
     Args:
-        batch_size: training samples a step and process.
-        eval_batch_size: the most samples an evaluation step and process.
-        val_fraction: the share of each class of the training images that becomes the validation set, 0 to below 1.
-        train_fraction: train on this share of what is left, of each class alike, above 0 to 1.
-        train_per_class: train on this many images of each class instead.
-        augment: pad training images by 1 black pixel and crop back at random; no flip.
-        cutout: the side in pixels of a box set to the mean grey in each training image; 0 is off.
-        mean: subtracted (0 to 1); by default that of the training images, 0.3050.
-        std: divides; by default that of the training images, 0.3756.
-        seed: fixes the validation split and the subset, for the same given labels (both are stratified by them);
-            together with ``seed_everything`` also the order of the batches and the augmentation.
-        fake: use a small made-up data set of the same shape instead.
-        noise: gives the training samples wrong labels, see ``LabelNoise``; ``None`` keeps the data set's own.
-        balance: show each class equally often in training, whatever their sizes: an epoch stays as long, a rare sample
-            comes several times (each time augmented anew), of a frequent class some wait for later epochs.
-        candidates: gives training samples several labels, of which one is true, see ``UniformCandidates``,
-            ``PairwiseCandidates`` and ``CandidateFile``.
-        meta_per_class: so many training samples of each class are held out with their true labels, for methods that
-            learn from candidates.
+        batch_size: training samples per step and process.
+        eval_batch_size: largest number of samples per evaluation step and process.
+        val_fraction: fraction of each class of the training images that becomes the validation set, in [0, 1).
+        train_fraction: fraction of each class of the remaining training images to train on, in (0, 1]. Default: all.
+        train_per_class: number of images of each class to train on, instead of ``train_fraction``. Default: all.
+        augment: random crops of training images padded by 1 black pixel; no flip.
+        cutout: side in pixels of a square set to the mean grey at a random place in each training image; 0 is off.
+        mean: mean of the pixels (values from 0 to 1), to normalise images. Default: that of the training images,
+            0.3050.
+        std: standard deviation of the pixels. Default: that of the training images, 0.3756.
+        seed: fixes the validation split and the training subset, which are stratified by the given labels (so other
+            labels give other splits); together with ``seed_everything`` also the order of the batches and the
+            augmentation.
+        fake: use a small synthetic data set of the same shape instead.
+        noise: label noise for the training samples, see ``LabelNoise``. Default: the labels of the data set.
+        balance: draw each class equally often in training. The epoch keeps its length: samples of rare classes are
+            repeated (with new augmentation each time), some of frequent classes wait for later epochs.
+        candidates: gives each training sample a candidate set: several labels, of which one is true. See
+            ``UniformCandidates``, ``PairwiseCandidates`` and ``CandidateFile``.
+        meta_per_class: number of training samples of each class to hold out with their true labels (the meta set), for
+            methods that learn from candidates.
         annotations: gives the training samples labels by several annotators, see ``AnnotatedDataModule``.
-        unlabelled: further samples without labels, or ``"rest"``, see ``ClassificationDataModule``.
+        unlabelled: further training samples without labels, or ``"rest"``, see ``ClassificationDataModule``.
 
     Raises:
         ValueError: for an argument out of its range.

@@ -1,4 +1,4 @@
-"""Small made-up data sets that can be learned, for tests and for trying things out."""
+"""Small synthetic data sets that a network can learn, for tests and for trying things out."""
 
 from __future__ import annotations
 
@@ -15,16 +15,17 @@ __all__ = ["fake_arrays", "fake_label_arrays", "fake_mask_arrays", "fake_unlabel
 
 
 def fake_arrays(shape: tuple[int, ...], num_classes: int) -> Arrays:
-    """A small made-up data set that can be learned: a fixed random pattern for each class, plus noise.
+    """A small synthetic data set that a network can learn: a fixed random pattern for each class, plus noise.
 
-    The patterns are coarse, so that crops and flips of them still differ between classes.
+    Patterns are coarse, so that classes still differ after crops and flips.
 
     Args:
         shape: ``(C, H, W)`` for uint8 images, ``(D,)`` for float32 features.
-        num_classes: the number of classes.
+        num_classes: number of classes.
 
     Returns:
-        at least 256 training samples and half as many test samples, 4 and 2 or more a class; always the same ones.
+        At least 256 training samples and half as many test samples, at least 4 and 2 of each class; the same in every
+        call.
     """
     samples = _fake_samples(shape, num_classes)
     count = max(256, 4 * num_classes)
@@ -32,14 +33,14 @@ def fake_arrays(shape: tuple[int, ...], num_classes: int) -> Arrays:
 
 
 def fake_unlabelled(shape: tuple[int, ...], num_classes: int) -> Tensor:
-    """As many further samples as ``fake_arrays`` has for training, of the same classes."""
+    """Further samples of the classes of ``fake_arrays``, as many as its training set and different from it."""
     samples = _fake_samples(shape, num_classes)
     count = max(256, 4 * num_classes)
-    return [samples(size)[0] for size in (count, count // 2, count)][-1]  # those before are taken
+    return [samples(size)[0] for size in (count, count // 2, count)][-1]  # skips those of fake_arrays
 
 
 def _fake_samples(shape: tuple[int, ...], num_classes: int) -> Callable[[int], tuple[Tensor, Tensor]]:
-    """Gives so many samples and their classes, others each time."""
+    """A function that generates the given number of samples and their classes, new ones in each call."""
     generator = numpy_generator(0, "fake")
     pattern: np.ndarray
     if len(shape) == 1:
@@ -62,14 +63,14 @@ def _fake_samples(shape: tuple[int, ...], num_classes: int) -> Callable[[int], t
 
 
 def fake_label_arrays(shape: tuple[int, ...], num_classes: int) -> Arrays:
-    """Samples with several labels: a fixed coarse pattern for each class, those of a sample's labels added up.
+    """A synthetic multi-label data set: an image is the sum of the fixed coarse patterns of its labels.
 
     Args:
         shape: ``(C, H, W)`` for uint8 images, ``(D,)`` for float32 features.
-        num_classes: ``C``; each label has a probability of 0.3, and every sample has at least one.
+        num_classes: ``C``; each label is positive with probability 0.3, and every sample has at least one.
 
     Returns:
-        256 training and 128 test samples; targets float32 ``[N, C]``; always the same ones.
+        256 training and 128 test samples with targets float32 ``[N, C]``; the same in every call.
     """
     generator = numpy_generator(0, "fake_labels")
     pattern = generator.integers(-64, 65, (num_classes, shape[0], *[4] * (len(shape) - 1))).astype(np.float64)
@@ -90,15 +91,15 @@ def fake_label_arrays(shape: tuple[int, ...], num_classes: int) -> Arrays:
 
 
 def fake_mask_arrays(shape: tuple[int, int, int], num_classes: int) -> Arrays:
-    """Images with a class for each pixel: boxes of the colour of their class on a background of class 0.
+    """A synthetic segmentation data set: boxes in the colour of their class on a background of class 0.
 
     Args:
         shape: ``(C, H, W)``.
-        num_classes: ``C``.
+        num_classes: number of classes.
 
     Returns:
-        128 training and 64 test samples, fewer of large ones; targets int16 ``[N, H, W]``, with an ignored (-1) line of
-        pixels at the top; always the same ones.
+        128 training and 64 test samples, fewer where images are large, with targets int16 ``[N, H, W]`` whose top row
+        is ignored (-1); the same in every call.
     """
     generator = numpy_generator(0, "fake_masks")
     colour = generator.integers(0, 256, (num_classes, shape[0])).astype(np.int64)

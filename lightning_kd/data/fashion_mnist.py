@@ -27,7 +27,7 @@ FASHION_MNIST_CLASSES = [
     "ankle boot",
 ]
 
-# of the unpacked files: torchvision checks only the packed ones, when it fetches them
+# of the unpacked files: torchvision checks only the packed ones, after the download
 MD5 = {
     "train-images-idx3-ubyte": "f4a8712d7a061bf5bd6d2ca38dc4d50a",
     "train-labels-idx1-ubyte": "9018921c3c673c538a1fc5bad174d6f9",
@@ -39,38 +39,39 @@ MD5 = {
 class FashionMNISTDataModule(OfficialDataModule):
     """Fashion-MNIST: 60,000 training and 10,000 test images of 10 classes, 28 x 28 pixels, grey.
 
-    Read from ``ROOT/fashion_mnist.npz`` where there is one (``train_image``, ``train_target``, ``test_image``,
-    ``test_target``), else from the official files in ``ROOT/FashionMNIST/raw``, which are then decoded into it. All
-    images stay in memory. See ``ClassificationDataModule`` for what it offers and for several processes.
+    Read from ``ROOT/fashion_mnist.npz`` (``train_image``, ``train_target``, ``test_image``, ``test_target``) if it
+    exists, else from the official files in ``ROOT/FashionMNIST/raw``, from which that file is then written. All images
+    stay in memory. See ``ClassificationDataModule`` for attributes, loaders and use with several processes.
 
     Args:
         root: the folder of the files.
-        batch_size: training samples a step and process.
-        eval_batch_size: the most samples an evaluation step and process.
-        val_fraction: the share of each class of the training images that becomes the validation set, 0 to below 1.
-        train_fraction: train on this share of what is left, of each class alike, above 0 to 1.
-        train_per_class: train on this many images of each class instead.
-        augment: pad training images by 4 black pixels, crop back at random and flip half of them.
-        cutout: the side in pixels of a box set to the mean grey in each training image; 0 is off.
-        mean: subtracted (0 to 1); by default the published 0.2860.
-        std: divides; by default the published 0.3530.
-        seed: fixes the validation split and the subset, for the same given labels (both are stratified by them);
-            together with ``seed_everything`` also the order of the batches and the augmentation.
-        download: fetch the official files where they are missing, and unpack them.
-        fake: use a small made-up data set instead, without any file.
-        noise: gives the training samples wrong labels, see ``LabelNoise``; ``None`` keeps the data set's own.
-        balance: show each class equally often in training, whatever their sizes: an epoch stays as long, a rare sample
-            comes several times (each time augmented anew), of a frequent class some wait for later epochs.
-        candidates: gives training samples several labels, of which one is true, see ``UniformCandidates``,
-            ``PairwiseCandidates`` and ``CandidateFile``.
-        meta_per_class: so many training samples of each class are held out with their true labels, for methods that
-            learn from candidates.
+        batch_size: training samples per step and process.
+        eval_batch_size: largest number of samples per evaluation step and process.
+        val_fraction: fraction of each class of the training images that becomes the validation set, in [0, 1).
+        train_fraction: fraction of each class of the remaining training images to train on, in (0, 1]. Default: all.
+        train_per_class: number of images of each class to train on, instead of ``train_fraction``. Default: all.
+        augment: random crops of training images padded by 4 black pixels, and left-right flips of half of them.
+        cutout: side in pixels of a square set to the mean grey at a random place in each training image; 0 is off.
+        mean: mean of the pixels (values from 0 to 1), to normalise images. Default: the published 0.2860.
+        std: standard deviation of the pixels. Default: the published 0.3530.
+        seed: fixes the validation split and the training subset, which are stratified by the given labels (so other
+            labels give other splits); together with ``seed_everything`` also the order of the batches and the
+            augmentation.
+        download: download and unpack the official files where they are missing.
+        fake: use a small synthetic data set instead, without any file.
+        noise: label noise for the training samples, see ``LabelNoise``. Default: the labels of the data set.
+        balance: draw each class equally often in training. The epoch keeps its length: samples of rare classes are
+            repeated (with new augmentation each time), some of frequent classes wait for later epochs.
+        candidates: gives each training sample a candidate set: several labels, of which one is true. See
+            ``UniformCandidates``, ``PairwiseCandidates`` and ``CandidateFile``.
+        meta_per_class: number of training samples of each class to hold out with their true labels (the meta set), for
+            methods that learn from candidates.
         annotations: gives the training samples labels by several annotators, see ``AnnotatedDataModule``.
-        unlabelled: further samples without labels, or ``"rest"``, see ``ClassificationDataModule``.
+        unlabelled: further training samples without labels, or ``"rest"``, see ``ClassificationDataModule``.
 
     Raises:
-        ValueError: for an argument out of its range, and for a damaged file or a wrong checksum.
-        FileNotFoundError: where ``root`` holds no such files.
+        ValueError: for an argument out of its range, a damaged file or a wrong checksum.
+        FileNotFoundError: where ``root`` does not hold the files.
     """
 
     file_name = "fashion_mnist.npz"
@@ -133,7 +134,7 @@ class FashionMNISTDataModule(OfficialDataModule):
 
 
 class _RawFiles(datasets.FashionMNIST):
-    """torchvision's, without the folder ``processed`` of its early versions, which nothing checks."""
+    """torchvision's data set, without the folder ``processed`` of early versions, whose content has no checksum."""
 
     @property
     def raw_folder(self) -> str:
@@ -144,7 +145,7 @@ class _RawFiles(datasets.FashionMNIST):
 
 
 def _checked(path: Path) -> bytes:
-    """What the file holds, after its checksum was found right."""
+    """The content of the file, after its MD5 checksum was verified."""
     content = path.read_bytes() if path.is_file() else b""
     if hashlib.md5(content, usedforsecurity=False).hexdigest() != MD5[path.name]:
         raise RuntimeError(f"{path.name} not found or corrupted")
@@ -155,4 +156,4 @@ def _array(content: bytes) -> np.ndarray:
     """The uint8 array in an IDX file."""
     rank = content[3]
     shape = np.frombuffer(content, ">i4", rank, offset=4)
-    return np.frombuffer(content, np.uint8, offset=4 + 4 * rank).reshape(shape).copy()  # to be written to
+    return np.frombuffer(content, np.uint8, offset=4 + 4 * rank).reshape(shape).copy()  # frombuffer is read-only

@@ -1,4 +1,4 @@
-"""Looking at all image files of a data set before they are used."""
+"""Checks that all image files of a data set can be read, before training starts."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from lightning_kd.file_writing import write_text
 
 __all__ = ["check_images", "damaged_images"]
 
-# from this many files on a progress bar is shown
+# a progress bar is shown from this many files on
 MANY = 2000
 
 
@@ -31,17 +31,17 @@ def check_images(
     image_range: Sequence[float] | None = None,
     trainer: Any = None,
 ) -> set[str]:
-    """The files among ``paths`` that cannot be used, after a warning; collective over the processes of ``trainer``.
+    """The files among ``paths`` that cannot be read, after a warning. All processes of ``trainer`` must call it.
 
     Args:
-        paths: the files.
-        root: the folder that holds them all.
+        paths: the image files.
+        root: the folder that holds them all; the results are cached per root.
         on_error: ``"raise"`` or ``"skip"``.
         image_range: see ``read_image``.
-        trainer: whose process 0 looks at them for all; without one, each process does.
+        trainer: its process 0 checks the files for all processes. Without one, each process checks them.
 
     Raises:
-        ValueError: naming them, unless ``on_error`` is ``"skip"``.
+        ValueError: naming unreadable files, unless ``on_error`` is ``"skip"``.
     """
     if trainer is None:
         damaged = damaged_images(paths, root, image_range)
@@ -64,17 +64,17 @@ def check_images(
 def damaged_images(
     paths: Sequence[str], root: str | Path, image_range: Sequence[float] | None = None, show: bool = True
 ) -> dict[str, str]:
-    """The files that ``read_image`` could not read, and why.
+    """The files that ``read_image`` cannot read, and why.
 
-    JPEG and PNG files get a quick look at head and tail, others are decoded. What was looked at before, and has still
-    its size and time, is not looked at again: that is kept for each ``root`` in the user's cache folder
-    (``$XDG_CACHE_HOME/lightning_kd``, mostly ``~/.cache``), where that can be written.
+    Of JPEG and PNG files only header and end are checked, others are decoded. Files that were checked before and still
+    have the same size and modification time are not checked again: results are cached for each ``root`` in
+    ``$XDG_CACHE_HOME/lightning_kd`` (default: ``~/.cache/lightning_kd``), if that folder is writable.
 
     Args:
-        paths: the files.
+        paths: the image files.
         root: the folder that holds them all.
         image_range: see ``read_image``.
-        show: a progress bar, where there are many.
+        show: show a progress bar for many files.
     """
     whole = {path: os.path.abspath(path) for path in paths}
     cache = _cache_of(root)
@@ -82,9 +82,9 @@ def damaged_images(
     stamps = {path: _stamp(path) for path in whole}
     fresh = [path for path in whole if stamps[path] is None or known.get(whole[path], [])[:2] != stamps[path]]
     with ThreadPoolExecutor(min(16, (os.cpu_count() or 1) * 4)) as pool:
-        looks = _with_bar(pool.map(_look, fresh), len(fresh), show)
+        results = _with_bar(pool.map(_inspect, fresh), len(fresh), show)
     faults = {}
-    for path, (fault, rangeless) in zip(fresh, looks, strict=True):
+    for path, (fault, rangeless) in zip(fresh, results, strict=True):
         known.pop(whole[path], None)
         if fault:
             faults[path] = fault
@@ -93,7 +93,7 @@ def damaged_images(
     if fresh:
         here = {*whole.values()}
         kept = {path: entry for path, entry in known.items() if path in here or os.path.exists(path)}
-        with suppress(OSError):  # then all are looked at the next time
+        with suppress(OSError):  # without a cache all files are checked again the next time
             write_text(cache, json.dumps(kept))
     for path in whole if image_range is None else ():
         if path not in faults and known[whole[path]][2]:
@@ -101,8 +101,8 @@ def damaged_images(
     return {path: faults[path] for path in whole if path in faults}
 
 
-def _look(path: str) -> tuple[str, str]:
-    """Why ``path`` is no whole image, empty where it is one; and of one, what it needs an ``image_range`` for."""
+def _inspect(path: str) -> tuple[str, str]:
+    """Why ``path`` cannot be read, and why it needs an ``image_range``; each is empty if it is not so."""
     try:
         with Image.open(path) as image:
             rangeless = without_range(image)
@@ -114,7 +114,7 @@ def _look(path: str) -> tuple[str, str]:
 
 
 def _has_end(path: str, kind: str) -> bool:
-    """Whether a JPEG or PNG file has its end; not where it is cut off, or has something behind it."""
+    """Whether a JPEG or PNG file ends with its end marker. False also where other bytes follow the marker."""
     if kind not in ("JPEG", "MPO", "PNG"):
         return False
     with open(path, "rb") as file:
@@ -128,7 +128,7 @@ def _with_bar(results: Any, count: int, show: bool) -> list[tuple[str, str]]:
         return list(results)
     from rich.progress import track
 
-    return list(track(results, "looking at the images", total=count, transient=True))
+    return list(track(results, "checking the images", total=count, transient=True))
 
 
 def _stamp(path: str) -> list[int] | None:
@@ -146,7 +146,7 @@ def _cache_of(root: str | Path) -> Path:
 
 
 def _read_cache(path: Path) -> dict[str, list[Any]]:
-    """By file its time, its size, and what it needs an ``image_range`` for; without what is not so."""
+    """The cached entries by file: modification time, size, and why it needs an ``image_range``; others are dropped."""
     try:
         found = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError):

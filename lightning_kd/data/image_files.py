@@ -1,4 +1,4 @@
-"""Finding image files in folders, and reading those of any kind."""
+"""Finds image files in folders, and reads image files of any format and mode as 8-bit RGB."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ __all__ = [
     "without_range",
 ]
 
-# what stands an image upright, by the orientation that its EXIF names; 1 is upright
+# the transposition that turns an image upright, by its EXIF orientation; 1 is upright already
 TURNS = {
     2: Image.Transpose.FLIP_LEFT_RIGHT,
     3: Image.Transpose.ROTATE_180,
@@ -41,18 +41,18 @@ TURNS = {
 def read_image(
     path: str | Path, background: Sequence[int] = (255, 255, 255), image_range: Sequence[float] | None = None
 ) -> Image.Image:
-    """An image file as 8-bit RGB, upright as its EXIF orientation says.
+    """Read an image file as 8-bit RGB, turned upright by its EXIF orientation.
 
-    What is transparent shows ``background``. Grey values of 16 bits are scaled by their range, 0 to 65535, or by
-    ``image_range``. Floats and integers of 32 bits have no range of their own and need one.
+    Transparent pixels show ``background``. 16-bit grey values are scaled from 0..65535, or from ``image_range``. Float
+    and 32-bit integer images have no fixed range and need ``image_range``.
 
     Args:
-        path: the file.
-        background: red, green and blue, 0 to 255.
-        image_range: the values that become black and white, in images of more than 8 bits.
+        path: the image file.
+        background: red, green and blue, 0 to 255. Default: white.
+        image_range: the two pixel values that become black and white, for images of more than 8 bits.
 
     Raises:
-        ValueError: naming the file, where it cannot be read, or where its values need an ``image_range``.
+        ValueError: naming the file, where it cannot be read, or needs an ``image_range``.
     """
     try:
         with Image.open(path) as file:
@@ -70,17 +70,17 @@ def as_rgb(
     image_range: Sequence[float] | None = None,
     rangeless: str | None = None,
 ) -> Image.Image:
-    """An image as 8-bit RGB, see ``read_image``.
+    """Convert an image to 8-bit RGB, see ``read_image``.
 
     Args:
-        image: of any mode.
-        name: what to call it in errors.
-        background: see ``read_image``, as ``image_range``.
-        image_range: likewise.
-        rangeless: see ``without_range``, where the file that it is from is known; by default asked of ``image``.
+        image: an image of any mode.
+        name: name of the image in error messages.
+        background: see ``read_image``.
+        image_range: see ``read_image``.
+        rangeless: what ``without_range`` returned for the opened file, if known. Default: ``without_range(image)``.
 
     Raises:
-        ValueError: where its values need an ``image_range``.
+        ValueError: where the image needs an ``image_range``.
     """
     if image.mode in ("I", "F") or image.mode.startswith("I;16"):
         rangeless = without_range(image) if rangeless is None else rangeless
@@ -105,7 +105,7 @@ def as_rgb(
 
 @contextmanager
 def truncated_allowed(allowed: bool = True) -> Iterator[None]:
-    """Whether image files may be cut off meanwhile (what is missing is grey); in the whole process."""
+    """Let Pillow read truncated image files in this block (what is missing is grey), in the whole process."""
     before = ImageFile.LOAD_TRUNCATED_IMAGES
     ImageFile.LOAD_TRUNCATED_IMAGES = allowed or before
     try:
@@ -115,25 +115,26 @@ def truncated_allowed(allowed: bool = True) -> Iterator[None]:
 
 
 def without_range(image: Image.Image) -> str:
-    """What an image, as it was opened, holds that has no range of its own, and what to do; empty where it has one."""
-    # what Pillow reads as integers of 32 bits are 16 bits in a PNG, and scaled to 16 bits in a PGM
+    """Why an opened image needs an ``image_range``, as part of an error message; empty if it does not."""
+    # Pillow opens 16-bit PNG and PGM files with the 32-bit mode "I"; their values are 0 to 65535
     if image.mode != "F" and (image.mode != "I" or image.format in ("PNG", "PPM")):
         return ""
-    kind = "floats" if image.mode == "F" else "integers of 32 bits"
-    return f"holds {kind}, which have no range of their own: give image_range, the values that become black and white"
+    kind = "floats" if image.mode == "F" else "32-bit integers"
+    return f"holds {kind}, which have no fixed range: give image_range, the two values that become black and white"
 
 
 def upright(image: Image.Image) -> Image.Image:
-    """The pixels of an opened image, turned as its EXIF orientation says; not turned where the EXIF is broken.
+    """The pixels of an opened image, turned by its EXIF orientation; not turned where the EXIF cannot be read.
 
-    ``ImageOps.exif_transpose`` writes the EXIF anew, which fails on tags that Pillow reads but cannot write.
+    Not ``ImageOps.exif_transpose``: it rewrites the EXIF, which fails for tags that Pillow can read but not write.
     """
-    if image.format == "TIFF":  # turned as it is loaded
+    if image.format == "TIFF":  # Pillow turns these while loading, and raises there if the EXIF is broken
         with suppress(Exception):
-            image.getexif()  # what fails here would fail there, but only once
+            image.getexif()  # the first read raises, later ones do not
     if isinstance(image, ImageFile.ImageFile):
-        name, image.filename = image.filename, ""  # or Pillow maps the file, and takes width for height in a TIFF
-        image.load()  # that is to be turned
+        # with a file name Pillow memory-maps the file and swaps width and height of a TIFF that has to be turned
+        name, image.filename = image.filename, ""
+        image.load()
         image.filename = name
     turn = None
     with suppress(Exception):  # whatever a broken EXIF makes Pillow raise
@@ -142,10 +143,11 @@ def upright(image: Image.Image) -> Image.Image:
 
 
 def class_folders(root: Path) -> list[str]:
-    """The names of the folders in ``root``, in alphabetical order; links to a folder that ``root`` is in are none.
+    """The names of the folders in ``root``, sorted; hidden folders and links to a parent of ``root`` are skipped.
 
     Raises:
-        FileNotFoundError, PermissionError, ValueError: where ``root`` cannot be listed, or holds no folder.
+        FileNotFoundError, PermissionError, ValueError: where ``root`` is not a folder, cannot be read, or has no
+            subfolder.
     """
     try:
         outside = _with_parents(root)
@@ -157,20 +159,20 @@ def class_folders(root: Path) -> list[str]:
     except PermissionError:
         raise PermissionError(f"root {str(root)!r} may not be read: check its permissions") from None
     except OSError:
-        raise FileNotFoundError(f"root {str(root)!r} is no folder: give the folder that holds the classes") from None
+        raise FileNotFoundError(f"root {str(root)!r} is not a folder: give the folder of the class folders") from None
     if not names:
         raise ValueError(f"root {str(root)!r} holds no class folders: put the images of each class into a folder there")
     return names
 
 
 def find_images(root: Path, class_names: list[str]) -> tuple[list[str], Tensor]:
-    """The image files below each class folder of ``root``, sorted, and their classes, int64 ``[N]``.
+    """The image files below each class folder of ``root``, sorted, and their class indices, int64 ``[N]``.
 
-    As with ``images_below``, with one warning for all classes.
+    Files are found as by ``images_below``, with one warning for all classes.
 
     Raises:
         PermissionError: where a folder cannot be read.
-        ValueError: where a folder is none of the classes, or holds no image.
+        ValueError: where a folder is not one of ``class_names``, or holds no image.
     """
 
     paths: list[str] = []
@@ -178,7 +180,7 @@ def find_images(root: Path, class_names: list[str]) -> tuple[list[str], Tensor]:
     others: list[str] = []
     for name in class_folders(root):
         if name not in class_names:
-            raise ValueError(f"{str(root)!r} holds {name!r}, which is no class folder of train: remove or rename it")
+            raise ValueError(f"{str(root)!r} holds {name!r}, which is not a class folder of train: remove or rename it")
         found, no_images = _images_and_others(root / name)
         if not found:
             raise ValueError(
@@ -187,25 +189,25 @@ def find_images(root: Path, class_names: list[str]) -> tuple[list[str], Tensor]:
         paths += found
         target += [class_names.index(name)] * len(found)
         others += no_images
-    _tell_others(root, others, len(paths) + len(others))
+    _warn_of_others(root, others, len(paths) + len(others))
     return paths, torch.tensor(target)
 
 
 def images_below(root: Path, known: Sequence[Path] = ()) -> list[str]:
-    """The image files anywhere below ``root``, sorted; those that start with a dot are left alone.
+    """The image files anywhere below ``root``, sorted; hidden files are skipped.
 
-    Links to folders are followed, but for those that lead back to a folder that they are in. How many other files
-    there are, by their endings, is told in a warning; those in ``known`` aside.
+    Links to folders are followed, except those to a parent folder. A warning counts the other files by suffix, without
+    those in ``known``.
 
     Raises:
-        FileNotFoundError, PermissionError: where there is no such folder, or one cannot be read.
+        FileNotFoundError, PermissionError: where ``root`` is not a folder, or a folder cannot be read.
     """
     if not root.is_dir():
-        raise FileNotFoundError(f"{str(root)!r} is no folder: name the one that holds the images")
+        raise FileNotFoundError(f"{str(root)!r} is not a folder: give the folder of the images")
     found, others = _images_and_others(root)
     expected = {os.path.realpath(path) for path in known}
     others = [path for path in others if os.path.realpath(path) not in expected]
-    _tell_others(root, others, len(found) + len(others))
+    _warn_of_others(root, others, len(found) + len(others))
     return found
 
 
@@ -215,18 +217,18 @@ def _images_and_others(root: Path) -> tuple[list[str], list[str]]:
     return found, [*({*files} - {*found})]
 
 
-def _tell_others(root: Path, others: list[str], count: int) -> None:
+def _warn_of_others(root: Path, others: list[str], count: int) -> None:
     if others:
         endings = Counter(Path(file).suffix.lower() or "no ending" for file in others)
         kinds = ", ".join(f"{number} x {ending}" for ending, number in endings.most_common(8))
         rank_zero_warn(
-            f"{str(root)!r}: {len(others)} of {count} files are left out ({kinds}): images end in "
-            f"{', '.join(IMG_EXTENSIONS)}; convert others"
+            f"{str(root)!r}: {len(others)} of {count} files are left out ({kinds}): images must end in "
+            f"{', '.join(IMG_EXTENSIONS)}; convert the others"
         )
 
 
 def _files_below(folder: str, above: frozenset[tuple[int, int]]) -> list[str]:
-    """The files below ``folder``, unless it is one of those ``above`` it, as a link can make it."""
+    """The files below ``folder``; none if a link has led back to one of the folders ``above``."""
     try:
         identity = _identity(folder)
         if identity in above:
@@ -243,7 +245,7 @@ def _files_below(folder: str, above: frozenset[tuple[int, int]]) -> list[str]:
 
 
 def _is_folder(entry: os.DirEntry[str]) -> bool:
-    return os.path.isdir(entry.path) if entry.is_symlink() else entry.is_dir()  # a link may lead in a circle
+    return os.path.isdir(entry.path) if entry.is_symlink() else entry.is_dir()  # a cyclic link is not a folder
 
 
 def _with_parents(folder: Path) -> frozenset[tuple[int, int]]:

@@ -1,4 +1,4 @@
-"""Images in a tree of folders, one folder a class."""
+"""Data module for your own images in folders, one folder per class."""
 
 from __future__ import annotations
 
@@ -29,67 +29,68 @@ from lightning_kd.data.streaming import ImageFiles, StreamingLoader
 
 
 class ImageFolderDataModule(SplitFiles):
-    """Your own images in folders, read from disk as they are needed.
+    """Your own images in folders, read from disk when they are needed.
 
-    Either ``ROOT/train/CLASS/...``, with ``ROOT/val`` and ``ROOT/test`` likewise if there are any, or plain
-    ``ROOT/CLASS/...``. Folders inside a class are searched too; folders that start with a dot are left alone. Classes
-    are the folders in alphabetical order.
+    Either ``ROOT/train/CLASS/...``, with optional ``ROOT/val`` and ``ROOT/test`` of the same form, or just
+    ``ROOT/CLASS/...``. Folders inside a class folder are searched too; hidden folders are skipped. Classes are the
+    folders in alphabetical order.
 
-    Without ``test`` the images of ``val`` are the test set, and without ``val`` too, ``test_fraction`` of each class,
-    the same images for every ``seed``. The validation set is ``val``, where that is not the test set, else
+    Without ``test`` the images of ``val`` are the test set; without ``val`` as well, the test set is ``test_fraction``
+    of each class, the same images for every ``seed``. The validation set is ``val`` if that is not the test set, else
     ``val_fraction`` of each class of the training images.
 
-    Training images get ``RandomResizedCrop`` and a flip of half of them, evaluation images a resize of the short side
-    and a centre crop, as is usual for ImageNet. What is drawn for an image depends only
-    on (seed, epoch, pass, index), not on workers or processes. ``train_image`` and so on are lists of paths. See
-    ``ClassificationDataModule`` for what it offers and for several processes.
+    As usual for ImageNet, training images get ``RandomResizedCrop`` and are flipped with probability 1/2; evaluation
+    images are resized by their short side and centre-cropped. The random numbers of an image depend only on (seed,
+    epoch, pass, index), not on workers or processes. ``train_image`` and so on are lists of paths. See
+    ``ClassificationDataModule`` for attributes, loaders and use with several processes.
 
     Args:
-        root: the folder.
-        image_size: height and width of the images that the network gets.
-        scale: the least and the most share of an image's area that a random crop takes.
-        ratio: the least and the greatest width / height of a random crop.
-        batch_size: training images a step and process.
-        eval_batch_size: the most images an evaluation step and process.
-        val_fraction: the share of each class of the training images that becomes the validation set, 0 to below 1.
-        test_fraction: the share of each class that becomes the test set where there is none, above 0 to below 1.
-        train_fraction: train on this share of what is left, of each class alike, above 0 to 1.
-        train_per_class: train on this many images of each class instead.
-        num_workers: processes that decode images; 0 decodes in the training process.
-        augment: random crops and flips of training images; without, they are treated as evaluation images.
-        cutout: the side in pixels of a box set to the mean colour in each training image; 0 is off.
-        mean: subtracted from each channel (0 to 1); by default that of ImageNet, 0.485, 0.456, 0.406.
-        std: divides each channel; by default that of ImageNet, 0.229, 0.224, 0.225.
-        seed: fixes the validation split and the subset, for the same given labels (both are stratified by them);
-            together with ``seed_everything`` also the order of the batches and the augmentation.
-        fake: use a small made-up data set in memory instead, of the classes of ``root`` if there is such a folder,
-            else of 10 classes.
-        noise: gives the training samples wrong labels, see ``LabelNoise``; ``None`` keeps the data set's own.
-        resize: short side that evaluation images are brought to before the centre is cut out. Default: ``image_size *
-            256 / 224``.
-        strong_crop: how strong views are cropped: ``"resized"`` as weak ones; ``"fixed"``: the short side is brought to
-            ``resize``, and a square of ``image_size`` is cut out at random.
-        strong_cutout: the side in pixels of the cutout box of strong views; 0 is off. Default: half of ``image_size``.
-        background: red, green and blue, 0 to 255, that show through what is transparent.
-        image_range: the values that become black and white in images of more than 8 bits. Default: 0 and 65535 for 16
-            bits; floats and integers of 32 bits need it.
-        on_error: ``"skip"`` leaves out image files that are damaged, with a warning, but never all of a split or class;
-            by default they are an error that names all of them, before anything is done with them.
-        class_names: the classes in the order of their numbers, one for each folder. Default: the folders as they are.
-            With them ``root`` need not exist to predict; ``lightning-kd predict`` takes them from the checkpoint.
-        predict: what to predict in place of the test set, without labels: a folder of any depth, an image, or a list of
-            images (``.txt``, ``.csv``; see ``files_to_predict``).
-        balance: show each class equally often in training, whatever their sizes: an epoch stays as long, a rare sample
-            comes several times (each time augmented anew), of a frequent class some wait for later epochs.
-        candidates: gives training samples several labels, of which one is true, see ``UniformCandidates``,
-            ``PairwiseCandidates`` and ``CandidateFile``.
-        meta_per_class: so many training samples of each class are held out with their true labels, for methods that
-            learn from candidates.
+        root: the folder of the images.
+        image_size: height and width of the network's input.
+        scale: smallest and largest fraction of the image's area that a random crop covers.
+        ratio: smallest and largest aspect ratio, width / height, of a random crop.
+        batch_size: training images per step and process.
+        eval_batch_size: largest number of images per evaluation step and process.
+        val_fraction: fraction of each class of the training images that becomes the validation set, in [0, 1).
+        test_fraction: fraction of each class that becomes the test set where there is no test folder, in (0, 1).
+        train_fraction: fraction of each class of the remaining training images to train on, in (0, 1]. Default: all.
+        train_per_class: number of images of each class to train on, instead of ``train_fraction``. Default: all.
+        num_workers: number of worker processes that decode images; 0 decodes in the training process.
+        augment: random crops and flips of training images; else they are prepared as evaluation images.
+        cutout: side in pixels of a square set to the mean colour at a random place in each training image; 0 is off.
+        mean: mean of each channel (values from 0 to 1). Default: that of ImageNet, 0.485, 0.456, 0.406.
+        std: standard deviation of each channel. Default: that of ImageNet, 0.229, 0.224, 0.225.
+        seed: fixes the validation split and the training subset, which are stratified by the given labels (so other
+            labels give other splits); together with ``seed_everything`` also the order of the batches and the
+            augmentation.
+        fake: use a small synthetic data set in memory instead, with the classes of ``root`` if it exists, else 10
+            classes.
+        noise: label noise for the training samples, see ``LabelNoise``. Default: the labels of the data set.
+        resize: short side that evaluation images are resized to before the centre crop. Default:
+            ``image_size * 256 / 224``.
+        strong_crop: ``"resized"`` crops strong views as weak ones; ``"fixed"`` resizes the short side to ``resize`` and
+            takes a random square of ``image_size``.
+        strong_cutout: side in pixels of the cutout square of strong views; 0 is off. Default: half of ``image_size``.
+        background: red, green and blue, 0 to 255, shown where an image is transparent.
+        image_range: the two pixel values that become black and white in images of more than 8 bits. Default: 0 and
+            65535 for 16 bits; float and 32-bit integer images need it.
+        on_error: ``"skip"`` leaves out damaged image files with a warning, but raises an error where a split or class
+            would be empty; ``"raise"`` raises an error that names all damaged files before they are used.
+        class_names: the folder names in the order of their class indices. Default: sorted. With it ``root`` need not
+            exist to predict; ``lightning-kd predict`` takes it from the checkpoint.
+        predict: images to predict instead of the test set, without labels: a folder of any depth, an image, or a list
+            of images (``.txt``, ``.csv``; see ``files_to_predict``).
+        balance: draw each class equally often in training. The epoch keeps its length: samples of rare classes are
+            repeated (with new augmentation each time), some of frequent classes wait for later epochs.
+        candidates: gives each training sample a candidate set: several labels, of which one is true. See
+            ``UniformCandidates``, ``PairwiseCandidates`` and ``CandidateFile``.
+        meta_per_class: number of training samples of each class to hold out with their true labels (the meta set), for
+            methods that learn from candidates.
         annotations: gives the training samples labels by several annotators, see ``AnnotatedDataModule``.
-        unlabelled: further samples without labels, or ``"rest"``, see ``ClassificationDataModule``.
+        unlabelled: further training samples without labels, or ``"rest"``, see ``ClassificationDataModule``.
 
     Raises:
-        ValueError: for an argument out of its range, a root without class folders, and a class without an image.
+        ValueError: for an argument out of its range, a root without class folders, or a class without an image.
         FileNotFoundError, PermissionError: where ``root`` does not exist or may not be read.
     """
 
@@ -131,7 +132,7 @@ class ImageFolderDataModule(SplitFiles):
     ) -> None:
         check_numbers(least=1, whole=True, image_size=image_size)
         check_numbers(least=0, whole=True, num_workers=num_workers)
-        check_numbers(above=0, below=1, remedy="give a share", test_fraction=test_fraction)
+        check_numbers(above=0, below=1, remedy="give a fraction", test_fraction=test_fraction)
         for name, limits in (("scale", scale), ("ratio", ratio)):
             for limit in limits:
                 check_numbers({name: limit}, above=0)
@@ -139,7 +140,7 @@ class ImageFolderDataModule(SplitFiles):
                 raise ValueError(f"{name} must be two numbers above 0, the smaller one first, got {limits}: swap them")
         check_numbers(least=image_size, whole=True, optional=True, remedy="no smaller than image_size", resize=resize)
         if strong_crop not in ("resized", "fixed"):
-            raise ValueError(f"strong_crop must be 'resized' or 'fixed', got {strong_crop!r}: give one of them")
+            raise ValueError(f"strong_crop must be 'resized' or 'fixed', got {strong_crop!r}: choose one")
         check_numbers(least=0, whole=True, optional=True, strong_cutout=strong_cutout)
         for colour in background:
             check_numbers(least=0, most=255, background=colour)
@@ -150,7 +151,7 @@ class ImageFolderDataModule(SplitFiles):
         if image_range is not None and (len(image_range) != 2 or image_range[0] >= image_range[1]):
             raise ValueError(f"image_range must be two numbers, the smaller one first, got {image_range}: swap them")
         if on_error not in ("raise", "skip"):
-            raise ValueError(f"on_error must be 'raise' or 'skip', got {on_error!r}: give one of them")
+            raise ValueError(f"on_error must be 'raise' or 'skip', got {on_error!r}: choose one")
         self.background = background
         self.image_range = image_range
         self.on_error = on_error
@@ -172,7 +173,7 @@ class ImageFolderDataModule(SplitFiles):
         else:
             names = class_folders(self._split_root("train") or Path(root))
             if all(name.isdecimal() for name in names) and names != sorted(names, key=int):
-                note(f"class folders are in the order of their text, as in torchvision: {', '.join(names)}")
+                note(f"class folders are sorted as text, not as numbers (as in torchvision): {', '.join(names)}")
         super().__init__(
             class_names=names,
             input_shape=(3, image_size, image_size),
@@ -183,7 +184,7 @@ class ImageFolderDataModule(SplitFiles):
             val_fraction=val_fraction,
             train_fraction=train_fraction,
             train_per_class=train_per_class,
-            crop_flip=CropFlip(image_size // 8) if augment else None,  # used on made-up images only
+            crop_flip=CropFlip(image_size // 8) if augment else None,  # for synthetic images only
             cutout=cutout,
             seed=seed,
             fake=fake,
@@ -200,7 +201,7 @@ class ImageFolderDataModule(SplitFiles):
         return files_to_predict(str(self.predict))
 
     def describe(self) -> dict[str, Any]:
-        """See ``LabelledDataModule.describe``; and how an image is brought to its size."""
+        """As ``LabelledDataModule.describe``, with the resize and colour settings of evaluation images."""
         found: dict[str, Any] = {"resize": self.resize, "background": list(self.background)}
         found["image_range"] = None if self.image_range is None else list(self.image_range)
         return super().describe() | found
@@ -209,7 +210,7 @@ class ImageFolderDataModule(SplitFiles):
         roots = {split: self._split_root(split) for split in ("train", "val", "test")}
         train_root = roots["train"] or Path(self.root)
         if lacking := [name for name in self.class_names if not (train_root / name).is_dir()]:
-            raise ValueError(f"class_names has {lacking[0]!r}, which is no folder of {str(train_root)!r}: correct one")
+            raise ValueError(f"class_names has {lacking[0]!r}, which is not a folder in {str(train_root)!r}: correct")
         train = find_images(train_root, self.class_names)
         test_root = self._test_root()
         if test_root is not None:
@@ -217,7 +218,7 @@ class ImageFolderDataModule(SplitFiles):
             own_val = roots["val"] if roots["test"] else None
             return Arrays(*train, *test, *(find_images(own_val, self.class_names) if own_val else ()))
         paths, target = train
-        generator = numpy_generator(0, "test_split")  # whatever the seed, so that runs are tested on the same images
+        generator = numpy_generator(0, "test_split")  # does not use self.seed: all runs have the same test images
         chosen = take_fraction(target.numpy(), self.num_classes, self.test_fraction, generator, leave=1)
         if not len(chosen):
             raise ValueError(
@@ -227,7 +228,7 @@ class ImageFolderDataModule(SplitFiles):
         return Arrays([paths[i] for i in rest], target[rest], [paths[i] for i in chosen], target[chosen])
 
     def _shown(self, image: Any) -> Image.Image | None:
-        """Of a file all that is in it, whatever the network gets to see."""
+        """The whole image of a file, not the crop that the network gets."""
         return read_image(image, self.background, self.image_range) if isinstance(image, str) else super()._shown(image)
 
     def _make_loader(self, source: str, sampler: ShardedSampler, views: str | Sequence[str]) -> BatchLoader:
@@ -251,9 +252,10 @@ class ImageFolderDataModule(SplitFiles):
         return self.augment and not self.cutout
 
     def transform(self, view: str) -> v2.Compose:
-        """From a PIL image in RGB to a normalised float32 ``[3, S, S]``: ``"plain"``, ``"weak"`` or ``"strong"``.
+        """The transform of a view, from a PIL image in RGB to a normalised float32 ``[3, S, S]``.
 
-        See ``loader``. AutoAugment comes after crop and flip, on the small image.
+        ``view`` is ``"plain"``, ``"weak"`` or ``"strong"``, see ``loader``. AutoAugment is applied after crop and flip,
+        to the small image.
         """
         size = self.image_size
         if view != "plain" and self.augment:

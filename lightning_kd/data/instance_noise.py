@@ -1,4 +1,4 @@
-"""Label noise that depends on the sample."""
+"""Synthetic label noise that depends on the sample."""
 
 from __future__ import annotations
 
@@ -11,22 +11,24 @@ from lightning_kd.data.label_noise import CleanLabels, LabelNoise, at_least_two,
 
 
 class InstanceDependentNoise(LabelNoise):
-    """Each sample has its own chance of a wrong label, and its own wrong labels (Xia et al., arXiv 2006.07836).
+    """Noise in which each sample has its own probability of a wrong label and its own likely wrong labels.
 
-    Sample ``i`` is wrong with probability ``q_i``, from a normal distribution of mean ``rate`` and deviation 0.1
-    restricted to (0, 1). The wrong label is drawn from the softmax over the other classes of the sample times a fixed
-    Gaussian matrix ``[D, C]``. Samples are first shifted and scaled to mean 0 and variance 1 over the data set, each
-    channel of images and each feature. Needs the samples in memory.
+    Sample ``i`` gets a wrong label with probability ``q_i``, drawn from a normal distribution of mean ``rate`` and
+    standard deviation 0.1, truncated to (0, 1). The wrong label is drawn from the softmax, over the other classes, of
+    the sample times a fixed Gaussian matrix ``[D, C]``. Samples are first normalised to mean 0 and variance 1 over the
+    data set, per channel of images and per feature. The samples must be in memory.
 
     Args:
-        rate: 0 to 1; about the share of wrong labels. The restriction of ``q_i`` pulls that up near 0 and down near 1:
-            0.01 gives 0.08, 0.05 gives 0.10, 0.1 gives 0.13, 0.2 gives 0.21, 0.4 gives 0.40, and 1 gives 0.92.
-        soft: scale the Gaussian matrix to variance 1/D, which spreads wrong labels over the classes; ``False`` keeps
-            variance 1 as the papers' code does, and then an image has about one possible wrong label.
+        rate: in [0, 1]; about the fraction of wrong labels. Truncation raises it near 0 and lowers it near 1: 0.01
+            gives 0.08, 0.05 gives 0.10, 0.1 gives 0.13, 0.2 gives 0.21, 0.4 gives 0.40, and 1 gives 0.92.
+        soft: scale the Gaussian matrix to variance 1/D, which spreads wrong labels over the classes. ``False`` keeps
+            variance 1 as in the papers' code, so that an image has mostly one possible wrong label.
         seed: fixes the labels; 0 or more.
 
     Raises:
         ValueError: for an argument out of its range; when drawn, for samples that are not in memory.
+
+    Source: Xia et al., arXiv 2006.07836.
     """
 
     def __init__(self, rate: float, soft: bool = True, seed: int = 0) -> None:
@@ -40,7 +42,7 @@ class InstanceDependentNoise(LabelNoise):
         if not isinstance(image, Tensor | np.ndarray):
             raise ValueError(
                 f"InstanceDependentNoise needs the samples in memory, got {type(image).__name__}: use a data module "
-                "that holds arrays, or LabelFile with labels drawn elsewhere"
+                "that holds arrays, or a LabelFile"
             )
         image = torch.as_tensor(image)
         if len(image) != len(target):
@@ -59,16 +61,16 @@ class InstanceDependentNoise(LabelNoise):
             rows = np.arange(len(own))
             score = ((image[part].double() - mean) / std).flatten(1).numpy() @ table
             score[rows, own] = -np.inf
-            share = np.exp(score - score.max(1, keepdims=True))
-            share *= (rate[part] / share.sum(1))[:, None]
-            share[rows, own] = 1 - rate[part]
-            cumulative = share.cumsum(1)
+            probability = np.exp(score - score.max(1, keepdims=True))
+            probability *= (rate[part] / probability.sum(1))[:, None]
+            probability[rows, own] = 1 - rate[part]
+            cumulative = probability.cumsum(1)
             given[part] = (cumulative / cumulative[:, -1:] <= uniform[part, None]).sum(1)
         return given
 
 
 def _truncated_normal(mean: float, std: float, count: int, generator: np.random.Generator) -> np.ndarray:
-    """Normal numbers float64 ``[count]``; those outside (0, 1) are drawn again. ``mean`` from 0 to 1."""
+    """Normal numbers, float64 ``[count]``, redrawn until they are in (0, 1); ``mean`` must be in [0, 1]."""
     value = generator.normal(mean, std, count)
     while len(outside := np.flatnonzero((value <= 0) | (value >= 1))):
         value[outside] = generator.normal(mean, std, len(outside))
@@ -76,7 +78,7 @@ def _truncated_normal(mean: float, std: float, count: int, generator: np.random.
 
 
 def _statistics(image: Tensor) -> tuple[Tensor, Tensor]:
-    """Mean and deviation, float64, of each channel of ``[N, C, H, W]`` or of each feature of ``[N, D]``."""
+    """Mean and standard deviation, float64, of each channel of ``[N, C, H, W]`` or each feature of ``[N, D]``."""
     if image.dtype == torch.uint8:
         mean, std = (255 * torch.tensor(v, dtype=torch.float64)[:, None, None] for v in image_statistics(image))
         return mean, std

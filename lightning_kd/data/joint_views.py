@@ -1,4 +1,4 @@
-"""Random views of an image and its mask together: scaled, cropped with an ignored border, flipped, recoloured."""
+"""Random scaling, cropping, flipping and colour changes of an image together with its mask."""
 
 from __future__ import annotations
 
@@ -20,18 +20,19 @@ __all__ = ["JointViews", "MaskedImages", "PairFiles", "PairTensors"]
 
 
 class JointViews:
-    """A random view of an image and its mask, drawn from torch's generator.
+    """Draws a random view of an image and its mask from torch's global generator.
 
-    The image is scaled (bilinear; the mask by its nearest pixel), a crop of it taken at a random place, flipped
-    left-right with probability 1/2, and brightness, contrast and saturation changed. What a crop has beyond the image,
-    below and to the right, is 0 after normalisation (the mean colour), and -1 in the mask.
+    The image is scaled (bilinear; its mask by nearest neighbour), cropped at a random place, flipped left-right with
+    probability 1/2, and changed in brightness, contrast and saturation. Where the crop is larger than the image, it is
+    padded at the bottom and right with 0 after normalisation (the mean colour), and with -1 in the mask.
 
     Args:
         size: height and width of the crop.
-        scale: the smallest and the largest factor.
-        scale_step: the steps between them, all equally likely; ``None`` for any factor.
+        scale: smallest and largest scaling factor.
+        scale_step: distance between the possible factors, which are equally likely; ``None`` for a uniform factor.
         flip: whether to flip.
-        colour: brightness, contrast and saturation are multiplied by 1 plus or minus at most this; 0 is off.
+        colour: brightness, contrast and saturation are each multiplied by 1 plus a uniform number in [-colour, colour];
+            0 is off.
 
     Raises:
         ValueError: for a number out of its range.
@@ -60,7 +61,7 @@ class JointViews:
         self.colour = colour
 
     def __call__(self, image: Tensor, mask: Tensor, normalize: Normalize) -> tuple[Tensor, Tensor]:
-        """A view of ``image`` uint8 ``[3, H, W]`` and ``mask`` int16 ``[H, W]``: float32 and int64."""
+        """A view of ``image`` uint8 ``[3, H, W]`` as float32, and of ``mask`` int16 ``[H, W]`` as int64."""
         chosen, across, down, turn = torch.rand(4).tolist()
         factors = (1 + self.colour * (2 * torch.rand(3) - 1)).tolist()
         if self.steps is None:
@@ -92,12 +93,12 @@ class JointViews:
 
 
 def _nearest(old: int, new: int) -> Tensor:
-    """For each of ``new`` pixels in a row the one of ``old`` ones that is nearest."""
+    """For each of ``new`` pixels in a row, the index of the nearest of ``old`` pixels, int64 ``[new]``."""
     return ((torch.arange(new) + 0.5) * (old / new)).long().clamp(max=old - 1)
 
 
 def check_sides(**sizes: Sequence[int]) -> None:
-    """Raise a ``ValueError`` unless each is height and width, whole numbers above 0."""
+    """Raise a ``ValueError`` unless each argument is a height and a width, whole numbers above 0."""
     for name, size in sizes.items():
         if not isinstance(size, Sequence) or len(size) != 2:
             raise ValueError(f"{name} must be height and width, got {size!r}: give two whole numbers")
@@ -106,13 +107,16 @@ def check_sides(**sizes: Sequence[int]) -> None:
 
 
 class PairFiles:
-    """Images and masks from files: ``[index]`` gives uint8 ``[3, H, W]`` and int16 ``[H, W]``.
+    """Pairs of image and mask files: ``[index]`` gives uint8 ``[3, H, W]`` and int16 ``[H, W]``.
 
     Args:
-        images: the files.
-        masks: likewise; ``None`` where there are none, and all is -1.
-        table: what their values mean.
-        size: height and width that both are brought to. Default: as they are.
+        images: the image files.
+        masks: the mask files; with ``None`` all masks are -1.
+        table: maps the values in masks to classes.
+        size: height and width that both are resized to. Default: no resizing.
+
+    Raises:
+        ValueError: from ``[index]``, where a file cannot be read, or an image and its mask differ in size.
     """
 
     def __init__(
@@ -138,13 +142,13 @@ class PairFiles:
 
 
 def unlike(image: str, mask: str, image_size: tuple[int, ...], mask_size: tuple[int, ...]) -> str:
-    """What to say of an image and a mask of two sizes."""
+    """The error message for an image and a mask of different sizes."""
     sizes = [" x ".join(map(str, size)) for size in (image_size, mask_size)]
     return f"the image {image!r} is {sizes[0]} and its mask {mask!r} {sizes[1]} pixels: give a mask of the same size"
 
 
 class PairTensors:
-    """The same from tensors in memory: uint8 ``[N, 3, H, W]`` and int16 ``[N, H, W]``."""
+    """Pairs in memory, for use like ``PairFiles``: images uint8 ``[N, 3, H, W]`` and masks int16 ``[N, H, W]``."""
 
     def __init__(self, image: Tensor, target: Tensor) -> None:
         self.image, self.target = image, target
@@ -154,13 +158,13 @@ class PairTensors:
 
 
 class MaskedImages(Dataset[tuple[Tensor, Tensor, int]]):
-    """Images with masks, each view with random numbers of its own: ``[epoch, pass, index]``, as ``ImageFiles``.
+    """Images with masks; ``[epoch, pass, index]`` draws a view from a random stream of its own, as ``ImageFiles``.
 
     Args:
         pairs: the images and masks.
-        normalize: brings images to float32.
-        seed: of the random numbers.
-        views: the random views; ``None`` takes images as they are.
+        normalize: normalises images to float32.
+        seed: of the random views.
+        views: draws the random views; ``None`` for whole, unchanged images.
     """
 
     def __init__(

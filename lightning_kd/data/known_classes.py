@@ -1,4 +1,4 @@
-"""Which classes of a data set are known, by number, by name, in an order or by chance."""
+"""Chooses which classes of a data set are known in open-set learning: by number, name, order or at random."""
 
 from __future__ import annotations
 
@@ -17,19 +17,18 @@ def choose_known_classes(
     root: str | None = None,
     fake: bool = False,
 ) -> list[int]:
-    """The numbers of the known classes among those of ``names``, ascending; see ``OpenSetDataModule``.
+    """The indices of the known classes, ascending; see ``OpenSetDataModule``.
 
     Args:
-        names: of all classes of the source.
-        given: ``known_classes``.
-        class_order: see there.
-        split_seed: likewise.
-        root: the folder that a file named by ``class_order`` is looked for in first.
-        fake: whether the classes are made up, so that they are taken as they come where the file does not name
-            them.
+        names: names of all classes of the source.
+        given: ``known_classes`` of ``OpenSetDataModule``.
+        class_order: of ``OpenSetDataModule``.
+        split_seed: of ``OpenSetDataModule``.
+        root: folder in which a file named by ``class_order`` is looked for first.
+        fake: whether the classes are synthetic. Then the first classes are taken if the file does not name them.
 
     Raises:
-        ValueError: for classes that do not exist or come twice, and for fewer than 2.
+        ValueError: for classes that do not exist or are repeated, and for fewer than 2.
     """
     total = len(names)
     if isinstance(given, list):
@@ -40,15 +39,14 @@ def choose_known_classes(
         check_numbers(least=2, most=total, whole=True, remedy=f"the source has {total} classes", known_classes=given)
         chosen = _ordered_classes(names, given, class_order, split_seed, root, fake)[:given]
     if len(chosen) < 2:
-        raise ValueError(f"known_classes must be at least 2, got {len(chosen)}: one class leaves nothing to tell")
+        raise ValueError(f"known_classes must be at least 2, got {len(chosen)}: give two classes or more")
     return sorted(chosen)
 
 
 def _named_classes(names: Sequence[str], given: list[int | str], class_order: str | list[int | str]) -> list[int]:
-    if class_order == "random" or isinstance(class_order, list):  # a file is the data set's own, as in shipped configs
-        raise ValueError(
-            f"class_order goes with a number of known_classes, got the list {given} too: leave class_order out"
-        )
+    # a file is accepted and ignored: shipped configs name the order file of their data set
+    if class_order == "random" or isinstance(class_order, list):
+        raise ValueError(f"class_order needs known_classes to be a number, got the list {given}: leave class_order out")
     return _numbers("known_classes", given, names)
 
 
@@ -68,7 +66,7 @@ def _ordered_classes(
         class_order = _read_order(path)
     chosen = _numbers("class_order", class_order, names)
     if len(chosen) < count:
-        raise ValueError(f"class_order names {len(chosen)} classes, known_classes={count} needs as many")
+        raise ValueError(f"class_order names {len(chosen)} classes, fewer than known_classes={count}: name more")
     return chosen
 
 
@@ -77,15 +75,15 @@ def _read_order(path: Path) -> list[int | str]:
         return [*filter(None, map(str.strip, path.read_text(encoding="utf-8-sig").splitlines()))]
     except (OSError, UnicodeDecodeError):
         raise ValueError(
-            f"class_order must be 'first', 'random', a list of classes or a text file of their names, one a line, got "
-            f"{str(path)!r}, which is no such file: correct the name"
+            f"class_order must be 'first', 'random', a list of classes or a text file with one name per line, got "
+            f"{str(path)!r}, which is not such a file: correct the name"
         ) from None
 
 
 def _numbers(argument: str, given: Sequence[int | str], names: Sequence[str]) -> list[int]:
-    unheard = [c for c in given if isinstance(c, str) and c not in names]
-    if unheard:
-        raise ValueError(f"{argument} holds {unheard[0]!r}, which is no class of the source: it has {list(names)[:20]}")
+    unknown = [c for c in given if isinstance(c, str) and c not in names]
+    if unknown:
+        raise ValueError(f"{argument} holds {unknown[0]!r}, which is no class of the source: it has {list(names)[:20]}")
     chosen = [names.index(c) if isinstance(c, str) else c for c in given]
     _check_classes(argument, chosen, len(names))
     return chosen

@@ -1,4 +1,4 @@
-"""Labels that somebody gave, in a file."""
+"""Label noise that is read from a file of given labels."""
 
 from __future__ import annotations
 
@@ -15,17 +15,17 @@ from lightning_kd.data.label_noise import CleanLabels, LabelNoise, estimate_tran
 from lightning_kd.data.label_rows import find_rows
 from lightning_kd.spreadsheet import as_written, column_name, read_rows, without_zeros
 
-# columns that say that their whole numbers are numbers of classes; those of class_name are names
+# columns whose whole numbers are class indices; those of class_name are class names
 NUMBERED = ("given", "class_index")
 
 
 class StoredNoise(LabelNoise):
-    """Labels that are read, not drawn; or drawn with the same transition matrix as those.
+    """Given labels that are stored; optionally, labels drawn from the transition matrix of the stored ones.
 
     Args:
-        synthetic: estimate the transition matrix from the stored labels, and draw each label from it anew: the same
-            confusions of classes, but no longer of single samples.
-        seed: fixes the labels with ``synthetic``; 0 or more.
+        synthetic: estimate the transition matrix of the stored labels, and draw each label from it. Confusions between
+            classes are the same, but no longer depend on the single sample.
+        seed: of the labels drawn with ``synthetic``; 0 or more.
     """
 
     def __init__(self, synthetic: bool = False, seed: int = 0) -> None:
@@ -34,7 +34,7 @@ class StoredNoise(LabelNoise):
 
     @abstractmethod
     def read(self, clean: CleanLabels) -> tuple[np.ndarray, np.ndarray | None]:
-        """The stored labels ``[N]`` and, where they are stored too, the clean ones that they belong to."""
+        """The stored labels ``[N]``, and the clean labels stored with them (``None`` if there are none)."""
 
     def draw(self, clean: CleanLabels, generator: np.random.Generator) -> np.ndarray:
         given, stored = self.read(clean)
@@ -57,35 +57,35 @@ class StoredNoise(LabelNoise):
 
 
 class LabelFile(StoredNoise):
-    """The given labels are in a file, one for each sample of the training array, in its order.
+    """Reads the given labels from a file, one for each sample of the training array, in its order.
 
-    Labels are numbers of classes, from 0 on, or names of classes; where all are whole numbers they are numbers. Where
-    the classes are called by other whole numbers than their own (folders ``1``, ``10``, ``2``, labels from 1 on), the
-    column of a ``.csv`` or the key of an ``.npz`` must say which is meant: ``class_name`` or ``class_index``
-    (``given``, as in this package's files, holds numbers). A file may be
+    Labels are class indices from 0 on, or class names; if all are whole numbers they are class indices. If the classes
+    have other whole numbers as names than their indices (folders ``1``, ``10``, ``2``, or labels from 1 on), the name
+    of the column in a ``.csv`` or of the array in an ``.npz`` must tell which is meant: ``class_name``, or
+    ``class_index`` (or ``given``, as in files that this package writes). A file may be
 
     - ``.npy``: one array ``[N]``;
-    - ``.npz``: the array ``key``. Clean labels under ``clean`` are compared with the data set's. The ``noise.npz`` of
-      another run is such a file, so that two methods can be trained on the same labels;
-    - ``.csv``, separated by commas, semicolons or tabs: one label a line; or with a header (a single cell must be
+    - ``.npz``: the array ``key``. Clean labels under ``clean`` must equal the data set's. The ``noise.npz`` of another
+      run is such a file, so two methods can be trained on the same labels;
+    - ``.csv``, separated by commas, semicolons or tabs: one label per line; or, with a header (a single cell must be
       ``key``, ``label``, ``given``, ``class_name`` or ``class_index``), the column ``key``. With a column ``index``
-      each line is for that sample, in any order, and samples without a line, or with an empty label, keep the data
-      set's own: so a file may hold corrections alone. How many labels it holds is then printed. Where the samples are
-      image files and there is a column ``path``, a line is for that file, wherever it is now; lines for files that are
-      gone are left out, which is said. ``2.0``, as programs write whole numbers beside empty cells, is 2. The
-      apostrophe that this package's files have before a name that would be a formula (``'=x``) is not part of the name.
+      each line is for that sample, in any order; samples without a line, or with an empty label, keep the data set's
+      own label, so a file may hold corrections only. A printed note counts its labels. Where the samples are image
+      files and there is a column ``path``, a line is for the file of that name at whatever position; lines for missing
+      files are skipped, with a note. ``2.0`` is read as 2, because pandas writes whole numbers so in columns with empty
+      cells. The apostrophe that this package writes before a name that looks like a formula (``'=x``) is dropped.
 
     Args:
         path: the file.
-        key: the name of the array or column. By default ``label``, then ``given``, ``class_name``, ``class_index``,
-            then the only one.
-        synthetic: draw the labels anew with the transition matrix of the stored ones.
-        seed: fixes the labels with ``synthetic``; 0 or more.
+        key: name of the array or column. Default: ``label``, else ``given``, ``class_name``, ``class_index``, or the
+            only one.
+        synthetic: draw the labels from the transition matrix of the stored labels instead.
+        seed: of the labels drawn with ``synthetic``; 0 or more.
 
     Raises:
-        ValueError: for a suffix that is none of these; when read, for a damaged file, a label out of range, a wrong
-            number of labels, a sample with two lines, and for clean labels other than the data set's.
-        FileNotFoundError: when read, where there is no such file.
+        ValueError: for another suffix; when read, for a damaged file, a label out of range, a wrong number of labels, a
+            sample with two lines, or clean labels other than the data set's.
+        FileNotFoundError: when read, where the file does not exist.
     """
 
     def __init__(self, path: str, key: str | None = None, synthetic: bool = False, seed: int = 0) -> None:
@@ -126,17 +126,19 @@ class LabelFile(StoredNoise):
                 return names[0]
         elif self.key in names:
             return self.key
-        raise ValueError(f"key={self.key!r} is none of {self.path!r}, which holds {', '.join(names)}: give one of them")
+        raise ValueError(f"key={self.key!r} is not in {self.path!r}, which holds {', '.join(names)}: give one of them")
 
 
 def read_columns(path: Path, key: str | None = None) -> dict[str, np.ndarray]:
-    """The columns of a ``.csv`` as text, by the names in its header; without a header the one column is ``""``.
+    """The columns of a ``.csv`` as strings, by the names in its header; without a header the only column is ``""``.
 
-    The first line is a header where it has several cells, or the one cell ``given``, ``label`` or ``key``.
+    The first line is a header if it has several cells, or its only cell is ``label``, ``class_name``, ``given``,
+    ``class_index`` or ``key``.
 
     Raises:
-        FileNotFoundError, PermissionError: if there is no such file, or it may not be read.
-        ValueError: if it is empty or not text, two columns have one name, or its lines are not equally long.
+        FileNotFoundError, PermissionError: where the file does not exist, or may not be read.
+        ValueError: where it is empty or not text, two columns have the same name, or lines have different numbers of
+            cells.
     """
     rows = [cells for _, cells in read_rows(path)]
     width = max((k + 1 for cells in rows for k, cell in enumerate(cells) if cell), default=0)
@@ -155,16 +157,16 @@ def read_columns(path: Path, key: str | None = None) -> dict[str, np.ndarray]:
 
 
 def class_indices(labels: np.ndarray, class_names: Sequence[str], where: str, column: str) -> np.ndarray:
-    """Labels as int64: numbers of classes where all are whole numbers, else names of them.
+    """Labels as int64 class indices; if all labels are whole numbers they are class indices, else class names.
 
     Args:
-        labels: texts or integers ``[N]``; other arrays are left alone.
-        class_names: in the order of their numbers.
-        where: what holds the labels, for messages.
-        column: what they are called there, which may say what whole numbers are.
+        labels: strings or integers ``[N]``; other arrays are returned unchanged.
+        class_names: in the order of the class indices.
+        where: where the labels come from, for messages.
+        column: name of their column or array, which may tell whether whole numbers are class indices or names.
 
     Raises:
-        ValueError: for a text that is none of these, and for whole numbers that may be either.
+        ValueError: for an unknown label, and for whole numbers that could be class indices or names.
     """
     names = {name: c for c, name in enumerate(class_names)}
     names = {as_written(name): c for name, c in names.items()} | names
@@ -180,21 +182,21 @@ def class_indices(labels: np.ndarray, class_names: Sequence[str], where: str, co
     name = {v: names[t] for v, t in text.items() if t in names}
     if len(number) == len(values) and either and column not in ("class_name", *NUMBERED):
         raise ValueError(
-            f"the labels of {where} may be numbers of classes or their names, which are {', '.join(names)}: call the "
-            "column of a .csv, or the key of an .npz, class_name or class_index"
+            f"the labels of {where} may be class indices or class names, which are {', '.join(names)}: rename the "
+            "column of a .csv, or the key of an .npz, to class_name or class_index"
         )
     index = number if len(number) == len(values) and column != "class_name" else name
-    for value in sorted(values, key=number.__contains__):  # rather what is no number, where they are mixed
+    for value in sorted(values, key=number.__contains__):  # names a label that is not a number first
         if value not in index:
             raise ValueError(
-                f"{where} holds the label {str(value)!r}: all labels must be numbers of classes, or all names of them; "
+                f"{where} holds the label {str(value)!r}: all labels must be class indices, or all class names; "
                 "correct it"
             )
     return np.array([index[value] for value in values], dtype=np.int64)[inverse]
 
 
 def _corrected(own: np.ndarray, place: np.ndarray, labels: np.ndarray, path: str) -> np.ndarray:
-    """A copy of the labels ``own`` with ``labels`` at the positions ``place``."""
+    """A copy of the labels ``own`` in which the positions ``place`` are replaced by ``labels``."""
     outside = place[(place < 0) | (place >= len(own))]
     if len(outside):
         raise ValueError(
@@ -206,7 +208,7 @@ def _corrected(own: np.ndarray, place: np.ndarray, labels: np.ndarray, path: str
             f"the column index of {path!r} holds {values[count > 1][0]} more than once: keep one line for each sample"
         )
     if len(place) < len(own):
-        note(f"{path!r} holds {len(place)} of {len(own)} labels: the other samples keep the data set's own")
+        note(f"{path!r} holds {len(place)} of {len(own)} labels: the other samples keep the data set's own labels")
     given = own.copy()
     given[place] = labels
     return given

@@ -1,4 +1,4 @@
-"""What every kind of label noise has in common: its interface, and sampling from a transition matrix."""
+"""The base classes of label noise, and functions to draw labels from transition matrices."""
 
 from __future__ import annotations
 
@@ -19,13 +19,13 @@ from lightning_kd.data.array_files import to_target
 
 @dataclass(frozen=True)
 class CleanLabels:
-    """A data set's own training labels, and what else a noise may look at.
+    """The training labels of a data set, and what else label noise may depend on.
 
     Attributes:
-        target: int64 ``[N]``.
-        class_names: one for each class.
-        image: uint8 ``[N, C, H, W]``, features float32 ``[N, D]``, a list of paths, or ``None`` where not at hand.
-        file: the ``.npz`` that the data set is read from, ``None`` where there is none.
+        target: int64 ``[N]``, the data set's own labels.
+        class_names: a name for each class.
+        image: uint8 ``[N, C, H, W]``, features float32 ``[N, D]``, a list of paths, or ``None`` where not available.
+        file: the ``.npz`` that the data set is read from; ``None`` where there is none.
     """
 
     target: np.ndarray
@@ -39,14 +39,14 @@ class CleanLabels:
 
 
 class DrawnLabels(ABC):
-    """What a method is trained on in the place of a data set's own labels, and a run folder keeps.
+    """Labels that a method is trained on instead of a data set's own; the base class of noise, candidates and crowds.
 
-    A subclass has ``given_labels``, keeps its arguments as attributes of the same names, and calls
-    ``super().__init__(seed)``. Its public attributes are what a run folder remembers it by; one that reads a file also
-    overrides ``without_files``, and then a resumed run asks whether the file still holds the same labels.
+    A subclass implements ``given_labels``, stores its arguments as attributes of the same names, and calls
+    ``super().__init__(seed)``. A run folder records its ``repr``, which shows the public attributes. A subclass that
+    reads a file also overrides ``without_files``; a resumed run then checks that the file still holds the same labels.
 
     Args:
-        seed: fixes the labels, together with nothing else; 0 or more.
+        seed: the labels depend only on the seed and the data set; 0 or more.
 
     Raises:
         ValueError: for a seed that is not a whole number from 0 on.
@@ -58,11 +58,11 @@ class DrawnLabels(ABC):
 
     @property
     def nominal_rate(self) -> float:
-        """The rate in its own definition, not always the share of wrong labels; NaN where there is none."""
+        """The rate in this noise's own definition, not always the fraction of wrong labels; NaN without one."""
         return float(getattr(self, "rate", math.nan))
 
     def without_files(self) -> DrawnLabels:
-        """What stands in for it on made-up data: itself, unless it reads a file."""
+        """A substitute that reads no file, for synthetic data; the object itself, unless it reads a file."""
         return self
 
     def corrupt(
@@ -72,20 +72,19 @@ class DrawnLabels(ABC):
         image: Any = None,
         file: Path | None = None,
     ) -> np.ndarray:
-        """What is given in the place of the labels of a data set.
+        """The given labels, to be used instead of the labels of a data set.
 
         Args:
-            target: the data set's own labels ``[N]``.
-            class_names: a name for each class, or only their number.
-            image: the samples, for what depends on them (see ``CleanLabels``).
-            file: the ``.npz`` of the data set, for what is stored in it.
+            target: the data set's own labels, integers ``[N]``.
+            class_names: a name for each class, or their number.
+            image: the samples, for noise that depends on them (see ``CleanLabels``).
+            file: the ``.npz`` of the data set, for labels stored in it.
 
         Returns:
-            a new array ``[N, ...]``, see ``given_labels``; the same one for the same seed, whatever was drawn elsewhere
-            before.
+            a new array ``[N, ...]``, see ``given_labels``; the same in every call with the same seed.
 
         Raises:
-            ValueError: for labels out of range, and where what is drawn or read does not fit the data set.
+            ValueError: for labels out of range, and where the labels drawn or read do not match the data set.
         """
         names = [str(c) for c in range(class_names)] if isinstance(class_names, int) else list(class_names)
         own = np.asarray(target)
@@ -94,7 +93,7 @@ class DrawnLabels(ABC):
 
     @abstractmethod
     def given_labels(self, clean: CleanLabels) -> np.ndarray:
-        """What ``corrupt`` returns, ``[N, ...]``, checked; ``clean`` is not to be changed."""
+        """What ``corrupt`` returns, ``[N, ...]``, after checks; must not change ``clean``."""
 
     def __repr__(self) -> str:
         arguments = {k: v for k, v in vars(self).items() if not k.startswith("_")}
@@ -102,17 +101,17 @@ class DrawnLabels(ABC):
 
 
 class LabelNoise(DrawnLabels):
-    """Turns a data set's own labels into the given labels that a method is trained on.
+    """Label noise: replaces some of a data set's labels, to train on the result.
 
-    A subclass implements ``draw``; see ``DrawnLabels`` for its arguments. A nominal rate of 0 gives the own labels.
+    A subclass implements ``draw``; see ``DrawnLabels`` for the arguments. With a nominal rate of 0 nothing is replaced.
     """
 
     @abstractmethod
     def draw(self, clean: CleanLabels, generator: np.random.Generator) -> np.ndarray:
-        """The given labels, integers ``[N]``; ``clean`` is not to be changed, and ``generator`` is this noise's own."""
+        """Draw the given labels, integers ``[N]``, from this noise's own ``generator``; must not change ``clean``."""
 
     def given_labels(self, clean: CleanLabels) -> np.ndarray:
-        """Int64 ``[N]``."""
+        """The given labels, int64 ``[N]``."""
         given = clean.target
         if self.nominal_rate != 0:
             given = self.draw(clean, numpy_generator(self.seed, "label_noise"))
@@ -120,34 +119,32 @@ class LabelNoise(DrawnLabels):
 
 
 def check_rate(rate: float) -> float:
-    """``rate`` as a float.
+    """``rate`` as a float, if it is in [0, 1].
 
     Raises:
-        ValueError: where it is not from 0 to 1.
+        ValueError: where it is not.
     """
-    check_numbers(least=0, most=1, remedy="give the share of labels to corrupt", rate=rate)
+    check_numbers(least=0, most=1, remedy="give the fraction of labels to corrupt", rate=rate)
     return float(rate)
 
 
 def at_least_two(class_names: Sequence[str]) -> int:
-    """The number of classes.
+    """The number of classes, if it is at least 2.
 
     Raises:
-        ValueError: where it is below 2.
+        ValueError: where it is not.
     """
     if len(class_names) < 2:
-        raise ValueError(
-            f"label noise needs 2 classes or more, got {len(class_names)}: there is no other label to take"
-        )
+        raise ValueError(f"label noise needs 2 classes or more, got {len(class_names)}: give data of more classes")
     return len(class_names)
 
 
 def check_transition(matrix: Any, num_classes: int | None = None, name: str = "matrix") -> np.ndarray:
-    """``matrix`` as float64 ``[C, C]``, rows scaled to sum to 1 exactly.
+    """``matrix`` as float64 ``[C, C]`` with each row divided by its sum, after checks.
 
     Raises:
-        ValueError: where it is not square, not of ``num_classes``, has a negative or infinite entry, or a row that does
-            not sum to 1 within 1e-6.
+        ValueError: where it is not square, not for ``num_classes`` classes, has a negative or infinite entry, or a row
+            that does not sum to 1 within 1e-6.
     """
     try:
         table = np.asarray(matrix, dtype=np.float64)
@@ -172,12 +169,12 @@ def check_transition(matrix: Any, num_classes: int | None = None, name: str = "m
 
 
 def sample_transition(target: np.ndarray, transition: np.ndarray, generator: np.random.Generator) -> np.ndarray:
-    """Draw each label anew from the row of its class, by the inverse of the cumulative distribution.
+    """Draw each label from the row of its class in a transition matrix.
 
     Args:
-        target: int64 ``[N]``.
-        transition: float64 ``[C, C]``, entry ``[i, j]`` the probability that label ``i`` becomes ``j``.
-        generator: gives one number for each label, whatever its class.
+        target: int64 ``[N]``, the labels before.
+        transition: float64 ``[C, C]``; entry ``[i, j]`` is the probability that label ``i`` becomes ``j``.
+        generator: draws one uniform number per label, by which the row's cumulative distribution is inverted.
 
     Returns:
         int64 ``[N]``.
@@ -188,20 +185,20 @@ def sample_transition(target: np.ndarray, transition: np.ndarray, generator: np.
     given = np.empty(len(target), dtype=np.int64)
     for c in np.unique(target):
         of_class = target == c
-        given[of_class] = cumulative[c].searchsorted(uniform[of_class], side="right")  # right: never a probability of 0
+        given[of_class] = cumulative[c].searchsorted(uniform[of_class], side="right")  # not "left", or 0.0 draws a zero
     return given
 
 
 def estimate_transition(clean: np.ndarray, given: np.ndarray, num_classes: int) -> np.ndarray:
-    """The transition matrix from counts: entry ``[i, j]`` is the share of class ``i`` that was labelled ``j``.
+    """Estimate the transition matrix by counting: ``[i, j]`` is the fraction of class ``i`` that was labelled ``j``.
 
     Args:
-        clean: int64 ``[N]``.
-        given: int64 ``[N]``.
-        num_classes: C.
+        clean: int64 ``[N]``, the true labels.
+        given: int64 ``[N]``, the given labels.
+        num_classes: ``C``.
 
     Returns:
-        float64 ``[C, C]``, rows summing to 1. A class without a sample keeps its labels.
+        float64 ``[C, C]`` with rows that sum to 1; the row of a class without a sample is that of the identity.
     """
     count = np.bincount(clean * num_classes + given, minlength=num_classes**2).reshape(num_classes, num_classes)
     count = np.where(count.sum(1, keepdims=True) == 0, np.eye(num_classes), count)

@@ -1,4 +1,4 @@
-"""Which samples the lines of a table of labels are for."""
+"""Finds the samples that the lines of a label table are for, by index or image path."""
 
 from __future__ import annotations
 
@@ -16,23 +16,23 @@ __all__ = ["find_rows"]
 
 
 def find_rows(columns: Mapping[str, np.ndarray], image: Any, source: str) -> tuple[np.ndarray, np.ndarray]:
-    """The positions of the samples that the lines of a table are for, and which lines are for a sample at all.
+    """The position of the sample of each line of a table, and whether the line is for a sample at all.
 
-    Positions change where files come or go; so a line with a ``path`` is for the file of that name.
+    Positions change when files are added or removed, so a line with a ``path`` is for the file of that name.
 
     Args:
-        columns: of text ``[n]``, ``index`` and perhaps ``path``; of files ``path`` alone will do, and then also names
-            without their folders, where each is that of one file.
-        image: the samples; where they are a list of paths, those are compared, from the folder on that holds all of
-            them, so that this may be another one: one for all lines, where it can be.
-        source: the table, for messages.
+        columns: string columns ``[n]``: ``index``, ``path`` or both. For image files ``path`` is enough, and then a
+            name without its folders is accepted where only one file has it.
+        image: the samples. Paths in a list are compared without the folder that all of them share, so the data set may
+            have been moved; all lines are taken to share a folder too, where possible.
+        source: name of the table, for messages.
 
     Returns:
-        int64 ``[n]``, and bool ``[n]``: false where the file is none of ``image``, which is said.
+        int64 ``[n]`` and bool ``[n]``, false where the file is not in ``image``; a printed note counts these.
 
     Raises:
-        ValueError: for an ``index`` that is no whole number, where no path is that of a sample, and for a name that is
-            that of several.
+        ValueError: for an ``index`` that is not a whole number, a name that several files have, or where no path
+            matches.
     """
     numbered = "index" in columns
     try:
@@ -45,7 +45,7 @@ def find_rows(columns: Mapping[str, np.ndarray], image: Any, source: str) -> tup
         return place, here
     paths, files = columns["path"].tolist(), [as_written(path) for path in image]
     places = _find(paths, files)
-    if not any(k is not None for k in places):  # a table of somebody's own may come from Windows
+    if not any(k is not None for k in places):  # the table may have been written on Windows
         paths = [path.replace("\\", "/") for path in paths]
         places = _find(paths, files)
     if not numbered and not any(k is not None for k in places):
@@ -54,7 +54,7 @@ def find_rows(columns: Mapping[str, np.ndarray], image: Any, source: str) -> tup
     for k, (path, found) in enumerate(zip(paths, places, strict=True)):
         if not path:
             continue
-        if found is None:  # a table of somebody's own may have shorter names
+        if found is None:  # the path may lack leading folders: then it must match the file at that index
             here[k] = 0 <= place[k] < len(image) and f"/{files[place[k]]}".endswith(f"/{path}")
         elif found != place[k]:
             moved += [path] if numbered else []
@@ -63,25 +63,25 @@ def find_rows(columns: Mapping[str, np.ndarray], image: Any, source: str) -> tup
     if len(place) and not here.any():
         raise ValueError(
             f"no path in {source!r} is one of the training images, such as {gone[0]!r}: is it for this data set?"
-            + (" Without the column path the lines are taken by their index" if numbered else "")
+            + (" To match the lines by index, remove the column path" if numbered else "")
         )
     if moved:
-        note(f"{len(moved)} files of {source!r} have another index now, such as {moved[0]!r}: taken by their path")
+        note(f"{len(moved)} files of {source!r} have another index now, such as {moved[0]!r}: matched by their path")
     if gone:
-        note(f"{len(gone)} files of {source!r} are no training images now, such as {gone[0]!r}: left out")
+        note(f"{len(gone)} files of {source!r} are not training images, such as {gone[0]!r}: left out")
     return place, here
 
 
 def _find(paths: Sequence[str], files: Sequence[str]) -> list[int | None]:
-    """The position in ``files`` of each path, compared from the folder on that holds all files."""
-    shared = os.path.commonprefix(files).rfind(os.sep) + 1  # noqa: RUF071  # cut off at a folder
+    """The position in ``files`` of each path (else ``None``), compared without the folder that all files share."""
+    shared = os.path.commonprefix(files).rfind(os.sep) + 1  # noqa: RUF071  # cut at a separator
     tails = {file[shared:]: k for k, file in enumerate(files)}
     found = [_by_folder(path, tails) for path in paths]
     own = files[0][:shared] if files else ""
     if not own or not any(path.startswith(own) for path in paths):
         counts = Counter(folder for each in found for folder in each)
         own = max(counts, key=lambda folder: (counts[folder], -len(folder)), default=os.sep)
-    # a file that is gone from the folder is not one of the same name further up
+    # a missing file must not match a file of the same name in a parent folder
     return [
         each.get(own) if path.startswith(own) else next(iter(each.values()), None)
         for path, each in zip(paths, found, strict=True)
@@ -89,7 +89,7 @@ def _find(paths: Sequence[str], files: Sequence[str]) -> list[int | None]:
 
 
 def _find_names(paths: Sequence[str], files: Sequence[str], source: str) -> list[int | None]:
-    """The position in ``files`` of each path, of which the folders in front may be left out."""
+    """The position in ``files`` of each path (``None`` if not found), where paths may lack their leading folders."""
     named: dict[str, list[int]] = {}
     for k, file in enumerate(files):
         named.setdefault(os.path.basename(file), []).append(k)
@@ -105,7 +105,7 @@ def _find_names(paths: Sequence[str], files: Sequence[str], source: str) -> list
 
 
 def _by_folder(path: str, tails: Mapping[str, int]) -> dict[str, int]:
-    """Which file ``path`` may be, by what comes before its tail, the longest tail first."""
+    """The positions of files that ``path`` may mean, by the leading folders that this leaves out, shortest first."""
     parts = path.split(os.sep)
     every = (os.sep.join(parts[k:]) for k in range(len(parts)))
     return {path[: len(path) - len(tail)]: tails[tail] for tail in every if tail in tails}

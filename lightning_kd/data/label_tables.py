@@ -1,4 +1,4 @@
-"""Tables that give each image file its labels."""
+"""Reads tables that list image files and their labels, for multi-label data."""
 
 from __future__ import annotations
 
@@ -20,8 +20,15 @@ VALUES = {"0": 0, "1": 1, "": -1}
 
 
 class LabelTable(NamedTuple):
-    """Attributes: ``files`` as they are written; ``lines``, their numbers in the table; ``labels`` int8 ``[N, C]`` of
-    1, 0 and -1 (not known); ``class_names``; and ``splits``, one of train, val and test each, or ``None``."""
+    """The content of a table of image files and labels.
+
+    Attributes:
+        files: image files as they are written in the table.
+        lines: number of the line of each file.
+        labels: int8 ``[N, C]`` of 1, 0 and -1 (unknown).
+        class_names: a name for each column of ``labels``.
+        splits: ``"train"``, ``"val"`` or ``"test"`` for each file; ``None`` where the table has no splits.
+    """
 
     files: list[str]
     lines: list[int]
@@ -34,12 +41,12 @@ def read_label_table(path: Path, class_names: Sequence[str] | None = None) -> La
     """Read a ``.csv`` with a header; see ``MultiLabelFolderDataModule`` for its columns.
 
     Args:
-        path: the table.
-        class_names: those to have, in this order; by default those of the columns, or all names in order.
+        path: the ``.csv`` file.
+        class_names: the classes, in this order. Default: the columns of labels, or all names that occur, sorted.
 
     Raises:
-        FileNotFoundError, PermissionError: where there is no such file, or it may not be read.
-        ValueError: naming file and line, for anything else in it.
+        FileNotFoundError, PermissionError: where the file does not exist, or may not be read.
+        ValueError: naming file and line, for any other fault.
     """
     rows = read_rows(path)
     where = str(path)
@@ -66,7 +73,9 @@ def read_label_table(path: Path, class_names: Sequence[str] | None = None) -> La
         splits = [cells[split].lower() for _, cells in rows]
         for (number, _), name in zip(rows, splits, strict=True):
             if name not in SPLITS:
-                raise ValueError(f"{where!r}, line {number}: split {name!r} is none of {', '.join(SPLITS)}: correct it")
+                raise ValueError(
+                    f"{where!r}, line {number}: split {name!r} must be one of {', '.join(SPLITS)}: correct it"
+                )
     return LabelTable([cells[file] for _, cells in rows], [number for number, _ in rows], labels, names, splits)
 
 
@@ -76,19 +85,19 @@ def _joined(
     found = [(number, split_names(cell)) for number, cell in cells]
     names = list(class_names) if class_names else sorted({name for _, some in found for name in some})
     if not names:
-        raise ValueError(f"{where!r} names no label at all: give each image its names, joined by |")
+        raise ValueError(f"{where!r} holds no label: give each image its label names, joined by |")
     place = {name: c for c, name in enumerate(names)}
     labels = np.zeros((len(found), len(names)), dtype=np.int8)
     for row, (number, some) in enumerate(found):
         for name in some:
             if name not in place:
-                raise ValueError(f"{where!r}, line {number}: {name!r} is none of class_names: correct one")
+                raise ValueError(f"{where!r}, line {number}: {name!r} is not in class_names: correct one")
             labels[row, place[name]] = 1
     return names, labels
 
 
 def split_names(cell: str) -> list[str]:
-    r"""The names in a cell, joined by ``|`` or ``;``; inside a name these have a ``\`` before them, as ``\`` itself."""
+    r"""The names in a cell, separated by ``|`` or ``;``; inside a name ``|``, ``;`` and ``\`` are escaped by ``\``."""
     parts = (re.sub(r"\\(.)", r"\1", part).strip() for part in re.findall(r"(?:\\.|[^\\|;])+", cell))
     return [part for part in parts if part]
 
@@ -111,8 +120,8 @@ def _columns(
         for column, k in enumerate(rest):
             if cells[k] not in VALUES:
                 raise ValueError(
-                    f"{where!r}, line {number}: {header[k]!r} must be 0, 1 or empty (not known), got {cells[k]!r}: "
-                    "correct it, or call a column of names 'labels'"
+                    f"{where!r}, line {number}: {header[k]!r} must be 0, 1 or empty (unknown), got {cells[k]!r}: "
+                    "correct it, or rename a column of label names to 'labels'"
                 )
             labels[row, column] = VALUES[cells[k]]
     order = [names.index(name) for name in class_names or names]

@@ -1,4 +1,4 @@
-"""The base of the data modules: splits, subsets and loaders over labelled data in memory."""
+"""The base class of data modules: splits, subsets and loaders of labelled data."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from torch import Tensor
 from lightning_kd.argument_checks import check_numbers
 from lightning_kd.core.problems import Problem, SingleLabel
 from lightning_kd.core.seeding import numpy_generator
-from lightning_kd.data.arguments import check_class_names, check_shares, check_statistics
+from lightning_kd.data.arguments import check_class_names, check_statistics, check_subset_sizes
 from lightning_kd.data.array_files import Arrays
 from lightning_kd.data.augment import CropFlip
 from lightning_kd.data.data_digest import data_digest
@@ -26,51 +26,50 @@ from lightning_kd.data.splits import take_fraction, take_training_samples, witho
 
 
 class LabelledDataModule(SplitLoaders, ABC):
-    """Splits, subsets and loaders over labelled data in memory, of any kind of problem.
+    """Splits, subsets and loaders of labelled data for any kind of problem.
 
-    Subclasses say where it comes from.
+    A subclass implements ``load_arrays`` (and ``prepare_data`` to download files) and passes all other arguments to
+    ``super().__init__``. Arguments are plain attributes. ``problem``, ``num_classes``, ``input_shape``,
+    ``class_names``, ``mean`` and ``std`` can be read before ``setup``; reading a size loads the data.
 
-    A subclass implements ``load_arrays`` (and ``prepare_data`` where files have to be fetched) and hands the rest to
-    ``super().__init__``. All arguments are plain attributes. ``problem``, ``num_classes``, ``input_shape``,
-    ``class_names``, ``mean`` and ``std`` can be read at once; the sizes load the data when they are first read.
-
-    After ``setup``: ``train_image``, ``train_target``, ``test_image`` and ``test_target`` are the full arrays (images
-    uint8 ``[N, C, H, W]``, features float32 ``[N, D]``, targets as the problem has them, masks int16), and
-    ``train_indices``, ``val_indices`` and ``test_indices`` (int64 arrays, ascending) the positions in them that are
-    used. Validation samples come out of the training array, unless the data set has its own ``val_image`` and
+    After ``setup``, ``train_image``, ``train_target``, ``test_image`` and ``test_target`` are the full arrays (images
+    uint8 ``[N, C, H, W]``, features float32 ``[N, D]``, targets as the problem defines them, masks int16), and
+    ``train_indices``, ``val_indices`` and ``test_indices`` (int64, ascending) the positions in them that are used.
+    Validation samples are split off the training array, unless the data set has its own ``val_image`` and
     ``val_target``. Splits are stratified by class where each sample has one class.
 
-    Loaders yield ``Batch`` with ``index`` the position in the full array. With ``val_fraction=0`` there is no
-    validation loader, so that nothing is selected on the test set. The prediction set is the test set, or with
-    ``predict`` the new samples there, without labels (their targets are -1); then nothing else is loaded for it.
+    Loaders yield ``Batch``, with ``index`` the position in the full array. With ``val_fraction=0`` there is no
+    validation loader, so no model is selected on the test set. The prediction set is the test set or, with ``predict``,
+    the new samples there, with target -1; for the stage ``"predict"`` only these are loaded.
 
-    Several processes: only one prepares files. Each rank reads its own part of every batch and Lightning adds no
-    sampler; ``batch_size`` is that of one process, and all ranks together see the batches of one process with
-    ``world_size`` times that size (see ``ShardedSampler``). No sample is evaluated twice.
+    With several processes, only one prepares files. Each rank reads its part of every batch and Lightning adds no
+    sampler; ``batch_size`` is per process, and together the ranks see the batches of one process with ``world_size``
+    times that size (see ``ShardedSampler``). No sample is evaluated twice.
 
     Args:
         class_names: a name for each class; their number is ``num_classes``.
         input_shape: ``(C, H, W)``, or ``(D,)`` for features.
-        mean: for each channel (or feature), in units of the full scale; subtracted.
-        std: likewise; divided by.
-        batch_size: training samples a step and process.
-        eval_batch_size: the most samples an evaluation step and process.
-        val_fraction: the share of the training samples that becomes the validation set, 0 to below 1; of each class
-            alike where each sample has one class.
-        train_fraction: likewise the share of what is then left to train on, above 0 to 1.
-        train_per_class: train on this many samples of each class instead; only with one class a sample.
-        crop_flip: the random view of each training image; ``None`` for none.
-        cutout: the side in pixels of a box set to the mean colour in each training image; 0 is off.
-        seed: fixes the validation split and the subset, for the same given labels (both are stratified by them);
-            together with ``seed_everything`` also the order of the batches and the augmentation; 0 or more.
-        fake: use a small made-up data set of the same shape and classes, without any file; all of it, where it is too
+        mean: mean of each channel (or feature), in units of the full scale, to normalise samples.
+        std: standard deviation of each channel (or feature), in the same units.
+        batch_size: training samples per step and process.
+        eval_batch_size: largest number of samples per evaluation step and process.
+        val_fraction: fraction of the training samples that becomes the validation set, in [0, 1); stratified by class
+            where each sample has one class.
+        train_fraction: fraction of the remaining samples to train on, in (0, 1]; stratified likewise.
+        train_per_class: number of samples of each class to train on, instead of ``train_fraction``; only with one class
+            per sample.
+        crop_flip: random crop and flip of training images; ``None`` for none.
+        cutout: side in pixels of a square set to the mean colour in each training image; 0 is off.
+        seed: fixes the validation split and the training subset, both stratified by the given labels; together with
+            ``seed_everything`` also the order of the batches and the augmentation; 0 or more.
+        fake: use a small synthetic data set of the same shape and classes, without any file; all of it, where it is too
             small for the subset asked for.
-        problem: what is asked of a network. Default: one class a sample.
-        predict: where the samples to predict are, which have no labels. Default: the test set is predicted.
-        balance: show each class equally often, see ``ArrayDataModule``; only with one class a sample.
+        problem: the kind of problem. Default: one class per sample.
+        predict: where to find samples to predict, without labels. Default: the test set is predicted.
+        balance: draw each class equally often, see ``ArrayDataModule``; only with one class per sample.
 
     Raises:
-        ValueError: for an argument out of its range, and for both ``train_fraction`` and ``train_per_class``.
+        ValueError: for an argument out of its range, or both ``train_fraction`` and ``train_per_class``.
     """
 
     train_image: Any
@@ -108,16 +107,16 @@ class LabelledDataModule(SplitLoaders, ABC):
         super().__init__()
         check_numbers(least=1, whole=True, batch_size=batch_size, eval_batch_size=eval_batch_size)
         check_numbers(least=0, whole=True, cutout=cutout, seed=seed)
-        check_shares(val_fraction, train_fraction, train_per_class)
+        check_subset_sizes(val_fraction, train_fraction, train_per_class)
         check_statistics(mean, std, input_shape)
         self.problem = SingleLabel(len(class_names)) if problem is None else problem
         if train_per_class is not None and not self.problem.one_class:
             raise ValueError(
-                f"train_per_class={train_per_class} is for one class a sample, the data has {self.problem.kind}: use "
+                f"train_per_class={train_per_class} is for one class per sample, the data has {self.problem.kind}: use "
                 "train_fraction"
             )
         if balance and not self.problem.one_class:
-            raise ValueError(f"balance is for one class a sample, the data has {self.problem.kind}: leave it out")
+            raise ValueError(f"balance is for one class per sample, the data has {self.problem.kind}: leave it out")
         self.balance = balance
         self.num_classes = self.problem.num_classes
         self.class_names = list(class_names)
@@ -145,23 +144,23 @@ class LabelledDataModule(SplitLoaders, ABC):
 
     @abstractmethod
     def load_arrays(self) -> Arrays:
-        """The whole data set, read and checked. Called once, in every process, and not with ``fake``."""
+        """Read and check the whole data set. Called once in every process, and not with ``fake``."""
 
     def fake_arrays(self) -> Arrays:
-        """The made-up data set used with ``fake``."""
+        """The synthetic data set that is used with ``fake``."""
         return fake_arrays(self.input_shape, self.num_classes)
 
     def setup(self, stage: str | None = None) -> None:
-        """Load and split the data, once; to predict new samples, load those alone."""
+        """Load and split the data, once; for the stage ``"predict"`` with ``predict``, load the new samples only."""
         if not self._only_new(stage) and not self._ready:
             self._load()
 
     def load_new(self) -> Any:
-        """The samples of ``predict``: files, or a tensor like ``test_image``. Called once, in every process."""
+        """Read the samples of ``predict``: files, or a tensor like ``test_image``; called once per process."""
         raise ValueError(f"{type(self).__name__} cannot read predict={self.predict!r}: leave it out")
 
     def _only_new(self, stage: str | None) -> bool:
-        """Whether the new samples are all that is asked for; they are there then."""
+        """Whether the stage needs only the samples of ``predict``; if so, load them."""
         if stage != "predict" or self.predict is None:
             return False
         if not self._new_ready:
@@ -172,7 +171,7 @@ class LabelledDataModule(SplitLoaders, ABC):
         return True
 
     def describe(self) -> dict[str, Any]:
-        """What a prediction has to know of the data, in plain values. Checkpoints hold it as ``data_description``."""
+        """What a prediction needs to know of the data, as plain values. Checkpoints hold it as ``data_description``."""
         return {
             "problem": type(self.problem).__name__,
             "class_names": list(self.class_names),
@@ -182,15 +181,15 @@ class LabelledDataModule(SplitLoaders, ABC):
         }
 
     def check_classes(self, stored: Sequence[str]) -> None:
-        """Asked before a checkpoint of other data is loaded, whose class names are ``stored``.
+        """Check the class names ``stored`` in a checkpoint, before it is used with this data.
 
         Raises:
-            ValueError: where they differ from those here, or stand in another order.
+            ValueError: where they differ from those of this data, or their order does.
         """
         check_class_names(stored, self.class_names)
 
     def state_dict(self) -> dict[str, Any]:
-        """For checkpoints: what a memory of each sample hangs on."""
+        """State for checkpoints: a digest of the samples, their order and their labels, see ``data_digest``."""
         if not self._ready:
             return {}
         if self._digest is None:
@@ -198,17 +197,17 @@ class LabelledDataModule(SplitLoaders, ABC):
         return {"data_sha256": self._digest}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Before a fit goes on from a checkpoint.
+        """Check, before a fit resumes, that the checkpoint was trained on this data.
 
         Raises:
-            ValueError: where that was trained on other samples or labels, or in another order.
+            ValueError: where it was trained on other samples or labels, or in another order.
         """
         fitting = self.trainer is not None and self.trainer.state.fn == "fit"
         stored = state_dict.get("data_sha256")
         if fitting and stored is not None and stored != self.state_dict().get("data_sha256"):
             raise ValueError(
                 f"the checkpoint was trained on other data than {type(self).__name__} has now (other samples, another "
-                "order, or other labels): give it those, or start anew with --overwrite in place of --ckpt_path"
+                "order, or other labels): give the same data, or start anew with --overwrite instead of --ckpt_path"
             )
 
     def path_of(self, index: int) -> str | None:
@@ -217,7 +216,7 @@ class LabelledDataModule(SplitLoaders, ABC):
         return image[index] if isinstance(image, list) else None
 
     def picture_of(self, index: int) -> Image.Image | None:
-        """A sample of the prediction set, as ``picture`` has those of the training set."""
+        """A sample of the prediction set as an image for display, as ``picture`` returns those of the training set."""
         return self._shown(self._predicted()[index])
 
     def _predicted(self) -> Any:
@@ -226,8 +225,7 @@ class LabelledDataModule(SplitLoaders, ABC):
         return self.test_image if self.predict is None else self.predict_image
 
     def picture(self, index: int) -> Image.Image | None:
-        """The training sample at a position of the full array as a person sees it, grey or RGB in 8 bits and without
-        augmentation; ``None`` for features."""
+        """A training sample as an image for display, 8-bit grey or RGB without augmentation; ``None`` for features."""
         self.setup()
         return self._shown(self.train_image[index])
 
@@ -236,20 +234,20 @@ class LabelledDataModule(SplitLoaders, ABC):
             return read_image(image)
         if image.ndim != 3:
             return None
-        shown = image[: 3 if len(image) >= 3 else 1].permute(1, 2, 0).contiguous()  # of other channels nothing is known
+        shown = image[: 3 if len(image) >= 3 else 1].permute(1, 2, 0).contiguous()  # shows 3 or 1 channels
         return Image.fromarray((shown if shown.shape[2] == 3 else shown[..., 0]).numpy())
 
     def _classes(self, target: Tensor) -> tuple[np.ndarray, int]:
-        """What splits are stratified by, int64 ``[N]``, and how many classes of it there are."""
+        """The classes that splits are stratified by, int64 ``[N]``, and their number."""
         if self.problem.one_class:
             return target.numpy(), self.num_classes
         return np.zeros(len(target), dtype=np.int64), 1
 
     def _change_targets(self) -> None:
-        """Called once the arrays are read, before anything is split."""
+        """A hook for subclasses, called after the arrays are read and before they are split."""
 
     def _load(self) -> None:
-        self._ready, self._digest = False, None  # until all of it has worked
+        self._ready, self._digest = False, None  # stay so if a step below fails
         arrays = self.fake_arrays() if self.fake else self.load_arrays()
         self.train_image, self.train_target, self.test_image, self.test_target, val_image, val_target = arrays
         self._change_targets()
@@ -283,18 +281,18 @@ class LabelledDataModule(SplitLoaders, ABC):
 
     @property
     def train_size(self) -> int:
-        """Training samples in use."""
+        """Number of training samples in use."""
         self.setup()
         return len(self.train_indices)
 
     @property
     def val_size(self) -> int:
-        """Validation samples."""
+        """Number of validation samples."""
         self.setup()
         return len(self.val_indices)
 
     @property
     def test_size(self) -> int:
-        """Test samples."""
+        """Number of test samples."""
         self.setup()
         return len(self.test_indices)

@@ -1,4 +1,4 @@
-"""Files that hold a class for each pixel: pairs of image and mask, and what the values of a mask mean."""
+"""Masks in files, which hold a class for each pixel: pairs of image and mask, and the meaning of mask values."""
 
 from __future__ import annotations
 
@@ -24,19 +24,19 @@ _GREY = ("1", "L", "P", "I")
 
 
 class MaskTable:
-    """From the values of a mask to classes, and -1 for what is ignored.
+    """Maps the values of masks to class indices, and to -1 for ignored pixels.
 
-    A mask is grey, or has a palette, and its values are class ids; or it is in colours.
+    A mask is grey or has a palette, and its values are ids; or it is in colours.
 
     Args:
-        num_classes: ``C``.
-        ignore: the id, or red, green and blue, of what is ignored; ``None`` for nothing.
-        ids: the class of each id, -1 to ignore it. Default: ids are classes.
-        colours: red, green and blue of each class; then masks are in colours.
-        others: further colours that are ignored.
+        num_classes: number of classes ``C``.
+        ignore: the id, or red, green and blue, of ignored pixels; ``None`` for none.
+        ids: class index of each id, -1 to ignore it. Default: ids are class indices.
+        colours: red, green and blue of each class, for masks in colours.
+        others: further colours to ignore.
 
     Raises:
-        ValueError: for numbers out of their range, and an ``ignore`` that does not go with the rest.
+        ValueError: for a number out of range, or an ``ignore`` that does not match the other arguments.
     """
 
     def __init__(
@@ -56,7 +56,7 @@ class MaskTable:
             codes = [_code(colour) for colour in [*colours, *ignored]]
             classes = [*range(len(colours)), *[-1] * len(ignored)]
             if len({*codes[: len(colours)]}) < len(colours) or {*codes[: len(colours)]} & {*codes[len(colours) :]}:
-                raise ValueError("colours must be different ones, and none the ignored one: correct the table")
+                raise ValueError("colours must all differ, also from ignored colours: correct the table")
             order = np.argsort(codes)
             self._codes, self._classes = np.array(codes)[order], np.array(classes, dtype=np.int16)[order]
             return
@@ -72,19 +72,19 @@ class MaskTable:
         if ignore is not None:
             if ids is None and ignore < num_classes:
                 raise ValueError(
-                    f"ignore={ignore} is the id of a class, of which there are {num_classes}: give another, or None"
+                    f"ignore={ignore} is the id of one of the {num_classes} classes: give another, or None"
                 )
             self._lookup[ignore] = -1
 
     def read(self, path: str, size: Sequence[int] | None = None) -> Tensor:
-        """A mask, int16 ``[H, W]``.
+        """Read a mask, int16 ``[H, W]`` of class indices and -1.
 
         Args:
-            path: the file.
-            size: height and width that it is brought to (nearest). Default: as it is.
+            path: the mask file.
+            size: height and width to resize it to (nearest neighbour). Default: no resizing.
 
         Raises:
-            ValueError: naming the file, where it cannot be read, or holds what is no class.
+            ValueError: naming the file, where it cannot be read, or holds a value that is not a class.
         """
         try:
             with Image.open(path) as file:
@@ -102,11 +102,11 @@ class MaskTable:
         return torch.from_numpy(self._mapped(np.asarray(mask), path))
 
     def tell_of_one_class(self, masks: Iterable[Tensor], names: Sequence[str]) -> None:
-        """Note it where some masks, int16 ``[H, W]`` each, show one class or none, from which nothing is learnt."""
+        """Print a note if all of some masks, int16 ``[H, W]`` each, together hold fewer than two classes."""
         found: set[int] = set()
         for count, mask in enumerate(masks, 1):  # noqa: B007  used below
             found |= {*mask.unique().tolist()} - {-1}
-            if len(found) > 1:  # mostly in the first one
+            if len(found) > 1:  # mostly after the first mask
                 return
         what = (
             f"all labelled pixels of {count} training masks are of class {names[found.pop()]!r}"
@@ -114,8 +114,8 @@ class MaskTable:
             else (f"no pixel of {count} training masks is labelled")
         )
         hint = "" if self.in_colours or self.ignore is None else (
-            f"; {self.ignore} is ignored: where that is a class, give colours, as {{{names[0]}: [0, 0, 0], "
-            f"{names[-1]}: [{', '.join([str(self.ignore)] * 3)}]}}, which grey masks are read by, too"
+            f"; the value {self.ignore} is ignored: if it is a class, give colours, as {{{names[0]}: [0, 0, 0], "
+            f"{names[-1]}: [{', '.join([str(self.ignore)] * 3)}]}}, which also work for grey masks"
         )  # fmt: skip
         note(f"{what}: a network has nothing to learn from them{hint}")
 
@@ -150,15 +150,15 @@ def _code(colour: Sequence[int]) -> int:
 
 
 def read_colours(table: str | Mapping[str, Sequence[int]]) -> dict[str, list[int]]:
-    """Red, green and blue of each class by its name, in order.
+    """Red, green and blue of each class by its name, in the order of the table.
 
     Args:
-        table: a mapping like that; or a ``.csv`` with a line for each class and columns ``name``, ``r``, ``g``, ``b``,
+        table: such a mapping; or a ``.csv`` with a line for each class and the columns ``name``, ``r``, ``g``, ``b``,
             or four columns in that order without a header.
 
     Raises:
-        FileNotFoundError, PermissionError: where there is no such file, or it may not be read.
-        ValueError: naming the line, where it says something else.
+        FileNotFoundError, PermissionError: where the file does not exist, or may not be read.
+        ValueError: naming the line, where it holds something else.
     """
     if not isinstance(table, str):
         return {str(name): list(colour) for name, colour in table.items()}
@@ -173,7 +173,7 @@ def read_colours(table: str | Mapping[str, Sequence[int]]) -> dict[str, list[int
                 "correct it"
             )
         if cells[0] in found:
-            raise ValueError(f"{table!r}, line {number}: {cells[0]!r} stands above, too: remove one")
+            raise ValueError(f"{table!r}, line {number}: {cells[0]!r} has an earlier line too: remove one")
         found[cells[0]] = [int(cell) for cell in numbers]
     if not found:
         raise ValueError(f"{table!r} holds no class: give a line for each, with a name and red, green and blue")
@@ -183,14 +183,14 @@ def read_colours(table: str | Mapping[str, Sequence[int]]) -> dict[str, list[int
 def find_pairs(
     images: Path, masks: Path, image_end: str = "", mask_end: str = "", what: str = "root"
 ) -> tuple[list[str], list[str]]:
-    """The images anywhere below a folder, sorted, and the mask of each, of the same name in another folder.
+    """The images anywhere below a folder, sorted, and for each the mask of the same name in another folder.
 
     Args:
         images: the folder of the images.
-        masks: that of the masks; a mask has the path of its image there, whatever its ending.
-        image_end: what the names of images end in before the ending, and the masks' do not.
-        mask_end: likewise of the masks; files that end otherwise are no masks.
-        what: the argument that says where the folders are.
+        masks: the folder of the masks; a mask has the relative path of its image, with any suffix.
+        image_end: end of the image names, before the suffix, that mask names lack.
+        mask_end: likewise the end of mask names; other files are not masks.
+        what: the argument that names the folders, for error messages.
 
     Raises:
         FileNotFoundError: where a folder does not exist, or an image has no mask.
@@ -198,14 +198,14 @@ def find_pairs(
     """
     for folder in (images, masks):
         if not folder.is_dir():
-            raise FileNotFoundError(f"{what} must lead to images and masks, there is no folder {str(folder)!r}")
+            raise FileNotFoundError(f"{what} must hold images and masks, but {str(folder)!r} is no folder: correct it")
     by_name: dict[str, str] = {}
     for path in images_below(masks):
         name = os.path.splitext(os.path.relpath(path, masks))[0]
         if not name.endswith(mask_end):
             continue
         if name in by_name:
-            raise ValueError(f"{path!r} and {by_name[name]!r} are masks of one name: remove one")
+            raise ValueError(f"{path!r} and {by_name[name]!r} are masks with the same name: remove one")
         by_name[name.removesuffix(mask_end)] = path
     found: list[str] = []
     for path in images_below(images):
@@ -224,11 +224,11 @@ def find_pairs(
 
 
 def picture_size(path: str, turned: bool = True) -> tuple[int, int]:
-    """Height and width of an image file, from its head alone.
+    """Height and width of an image file, read from its header only.
 
     Args:
         path: the file.
-        turned: as its EXIF orientation says, as ``read_image`` gives it.
+        turned: apply the EXIF orientation, as ``read_image`` does.
 
     Raises:
         ValueError: naming the file, where it cannot be read.

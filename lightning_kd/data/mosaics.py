@@ -1,4 +1,4 @@
-"""Images with several labels, made of images with one: so that methods for several labels can be measured offline."""
+"""Synthetic multi-label images: mosaics of single-label images, to measure multi-label methods without a download."""
 
 from __future__ import annotations
 
@@ -22,40 +22,42 @@ __all__ = ["MosaicDataModule"]
 
 
 class MosaicDataModule(MultiLabelDataModule):
-    """``grid`` x ``grid`` images of another data set beside one another, with all their classes as labels.
+    """Mosaics of ``grid`` x ``grid`` images of another data set, whose labels are the classes of all tiles.
 
-    The class of one tile is drawn first, the others' by what goes with it, then an image of each class (with
-    replacement), then the places. Training, validation and test mosaics are made of the training, validation and test
-    images that ``source`` has in use, so that none is in two of them. They are drawn once, from ``mosaic_seed`` alone,
-    and stay in memory. Crop, flip and cutout of ``source`` are those of the mosaics, as are its ``mean`` and ``std``.
-    See ``MultiLabelDataModule`` for what it offers and for several processes.
+    For each mosaic the class of one tile is drawn first, the classes of the others by their co-occurrence with it, then
+    an image of each class (with replacement), then the positions. Training, validation and test mosaics are made of the
+    training, validation and test images in use by ``source``, so no image is in two of them. They are drawn once,
+    depend only on ``mosaic_seed``, and stay in memory. Crop, flip, cutout, ``mean`` and ``std`` of ``source`` apply to
+    the mosaics. See ``MultiLabelDataModule`` for attributes, loaders and use with several processes.
 
     Args:
-        source: images in memory with one class each, without ``noise``.
-        grid: tiles in a row and in a column, 1 or more.
-        classes: ``"fine"``, those of ``source``, or ``"coarse"``, the 20 superclasses of CIFAR-100.
-        co_occurrence: ``[C, C]`` from 0 on; entry ``[i, j]`` is how often class ``j`` stands beside a first tile of
-            class ``i``, against what their frequencies say. Default: 1 everywhere.
-        imbalance: how many times more often the first class is drawn than the last, 1 or more; between them the
-            frequency falls evenly in its logarithm.
-        train_mosaics: how many there are. Default: as many as use each training image once in the mean.
-        val_mosaics: likewise, of the validation images; none where ``source`` has none.
-        test_mosaics: likewise.
-        mosaic_seed: fixes the mosaics; 0 or more.
-        batch_size: training mosaics a step and process.
-        eval_batch_size: the most mosaics an evaluation step and process.
-        train_fraction: train on this share of the mosaics, above 0 to 1.
-        seed: fixes that subset; together with ``seed_everything`` also the order of the batches and the augmentation.
-        fake: let ``source`` use its made-up data set.
-        candidates: see ``MultiLabelDataModule``, as the others.
-        single_positive: see there.
-        labelled_fraction: see there.
-        labelled_seed: see there.
-        normalize: see there.
-        n_grid: see there.
+        source: images in memory with one class each and no label noise.
+        grid: tiles per row and per column, 1 or more.
+        classes: ``"fine"`` for the classes of ``source``, ``"coarse"`` for the 20 superclasses of CIFAR-100.
+        co_occurrence: ``[C, C]``, numbers from 0 on. If the first tile has class ``i``, the probability of class ``j``
+            in the others is proportional to its frequency times entry ``[i, j]``. Default: 1 everywhere.
+        imbalance: ratio of the frequencies of the first and the last class, 1 or more; those in between form a
+            geometric series.
+        train_mosaics: number of training mosaics. Default: so many that each image is used once on average.
+        val_mosaics: number of validation mosaics, with the same default; none where ``source`` has no validation
+            images.
+        test_mosaics: number of test mosaics, with the same default.
+        mosaic_seed: of the mosaics; 0 or more.
+        batch_size: training mosaics per step and process.
+        eval_batch_size: largest number of mosaics per evaluation step and process.
+        train_fraction: fraction of the training mosaics to train on, in (0, 1]. Default: all.
+        seed: fixes the training subset; together with ``seed_everything`` also the order of the batches and the
+            augmentation.
+        fake: let ``source`` use its synthetic data set.
+        candidates: see ``MultiLabelDataModule``.
+        single_positive: see ``MultiLabelDataModule``.
+        labelled_fraction: see ``MultiLabelDataModule``.
+        labelled_seed: see ``MultiLabelDataModule``.
+        normalize: see ``MultiLabelDataModule``.
+        n_grid: see ``MultiLabelDataModule``.
 
     Raises:
-        ValueError: for an argument out of its range, and a source that is no labelled images in memory.
+        ValueError: for an argument out of its range, or a source that is not single-label images in memory.
     """
 
     def __init__(
@@ -88,8 +90,8 @@ class MosaicDataModule(MultiLabelDataModule):
         check_numbers(counts, least=1, whole=True, optional=True)
         if source.candidates is not None or source.meta_per_class is not None:
             raise ValueError(
-                f"source takes no candidates and no meta set, got candidates={source.candidates} and "
-                f"meta_per_class={source.meta_per_class}: leave them out, and give the mosaics candidates"
+                f"source may have no candidates and no meta set, got candidates={source.candidates} and "
+                f"meta_per_class={source.meta_per_class}: leave them out, and give candidates to the mosaics"
             )
         if not source.problem.one_class or len(source.input_shape) != 3 or source.noise is not None:
             raise ValueError(
@@ -145,12 +147,12 @@ class MosaicDataModule(MultiLabelDataModule):
         source = self.source
         source.setup()
         if not isinstance(source.train_image, Tensor):
-            raise ValueError(f"source must be images in memory, got {source}: files are not tiled, give arrays")
+            raise ValueError(f"source must be images in memory, got {source}: give arrays instead of files")
         train, test = self._mosaics("train"), self._mosaics("test")
         return Arrays(*train, *test, *(self._mosaics("val") if len(source.val_indices) else ()))
 
     def _mosaics(self, split: str) -> tuple[Tensor, Tensor]:
-        """Images uint8 ``[M, C, grid * H, grid * W]`` and labels float32 ``[M, classes]``."""
+        """The mosaics of a split, uint8 ``[M, C, grid * H, grid * W]``, and their labels, float32 ``[M, K]``."""
         source = self.source
         array = source._val_source if split == "val" else split
         image, indices = getattr(source, f"{array}_image"), getattr(source, f"{split}_indices")
@@ -173,9 +175,9 @@ class MosaicDataModule(MultiLabelDataModule):
 
 
 def _classes_of(source: ClassificationDataModule, classes: str) -> tuple[list[str], np.ndarray]:
-    """The names of the classes of mosaics, and the number of the one of each class of ``source``, int64."""
+    """The class names of mosaics, and the class index in them of each class of ``source``, int64."""
     if classes not in ("fine", "coarse"):
-        raise ValueError(f"classes must be 'fine' or 'coarse', got {classes!r}: give one of them")
+        raise ValueError(f"classes must be 'fine' or 'coarse', got {classes!r}: choose one")
     same = np.arange(source.num_classes)
     if classes == "fine" or source.class_names == CIFAR100_COARSE_CLASSES:
         return source.class_names, same
@@ -204,8 +206,8 @@ def _check_co_occurrence(given: list[list[float]] | None, names: list[str]) -> n
         )
     if (empty := table.sum(1) == 0).any():
         raise ValueError(
-            f"co_occurrence must let something stand beside each class, got zeros alone for "
-            f"{names[int(empty.argmax())]!r}: give its row a number above 0"
+            f"co_occurrence must have a number above 0 in each row, got only zeros for "
+            f"{names[int(empty.argmax())]!r}: correct its row"
         )
     return table
 
@@ -218,37 +220,39 @@ def _draw_tiles(
     beside: np.ndarray,
     generator: np.random.Generator,
 ) -> tuple[np.ndarray, np.ndarray]:
-    """The class of each tile, and which image of that class it is, both int64 ``[count, tiles]``.
+    """Draw the class of each tile, and which image of that class it shows, both int64 ``[count, tiles]``.
 
     Args:
-        count: mosaics.
-        tiles: of each.
-        there: int64 ``[C]``, images of each class; one without is left out.
-        frequency: ``[C]``, of the classes of first tiles.
+        count: number of mosaics.
+        tiles: number of tiles of each.
+        there: int64 ``[C]``, number of images of each class; classes without images are not drawn.
+        frequency: ``[C]``, relative frequency of the classes of first tiles.
         beside: ``[C, C]``, see ``co_occurrence``.
-        generator: where all is drawn from.
+        generator: source of the random numbers.
 
     Raises:
-        ValueError: where nothing that there is can stand beside a class.
+        ValueError: where only classes without images may stand beside a class.
     """
     frequency = np.where(there > 0, frequency, 0)
     weight = beside * frequency
     alone = (weight.sum(1) == 0) & (frequency > 0)
     if tiles > 1 and alone.any():
         raise ValueError(
-            f"co_occurrence lets only classes stand beside class {int(alone.argmax())} of which there is no image: "
-            "give its row another number above 0"
+            f"co_occurrence allows beside class {int(alone.argmax())} only classes without images: give its row "
+            "another number above 0"
         )
     uniform = generator.random((count, tiles))
     classes = np.empty((count, tiles), dtype=np.int64)
-    classes[:, 0] = _inverse(frequency, uniform[:, 0])
+    classes[:, 0] = _draw_index(frequency, uniform[:, 0])
     for c in np.unique(classes[:, 0]) if tiles > 1 else ():
         rows = classes[:, 0] == c
-        classes[rows, 1:] = _inverse(weight[c], uniform[rows, 1:])
+        classes[rows, 1:] = _draw_index(weight[c], uniform[rows, 1:])
     classes = generator.permuted(classes, axis=1)
     return classes, np.floor(generator.random((count, tiles)) * there[classes]).astype(np.int64)
 
 
-def _inverse(weight: np.ndarray, uniform: np.ndarray) -> np.ndarray:
+def _draw_index(weight: np.ndarray, uniform: np.ndarray) -> np.ndarray:
+    """Indices drawn with probabilities proportional to ``weight``, from uniform numbers in [0, 1)."""
     cumulative = weight.cumsum()
-    return (cumulative / cumulative[-1]).searchsorted(uniform, side="right")  # right: never a weight of 0
+    # with side="left", a uniform number 0.0 could draw an index of weight 0
+    return (cumulative / cumulative[-1]).searchsorted(uniform, side="right")

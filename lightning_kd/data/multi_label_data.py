@@ -1,4 +1,4 @@
-"""The base of the data modules whose images may have several labels."""
+"""The base class of data modules that may have several labels per sample."""
 
 from __future__ import annotations
 
@@ -22,28 +22,31 @@ __all__ = ["MultiLabelDataModule"]
 
 
 class MultiLabelDataModule(AnnotatedDataModule):
-    """A ``ClassificationDataModule`` that, where each sample has several labels, may be given false or few of them.
+    """A data module with several labels per sample, some of which may be made false, scarce or unknown.
 
-    Targets are float32 ``[N, C]`` of 1, 0 and -1 (not known). With ``candidates``, ``single_positive`` or
-    ``labelled_fraction``, ``train_target`` are the given labels of the training samples in use, and ``train_clean``
-    the data set's own; labels of validation and test samples stay as they are. What was drawn is kept in the run folder
-    in ``noise.npz``, with its sha256, and taken from it where a run is resumed or evaluated. ``Batch.extras`` then
-    holds ``clean_target`` (float32 ``[B, C]``) for samples of the training array.
+    Targets are float32 ``[N, C]`` of 1, 0 and -1 (unknown). With ``candidates``, ``single_positive`` or
+    ``labelled_fraction``, ``train_target`` holds the given labels of the training samples in use, and ``train_clean``
+    the data set's own; validation and test labels are never changed. The run folder keeps the given labels in
+    ``noise.npz``, with their sha256; a run that is resumed or evaluated reads them from there. ``Batch.extras`` has
+    ``clean_target`` (float32 ``[B, C]``) for samples of the training array. With one class per sample it is an
+    ``AnnotatedDataModule``.
 
     With ``labelled_fraction``, ``train_indices`` are the labelled samples and ``unlabelled_indices`` (int64, ascending,
-    else empty) the others, whose labels are all -1: ``loader("train", data.unlabelled_indices)`` goes over them.
+    else empty) the others, whose labels are all -1; ``loader("train", data.unlabelled_indices)`` iterates over them.
 
     Args:
-        candidates: adds false labels to the true ones (with one class a sample see ``ClassificationDataModule``).
-        single_positive: keeps one label of each sample.
-        labelled_fraction: the share of the training samples that keep their labels, above 0 to 1; ``None`` for all.
-        labelled_seed: fixes which; those of ``RandomState(labelled_seed)``, as in the papers.
-        n_grid: cells of an image in a row and in a column, for the views ``"patches"`` and ``"strong_patches"``.
-        normalize: bring channels to mean 0 and deviation 1; else they stay from 0 to 1, as in most of these papers.
-        kwargs: see ``ClassificationDataModule``.
+        candidates: adds false labels to the true ones (with one class per sample see ``ClassificationDataModule``).
+        single_positive: keeps one positive label of each sample.
+        labelled_fraction: fraction of the training samples that keep their labels, in (0, 1]. Default: all.
+        labelled_seed: seed of ``numpy.random.RandomState``, which chooses them as in the papers' code.
+        n_grid: cells per row and per column of an image, for the views ``"patches"`` and ``"strong_patches"``.
+        normalize: normalise channels to mean 0 and standard deviation 1; else they stay from 0 to 1, as in most of the
+            papers on these methods.
+        kwargs: see ``AnnotatedDataModule``.
 
     Raises:
-        ValueError: for these where samples have no several labels, and for candidates and single positives at once.
+        ValueError: for these with data that does not have several labels per sample, and for ``candidates`` together
+            with ``single_positive``.
     """
 
     unlabelled_indices: np.ndarray
@@ -76,7 +79,7 @@ class MultiLabelDataModule(AnnotatedDataModule):
         self._is_weak = any(value is not None for value in given.values())
         if self._is_weak and not isinstance(self.problem, MultiLabel):
             name = next(name for name, value in given.items() if value is not None)
-            raise ValueError(f"{name} is for several labels a sample, the data has {self.problem.kind}: leave it out")
+            raise ValueError(f"{name} is for several labels per sample, the data has {self.problem.kind}: leave it out")
         self.n_grid = n_grid if isinstance(self.problem, MultiLabel) else None
         self._added = added
         self.candidates = candidates  # type: ignore[assignment]  # of either kind
@@ -86,29 +89,29 @@ class MultiLabelDataModule(AnnotatedDataModule):
         self.normalize = normalize
         self.unlabelled_indices = np.arange(0)
         if self._is_weak:
-            self._weak_labels(np.arange(0))  # says what is wrong with them before anything is read
+            self._weak_labels(np.arange(0))  # raises for wrong arguments before any file is read
 
     def _weak_labels(self, indices: np.ndarray) -> WeakLabels:
         return WeakLabels(self._added, self.single_positive, self.labelled_fraction, self.labelled_seed, indices)
 
     def setup(self, stage: str | None = None) -> None:
-        """Load and split the data, once, whatever the stage."""
+        """Load and split the data, once."""
         if not self._is_weak:
             super().setup(stage)
             return
         folder = self._folder()
-        # labels drawn before there was a run folder must be those recorded in it
+        # labels drawn before the run folder was known may differ from those recorded in it
         if not self._ready or (folder is not None and folder.path != self._noise_folder):
             self._load()
         if stage == "fit" and self.trainer is not None:
-            self._tell()
+            self._note_weak_labels()
 
     def _load(self) -> None:
         self.train_clean, self.unlabelled_indices = None, np.arange(0)
         super()._load()
         if not self._is_weak:
             return
-        self._ready = False  # until all of it has worked
+        self._ready = False  # stays so if a step below fails
         folder = self._folder()
         weak = self._weak_labels(self.train_indices)
         clean = CleanLabels(self.train_target.numpy().astype(np.int8), self.class_names)
@@ -123,7 +126,7 @@ class MultiLabelDataModule(AnnotatedDataModule):
     def _policy(self) -> BatchedAutoAugment:
         return BatchedRandAugment() if isinstance(self.problem, MultiLabel) else super()._policy()
 
-    def _tell(self) -> None:
+    def _note_weak_labels(self) -> None:
         assert self.train_clean is not None
         given, clean = self.train_target[self.train_indices], self.train_clean[self.train_indices]
         images = (
@@ -132,6 +135,6 @@ class MultiLabelDataModule(AnnotatedDataModule):
         wrong = int(((given == 1) & (clean == 0)).sum())
         known = int((given >= 0).sum())
         note(
-            f"labels: {images} have some, {int((given == 1).sum())} positive ones, of which {wrong} are false, and "
-            f"{known} of {given.numel()} known"
+            f"labels: {images} have labels, {int((given == 1).sum())} of them positive, of which {wrong} are false; "
+            f"{known} of {given.numel()} labels are known"
         )

@@ -1,4 +1,4 @@
-"""The base of the data modules that read images with several labels from files."""
+"""The base class of data modules that read multi-label images from files."""
 
 from __future__ import annotations
 
@@ -30,46 +30,47 @@ SPLITS_OF = {"fit": ("train", "val"), "validate": ("val",), "test": ("test",), "
 
 
 class MultiLabelFilesDataModule(MultiLabelDataModule):
-    """Images with several labels, read from disk as they are needed. Subclasses find the files and their labels.
+    """Multi-label images that are read from disk when needed. Subclasses find the files and their labels.
 
-    All views are brought to a square of ``image_size`` without keeping the ratio, as cropping may lose what a label
-    means. ``"weak"`` adds a flip of half of them; ``"strong"`` a flip, a box of one random colour, and torchvision's
-    RandAugment (2 operations, magnitude 9). What is drawn for an image depends only on (seed, epoch, pass, index), not
-    on workers or processes. ``train_image`` and so on are lists of paths.
+    Every view is resized to a square of ``image_size`` without keeping the aspect ratio, because a crop could cut off
+    what a label refers to. ``"weak"`` views are also flipped with probability 1/2; ``"strong"`` views are flipped, get
+    a square of one random colour, and torchvision's RandAugment (2 operations, magnitude 9). The random numbers of an
+    image depend only on (seed, epoch, pass, index), not on workers or processes. ``train_image`` and so on are lists of
+    paths.
 
     Args:
         class_names: a name for each class.
-        root: the folder.
-        image_size: height and width of the images that the network gets.
-        batch_size: training images a step and process.
-        eval_batch_size: the most images an evaluation step and process.
-        val_fraction: the share of the training images that becomes the validation set, 0 to below 1.
-        train_fraction: train on this share of what is left, above 0 to 1.
-        num_workers: processes that decode images; 0 decodes in the training process.
-        augment: the weak view for training; without, training images are treated as evaluation images.
+        root: the folder of the data set.
+        image_size: height and width of the network's input.
+        batch_size: training images per step and process.
+        eval_batch_size: largest number of images per evaluation step and process.
+        val_fraction: fraction of the training images that becomes the validation set, in [0, 1).
+        train_fraction: fraction of the remaining training samples to train on, in (0, 1]. Default: all.
+        num_workers: number of worker processes that decode images; 0 decodes in the training process.
+        augment: train on weak views; else training images are prepared as evaluation images.
         flip: whether weak and strong views are flipped.
-        strong_cutout: the side in pixels of the box of strong views; 0 is off. Default: half of ``image_size``.
-        mean: subtracted from each channel (0 to 1); by default that of ImageNet, 0.485, 0.456, 0.406.
-        std: divides each channel; by default that of ImageNet, 0.229, 0.224, 0.225.
-        normalize: without, ``mean`` and ``std`` are left out and channels stay from 0 to 1.
-        n_grid: cells of an image in a row and in a column, for the views ``"patches"`` and ``"strong_patches"``; it
-            divides ``image_size``.
-        seed: fixes the validation split and the subset; together with ``seed_everything`` also the order of the batches
-            and the augmentation.
-        fake: use a small made-up data set in memory instead.
-        candidates: see ``MultiLabelDataModule``, as the others.
-        single_positive: see there.
-        labelled_fraction: see there.
-        labelled_seed: see there.
-        background: red, green and blue, 0 to 255, that show through what is transparent.
-        image_range: the values that become black and white in images of more than 8 bits. Default: 0 and 65535 for 16
-            bits; floats and integers of 32 bits need it.
-        on_error: ``"skip"`` leaves out image files that are damaged, with a warning; by default they are an error that
-            names them, before anything is trained or tested on them.
-        truncated: take JPEG files that are cut off, with what is missing in grey.
+        strong_cutout: side in pixels of the square of strong views; 0 is off. Default: half of ``image_size``.
+        mean: mean of each channel (values from 0 to 1). Default: that of ImageNet, 0.485, 0.456, 0.406.
+        std: standard deviation of each channel. Default: that of ImageNet, 0.229, 0.224, 0.225.
+        normalize: normalise with ``mean`` and ``std``; else channels stay from 0 to 1.
+        n_grid: cells per row and per column of an image, for the views ``"patches"`` and ``"strong_patches"``; must
+            divide ``image_size``.
+        seed: fixes the validation split and the training subset; together with ``seed_everything`` also the order of
+            the batches and the augmentation.
+        fake: use a small synthetic data set in memory instead.
+        candidates: see ``MultiLabelDataModule``.
+        single_positive: see ``MultiLabelDataModule``.
+        labelled_fraction: see ``MultiLabelDataModule``.
+        labelled_seed: see ``MultiLabelDataModule``.
+        background: red, green and blue, 0 to 255, shown where an image is transparent.
+        image_range: the two pixel values that become black and white in images of more than 8 bits. Default: 0 and
+            65535 for 16 bits; float and 32-bit integer images need it.
+        on_error: ``"skip"`` leaves out damaged image files with a warning; ``"raise"`` raises an error that names them
+            before they are used.
+        truncated: accept truncated JPEG files; their missing part becomes grey.
 
     Raises:
-        ValueError: for an argument out of its range, and files that say nothing or something impossible.
+        ValueError: for an argument out of its range, and for files that are damaged or inconsistent.
         FileNotFoundError, PermissionError: where a file or folder does not exist or may not be read.
     """
 
@@ -106,7 +107,7 @@ class MultiLabelFilesDataModule(MultiLabelDataModule):
         check_numbers(least=0, whole=True, num_workers=num_workers)
         check_numbers(least=0, whole=True, optional=True, strong_cutout=strong_cutout)
         if on_error not in ("raise", "skip"):
-            raise ValueError(f"on_error must be 'raise' or 'skip', got {on_error!r}: give one of them")
+            raise ValueError(f"on_error must be 'raise' or 'skip', got {on_error!r}: choose one")
         super().__init__(
             class_names=class_names,
             input_shape=(3, image_size, image_size),
@@ -118,7 +119,7 @@ class MultiLabelFilesDataModule(MultiLabelDataModule):
             eval_batch_size=eval_batch_size,
             val_fraction=val_fraction,
             train_fraction=train_fraction,
-            crop_flip=CropFlip(image_size // 8, flip) if augment else None,  # used on made-up images only
+            crop_flip=CropFlip(image_size // 8, flip) if augment else None,  # for synthetic images only
             seed=seed,
             fake=fake,
             problem=MultiLabel(len(class_names)),
@@ -137,42 +138,42 @@ class MultiLabelFilesDataModule(MultiLabelDataModule):
         self.image_range = image_range
         self.on_error = on_error
         self.truncated = truncated
-        self._checked: set[str] = set()  # splits whose files were looked at
+        self._checked: set[str] = set()  # splits whose files were checked
 
     def fake_arrays(self) -> Arrays:
         return fake_label_arrays(self.input_shape, self.num_classes)
 
     def describe(self) -> dict[str, Any]:
-        """See ``LabelledDataModule.describe``; and how an image is brought to its size."""
+        """As ``LabelledDataModule.describe``, with the resize and colour settings."""
         found: dict[str, Any] = {"stretch": True, "background": list(self.background)}
         found["image_range"] = None if self.image_range is None else list(self.image_range)
         return super().describe() | found
 
     def setup(self, stage: str | None = None) -> None:
-        """Load and split the data, once, and look at the image files of the splits that the stage uses."""
+        """Load and split the data, once, and check the image files of the splits that the stage uses."""
         super().setup(stage)
         self._check(SPLITS_OF.get(stage or "", ()) if self.trainer is not None else ("train", "val", "test"))
 
     def check_files(self, *splits: str) -> None:
-        """Look at the image files of some splits, once; without a Trainer only to leave out damaged ones.
+        """Check the image files of some splits, once; without a Trainer only to leave out damaged ones.
 
         Raises:
-            ValueError: where some cannot be read, or leaving them out would leave a split without images.
+            ValueError: where some cannot be read, or leaving them out would empty a split.
         """
         self.setup()
         self._check(splits)
 
     def _load(self) -> None:
         super()._load()
-        self._checked = set()  # all are back
+        self._checked = set()  # the indices again contain the files that were left out
 
     def _check(self, splits: Sequence[str]) -> None:
-        # without a Trainer somebody only looks around; but what is skipped must be so everywhere
+        # without a Trainer files are not checked, unless indices must leave out damaged ones as under a Trainer
         wanted = not self.fake and (self.trainer is not None or self.on_error == "skip")
         splits = [split for split in splits if wanted and split not in self._checked]
         used = {split: [split, *["unlabelled"] * (split == "train")] for split in splits}
         files = [path for split in splits for name in used[split] for path in self._files(name)]
-        # what may be cut off is remembered apart from what may not
+        # results with and without truncated files allowed are cached separately
         root = f"{self.root}/truncated allowed" if self.truncated else self.root
         with truncated_allowed(self.truncated):
             damaged = check_images(files, root, self.on_error, self.image_range, self.trainer) if splits else set()
@@ -181,7 +182,7 @@ class MultiLabelFilesDataModule(MultiLabelDataModule):
                 is_whole = np.array([path not in damaged for path in self._files(name)], dtype=bool)
                 if len(is_whole) and not is_whole.any():
                     raise ValueError(
-                        f"no image of split {name!r} can be read, so that on_error='skip' leaves none: replace them"
+                        f"no image of split {name!r} can be read, so on_error='skip' leaves none: replace them"
                     )
                 setattr(self, f"{name}_indices", getattr(self, f"{name}_indices")[is_whole])
             self._digest = None
@@ -212,11 +213,11 @@ class MultiLabelFilesDataModule(MultiLabelDataModule):
         )
 
     def transform(self, view: str, cell: int | None = None) -> v2.Compose:
-        """From a PIL image in RGB to float32 ``[3, S, S]``.
+        """The transform of a view, from a PIL image in RGB to float32 ``[3, S, S]``.
 
         Args:
             view: ``"plain"``, ``"weak"`` or ``"strong"``, see the class.
-            cell: of this cell of the resized image alone, counted row by row, brought to the whole size.
+            cell: show only this cell of the resized image, counted row by row, resized to the whole size.
         """
         size = [self.image_size] * 2
         steps: list[torch.nn.Module] = [v2.Resize(size)]
@@ -233,7 +234,7 @@ class MultiLabelFilesDataModule(MultiLabelDataModule):
 
 
 class Cell(torch.nn.Module):
-    """One of ``n_grid`` x ``n_grid`` equal cells of a PIL image, counted row by row."""
+    """Crop one of ``n_grid`` x ``n_grid`` equal cells of a PIL image, counted row by row."""
 
     def __init__(self, cell: int, n_grid: int) -> None:
         super().__init__()
@@ -247,7 +248,7 @@ class Cell(torch.nn.Module):
 
 
 class ColourCutout(torch.nn.Module):
-    """A box of ``side`` x ``side`` pixels of one random colour around a random pixel, on a copy of a PIL image."""
+    """Fill a square of ``side`` x ``side`` pixels of a PIL image with a random colour, around a random pixel."""
 
     def __init__(self, side: int) -> None:
         super().__init__()
@@ -265,11 +266,11 @@ class ColourCutout(torch.nn.Module):
 
 
 def read_lines(path: Path) -> list[tuple[int, list[str]]]:
-    """Number and words of each line of a text file that is not empty; the words are separated by any blanks.
+    """Line number and words of each line of a text file that is not blank; words are separated by whitespace.
 
     Raises:
-        FileNotFoundError, PermissionError: where there is no such file, or it may not be read.
-        ValueError: where it is no text.
+        FileNotFoundError, PermissionError: where the file does not exist, or may not be read.
+        ValueError: where it is not text in UTF-8.
     """
     try:
         text = path.read_text(encoding="utf-8-sig")
@@ -278,5 +279,5 @@ def read_lines(path: Path) -> list[tuple[int, list[str]]]:
     except PermissionError:
         raise PermissionError(f"{str(path)!r} may not be read: check the permissions of the file") from None
     except UnicodeDecodeError as error:
-        raise ValueError(f"{str(path)!r} is no text in UTF-8 ({error}): replace it") from None
+        raise ValueError(f"{str(path)!r} is not text in UTF-8 ({error}): replace it") from None
     return [(number, words) for number, line in enumerate(text.splitlines(), 1) if (words := line.split())]

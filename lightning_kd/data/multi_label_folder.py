@@ -1,4 +1,4 @@
-"""Your own images with several labels: a folder of files and one table."""
+"""Data module for your own multi-label images: a folder of image files and a table of labels."""
 
 from __future__ import annotations
 
@@ -24,28 +24,29 @@ __all__ = ["MultiLabelFolderDataModule"]
 
 
 class MultiLabelFolderDataModule(MultiLabelFilesDataModule):
-    """Your own images anywhere below a folder, and a ``.csv`` that has a line with the labels of each.
+    """Your own images anywhere below a folder, and a ``.csv`` with the labels of each image.
 
-    The table is separated by commas, semicolons or tabs and has a header. Its column ``file`` (or ``path``, ``image``,
-    ``filename``) is the path below ``root``, or the name alone where no two images have it. The labels are
+    The table is separated by commas, semicolons or tabs and has a header and a line for each image. Its column ``file``
+    (or ``path``, ``image``, ``filename``) is the path below ``root``, or just the name where only one image has it. The
+    labels are
 
-    - a column for each class with 1, 0 or, for not known, nothing; or
-    - one column ``labels`` (or ``label``, ``tags``, ``classes``) with the names joined by ``|`` or ``;``; what is not
-      named is not there.
+    - a column for each class with 1, 0 or an empty cell (unknown); or
+    - one column ``labels`` (or ``label``, ``tags``, ``classes``) with the names of the positive labels, separated by
+      ``|`` or ``;``; all other labels are negative.
 
-    A column ``split`` may say ``train``, ``val`` or ``test``; without, ``test_fraction`` of the images are the test
-    set, the same ones for every ``seed``. Images without a line are left out, which is told.
-    See ``MultiLabelFilesDataModule`` for how they are read, and what else it offers.
+    A column ``split`` may hold ``train``, ``val`` or ``test``; without it ``test_fraction`` of the images are the test
+    set, the same for every ``seed``. Images without a line are left out, with a note. See
+    ``MultiLabelFilesDataModule`` for how images are read and for further arguments.
 
     Args:
         root: the folder of the images.
         table: the ``.csv``. Default: ``labels.csv`` in ``root``.
-        class_names: the classes, in this order. Default: those of the columns, or all names in the alphabet's order.
-        test_fraction: the share that becomes the test set where the table has no splits, above 0 to below 1.
+        class_names: the classes, in this order. Default: the columns of labels, or all names that occur, sorted.
+        test_fraction: fraction that becomes the test set where the table has no splits, in (0, 1).
         kwargs: see ``MultiLabelFilesDataModule``.
 
     Raises:
-        ValueError: naming file and line, for a table that is wrong or does not fit the images.
+        ValueError: naming file and line, for a table that is damaged or does not match the images.
         FileNotFoundError, PermissionError: where a file or folder does not exist or may not be read.
     """
 
@@ -57,7 +58,7 @@ class MultiLabelFolderDataModule(MultiLabelFilesDataModule):
         test_fraction: float = 0.2,
         **kwargs: Any,
     ) -> None:
-        check_numbers(above=0, below=1, remedy="give a share", test_fraction=test_fraction)
+        check_numbers(above=0, below=1, remedy="give a fraction", test_fraction=test_fraction)
         given = names_of(class_names)
         path = Path(root) / "labels.csv" if table is None else Path(table)
         self.table = table
@@ -75,21 +76,19 @@ class MultiLabelFolderDataModule(MultiLabelFilesDataModule):
         assert self._table is not None
         _, _, labels, _, splits = self._table
         images = self._images()
-        # two lines of one image: one is enough where they say the same
+        # repeated lines of an image are ignored if they are equal
         first: dict[str, int] = {}
         for row, image in enumerate(images):
             earlier = first.setdefault(image, row)
             if not np.array_equal(labels[earlier], labels[row]) or (splits and splits[earlier] != splits[row]):
                 lines = self._table.lines
                 raise ValueError(
-                    f"{str(self._path)!r}, lines {lines[earlier]} and {lines[row]}, are of one image, {image!r}, and "
+                    f"{str(self._path)!r}, lines {lines[earlier]} and {lines[row]}, are for one image, {image!r}, and "
                     "differ: remove one"
                 )
         rows = np.array([*first.values()])
         if splits is None:
-            generator = numpy_generator(
-                0, "test_split"
-            )  # whatever the seed, so that runs are tested on the same images
+            generator = numpy_generator(0, "test_split")  # does not use self.seed: all runs have the same test images
             zeros = np.zeros(len(rows), dtype=np.int64)
             test = take_fraction(zeros, 1, self.test_fraction, generator, leave=1)
             if not len(test):
@@ -109,7 +108,7 @@ class MultiLabelFolderDataModule(MultiLabelFilesDataModule):
         return Arrays(*made["train"], *made["test"], *(made["val"] if len(parts["val"]) else ()))
 
     def _images(self) -> list[str]:
-        """The file of each line."""
+        """The image file of each line of the table."""
         assert self._table is not None
         found = images_below(Path(self.root), [self._path])
         by_path = {os.path.relpath(path, self.root).replace(os.sep, "/"): path for path in found}

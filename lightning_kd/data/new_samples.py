@@ -1,4 +1,4 @@
-"""Samples without labels: image files by their folder or a list, and arrays."""
+"""Reads samples without labels: image files from a folder or list, and arrays."""
 
 from __future__ import annotations
 
@@ -16,36 +16,36 @@ __all__ = ["files_to_predict", "is_array_file", "read_unlabelled"]
 
 
 def is_array_file(given: str) -> bool:
-    """Whether ``given`` is the name of an ``.npy`` or ``.npz``."""
+    """Whether ``given`` is the name of an ``.npy`` or ``.npz`` file."""
     return given.lower().endswith((".npy", ".npz")) and not os.path.isdir(given)
 
 
 def files_to_predict(given: str, argument: str = "predict") -> list[str]:
-    """The image files that ``given`` stands for.
+    """The image files that a folder, an image or a list stands for.
 
     Args:
-        given: a folder of any depth; one image; or a list, a ``.txt`` with a path a line, or a ``.csv`` with paths in
-            its column ``path``, or in its first column where none has that name. Paths in a list are those from the
-            folder that you are in, or else from that of the list.
-        argument: what to call it in errors.
+        given: a folder of any depth; an image; or a list: a ``.txt`` with a path per line, or a ``.csv`` with paths in
+            its column ``path``, else in its first column. Relative paths in a list start from the working directory or,
+            if there is no such file, from the folder of the list.
+        argument: name of the argument in error messages.
 
     Raises:
-        FileNotFoundError: where there is no such folder or file.
-        ValueError: where it holds no image.
+        FileNotFoundError: where the folder or file does not exist.
+        ValueError: where there is no image.
     """
     path = Path(given)
-    if given and path.is_dir():  # no name is not the folder that you are in
+    if given and path.is_dir():  # Path("") would be the working directory
         found = images_below(path)
     elif not given or not path.exists():
         raise FileNotFoundError(f"{argument} {given!r} does not exist: name a folder, an image, or a list of images")
     elif path.suffix.lower() in (".txt", ".csv"):
-        found = [_from(path.parent, name) for name in _listed(path, argument)]
+        found = [_resolve_listed(path.parent, name) for name in _listed(path, argument)]
     elif path.suffix.lower() in IMG_EXTENSIONS:
         found = [given]
     else:
         raise ValueError(
-            f"{argument} {given!r} is no folder, no image ({', '.join(IMG_EXTENSIONS)}) and no list (.txt, .csv): name "
-            "one"
+            f"{argument} {given!r} must be a folder, an image ({', '.join(IMG_EXTENSIONS)}) or a list (.txt, .csv): "
+            "name one"
         )
     if not found:
         raise ValueError(f"{argument} {given!r} holds no image ({', '.join(IMG_EXTENSIONS)}): name another")
@@ -62,24 +62,28 @@ def _listed(path: Path, argument: str) -> list[str]:
     try:
         text = path.read_text(encoding="utf-8-sig")
     except UnicodeDecodeError as error:
-        raise ValueError(f"{argument} {str(path)!r} is no text in UTF-8 ({error}): save it as UTF-8") from error
+        raise ValueError(f"{argument} {str(path)!r} is not text in UTF-8 ({error}): save it as UTF-8") from error
     return [line.strip() for line in text.splitlines() if line.strip()]
 
 
-def _from(folder: Path, name: str) -> str:
+def _resolve_listed(folder: Path, name: str) -> str:
     beside = os.path.join(folder, name)
     return beside if os.path.exists(beside) and not os.path.exists(name) else name
 
 
 def read_unlabelled(path: str, name: str) -> Tensor:
-    """The samples in a ``.npy``, or in an ``.npz`` as ``image`` or ``feature``, see ``to_image`` and ``to_feature``.
+    """The samples in a ``.npy``, or in the array ``image`` or ``feature`` of an ``.npz``.
 
     Args:
-        path: the file.
-        name: what to call it in errors.
+        path: the array file.
+        name: name of the argument in error messages.
+
+    Returns:
+        images uint8 ``[N, C, H, W]``, see ``to_image``, or features float32 ``[N, D]``, see ``to_feature``.
 
     Raises:
-        FileNotFoundError, PermissionError, ValueError: as ``read_arrays`` and ``to_image``, and where it is empty.
+        FileNotFoundError, PermissionError, ValueError: as in ``read_arrays``, ``to_image`` and ``to_feature``, and
+            where there is no sample.
     """
     arrays = read_arrays(Path(path))
     key = next((key for key in ("image", "feature", "") if key in arrays), None)

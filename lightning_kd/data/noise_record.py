@@ -1,4 +1,4 @@
-"""The given labels of a run, kept in its folder so that a resumed run, and other methods, train on the same ones."""
+"""Keeps the given labels of a run in its folder, so that a resumed run, and other methods, train on the same labels."""
 
 from __future__ import annotations
 
@@ -17,78 +17,78 @@ from lightning_kd.data.label_noise import CleanLabels, DrawnLabels
 def load_or_draw_labels(
     noise: DrawnLabels, clean: CleanLabels, folder: RunFolder | None, trainer: L.Trainer | None
 ) -> np.ndarray:
-    """The given labels: those recorded in ``folder`` where it holds a checkpoint that was trained on them, or where
-    they are evaluated on; else drawn and, in a folder, recorded.
+    """The given labels: read from the run folder if they are recorded there, else drawn and recorded.
 
-    The labels that a file or an array holds now must be the recorded ones. Labels that are made up by numbers alone are
-    not compared: the record stays, should they be drawn otherwise some day. The first process does all this and tells
-    the others.
+    A record is used if the folder also holds a checkpoint, or if the run is evaluated; else a fit draws new labels. If
+    the labels come from a file or an array, they must still equal the record. Labels drawn from numbers only are not
+    compared, so a record stays valid even if a later version of this package draws them differently. Process 0 does all
+    this and broadcasts the result.
 
     Args:
-        noise: what draws them.
+        noise: draws the labels.
         clean: the data set.
-        folder: the run folder; ``None`` for no record.
-        trainer: of the processes; ``None`` for one alone.
+        folder: the run folder; ``None`` to keep no record.
+        trainer: the Trainer whose processes share the labels; ``None`` for a single process.
 
     Returns:
-        as ``noise.corrupt`` gives them, the same ones in every process.
+        what ``noise.corrupt`` returns, the same in every process.
 
     Raises:
-        ValueError: where the folder holds a checkpoint of a run with other labels, and what ``noise`` raises.
+        ValueError: where the folder holds a checkpoint trained on other labels, and as ``noise`` raises.
     """
     fitting = trainer is None or trainer.state.fn == "fit"
     if trainer is None or trainer.world_size == 1:
-        return _settle(noise, clean, folder, fitting)
-    answer: np.ndarray | Exception | None = None
+        return _recorded_or_drawn(noise, clean, folder, fitting)
+    labels: np.ndarray | Exception | None = None
     if trainer.global_rank == 0:
         try:
-            answer = _settle(noise, clean, folder, fitting)
-        except Exception as error:  # told to the others, who would wait for ever
-            answer = error
-    answer = trainer.strategy.broadcast(answer)
-    if isinstance(answer, Exception):
-        raise answer
-    assert answer is not None
-    return answer
+            labels = _recorded_or_drawn(noise, clean, folder, fitting)
+        except Exception as error:  # broadcast too: the other processes would wait for labels forever
+            labels = error
+    labels = trainer.strategy.broadcast(labels)
+    if isinstance(labels, Exception):
+        raise labels
+    assert labels is not None
+    return labels
 
 
 def check_no_noise(folder: RunFolder | None, trainer: L.Trainer | None) -> None:
-    """Before a fit on the data set's own labels: remove a record that no checkpoint needs.
+    """Before a fit on the data set's own labels: delete the record of given labels, unless a checkpoint needs it.
 
     Raises:
-        ValueError: where the folder holds a checkpoint that was trained on recorded labels.
+        ValueError: where the folder holds a checkpoint that was trained on the recorded labels.
     """
     if folder is None or not folder.noise.is_file():
         return
     if folder.last.is_file():
         raise ValueError(
-            f"noise=None would train on clean labels, and {folder.path} holds a checkpoint of other ones: "
-            "give the noise or the candidates of that run, or name another --run folder"
+            f"noise=None would train on clean labels, but {folder.path} holds a checkpoint trained on others: give the "
+            "noise or the candidates of that run, or name another --run folder"
         )
     if trainer is None or trainer.global_rank == 0:
         folder.noise.unlink(missing_ok=True)
 
 
 def digest(given: np.ndarray) -> str:
-    """The sha256 of labels of any shape as little-endian int64, in hexadecimal."""
+    """The sha256, in hexadecimal, of labels of any shape, as little-endian int64."""
     found, flat = hashlib.sha256(), given.reshape(-1)
     for start in range(0, len(flat), 1 << 20):
         found.update(flat[start : start + (1 << 20)].astype("<i8").tobytes())
     return found.hexdigest()
 
 
-def _settle(noise: DrawnLabels, clean: CleanLabels, folder: RunFolder | None, fitting: bool) -> np.ndarray:
+def _recorded_or_drawn(noise: DrawnLabels, clean: CleanLabels, folder: RunFolder | None, fitting: bool) -> np.ndarray:
     trained = folder is not None and folder.last.is_file()
     recorded = folder is not None and folder.noise.is_file()
     if folder is not None and recorded and (trained or not fitting):
         record = _read(folder.noise)
-        reason = _objection(record, noise, clean, fitting)
+        reason = _reason_to_refuse(record, noise, clean, fitting)
         if reason is None:
             return record["given"]
         if trained:
             raise ValueError(
-                f"{folder.noise} belongs to the checkpoint in that folder, but {reason}: go on with the data and noise "
-                "of that run, add --overwrite to start anew, or name another --run folder"
+                f"{folder.noise} belongs to the checkpoint in that folder, but {reason}: give the data and noise of "
+                "that run, add --overwrite to start anew, or name another --run folder"
             )
     given = _draw(noise, clean)
     if folder is not None and (fitting or not (trained or recorded)):
@@ -106,14 +106,16 @@ def _read(path: Path) -> dict[str, np.ndarray]:
     return arrays
 
 
-def _objection(record: dict[str, np.ndarray], noise: DrawnLabels, clean: CleanLabels, fitting: bool) -> str | None:
-    """Why the recorded labels are not those to go on with; ``None`` where they are."""
+def _reason_to_refuse(
+    record: dict[str, np.ndarray], noise: DrawnLabels, clean: CleanLabels, fitting: bool
+) -> str | None:
+    """Why the recorded labels may not be used; ``None`` if they may."""
     if str(record["sha256"]) != digest(record["given"]):
         return "its labels do not match its sha256"
     if not np.array_equal(record["clean"], clean.target):
         return "its clean labels are not those of the data set"
     same_text = str(record["generator"]) == repr(noise)
-    if same_text and (not fitting or _is_made_up(noise)):
+    if same_text and (not fitting or _repr_is_complete(noise)):
         return None
     if str(record["sha256"]) == digest(_draw(noise, clean)):
         return None
@@ -122,8 +124,8 @@ def _objection(record: dict[str, np.ndarray], noise: DrawnLabels, clean: CleanLa
     return f"was drawn by {record['generator']}, not by {noise}"
 
 
-def _is_made_up(noise: DrawnLabels) -> bool:
-    """Whether the text of a noise says all about it: it reads no file and holds no array, which a text cuts short."""
+def _repr_is_complete(noise: DrawnLabels) -> bool:
+    """Whether ``repr(noise)`` determines the labels: it reads no file and holds no array."""
     return noise.without_files() is noise and all(_is_plain(value) for value in vars(noise).values())
 
 

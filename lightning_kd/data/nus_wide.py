@@ -1,4 +1,4 @@
-"""NUS-WIDE: photographs of Flickr with 81 concepts."""
+"""NUS-WIDE: photographs from Flickr with 81 concepts as labels."""
 
 from __future__ import annotations
 
@@ -19,24 +19,24 @@ __all__ = ["NUSWIDEDataModule"]
 
 
 class NUSWIDEDataModule(MultiLabelFilesDataModule):
-    """NUS-WIDE by its official lists: 161,789 training and 107,859 test images of 81 concepts, where all are at hand.
+    """NUS-WIDE with its official split: up to 161,789 training and 107,859 test images of 81 concepts.
 
-    Reads the lists of images ``ROOT/ImageList/Train*.txt`` and ``Test*.txt``, and a column of 0 and 1 for each concept,
-    ``Labels_CONCEPT_Train.txt`` and so on in ``ROOT/Groundtruth/TrainTestLabels``; concepts are in the order of these
-    names. See ``MultiLabelFilesDataModule`` for how images are read, and what else it offers. Files that are cut off
-    are taken, unless ``truncated`` is false.
+    Reads the lists of images ``ROOT/ImageList/Train*.txt`` and ``Test*.txt``, and for each concept a column of 0 and 1,
+    ``Labels_CONCEPT_Train.txt`` and so on in ``ROOT/Groundtruth/TrainTestLabels``; concepts are sorted by these names.
+    See ``MultiLabelFilesDataModule`` for how images are read and for further arguments. Truncated files are accepted,
+    unless ``truncated`` is false.
 
     Args:
-        root: the folder.
-        images: the folder, in ``root``, that the paths in the lists begin in.
-        keep_empty: whether images without any concept are kept.
-        missing: ``"skip"`` leaves out images of the lists that are not there (many are gone from Flickr), and tells
-            it; by default they are an error.
-        truncated: take JPEG files that are cut off, with what is missing in grey.
-        kwargs: see ``MultiLabelFilesDataModule``. The published protocols validate on nothing: ``val_fraction=0``.
+        root: the folder of the data set.
+        images: the folder in ``root`` that the paths in the lists start from.
+        keep_empty: keep images without any concept. Default: leave them out.
+        missing: ``"skip"`` leaves out listed images that do not exist (many were deleted from Flickr), with a note;
+            ``"raise"`` raises an error.
+        truncated: accept truncated JPEG files; their missing part becomes grey.
+        kwargs: see ``MultiLabelFilesDataModule``. The published protocols have no validation set: ``val_fraction=0``.
 
     Raises:
-        ValueError: naming file and line, for lists that are damaged or do not fit together.
+        ValueError: naming file and line, for lists that are damaged or inconsistent.
         FileNotFoundError, PermissionError: where a file does not exist or may not be read.
     """
 
@@ -50,7 +50,7 @@ class NUSWIDEDataModule(MultiLabelFilesDataModule):
         **kwargs: Any,
     ) -> None:
         if missing not in ("raise", "skip"):
-            raise ValueError(f"missing must be 'raise' or 'skip', got {missing!r}: give one of them")
+            raise ValueError(f"missing must be 'raise' or 'skip', got {missing!r}: choose one")
         self.images = images
         self.keep_empty = keep_empty
         self.missing = missing
@@ -78,7 +78,7 @@ class NUSWIDEDataModule(MultiLabelFilesDataModule):
                 "the folder of NUS-WIDE?"
             )
         lines = read_lines(lists[0])
-        # a name may have blanks; the lists were written on Windows
+        # file names may contain blanks; the lists have Windows separators
         files = [str(root / self.images / " ".join(words).replace("\\", "/")) for _, words in lines]
         target = np.empty((len(files), self.num_classes), dtype=np.float32)
         for c, name in enumerate(self.class_names):
@@ -98,7 +98,7 @@ class NUSWIDEDataModule(MultiLabelFilesDataModule):
         there = np.array([os.path.isfile(files[k]) for k in kept], dtype=bool)
         if not there.all():
             first = kept[~there][0]
-            told = f"{(~there).sum()} of {len(kept)} images are not there"
+            told = f"{(~there).sum()} of {len(kept)} images are missing"
             if self.missing == "raise" or not there.any():
                 raise FileNotFoundError(
                     f"{str(lists[0])!r}, line {lines[first][0]}: {files[first]!r} does not exist ({told}): correct "

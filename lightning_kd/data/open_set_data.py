@@ -1,4 +1,4 @@
-"""A data set as a pool: few labels, many samples without, and some of these of classes that nobody asked for."""
+"""A data set as a pool for open-set active learning: few labels, and unlabelled samples, some of unknown classes."""
 
 from __future__ import annotations
 
@@ -41,51 +41,52 @@ from lightning_kd.pool import UNKNOWN, PoolRecord, PoolView
 class OpenSetDataModule(DerivedDataModule):
     """A pool for open-set active learning, on top of any classification data module.
 
-    Two ways to use it:
+    It serves two purposes:
 
-    - as a benchmark: ``source`` is a labelled data set, of whose classes some are ``known_classes``. A few of their
-      training samples start out labelled, all other training samples are the pool, and their labels are hidden: an
-      oracle gives them for the samples that are asked for, and nobody else. ``lightning-kd active`` runs it all.
-    - for a project of your own: ``source`` holds what is labelled already (one folder or number a class) and ``pool``
-      the samples without labels. ``lightning-kd query`` says what to label, ``lightning-kd label`` takes the answers.
+    - a benchmark: ``source`` is a labelled data set, some of whose classes are ``known_classes``. A few of their
+      training samples are labelled at the start. All other training samples are unlabelled; their labels are hidden,
+      and the oracle reveals them only for queried samples. ``lightning-kd active`` runs all rounds.
+    - a project of your own: ``source`` holds the labelled samples (a folder or number per class) and ``pool`` the
+      unlabelled ones. ``lightning-kd query`` chooses samples to label, ``lightning-kd label`` reads the answers.
 
-    Tasks see ``K`` classes: class ``k`` is the ``k``-th smallest known class of the source. ``train_target`` (int64
-    ``[N]``) is that number where a label is known, ``K`` where the answer was "none of these", and -1 where nobody
-    asked. ``known_indices`` (also ``train_indices``), ``unknown_indices`` and ``unlabelled_indices`` (int64, ascending)
-    are the positions of each kind in the full training array. Test and validation samples are those of known classes.
+    Tasks see ``K`` classes: class ``k`` is the ``k``-th known class of the source, in ascending order. ``train_target``
+    (int64 ``[N]``) is that number where the label is known, ``K`` where the answer was "none of these", and -1 where no
+    query has asked. ``known_indices`` (also ``train_indices``), ``unknown_indices`` and ``unlabelled_indices`` (int64,
+    ascending) are the positions of the three kinds in the full training array. Test and validation sets contain only
+    known classes.
 
-    The answers are in ``pool.json`` of the run folder (``PoolRecord``), which is read again at every ``setup``. Where a
-    query has loss weights, ``Batch.extras`` of training samples has ``sampling_weight`` (float32 ``[B]``). Checkpoints
-    hold the sha256 of the labels, and a fit does not go on from one that was trained on others. The prediction set are
-    the samples without a label.
+    The answers are in ``pool.json`` of the run folder (``PoolRecord``), which is read at every ``setup``. If a query
+    has loss weights, ``Batch.extras`` of training samples has ``sampling_weight`` (float32 ``[B]``). Checkpoints hold
+    the sha256 of the labels, and a fit refuses to resume from a checkpoint trained on others. The prediction set is the
+    unlabelled samples.
 
-    Several processes: as with ``source``; all read the same record, and only process 0 writes it.
+    Several processes divide the samples as with ``source``. All read the same record, and only process 0 writes it.
 
     Args:
-        source: where the samples come from; its ``train_indices`` are all that the pool knows of. It is left as it is:
-            the pool works on a shallow copy.
-        known_classes: how many classes of the source are known, or which (numbers or names). Default with ``pool``:
-            all.
-        class_order: which ones, where ``known_classes`` is a number: the ``"first"``, ``"random"`` ones by
-            ``split_seed``, or the first ones of a list of class numbers or names, or of a text file of names, one a
-            line, which is looked for in the ``root`` of the source first (``wnids.txt`` of Tiny-ImageNet). Such a file
-            is not looked at where ``known_classes`` says which.
-        initial_fraction: the share of the known classes' training samples that is labelled at the start, drawn
+        source: the data set; the pool uses its ``train_indices``. It stays unchanged: the pool works on a shallow copy.
+        known_classes: number of known classes of the source, or a list of them (indices or names). Default with
+            ``pool``: all.
+        class_order: which classes are known, where ``known_classes`` is a number: the ``"first"`` ones; ``"random"``
+            ones drawn with ``split_seed``; or the first of a list of class indices or names, or of a text file with one
+            name per line, which is looked for in the ``root`` of the source first (``wnids.txt`` of Tiny-ImageNet).
+            Such a file is ignored where ``known_classes`` is a list.
+        initial_fraction: fraction of the training samples of known classes that is labelled at the start, drawn
             regardless of class.
-        initial_count: so many samples instead.
-        budget: how many labels a round buys, 1 or more; the last round takes what is left.
-        rounds: how many times labels are bought, 1 or more; ``lightning-kd active`` trains once more at the end.
-        split_seed: fixes the initial labels, and which classes are known where that is left to chance; 0 or more.
+        initial_count: number of these samples, instead of a fraction.
+        budget: labels per query, 1 or more; the last query takes what is left.
+        rounds: number of queries, 1 or more; ``lightning-kd active`` trains once more after the last.
+        split_seed: of the initial labels, and of ``"random"`` known classes; 0 or more.
         score_with_train_augmentation: score the pool on augmented samples, as the official implementations do.
-        pool: a folder of images (for an image folder), or an ``.npy`` or ``.npz`` with the array ``image`` or
-            ``feature`` (for other sources): samples without any label.
-        new_classes: names of further known classes, after those of the source, of which only answers give samples. The
-            commands take them from ``pool.json`` of the run folder, where ``lightning-kd label --new_class`` puts them.
-        answers: the ``pool.json`` of another run, or its folder: train on the answers given there, and ask nothing.
-        fake: let ``source`` use its made-up data set, and no more budget than suits that.
+        pool: unlabelled samples: a folder of images (for an image folder), or an ``.npy`` or ``.npz`` with the array
+            ``image`` or ``feature`` (for other sources).
+        new_classes: names of known classes, after those of the source, that have samples only through answers. The
+            commands read them from ``pool.json`` of the run folder, where ``lightning-kd label --new_class`` writes
+            them.
+        answers: the ``pool.json`` of another run, or its folder: train on the answers there, and query nothing.
+        fake: let ``source`` use its synthetic data set, and lower the budget to suit its size.
 
     Raises:
-        ValueError: for an argument out of its range, and for a set that lacks a class.
+        ValueError: for an argument out of its range, and for an initial or test set that lacks a known class.
     """
 
     _samples: PoolSamples
@@ -108,11 +109,11 @@ class OpenSetDataModule(DerivedDataModule):
         answers: str | None = None,
         fake: bool = False,
     ) -> None:
-        super().__init__(source)  # labels are hidden in its copy, and nowhere else
+        super().__init__(source)  # labels are hidden in its copy of the source only
         check_numbers(least=1, whole=True, budget=budget, rounds=rounds)
         check_numbers(least=0, whole=True, split_seed=split_seed)
         if source.noise is not None:
-            raise ValueError("source must have no noise: an oracle answers with the data set's own labels")
+            raise ValueError("source must have no noise, because the oracle answers with its labels: leave noise out")
         check_initial(initial_fraction, initial_count, pool)
         self.known_classes = known_classes
         self.class_order = class_order
@@ -132,12 +133,12 @@ class OpenSetDataModule(DerivedDataModule):
         self.class_names = [*(source.class_names[c] for c in self.known_ids), *self.new_classes]
         if UNKNOWN in self.class_names:
             raise ValueError(
-                f"a known class may not be named {UNKNOWN!r}, which is the answer for all others, got "
-                f"{self.class_names}: name the known_classes without it"
+                f"a known class may not be named {UNKNOWN!r}, which is the answer for all other classes, got "
+                f"{self.class_names}: leave it out of known_classes"
             )
         self.source.fake |= fake
         self.record: PoolRecord | None = None
-        self._truth: np.ndarray | None = None  # 0..K of every training sample; only the oracle looks at it
+        self._truth: np.ndarray | None = None  # true label, 0..K, of every training sample; only for the oracle
         self.known_indices = self.unknown_indices = self.unlabelled_indices = np.empty(0, np.int64)
         self._ready = False
 
@@ -145,7 +146,7 @@ class OpenSetDataModule(DerivedDataModule):
 
     @property
     def num_classes(self) -> int:
-        """The number of known classes ``K``."""
+        """Number of known classes ``K``."""
         return len(self.class_names)
 
     def __str__(self) -> str:
@@ -154,9 +155,9 @@ class OpenSetDataModule(DerivedDataModule):
     # -- the samples -------------------------------------------------------------------------------------------------
 
     def setup(self, stage: str | None = None) -> None:
-        """Load and split the samples, once; take the answers given so far from the run folder, each time."""
+        """Load and split the samples, once; read the answers given so far from the run folder, every time."""
         self.source.trainer = self.trainer
-        self.source.check_files("train", "val", "test")  # the pool is made of all of them, whatever the stage
+        self.source.check_files("train", "val", "test")  # in every stage, because the pool must not depend on it
         self.source.setup(stage)
         if not self._ready:
             self._load()
@@ -165,7 +166,7 @@ class OpenSetDataModule(DerivedDataModule):
             self.set_record(record)
 
     def _load(self) -> None:
-        """Nothing is changed before all has been looked at."""
+        """All checks come before the first change of state."""
         source = self.source
         targets = number_known(source, self.known_ids, self.num_classes)
         if self.pool_path is not None:
@@ -196,7 +197,7 @@ class OpenSetDataModule(DerivedDataModule):
         self._ready = True
 
     def _apply(self, label: np.ndarray) -> None:
-        """Make ``label`` the labels known now."""
+        """Make ``label``, int64 ``[N]``, the known labels."""
         self.source.train_target = torch.from_numpy(label)
         universe, k = self._split.universe, self.num_classes
         here = label[universe]
@@ -207,7 +208,7 @@ class OpenSetDataModule(DerivedDataModule):
     # -- the answers -------------------------------------------------------------------------------------------------
 
     def set_record(self, record: PoolRecord) -> None:
-        """Take the answers of ``record``, and none else, for the labels beyond the initial ones.
+        """Replace all labels but the initial ones by the answers in ``record``.
 
         Raises:
             ValueError: where it is the record of another pool.
@@ -221,45 +222,45 @@ class OpenSetDataModule(DerivedDataModule):
         self._apply(label)
 
     def path_of(self, index: int) -> str | None:
-        """The image file of a training sample, relative to ``pool`` where it is in there; ``None`` for arrays."""
+        """The image file of a training sample, relative to ``pool`` if it is in there; ``None`` for arrays."""
         return self._samples.path_of(index)
 
     def oracle(self, indices: np.ndarray) -> np.ndarray:
-        """The hidden labels of some samples, 0 to ``K``. For ``lightning-kd active`` alone.
+        """The true labels of some samples, 0 to ``K``, for simulated annotation by ``lightning-kd active`` only.
 
         Raises:
-            ValueError: where nobody knows them.
+            ValueError: where the true labels are not available.
         """
         if self._truth is None:
             raise ValueError(
-                f"the samples of pool={self.pool_path!r} have no labels that an oracle could give: use lightning-kd "
-                "query and lightning-kd label instead of active"
+                f"the samples of pool={self.pool_path!r} have no true labels for an oracle: use lightning-kd query and "
+                "lightning-kd label instead of active"
             )
         return self._truth[np.asarray(indices, dtype=np.int64)]
 
     @property
     def known_total(self) -> int | None:
-        """How many training samples are of known classes, where that can be known."""
+        """Number of training samples of known classes; ``None`` where the true labels are not available."""
         return None if self._truth is None else int((self._truth[self._split.universe] < self.num_classes).sum())
 
     @property
     def round(self) -> int:
-        """Queries made so far."""
+        """Number of queries so far."""
         return 0 if self.record is None else self.record.round
 
     @property
     def precision(self) -> float:
-        """Share of known classes among the answers of the latest query; 0 before the first."""
+        """Fraction of known classes among the answers of the latest query; 0 before the first."""
         return 0.0 if self.record is None else self.record.precision
 
     def view(self, unlabelled: np.ndarray | None = None, labelled_scores: dict[str, Any] | None = None) -> PoolView:
-        """The pool as a strategy may see it, with copies of all arrays."""
+        """What a query strategy may see of the pool, with copies of all arrays."""
         known, target = self.known_indices, self.source.train_target.numpy()
         indices = np.array(self.unlabelled_indices if unlabelled is None else unlabelled)
         arrays = (indices, known.copy(), target[known].copy(), self.unknown_indices.copy())
         return PoolView(*arrays, self.num_classes, self.round, self.precision, labelled_scores or {})
 
-    # -- what tasks and the Trainer ask for --------------------------------------------------------------------------
+    # -- for tasks and the Trainer -----------------------------------------------------------------------------------
 
     @property
     def train_indices(self) -> np.ndarray:
@@ -270,10 +271,10 @@ class OpenSetDataModule(DerivedDataModule):
         return {"labels_sha256": self._digest()} if self._ready else {}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Before a fit goes on from a checkpoint.
+        """Check, before a fit resumes, that the checkpoint was trained on these labels.
 
         Raises:
-            ValueError: where that was trained on other labels.
+            ValueError: where it was trained on others.
         """
         stage = None if self.trainer is None else self.trainer.state.fn
         check_same_labels(state_dict.get("labels_sha256") == self._digest(), stage)
@@ -282,8 +283,7 @@ class OpenSetDataModule(DerivedDataModule):
         return labels_digest(self._samples, self.train_target.numpy())
 
     def loader(self, split: str = "train", indices: Any = None, **kwargs: Any) -> BatchLoader:
-        """``ClassificationDataModule.loader`` with the targets of the pool; by default over ``known_indices`` for
-        ``"train"``, and over the known classes of ``"val"`` and ``"test"``."""
+        """As ``ClassificationDataModule.loader``, with the pool's targets and only known classes by default."""
         if not self._ready:
             self.setup()
         if indices is None and split in ("train", "val", "test"):
@@ -291,10 +291,10 @@ class OpenSetDataModule(DerivedDataModule):
         return self.source.loader(split, indices, **kwargs)
 
     def predict_dataloader(self) -> BatchLoader:
-        """The samples without a label; with those labelled, where the task's choice needs them."""
+        """The unlabelled samples, and the labelled ones of known classes where the task's query strategy needs them."""
         indices = self.unlabelled_indices
         if not len(indices):
-            raise ValueError("nothing in the pool is left without a label: there is nothing to predict or to ask for")
+            raise ValueError("all samples of the pool are labelled: there is nothing left to predict or to query")
         if getattr(getattr(self.trainer, "lightning_module", None), "needs_labelled", False):
             indices = np.union1d(indices, self.known_indices)
         return self.loader("train", indices, augment=self.score_with_train_augmentation)

@@ -1,4 +1,4 @@
-"""Real sets of partial labels, as they are published: one ``.mat`` with features, candidates and true labels."""
+"""Published data sets with real partial labels: a ``.mat`` file with features, candidates and true labels."""
 
 from __future__ import annotations
 
@@ -20,31 +20,31 @@ __all__ = ["PartialLabelDataModule"]
 
 
 class PartialLabelDataModule(ClassificationDataModule):
-    """Lost, BirdSong, MSRCv2, Soccer Player, Yahoo! News and others like them, from one ``.mat`` file.
+    """Lost, BirdSong, MSRCv2, Soccer Player, Yahoo! News and similar data sets, from a ``.mat`` file.
 
-    It holds ``data``, the features ``[N, D]``, and sparse or full matrices of 0 and 1, ``partial_target``, the
-    candidates, and ``target``, the true label of each sample, ``[K, N]`` or ``[N, K]``. One of ``folds`` equal parts is
-    the test set; the parts are the same ones for every ``seed``. The file is read when the object is made. See
-    ``ClassificationDataModule`` for ``train_candidates``, ``meta_indices`` and several processes.
+    The file holds ``data``, the features ``[N, D]``, and two sparse or full matrices of 0 and 1, ``[K, N]`` or
+    ``[N, K]``: ``partial_target``, the candidates, and ``target``, the true label of each sample. One of ``folds``
+    parts of equal size is the test set; the parts are the same for every ``seed``. The file is read when the object is
+    created. See ``ClassificationDataModule`` for ``train_candidates``, ``meta_indices`` and use with several processes.
 
     Args:
-        path: the ``.mat`` file (not of version 7.3). With ``fake`` it may be missing.
-        folds: how many parts, 2 or more.
-        fold: which of them is the test set, from 0.
-        batch_size: training samples a step and process.
-        eval_batch_size: the most samples an evaluation step and process.
-        val_fraction: the share of each class of the training samples that becomes the validation set, 0 to below 1.
-        meta_per_class: so many training samples of each class are held out with their true labels (of a class with no
-            more, all but one).
-        class_names: a name for each class; by default their numbers.
-        mean: subtracted from each feature; by default that of the training samples.
-        std: divides each feature; by default that of the training samples.
-        seed: fixes the validation and the meta set; together with ``seed_everything`` also the order of the batches.
-        fake: use a small made-up data set instead, of the shape of the file if there is one.
+        path: the ``.mat`` file (not version 7.3). With ``fake`` it need not exist.
+        folds: number of parts, 2 or more.
+        fold: index of the test part, from 0.
+        batch_size: training samples per step and process.
+        eval_batch_size: largest number of samples per evaluation step and process.
+        val_fraction: fraction of each class of the training samples that becomes the validation set, in [0, 1).
+        meta_per_class: number of training samples of each class to hold out with their true labels (at most all but one
+            of a class).
+        class_names: a name for each class. Default: their numbers.
+        mean: mean of each feature, to normalise samples. Default: that of the training samples.
+        std: standard deviation of each feature. Default: that of the training samples.
+        seed: fixes validation and meta set; together with ``seed_everything`` also the order of the batches.
+        fake: use a small synthetic data set instead, shaped like the file if it exists.
 
     Raises:
-        ValueError: for an argument out of its range, a damaged file, and arrays that do not fit together.
-        FileNotFoundError: where there is no such file.
+        ValueError: for an argument out of its range, a damaged file, or arrays that do not match.
+        FileNotFoundError: where the file does not exist.
     """
 
     def __init__(
@@ -89,7 +89,7 @@ class PartialLabelDataModule(ClassificationDataModule):
             raise ValueError(f"class_names must be {count}, one for each class of {path!r}, got {len(class_names)}")
         samples = self._arrays.train_image.double()
         deviation = samples.std(0, correction=0)
-        own_std = torch.where(deviation > 0, deviation, 1.0)  # a constant feature stays as it is
+        own_std = torch.where(deviation > 0, deviation, 1.0)  # a constant feature is not scaled
         super().__init__(
             class_names=[str(c) for c in range(count)] if class_names is None else class_names,
             input_shape=(samples.shape[1],),
@@ -118,8 +118,8 @@ def read_mat(path: Path) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """Features float64 ``[N, D]``, true labels int64 ``[N]`` and candidates uint8 ``[N, K]`` of a ``.mat`` file.
 
     Raises:
-        FileNotFoundError: if there is no such file.
-        ValueError: if it is damaged, of version 7.3, or lacks an array, and for arrays that do not fit together.
+        FileNotFoundError: where the file does not exist.
+        ValueError: where it is damaged, of version 7.3, or lacks an array, and for arrays that do not match.
     """
     from scipy.io import loadmat
     from scipy.sparse import issparse
@@ -130,10 +130,10 @@ def read_mat(path: Path) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         arrays: dict[str, Any] = loadmat(path)
     except NotImplementedError:
         raise ValueError(
-            f"{str(path)!r} is of MATLAB's version 7.3, which is not read: save it again with the option -v7"
+            f"{str(path)!r} is in MATLAB's format 7.3, which cannot be read: save it again with the option -v7"
         ) from None
     except Exception as error:  # whatever a damaged file makes the reader raise
-        raise ValueError(f"{str(path)!r} is damaged, or no .mat file ({error}): replace it") from error
+        raise ValueError(f"{str(path)!r} is damaged, or not a .mat file ({error}): replace it") from error
     names = ["data", "partial_target", "target"]
     check_keys({name: value for name, value in arrays.items() if not name.startswith("__")}, names, repr(str(path)))
     feature, *labels = (arrays[name].toarray() if issparse(arrays[name]) else arrays[name] for name in names)

@@ -1,4 +1,4 @@
-"""The labels that a record of answers gives to a pool, and what tells one pool and its labels from another."""
+"""The labels that answers give to the samples of a pool, and the settings by which a record recognises its pool."""
 
 from __future__ import annotations
 
@@ -24,18 +24,18 @@ def pool_settings(
     own_target: np.ndarray,
     split_seed: int,
 ) -> dict[str, Any]:
-    """What must not change as long as a record is in use.
+    """The settings of a pool that must stay the same as long as a record of answers is in use.
 
     Args:
-        class_names: of the known classes.
-        others: the names of the source's other classes, which no new class may have.
-        samples: of the pool.
-        split: of them.
-        own_target: the source's own labels.
-        split_seed: of the initial labels.
+        class_names: names of the known classes.
+        others: names of the source's other classes, which no new class may have.
+        samples: the samples of the pool.
+        split: the initial split of these samples.
+        own_target: the source's own labels, int64 ``[N]``.
+        split_seed: seed of the initial labels.
     """
     if samples.has_files:
-        return {"classes": class_names, "others": others}  # answers are found by the names of files
+        return {"classes": class_names, "others": others}  # samples are recognised by their file names
     if samples.path is not None:
         return {
             "classes": class_names,
@@ -54,10 +54,10 @@ def pool_settings(
 
 
 def record_of(trainer: Any, answers: str | None) -> PoolRecord | None:
-    """The record of the Trainer's run folder, or the one that ``answers`` names; ``None`` where there is neither.
+    """The record that ``answers`` names, else that of the Trainer's run folder; ``None`` without both.
 
     Raises:
-        FileNotFoundError: where ``answers`` names none.
+        FileNotFoundError: where ``answers`` names a file that does not exist.
     """
     if answers is not None:
         return PoolRecord.load(pool_file(answers))
@@ -68,24 +68,26 @@ def record_of(trainer: Any, answers: str | None) -> PoolRecord | None:
 
 
 def sampling_weights(record: PoolRecord, count: int) -> dict[str, torch.Tensor]:
-    """``sampling_weight`` float32 ``[count]``, where a query has loss weights: these, scaled so that their mean over
-    all of it is 1, and 1 for all other samples."""
+    """``sampling_weight``, float32 ``[count]``, if the queries have loss weights; else an empty dict.
+
+    The loss weights are divided by their mean over all queried samples; the weight of all other samples is 1.
+    """
     rows = [row for row in record.queries if "loss_weight" in row]
     if not rows:
         return {}
     given = torch.tensor([row["loss_weight"] for row in rows], dtype=torch.float64)
     index = torch.tensor([row["index"] for row in rows])
-    there = index >= 0  # files may be gone
+    there = index >= 0  # negative: the file was removed
     weight = torch.ones(count, dtype=torch.float64)
     weight[index[there]] = (given / given.mean())[there]
     return {"sampling_weight": weight.float()}
 
 
 def adopt_settings(record: PoolRecord, settings: dict[str, Any]) -> None:
-    """Note the settings of the pool that ``record`` is used with.
+    """Store the settings of the pool in ``record``, after a check against those stored before.
 
     Raises:
-        ValueError: where it is the record of another pool.
+        ValueError: where the record belongs to another pool.
     """
     for name in settings.keys() & record.settings.keys():
         if (
@@ -94,21 +96,21 @@ def adopt_settings(record: PoolRecord, settings: dict[str, Any]) -> None:
         ):
             added = record.settings[name][len(settings[name]) :]
             raise ValueError(
-                f"{record.path} has the new classes {added}, which the data lack: give OpenSetDataModule "
+                f"{record.path} has the new classes {added}, which the data does not have: give OpenSetDataModule "
                 f"new_classes={record.settings.get('new_classes', added)}"
             )
         if settings[name] != record.settings[name]:
             raise ValueError(
-                f"{record.path} was begun with {name}={record.settings[name]}, got {settings[name]}: keep the data "
+                f"{record.path} was begun with {name}={record.settings[name]}, got {settings[name]}: give the data "
                 "settings of that run, or name another --run folder"
             )
     record.settings = {**record.settings, **settings}
 
 
 def find_files(record: PoolRecord, samples: PoolSamples) -> None:
-    """Bring the positions in ``record`` to where the files of its rows are now: some may have come or gone.
+    """Update the positions in ``record`` to those of the files now, after files were added to the pool or removed.
 
-    ``asked_as`` of a row keeps the earlier ones, by which files of earlier queries name it.
+    Earlier positions are kept in ``asked_as`` of the row, because the files of earlier queries name it by them.
     """
     place = {samples.path_of(i): i for i in range(samples.own_count, len(samples.image))}
     gone = [row for row in record.queries if row.get("path") not in place]
@@ -119,39 +121,41 @@ def find_files(record: PoolRecord, samples: PoolSamples) -> None:
         row["index"] = index
     if gone:
         warnings.warn(
-            f"{len(gone)} images asked for are no longer in {samples.path!r}, such as "
-            f"{gone[0].get('path')!r}: training goes on without them",
-            stacklevel=3,  # the caller of ``OpenSetDataModule.use``
+            f"{len(gone)} queried images are no longer in {samples.path!r}, such as {gone[0].get('path')!r}: training "
+            "continues without them",
+            stacklevel=3,  # the caller of ``OpenSetDataModule.set_record``
         )
 
 
 def answered_labels(
     record: PoolRecord, initial_label: np.ndarray, class_names: list[str], new_classes: list[str]
 ) -> np.ndarray:
-    """The initial labels ``[N]`` with the answers of ``record``, and none else.
+    """The labels of the pool, int64 ``[N]``: ``initial_label`` changed by the answers in ``record``.
 
     Raises:
-        ValueError: for an answer that is no class, or of no sample, and for a new class without a sample.
+        ValueError: for an answer that is not a class or is for no sample, and for a new class without a sample.
     """
     number = {name: k for k, name in enumerate(class_names)} | {UNKNOWN: len(class_names)}
     label = initial_label.copy()
     answered = [(row["index"], number.get(row["answer"])) for row in record.queries if row["answer"] is not None]
     for index, answer in answered:
         if answer is None or index >= len(label):
-            raise ValueError(f"{record.path} holds an answer for sample {index} that does not fit this pool")
+            raise ValueError(
+                f"{record.path} holds an answer for sample {index} that does not fit this pool: give that run's data"
+            )
         if index >= 0:
             label[index] = answer
     for name in new_classes:
         if not (label == number[name]).any():
             raise ValueError(
-                f"no sample of the new class {name!r} is left in {record.path}: label one, with lightning-kd label "
-                "--correct where it has another answer"
+                f"{record.path} has no sample of the new class {name!r} left: label one, with lightning-kd label "
+                "--correct if it has another answer"
             )
     return label
 
 
 def check_new_classes(new_classes: list[str], source_names: list[str], pool: str | None) -> None:
-    """Raise a ``ValueError`` where they cannot be classes beside those of the source."""
+    """Raise a ``ValueError`` where ``new_classes`` cannot be added to the classes of the source."""
     if new_classes and pool is None:
         raise ValueError(
             f"new_classes are for a pool of your own, got {new_classes} without pool: name the known_classes instead"
@@ -162,7 +166,7 @@ def check_new_classes(new_classes: list[str], source_names: list[str], pool: str
 
 
 def labels_digest(samples: PoolSamples, label: np.ndarray) -> str:
-    """The sha256 of the labels that there are, and of what they belong to."""
+    """The sha256 of the known labels together with the positions or file names of their samples."""
     index = np.flatnonzero(label >= 0)
     if not samples.has_files:
         return _sha256(np.stack([index, label[index]]))
@@ -172,18 +176,18 @@ def labels_digest(samples: PoolSamples, label: np.ndarray) -> str:
 
 
 def check_same_labels(same: bool, stage: str | None) -> None:
-    """Before a checkpoint is used that was trained on the ``same`` labels as there are now, or on others.
+    """Check the labels that a checkpoint was trained on; ``same``: whether they are those that the pool has now.
 
     Raises:
-        ValueError: where a fit would go on with others; a prediction is warned of.
+        ValueError: where a fit would resume with other labels. A prediction only warns.
     """
     if stage == "fit" and not same:
         raise ValueError(
-            "the checkpoint was trained on other labels than the pool has now: begin the round anew with "
-            "--overwrite in place of --ckpt_path (the answers stay)"
+            "the checkpoint was trained on other labels than the pool has now: start the round anew with --overwrite "
+            "instead of --ckpt_path (the answers are kept)"
         )
     if stage == "predict" and not same:
-        warnings.warn("answers have come in since this checkpoint was trained: fit again first", stacklevel=3)
+        warnings.warn("there are new answers since this checkpoint was trained: fit again first", stacklevel=3)
 
 
 def _sha256(array: np.ndarray) -> str:

@@ -1,4 +1,4 @@
-"""The samples of a pool: those of a labelled data set, and after them a folder or an array without labels."""
+"""The samples of a pool: those of a labelled data set, followed by those of an unlabelled folder or array."""
 
 from __future__ import annotations
 
@@ -16,12 +16,12 @@ from lightning_kd.data.new_samples import read_unlabelled
 
 
 class PoolSamples(NamedTuple):
-    """Training samples, of which the later ones have no labels.
+    """The samples of a source, followed by unlabelled ones.
 
     Attributes:
-        image: all of them, a tensor or a list of paths.
-        own_count: how many are those of the source; the others are those of ``path``.
-        path: what was given for the samples without labels; ``None`` where all are those of the source.
+        image: all samples, a tensor or a list of paths.
+        own_count: number of samples of the source; the others are from ``path``.
+        path: the folder or array file of the unlabelled samples; ``None`` where all samples are the source's.
     """
 
     image: Any
@@ -30,11 +30,11 @@ class PoolSamples(NamedTuple):
 
     @property
     def has_files(self) -> bool:
-        """Whether the pool is a folder of images, known by their names."""
+        """Whether the unlabelled samples are a folder of images, identified by their paths."""
         return self.path is not None and isinstance(self.image, list)
 
     def path_of(self, index: int) -> str | None:
-        """The image file of a sample, relative to the pool where it is in there; ``None`` for arrays."""
+        """The image file of a sample, relative to the pool's folder if it is in there; ``None`` for arrays."""
         if not isinstance(self.image, list):
             return None
         if self.has_files and index >= self.own_count:
@@ -43,13 +43,14 @@ class PoolSamples(NamedTuple):
 
 
 def add_unlabelled(source: ClassificationDataModule, path: str, fake: bool) -> PoolSamples:
-    """The training samples of ``source`` and after them those of the folder or array file ``path``.
+    """The training samples of ``source``, followed by those of the folder or array file ``path``.
 
     Raises:
-        ValueError: where there are none, where they are of another kind, and where they are among the labelled ones.
+        ValueError: where ``path`` holds no sample, samples of another shape or dtype, or files that are labelled
+            samples.
     """
     image, own_count = source.train_image, len(source.train_target)
-    if fake:  # as good as any
+    if fake:  # synthetic test samples stand in for unlabelled ones
         return PoolSamples(torch.cat([image, source.test_image]), own_count, path)
     if isinstance(image, list):
         return PoolSamples([*image, *_unlabelled_files(source, path)], own_count, path)
@@ -63,10 +64,10 @@ def add_unlabelled(source: ClassificationDataModule, path: str, fake: bool) -> P
 
 
 def readable(samples: PoolSamples, universe: np.ndarray, source: Any, trainer: Any) -> np.ndarray:
-    """``universe``, positions int64 ``[n]``, without image files of the pool that cannot be used.
+    """The positions ``universe``, int64 ``[n]``, without those of damaged image files.
 
     Raises:
-        ValueError: naming them, unless the source's ``on_error`` is ``"skip"``.
+        ValueError: naming damaged files, unless the source's ``on_error`` is ``"skip"``.
     """
     if not samples.has_files or not hasattr(source, "on_error"):
         return universe
@@ -78,14 +79,14 @@ def readable(samples: PoolSamples, universe: np.ndarray, source: Any, trainer: A
 def _unlabelled_files(source: ClassificationDataModule, path: str) -> list[str]:
     paths = images_below(Path(path))
     if not paths:
-        raise ValueError(f"pool {path!r} holds no image: name the folder of the unlabelled ones")
+        raise ValueError(f"pool {path!r} holds no image: give the folder of the unlabelled images")
     val = source.val_image if source._val_source == "val" else []
     twice = {os.path.realpath(p) for p in paths} & {
         os.path.realpath(p) for p in [*source.train_image, *source.test_image, *val]
     }
     if twice:
         raise ValueError(
-            f"pool {path!r} holds images that source takes for labelled ones, such as "
-            f"{min(twice)!r}: keep the pool outside of the class folders"
+            f"pool {path!r} holds images that are labelled samples of source, such as {min(twice)!r}: keep the pool "
+            "outside of the class folders"
         )
     return paths

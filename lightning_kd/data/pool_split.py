@@ -1,4 +1,4 @@
-"""How a pool stands before anything is asked: what each sample is, and which few are labelled."""
+"""The pool before the first query: the class of each sample, and which samples are labelled at the start."""
 
 from __future__ import annotations
 
@@ -14,14 +14,14 @@ UNLABELLED = -1
 
 
 class KnownTargets(NamedTuple):
-    """The targets of a data set in the numbers of the known classes, ``K`` for all others.
+    """The targets of a data set as indices of the known classes, ``K`` for all other classes.
 
     Attributes:
-        train: int64 ``[N]``.
-        test: likewise, of the test array.
-        val: likewise, of the array that validation samples are taken from.
-        test_indices: int64, ascending: the test samples of known classes.
-        val_indices: likewise, of validation.
+        train: int64 ``[N]``, of the training array.
+        test: int64, of the test array.
+        val: int64, of the array that validation samples are taken from.
+        test_indices: int64, ascending, positions of the test samples of known classes.
+        val_indices: int64, ascending, positions of the validation samples of known classes.
     """
 
     train: np.ndarray
@@ -32,10 +32,10 @@ class KnownTargets(NamedTuple):
 
 
 def number_known(source: ClassificationDataModule, known_ids: list[int], num_known: int) -> KnownTargets:
-    """The targets of ``source``, numbered by the place of their class in ``known_ids``, ``num_known`` for others.
+    """The targets of ``source`` as positions of their class in ``known_ids``; ``num_known`` for all other classes.
 
     Raises:
-        ValueError: where no test sample is of a known class.
+        ValueError: where no test sample has a known class.
     """
     k = num_known
     internal = np.full(source.num_classes, k)
@@ -45,18 +45,18 @@ def number_known(source: ClassificationDataModule, known_ids: list[int], num_kno
     val = internal[source.val_target.numpy()] if source._val_source == "val" else train
     test_indices = source.test_indices[test[source.test_indices] < k]
     if not len(test_indices):
-        raise ValueError("the test set has no sample of the known classes: choose others")
+        raise ValueError("the test set has no sample of the known classes: choose other known_classes")
     val_indices = source.val_indices[val[source.val_indices] < k]
     return KnownTargets(train, test, val, test_indices, val_indices)
 
 
 class PoolSplit(NamedTuple):
-    """What is labelled at the start.
+    """The samples that are labelled at the start.
 
     Attributes:
-        universe: int64: the samples that the pool knows of.
-        initial: int64: those of them that are labelled.
-        label: int64 ``[N]``: the class of each sample that is labelled, else -1.
+        universe: int64, positions of all samples of the pool, labelled or not.
+        initial: int64, those of them that are labelled.
+        label: int64 ``[N]``, the class of each labelled sample, else -1.
     """
 
     universe: np.ndarray
@@ -65,7 +65,7 @@ class PoolSplit(NamedTuple):
 
 
 def label_all(universe: np.ndarray, truth: np.ndarray, unlabelled: int) -> PoolSplit:
-    """All of ``universe`` is labelled with ``truth`` ``[N]``; then come ``unlabelled`` further samples."""
+    """The split in which ``truth`` ``[N]`` labels all of ``universe``, and ``unlabelled`` further samples follow."""
     label = np.full(len(truth) + unlabelled, UNLABELLED)
     label[universe] = truth[universe]
     added = np.arange(len(truth), len(truth) + unlabelled)
@@ -73,15 +73,15 @@ def label_all(universe: np.ndarray, truth: np.ndarray, unlabelled: int) -> PoolS
 
 
 def label_some(universe: np.ndarray, truth: np.ndarray, initial: np.ndarray) -> PoolSplit:
-    """``initial`` alone is labelled with ``truth`` ``[N]``."""
+    """The split in which only the samples ``initial`` are labelled, by ``truth`` ``[N]``."""
     label = np.full(len(truth), UNLABELLED)
     label[initial] = truth[initial]
     return PoolSplit(universe, initial, label)
 
 
 def check_initial(fraction: float | None, count: int | None, pool: str | None) -> None:
-    """Raise a ``ValueError`` where it is not clear which samples are labelled at the start."""
-    check_numbers(above=0, most=1, optional=True, remedy="give a share", initial_fraction=fraction)
+    """Raise a ``ValueError`` unless it is clear how many samples are labelled at the start."""
+    check_numbers(above=0, most=1, optional=True, remedy="give a fraction", initial_fraction=fraction)
     check_numbers(least=1, whole=True, optional=True, initial_count=count)
     if pool is None and (fraction is None) == (count is None):
         raise ValueError(
@@ -90,8 +90,8 @@ def check_initial(fraction: float | None, count: int | None, pool: str | None) -
         )
     if pool is not None and not (fraction is None and count is None):
         raise ValueError(
-            "initial_fraction and initial_count go without pool: what source holds is labelled, got a pool "
-            f"{pool!r} too: leave them out"
+            "initial_fraction and initial_count are for a source without pool (with one, all of source is labelled), "
+            f"got pool={pool!r}: leave them out"
         )
 
 
@@ -104,14 +104,14 @@ def draw_initial(
     split_seed: int,
     fake: bool,
 ) -> np.ndarray:
-    """The samples that are labelled at the start, ascending; see ``OpenSetDataModule``.
+    """Draw the samples that are labelled at the start, int64, ascending; see ``OpenSetDataModule``.
 
     Raises:
-        ValueError: where they would be none, or more than there are.
+        ValueError: where their number would be 0, or larger than that of the samples of known classes.
     """
     known = universe[truth[universe] < num_known]
     order = numpy_generator(split_seed, "initial_labels").permutation(known)
-    if fake:  # of so few samples, two of each class
+    if fake:  # synthetic data is small: two samples of each class
         return np.sort(np.concatenate([order[truth[order] == c][:2] for c in range(num_known)]))
     number = count
     if number is None:
@@ -119,17 +119,17 @@ def draw_initial(
         number = int(np.floor(fraction * len(known) + 1e-9))
     if not 1 <= number <= len(known):
         raise ValueError(
-            f"initial_fraction={fraction}, initial_count={count} mean {number} of "
-            f"{len(known)} samples of known classes: give 1 to {len(known)}"
+            f"initial_fraction={fraction}, initial_count={count} give {number} of {len(known)} samples of known "
+            f"classes: choose 1 to {len(known)}"
         )
     return np.sort(order[:number])
 
 
 def checked_budget(budget: int, split: PoolSplit, fake_rounds: int | None) -> int:
-    """``budget``, and no more than suits so many rounds on a made-up pool.
+    """``budget``, if the pool is large enough; on a synthetic pool lowered to suit ``fake_rounds`` queries.
 
     Raises:
-        ValueError: where it is more than the pool.
+        ValueError: where it is larger than the pool.
     """
     unlabelled = int((split.label[split.universe] == UNLABELLED).sum())
     if fake_rounds is not None:
@@ -140,7 +140,7 @@ def checked_budget(budget: int, split: PoolSplit, fake_rounds: int | None) -> in
 
 
 def check_every_class(split: PoolSplit, class_names: list[str]) -> None:
-    """Raise a ``ValueError`` where a known class has no label at the start."""
+    """Raise a ``ValueError`` where no sample of a known class is labelled at the start."""
     k = len(class_names)
     missing = np.flatnonzero(np.bincount(split.label[split.initial], minlength=k + 1)[:k] == 0)
     if len(missing):

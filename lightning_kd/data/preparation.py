@@ -1,4 +1,4 @@
-"""One sample in any form, brought to what the network of a run wants, as an evaluation of the run does it."""
+"""Converts a single sample of any form to the input of a run's network, as the run's evaluation does."""
 
 from __future__ import annotations
 
@@ -16,17 +16,17 @@ from lightning_kd.data.image_files import as_rgb, read_image, upright, without_r
 
 __all__ = ["Preparation", "of_older_checkpoint"]
 
-# floats of an image may go a little beyond 0 to 1, where it was resized by splines
+# float images may exceed 0 to 1 by this much: spline interpolation overshoots
 BEYOND = 0.1
 
 
 class Preparation:
-    """From a path, a PIL image, an array or a tensor to the input of a network.
+    """Converts a path, a PIL image, an array or a tensor to the input of a network.
 
     Args:
-        description: of the data, see ``LabelledDataModule.describe``. ``resize`` is the short side of a picture before
-            its centre is cut out; with ``stretch`` it is brought to the size whatever its ratio; else the middle of the
-            picture is taken, as large as it fits.
+        description: of the data, see ``LabelledDataModule.describe``. With ``resize`` images are resized by their short
+            side and centre-cropped; with ``stretch`` they are resized without keeping the aspect ratio; else the
+            largest central part of the right ratio is cropped and resized.
         input_shape: ``(C, H, W)``, or ``(D,)`` for features.
     """
 
@@ -42,35 +42,35 @@ class Preparation:
 
     @property
     def by_file(self) -> bool:
-        """Whether the run was trained on files, whose pictures are brought to the size of the network."""
+        """Whether the run was trained on image files, which are resized to the network's input."""
         return self.resize is not None or self.stretch
 
     def __call__(self, sample: Any) -> Tensor:
-        """One sample, normalised."""
+        """One sample, normalised, float32 of ``input_shape``."""
         sample = self.unit(sample)
         shape = (-1, *[1] * (sample.ndim - 1))
         mean, std = (torch.tensor(values, dtype=torch.float32).view(shape) for values in (self.mean, self.std))
         return (sample - mean) / std
 
     def unit(self, sample: Any) -> Tensor:
-        """One sample as float32, of an image from 0 to 1, on the CPU.
+        """One sample as float32 on the CPU before normalisation; images have values from 0 to 1.
 
         Raises:
-            TypeError, ValueError: for what is no sample of the run, saying what to do.
+            TypeError, ValueError: where the sample does not suit the run; the message says what to do.
         """
         if isinstance(sample, np.ndarray) and (len(self.input_shape) == 1 or self.input_shape[0] not in (1, 3)):
             if sample.ndim not in (1, 3):
                 raise ValueError(
-                    f"an array must be of one sample of {self.input_shape}, features [D] or an image [H, W, C], got "
-                    f"{sample.shape}: bring it to that"
+                    f"an array must be one sample of shape {self.input_shape}, features [D] or an image [H, W, C], got "
+                    f"{sample.shape}: reshape it"
                 )
             sample = torch.from_numpy(np.ascontiguousarray(sample if sample.ndim == 1 else sample.transpose(2, 0, 1)))
         if not isinstance(sample, Tensor):
             sample = v2.functional.pil_to_tensor(self.sized(self.picture(sample)))
         if tuple(sample.shape) != self.input_shape:
             raise ValueError(
-                f"a tensor must be of the shape that was trained on, {self.input_shape}, got {tuple(sample.shape)}: "
-                "bring it to that, or give a PIL image or a uint8 array [H, W, C]"
+                f"a tensor must have the shape of the training samples, {self.input_shape}, got {tuple(sample.shape)}: "
+                "resize it, or give a PIL image or a uint8 array [H, W, C]"
             )
         if sample.dtype == torch.uint8:
             sample = sample.float() / 255
@@ -84,10 +84,10 @@ class Preparation:
         return sample
 
     def picture(self, sample: Any) -> Image.Image:
-        """A path, an image or an array as a picture of as many channels as the network has."""
+        """A path, an image or an array as a PIL image with the number of channels of the network's input."""
         if len(self.input_shape) == 1:
             raise ValueError(
-                f"this run is of rows of {self.input_shape[0]} features, got {type(sample).__name__}: give float arrays"
+                f"this run takes rows of {self.input_shape[0]} features, got {type(sample).__name__}: give float arrays"
             )
         if isinstance(sample, str | Path):
             picture = read_image(sample, self.background, self.image_range)
@@ -100,11 +100,11 @@ class Preparation:
                 f"an image must be a path, a PIL image, an array or a tensor, got {type(sample).__name__}: convert it"
             )
         if self.input_shape[0] not in (1, 3):
-            raise ValueError(f"this run is of images with {self.input_shape[0]} channels: give tensors or uint8 arrays")
+            raise ValueError(f"this run takes images of {self.input_shape[0]} channels: give tensors or uint8 arrays")
         return picture.convert("L") if self.input_shape[0] == 1 else picture
 
     def sized(self, picture: Image.Image) -> Image.Image:
-        """In the size of the network."""
+        """The image resized or cropped to the size of the network's input."""
         height, width = self.input_shape[1:]
         if self.stretch:
             return v2.Resize((height, width))(picture)  # type: ignore[no-any-return]
@@ -116,12 +116,13 @@ class Preparation:
 
 
 def of_older_checkpoint(description: Mapping[str, Any], arguments: Mapping[str, Any]) -> dict[str, Any]:
-    """A description with what older checkpoints leave out of it: that image files with several labels, or with masks,
-    are brought to their size whatever their ratio.
+    """Completes the description in an older checkpoint, which does not tell whether image files were stretched.
+
+    They were for data with several labels or with masks that has an ``image_size``.
 
     Args:
-        description: as a checkpoint holds it.
-        arguments: of the data module, by name.
+        description: the description in the checkpoint.
+        arguments: arguments of the data module, by name.
     """
     of_files = description.get("problem") in ("MultiLabel", "Segmentation") and "image_size" in arguments
     return {**({"stretch": True} if of_files else {}), **description}
@@ -144,7 +145,7 @@ def _picture_of(array: np.ndarray, background: tuple[int, ...]) -> Image.Image:
 
 def _check_unit(image: Tensor) -> None:
     least, most = (float(value) for value in image.aminmax())
-    if not (least >= -BEYOND and most <= 1 + BEYOND):  # with NaN no comparison is true
+    if not (least >= -BEYOND and most <= 1 + BEYOND):  # true for NaN, too
         raise ValueError(
             f"a float image must be from 0 to 1 and not normalised, got values from {least:.4g} to {most:.4g}: divide "
             "by 255, undo the normalisation, or give uint8"

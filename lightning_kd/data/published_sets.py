@@ -1,4 +1,4 @@
-"""The base of the published sets: one ``.npz`` beside the official files, made from them once."""
+"""The base class of published data sets: the official files are decoded once and stored as one ``.npz``."""
 
 from __future__ import annotations
 
@@ -16,18 +16,18 @@ from lightning_kd.data.augment import CropFlip
 
 
 class OfficialDataModule(AnnotatedDataModule):
-    """A published set, from ``ROOT/NAME.npz`` or else from the official files as torchvision lays them out.
+    """A published data set, read from ``ROOT/NAME.npz``, else from the official files in torchvision's layout.
 
     The ``.npz`` holds ``train_image`` and ``test_image`` (uint8 ``[N, H, W, C]``) and ``train_target`` and
-    ``test_target`` (integers ``[N]``); further keys are left alone. Where it exists nothing else is read. Otherwise
-    ``prepare_data`` decodes the official files, after their checksums were found right, and writes it.
+    ``test_target`` (integers ``[N]``); other arrays are ignored. If it exists nothing else is read. Otherwise
+    ``prepare_data`` verifies the checksums of the official files, decodes them and writes it.
 
     Args:
-        root: the folder.
-        download: fetch the official files where they are missing.
+        root: the folder of the files.
+        download: download the official files where they are missing.
         augment: random crops and flips of training images.
-        crop_flip: which ones.
-        options: those of ``ClassificationDataModule``.
+        crop_flip: the random crop and flip.
+        options: see ``ClassificationDataModule``.
     """
 
     file_name: str
@@ -44,24 +44,25 @@ class OfficialDataModule(AnnotatedDataModule):
 
     @property
     def path(self) -> Path:
-        """The ``.npz`` of this set."""
+        """Path of the ``.npz``."""
         return Path(self.root) / self.file_name
 
     @abstractmethod
     def open_official(self, root: str, train: bool, download: bool) -> dict[str, np.ndarray]:
-        """The images and targets of one split, from the official files: ``image``, ``target`` and what else there is.
+        """Read one split from the official files: ``image``, ``target``, and further arrays by name.
 
         Raises:
-            RuntimeError: where files are missing or have the wrong checksum, as torchvision does.
+            RuntimeError: where files are missing or have a wrong checksum, as torchvision raises it.
         """
 
     def read_official(self) -> dict[str, np.ndarray]:
-        """All arrays of the ``.npz``, from the official files.
+        """All arrays of the ``.npz``, read from the official files.
 
         Raises:
-            FileNotFoundError: where there are none.
-            ConnectionError: where they cannot be fetched.
-        ValueError: where their checksums are wrong, or they cannot be read.
+            FileNotFoundError: where there are none, and ``download`` is false.
+            ConnectionError: where they cannot be downloaded.
+            PermissionError: where ``root`` may not be read or written.
+            ValueError: where a checksum is wrong, or a file cannot be read.
         """
         root = Path(self.root)
         if not self.download and not (root / self.folder).exists():
@@ -73,25 +74,25 @@ class OfficialDataModule(AnnotatedDataModule):
         arrays = {}
         try:
             for split in ("train", "test"):
-                # the second split finds everything there
+                # the download for the first split includes the second
                 parts = self.open_official(self.root, split == "train", self.download and split == "train")
                 arrays.update({f"{split}_{name}": array for name, array in parts.items()})
         except PermissionError as error:
             raise PermissionError(f"root={self.root!r} may not be used ({error}): check its permissions") from error
         except URLError as error:
             raise ConnectionError(
-                f"download=True could not fetch the official files into root={self.root!r} ({error}): check the "
+                f"download=True could not download the official files into root={self.root!r} ({error}): check the "
                 f"network, or put {self.file_name} there"
             ) from error
         except Exception as error:  # whatever a damaged file makes a reader raise
             raise ValueError(
                 f"the official files in {str(root / self.folder)!r} are missing, damaged, or have a wrong checksum "
-                f"({error}): delete that folder and set download=True to fetch them again"
+                f"({error}): delete that folder and set download=True to download them again"
             ) from error
         return arrays
 
     def prepare_data(self) -> None:
-        """Make the ``.npz`` where it is missing. Where it cannot be written, go on without it, with a warning."""
+        """Write the ``.npz`` if it does not exist. If it cannot be written, continue without it, with a warning."""
         if self.fake or self.path.exists():
             return
         arrays = self.read_official()

@@ -1,4 +1,4 @@
-"""The strong view of images with several labels, for whole batches: a box of one colour, then RandAugment."""
+"""The strong view of multi-label images, for whole batches: a square of one random colour, then RandAugment."""
 
 from __future__ import annotations
 
@@ -13,12 +13,12 @@ __all__ = ["BatchedRandAugment"]
 
 
 class BatchedRandAugment(BatchedAutoAugment):
-    """Cutout with a uniform random colour, then RandAugment (Cubuk et al., arXiv 1909.13719) as torchvision v2 has it.
+    """Cutout with a uniform random colour, then RandAugment (Cubuk et al., arXiv 1909.13719) as in torchvision v2.
 
-    The box has half the shorter side and is clipped at the borders; its centre is any pixel. Then two operations out of
-    14, nothing at all among them, each equally likely, with torchvision's defaults: magnitude 9 of 31, positive or
-    negative equally often, nearest neighbours, black outside. For the same draws the images are those of
-    ``torchvision.transforms.v2.RandAugment``.
+    The square has half the shorter side of the image, a uniform random pixel as its centre, and is clipped at the
+    borders. Then two operations out of 14 (one of which changes nothing), all equally likely, with torchvision's
+    defaults: magnitude 9 of 31, positive or negative with probability 1/2, nearest-neighbour interpolation, black
+    outside. For the same draws images equal those of ``torchvision.transforms.v2.RandAugment``.
     """
 
     cuts_out = True
@@ -30,11 +30,11 @@ class BatchedRandAugment(BatchedAutoAugment):
         self._code = np.array([[0, 0], *([self._number(name, self.bin_, sign) for sign in (1, -1)] for name in names)])
 
     def draw(self, count: int, seed: int, epoch: int = 0, pass_: int = 0) -> np.ndarray:
-        """What happens to each of ``count`` samples, from the stream ``(seed, "randaugment", epoch, pass)``.
+        """Draw the augmentation of ``count`` samples, from the stream ``(seed, "randaugment", epoch, pass)``.
 
         Returns:
-            int64 ``[count, 7]``: the first and second operation as positions in ``operations``, three values of colour
-            (0 to 255), and the centre of the box, row and column, in millionths of the height and width.
+            int64 ``[count, 7]``, the first and second operation as positions in ``operations``, three colour values (0
+            to 255), and the centre of the square, row and column, in millionths of height and width.
         """
         generator = numpy_generator(seed, "randaugment", epoch, pass_)
         operation = generator.integers(0, len(self._code), (count, 2))
@@ -43,11 +43,11 @@ class BatchedRandAugment(BatchedAutoAugment):
         return np.concatenate([code, colour, generator.integers(0, 10**6, (count, 2))], 1)
 
     def apply(self, image: Tensor, choice: np.ndarray) -> Tensor:
-        """Do what was drawn.
+        """Apply the drawn augmentation.
 
         Args:
             image: uint8 ``[B, C, H, W]`` of 1 or 3 channels.
-            choice: int64 ``[B, 7]``, from ``draw``.
+            choice: int64 ``[B, 7]``, as ``draw`` returns it.
 
         Returns:
             uint8 ``[B, C, H, W]``, in new memory.

@@ -1,4 +1,4 @@
-"""The loader of small sets: every sample decoded once, a batch is one index operation."""
+"""The loader of small data sets: samples stay decoded in memory, and a batch is one index operation."""
 
 from __future__ import annotations
 
@@ -25,20 +25,20 @@ from lightning_kd.data.augment import (
 from lightning_kd.data.auto_augment import BatchedAutoAugment
 from lightning_kd.data.sampling import REPEAT, BatchLoader, ShardedSampler, wide
 
-# AutoAugment works on several batches at once: the more images, the more of them share an operation.
+# AutoAugment processes several batches of this many bytes in all at once: more images then share an operation
 STRONG_BYTES = 8 << 20
 
 
 class StoredImages:
-    """The samples of one array on one device, and copies of them with a border, each made when first asked for.
+    """The samples of one array on one device, and padded copies of them, each made when first needed.
 
-    Loaders that share one share its memory. Copies do not follow later changes of ``source`` in place.
+    Loaders that share a ``StoredImages`` share its memory. Copies do not follow later in-place changes of ``source``.
 
     Args:
-        source: uint8 ``[N, C, H, W]``, float features ``[N, D]``, or masks ``[N, H, W]``, of which the copies are
+        source: uint8 ``[N, C, H, W]``, float features ``[N, D]``, or masks ``[N, H, W]``, whose copies are
             ``[N, 1, H, W]``.
-        device: where the copies lie.
-        fill: the value of the border.
+        device: device of the copies.
+        fill: value of the padding.
     """
 
     def __init__(self, source: Tensor, device: str | torch.device = "cpu", fill: int = 0) -> None:
@@ -48,7 +48,7 @@ class StoredImages:
         self._copies: dict[int | None, Tensor] = {}
 
     def get(self, crop_flip: CropFlip | None = None) -> Tensor:
-        """The samples, with the border that ``crop_flip`` wants."""
+        """The samples on the device, padded for ``crop_flip`` if given."""
         key = None if crop_flip is None else crop_flip.padding
         if key not in self._copies:
             image = self.source[:, None] if self.source.ndim == 3 else self.source
@@ -58,39 +58,39 @@ class StoredImages:
         return self._copies[key]
 
 
-# views of a sample that comes again in a pass; after so many the first one comes again
+# number of different views of a sample that is repeated within a pass; then they recur
 MOST_VIEWS = 32
 
 Parts = tuple[Tensor, ...]
 
 
 class ResidentLoader(BatchLoader):
-    """Batches from tensors that stay in memory, on the device of the training.
+    """Batches from tensors that stay in memory on the training device.
 
     The stored samples are moved to ``device`` once, and all augmentation runs there. Random views are drawn on the CPU
-    for all samples of the array at once from the stream (seed, epoch, pass) and looked up by index, so they do not
+    for all samples of the array at once, from the stream (seed, epoch, pass), and looked up by index, so they do not
     depend on the batch size, the device or the number of processes. Yields ``Batch`` with ``image`` float32, ``target``
     (int64; float32 for several labels) and ``index`` int64, all on ``device``.
 
     Args:
-        image: uint8 ``[N, C, H, W]``, or float features ``[N, D]``: the full array of the split, or a ``StoredImages``
-            of it, whose device is then the one.
-        target: int64 ``[N]``, or what else each sample has one row of. Masks, int16 ``[N, H, W]``, are cropped and
-            flipped with their images and come as int64; a ``StoredImages`` of them with -1 as ``fill`` is shared.
-        sampler: which samples form the batches of this process.
-        normalize: brings stored samples to float32.
-        augment: the random crop and flip of weak and strong views; ``None`` takes images as they are.
-        cutout: the side of the cutout box of weak views in pixels; 0 is off.
-        device: where the batches are made.
-        views: ``"plain"``, ``"weak"`` or ``"strong"``, or a sequence of them, which makes ``image`` a tuple; with
+        image: uint8 ``[N, C, H, W]`` or float features ``[N, D]``, the full array of the split; or a ``StoredImages``
+            of it, whose device is then used.
+        target: int64 ``[N]``, or another tensor with one row per sample. Masks, int16 ``[N, H, W]``, are cropped and
+            flipped with their images and yielded as int64; they may be a ``StoredImages`` with ``fill=-1``.
+        sampler: chooses the samples of each batch of this process.
+        normalize: normalises stored samples to float32.
+        augment: the random crop and flip of weak and strong views; ``None`` for none.
+        cutout: side in pixels of the cutout square of weak views; 0 is off.
+        device: device on which batches are made.
+        views: ``"plain"``, ``"weak"`` or ``"strong"``, or a sequence of them, for which ``image`` is a tuple; with
             ``n_grid`` also ``"patches"`` and ``"strong_patches"``, see ``SplitLoaders.loader``.
-        policy: what strong views start with; by default the one for CIFAR-10. A cutout of half the shorter side ends
-            them, unless it has its own.
-        n_grid: cells of an image in a row and in a column, for patches.
-        extras: further tensors by name, first dimension ``N``, whose rows each batch has in ``extras``.
+        policy: the first operations of strong views. Default: AutoAugment's policy for CIFAR-10. They end with a cutout
+            of half the shorter side, unless the policy includes one.
+        n_grid: cells per row and per column of an image, for patches.
+        extras: further tensors by name, with first dimension ``N``; ``Batch.extras`` gets their rows.
 
     Raises:
-        ValueError: for an unknown view, and strong views of what is no image of 1 or 3 channels.
+        ValueError: for an unknown view, and for strong views of samples that are not images of 1 or 3 channels.
     """
 
     def __init__(
@@ -132,7 +132,7 @@ class ResidentLoader(BatchLoader):
         if not self._single or self.views[0] == "strong" or (self.views[0] == "weak" and self.cutout):
             cutout = f" and cutout={self.cutout}" * bool(self.cutout)
             raise ValueError(
-                f"keys are for one view by crop and flip alone, got views={self.views}{cutout}: leave the rest out"
+                f"keys need a single view by crop and flip, got views={self.views}{cutout}: leave out the others"
             )
         table = keys.table(len(self._target), self._views_of_each())
         self._keys, self._fixed = keys, None if table is None else torch.from_numpy(table).to(self.device)
@@ -169,7 +169,7 @@ class ResidentLoader(BatchLoader):
         makers = {"plain": self._plain, "weak": self._weak, "strong": self._strong}
         repeats = self.sampler.repeats(epoch, pass_)
         times = np.zeros(1, np.int64) if repeats is None else np.concatenate(repeats) % MOST_VIEWS
-        # where in the draws of all samples each one's stand: those for its n-th repetition are n arrays further on
+        # position of each sample's draws: the draws for the n-th repetition follow n arrays of draws later
         slots = order + torch.from_numpy(times * len(self._target)).to(self.device)
         drawn = slots.split([len(batch) for batch in batches])
         passes = [pass_ + REPEAT * k for k in range(int(times.max()) + 1)]
@@ -180,7 +180,7 @@ class ResidentLoader(BatchLoader):
         masks = self._mask_views(parts, passes, view_seed(self.sampler.seed, 0), epoch) if self._masks else None
         keys = None if self._keys is None else self._draw_keys(passes, view_seed(self.sampler.seed, 0), epoch)
         for part, slot, *views in zip(parts, drawn, *images, strict=True):
-            index = part.clone()  # a slice would drag the whole order along when it is saved or sent
+            index = part.clone()  # pickling a slice would include the whole order
             extras = {name: wide(value.index_select(0, index)) for name, value in self._extras.items()}
             if keys is not None:
                 extras[VIEW] = keys.index_select(0, slot)
@@ -188,7 +188,7 @@ class ResidentLoader(BatchLoader):
             yield Batch(views[0] if self._single else tuple(views), target, index, extras)
 
     def _visits(self, keys: ViewKeys) -> Iterator[Batch]:
-        """Batches with several views of each sample, side by side."""
+        """Batches with several views of each sample, one after another."""
         epoch, pass_, batches = self.sampler.next_pass()
         repeats = self.sampler.repeats(epoch, pass_) or [np.zeros_like(batch) for batch in batches]
         for batch, times in zip(batches, repeats, strict=True):
@@ -199,7 +199,7 @@ class ResidentLoader(BatchLoader):
             yield Batch(self.images(index, key), self._target.index_select(0, index), index, extras | {VIEW: key})
 
     def _mask_views(self, parts: Parts, passes: list[int], seed: int, epoch: int) -> Iterator[Tensor]:
-        """The masks with the crop and flip of their images, which are drawn from the same stream."""
+        """The masks of each batch, with the crop and flip of their images, drawn from the same stream."""
         assert self._masks is not None
         crop_flip = self.augment if self.views[0] == "weak" else None
         stored = self._masks.get(crop_flip)
@@ -245,7 +245,7 @@ class ResidentLoader(BatchLoader):
                 yield self._view(image, row, view[slot], centre[slot], cutout)
 
     def _draw(self, cutout: int, passes: list[int], seed: int, epoch: int) -> tuple[Tensor, Tensor]:
-        """The crop and flip, and the centre of the cutout box, of all samples, for one of ``passes`` after another."""
+        """The view (crop and flip) and the cutout centre of all samples, for each of ``passes`` in turn."""
         count = len(self._target)
         nothing = torch.zeros(count * len(passes), 2, dtype=torch.int64)
         view, centre = nothing[:, 0], nothing
@@ -258,7 +258,7 @@ class ResidentLoader(BatchLoader):
         return view.to(self.device), centre.to(self.device)
 
     def _draw_keys(self, passes: list[int], seed: int, epoch: int) -> Tensor:
-        """The key of each sample's view, for one of ``passes`` after another; 0 where there is but one."""
+        """The key of the view of all samples, for each of ``passes`` in turn; 0 where a sample has only one view."""
         count = len(self._target)
         if self.augment is None or self.views == ("plain",):
             return torch.zeros(count * len(passes), dtype=torch.int64, device=self.device)

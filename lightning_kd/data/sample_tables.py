@@ -1,4 +1,4 @@
-"""Tables with a line for each label that somebody gave a sample, several of one sample among them."""
+"""Reads tables with one line per label of a sample, where a sample may have several lines."""
 
 from __future__ import annotations
 
@@ -16,14 +16,19 @@ from lightning_kd.spreadsheet import without_zeros
 
 __all__ = ["SampleLabels", "read_sample_labels"]
 
-# how the columns may be called
+# accepted names of the columns
 _SAMPLE = {"index": ("item", "index"), "path": ("file", "path")}
 _LABEL = ("label", "class_name", "class_index", "given")
 
 
 class SampleLabels(NamedTuple):
-    """``item`` and ``label`` int64 ``[n]``, the sample and the class of each line, and ``others``, further columns as
-    text ``[n]``."""
+    """The lines of a table.
+
+    Attributes:
+        item: int64 ``[n]``, position of the sample of each line.
+        label: int64 ``[n]``, class index of each line.
+        others: further columns by name, strings ``[n]``.
+    """
 
     item: np.ndarray
     label: np.ndarray
@@ -31,7 +36,7 @@ class SampleLabels(NamedTuple):
 
 
 def check_label_path(path: str, what: str) -> None:
-    """Raise ``ValueError`` unless a file of labels, called ``what``, is one of arrays or a table by its name."""
+    """Raise a ``ValueError`` unless ``path`` ends in .npy, .npz or .csv; ``what`` is the content, for the message."""
     if Path(path).suffix.lower() not in (".npy", ".npz", ".csv"):
         raise ValueError(f"path must end in .npy, .npz or .csv, got {path!r}: convert the {what} to one of them")
 
@@ -41,30 +46,30 @@ def read_sample_labels(
 ) -> SampleLabels:
     """The lines of a ``.csv`` that are for samples of a data set and have a label.
 
-    A line is for the position in the training array in the column ``item`` (or ``index``), or for the image in ``file``
-    (or ``path``), see ``find_rows``. Those without a label, or with -1, are left out.
+    A line is for the sample at the position in the column ``item`` (or ``index``), or for the image in ``file`` (or
+    ``path``), see ``find_rows``. Lines without a label, or with label -1, are skipped.
 
     Args:
-        path: the table.
+        path: the ``.csv`` file.
         clean: the data set.
-        others: further columns that there must be, each with the names that it may have.
-        key: the column of the labels. Default: ``label``, ``class_name``, ``class_index`` or ``given``.
+        others: further columns that are required, each with the names that it may have.
+        key: name of the column of labels. Default: ``label``, else ``class_name``, ``class_index`` or ``given``.
 
     Raises:
-        FileNotFoundError, PermissionError: see ``read_columns``.
-        ValueError: for a damaged table, one that lacks a column, an empty cell beside a label, and a class or sample
-            that the data set has not.
+        FileNotFoundError, PermissionError: as in ``read_columns``.
+        ValueError: for a damaged table, a missing column, an empty cell in a line with a label, or a class or sample
+            that the data set does not have.
     """
     where, columns = repr(str(path)), read_columns(path, key)
     wanted = {**_SAMPLE, **(others or {}), "label": _LABEL if key is None else (key,)}
     names = {part: next((n for n in known if n in columns), None) for part, known in wanted.items()}
     files = isinstance(clean.image, list)
     if names["index"] is None and (names["path"] is None or not files):
-        remedy = "item or file" if files else "item, as the samples are no files"
+        remedy = "item or file" if files else "item, because the samples are not files"
         raise ValueError(f"{where} does not say which sample its lines are for: add the column {remedy}")
     for part, known in wanted.items():
         if part not in _SAMPLE and names[part] is None:
-            raise ValueError(f"{where} must have the column {known[0]}, got {', '.join(columns)}: name it so")
+            raise ValueError(f"{where} must have the column {known[0]}, got {', '.join(columns)}: add it")
     found = {part: columns[name] for part, name in names.items() if name is not None}
     there = np.array(
         [cell != "" and (cell in clean.class_names or without_zeros(cell) != "-1") for cell in found["label"].tolist()]

@@ -1,4 +1,4 @@
-"""Which samples each batch holds, on each process: derived from (seed, epoch, pass), shared out over the ranks."""
+"""Chooses the samples of each batch on each process, from (seed, epoch, pass), and the base class of loaders."""
 
 from __future__ import annotations
 
@@ -15,41 +15,40 @@ from lightning_kd.core.batch import Batch
 from lightning_kd.core.seeding import numpy_generator
 from lightning_kd.core.view_keys import ViewKeys
 
-# a sample that comes again in a pass gets the views of another pass, so many further on
+# the n-th repetition of a sample within pass p gets the views of pass p + n * REPEAT
 REPEAT = 1_000_000
 
 
 class ShardedSampler:
-    """Batches of sample indices for one process out of ``world_size``.
+    """Batches of sample positions for one of ``world_size`` processes.
 
     With ``shuffle`` (training) the order is a permutation drawn from ``(seed, "shuffle", epoch, pass)``. Global batch
-    ``k`` is the ``k``-th run of ``batch_size * world_size`` samples in it and rank ``r`` takes the ``r``-th part, so
-    that the ranks together see the joint batches of one process with ``world_size`` times the batch size. The last,
-    partial global batch is shared evenly (a few samples from the start of the order fill it up to a multiple of
-    ``world_size``); it is dropped where it would leave a rank fewer than 2 samples, because BatchNorm cannot train on
-    one, unless it is the only one. With ``drop_last`` it is always dropped, unless it is the only one. Every rank has
-    the same number of batches of the same sizes.
+    ``k`` is the ``k``-th run of ``batch_size * world_size`` samples in it, and rank ``r`` takes the ``r``-th part, so
+    together the ranks see the batches of one process with ``world_size`` times the batch size. The last, partial global
+    batch is divided evenly (a few samples from the start of the order fill it up to a multiple of ``world_size``). It
+    is dropped where a rank would get a single sample, on which BatchNorm cannot train; with ``drop_last`` it is always
+    dropped; but never where it is the only one. Every rank has the same number of batches of the same sizes.
 
-    With ``classes`` each class comes equally often in that order, which stays as long as it is; where it cannot be
-    divided, chance says which classes come once more. A class goes through a permutation of its samples, and begins
-    another one where it has too few.
+    With ``classes`` each class is equally frequent in an order of the same length; if the length cannot be divided
+    evenly, random classes get one sample more. A class draws from a permutation of its samples, and starts another one
+    when that is used up.
 
-    Without ``shuffle`` (evaluation) the order is that of ``indices``, no sample comes twice over all ranks, every rank
-    has the same number of batches, and the sizes of all batches differ by at most one. They are at most
-    ``batch_size``, or one more where sharing out a batch size of 1 would leave a rank without a sample.
+    Without ``shuffle`` (evaluation) the order is that of ``indices``, no sample is repeated over all ranks, every rank
+    has the same number of batches, and the sizes of all batches differ by at most one. They are at most ``batch_size``,
+    or one more where dividing with a batch size of 1 would leave a rank without a sample.
 
     Args:
-        indices: int64 ``[n]``, the positions of the samples in the full array of their split.
-        batch_size: samples a batch and process.
-        shuffle: permute anew each epoch and pass.
-        seed: the seed of the order.
-        rank: this process.
-        world_size: the number of processes.
+        indices: int64 ``[n]``, positions of the samples in the full array of their split.
+        batch_size: samples per batch and process.
+        shuffle: draw a new order for each epoch and pass.
+        seed: seed of the order.
+        rank: rank of this process.
+        world_size: number of processes.
         drop_last: with ``shuffle``, leave out a partial last batch.
-        classes: with ``shuffle``, the class of each of ``indices``, ``[n]``; those that occur are balanced.
+        classes: with ``shuffle``, the class of each of ``indices``, ``[n]``; the classes that occur are balanced.
 
     Raises:
-        ValueError: if ``indices`` is empty, ``batch_size`` is below 1, or an evaluation set has fewer samples than
+        ValueError: where ``indices`` is empty, ``batch_size`` is below 1, or an evaluation set has fewer samples than
             there are processes.
     """
 
@@ -86,30 +85,30 @@ class ShardedSampler:
 
     @property
     def sampler(self) -> ShardedSampler:
-        """Itself: Lightning looks for ``set_epoch`` on ``loader.batch_sampler.sampler``."""
+        """The sampler itself, because Lightning calls ``set_epoch`` on ``loader.batch_sampler.sampler``."""
         return self
 
     def set_epoch(self, epoch: int) -> None:
-        """Choose the epoch of the next pass, and count passes from 0 again."""
+        """Set the epoch of the next pass, and restart counting passes from 0."""
         self.epoch = epoch
         self._passes = 0
 
     def next_pass(self) -> tuple[int, int, list[np.ndarray]]:
-        """Start one more pass: ``(epoch, pass, batches)``; the pass grows by one each time until ``set_epoch``."""
+        """Begin a pass: ``(epoch, pass, batches)``; the number of the pass grows by 1 per call until ``set_epoch``."""
         pass_ = self._passes
         self._passes += 1
         return self.epoch, pass_, self.batches(self.epoch, pass_)
 
     def batches(self, epoch: int, pass_: int = 0) -> list[np.ndarray]:
-        """The batches of this rank in that epoch and pass, each int64 ``[b]``. Changes no state."""
+        """The batches of this rank in an epoch and pass, each int64 ``[b]``. Changes no state."""
         if not self.shuffle:
             return np.array_split(self.indices, len(self) * self.world_size)[self.rank :: self.world_size]
         return self._shared_out(self.indices[self._order(epoch, pass_)])
 
     def repeats(self, epoch: int, pass_: int = 0) -> list[np.ndarray] | None:
-        """How often each sample of ``batches`` came before in the pass, on any rank; ``None`` where none comes twice.
+        """How often each sample of ``batches`` occurred before in the pass, on any rank; ``None`` without repeats.
 
-        So that repeated samples can have views of their own.
+        With it each repetition of a sample gets another random view.
         """
         if not self.shuffle or self.classes is None:
             return None
@@ -121,7 +120,7 @@ class ShardedSampler:
         return self._shared_out(before)
 
     def _order(self, epoch: int, pass_: int) -> np.ndarray:
-        """Positions in ``indices``, in the order of the pass over all ranks."""
+        """Positions in ``indices`` in the order of the pass, over all ranks."""
         generator, count = numpy_generator(self.seed, "shuffle", epoch, pass_), len(self.indices)
         if self.classes is None:
             return generator.permutation(count)
@@ -136,7 +135,7 @@ class ShardedSampler:
         return generator.permutation(np.concatenate(drawn))
 
     def _shared_out(self, order: np.ndarray) -> list[np.ndarray]:
-        """The part of this rank in values in the order of the pass."""
+        """This rank's part of values that are in the order of the pass, cut into batches."""
         full, share = self._full_and_share()
         step, start = self.batch_size * self.world_size, self.rank * self.batch_size
         batches = [order[k * step + start : k * step + start + self.batch_size] for k in range(full)]
@@ -146,14 +145,14 @@ class ShardedSampler:
         return batches
 
     def _full_and_share(self) -> tuple[int, int]:
-        """The number of full global batches, and each rank's share of the partial one (0: none, or dropped)."""
+        """Number of full global batches, and samples per rank of the partial one (0: none, or dropped)."""
         full, rest = divmod(len(self.indices), self.batch_size * self.world_size)
         share = -(-rest // self.world_size)
         too_few = self.drop_last or share < 2 <= self.batch_size
         return full, 0 if full and too_few else share
 
     def __len__(self) -> int:
-        """Batches a pass, the same on every rank."""
+        """Number of batches per pass, the same on every rank."""
         if self.shuffle:
             full, share = self._full_and_share()
             return full + bool(share)
@@ -167,18 +166,18 @@ class ShardedSampler:
 
 
 def wide(rows: Tensor) -> Tensor:
-    """Integers that are stored in 16 bits as int64, as all that a batch holds; others as they are."""
+    """Tensors stored as int16 as int64, which batches hold; others unchanged."""
     return rows.long() if rows.dtype == torch.int16 else rows
 
 
 class BatchLoader(ABC):
-    """What the loaders of this package have in common: an iterable of ``Batch`` that Lightning leaves as it is.
+    """The base class of the loaders of this package: an iterable of ``Batch`` that Lightning does not change.
 
-    It is no ``torch.utils.data.DataLoader``, so Lightning puts no sampler of its own into it: ``sampler`` has already
-    given each process its part. Lightning calls ``set_epoch`` on it at the start of every epoch.
+    It is not a ``torch.utils.data.DataLoader``, so Lightning does not replace its sampler, which has already divided
+    the samples between the processes. Lightning calls ``set_epoch`` on it at the start of every epoch.
 
     Args:
-        sampler: the batches of this process.
+        sampler: chooses the samples of each batch of this process.
     """
 
     def __init__(self, sampler: ShardedSampler) -> None:
@@ -186,59 +185,59 @@ class BatchLoader(ABC):
 
     @property
     def batch_sampler(self) -> ShardedSampler:
-        """The same object as ``sampler``."""
+        """The sampler; Lightning looks for it under this name."""
         return self.sampler
 
     @property
     def batch_size(self) -> int:
-        """Samples a batch and process."""
+        """Samples per batch and process."""
         return self.sampler.batch_size
 
     def set_epoch(self, epoch: int) -> None:
-        """Choose the epoch by hand, in a loop without Lightning."""
+        """Set the epoch, for a training loop without Lightning."""
         self.sampler.set_epoch(epoch)
 
     def __len__(self) -> int:
         return len(self.sampler)
 
     def give_keys(self, keys: ViewKeys) -> None:
-        """From now on let ``extras["view"]`` of each batch say which view each image is, int64 ``[B]``.
+        """From now on, ``extras["view"]`` of each batch holds the key of each image's view, int64 ``[B]``.
 
         Raises:
-            ValueError: where views are not counted.
+            ValueError: where the views of this loader have no keys.
         """
-        raise ValueError(f"{type(self).__name__} draws views that are not counted: take data that stays in memory")
+        raise ValueError(f"{type(self).__name__} draws views without keys: use data that stays in memory")
 
     @property
     def key_count(self) -> int:
-        """How many keys a sample has, once ``give_keys`` was called."""
+        """Number of keys of a sample, after a call of ``give_keys``."""
         raise NotImplementedError
 
     def describe_keys(self) -> dict[str, Any]:
-        """What the views behind the keys hang on, in plain values."""
+        """Everything that the views behind the keys depend on, as plain values."""
         raise NotImplementedError
 
     def images(self, index: Tensor, key: Tensor) -> Tensor:
-        """Samples in views of choice, as batches have them.
+        """Chosen views of samples, prepared as in batches.
 
         Args:
             index: int64 ``[B]``, positions in the full array.
-            key: int64 ``[B]``.
+            key: int64 ``[B]``, the key of the view of each.
         """
         raise NotImplementedError
 
     def crops_of(self, index: Tensor) -> dict[str, Tensor]:
-        """Where the view behind each key is in its image, for a store; empty where the key says it.
+        """The crop behind each key, to be stored; empty where the key alone determines it.
 
         Args:
             index: int64 ``[B]``, positions in the full array.
 
         Returns:
-            ``box``, float32 ``[B * key_count, 4]``: top, left, height and width as shares of the upright image; and
+            ``box``, float32 ``[B * key_count, 4]``: top, left, height and width as fractions of the upright image; and
             ``flip``, bool ``[B * key_count]``.
         """
         return {}
 
     @abstractmethod
     def __iter__(self) -> Iterator[Batch]:
-        """One pass. Nothing may be drawn before the first batch: Lightning makes the iterator, then sets the epoch."""
+        """One pass. Draw nothing before the first batch: Lightning creates the iterator before it sets the epoch."""

@@ -1,4 +1,4 @@
-"""The base of the data modules that read images and their masks from files."""
+"""The base class of data modules that read images and masks from files."""
 
 from __future__ import annotations
 
@@ -31,51 +31,49 @@ from lightning_kd.data.streaming import StreamingLoader
 
 __all__ = ["SegmentationFilesDataModule"]
 
-# what all samples together may take to stay in memory by default
+# by default samples stay in memory if they take at most this many bytes
 RESIDENT_BYTES = 2**30
 
 Pairs = tuple[list[str], list[str]]
 
 
 class SegmentationFilesDataModule(LabelledDataModule):
-    """Images and masks from files. Subclasses find them and say what the values of a mask mean.
+    """Images and masks from files. Subclasses find the files and define the meaning of mask values.
 
-    Training images are scaled, cropped, flipped and recoloured together with their masks (``JointViews``); what is
-    drawn for one depends only on (seed, epoch, pass, index), not on workers, processes, or whether it stays in memory.
-    Evaluation sees whole images. Where samples stay in memory, ``train_image`` and so on are uint8 ``[N, 3, H, W]`` and
-    ``train_target`` int16 ``[N, H, W]``; else ``train_image`` are paths, and ``train_target`` the sizes in bytes of
-    the mask files, by which a checkpoint knows its data again. ``train_paths`` and ``train_masks`` are the files.
-    Several processes: as ``LabelledDataModule``; each has what stays in memory.
+    Training images are scaled, cropped, flipped and changed in colour together with their masks (``JointViews``); the
+    random numbers of an image depend only on (seed, epoch, pass, index), not on workers, processes or memory.
+    Evaluation uses whole images. Where samples stay in memory, ``train_image`` and so on are uint8 ``[N, 3, H, W]`` and
+    ``train_target`` int16 ``[N, H, W]``; else ``train_image`` are paths, and ``train_target`` the sizes in bytes of the
+    mask files, by which a checkpoint recognises its data. ``train_paths`` and ``train_masks`` are the files. For
+    several processes see ``LabelledDataModule``; each process keeps all samples that stay in memory.
 
     Args:
         class_names: a name for each class.
-        table: what the values of masks mean.
-        image_size: height and width that images and masks are brought to first. Default: as they are.
-        crop_size: height and width of training images. Default: those of the first image.
-        scale: the smallest and the largest factor that training images are scaled by.
-        scale_step: the steps between these, all equally likely; ``None`` for any factor.
+        table: the meaning of mask values.
+        image_size: height and width that images and masks are first resized to. Default: no resizing.
+        crop_size: height and width of training crops. Default: those of the first image.
+        scale: smallest and largest scaling factor of training images.
+        scale_step: distance between the possible factors, which are equally likely; ``None`` for a uniform factor.
         flip: flip half of the training images left-right.
-        colour: brightness, contrast and saturation of training images are multiplied by 1 plus or minus at most this.
-        augment: all that; without, training images are treated as evaluation images.
-        batch_size: training images a step and process.
-        eval_batch_size: the most images an evaluation step and process; 1 where their sizes differ.
-        val_fraction: the share of the training images that becomes the validation set, where there is none.
-        test_fraction: the share of all images that becomes the test set, where there is none, the same ones for every
-            seed.
-        train_fraction: train on this share of what is left, above 0 to 1.
-        num_workers: processes that read and augment images; 0 does it in the training process.
-        resident: keep all samples in memory, decoded. Default: where they are of one size and together take less than
-            1 GiB.
-        mean: subtracted from each channel (0 to 1); by default that of ImageNet, 0.485, 0.456, 0.406.
-        std: divides each channel; by default that of ImageNet, 0.229, 0.224, 0.225.
-        seed: fixes the validation split and the subset; together with ``seed_everything`` also the order of the batches
-            and the augmentation.
-        fake: use a small made-up data set in memory instead.
-        predict: images to predict in place of the test set, see ``files_to_predict``.
+        colour: brightness, contrast and saturation of training images are each multiplied by 1 plus a number in
+            [-colour, colour].
+        augment: apply these random views; else training images are prepared as evaluation images.
+        batch_size: training images per step and process.
+        eval_batch_size: largest number of images per evaluation step and process; 1 where their sizes differ.
+        val_fraction: fraction of the training images that becomes the validation set, if the data has none.
+        test_fraction: fraction of all images that becomes the test set, if the data has none; the same for every seed.
+        train_fraction: fraction of the remaining training samples to train on, in (0, 1]. Default: all.
+        num_workers: number of worker processes that read and augment images; 0 uses the training process.
+        resident: keep all samples decoded in memory. Default: if they have one size and take less than 1 GiB.
+        mean: mean of each channel (values from 0 to 1). Default: that of ImageNet, 0.485, 0.456, 0.406.
+        std: standard deviation of each channel. Default: that of ImageNet, 0.229, 0.224, 0.225.
+        seed: fixes the validation split and the training subset; together with ``seed_everything`` also the order of
+            the batches and the augmentation.
+        fake: use a small synthetic data set in memory instead.
+        predict: images to predict instead of the test set, see ``files_to_predict``.
 
     Raises:
-        ValueError: for an argument out of its range, and files that are damaged, do not fit together or hold something
-            impossible.
+        ValueError: for an argument out of its range, and for files that are damaged or do not match.
         FileNotFoundError, PermissionError: where a file or folder does not exist or may not be read.
     """
 
@@ -107,7 +105,7 @@ class SegmentationFilesDataModule(LabelledDataModule):
         fake: bool = False,
         predict: str | None = None,
     ) -> None:
-        check_numbers(above=0, below=1, remedy="give a share", test_fraction=test_fraction)
+        check_numbers(above=0, below=1, remedy="give a fraction", test_fraction=test_fraction)
         check_numbers(least=0, whole=True, num_workers=num_workers)
         for name, size in (("image_size", image_size), ("crop_size", crop_size)):
             check_sides(**({} if size is None else {name: size}))
@@ -118,7 +116,7 @@ class SegmentationFilesDataModule(LabelledDataModule):
         self.resident = resident
         self.augment = augment
         self.fake, self.predict = fake, predict
-        self._sizes: dict[str, set[tuple[int, int]]] = {}  # of the images of each split that was looked at
+        self._sizes: dict[str, set[tuple[int, int]]] = {}  # image sizes of each split that was checked
         height, width = self.image_size or self._first_size(crop_size)
         self.crop_size = (height, width) if crop_size is None else (crop_size[0], crop_size[1])
         self.views = JointViews(self.crop_size, scale, scale_step, flip, colour)
@@ -140,23 +138,23 @@ class SegmentationFilesDataModule(LabelledDataModule):
 
     @abstractmethod
     def find_pairs(self, split: str) -> Pairs | None:
-        """The images of ``"train"``, ``"val"`` or ``"test"`` and their masks; ``None`` where there is no such split.
+        """Image and mask files of ``"train"``, ``"val"`` or ``"test"``; ``None`` where there is no such split.
 
-        Without ``"test"``, ``"val"`` is the test set; without both it is drawn from ``"train"``.
+        Without ``"test"`` the test set is ``"val"``; without both it is a random part of ``"train"``.
         """
 
     @abstractmethod
     def image_folder(self) -> Path:
-        """Where the training images are."""
+        """The folder of the training images."""
 
     def _first_size(self, crop_size: Sequence[int] | None) -> tuple[int, int]:
-        """Of a whole image, which networks are told."""
+        """Height and width of the first image, for ``input_shape``."""
         if self.predict is not None:
             return picture_size(files_to_predict(self.predict)[0])
         if (folder := self.image_folder()).is_dir() and (found := images_below(folder)):
             return picture_size(found[0])
         if not self.fake:
-            self.find_pairs("train")  # says what is not there
+            self.find_pairs("train")  # raises an error that names what is missing
         height, width = crop_size or (64, 96)
         return height, width
 
@@ -186,7 +184,7 @@ class SegmentationFilesDataModule(LabelledDataModule):
 
     def _drawn_test(self, train: Pairs) -> tuple[Pairs, Pairs]:
         images, masks = train
-        generator = numpy_generator(0, "test_split")  # whatever the seed, so that runs are tested on the same images
+        generator = numpy_generator(0, "test_split")  # does not use self.seed: all runs have the same test images
         chosen = take_fraction(np.zeros(len(images), dtype=np.int64), 1, self.test_fraction, generator, leave=1)
         if not len(chosen):
             raise ValueError(
@@ -220,7 +218,7 @@ class SegmentationFilesDataModule(LabelledDataModule):
         return image, target
 
     def describe(self) -> dict[str, Any]:
-        """See ``LabelledDataModule.describe``; and that images are brought to one size whatever their ratio."""
+        """As ``LabelledDataModule.describe``, saying that images are resized without keeping the aspect ratio."""
         return super().describe() | {"stretch": True}
 
     def load_new(self) -> list[str]:
@@ -232,12 +230,12 @@ class SegmentationFilesDataModule(LabelledDataModule):
             return super().path_of(index)
         return self._paths["test"][index] if "test" in self._paths else None
 
-    # -- looking at the files ----------------------------------------------------------------------------------------
+    # -- checking the files ------------------------------------------------------------------------------------------
 
     def setup(self, stage: str | None = None) -> None:
-        """Load and split the data, once, and look at the files of the splits that the stage uses."""
+        """Load and split the data, once, and check the files of the splits that the stage uses."""
         super().setup(stage)
-        if self.trainer is not None:  # else somebody only looks around
+        if self.trainer is not None:  # without one files are checked when they are read
             self.check_files(*(("predict",) if self._only_new(stage) else SPLITS_OF.get(stage or "", ())))
             if stage == "fit" and not self.fake:
                 some = self.train_indices[:: len(self.train_indices) // 16 + 1].tolist()
@@ -246,10 +244,10 @@ class SegmentationFilesDataModule(LabelledDataModule):
                 self.table.tell_of_one_class(masks, self.class_names)
 
     def check_files(self, *splits: str) -> None:
-        """Look at the files of some splits, once: whether they can be read, and fit together.
+        """Check the files of some splits, once: that they can be read, and that images and masks match.
 
         Raises:
-            ValueError: where some do not.
+            ValueError: where they do not, or images of different sizes would be in one batch.
         """
         for split in splits:
             image = self._of(split, "image")

@@ -1,4 +1,4 @@
-"""Your own images with a class for each pixel: a folder of images, and one of masks with equal names."""
+"""Data module for your own images with masks: a folder of images, and one of masks with the same names."""
 
 from __future__ import annotations
 
@@ -15,27 +15,26 @@ __all__ = ["SegmentationFolderDataModule"]
 
 
 class SegmentationFolderDataModule(SegmentationFilesDataModule):
-    """Your own images with masks: ``ROOT/images`` and ``ROOT/masks``, two trees of the same names.
+    """Your own images with masks: ``ROOT/images`` and ``ROOT/masks``, two trees of files with the same names.
 
-    The mask of ``images/a/x.jpg`` is ``masks/a/x.png``: class ids in grey or with a palette, or colours. Where
+    The mask of ``images/a/x.jpg`` is ``masks/a/x.png``: grey or palette values that are class indices, or colours. If
     ``images`` holds a folder ``train``, its folders ``train``, ``val`` and ``test`` are the splits (without ``test``,
-    ``val`` is the test set); else test and validation set are drawn. See ``SegmentationFilesDataModule`` for how images
-    are read and what else it offers.
+    ``val`` is the test set); else test and validation set are random parts. See ``SegmentationFilesDataModule`` for how
+    images are read and for further arguments.
 
     Args:
-        root: the folder.
-        images: where the images are in it.
-        masks: where the masks are.
-        class_names: the classes, in the order of their ids; or how many there are. Default: those of ``colours``.
-        colours: red, green and blue of each class, ``{name: [r, g, b]}`` or a ``.csv`` of such lines; masks are in
-            colours then, or grey: of 0 and 255, ``{no: [0, 0, 0], yes: [255, 255, 255]}``. With ``class_names``, other
-            colours of the table are ignored.
-        ignore: the id, or the colour, of pixels that are ignored; ``null`` for none. Default: 255, and none with
-            colours.
+        root: the folder of the data set.
+        images: folder of the images in ``root``.
+        masks: folder of the masks in ``root``.
+        class_names: the classes in the order of their indices, or their number. Default: those of ``colours``.
+        colours: red, green and blue of each class, for masks in colours: ``{name: [r, g, b]}``, or a ``.csv`` of such
+            lines. Grey masks have equal values, such as ``{no: [0, 0, 0], yes: [255, 255, 255]}`` for 0 and 255. With
+            ``class_names``, other colours of the table are ignored.
+        ignore: mask value, or colour, of ignored pixels; ``null`` for none. Default: 255, or none with ``colours``.
         kwargs: see ``SegmentationFilesDataModule``.
 
     Raises:
-        ValueError: without ``class_names`` and ``colours``; and naming the file, for masks that hold anything else.
+        ValueError: without both ``class_names`` and ``colours``; and naming the file, for a mask with other values.
         FileNotFoundError, PermissionError: where a file or folder does not exist or may not be read.
     """
 

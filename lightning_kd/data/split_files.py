@@ -1,4 +1,4 @@
-"""Splits whose samples are image files below a root, and leaving out of them what is damaged."""
+"""The base class of data modules of image files: checks files before use, and leaves out damaged ones."""
 
 from __future__ import annotations
 
@@ -16,10 +16,10 @@ SPLITS_OF = {"fit": ("train", "val"), "validate": ("val",), "test": ("test",), "
 
 
 class SplitFiles(AnnotatedDataModule):
-    """A data module of image files, each of which is looked at before its split is used.
+    """A data module of image files, which are checked before their split is used.
 
     Attributes:
-        root: the folder of the labelled ones, with or without ``train``, ``val`` and ``test``.
+        root: the folder of the labelled images, with or without the folders ``train``, ``val`` and ``test``.
         on_error: ``"raise"`` or ``"skip"``, see ``check_images``.
         image_range: see ``read_image``.
     """
@@ -27,10 +27,10 @@ class SplitFiles(AnnotatedDataModule):
     root: str
     on_error: str
     image_range: tuple[float, float] | None
-    _checked: set[str]  # splits whose files were looked at
+    _checked: set[str]  # splits whose files were checked
 
     def setup(self, stage: str | None = None) -> None:
-        """Load and split the data, once, and look at the image files of the splits that the stage uses."""
+        """Load and split the data, once, and check the image files of the splits that the stage uses."""
         super().setup(stage)
         self._check(self._splits_of(stage))
 
@@ -40,16 +40,16 @@ class SplitFiles(AnnotatedDataModule):
         return SPLITS_OF.get(stage or "", ()) if self.trainer is not None else ("train", "val", "test")
 
     def check_files(self, *splits: str) -> None:
-        """Look at the image files of some splits, once; without a Trainer only to leave out damaged ones.
+        """Check the image files of some splits, once; without a Trainer only to leave out damaged ones.
 
         Raises:
-            ValueError: where some cannot be read, or leaving them out would leave a split or a class without images.
+            ValueError: where some cannot be read, or leaving them out would empty a split or a class.
         """
         self.setup("predict" if splits == ("predict",) else None)
         self._check(splits)
 
     def _check(self, splits: Sequence[str]) -> None:
-        # without a Trainer somebody only looks around; but what is skipped must be so everywhere
+        # without a Trainer files are not checked, unless indices must leave out damaged ones as under a Trainer
         wanted = self.trainer is not None or self.on_error == "skip"
         if "train" in splits and self.unlabelled is not None:
             splits = [*splits, "unlabelled"]
@@ -67,12 +67,13 @@ class SplitFiles(AnnotatedDataModule):
         is_whole = np.array([path not in damaged for path in self._files(split)], dtype=bool)
         kept = indices[is_whole]
         gone = np.setdiff1d(target[indices], target[kept])
-        # of a class in a drawn evaluation split there may be so few that chance alone takes them
-        told = split == "train" or (self._val_source == "val" if split == "val" else self._test_root() is not None)
-        if len(gone) and (told or not len(kept)):
+        # a randomly drawn evaluation split may hold so few of a class that it is emptied by chance: no error then
+        given = self._val_source == "val" if split == "val" else self._test_root() is not None
+        must_hold_all = split == "train" or given
+        if len(gone) and (must_hold_all or not len(kept)):
             emptied = f"class {self.class_names[gone[0]]!r} in split {split!r}" if len(kept) else f"split {split!r}"
             raise ValueError(
-                f"no image of {emptied} can be read, so that on_error='skip' leaves none: replace or remove them"
+                f"no image of {emptied} can be read, so on_error='skip' leaves none: replace or remove them"
             )
         setattr(self, f"{split}_indices", kept)
         self._digest = None
@@ -87,10 +88,10 @@ class SplitFiles(AnnotatedDataModule):
 
     def _load(self) -> None:
         super()._load()
-        self._checked = set()  # all are back
+        self._checked = set()  # the indices again contain the files that were left out
 
     def _split_root(self, split: str) -> Path | None:
-        """``ROOT/SPLIT`` where the root is divided into splits and has that one."""
+        """``ROOT/SPLIT``, if the root has a folder ``train`` and this one; else ``None``."""
         path = Path(self.root) / split
         return path if (Path(self.root) / "train").is_dir() and path.is_dir() else None
 

@@ -1,4 +1,4 @@
-"""Loaders over the samples of a split, for the process that asks."""
+"""The loaders of a data module, over chosen samples of a split, for one process."""
 
 from __future__ import annotations
 
@@ -23,13 +23,13 @@ from lightning_kd.data.sampling import BatchLoader, ShardedSampler
 
 
 class SplitLoaders(L.LightningDataModule):
-    """What a data module offers once ``setup`` has made its arrays and splits; see ``LabelledDataModule``."""
+    """The loaders of a data module whose arrays and splits are ready; see ``LabelledDataModule``."""
 
-    #: what strong views start with
+    #: the AutoAugment policy of strong views
     strong_policy = AutoAugmentPolicy.CIFAR10
-    #: what else is known of each training sample, by name, first dimension that of the full array
+    #: further tensors for ``Batch.extras`` of training samples, by name, a row for each sample of the full array
     train_extras: dict[str, Tensor] = {}
-    #: cells of an image in a row and in a column, where there are views of them
+    #: cells per row and per column of an image, for the views of cells; ``None`` without such views
     n_grid: int | None = None
 
     problem: Problem
@@ -51,10 +51,10 @@ class SplitLoaders(L.LightningDataModule):
     _stored: dict[str, StoredImages]
 
     def setup(self, stage: str | None = None) -> None:
-        """Make the arrays and splits, once."""
+        """Load the data and make its splits, once."""
 
     def check_files(self, *splits: str) -> None:
-        """Called before samples of ``splits`` are used, for data that is read only then."""
+        """A hook called before samples of ``splits`` are used, for data that is read only then."""
 
     def loader(
         self,
@@ -69,47 +69,50 @@ class SplitLoaders(L.LightningDataModule):
         drop_last: bool = False,
         view_keys: ViewKeys | None = None,
     ) -> BatchLoader:
-        """A loader over any samples of a split, for this process. Making one is cheap, however often.
+        """A loader over chosen samples of a split, for this process. Creating one is cheap.
 
-        ``Batch.image`` is a tensor, or with several ``views`` a tuple of them, each drawn on its own for each sample:
+        ``Batch.image`` is a tensor, or with several ``views`` a tuple of tensors, drawn independently for each sample:
 
-        - ``"plain"``: the image as an evaluation sees it;
+        - ``"plain"``: the image as in evaluation;
         - ``"weak"``: the augmentation and the cutout of this module;
         - ``"strong"``: AutoAugment, then the augmentation of this module, then a cutout of half the shorter side. (With
           ``ImageFolderDataModule``, the augmentation of the module, then AutoAugment, on the small image.)
 
-        With several labels a sample, strong views are a box of a random colour in place of that cutout, then
+        With several labels per sample, strong views are a square of a random colour instead of that cutout, then
         RandAugment, then the augmentation of this module; and there are
 
-        - ``"patches"``: ``1 + n_grid ** 2`` views, the whole image and its cells row by row, each brought to the size
-          of the image, as an evaluation sees them;
-        - ``"strong_patches"``: the same, of each a strong view.
+        - ``"patches"``: ``1 + n_grid ** 2`` plain views, the whole image and its cells row by row, each cell resized to
+          the size of the image;
+        - ``"strong_patches"``: the same with strong views.
 
-        Masks of the same samples get the same crop and flip. ``Batch.extras`` holds what else is known of each sample.
+        Masks get the same crop and flip as their images. ``Batch.extras`` holds further tensors about the samples.
 
         Args:
             split: ``"train"``, ``"val"``, ``"test"``, or ``"predict"`` where there are such samples.
-            indices: positions in the full array of the split (``"val"``: in the array it is taken from, mostly the
-                training one); by default those in use.
-            shuffle: a new order each epoch, and the training rule for the last batch; with ``balance`` of the module,
-                each class of training samples, by the labels given now, equally often.
-            augment: a weak view rather than a plain one; of no account where ``views`` is given.
-            batch_size: samples a batch and process; by default ``batch_size`` with ``shuffle``, else
+            indices: int64, positions in the full array of the split (for ``"val"`` the array that it is taken from,
+                mostly the training array). Default: the samples in use.
+            shuffle: a new order in each epoch, and the last batch as in training (see ``ShardedSampler``); with
+                ``balance``, each class of training samples, by their current labels, is equally frequent.
+            augment: a weak view instead of a plain one; ignored where ``views`` is given.
+            batch_size: samples per batch and process. Default: ``batch_size`` of the module with ``shuffle``, else
                 ``eval_batch_size``.
-            views: names of the views; a sequence gives a tuple of tensors, a name alone one tensor.
-            stream: a name; each gives another order and other views from the same seed.
+            views: names of the views; a sequence gives a tuple of tensors, a single name a tensor.
+            stream: a name; each name gives another order and other views from the same seed.
             drop_last: with ``shuffle``, leave out a last batch that is smaller than the others, unless it is the only
                 one.
-            view_keys: let ``Batch.extras`` say as ``view`` which view each image is, int64 ``[B]``; for one view by
-                crop and flip, or a plain one.
+            view_keys: add ``view`` to ``Batch.extras``, the key of each image's view, int64 ``[B]``; only for a single
+                view that is plain or a crop and flip.
+
+        Returns:
+            A loader of ``Batch``, a new pass over the samples each time it is iterated.
 
         Raises:
-            ValueError: for an unknown split or view, indices out of range, strong views of features, and keys of views
-                that are not counted.
+            ValueError: for an unknown split or view, indices out of range, strong views of features, or keys of views
+                that have none.
         """
         self.setup("predict" if split == "predict" else None)
         if split not in ("train", "val", "test") and (split != "predict" or self.predict is None):
-            raise ValueError(f"split must be 'train', 'val' or 'test', got {split!r}: give one of them")
+            raise ValueError(f"split must be 'train', 'val' or 'test', got {split!r}: choose one")
         self.check_files(split)
         if views is None:
             views = "weak" if augment else "plain"
@@ -157,7 +160,7 @@ class SplitLoaders(L.LightningDataModule):
         )
 
     def training_images(self) -> dict[str, Any]:
-        """What the answers of a network to the training images hang on, beside their views, in plain values."""
+        """Everything but the views that a network's outputs for the training images depend on, as plain values."""
         self.setup()
         return {
             "count": len(self.train_target),
@@ -169,11 +172,11 @@ class SplitLoaders(L.LightningDataModule):
         }
 
     def _policy(self) -> BatchedAutoAugment:
-        """What strong views of samples in memory start with."""
+        """The first operations of strong views, for samples in memory."""
         return BatchedAutoAugment(self.strong_policy)
 
     def _stored_on_device(self, name: str, fill: int = 0) -> StoredImages:
-        """A full array for all loaders to share."""
+        """A full array on the training device, shared by all loaders."""
         values, device = getattr(self, name), self._process()[2]
         stored = self._stored.get(name)
         if stored is None or stored.source is not values or stored.device != device:
@@ -181,17 +184,17 @@ class SplitLoaders(L.LightningDataModule):
         return stored
 
     def _extras(self, source: str) -> dict[str, Tensor]:
-        """What else is known about each sample of a full array."""
+        """Further tensors for ``Batch.extras``, a row for each sample of a full array."""
         return dict(self.train_extras) if source == "train" else {}
 
     def _process(self) -> tuple[int, int, torch.device]:
-        """Rank, number of processes and device of the trainer; one process on the CPU without one."""
+        """Rank, number of processes and device of the Trainer; without one ``0, 1`` and the CPU."""
         if self.trainer is None:
             return 0, 1, torch.device("cpu")
         return self.trainer.global_rank, self.trainer.world_size, self.trainer.strategy.root_device
 
     def train_dataloader(self) -> Any:
-        """What the task asks for in its ``train_loader(data)``; by default all training samples, augmented."""
+        """The loader that the task's ``train_loader(data)`` returns; by default all training samples, augmented."""
         return train_loader_of(self)
 
     def val_dataloader(self) -> BatchLoader | list[BatchLoader]:
@@ -206,9 +209,9 @@ class SplitLoaders(L.LightningDataModule):
 
 
 def train_loader_of(data: Any) -> Any:
-    """What the task that ``data`` is fitted with asks for, and without one all training samples, augmented."""
+    """The loader that the Trainer's task returns for ``data``; without a task all training samples, augmented."""
     task: Any = getattr(data.trainer, "lightning_module", None)
     if task is None:
         return data.loader("train", shuffle=True, augment=True)
-    # a task that is not one of ours gets what ours get by default
+    # any other LightningModule gets the default of Task
     return task.train_loader(data) if hasattr(task, "train_loader") else Task.train_loader(task, data)

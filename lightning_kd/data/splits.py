@@ -1,4 +1,4 @@
-"""Seeded stratified choices of samples."""
+"""Draws stratified subsets of samples from a random generator."""
 
 from __future__ import annotations
 
@@ -10,12 +10,12 @@ import numpy as np
 def take_per_class(target: np.ndarray, take: np.ndarray, generator: np.random.Generator) -> np.ndarray:
     """Choose ``take[c]`` samples of each class ``c`` at random.
 
-    For the same generator state a larger ``take`` contains the smaller one.
+    With the same generator state, the choice for a larger ``take`` contains that for a smaller one.
 
     Args:
-        target: int64 ``[N]``, all below ``len(take)``.
-        take: int64 ``[K]``, at most the size of each class.
-        generator: where the choice comes from.
+        target: int64 ``[N]``, class indices below ``len(take)``.
+        take: int64 ``[K]``, at most the number of samples of each class.
+        generator: source of the random numbers.
 
     Returns:
         int64 positions in ``target``, ascending.
@@ -30,17 +30,17 @@ def take_per_class(target: np.ndarray, take: np.ndarray, generator: np.random.Ge
 def take_fraction(
     target: np.ndarray, num_classes: int, fraction: float, generator: np.random.Generator, leave: int = 0
 ) -> np.ndarray:
-    """Choose ``fraction`` of the samples, of every class as nearly that share as whole numbers allow.
+    """Choose ``fraction`` of the samples at random, stratified by class.
 
-    The shares are rounded so that the total is right: the classes with the largest remainders get one more, ties by
-    lot.
+    The number of each class is rounded such that the total is right: the classes with the largest remainders get one
+    more, ties broken at random.
 
     Args:
-        target: int64 ``[N]``, all below ``num_classes``.
-        num_classes: the number of classes.
-        fraction: between 0 and 1.
-        generator: where the choice comes from.
-        leave: samples of each class that are never taken (all that it has, where it has fewer).
+        target: int64 ``[N]``, class indices below ``num_classes``.
+        num_classes: number of classes.
+        fraction: from 0 to 1.
+        generator: source of the random numbers.
+        leave: number of samples of each class that are never taken (all, where a class has fewer).
 
     Returns:
         int64 positions in ``target``, ascending.
@@ -71,20 +71,23 @@ def take_training_samples(
     all_if_too_few: bool = False,
     by_class: bool = True,
 ) -> np.ndarray:
-    """The positions in ``target`` to train on: all, so many of each class, or a share of each.
+    """The positions in ``target`` to train on: all, a number of each class, or a fraction of each class.
 
     Args:
-        target: int64 ``[N]``, what is left beside the validation samples.
-        whole: int64 ``[C]``, how many samples each class has in the full training array.
-        generator: where the choice comes from.
+        target: int64 ``[N]``, classes of the samples that are not used for validation.
+        whole: int64 ``[C]``, number of samples of each class in the full training array.
+        generator: source of the random numbers.
         class_names: for messages.
-        per_class: so many of each class.
-        fraction: this share instead.
-        all_if_too_few: take all where a class has too few, rather than raise.
-        by_class: whether ``target`` are classes; else all are one group, which messages then do not call a class.
+        per_class: number of samples of each class. Default: no limit.
+        fraction: fraction of each class, instead of a number. Default: all.
+        all_if_too_few: take all samples instead of raising an error where a class has too few.
+        by_class: whether ``target`` holds classes; else all samples are one group, and messages do not name a class.
+
+    Returns:
+        int64 positions, ascending.
 
     Raises:
-        ValueError: where a class has too few samples, or would be left without.
+        ValueError: where a class has too few samples, or would have none.
     """
     classes = len(whole)
     count = np.bincount(target, minlength=classes)

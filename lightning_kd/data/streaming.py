@@ -1,4 +1,4 @@
-"""The loader of large sets: image files, decoded and augmented one by one in worker processes."""
+"""The loader of large data sets: image files, decoded and augmented one by one in worker processes."""
 
 from __future__ import annotations
 
@@ -27,27 +27,28 @@ Transform = Callable[[Image.Image], Tensor]
 
 @contextmanager
 def sample_generator(seed: int, epoch: int, pass_: int, index: int) -> Iterator[None]:
-    """Inside, torch's CPU generator is that of a view of one sample; afterwards it is as before."""
+    """Seed torch's CPU generator for one view of one sample in this block, and restore its state afterwards."""
     with torch.random.fork_rng(devices=[]):
-        # this generator alone: torch.manual_seed would reseed the accelerators of this process too
+        # not torch.manual_seed, which would also reseed the generators of accelerators
         torch.default_generator.manual_seed(derive_seed(seed, "augment", epoch, pass_, index))
         yield
 
 
 class ImageFiles(Dataset[tuple[Any, Tensor, int]]):
-    """Images read from files, each with random numbers of its own.
+    """Images read from files and transformed, each with a random stream of its own.
 
-    ``[epoch, pass, index]`` gives ``(image, target, index)``. While an image is transformed, torch's CPU generator is
-    seeded from ``(seed, "augment", epoch, pass, index)``, and restored afterwards, so that the result does not depend
-    on workers or on what was drawn before. Several views of an image are seeded each on its own.
+    ``[epoch, pass, index]`` gives ``(image, target, index)``. During the transform torch's CPU generator is seeded from
+    ``(seed, "augment", epoch, pass, index)``, and its state is restored afterwards, so the result does not depend on
+    workers or on earlier draws. Several views of an image have a seed each.
 
     Args:
-        paths: the files.
-        target: int64 ``[N]``, or what else each image has one row of.
-        transform: from a PIL image in RGB to a tensor; a sequence makes ``image`` a tuple with the result of each.
-        seed: the seed of the random numbers.
-        background: see ``read_image``, as ``image_range``.
-        truncated: take files that are cut off, too.
+        paths: the image files.
+        target: int64 ``[N]``, or another tensor with one row per image.
+        transform: from a PIL image in RGB to a tensor; with a sequence ``image`` is a tuple of their results.
+        seed: of the random streams.
+        background: see ``read_image``.
+        truncated: accept truncated files.
+        image_range: see ``read_image``.
     """
 
     def __init__(
@@ -84,7 +85,7 @@ class ImageFiles(Dataset[tuple[Any, Tensor, int]]):
 
 
 class _KeyedBatches:
-    """Batches of (epoch, pass, index): this is how the epoch reaches workers that outlive it."""
+    """Batches of (epoch, pass, index), by which the epoch reaches workers that are kept over epochs."""
 
     def __init__(self, sampler: ShardedSampler) -> None:
         self.sampler = sampler
@@ -101,7 +102,7 @@ class _KeyedBatches:
 
 
 def collate(samples: list[tuple[Any, ...]]) -> Batch:
-    """``(image, target, index)`` of each sample to one ``Batch``; with the keys of several views of it, all of them."""
+    """Collate ``(image, target, index)``, or ``(images, target, index, keys)`` with several views, to one ``Batch``."""
     image, target, index, *keys = zip(*samples, strict=True)
     if keys:
         count = torch.tensor([len(key) for key in keys[0]])
@@ -115,36 +116,36 @@ def collate(samples: list[tuple[Any, ...]]) -> Batch:
 
 
 class KeyedFiles(ImageFiles):
-    """Image files of which each view has a key, see ``CropFiles``."""
+    """Image files whose views have keys, see ``CropFiles``."""
 
     count: int
 
     def cut(self, index: int, keys: np.ndarray) -> Tensor:
-        """Some views of an image, ``[n, ...]``."""
+        """The views ``keys`` of an image, ``[n, ...]``."""
         raise NotImplementedError
 
     def crops(self, index: int) -> tuple[np.ndarray, np.ndarray]:
-        """Where they are, see ``StoredCrops.of``."""
+        """Boxes and flips of all views of an image, see ``StoredCrops.of``."""
         raise NotImplementedError
 
     def describe(self) -> dict[str, Any]:
-        """What they hang on, in plain values."""
+        """Everything that the views depend on, as plain values."""
         raise NotImplementedError
 
 
 class StreamingLoader(BatchLoader):
-    """Batches of image files through the workers of a ``torch.utils.data.DataLoader``. Yields ``Batch`` on the CPU.
+    """Batches of image files from the workers of a ``torch.utils.data.DataLoader``. Yields ``Batch`` on the CPU.
 
-    The DataLoader is hidden from Lightning, which would put a sampler of its own into it, and start its workers on the
-    batches of epoch 0 before a resumed run has set its epoch.
+    The DataLoader is hidden from Lightning, which would replace its sampler, and would start its workers on the batches
+    of epoch 0 before a resumed run has set its epoch.
 
     Args:
-        dataset: the images, asked for by (epoch, pass, index).
-        sampler: which samples form the batches of this process.
-        num_workers: worker processes, kept over the epochs; 0 decodes in this process.
-        pin_memory: whether the batches go to a CUDA device.
-        extras: further tensors by name, first dimension ``N``, whose rows each batch has in ``extras``.
-        keyed: the images with views that are told by keys, where there are such.
+        dataset: the images, indexed by (epoch, pass, index).
+        sampler: chooses the samples of each batch of this process.
+        num_workers: number of worker processes, kept over epochs; 0 decodes in this process.
+        pin_memory: whether batches are copied to a CUDA device.
+        extras: further tensors by name, with first dimension ``N``; ``Batch.extras`` gets their rows.
+        keyed: gives the images with keys for their views; ``None`` where views have none.
     """
 
     def __init__(
@@ -172,7 +173,7 @@ class StreamingLoader(BatchLoader):
             collate_fn=collate,
             pin_memory=self._pin_memory,
             persistent_workers=self._num_workers > 0,
-            generator=torch_generator(self.sampler.seed, "workers"),  # or it would draw from the global one
+            generator=torch_generator(self.sampler.seed, "workers"),  # by default it draws from the global generator
         )
 
     def give_keys(self, keys: ViewKeys) -> None:
@@ -207,7 +208,7 @@ class StreamingLoader(BatchLoader):
 
     @property
     def _iterator(self) -> Any:
-        """The workers: Lightning stops those of any loader with this attribute, and sets it to ``None``."""
+        """The DataLoader's iterator: Lightning stops a loader's workers by this attribute, and sets it to ``None``."""
         return self._loader._iterator
 
     @_iterator.setter

@@ -1,4 +1,4 @@
-"""Samples without labels beside a labelled set: a folder or an array, without what the set has already."""
+"""Reads unlabelled samples for a labelled data set, without those that the data set contains already."""
 
 from __future__ import annotations
 
@@ -17,22 +17,22 @@ __all__ = ["further_samples"]
 
 
 def further_samples(path: str, train: Any, held_out: Sequence[Any]) -> Any:
-    """The samples of ``path`` that the labelled set does not have.
+    """The samples of ``path`` that the labelled data set does not contain.
 
-    Arrays are compared by content. Files are left out that are those of the labelled set, and copies, by content, of
-    those that are held out for validation and test.
+    Arrays are compared by content. Files are left out if they are files of the labelled data set, or if their content
+    equals that of a validation or test file.
 
     Args:
-        path: a folder, an image or a list where samples are files (``files_to_predict``), else an array file.
+        path: a folder, an image or a list (see ``files_to_predict``) where samples are files, else an array file.
         train: the training samples ``[N, ...]``, or their files.
-        held_out: what validation and test use, each likewise.
+        held_out: the validation and the test samples, or their files.
 
     Returns:
-        samples like ``train``.
+        samples of the same kind as ``train``.
 
     Raises:
-        FileNotFoundError: where there is no ``path``.
-        ValueError: where it holds samples of another shape or dtype, or none that is new.
+        FileNotFoundError: where ``path`` does not exist.
+        ValueError: where it holds samples of another shape or dtype, or no new sample.
     """
     if isinstance(train, list):
         own = {os.path.realpath(file) for files in (train, *held_out) for file in files}
@@ -51,30 +51,30 @@ def further_samples(path: str, train: Any, held_out: Sequence[Any]) -> Any:
         kept = found[torch.tensor([row not in known for row in _rows(found)])]
     if not len(kept):
         raise ValueError(
-            f"unlabelled {path!r} holds no sample that the labelled data does not have: name others, or leave it out"
+            f"unlabelled {path!r} holds only samples that the labelled data has: give others, or leave it out"
         )
     if len(kept) < len(found):
         note(
-            f"unlabelled: {len(found) - len(kept)} of {len(found)} samples are those of the labelled training, "
-            "validation or test data, and are left out"
+            f"unlabelled: {len(found) - len(kept)} of {len(found)} samples are also in the training, validation or "
+            "test data, and are left out"
         )
     return kept
 
 
 def _rows(samples: Tensor) -> Iterable[bytes]:
-    """What each sample is known by."""
+    """A digest of each sample."""
     for row in samples.flatten(1).contiguous().numpy():
         yield hashlib.blake2b(row.tobytes(), digest_size=16).digest()
 
 
 def _copies(files: Sequence[str], originals: Sequence[str]) -> set[str]:
-    """The ``files`` whose content is that of an original; most are told apart by their size, or by their end."""
-    look: Callable[[str], Any]
-    for look in (_size, _end, _digest):
-        there = {look(file) for file in originals}
-        files = [file for file in files if look(file) in there]
-        left = {look(file) for file in files}
-        originals = [file for file in originals if look(file) in left]
+    """The ``files`` whose content equals that of an original; most are ruled out by size or last bytes."""
+    key: Callable[[str], Any]
+    for key in (_size, _end, _digest):
+        there = {key(file) for file in originals}
+        files = [file for file in files if key(file) in there]
+        left = {key(file) for file in files}
+        originals = [file for file in originals if key(file) in left]
     return {*files}
 
 

@@ -1,4 +1,4 @@
-"""Pascal VOC, as images with several labels."""
+"""Pascal VOC as a multi-label data set."""
 
 from __future__ import annotations
 
@@ -24,24 +24,23 @@ SPLITS = {2007: ("trainval", "test"), 2012: ("train", "val")}
 
 
 class VOCDataModule(MultiLabelFilesDataModule):
-    """Pascal VOC 2007 (trainval, tested on test) or 2012 (train, tested on val): 20 classes.
+    """Pascal VOC 2007 (trainval, tested on test) or 2012 (train, tested on val), with 20 classes.
 
     Reads ``ImageSets/Main/CLASS_SPLIT.txt`` and ``JPEGImages`` in ``ROOT/VOCdevkit/VOCYEAR``, ``ROOT/VOCYEAR`` or
-    ``ROOT``. The lists say of each image 1 (there), -1 (not there) or 0 (only what is difficult to see). 2007 has 5,011
-    and 4,952 images, 2012 5,717 and 5,823. The annotations in XML, by which some papers count what is difficult as
-    there, are not read. See ``MultiLabelFilesDataModule`` for how they are read, and what else it
-    offers.
+    ``ROOT``. The lists mark each image with 1 (the class is present), -1 (absent) or 0 (only difficult objects). 2007
+    has 5,011 and 4,952 images, 2012 has 5,717 and 5,823. The XML annotations are not read; papers that use them count
+    difficult objects as present. See ``MultiLabelFilesDataModule`` for how images are read and for further arguments.
 
     Args:
-        root: the folder.
+        root: the folder of the data set.
         year: 2007 or 2012.
-        difficult: what 0 means: ``"negative"``, as in the papers' code, or ``"ignore"`` (not known), as in the official
+        difficult: meaning of 0: ``"negative"``, as in the papers' code, or ``"ignore"`` (unknown), as in the official
             evaluation of 2007.
-        keep_empty: whether images without any 1 are kept; the papers' scripts leave them out.
-        kwargs: see ``MultiLabelFilesDataModule``. The published protocols validate on nothing: ``val_fraction=0``.
+        keep_empty: keep images without any 1. Default: leave them out, as the papers' scripts do.
+        kwargs: see ``MultiLabelFilesDataModule``. The published protocols have no validation set: ``val_fraction=0``.
 
     Raises:
-        ValueError: naming file and line, for lists that are damaged or do not fit together.
+        ValueError: naming file and line, for lists that are damaged or inconsistent.
         FileNotFoundError, PermissionError: where a file does not exist or may not be read.
     """
 
@@ -54,9 +53,9 @@ class VOCDataModule(MultiLabelFilesDataModule):
         **kwargs: Any,
     ) -> None:
         if year not in SPLITS:
-            raise ValueError(f"year must be 2007 or 2012, got {year!r}: give one of them")
+            raise ValueError(f"year must be 2007 or 2012, got {year!r}: choose one")
         if difficult not in ("negative", "ignore"):
-            raise ValueError(f"difficult must be 'negative' or 'ignore', got {difficult!r}: give one of them")
+            raise ValueError(f"difficult must be 'negative' or 'ignore', got {difficult!r}: choose one")
         self.year = year
         self.difficult = difficult
         self.keep_empty = keep_empty
@@ -84,8 +83,8 @@ class VOCDataModule(MultiLabelFilesDataModule):
             elif labels.keys() != {*ids}:
                 odd = sorted(labels.keys() ^ {*ids})[0]
                 raise ValueError(
-                    f"{str(path)!r} and the list of {VOC_CLASSES[0]} have not the same images, {odd!r} is in one "
-                    "alone: replace the files"
+                    f"{str(path)!r} and the list of {VOC_CLASSES[0]} have different images, {odd!r} is in only one of "
+                    "them: replace the files"
                 )
             columns.append([labels[image] for image in ids])
         given = np.array(columns, dtype=np.int8).T
@@ -98,10 +97,11 @@ class VOCDataModule(MultiLabelFilesDataModule):
 
 
 def read_label_list(path: Path) -> dict[str, int]:
-    """The label, 1, 0 or -1, of each image in a list ``ImageSets/Main/CLASS_SPLIT.txt``.
+    """The label (1, 0 or -1) of each image in a list ``ImageSets/Main/CLASS_SPLIT.txt``.
 
     Raises:
-        FileNotFoundError, PermissionError, ValueError: where it cannot be read, or naming the line, for another one.
+        FileNotFoundError, PermissionError, ValueError: where it cannot be read, or, naming the line, for anything else
+            in it.
     """
     found: dict[str, int] = {}
     for number, words in read_lines(path):

@@ -1,4 +1,4 @@
-"""Several labels an image, made false or scarce: candidates, single positives, and few labelled images."""
+"""Weakens multi-label targets: candidates with false labels, single positives, and few labelled images."""
 
 from __future__ import annotations
 
@@ -19,11 +19,11 @@ __all__ = ["CandidateLabels", "SinglePositive", "WeakLabels", "labelled_split"]
 
 @dataclass(frozen=True)
 class CandidateLabels:
-    """False labels beside the true ones: each label that an image has not becomes a candidate with ``rate``.
+    """Adds each false label of an image to its labels, as a candidate, with probability ``rate``.
 
     Args:
-        rate: in [0, 1).
-        seed: fixes them, together with nothing but their number; 0 or more.
+        rate: probability in [0, 1).
+        seed: the candidates depend only on the seed and the number of labels; 0 or more.
 
     Raises:
         ValueError: for an argument out of its range.
@@ -39,11 +39,11 @@ class CandidateLabels:
 
 @dataclass(frozen=True)
 class SinglePositive:
-    """Of the labels of each image one, drawn at random, is kept.
+    """Keeps one positive label of each image, drawn at random.
 
     Args:
-        others: what all other labels become, false ones too: ``"unknown"`` (-1) or ``"negative"`` (0).
-        seed: fixes which are kept; 0 or more.
+        others: value of all other labels, false ones included: ``"unknown"`` (-1) or ``"negative"`` (0).
+        seed: fixes which labels are kept; 0 or more.
 
     Raises:
         ValueError: for an argument out of its range.
@@ -54,39 +54,40 @@ class SinglePositive:
 
     def __post_init__(self) -> None:
         if self.others not in ("unknown", "negative"):
-            raise ValueError(f"others must be 'unknown' or 'negative', got {self.others!r}: give one of them")
+            raise ValueError(f"others must be 'unknown' or 'negative', got {self.others!r}: choose one")
         check_numbers(least=0, whole=True, seed=self.seed)
 
 
 def labelled_split(count: int, fraction: float, seed: int = 1) -> tuple[np.ndarray, np.ndarray]:
-    """Which of ``count`` images are labelled: the first ``int(fraction * count)`` of a permutation.
+    """Choose which of ``count`` images are labelled: the first ``int(fraction * count)`` of a permutation.
 
-    It is that of ``numpy.random.RandomState``, as CAP and those compared with it split (arXiv 2305.02795, its code).
+    The permutation is that of ``numpy.random.RandomState(seed)``, as in the code of CAP (arXiv 2305.02795) and of the
+    methods compared with it.
 
     Returns:
-        the labelled and the others, int64, both in the order of the permutation.
+        positions of the labelled images and of the others, int64, both in the order of the permutation.
 
     Raises:
-        ValueError: where a share is out of (0, 1], or leaves no labelled image.
+        ValueError: where ``fraction`` is not in (0, 1], or leaves no labelled image.
     """
-    check_numbers(above=0, most=1, remedy="give a share", labelled_fraction=fraction)
+    check_numbers(above=0, most=1, remedy="give a fraction", labelled_fraction=fraction)
     check_numbers(least=0, whole=True, labelled_seed=seed)
     labelled = int(fraction * count)
     if not labelled:
-        raise ValueError(f"labelled_fraction={fraction} of {count} images leaves no labelled one: raise it")
-    order = np.random.RandomState(seed).permutation(count)  # whose numbers are those of the papers
+        raise ValueError(f"labelled_fraction={fraction} of {count} images leaves no labelled image: raise it")
+    order = np.random.RandomState(seed).permutation(count)  # the legacy generator, as in the papers' code
     return order[:labelled], order[labelled:]
 
 
 class WeakLabels(LabelNoise):
-    """What a data set of several labels an image is trained on, where ``candidates`` and so on are given.
+    """The given labels of a multi-label data set with ``candidates``, ``single_positive`` or ``labelled_fraction``.
 
     Args:
         candidates: see ``CandidateLabels``.
         single_positive: see ``SinglePositive``.
-        labelled_fraction: the share of the training images that keep labels; those of the others are unknown.
+        labelled_fraction: fraction of the training images that keep their labels; those of the others become unknown.
         labelled_seed: see ``labelled_split``.
-        indices: int64, the training images in use. The labels of others are left as they are.
+        indices: int64, the training images in use. The labels of all other images stay unchanged.
 
     Raises:
         ValueError: for both candidates and single positives.
@@ -105,7 +106,7 @@ class WeakLabels(LabelNoise):
                 f"candidates and single_positive exclude each other, got {candidates} and {single_positive}: leave one "
                 "out"
             )
-        check_numbers(above=0, most=1, optional=True, remedy="give a share", labelled_fraction=labelled_fraction)
+        check_numbers(above=0, most=1, optional=True, remedy="give a fraction", labelled_fraction=labelled_fraction)
         check_numbers(least=0, whole=True, labelled_seed=labelled_seed)
         self.candidates = candidates
         self.single_positive = single_positive
@@ -119,7 +120,7 @@ class WeakLabels(LabelNoise):
         return 0.0 if self.candidates is None else self.candidates.rate
 
     def labelled(self) -> np.ndarray:
-        """The training images in use that keep labels, int64, ascending."""
+        """The training images in use that keep their labels, int64, ascending."""
         if self.labelled_fraction is None:
             return self._indices
         return np.sort(self._indices[labelled_split(len(self._indices), self.labelled_fraction, self.labelled_seed)[0]])
@@ -131,7 +132,7 @@ class WeakLabels(LabelNoise):
         image: Any = None,
         file: Path | None = None,
     ) -> np.ndarray:
-        """The given labels, int8 ``[N, C]`` of 1, 0 and -1 (not known), for ``target``, the data set's own."""
+        """The given labels, int8 ``[N, C]`` of 1, 0 and -1 (unknown); ``target`` are the data set's own."""
         own = np.asarray(target).astype(np.int8)
         names = [str(c) for c in range(own.shape[1])]
         stream = "candidates" if self.single_positive is None else "single_positive"
@@ -152,6 +153,6 @@ class WeakLabels(LabelNoise):
             return given
         if self.candidates is None:
             return own
-        # of all labels, so that it depends on their number and the seed alone
+        # drawn at once for all labels, so that the candidates depend only on their number and the seed
         drawn = candidates_from_uniforms((own == 1).astype(np.uint8), self.candidates.rate, generator.random(own.shape))
         return np.where(own < 0, -1, drawn).astype(np.int8)

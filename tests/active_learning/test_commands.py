@@ -222,7 +222,7 @@ def test_a_project_without_labels(capsys, tmp_path):
     main(["test", "--config", "r/config.yaml", "--ckpt_path", "last"])
     with pytest.raises(SystemExit):
         main(["active", "--config", "my_pool.yaml", "--run", "other", *SHORT])
-    assert "no labels that an oracle could give" in capsys.readouterr().err
+    assert "no true labels for an oracle" in capsys.readouterr().err
     answers = {row["path"]: row["answer"] for row in PoolRecord.load("r/pool.json").queries}
     assert answers == {row["path"].removeprefix("'"): row["label"] for row in rows}
 

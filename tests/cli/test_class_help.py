@@ -25,7 +25,7 @@ from lightning_kd.cli.named_classes import argument_names, known_classes
                 '"epoch" or "step": when the scheduler steps.',
             ],
         ),
-        (["--data.help=DigitsDataModule"], ["--data.batch_size: int = 64", "training samples a step and process."]),
+        (["--data.help=DigitsDataModule"], ["--data.batch_size: int = 64", "training samples per step and process."]),
         (["--model.optimizer.help", "SGD"], ["--model.optimizer.lr: float | Tensor = 0.001", "momentum factor"]),
         (["--model.lr_scheduler.help", "MultiStepLR"], ["--model.lr_scheduler.milestones: Iterable[int] (required)"]),
         (["--trainer.callbacks.help", "EarlyStopping"], ["--trainer.callbacks.patience: int = 3"]),

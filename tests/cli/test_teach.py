@@ -61,7 +61,7 @@ def test_what_is_refused_is_one_sentence_and_leaves_nothing(weights, capsys):
         (["--compress", "soft"], "error: kind must be 'hard', 'smoothing', 'marginal_smoothing_kN' or"),
         (
             ["--data.cutout", "3"],
-            "error: keys are for one view by crop and flip alone, got views=('weak',) and cutout=3",
+            "error: keys need a single view by crop and flip, got views=('weak',) and cutout=3",
         ),
         (["--model.teacher_weights", "gone.pt"], "error: teacher_weights: weights 'gone.pt': there is no such file"),
     ):

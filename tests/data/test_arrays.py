@@ -155,7 +155,7 @@ def test_labels_with_gaps_or_from_1(tmp_path, labels, names, monkeypatch):
     data.setup()
     assert data.train_target.tolist() == [k % 3 for k in range(60)]
     assert data.test_target.tolist() == [k % 3 for k in range(60)][::-1]
-    assert "3 classes that occur" in said[0]
+    assert "3 labels that occur" in said[0]
 
 
 def test_a_class_that_is_missing_in_the_middle_keeps_its_number(tmp_path):
@@ -174,7 +174,7 @@ def test_texts_are_names_of_classes(tmp_path):
     ordered = ArrayDataModule(str(tmp_path / "some.npz"), class_names=["eel", "dog", "cat"])
     ordered.setup()
     assert torch.equal(ordered.train_target[data.train_target == 2], torch.zeros(16, dtype=torch.int64))
-    with pytest.raises(ValueError, match="holds the label 'eel', which is none of class_names"):
+    with pytest.raises(ValueError, match="holds the label 'eel', which is not in class_names"):
         ArrayDataModule(str(tmp_path / "some.npz"), class_names=["dog", "cat"])
 
 
@@ -206,11 +206,11 @@ def with_labels(tmp_path, labels, class_names):
 @pytest.mark.parametrize(
     ("labels", "names", "numbers", "said"),
     [
-        ([1, 2], "1 2 3", [0, 1], "names of classes, which are 1, 2, 3"),
-        ([2, 3], "1 2 3", [1, 2], "names of classes"),
-        ([7, 1001], "7 20 1001", [0, 2], "names of classes"),
-        ([10, 2], "1 10 2", [1, 2], "names of classes"),
-        ([0, 2], "1 2 3", [0, 2], "numbers of classes, 0 for '1'"),
+        ([1, 2], "1 2 3", [0, 1], "class names, which are 1, 2, 3"),
+        ([2, 3], "1 2 3", [1, 2], "class names"),
+        ([7, 1001], "7 20 1001", [0, 2], "class names"),
+        ([10, 2], "1 10 2", [1, 2], "class names"),
+        ([0, 2], "1 2 3", [0, 2], "class indices, 0 for '1'"),
         ([1, 2, 3], "a b c", [0, 1, 2], "the labels 1 to 3 are the classes a, b, c"),
         ([1, 2], "a b c", [1, 2], ""),
         ([0, 2], "0 1 2", [0, 2], ""),
@@ -226,9 +226,9 @@ def test_integers_among_the_names_of_another_file(tmp_path, labels, names, numbe
 @pytest.mark.parametrize(
     ("labels", "names", "message"),
     [
-        ([1, 4], "1 2 3", "holds the label 4, which is none of class_names"),
-        ([-1, 2], "1 2 3", "holds the label -1, which is none of class_names"),
-        ([1, 2], "1 10 2", "may be numbers of classes or their names, which are 1, 10, 2: save the names as text"),
+        ([1, 4], "1 2 3", "holds the label 4, which is not in class_names"),
+        ([-1, 2], "1 2 3", "holds the label -1, which is not in class_names"),
+        ([1, 2], "1 10 2", "may be class indices or class names, which are 1, 10, 2: save the names as text"),
         ([2, 3], "a b c", "must be between 0 and 2, got 3"),
     ],
 )
@@ -240,7 +240,7 @@ def test_integers_that_are_not_among_the_names(tmp_path, labels, names, message)
 def test_a_part_of_the_classes_is_refused_with_the_remedy(tmp_path):
     image, whole = np.zeros((30, 4, 4), np.uint8), ["1", "2", "3"]
     np.savez(tmp_path / "some.npz", image=image, target=np.arange(30) % 2 + 2)
-    with pytest.raises(ValueError, match=r"give arrays that lack some of its classes class_names=\['1', '2', '3'\]"):
+    with pytest.raises(ValueError, match=r"or class_names=\['1', '2', '3'\] for arrays that lack some of its classes"):
         ArrayDataModule(str(tmp_path / "some.npz")).check_classes(whole)
     for names in (whole, [1, 2, 3]):
         ArrayDataModule(str(tmp_path / "some.npz"), class_names=names).check_classes(whole)

@@ -118,7 +118,7 @@ def test_a_pool_is_balanced_by_the_labels_bought(arrays):
 
 
 def test_other_problems_refuse(tmp_path):
-    with pytest.raises(ValueError, match=r"^balance is for one class a sample, the data has several labels"):
+    with pytest.raises(ValueError, match=r"^balance is for one class per sample, the data has several labels"):
         ArrayDataModule(str(tmp_path / "none.npz"), fake=True, kind="multi_label", balance=True)
 
 

@@ -140,11 +140,14 @@ def test_candidates_that_do_not_fit(tmp_path, array, message):
 def test_files_that_do_not_fit(tmp_path):
     np.savez(tmp_path / "c.npz", mine=np.eye(3), other=np.eye(3))
     for key in (None, "third"):
-        with pytest.raises(ValueError, match=rf"key={key!r} is none of .* which holds mine, other"):
+        with pytest.raises(ValueError, match=rf"key={key!r} is not in .* which holds mine, other"):
             CandidateFile(str(tmp_path / "c.npz"), key).corrupt([0, 1, 0], 2)
     for text, message in (
         ("label,sure\n1,0\n", "does not say which sample its lines are for: add the column item"),
-        ("path,label\na.png,1\n", "does not say which sample its lines are for: add the column item, as the samples"),
+        (
+            "path,label\na.png,1\n",
+            "does not say which sample its lines are for: add the column item, because the samples",
+        ),
         ("item,given_by\n0,1\n", "must have the column label, got item, given_by: name it so"),
         ("index,label\n0,1\n,0\n", "the column index of .* is empty in 1 lines with a label, such as '0': fill it in"),
         ("index,label\n0,1\n7,0\n", "must be from 0 to 2, got 7"),
@@ -170,13 +173,13 @@ def test_arguments_out_of_range():
         DigitsDataModule(noise=SymmetricNoise(0.2), meta_per_class=2)
     with pytest.raises(ValueError, match=r"^meta_per_class must be at least 1, got 0"):
         DigitsDataModule(meta_per_class=0)
-    with pytest.raises(ValueError, match=r"^candidates is for one class a sample, the data has"):
+    with pytest.raises(ValueError, match=r"^candidates is for one class per sample, the data has"):
         ArrayDataModule("none.npz", fake=True, kind="multi_label", candidates=UniformCandidates(0.2))
-    with pytest.raises(ValueError, match=r"^candidates is for several labels a sample, the data has"):
+    with pytest.raises(ValueError, match=r"^candidates is for several labels per sample, the data has"):
         ArrayDataModule("none.npz", fake=True, candidates=CandidateLabels(0.2))
-    with pytest.raises(ValueError, match=r"^the source of a pool takes no candidates"):
+    with pytest.raises(ValueError, match=r"^the source of a pool may have no candidates"):
         OpenSetDataModule(DigitsDataModule(candidates=UniformCandidates(0.2)), known_classes=4)
-    with pytest.raises(ValueError, match=r"^source takes no candidates"):
+    with pytest.raises(ValueError, match=r"^source may have no candidates"):
         MosaicDataModule(DigitsDataModule(candidates=UniformCandidates(0.2)))
 
 
@@ -221,8 +224,8 @@ def test_a_meta_set_of_those_with_one_candidate(tmp_path, caplog):
     trainer_of(tmp_path / "run", max_epochs=1).fit(Classification("mlp_8", 10, input_shape=(1, 8, 8)), data)
     assert bool((data.train_candidates[data.meta_indices].sum(1) == 1).all())
     assert np.bincount(data.train_target[data.meta_indices], minlength=10).tolist() == [3] * 4 + [0] + [3] * 5
-    assert "meta set: 27 samples with their true labels, held out; none of 4" in caplog.text
-    assert "labels a training sample" in caplog.text
+    assert "meta set: 27 samples held out with their true labels; none of 4" in caplog.text
+    assert "labels per training sample" in caplog.text
 
 
 def trainer_of(folder, **options):
@@ -317,7 +320,7 @@ def test_real_sets_that_are_refused(tmp_path):
         PartialLabelDataModule(str(path))
     assert PartialLabelDataModule(str(path), fake=True).num_classes == 5
     path.write_bytes(b"nothing of the kind")
-    with pytest.raises(ValueError, match=r"is damaged, or no \.mat file"):
+    with pytest.raises(ValueError, match=r"is damaged, or not a \.mat file"):
         PartialLabelDataModule(str(path))
     for change, message in (
         ({"target": np.eye(4)}, r"must both be \[K, 40\], a column for each sample, got \[4, 40\] and \[4, 4\]"),
@@ -336,7 +339,7 @@ def test_real_sets_that_are_refused(tmp_path):
 
 
 def test_classes_that_nobody_knows_are_not_balanced():
-    with pytest.raises(ValueError, match=r"^balance counts the classes of labels that nobody knows"):
+    with pytest.raises(ValueError, match=r"^balance needs the true classes, which are unknown"):
         DigitsDataModule(candidates=UniformCandidates(0.3), balance=True)
 
 
@@ -346,7 +349,7 @@ def test_a_task_that_learns_the_true_labels_is_told(capsys):
         quiet = {"logger": False, "enable_progress_bar": False, "enable_model_summary": False}
         trainer = L.Trainer(fast_dev_run=True, accelerator="cpu", **quiet)
         trainer.fit(method("mlp_16", 10, input_shape=(1, 8, 8), **options), datamodule=data)
-        return "is no method for candidates: unless it looks" in capsys.readouterr().err
+        return "is not a method for candidates: unless it reads" in capsys.readouterr().err
 
     assert told(Classification)
     assert not told(CandidateBaseline)

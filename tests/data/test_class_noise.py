@@ -280,7 +280,7 @@ def test_matrices_that_are_none(matrix, message):
 
 def test_matrices_in_files_that_are_none(tmp_path):
     (tmp_path / "text.csv").write_text("a,b\n0,1\n")
-    with pytest.raises(ValueError, match="no table of numbers"):
+    with pytest.raises(ValueError, match="not a table of numbers"):
         TransitionNoise(str(tmp_path / "text.csv")).corrupt([0, 1], 2)
     np.savez(tmp_path / "two.npz", a=np.eye(2), b=np.eye(2))
     with pytest.raises(ValueError, match=r"must hold one array, got a, b"):

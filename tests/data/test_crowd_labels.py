@@ -56,8 +56,8 @@ def test_simulated():
         ({"annotators": 0}, "annotators must be at least 1, got 0"),
         ({"annotators": 2, "per_item": 3}, "per_item must be at least 1 and at most 2, got 3"),
         ({"reliability": 1.5}, "reliability must be at least 0 and at most 1, got 1.5"),
-        ({"reliability": (0.9, 0.3)}, r"reliability must be the least and the most, got \(0.9, 0.3\): swap them"),
-        ({"reliability": (0.1, 0.2, 0.3)}, "reliability must be a number, or the least and the most"),
+        ({"reliability": (0.9, 0.3)}, r"reliability must be a minimum and a maximum, got \(0.9, 0.3\): swap them"),
+        ({"reliability": (0.1, 0.2, 0.3)}, "reliability must be a number, or a minimum and a maximum"),
         ({"imbalance": 0.5}, "imbalance must be at least 1, got 0.5"),
         ({"seed": -1}, "seed must be at least 0, got -1"),
     ],
@@ -203,10 +203,13 @@ def test_names_of_files_that_are_not_clear(tmp_path):
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        ("annotator,label\n0,1\n", "does not say which sample its lines are for: add the column item, as the samples"),
+        (
+            "annotator,label\n0,1\n",
+            "does not say which sample its lines are for: add the column item, because the samples",
+        ),
         ("file,annotator,label\na.png,0,1\n", "does not say which sample its lines are for: add the column item"),
-        ("item,label\n0,1\n", "must have the column annotator, got item, label: name it so"),
-        ("item,annotator\n0,1\n", "must have the column label, got item, annotator: name it so"),
+        ("item,label\n0,1\n", "must have the column annotator, got item, label: add it"),
+        ("item,annotator\n0,1\n", "must have the column label, got item, annotator: add it"),
         ("item,annotator,label\n0,ann,\n", "the column label of '.*' is empty: fill in the labels"),
         ("item,annotator,label\n40,ann,1\n", "the column item of '.*' must be from 0 to 39, got 40"),
         ("item,annotator,label\n-1,ann,1\n", "the column item of '.*' must be from 0 to 39, got -1"),
@@ -244,7 +247,7 @@ def test_other_files(tmp_path):
         CrowdAnnotations("crowd.txt")
     np.savez(tmp_path / "crowd.npz", a=np.zeros(3), b=np.zeros(3))
     data = ArrayDataModule(arrays(tmp_path), annotations=CrowdAnnotations(str(tmp_path / "crowd.npz")))
-    with pytest.raises(ValueError, match=r"key=None is none of '.*', which holds a, b"):
+    with pytest.raises(ValueError, match=r"key=None is not in '.*', which holds a, b"):
         data.setup()
 
 
@@ -292,12 +295,12 @@ def test_unsigned_numbers_are_taken(tmp_path):
 
 def test_what_does_not_go_together(tmp_path):
     crowd = SimulatedCrowd(6, 0.7, 3)
-    with pytest.raises(ValueError, match="annotations are for one class a sample, the data has several labels"):
+    with pytest.raises(ValueError, match="annotations are for one class per sample, the data has several labels"):
         ArrayDataModule("none.npz", fake=True, kind="multi_label", annotations=crowd)
     noise = CIFARN("worst", "CIFAR-10_human.pt")
     with pytest.raises(ValueError, match=r"annotations and noise exclude each other, got SimulatedCrowd.*CIFARN"):
         CIFAR10DataModule("none", annotations=crowd, noise=noise)
-    with pytest.raises(ValueError, match="the source of a pool takes no annotations"):
+    with pytest.raises(ValueError, match="the source of a pool may have no annotations"):
         OpenSetDataModule(data_of(annotations=crowd))
     with pytest.raises(ValueError, match="source must have no annotations"):
         MosaicDataModule(data_of(annotations=crowd))
@@ -344,7 +347,7 @@ def test_people_of_cifar10h(tmp_path):
     assert (few[:, 10:] == -1).all()
     for own, message in (
         (target[:50], re.escape("must hold counts [50, 10], one row for each image trained on, got int64 [60, 10]")),
-        ((target + 1) % 10, "agree with the label at 0.0% of the images"),
+        ((target + 1) % 10, "agrees with the data set's label for 0.0% of the images"),
     ):
         with pytest.raises(ValueError, match=message):
             crowd.corrupt(own, 10)
@@ -391,5 +394,5 @@ def test_other_annotations_or_none_are_refused(tmp_path):
     fit(tmp_path, data_of(annotations=SimulatedCrowd(6, 0.7, 3)), epochs=2, **last)
     with pytest.raises(ValueError, match=r"was drawn by SimulatedCrowd\(.*per_item=3.*not by .*per_item=2"):
         fit(tmp_path, data_of(annotations=SimulatedCrowd(6, 0.7, 2)), epochs=3, **last)
-    with pytest.raises(ValueError, match="holds a checkpoint of other ones"):
+    with pytest.raises(ValueError, match="holds a checkpoint trained on others"):
         fit(tmp_path, data_of(), epochs=3, **last)

@@ -101,7 +101,7 @@ def test_no_split_or_class_is_left_out_whole(split, damaged, emptied, tmp_path):
     data = module(tmp_path, on_error="skip")
     with (
         pytest.warns(UserWarning, match="left out"),
-        pytest.raises(ValueError, match=f"^no image of {emptied} can be read, so that on_error='skip' leaves none"),
+        pytest.raises(ValueError, match=f"^no image of {emptied} can be read, so on_error='skip' leaves none"),
     ):
         data.setup()
 
@@ -214,8 +214,8 @@ def test_images_without_a_range_are_told_with_the_damaged_ones(tmp_path):
     for _ in range(2):  # looked at, and remembered
         damaged = damaged_images(files, root)
         assert {*damaged} == expected
-        assert damaged[str(root / "a" / "F.tif")].startswith("holds floats, which have no range of their own: give ima")
-        assert damaged[str(root / "a" / "I.tif")].startswith("holds integers of 32 bits")
+        assert damaged[str(root / "a" / "F.tif")].startswith("holds floats, which have no fixed range: give ima")
+        assert damaged[str(root / "a" / "I.tif")].startswith("holds 32-bit integers")
         assert {*damaged_images(files, root, (0, 10))} == {str(root / "a" / "0.png")}
 
 

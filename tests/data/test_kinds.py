@@ -98,9 +98,9 @@ def test_a_class_beyond_the_names(tmp_path):
 
 def test_what_goes_with_one_class_alone(tmp_path):
     path = saved(tmp_path, train_image=images(), train_target=mask_array())
-    with pytest.raises(ValueError, match="noise is for one class a sample"):
+    with pytest.raises(ValueError, match="noise is for one class per sample"):
         ArrayDataModule(path, noise=SymmetricNoise(0.2))
-    with pytest.raises(ValueError, match="train_per_class=3 is for one class a sample"):
+    with pytest.raises(ValueError, match="train_per_class=3 is for one class per sample"):
         ArrayDataModule(path, train_per_class=3)
     with pytest.raises(ValueError, match="does not go with masks"):
         ArrayDataModule(path, cutout=2)
@@ -149,7 +149,7 @@ def test_targets_that_say_too_little(tmp_path, target, options, message, capsys)
 
 def test_masks_of_features(tmp_path):
     feature = np.zeros((40, 6), np.float32)
-    with pytest.raises(ValueError, match="masks of images alone, got features"):
+    with pytest.raises(ValueError, match="masks only for images, got features"):
         ArrayDataModule(saved(tmp_path, train_feature=feature, train_target=mask_array()))
 
 
@@ -175,5 +175,5 @@ def test_loaders_share_masks(tmp_path):
 
 @pytest.mark.parametrize("kind", ["multi_label", "segmentation"])
 def test_a_pool_needs_one_class_a_sample(kind):
-    with pytest.raises(ValueError, match="source must have one class a sample, ArrayDataModule has"):
+    with pytest.raises(ValueError, match="source must have one class per sample, ArrayDataModule has"):
         OpenSetDataModule(ArrayDataModule("none.npz", kind=kind, fake=True))

@@ -132,7 +132,7 @@ def test_fake_and_normalize():
         ({"classes": "coarse"}, "classes='coarse' is for CIFAR-100, got DigitsDataModule"),
         ({"classes": "other"}, "classes must be 'fine' or 'coarse'"),
         ({"co_occurrence": [[1.0]]}, "co_occurrence must be 10 rows of 10 numbers"),
-        ({"co_occurrence": np.zeros((10, 10)).tolist()}, "zeros alone for '0'"),
+        ({"co_occurrence": np.zeros((10, 10)).tolist()}, "only zeros for '0'"),
         ({"test_mosaics": 0}, "test_mosaics must be at least 1"),
     ],
 )
@@ -145,5 +145,5 @@ def test_wrong_sources(tmp_path):
     with pytest.raises(ValueError, match="images with one class each and no noise"):
         MosaicDataModule(digits(noise=SymmetricNoise(0.2)))
     data = MosaicDataModule(ImageFolderDataModule(str(folders(tmp_path)), image_size=8))
-    with pytest.raises(ValueError, match="files are not tiled"):
+    with pytest.raises(ValueError, match="give arrays instead of files"):
         data.setup()

@@ -88,10 +88,10 @@ def test_splits_of_a_table_and_images_without_a_line(tmp_path, capsys):
         ("file,sky\na/x.png,1\n\nno.png,1\n", r"labels\.csv', line 4: 'no.png' is no image below"),
         ("file,sky\na/x.png,1\nb/y.png,0,1\n", r"labels\.csv', line 3: 3 cells, the header has 2"),
         ("name,sky\na/x.png,1\n", r"labels\.csv', line 1, must have a column file, path"),
-        ("file,sky\nx.png,1\na/x.png,0\n", r"lines 2 and 3, are of one image, .* and differ"),
+        ("file,sky\nx.png,1\na/x.png,0\n", r"lines 2 and 3, are for one image, .* and differ"),
         ("file,sky,sky\nx.png,1,1\n", r"line 1, names the column 'sky' twice"),
         ("file\nx.png\n", r"line 1, has no column of labels"),
-        ("file,labels\nx.png,\n", "names no label at all"),
+        ("file,labels\nx.png,\n", "holds no label"),
         ("file,labels,split\nx.png,a,tran\n", r"labels\.csv', line 2: split 'tran' is none of"),
         ("file,labels,split\nx.png,a,train\n", "no line with split 'test'"),
         ("file,labels\n", "must have a header and a line for each image"),
@@ -107,7 +107,7 @@ def test_names_that_are_not_unique_or_known(tmp_path):
     root = table(tmp_path, "file,labels\nx.png,a\n", ("a/x.png", "b/x.png"))
     with pytest.raises(ValueError, match=r"line 2: 'x.png' is the name of 2 images below"):
         MultiLabelFolderDataModule(root, **HALF).setup()
-    with pytest.raises(ValueError, match=r"line 2: 'a' is none of class_names"):
+    with pytest.raises(ValueError, match=r"line 2: 'a' is not in class_names"):
         MultiLabelFolderDataModule(root, class_names=["b"], **HALF)
 
 
@@ -197,7 +197,7 @@ def replaced(name, place, **values):
         (replaced("annotations", 1, image_id=77), r"train2017\.json', annotation 2: image_id 77 is none"),
         (replaced("images", 1, id=9), r"train2017\.json' has image id 9 twice"),
         (lambda content: content.pop("images"), r"train2017\.json' must hold a list 'images'"),
-        (lambda content: content["categories"].reverse(), r"val2017\.json' has other categories than those of train"),
+        (lambda content: content["categories"].reverse(), r"val2017\.json' has other categories than train"),
     ],
 )
 def test_wrong_coco(tmp_path, change, message):
@@ -264,7 +264,7 @@ def test_voc(tmp_path, options, expected):
     [
         ("a 1\nb 2\n", r"cat_train\.txt', line 2: must be an image and -1, 0 or 1, got 'b 2'"),
         ("a 1\nb -1\nc -1\nd -1\na 0\n", r"cat_train\.txt', line 5: image 'a' has another label above"),
-        ("a 1\nb -1\nc -1\n", r"cat_train\.txt' and the list of aeroplane have not the same images, 'd'"),
+        ("a 1\nb -1\nc -1\n", r"cat_train\.txt' and the list of aeroplane have different images, 'd'"),
         ("", r"cat_train\.txt' holds no image"),
     ],
 )
@@ -325,7 +325,7 @@ def test_missing_photographs(tmp_path, capsys):
     with pytest.raises(FileNotFoundError, match=r"TrainImagelist\.txt', line 2: .*b\.jpg' does not exist \(1 of 2"):
         data.setup()
     assert names(NUSWIDEDataModule(str(tmp_path), image_size=8, val_fraction=0, missing="skip")) == {"a": "water"}
-    assert "1 of 2 images are not there" in capsys.readouterr().err
+    assert "1 of 2 images are missing" in capsys.readouterr().err
 
 
 def test_wrong_nus_wide(tmp_path):

@@ -68,7 +68,7 @@ def test_classes_in_the_order_of_a_file(tmp_path):
     assert pool_of(known_classes=2, class_order=["7", 2]).known_ids == [2, 7]
     # a shipped config has a file, whatever the command line says is known
     assert pool_of(known_classes=["7", 1], class_order=str(tmp_path / "wnids.txt")).known_ids == [1, 7]
-    with pytest.raises(ValueError, match="class_order names 4 classes, known_classes=5"):
+    with pytest.raises(ValueError, match="class_order names 4 classes, fewer than known_classes=5"):
         pool_of(known_classes=5, class_order=str(tmp_path / "wnids.txt"))
 
 
@@ -215,8 +215,8 @@ def test_a_view_holds_no_hidden_label():
         ({"known_classes": [0, 10]}, "known_classes holds 10"),
         ({"known_classes": [0, -1]}, "known_classes holds -1"),
         ({"known_classes": ["0", "ten"]}, "known_classes holds 'ten'"),
-        ({"known_classes": [0, 1], "class_order": "random"}, "class_order goes with a number"),
-        ({"known_classes": [0, 1], "class_order": [2, 1]}, "class_order goes with a number"),
+        ({"known_classes": [0, 1], "class_order": "random"}, "class_order needs known_classes to be a number"),
+        ({"known_classes": [0, 1], "class_order": [2, 1]}, "class_order needs known_classes to be a number"),
         ({"class_order": "last"}, "class_order must be"),
         ({"class_order": [1, 2, 1, 3]}, "class_order holds class 1 more than once"),
         ({"class_order": [1, 2]}, "class_order names 2 classes"),
@@ -230,7 +230,7 @@ def test_a_view_holds_no_hidden_label():
         ({"initial_count": None, "initial_fraction": 0.0001}, "initial_fraction=0.0001"),
         ({"initial_count": 5000}, "initial_count=5000"),
         ({"initial_count": 3}, "has none of class"),
-        ({"pool": "x"}, "go without pool"),
+        ({"pool": "x"}, "are for a source without pool"),
         ({"source": digits(noise=SymmetricNoise(0.2))}, "source must have no noise"),
     ],
 )
@@ -289,7 +289,7 @@ def test_a_folder_without_labels(folders):
     assert [data.path_of(i) for i in data.unlabelled_indices[:2]] == ["0/0.png", "0/2.png"]
     batches = list(data.loader("train", data.unlabelled_indices))
     assert sum(len(batch.image) for batch in batches) == 6
-    with pytest.raises(ValueError, match="no labels that an oracle could give"):
+    with pytest.raises(ValueError, match="no true labels for an oracle"):
         data.oracle(np.array([0]))
 
 
@@ -310,7 +310,7 @@ def test_files_may_come_and_go(folders):
     assert len(again.unlabelled_indices) == 5
     (folders / "web/0/2.png").unlink()
     assert not np.array_equal(again._digest(), own_project(folders)._digest())
-    with pytest.warns(UserWarning, match="1 images asked for are no longer"):
+    with pytest.warns(UserWarning, match="1 queried images are no longer"):
         own_project(folders).set_record(PoolRecord.load(folders / "pool.json"))
 
 

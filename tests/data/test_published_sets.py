@@ -227,7 +227,7 @@ def test_download_without_a_network(tmp_path, monkeypatch):
         raise URLError("no route")
 
     monkeypatch.setattr("torchvision.datasets.cifar.download_and_extract_archive", fail)
-    with pytest.raises(ConnectionError, match="could not fetch"):
+    with pytest.raises(ConnectionError, match="could not download"):
         CIFAR10DataModule(str(tmp_path), download=True).prepare_data()
 
 

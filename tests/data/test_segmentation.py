@@ -137,7 +137,7 @@ def test_colours_by_a_table(tmp_path):
     [
         ("name,r,g,b\nsky,0,0\n", "line 2: must be a name and three numbers from 0 to 255, got sky, 0, 0"),
         ("sky,0,0,256\n", "line 1: must be a name and three"),
-        ("sky,0,0,1\nsky,0,0,2\n", "line 2: 'sky' stands above, too"),
+        ("sky,0,0,1\nsky,0,0,2\n", "line 2: 'sky' has an earlier line too"),
         ("name,r,g,b\n", "holds no class"),
     ],
 )
@@ -391,9 +391,7 @@ def test_a_missing_mask(tmp_path):
     (tmp_path / "masks/a/x.png").unlink()
     with pytest.raises(FileNotFoundError, match=r"images/a/x\.png' has no mask .*masks/a/x\.png: add it, or remove"):
         SegmentationFolderDataModule(str(tmp_path), class_names=3).setup()
-    with pytest.raises(
-        FileNotFoundError, match=r"root must lead to images and masks, there is no folder 'none/images'"
-    ):
+    with pytest.raises(FileNotFoundError, match=r"root must hold images and masks, but 'none/images' is no folder"):
         SegmentationFolderDataModule("none", class_names=3)
 
 
@@ -423,7 +421,9 @@ def test_masks_of_0_and_255_are_told_and_read_by_colours(tmp_path, capsys):
         fitted(data, max_epochs=1)
         said = capsys.readouterr().err
         assert "all labelled pixels of 3 training masks are of class 'no': a network has nothing to learn" in said
-        assert "255 is ignored: where that is a class, give colours, as {no: [0, 0, 0], yes: [255, 255, 255]}" in said
+        assert (
+            "the value 255 is ignored: if it is a class, give colours, as {no: [0, 0, 0], yes: [255, 255, 255]}" in said
+        )
     data = SegmentationFolderDataModule(str(tmp_path), colours={"no": [0] * 3, "yes": [255] * 3}, **options)
     fitted(data, max_epochs=1)
     assert "nothing to learn" not in capsys.readouterr().err
@@ -460,7 +460,7 @@ def test_images_of_two_sizes(tmp_path):
     [
         ({"class_names": None}, "class_names must say which classes the masks have, got None"),
         ({"class_names": 1}, "class_names must be at least 2, got 1"),
-        ({"ignore": 2}, "ignore=2 is the id of a class, of which there are 3"),
+        ({"ignore": 2}, "ignore=2 is the id of one of the 3 classes"),
         ({"ignore": [0, 0, 0]}, "ignore must be an id where masks hold ids"),
         ({"ignore": -1}, "ignore must be at least 0 and at most 65535, got -1"),
         ({"crop_size": (8, 0)}, "crop_size must be at least 1, got 0"),
@@ -470,7 +470,7 @@ def test_images_of_two_sizes(tmp_path):
         ({"scale": (2.0, 0.5)}, "scale must be two numbers, the smaller one first"),
         ({"scale": (0.0, 0.5)}, "scale must be above 0, got 0.0"),
         ({"colour": 1.0}, "colour must be at least 0 and below 1, got 1.0"),
-        ({"colours": {"a": [0, 0, 0], "b": [0, 0, 0]}, "class_names": None}, "colours must be different ones"),
+        ({"colours": {"a": [0, 0, 0], "b": [0, 0, 0]}, "class_names": None}, "colours must all differ"),
         ({"colours": {"a": [0, 0, 256], "b": [0, 0, 0]}, "class_names": None}, "colours must be .* got 256"),
         ({"colours": {"a": [0, 0, 2], "b": [0, 0, 0]}, "class_names": ["a", "c"]}, "class_names has 'c', which has no"),
     ],

@@ -47,7 +47,7 @@ def test_they_stand_behind_the_labelled_ones(arrays, caplog):
     data, plain = beside(arrays), beside(arrays, unlabelled=None)
     with caplog.at_level(logging.INFO, "lightning_kd"):
         data.setup()
-    assert "unlabelled: 4 of 34 samples are those of the labelled training, validation or test data" in caplog.text
+    assert "unlabelled: 4 of 34 samples are also in the training, validation or test data" in caplog.text
     plain.setup()
     assert data.unlabelled_indices.tolist() == list(range(60, 90))
     assert (data.train_target[60:] == -1).all()
@@ -74,7 +74,7 @@ def test_a_copy_of_a_validation_image_is_left_out(arrays):
     data.setup()
     assert len(data.unlabelled_indices) == 1
     np.save(arrays / "leaks.npy", held)
-    with pytest.raises(ValueError, match="holds no sample that the labelled data does not have"):
+    with pytest.raises(ValueError, match="holds only samples that the labelled data has"):
         beside(arrays, unlabelled=str(arrays / "leaks.npy")).setup()
 
 
@@ -90,10 +90,10 @@ def test_what_is_refused(arrays):
         beside(arrays, meta_per_class=1)
     with pytest.raises(ValueError, match="unlabelled='rest' finds no training sample that is left out"):
         beside(arrays, unlabelled="rest").setup()
-    with pytest.raises(ValueError, match="the source of a pool takes no unlabelled"):
+    with pytest.raises(ValueError, match="the source of a pool may have no unlabelled"):
         OpenSetDataModule(beside(arrays), known_classes=2, initial_count=4)
     np.savez(arrays / "tags.npz", image=noise(20, 0), target=np.ones((20, 3), np.uint8))
-    with pytest.raises(ValueError, match="unlabelled is for one class a sample"):
+    with pytest.raises(ValueError, match="unlabelled is for one class per sample"):
         ArrayDataModule(str(arrays / "tags.npz"), unlabelled="x.npy")
 
 

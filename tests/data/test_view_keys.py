@@ -82,9 +82,7 @@ def test_fixed_views_of_a_sample_differ_and_hang_on_the_seed():
 def test_what_is_not_a_crop_and_flip_alone_has_no_keys(tmp_path):
     with pytest.raises(ValueError, match=r"views=\('weak',\) and cutout=3"):
         loader(digits(cutout=3), view_keys=ViewKeys())
-    with pytest.raises(
-        ValueError, match=r"keys are for one view by crop and flip alone, got views=\('weak', 'plain'\)"
-    ):
+    with pytest.raises(ValueError, match=r"keys need a single view by crop and flip, got views=\('weak', 'plain'\)"):
         loader(digits(), views=("weak", "plain"), view_keys=ViewKeys())
     with pytest.raises(ValueError, match=r"got views=\('strong',\)"):
         loader(digits(), views="strong", view_keys=ViewKeys())

@@ -23,7 +23,7 @@ def test_the_split_is_that_of_the_papers():
     assert len(labelled) == 285
     assert labelled[:5].tolist() == [3343, 3639, 1412, 1528, 3906]
     assert sorted([*labelled, *others]) == list(range(5717))
-    with pytest.raises(ValueError, match=r"labelled_fraction=0\.05 of 19 images leaves no labelled one"):
+    with pytest.raises(ValueError, match=r"labelled_fraction=0\.05 of 19 images leaves no labelled image"):
         labelled_split(19, 0.05)
 
 
@@ -96,7 +96,7 @@ def test_validation_samples_of_the_training_array_stay_clean(tmp_path):
 
 def test_refusals(tmp_path):
     np.savez(tmp_path / "a.npz", image=np.zeros((40, 8, 8), np.uint8), target=np.arange(40) % 2)
-    with pytest.raises(ValueError, match="candidates is for several labels a sample, the data has one class"):
+    with pytest.raises(ValueError, match="candidates is for several labels per sample, the data has one class"):
         ArrayDataModule(str(tmp_path / "a.npz"), candidates=CandidateLabels(0.1))
     with pytest.raises(ValueError, match="candidates and single_positive exclude each other"):
         mosaics(candidates=CandidateLabels(0.1), single_positive=SinglePositive())

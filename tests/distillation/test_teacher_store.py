@@ -207,7 +207,7 @@ def other_teacher(path):
         ({}, {"teacher": "resnet8"}, "teacher.name was 'cnn', here it is 'resnet8'"),
         ({}, {"teacher_size": 16}, "teacher.size was None, here it is"),
         ({}, {"teacher_mean": [0.1], "teacher_std": [0.2]}, "teacher.mean was None"),
-        ({"cutout": 3}, {}, "keys are for one view by crop and flip alone.*cutout=3"),
+        ({"cutout": 3}, {}, "keys need a single view by crop and flip.*cutout=3"),
     ],
 )
 def test_what_does_not_fit_is_refused_before_training(data, options, message, store, tmp_path, monkeypatch):

@@ -130,7 +130,7 @@ def test_a_named_map_and_what_follows_it():
 def test_maps_that_are_not_there():
     with pytest.raises(ValueError, match=r"^feature_map must be a module of CNN, got 'layer9'; known: \['layer1'"):
         with_ml_decoder(build_network("cnn_tiny", 4), 4, (3, 32, 32), "layer9")
-    with pytest.raises(ValueError, match=r"^MLP must have a map of features \[B, F, h, w\], none is found: name"):
+    with pytest.raises(ValueError, match=r"^MLP must have a feature map \[B, F, h, w\], but none was found: set"):
         network_for("mlp+ml_decoder", 4, (3, 8, 8))
     with pytest.raises(ValueError, match=r"^input_shape must be \(channels, height, width\), got \(5,\)"):
         network_for("mlp+ml_decoder", 4, (5,))
