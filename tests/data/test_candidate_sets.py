@@ -146,9 +146,9 @@ def test_files_that_do_not_fit(tmp_path):
         ("label,sure\n1,0\n", "does not say which sample its lines are for: add the column item"),
         (
             "path,label\na.png,1\n",
-            "does not say which sample its lines are for: add the column item, because the samples",
+            "does not say which sample its lines are for: add the column item, because",
         ),
-        ("item,given_by\n0,1\n", "must have the column label, got item, given_by: name it so"),
+        ("item,given_by\n0,1\n", "must have the column label, got item, given_by: add it"),
         ("index,label\n0,1\n,0\n", "the column index of .* is empty in 1 lines with a label, such as '0': fill it in"),
         ("index,label\n0,1\n7,0\n", "must be from 0 to 2, got 7"),
         ("index,label\n0,1\nx,0\n", "must hold whole numbers"),

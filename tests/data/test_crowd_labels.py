@@ -205,7 +205,7 @@ def test_names_of_files_that_are_not_clear(tmp_path):
     [
         (
             "annotator,label\n0,1\n",
-            "does not say which sample its lines are for: add the column item, because the samples",
+            "does not say which sample its lines are for: add the column item, because",
         ),
         ("file,annotator,label\na.png,0,1\n", "does not say which sample its lines are for: add the column item"),
         ("item,label\n0,1\n", "must have the column annotator, got item, label: add it"),

@@ -95,7 +95,7 @@ def test_arrays_of_numbers_for_classes_that_are_called_by_numbers(dtype):
     np.save("labels.npy", given)
     np.savez("labels.npz", label=given)
     for path in ("labels.npy", "labels.npz"):
-        with pytest.raises(ValueError, match=r"may be class indices or class names.* the key of an .npz, class_n"):
+        with pytest.raises(ValueError, match=r"may be class indices or class names.* the key of an .npz, to class"):
             LabelFile(path).corrupt(clean, names)
     np.savez("labels.npz", class_name=given, clean=clean + 1)
     assert LabelFile("labels.npz").corrupt(clean, names).tolist() == [1, 0, 1]
@@ -121,7 +121,7 @@ def test_corrections_of_some_samples(monkeypatch):
     monkeypatch.setattr(label_files, "note", lines.append)
     Path("labels.csv").write_text("index,given,label\n3,0,bee\n1,1,cow\n")
     assert LabelFile("labels.csv").corrupt(CLEAN, NAMES).tolist() == [0, 2, 2, 1, 1]
-    assert lines == ["'labels.csv' holds 2 of 5 labels: the other samples keep the data set's own"]
+    assert lines == ["'labels.csv' holds 2 of 5 labels: the other samples keep the data set's own labels"]
     Path("labels.csv").write_text(TEXTS["indexed"])
     LabelFile("labels.csv").corrupt(CLEAN, NAMES)
     assert len(lines) == 1
@@ -141,7 +141,7 @@ def test_columns_and_arrays_by_name():
         assert LabelFile(path, "two").corrupt(CLEAN, NAMES).tolist() == GIVEN.tolist()
         with pytest.raises(ValueError, match=f"key=None is not in '{path}', which holds one, two: give one"):
             LabelFile(path).corrupt(CLEAN, NAMES)
-        with pytest.raises(ValueError, match="key='three' is none of"):
+        with pytest.raises(ValueError, match="key='three' is not in"):
             LabelFile(path, "three").corrupt(CLEAN, NAMES)
 
 
