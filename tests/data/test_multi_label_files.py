@@ -92,7 +92,7 @@ def test_splits_of_a_table_and_images_without_a_line(tmp_path, capsys):
         ("file,sky,sky\nx.png,1,1\n", r"line 1, names the column 'sky' twice"),
         ("file\nx.png\n", r"line 1, has no column of labels"),
         ("file,labels\nx.png,\n", "holds no label"),
-        ("file,labels,split\nx.png,a,tran\n", r"labels\.csv', line 2: split 'tran' is none of"),
+        ("file,labels,split\nx.png,a,tran\n", r"labels\.csv', line 2: split 'tran' must be one of"),
         ("file,labels,split\nx.png,a,train\n", "no line with split 'test'"),
         ("file,labels\n", "must have a header and a line for each image"),
     ],
@@ -193,8 +193,11 @@ def replaced(name, place, **values):
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        (replaced("annotations", 2, category_id=12), r"train2017\.json', annotation 3: category_id 12 is none"),
-        (replaced("annotations", 1, image_id=77), r"train2017\.json', annotation 2: image_id 77 is none"),
+        (
+            replaced("annotations", 2, category_id=12),
+            r"train2017\.json', annotation 3: category_id 12 is not in the file",
+        ),
+        (replaced("annotations", 1, image_id=77), r"train2017\.json', annotation 2: image_id 77 is not in the file"),
         (replaced("images", 1, id=9), r"train2017\.json' has image id 9 twice"),
         (lambda content: content.pop("images"), r"train2017\.json' must hold a list 'images'"),
         (lambda content: content["categories"].reverse(), r"val2017\.json' has other categories than train"),
@@ -215,7 +218,7 @@ def test_sizes_of_objects(tmp_path):
     with pytest.raises(ValueError, match=r"^areas must be a list of 'small', 'medium', 'large', got 'small'"):
         coco(tmp_path / "no", areas="small")
     data = coco(tmp_path / "none", lambda content: content["annotations"][3].pop("area"), areas=["small"])
-    with pytest.raises(ValueError, match=r"train2017\.json', annotation 4: has no area: leave areas out"):
+    with pytest.raises(ValueError, match=r"train2017\.json', annotation 4, has no area: leave areas out"):
         data.setup()
 
 

@@ -421,9 +421,7 @@ def test_masks_of_0_and_255_are_told_and_read_by_colours(tmp_path, capsys):
         fitted(data, max_epochs=1)
         said = capsys.readouterr().err
         assert "all labelled pixels of 3 training masks are of class 'no': a network has nothing to learn" in said
-        assert (
-            "255 is ignored: if it is a class, give colours, as {no: [0, 0, 0], yes: [255, 255, 255]}" in said
-        )
+        assert "255 is ignored: if it is a class, give colours, as {no: [0, 0, 0], yes: [255, 255, 255]}" in said
     data = SegmentationFolderDataModule(str(tmp_path), colours={"no": [0] * 3, "yes": [255] * 3}, **options)
     fitted(data, max_epochs=1)
     assert "nothing to learn" not in capsys.readouterr().err
