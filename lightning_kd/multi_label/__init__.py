@@ -1,4 +1,4 @@
-"""Several labels an image."""
+"""Multi-label classification: each image may have several labels."""
 
 from lightning_kd.core.registry import export_modules
 

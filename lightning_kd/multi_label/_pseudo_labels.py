@@ -1,4 +1,4 @@
-"""Labels of untagged images, by one threshold a class."""
+"""Pseudo-labels of unlabelled images, by one threshold per class."""
 
 from __future__ import annotations
 
@@ -14,14 +14,20 @@ from lightning_kd.core.losses import at_least_float32, check_shapes
 
 __all__ = ["PseudoLabels", "pseudo_labels"]
 
-# the official code never keeps more of the negatives: the likeliest of them are left out
+# the official code never uses more than this share of the negatives: those with the highest scores are left out
 MOST_NEGATIVES = 0.998
 EPS = torch.finfo(torch.float64).eps
 
 
 class PseudoLabels(NamedTuple):
-    """``label`` float32 ``[n, C]`` of 1 and 0; ``mask`` bool ``[n, C]``, which of them count; and ``threshold``
-    ``[C]``, the least score of a positive (infinite where there is none)."""
+    """The pseudo-labels of ``n`` images and ``C`` classes.
+
+    Attributes:
+        label: float32 ``[n, C]``, 1 for a positive and 0 for a negative pseudo-label.
+        mask: bool ``[n, C]``, whether the pseudo-label enters the loss.
+        threshold: ``[C]``, dtype of the scores: the lowest score of a positive pseudo-label of the class; infinite
+            where the class has none.
+    """
 
     label: Tensor
     mask: Tensor
@@ -31,22 +37,26 @@ class PseudoLabels(NamedTuple):
 def pseudo_labels(
     scores: Tensor, proportions: Tensor, keep_positive: float = 1.0, keep_negative: float = 1.0
 ) -> PseudoLabels:
-    """Labels by one threshold a class, so that ``floor(proportion * n)`` images have it.
+    """Give each class to the images with the highest scores, so that the class is as frequent as among labelled images.
 
-    With equal scores there may be more. Of the positives the ``keep_positive`` with the highest scores count, of the
-    negatives the ``keep_negative`` (at most 0.998) with the lowest. A class with no positive among the tagged images
-    gets none.
+    Class ``c`` becomes positive for the ``floor(proportions[c] * n)`` images with the highest scores (for more where
+    scores are tied), and negative for the others. The loss then uses only the most certain ones: the share
+    ``keep_positive`` of the positives with the highest scores, and the share ``keep_negative`` of the negatives with
+    the lowest scores. A class that no labelled image has gets no positive.
 
     Args:
-        scores: ``[n, C]`` of all untagged images: logits, or probabilities in float32, of which many are equal.
-        proportions: ``[C]`` in [0, 1], of the tagged images that have each class.
-        keep_positive: share in [0, 1].
-        keep_negative: share in [0, 1].
+        scores: ``[n, C]``, the scores of all unlabelled images. Give logits: float32 probabilities are often tied.
+        proportions: float ``[C]`` in [0, 1], the share of the labelled images that have each class.
+        keep_positive: share of the positives that are used, in [0, 1].
+        keep_negative: share of the negatives that are used, in [0, 1]; values above 0.998 count as 0.998.
+
+    Returns:
+        ``PseudoLabels`` on the device of ``scores``.
 
     Raises:
-        ValueError: for shapes that do not belong together, scores that are not finite, and shares out of range.
+        ValueError: if the shapes do not match, a score is not finite, or a share is not in [0, 1].
 
-    Source: arXiv 2305.02795, class-distribution-aware thresholds and reliability masks, as in the official code.
+    Source: arXiv 2305.02795, class-distribution-aware thresholding and the reliability masks of the official code.
     """
     check_shapes(scores=(scores, "nC"), proportions=(proportions, "C"))
     check_numbers(least=0, most=1, keep_positive=keep_positive, keep_negative=keep_negative)
@@ -62,7 +72,7 @@ def pseudo_labels(
     threshold, positive_cut, negative_cut = (
         np.full(scores.shape[1], fill, found.dtype) for fill in (np.inf, np.inf, -np.inf)
     )
-    # a product may be a little below the whole number that it stands for, as 0.29 * 100 is, in single precision more so
+    # 0.29 * 100 is 28.999...: rounding error must not lower the count by one; float32 needs more slack than float64
     slack = 1 + 8 * EPS + (0.0 if proportions.dtype == torch.float64 else torch.finfo(proportions.dtype).eps)
     for c, share in enumerate(proportions.tolist()):
         positives, kept, negatives = (
@@ -73,7 +83,7 @@ def pseudo_labels(
         inside = {name: rank for name, rank in ranks.items() if 0 <= rank < n}
         if not inside:
             continue
-        ordered = np.partition(found[:, c], sorted(set(inside.values())))  # three ranks, not an order of all
+        ordered = np.partition(found[:, c], sorted(set(inside.values())))  # three ranks are enough: no full sort
         threshold[c] = ordered[inside["threshold"]] if "threshold" in inside else np.inf
         positive_cut[c] = ordered[inside["positive"]] if "positive" in inside else np.inf
         negative_cut[c] = ordered[inside["negative"]] if "negative" in inside else -np.inf

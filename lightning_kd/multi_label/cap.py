@@ -1,4 +1,4 @@
-"""CAP: pseudo-labels for untagged images, as many of each class as the tagged ones have.
+"""CAP: pseudo-labels for unlabelled images, with each class as frequent as among the labelled ones.
 
 Ming-Kun Xie, Jia-Hao Xiao, Hao-Zhe Liu, Gang Niu, Masashi Sugiyama, Sheng-Jun Huang. Class-Distribution-Aware
 Pseudo-Labeling for Semi-Supervised Multi-Label Learning. NeurIPS 2023, arXiv 2305.02795.
@@ -34,45 +34,52 @@ __all__ = ["CAP", "PseudoLabels", "pseudo_labels"]
 
 
 class CAP(TwoStages, SampleMemories, AveragedTask):
-    """CAP (Xie et al., NeurIPS 2023, arXiv 2305.02795): untagged images get labels in the shares of the tagged ones.
+    """CAP (Xie et al., NeurIPS 2023, arXiv 2305.02795): multi-label training with few labelled, many unlabelled images.
 
-    In the warm-up only tagged images are learnt, with the asymmetric loss summed over images and labels. Then the
-    optimizer begins anew, and at the start of every epoch the averaged copy scores the untagged images (eval mode, weak
-    views), ``pseudo_labels`` makes labels of the scores, and the epoch is a pass over these, each batch with one of
-    tagged images beside it.
+    The network labels the unlabelled images itself and learns from these pseudo-labels too. A separate threshold for
+    each class makes the class as frequent among the pseudo-labels as it is among the labelled images (see
+    ``pseudo_labels``).
 
-    Untagged are the ``unlabelled_indices`` of the data module, where it has them (``labelled_fraction``), and the
-    images none of whose labels is known. Without any, only the tagged ones are learnt.
+    Training has two stages. In the warm-up the network learns from the labelled images only, with the asymmetric loss
+    summed over images and labels. The second stage starts with a new optimizer. At the start of each of its epochs the
+    averaged copy of the network computes logits of all unlabelled images (eval mode, weak augmentation) and
+    ``pseudo_labels`` turns them into labels. The epoch is one pass over the unlabelled images; every batch also has
+    some labelled images.
 
-    Logged after the warm-up: ``train/pseudo_positives`` (labels an untagged image gets) and, where the true ones are
-    known, ``train/pseudo_precision`` and ``pseudo_recall``. After ``fit`` the run folder holds ``pseudo_labels.csv``:
-    index and labels of every untagged image, by the averaged copy as it then is.
+    An image is unlabelled if it is among the data module's ``unlabelled_indices`` (see its ``labelled_fraction``) or if
+    none of its labels is known. Without such images the method trains on the labelled ones only.
 
-    Several processes: scores are gathered by index, so that all have the same thresholds; the loss is the sum over the
-    joint batch.
+    Logged after the warm-up: ``train/pseudo_positives`` (mean number of positive pseudo-labels of an image) and, if the
+    true labels are known, ``train/pseudo_precision`` and ``train/pseudo_recall``. After ``fit`` the run folder holds
+    ``pseudo_labels.csv``: index and pseudo-labels of every unlabelled image, from the final averaged copy.
+
+    Several processes: the logits of all processes are gathered, so that all use the same thresholds; the loss is the
+    sum over the joint batch.
 
     Args:
-        network: a network's name (``lightning-kd list``) or any ``nn.Module`` that gives logits ``[B, C]``.
+        network: name of a network (``lightning-kd list``) or any ``nn.Module`` that returns logits ``[B, C]``.
         num_classes: see ``Task``.
-        warmup_epochs: epochs on tagged images alone.
-        second_stage_from: the network that goes on after them: the ``"live"`` one or, as the paper has it on NUS-WIDE,
-            the ``"average"``.
-        pseudo: ``"by_class"`` as in the paper; ``"fixed"``, a label from a probability of ``threshold`` on; ``"none"``,
-            tagged images alone, to compare with.
-        threshold: of ``"fixed"``, in (0, 1).
-        keep_positive: share of the pseudo-positives that count, the likeliest ones.
-        keep_negative: likewise of the negatives; above 0.998 it is that.
-        labelled_batch_size: tagged images in a batch of ``data.batch_size``. Default: 1.25 times their share of all
-            images, as in the paper; the warm-up has four times as many.
-        gamma_negative: see ``asymmetric_loss``, as the next two.
-        gamma_positive: exponent of positives.
-        margin: in [0, 1).
-        view: what is trained on: ``"strong"`` as in the paper, or ``"weak"``.
+        warmup_epochs: number of epochs on labelled images only.
+        second_stage_from: weights that the second stage starts from: ``"live"``, those that were trained, or
+            ``"average"``, their moving average, as in the paper on NUS-WIDE.
+        pseudo: how pseudo-labels are made: ``"by_class"`` as in the paper; ``"fixed"``: a label is positive if its
+            probability is at least ``threshold``; ``"none"``: no pseudo-labels, as a baseline.
+        threshold: probability threshold of ``"fixed"``, in (0, 1).
+        keep_positive: share of the positive pseudo-labels that enter the loss, those with the highest scores, in [0,
+            1].
+        keep_negative: share of the negative pseudo-labels that enter the loss, those with the lowest scores, in [0, 1];
+            values above 0.998 count as 0.998.
+        labelled_batch_size: number of labelled images in a batch of ``data.batch_size``. Default: 1.25 times the share
+            of labelled images, as in the paper. Batches of the warm-up have four times as many.
+        gamma_negative: exponent for negative labels, see ``asymmetric_loss``.
+        gamma_positive: exponent for positive labels, see ``asymmetric_loss``.
+        margin: probability margin of negative labels, in [0, 1), see ``asymmetric_loss``.
+        view: augmentation of the training images: ``"strong"`` as in the paper, or ``"weak"``.
         kwargs: ``average_decay``, ``answer_with`` of ``AveragedTask``; ``input_shape``, ``weights`` of
-            ``SupervisedTask``, and the arguments of ``FineTunedTask`` and ``Task``.
+            ``SupervisedTask``; the arguments of ``FineTunedTask`` and ``Task``.
 
     Raises:
-        ValueError: in a fit, where no image is tagged.
+        ValueError: if an argument is out of range; in a fit, if no training image has a known label.
     """
 
     problem_class = MultiLabel
@@ -114,29 +121,27 @@ class CAP(TwoStages, SampleMemories, AveragedTask):
         self.keep_positive, self.keep_negative = keep_positive, keep_negative
         self.labelled_batch_size, self.view = labelled_batch_size, view
         self.gamma_negative, self.gamma_positive, self.margin = gamma_negative, gamma_positive, margin
-        # 1 and 0, and -1 for labels that do not count
+        # 1 and 0, and -1 for labels that do not enter the loss
         self.given = self.add_sample_memory("pseudo_labels", (num_classes,), -1, dtype=torch.int8)
 
-    # -- the two parts -----------------------------------------------------------------------------------------------
+    # -- labelled and unlabelled images ------------------------------------------------------------------------------
 
     def setup(self, stage: str) -> None:
         super().setup(stage)
         if stage == "fit":
-            self.trainer.reload_dataloaders_every_n_epochs = 1  # type: ignore[attr-defined]  # another stream follows
+            self.trainer.reload_dataloaders_every_n_epochs = 1  # type: ignore[attr-defined]  # the streams change after the warm-up
             labelled, unlabelled = self.parts()
             if not len(labelled):
-                raise ValueError(
-                    "no training image has a known label: tag some (raise data.labelled_fraction where the data has it)"
-                )
+                raise ValueError("no training image has a known label: label some, or raise data.labelled_fraction")
             share = self.proportions(labelled)
             missing = [name for name, value in zip(self.data.class_names, share.tolist(), strict=True) if value == 0]
             if missing and len(unlabelled):
-                note(f"no tagged image has {', '.join(missing)}: no untagged image gets such a label")
+                note(f"no labelled image has the class {', '.join(missing)}: no pseudo-label will have it either")
             if not len(unlabelled):
-                note("CAP has no untagged images, so it learns the tagged ones alone: set data.labelled_fraction")
+                note("CAP has no unlabelled images and trains on the labelled ones only: set data.labelled_fraction")
 
     def parts(self) -> tuple[np.ndarray, np.ndarray]:
-        """Positions of the tagged and of the untagged training images in the full array."""
+        """Positions of the labelled and of the unlabelled training images in the full array, int64, ascending."""
         data = self.data
         data.setup()
         known = (data.train_target[data.train_indices] >= 0).any(1).numpy()
@@ -144,7 +149,7 @@ class CAP(TwoStages, SampleMemories, AveragedTask):
         return data.train_indices[known], np.sort(np.concatenate([data.train_indices[~known], others]))
 
     def proportions(self, labelled: np.ndarray) -> Tensor:
-        """The share of the tagged images that have each class, ``[C]``, of those of which it is known."""
+        """For each class, its share of the labelled images that have a known label for it, float64 ``[C]``."""
         target = self.data.train_target[labelled]
         return (target > 0).sum(0).double() / (target >= 0).sum(0).clamp(min=1)
 
@@ -152,7 +157,7 @@ class CAP(TwoStages, SampleMemories, AveragedTask):
         return self.pseudo != "none" and epoch >= self.warmup_epochs and len(self.parts()[1]) > 0
 
     def phase(self, data: Any, epoch: int) -> Phase:
-        """What an epoch trains on."""
+        """The data streams of one epoch."""
         labelled, unlabelled = self.parts()
         share = len(labelled) / (len(labelled) + len(unlabelled))
         few = self.labelled_batch_size or max(1, round(1.25 * share * data.batch_size))
@@ -198,7 +203,11 @@ class CAP(TwoStages, SampleMemories, AveragedTask):
             self._log_pseudo_labels(index, rows)
 
     def label_the_rest(self, view: str = "plain") -> tuple[Tensor, Tensor, PseudoLabels]:
-        """Index ``[n]``, logits ``[n, C]`` and labels of the untagged images, by the averaged copy; collective."""
+        """Pseudo-label the unlabelled images with the averaged copy; all processes must call it together.
+
+        Returns:
+            index ``[n]``, logits ``[n, C]`` and the ``PseudoLabels``.
+        """
         labelled, unlabelled = self.parts()
 
         def measure(batch: Batch) -> tuple[Tensor]:
@@ -227,7 +236,7 @@ class CAP(TwoStages, SampleMemories, AveragedTask):
         return self.step_loss(terms, logits[:count], labelled.target)
 
     def _loss(self, logits: Tensor, target: Tensor) -> Tensor:
-        # gradients are averaged over the processes
+        # DDP averages gradients over the processes, but the loss is a sum over the joint batch
         return process_count() * asymmetric_loss(logits, target, self.gamma_negative, self.gamma_positive, self.margin)
 
     def _log_pseudo_labels(self, index: Tensor, rows: Tensor) -> None:

@@ -1,4 +1,4 @@
-"""CDCR: labels of which some are false are trusted as far as the network is confident of them.
+"""CDCR: learn from candidate labels, some of them false, by trusting those that the network is confident of.
 
 Feng Sun, Ming-Kun Xie, Sheng-Jun Huang. A Deep Model for Partial Multi-Label Image Classification with
 Curriculum Based Disambiguation. arXiv 2207.02410.
@@ -35,20 +35,22 @@ __all__ = ["CDCR", "candidate_thresholds", "select_candidates"]
 def candidate_thresholds(
     confidence: Tensor, candidates: Tensor, alpha: float, by_difficulty: bool = False, clip: bool = False
 ) -> Tensor:
-    """The confidence from which on a candidate of each class is trusted, float64 ``[C]``.
+    """The confidence from which a candidate label of each class is trusted, float64 ``[C]``.
 
-    ``alpha`` for all or, ``by_difficulty``, ``alpha + mean_c - mean`` with the mean confidence of the candidates of the
-    class and that of all candidates: where the network is sure in any case, it must be surer.
+    The threshold is ``alpha`` for every class. With ``by_difficulty`` it is ``alpha + mean_c - mean``: ``mean_c`` is
+    the mean confidence of the candidates of class ``c``, ``mean`` that of all candidates. Classes that the network is
+    confident of in general so need a higher confidence.
 
     Args:
-        confidence: ``[n, C]`` in [0, 1].
-        candidates: ``[n, C]`` of 1 and 0.
-        alpha: in (0, 1).
-        by_difficulty: see above. A class without candidates has ``alpha``.
-        clip: bring thresholds to 0.05 to 0.95; ``by_difficulty`` may lead out of (0, 1), where none or all are trusted.
+        confidence: ``[n, C]``, probabilities in [0, 1].
+        candidates: ``[n, C]`` of 1 (candidate) and 0.
+        alpha: base threshold, in (0, 1).
+        by_difficulty: shift the threshold of each class, see above. A class without candidates keeps ``alpha``.
+        clip: clamp thresholds to [0.05, 0.95]. With ``by_difficulty`` they may leave (0, 1); then all candidates of the
+            class are trusted, or none.
 
     Raises:
-        ValueError: as ``select_candidates``.
+        ValueError: see ``select_candidates``.
     """
     check_numbers(above=0, below=1, alpha=alpha)
     check_shapes(confidence=(confidence, "nC"), candidates=(candidates, "nC"))
@@ -67,57 +69,64 @@ def candidate_thresholds(
 def select_candidates(
     confidence: Tensor, candidates: Tensor, alpha: float, by_difficulty: bool = False, clip: bool = False
 ) -> Tensor:
-    """Which labels enter the loss, bool ``[n, C]``: all that are no candidates, and the candidates that are trusted.
+    """Which labels enter the loss, bool ``[n, C]``: all labels that are no candidates, and the trusted candidates.
 
     Args:
-        confidence: probabilities ``[n, C]`` of the network for the weakly augmented images.
-        candidates: ``[n, C]``: 1 for a candidate, 0 for a label that is surely not there.
-        alpha: a candidate of this confidence or more is trusted, in (0, 1).
+        confidence: ``[n, C]``, the network's probabilities for the weakly augmented images.
+        candidates: ``[n, C]``: 1 for a candidate, 0 for a label that is certainly absent.
+        alpha: a candidate is trusted if its confidence is at least this, in (0, 1).
         by_difficulty: shift ``alpha`` for each class, see ``candidate_thresholds``.
-        clip: see there.
+        clip: clamp the thresholds, see ``candidate_thresholds``.
 
     Raises:
-        ValueError: for shapes that differ, ``alpha`` out of range, confidences that are NaN, and other values in
-            ``candidates``.
+        ValueError: if the shapes differ, ``alpha`` is out of range, a confidence is NaN, or ``candidates`` has other
+            values than 0 and 1.
 
     Source: arXiv 2207.02410, as in the official code.
     """
     threshold = candidate_thresholds(confidence, candidates, alpha, by_difficulty, clip)
     if confidence.isnan().any():
-        raise ValueError("confidence must be a number for each sample, got NaN: some were not looked at")
-    # in the precision of both, or a confidence of 0.7 in float32 would be below an alpha of 0.7
+        raise ValueError("confidence must be a number for each sample, got NaN: compute it for all samples")
+    # compared in one dtype: 0.7 in float32 is below 0.7 in float64
     return (candidates == 0) | (confidence >= threshold.to(confidence.dtype))
 
 
 class CDCR(TwoStages, SampleMemories, AveragedTask):
-    """CDCR (Sun et al., 2022, arXiv 2207.02410): of an image's candidate labels only the confident ones are learnt.
+    """CDCR (Sun et al., 2022, arXiv 2207.02410): partial multi-label training on the confident candidate labels.
 
-    The targets are candidates: 1 for a label that may be there, 0 for one that surely is not. In the warm-up all are
-    taken for true. Then training begins anew from the averaged copy, optimizer too, and at the start of every epoch a
-    pass over the training set, in eval mode and on weak views, says which are trusted (``select_candidates``); the
-    others are left out of the loss, binary cross-entropy summed over images and labels.
+    Every image comes with candidate labels; all its true labels are among them, but some candidates are false. The
+    network first learns all candidates, then only those it is confident of. Whether a candidate counts is decided anew
+    before each epoch.
 
-    Logged each epoch: ``train/trusted``, the share of the candidates that are trusted, and, where the data module knows
-    the true labels (``train_clean``), ``train/purity``, the share of these that are true. After ``fit`` the run folder
-    holds ``wrong_labels.csv``: every candidate with the confidence of the network that answers, the ones that are most
-    probably false first, and whether it would be trusted.
+    Targets are 1 for a candidate and 0 for a label that is certainly absent. In the warm-up all candidates are treated
+    as true. The second stage starts from the averaged copy of the weights with a new optimizer. At the start of each of
+    its epochs a pass over the training set (eval mode, weak augmentation) selects the trusted candidates
+    (``select_candidates``). The other candidates are left out of the loss, which is binary cross-entropy summed over
+    images and labels.
 
-    Several processes: the pass is shared and gathered by index; the loss is the sum over the joint batch.
+    Logged each epoch: ``train/trusted``, the share of the candidates that are trusted, and, if the data module knows
+    the true labels (``train_clean``), ``train/purity``, the share of the trusted candidates that are true. After
+    ``fit`` the run folder holds ``wrong_labels.csv``: every candidate with its confidence and whether it would be
+    trusted, the least confident first. The confidence is that of the network that is evaluated (``answer_with``).
+
+    Several processes: they share the pass and gather its results by index; the loss is the sum over the joint batch.
 
     Args:
-        network: a network's name (``lightning-kd list``) or any ``nn.Module`` that gives logits ``[B, C]``.
+        network: name of a network (``lightning-kd list``) or any ``nn.Module`` that returns logits ``[B, C]``.
         num_classes: see ``Task``.
-        warmup_epochs: epochs in which all candidates are learnt.
-        alpha: a candidate of this confidence is trusted, in (0, 1).
-        by_difficulty: ask more confidence of classes that the network is sure of, see ``candidate_thresholds``.
-        clip_thresholds: bring the confidence that is asked to 0.05 to 0.95; ``train/clipped`` says of how many classes.
-        confidence_from: whose confidence counts: the ``"live"`` network's, or the ``"average"``'s.
-        view: what is trained on: ``"strong"`` as in the paper, or ``"weak"``.
+        warmup_epochs: number of epochs in which all candidates are learnt.
+        alpha: a candidate is trusted if its confidence is at least this, in (0, 1).
+        by_difficulty: require a higher confidence for classes that the network is confident of in general, see
+            ``candidate_thresholds``.
+        clip_thresholds: clamp the thresholds to [0.05, 0.95]; ``train/clipped`` is the number of classes this changes.
+        confidence_from: network whose confidence is used: ``"live"``, the one that is trained, or ``"average"``.
+        view: augmentation of the training images: ``"strong"`` as in the paper, or ``"weak"``.
         kwargs: ``average_decay``, ``answer_with`` of ``AveragedTask``; ``input_shape``, ``weights`` of
-            ``SupervisedTask``, and the arguments of ``FineTunedTask`` and ``Task``.
+            ``SupervisedTask``; the arguments of ``FineTunedTask`` and ``Task``.
 
     Raises:
-        ValueError: in a fit, for other targets than 1 and 0, and for true labels that are no candidates.
+        ValueError: if an argument is out of range; in a fit, if a target is not 1 or 0, or a true label is no
+            candidate.
     """
 
     problem_class = MultiLabel
@@ -156,7 +165,7 @@ class CDCR(TwoStages, SampleMemories, AveragedTask):
         target, clean = data.train_target[data.train_indices], getattr(data, "train_clean", None)
         check_label_values(target, (0, 1), "candidates")
         if clean is not None and bool((clean[data.train_indices] > target).any()):
-            raise ValueError("candidates must hold all true labels, got an image without one of its own: correct them")
+            raise ValueError("candidates must include all true labels, got an image that lacks one: correct them")
 
     # -- training ----------------------------------------------------------------------------------------------------
 
@@ -178,13 +187,15 @@ class CDCR(TwoStages, SampleMemories, AveragedTask):
                 self.log("train/clipped", clipped.float().to(self.device))
 
     def disambiguate(self, view: str = "plain") -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """Which candidates the network that answers trusts, by a pass over the training set; collective.
+        """Which candidates are trusted, from a pass of the evaluated network over the training set.
+
+        All processes must call it together.
 
         Args:
-            view: of the images that it sees.
+            view: augmentation of the images: ``"plain"`` (none), ``"weak"`` or ``"strong"``.
 
         Returns:
-            index ``[n]``, candidates, confidence and what is trusted, each ``[n, C]``, on the CPU.
+            index ``[n]``, and candidates, confidence and trusted labels, each ``[n, C]``, all on the CPU.
         """
 
         def measure(batch: Batch) -> tuple[Tensor, Tensor]:
@@ -203,7 +214,7 @@ class CDCR(TwoStages, SampleMemories, AveragedTask):
         loss = F.binary_cross_entropy_with_logits(logits, batch.target.to(logits.dtype), reduction="none")
         if self.current_epoch >= self.warmup_epochs:
             loss = loss * self.trusted.rows[self.index_of(batch)]
-        # gradients are averaged over the processes
+        # DDP averages gradients over the processes, but the loss is a sum over the joint batch
         return self.step_loss({"loss": process_count() * loss.sum()}, logits, batch.target)
 
     def _log_trusted(self, index: Tensor, candidates: Tensor, trusted: Tensor) -> None:
@@ -216,8 +227,8 @@ class CDCR(TwoStages, SampleMemories, AveragedTask):
             found["purity"] = (chosen & (clean[index] > 0)).sum() / chosen.sum()
         if not bool(chosen.any()):
             rank_zero_warn(
-                f"no candidate has a confidence of alpha={self.alpha:g} in epoch {self.current_epoch}, so the network "
-                "learns that no label is there: lower alpha, or raise warmup_epochs"
+                f"no candidate is trusted with alpha={self.alpha:g} in epoch {self.current_epoch}, so the network "
+                "learns that all labels are absent: lower alpha, or raise warmup_epochs"
             )
         self.log_dict({f"train/{name}": value.float().to(self.device) for name, value in found.items()})
 
@@ -237,4 +248,4 @@ class CDCR(TwoStages, SampleMemories, AveragedTask):
             rows.append([int(index[i]), *where, names[c], f"{float(confidence[i, c]):.6g}", int(trusted[i, c])])
         write_text(folder / "wrong_labels.csv", csv_text(rows))
         doubted = int((~trusted & (candidates > 0)).sum())
-        note(f"{doubted} of {len(row)} candidate labels are not trusted: see wrong_labels.csv, its first lines first")
+        note(f"{doubted} of {len(row)} candidate labels are not trusted: see the first lines of wrong_labels.csv")

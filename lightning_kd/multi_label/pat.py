@@ -1,4 +1,4 @@
-"""PAT: a label must be supported by one part of the image, too.
+"""PAT: multi-label classification of whole images and of the cells of a grid over them.
 
 Ming-Kun Xie, Jia-Hao Xiao, Pei Peng, Gang Niu, Masashi Sugiyama, Sheng-Jun Huang. Counterfactual Reasoning for
 Multi-Label Image Classification via Patching-Based Training. ICML 2024, arXiv 2404.06287.
@@ -26,16 +26,16 @@ __all__ = ["PAT", "aggregate_patches", "cut_patches", "patch_weights"]
 
 
 def patch_weights(attention: Tensor, temperature: float = 1.0) -> Tensor:
-    """How much each patch has to say about each class: a softmax over the patches, ``[G, B, C]``.
+    """The weight of each patch for each class: a softmax over the patches, ``[G, B, C]``.
 
-    The largest one is the pivot patch of the class.
+    The patch with the largest weight is the pivot patch of the class.
 
     Args:
         attention: logits ``[G, B, C]`` of ``G`` patches; half precision is computed in float32, float64 stays.
-        temperature: above 0; the official code has 1.
+        temperature: temperature of the softmax, above 0; 1 in the official code.
 
     Raises:
-        ValueError: for another shape, and a temperature out of range.
+        ValueError: if the shape is another, or ``temperature`` is not above 0.
     """
     check_shapes(attention=(attention, "GBC"))
     check_positive(temperature=temperature)
@@ -44,19 +44,19 @@ def patch_weights(attention: Tensor, temperature: float = 1.0) -> Tensor:
 
 
 def aggregate_patches(attention: Tensor, value: Tensor, temperature: float = 1.0) -> Tensor:
-    """What the patches say together: ``sum_g patch_weights(attention)_g * value_g``, logits ``[B, C]``.
+    """Combine the logits of the patches: ``sum_g patch_weights(attention)_g * value_g``, logits ``[B, C]``.
 
-    Both get gradient.
+    Both arguments get gradient.
 
     Args:
-        attention: logits ``[G, B, C]``.
-        value: logits ``[G, B, C]``; the same tensor where one head gives both.
+        attention: logits ``[G, B, C]``, from which the weights of the patches are computed.
+        value: logits ``[G, B, C]`` that are averaged; the same tensor if one head gives both.
         temperature: see ``patch_weights``.
 
     Raises:
-        ValueError: for shapes that differ, and a temperature out of range.
+        ValueError: if the shapes differ, or ``temperature`` is not above 0.
 
-    Source: arXiv 2404.06287, patch prediction, as in the official code.
+    Source: arXiv 2404.06287, the prediction from patches, as in the official code.
     """
     check_shapes(attention=(attention, "GBC"), value=(value, "GBC"))
     attention, value = at_least_float32(attention, value)
@@ -64,16 +64,17 @@ def aggregate_patches(attention: Tensor, value: Tensor, temperature: float = 1.0
 
 
 def cut_patches(image: Tensor, n_grid: int = 2) -> Tensor:
-    """The cells of a grid over each image, row by row, each brought back to the image's size: ``[G, B, C, H, W]``.
+    """Cut each image into the cells of a grid and enlarge each cell to the image's size: ``[G, B, C, H, W]``.
 
-    A cell has ``H // n_grid`` by ``W // n_grid`` pixels; what is left at the lower and right border is dropped.
+    Cells are ordered row by row. A cell has ``H // n_grid`` by ``W // n_grid`` pixels; remaining pixels at the lower
+    and right border are dropped. Cells are enlarged by bilinear interpolation.
 
     Args:
         image: ``[B, C, H, W]``.
-        n_grid: cells a side, from 1 on; ``G`` is its square.
+        n_grid: number of cells per side, at least 1; ``G = n_grid ** 2``.
 
     Raises:
-        ValueError: for another shape, and for images smaller than the grid.
+        ValueError: if the shape is another, or an image has fewer pixels per side than ``n_grid``.
     """
     check_numbers(least=1, whole=True, n_grid=n_grid)
     check_shapes(image=(image, "BCHW"))
@@ -90,7 +91,10 @@ def cut_patches(image: Tensor, n_grid: int = 2) -> Tensor:
 
 
 class PatchHeads(nn.Module):
-    """A tagger whose last layer answers ``heads`` times: logits ``[B, heads, C]``, the first by the layer it has."""
+    """A network whose last linear layer is repeated ``heads`` times: logits ``[B, heads, C]``.
+
+    The first head starts with the weights of the network's own layer.
+    """
 
     def __init__(self, network: nn.Module, num_classes: int, heads: int) -> None:
         super().__init__()
@@ -98,7 +102,7 @@ class PatchHeads(nn.Module):
         if not path or linear.out_features != num_classes:
             raise ValueError(
                 f"the last linear layer of {type(network).__name__}, {path!r}, must give {num_classes} logits, got "
-                f"{linear.out_features}: give a network whose classifier is linear, or attention null"
+                f"{linear.out_features}: give a network with a linear classifier, or set attention to null"
             )
         wide = nn.Linear(linear.in_features, heads * num_classes, bias=linear.bias is not None)
         with torch.no_grad():
@@ -114,34 +118,43 @@ class PatchHeads(nn.Module):
 
 
 class PAT(AveragedTask):
-    """PAT (Xie et al., ICML 2024, arXiv 2404.06287): half of a label's score must come from one part of the image.
+    """PAT (Xie et al., ICML 2024, arXiv 2404.06287): classify the whole image and its patches, and average both.
 
-    The logits are the mean of those of the whole image and of ``aggregate_patches`` over the cells of a grid. In
-    training each of the two has its own asymmetric loss, summed over images and labels. The pivot patch of a predicted
-    label, the cell that has most to say, is in ``predictions.csv`` as ``pivot_patch_K`` for class ``K`` (cells counted
-    from 0 row by row, -1 where the label is not predicted).
+    A label is predicted from the whole image and from its patches, the cells of a grid. For each label an attention
+    weights the patches, so that mostly the relevant one counts. A label that only the context suggests gets a lower
+    score, because no single patch supports it.
 
-    Where the data gives several views of an image, the first is the whole and the others are its patches; else they
-    are cut from the batch. A step has ``1 + n_grid ** 2`` images for one; evaluation takes one view at a time.
+    The logits are the mean of those of the whole image and those of ``aggregate_patches``. In training each of the two
+    has its own asymmetric loss, summed over images and labels. The pivot patch of a predicted label, the cell with the
+    largest weight, is written to ``predictions.csv`` as ``pivot_patch_K`` for class ``K``: cells are counted from 0,
+    row by row; -1 means that the label is not predicted.
 
-    Several processes: the loss is the sum over the joint batch.
+    If the data gives several views of an image, the first must be the whole image and the others its patches; otherwise
+    patches are cut from the batch. A training step computes ``1 + n_grid ** 2`` images per sample; evaluation computes
+    the views one after the other.
 
     Args:
-        network: a network's name (``lightning-kd list``) or any ``nn.Module`` that gives logits ``[B, C]``; with an
-            attention its last layer must be an ``nn.Linear`` of ``C`` outputs, which is made to answer several times.
+        network: name of a network (``lightning-kd list``) or any ``nn.Module`` that returns logits ``[B, C]``. Unless
+            ``attention`` is ``None`` its last layer must be an ``nn.Linear`` with ``C`` outputs; it is replaced by one
+            with an output for each class and head.
         num_classes: see ``Task``.
-        attention: ``"cross"``: one head for the whole image, one for the attention and one for the value of patches;
-            ``"self"``: one for both of these; ``None``: one for everything, trained on whole images alone, so that any
-            tagger is evaluated by its patches too (``weights`` of ``MultiLabelClassification``, and ``test``).
-        n_grid: cells a side.
-        temperature: of the softmax over the patches.
-        gamma_negative: see ``asymmetric_loss``, as the next two.
-        gamma_positive: exponent of positives.
-        margin: in [0, 1).
-        view: what is trained on: ``"strong"`` or ``"weak"``, and the cells of that; or ``"strong_patches"``, a strong
-            view of the whole and one of each cell, as in the paper, where the data has several labels an image.
+        attention: number of heads. ``"cross"``: three, for the whole image, for the attention and for the values of the
+            patches; ``"self"``: two, one for attention and values together; ``None``: one, trained on whole images
+            only. ``None`` evaluates any network that was trained for multi-label classification with patches
+            (``weights`` of ``MultiLabelClassification``, and ``test``).
+        n_grid: number of cells per side.
+        temperature: temperature of the softmax over the patches, above 0.
+        gamma_negative: exponent for negative labels, see ``asymmetric_loss``.
+        gamma_positive: exponent for positive labels, see ``asymmetric_loss``.
+        margin: probability margin of negative labels, in [0, 1), see ``asymmetric_loss``.
+        view: augmentation of the training images: ``"strong"`` or ``"weak"``, with patches cut from the augmented
+            image; or ``"strong_patches"``, which augments the whole image and each cell separately, as in the paper. It
+            needs a multi-label data module of this package with the same ``n_grid``.
         kwargs: ``average_decay``, ``answer_with`` of ``AveragedTask``; ``input_shape``, ``weights`` of
-            ``SupervisedTask``, and the arguments of ``FineTunedTask`` and ``Task``.
+            ``SupervisedTask``; the arguments of ``FineTunedTask`` and ``Task``.
+
+    Raises:
+        ValueError: if an argument is out of range, or the last layer of ``network`` is not linear with ``C`` outputs.
     """
 
     problem_class = MultiLabel
@@ -170,7 +183,7 @@ class PAT(AveragedTask):
         check_numbers(least=0, gamma_negative=gamma_negative, gamma_positive=gamma_positive)
         check_numbers(least=0, below=1, margin=margin)
         self.attention, self.n_grid, self.temperature = attention, n_grid, temperature
-        # without heads for the patches only the whole image is trained on
+        # without heads for the patches, only whole images are trained on
         self.view = "strong" if attention is None and view == "strong_patches" else view
         self.gamma_negative, self.gamma_positive, self.margin = gamma_negative, gamma_positive, margin
         if attention is not None:
@@ -179,17 +192,17 @@ class PAT(AveragedTask):
 
     def train_loader(self, data: Any) -> Any:
         if self.view == "strong_patches" and data.n_grid != self.n_grid:
-            raise ValueError(f"n_grid of the data must be that of PAT, {self.n_grid}, got {data.n_grid}: give it so")
+            raise ValueError(f"data.n_grid must be {self.n_grid}, as n_grid of PAT, got {data.n_grid}: change one")
         return super().train_loader(data)
 
-    # -- answers -----------------------------------------------------------------------------------------------------
+    # -- predictions -------------------------------------------------------------------------------------------------
 
     def views_of(self, image: Tensor | Sequence[Tensor]) -> list[Tensor]:
-        """The whole images and their patches, each ``[B, C, H, W]``."""
+        """The whole images and then their patches, each ``[B, C, H, W]``."""
         if isinstance(image, Tensor):
             return [image, *cut_patches(image, self.n_grid)]
         if len(image) < 2:
-            raise ValueError("PAT needs patches beside the whole image, got one view: give views, or a plain image")
+            raise ValueError("PAT needs the whole image and its patches, got one view: give all, or one tensor")
         return list(image)
 
     def head_logits(self, network: nn.Module, image: Tensor) -> Tensor:
@@ -201,11 +214,11 @@ class PAT(AveragedTask):
         return logits
 
     def patch_answer(self, image: Tensor | Sequence[Tensor]) -> tuple[Tensor, Tensor]:
-        """Logits ``[B, C]`` of whole and patches together, and the weights ``[G, B, C]`` of the patches."""
+        """Mean logits ``[B, C]`` of whole image and patches, and the weights ``[G, B, C]`` of the patches."""
         whole, *patches = (self.head_logits(self.main_network, view) for view in self.views_of(image))
-        return self._together(whole, torch.stack(patches))
+        return self._mean_logits_and_weights(whole, torch.stack(patches))
 
-    def _together(self, whole: Tensor, patches: Tensor) -> tuple[Tensor, Tensor]:
+    def _mean_logits_and_weights(self, whole: Tensor, patches: Tensor) -> tuple[Tensor, Tensor]:
         full, patch = self._logits(whole, patches)
         return (full + patch) / 2, patch_weights(self._attention(patches), self.temperature)
 
@@ -213,15 +226,15 @@ class PAT(AveragedTask):
         return patches[:, :, min(1, patches.shape[2] - 1)]
 
     def _logits(self, whole: Tensor, patches: Tensor) -> tuple[Tensor, Tensor]:
-        """Those of the whole image and of the patches, from what the heads say."""
+        """Logits of the whole image and logits of the patches, each ``[B, C]``, from the outputs of the heads."""
         return whole[:, 0], aggregate_patches(self._attention(patches), patches[:, :, -1], self.temperature)
 
     def forward(self, image: Tensor | Sequence[Tensor]) -> Tensor:
-        """Logits ``[B, C]`` of whole and patches together."""
+        """Mean logits ``[B, C]`` of whole image and patches."""
         return self.patch_answer(image)[0]
 
     def predict_step(self, batch: Any, batch_idx: int) -> dict[str, Tensor]:
-        """As ``Task``, and ``pivot_patch`` int64 ``[B, C]``, -1 where a label is not predicted."""
+        """As in ``Task``, with ``pivot_patch`` int64 ``[B, C]`` added: -1 where a label is not predicted."""
         batch = as_batch(batch)
         index = {} if batch.index is None else {"index": batch.index}
         logits, weights = self.patch_answer(batch.image)
@@ -243,5 +256,5 @@ class PAT(AveragedTask):
         return self.step_loss(terms, (full + patch) / 2, batch.target)
 
     def _loss(self, logits: Tensor, target: Tensor) -> Tensor:
-        # gradients are averaged over the processes
+        # DDP averages gradients over the processes, but the loss is a sum over the joint batch
         return process_count() * asymmetric_loss(logits, target, self.gamma_negative, self.gamma_positive, self.margin)

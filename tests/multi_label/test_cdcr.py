@@ -97,7 +97,7 @@ def test_clipped_classes_are_counted():
 def test_targets_that_are_no_candidates():
     with pytest.raises(ValueError, match=r"^candidates must hold 0 and 1, got values from -1"):
         fitted(CDCR, Labels(lambda target: target - 1), **OPTIONS)
-    with pytest.raises(ValueError, match=r"^candidates must hold all true labels"):
+    with pytest.raises(ValueError, match=r"^candidates must include all true labels"):
         fitted(CDCR, Labels(lambda target: target * 0), **OPTIONS)
 
 

@@ -86,7 +86,7 @@ def test_strong_patches_of_the_data():
     L.seed_everything(0, verbose=False)
     trainer_of(max_epochs=1).fit(Looking("cnn_tiny", data.num_classes, **options), datamodule=data)
     assert {*seen} == {(True, 5), (False, 1)}
-    with pytest.raises(ValueError, match=r"^n_grid of the data must be that of PAT, 4, got 2: give it so"):
+    with pytest.raises(ValueError, match=r"^data.n_grid must be 4, as n_grid of PAT, got 2: change one"):
         trainer_of().fit(PAT("cnn_tiny", data.num_classes, n_grid=4, **options), datamodule=data)
 
 
