@@ -1,4 +1,4 @@
-"""Labels that are weaker than one right class an image: several candidates, or several annotators."""
+"""Weak labels: several candidate labels for each image, or labels from several annotators."""
 
 from lightning_kd.core.registry import export_modules
 

@@ -1,4 +1,4 @@
-"""Simple ways to learn from candidate labels, which a method must beat."""
+"""Simple baselines for learning from candidate labels."""
 
 from __future__ import annotations
 
@@ -25,26 +25,30 @@ RULES = ("uniform", "proden", "rc", "cc", "meta", "oracle")
 
 
 class CandidateBaseline(CandidateTask):
-    """A network that learns from candidates by a simple rule.
+    """Partial-label baselines: train a network on candidate labels by a simple rule.
 
-    Logs and report are those of ``CandidateTask``. Several processes: nothing but gradients and the remembered weights
-    is shared.
+    Each sample comes with several candidate labels, of which one is true. Most rules give every candidate a weight and
+    minimise the weighted cross-entropy (``weighted_candidate_loss``). Metrics and the report are those of
+    ``CandidateTask``.
+
+    Several processes: gradients are averaged and the remembered weights exchanged at the end of each epoch; nothing
+    else is shared.
 
     Args:
         network: see ``CandidateTask``.
         num_classes: see ``Task``.
-        rule: ``"uniform"``, equal weights of the candidates;
-            ``"proden"`` (Lv et al., ICML 2020, arXiv 2002.08053), weights from the probabilities of the candidates when
-            the sample was last seen;
-            ``"rc"`` (Feng et al., NeurIPS 2020, arXiv 2007.08929), the same by the network after that step;
-            ``"cc"`` (there), the likelihood of the set of candidates;
-            ``"meta"``, the clean meta set alone, in as many steps;
-            ``"oracle"``, the true labels.
-        meta_batch_size: of ``"meta"``, at most the meta set.
+        rule: how to learn from the candidates. ``"uniform"``: equal weights; ``"proden"`` (Lv et al., ICML 2020, arXiv
+            2002.08053): weights proportional to the probabilities of the candidates when the sample was last trained
+            on; ``"rc"`` (Feng et al., NeurIPS 2020, arXiv 2007.08929): the same, with probabilities from the network
+            after that step; ``"cc"`` (same paper): maximise the probability that the class is one of the candidates;
+            ``"meta"``: ignore the candidates and train on the small meta set with true labels, for as many steps;
+            ``"oracle"``: train on the true labels.
+        meta_batch_size: batch size of ``"meta"``, at most the size of the meta set.
         kwargs: ``input_shape``, ``weights`` of ``SupervisedTask``, and the arguments of ``FineTunedTask`` and ``Task``.
 
     Raises:
-        ValueError: for an argument out of range; in a fit, for data without candidates, or without the meta set.
+        ValueError: if an argument is out of range; in a fit, if the data has no candidates or, for ``"meta"``, no meta
+            set.
     """
 
     def __init__(
@@ -87,7 +91,10 @@ class CandidateBaseline(CandidateTask):
         return self.step_loss({"loss": loss}, logits, batch.target)
 
     def weights_of(self, batch: Batch) -> Tensor:
-        """The weights of a batch ``[B, K]``; in an optimizer's second evaluation, those of the first."""
+        """The weights ``[B, K]`` for a batch, computed once per step.
+
+        Optimizers that evaluate a batch twice, such as SAM, get the same weights both times.
+        """
         if not second_pass():
             remembered = self.stored is not None
             self._weights = self.stored_weights(batch) if remembered else uniform_weights(self.candidates_of(batch))

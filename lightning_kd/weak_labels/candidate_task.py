@@ -1,4 +1,4 @@
-"""What methods for candidate labels share: their weights by index, the weighted loss, and the report."""
+"""The base of the methods for candidate labels: remembered weights, loaders with a meta set, and the report."""
 
 from __future__ import annotations
 
@@ -31,14 +31,14 @@ Forward = Callable[[Mapping[str, Tensor], Tensor], Tensor]
 
 
 class MetaBatch(NamedTuple):
-    """A batch with candidates, ``labelled``, and beside it one of samples with true labels, ``meta``."""
+    """A batch ``labelled`` of samples with candidates and a batch ``meta`` of samples with true labels."""
 
     labelled: Batch
     meta: Batch
 
 
 class MetaLoader(PhasedLoader):
-    """A pass over samples with candidates, with batches of the meta set beside them, which starts anew as it ends."""
+    """Pairs each batch of samples with candidates with a batch of the meta set, which starts over when it ends."""
 
     def __init__(self, loader: Any, meta: Any) -> None:
         super().__init__([Phase(0, loader, meta)])
@@ -50,34 +50,34 @@ class MetaLoader(PhasedLoader):
 
 
 class CandidateTask(SampleMemories, SupervisedTask):
-    """One network that learns from candidate labels, each with a weight. A subclass says which weights.
+    """Base of methods that train one network on candidate labels, each with a weight; a subclass chooses the weights.
 
-    The data has ``candidates`` (see ``UniformCandidates``, ``CandidateFile``, ``PartialLabelDataModule``). The true
-    labels of training samples, where known, are used for ``train/acc`` and ``train/true_weight`` alone, the mean weight
-    of the true label.
+    The data module must have ``candidates`` (see ``UniformCandidates``, ``CandidateFile``, ``PartialLabelDataModule``).
+    The true labels of training samples, if known, are used only for the metrics ``train/acc`` and ``train/true_weight``
+    (mean weight of the true label).
 
-    After ``fit`` the run folder holds ``disambiguated.csv``: for each training sample its candidates, the one of
-    highest weight and that weight, and the likeliest candidate for the network with its probability among the
-    candidates; the samples with the lowest weight first.
+    After ``fit`` the run folder holds ``disambiguated.csv`` with one row per training sample: its candidates, the
+    candidate with the largest weight and this weight, and the candidate with the largest probability and this
+    probability (normalised over the candidates). Samples with the smallest weights come first.
 
     Args:
-        network: a network's name (``lightning-kd list``) or any ``nn.Module`` that gives logits ``[B, K]``.
+        network: name of a network (``lightning-kd list``) or any ``nn.Module`` that returns logits ``[B, K]``.
         num_classes: see ``Task``.
         kwargs: ``input_shape``, ``weights`` of ``SupervisedTask``, and the arguments of ``FineTunedTask`` and ``Task``.
 
     Raises:
-        ValueError: in a fit, where the data has no candidates.
+        ValueError: in a fit, if the data has no candidates.
     """
 
     loss_is_plain = False
-    #: whether the weights of each sample are remembered
+    #: whether the weights of each sample are kept from epoch to epoch
     remembers_weights = True
-    #: whether there must be a clean meta set
+    #: whether the data must have a meta set, a few samples with true labels
     needs_meta_set = False
 
     def __init__(self, network: str | nn.Module, num_classes: int, **kwargs: Any) -> None:
         super().__init__(network, num_classes, **kwargs)
-        # rows of zeros: not seen so far
+        # a row of zeros: the sample has no weights yet
         self.stored = self.add_sample_memory("candidate_weights", (num_classes,)) if self.remembers_weights else None
 
     def default_optimizer(self, parameters: list[Any]) -> torch.optim.Optimizer:
@@ -92,56 +92,60 @@ class CandidateTask(SampleMemories, SupervisedTask):
         data.setup()
         if getattr(data, "train_candidates", None) is None:
             raise ValueError(
-                f"{type(self).__name__} learns from candidates, and {type(data).__name__} has none: give "
-                "data.candidates, or take PartialLabelDataModule"
+                f"{type(self).__name__} learns from candidates, and {type(data).__name__} has none: set "
+                "data.candidates, or use PartialLabelDataModule"
             )
         meta = getattr(data, "meta_indices", ())
         if self.needs_meta_set and not len(meta):
             raise ValueError(
-                f"{type(self).__name__} needs a few samples with true labels, got meta_per_class=None: give "
+                f"{type(self).__name__} needs a few samples with true labels, got meta_per_class=None: set "
                 "data.meta_per_class, such as 10"
             )
         for name in ("train", "val"):
             others = getattr(data, f"{name}_indices", ()) if getattr(data, "_val_source", "train") == "train" else ()
             if both := {*meta} & {*others}:
                 raise ValueError(
-                    f"meta_indices must be apart from {name}_indices, got sample {min(both)} in both: hold it out"
+                    f"meta_indices must be disjoint from {name}_indices, got sample {min(both)} in both: remove one"
                 )
 
     # -- loaders -----------------------------------------------------------------------------------------------------
 
     def meta_loader(self, data: Any, batch_size: int) -> MetaLoader:
-        """The training samples, with batches of the meta set beside them; of one size, so that a share is one."""
+        """The training samples, each batch paired with one of the meta set.
+
+        Batches of the meta set all have the same size, so that averages over processes are exact.
+        """
         size = min(batch_size, max(1, len(data.meta_indices) // self.trainer.world_size))
         given = {"shuffle": True, "augment": True, "batch_size": size, "stream": "meta", "drop_last": True}
         return MetaLoader(super().train_loader(data), data.loader("train", data.meta_indices, **given))
 
     def candidates_of(self, batch: Batch) -> Tensor:
-        """The candidates ``[B, K]`` of a batch.
+        """The candidates ``[B, K]`` of a batch, above 0 where a class is a candidate.
 
         Raises:
-            ValueError: where there are none.
+            ValueError: if the batch has no candidates.
         """
         if "candidates" not in batch.extras:
             raise ValueError(
-                f"{type(self).__name__} learns from candidates, and the batch has none: use a data module with them"
+                f"{type(self).__name__} learns from candidates, and the batch has none: use PartialLabelDataModule"
             )
         return batch.extras["candidates"]
 
     # -- training ----------------------------------------------------------------------------------------------------
 
     def training_logits(self, image: Tensor) -> Tensor:
-        """Those of the network that is trained, at least float32."""
+        """Logits ``[B, K]`` of the trained network, at least float32."""
         output = self.network(self.format_image(image))
         return at_least_float32(self.problem.logits(output, image, self.network))[0]
 
     @contextmanager
     def aside(self) -> Iterator[Forward]:
-        """Passes through the network that leave nothing behind: ``forward(parameters, image)`` gives float32 logits.
+        """Context for forward passes that do not change the network's state.
 
-        Parameters by name, where given, take the place of the network's own. It is in its mode, training mode in a
-        step, with the same random masks in each pass; its running statistics and torch's generators stay as they are.
-        In full precision, whatever the run's is.
+        It yields ``forward(parameters, image)``, which returns logits ``[B, K]`` in float32 or wider. ``parameters``,
+        tensors by name, replace the network's own; missing ones are taken from the network. The network keeps its mode
+        (training mode within a step). Every pass uses the same random masks; running statistics and torch's random
+        generators are restored afterwards. Passes run in full precision, whatever the precision of the run.
         """
         network, device = self.network, self.device
         tensors = {name: p.detach() for name, p in network.named_parameters()}
@@ -163,14 +167,14 @@ class CandidateTask(SampleMemories, SupervisedTask):
             set_torch_random_state(state, device)
 
     def stored_weights(self, batch: Batch) -> Tensor:
-        """What is remembered of a batch ``[B, K]``; equal weights of the candidates where nothing is."""
+        """The remembered weights ``[B, K]`` of a batch; equal weights for samples that have none yet."""
         assert self.stored is not None
         start = uniform_weights(self.candidates_of(batch))
         rows = self.stored.rows[self.index_of(batch)]
         return torch.where(rows.sum(1, keepdim=True) > 0, rows, start)
 
     def log_true_weight(self, weights: Tensor, target: Tensor) -> None:
-        """Add the weights ``[B, K]`` of the true labels to the epoch's mean."""
+        """Add the weights of the true labels (``target`` ``[B]``, ``weights`` ``[B, K]``) to the epoch's metric."""
         with torch.no_grad():
             found = weights.gather(1, target[:, None].clamp(min=0)).squeeze(1)
             known = (target >= 0).to(found.dtype)
@@ -203,5 +207,5 @@ class CandidateTask(SampleMemories, SupervisedTask):
         write_text(folder / "disambiguated.csv", csv_text(rows))
         doubtful = int((weight < 0.5).sum())
         note(
-            f"{doubtful} of {len(rows) - 1} samples have no candidate of weight 0.5: see disambiguated.csv, first lines"
+            f"{doubtful} of {len(rows) - 1} samples have no candidate with weight 0.5: see the top of disambiguated.csv"
         )

@@ -1,4 +1,4 @@
-"""Weights of candidate labels, 0 off the candidates, and the losses of them."""
+"""Weights of candidate labels, always 0 for other labels, and the losses that use them."""
 
 from __future__ import annotations
 
@@ -14,10 +14,12 @@ __all__ = ["candidate_likelihood_loss", "likely_weights", "uniform_weights", "we
 
 
 def check_candidates(candidates: Tensor, letters: str = "BK") -> Tensor:
-    """Which labels are candidates, bool. Whether a row is empty is looked at on a CPU only: a GPU would have to wait.
+    """Whether each label is a candidate, bool, after checks.
+
+    Empty rows are looked for on a CPU only: reading values from a GPU would stall it.
 
     Raises:
-        ValueError: for another shape, and for a sample without any candidate.
+        ValueError: if the shape is another, or a sample has no candidate.
     """
     check_shapes(candidates=(candidates, letters))
     there = candidates > 0
@@ -28,7 +30,7 @@ def check_candidates(candidates: Tensor, letters: str = "BK") -> Tensor:
 
 
 def uniform_weights(candidates: Tensor) -> Tensor:
-    """``1 / |S|`` on the candidates ``S`` of each sample.
+    """Equal weights of the candidates: ``1 / |S|`` for each of the candidates ``S`` of a sample.
 
     Args:
         candidates: ``[B, K]``, above 0 where a class is a candidate.
@@ -37,24 +39,24 @@ def uniform_weights(candidates: Tensor) -> Tensor:
         float32 ``[B, K]``.
 
     Raises:
-        ValueError: for another shape, and a sample without any candidate.
+        ValueError: if the shape is another, or a sample has no candidate.
     """
     there = check_candidates(candidates).float()
     return there / there.sum(1, keepdim=True)
 
 
 def likely_weights(logits: Tensor, candidates: Tensor) -> Tensor:
-    """The probabilities of the candidates alone, ``S p / sum_j S_j p_j``, without gradient.
+    """The network's probabilities, normalised over the candidates: ``S p / sum_j S_j p_j``, without gradient.
 
     Args:
         logits: ``[B, K]``.
-        candidates: ``[B, K]``, above 0 where a class is a candidate.
+        candidates: ``[B, K]``, above 0 where a class is a candidate (``S = 1``).
 
     Returns:
-        ``[B, K]``, at least float32.
+        ``[B, K]``, float32 or wider.
 
     Raises:
-        ValueError: for shapes that differ, and a sample without any candidate.
+        ValueError: if the shapes differ, or a sample has no candidate.
 
     Source: Lv et al., PRODEN, arXiv 2002.08053, equation 8.
     """
@@ -70,26 +72,26 @@ def updated_weights(
     step: float,
     normalization: Literal["example", "batch"] = "example",
 ) -> Tensor:
-    """New weights of the candidates: a step against the meta gradient, cut off at 0, and normalised.
+    """New weights of the candidates: one gradient step on the old ones, negative values set to 0, then normalised.
 
-    By ``"example"`` those of each sample sum to 1, and a sample whose candidates would all get 0 has equal ones; a
-    single candidate so always has 1. By ``"batch"`` all of the batch sum to 1, and such a sample drops out (if all do,
-    all are 0).
+    With ``"example"`` the weights of each sample sum to 1; a sample whose weights would all be 0 gets equal ones, and a
+    single candidate always has weight 1. With ``"batch"`` the weights of the whole batch sum to 1; a sample whose
+    weights are all 0 is left out of the loss (if that holds for all samples, all weights are 0).
 
     Args:
-        weights: ``[B, K]`` before; zeros for the start without memory, where ``step`` then does not matter.
-        gradient: ``[B, K]`` of ``candidate_meta_gradient``; where it is not finite, no weights are.
+        weights: ``[B, K]``, the weights before the step; zeros to start from none, where ``step`` has no effect.
+        gradient: ``[B, K]``, see ``candidate_meta_gradient``; where it is not finite, neither are the weights.
         candidates: ``[B, K]``, above 0 where a class is a candidate.
-        step: 0 or more.
+        step: step size, at least 0.
         normalization: ``"example"`` or ``"batch"``.
 
     Returns:
-        ``[B, K]``, at least 0, without gradient; 0 off the candidates.
+        ``[B, K]``, at least 0 and without gradient; 0 for labels that are no candidates.
 
     Raises:
-        ValueError: for shapes that differ, a sample without candidates, and arguments out of range.
+        ValueError: if the shapes differ, a sample has no candidate, or an argument is out of range.
 
-    Source: arXiv 2208.12459; normalised by the batch as in arXiv 1803.09050.
+    Source: arXiv 2208.12459; normalisation by the batch as in arXiv 1803.09050.
     """
     check_numbers(least=0, step=step)
     if normalization not in ("example", "batch"):
@@ -102,19 +104,19 @@ def updated_weights(
         total = raised.sum()
         return raised / torch.where(total > 0, total, 1.0)
     total = raised.sum(1, keepdim=True)
-    raised = torch.where(total == 0, there.to(raised.dtype), raised)  # NaN stays, for all to see
+    raised = torch.where(total == 0, there.to(raised.dtype), raised)  # NaN is kept, so that it is noticed
     return raised / raised.sum(1, keepdim=True)
 
 
 def weighted_candidate_loss(logits: Tensor, weights: Tensor) -> Tensor:
-    """Cross-entropy with each label by its weight: ``-1/B sum_ij w_ij log p_ij``.
+    """Cross-entropy with a weight for each label: ``-1/B sum_ij w_ij log p_ij``, a scalar.
 
     Args:
-        logits: ``[B, K]``, with graph; half precision is computed in float32.
-        weights: ``[B, K]``, taken as constant.
+        logits: ``[B, K]``; half precision is computed in float32.
+        weights: ``w``, ``[B, K]``; gets no gradient.
 
     Raises:
-        ValueError: for shapes that differ.
+        ValueError: if the shapes differ.
     """
     check_shapes(logits=(logits, "BK"), weights=(weights, "BK"))
     (logits,) = at_least_float32(logits)
@@ -122,14 +124,14 @@ def weighted_candidate_loss(logits: Tensor, weights: Tensor) -> Tensor:
 
 
 def candidate_likelihood_loss(logits: Tensor, candidates: Tensor) -> Tensor:
-    """``-log`` of the probability that the class is a candidate, the mean over samples.
+    """``-log`` of the total probability of a sample's candidates, mean over samples: a scalar.
 
     Args:
-        logits: ``[B, K]``, with graph.
+        logits: ``[B, K]``; half precision is computed in float32.
         candidates: ``[B, K]``, above 0 where a class is a candidate.
 
     Raises:
-        ValueError: for shapes that differ, and a sample without any candidate.
+        ValueError: if the shapes differ, or a sample has no candidate.
 
     Source: CC, Feng et al., NeurIPS 2020, arXiv 2007.08929.
     """

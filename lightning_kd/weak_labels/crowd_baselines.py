@@ -1,4 +1,4 @@
-"""Networks trained on the vote of annotations, on Dawid and Skene's classes, or in an EM with the network."""
+"""Crowd baselines: train on the majority vote, on the result of Dawid and Skene's EM, or in an EM with the network."""
 
 from __future__ import annotations
 
@@ -19,24 +19,25 @@ __all__ = ["AggregatedCrowd", "NetworkEM"]
 
 
 class AggregatedCrowd(CrowdTask):
-    """Train on the majority, or on the classes that Dawid and Skene's EM finds in the annotations: the baselines.
+    """Crowd baseline: aggregate the annotations of each sample to one label first, then train on these labels.
 
-    What is learnt is settled before the training. With few annotations of unequal classes the EM may well be worse than
-    the vote, see ``dawid_skene``.
+    The label is the majority vote, or the most probable class by the EM of Dawid and Skene. Labels are computed once,
+    before training. With few annotations and classes of unequal frequency EM can be worse than the vote, see
+    ``dawid_skene``.
 
-    Several processes: all settle the same.
+    Several processes: each computes the same labels.
 
     Args:
         network: see ``CrowdTask``.
         num_classes: see ``Task``.
         aggregation: ``"vote"`` or ``"dawid_skene"``.
-        soft: learn shares or posteriors, in place of the likeliest class.
-        iterations: of ``dawid_skene``.
-        smoothing: see there; also of the confusions by the vote.
+        soft: train on the shares of the votes or on the posterior, instead of on the most probable class.
+        iterations: number of EM iterations, see ``dawid_skene``.
+        smoothing: pseudo-count, above 0, see ``dawid_skene``; also used for the confusion matrices of the vote.
         kwargs: ``input_shape``, ``weights`` of ``SupervisedTask``, and the arguments of ``FineTunedTask`` and ``Task``.
 
     Raises:
-        ValueError: for arguments out of range.
+        ValueError: if an argument is out of range.
     """
 
     def __init__(
@@ -57,8 +58,8 @@ class AggregatedCrowd(CrowdTask):
         check_numbers(above=0, smoothing=smoothing)
         self.aggregation, self.soft = aggregation, soft
         self.iterations, self.smoothing = iterations, smoothing
-        self._settled: DawidSkene | None = None
-        self._learnt = torch.empty(0)
+        self._aggregated: DawidSkene | None = None
+        self._soft_target = torch.empty(0)
 
     def setup(self, stage: str) -> None:
         super().setup(stage)
@@ -66,50 +67,52 @@ class AggregatedCrowd(CrowdTask):
             index, given = torch.from_numpy(self.used()), self.annotations
             if self.aggregation == "vote":
                 vote = majority_vote(given[index], self.num_classes)
-                self._settled = DawidSkene(vote, confusion_of(vote, given[index], self.smoothing))
+                self._aggregated = DawidSkene(vote, confusion_of(vote, given[index], self.smoothing))
             else:
-                self._settled = dawid_skene(given[index], self.num_classes, self.iterations, self.smoothing)
-            learnt = self._settled.posterior
+                self._aggregated = dawid_skene(given[index], self.num_classes, self.iterations, self.smoothing)
+            learnt = self._aggregated.posterior
             if not self.soft:
                 learnt = F.one_hot(learnt.argmax(1), self.num_classes)
-            self._learnt = torch.zeros(len(given), self.num_classes)
-            self._learnt[index] = learnt.float()
+            self._soft_target = torch.zeros(len(given), self.num_classes)
+            self._soft_target[index] = learnt.float()
 
     def training_step(self, batch: Any, batch_idx: int) -> Tensor:
         batch = as_batch(batch)
         (logits,) = at_least_float32(self(batch.image))
-        self._learnt = self._learnt.to(logits.device)
-        target = self._learnt[self.index_of(batch)].to(logits.dtype)
+        self._soft_target = self._soft_target.to(logits.device)
+        target = self._soft_target[self.index_of(batch)].to(logits.dtype)
         return self.step_loss({"ce": F.cross_entropy(logits, target)}, logits, batch.target)
 
     def annotator_confusion(self) -> Tensor:
-        assert self._settled is not None
-        return self._settled.confusion
+        assert self._aggregated is not None
+        return self._aggregated.confusion
 
     def posterior(self) -> tuple[Tensor, Tensor]:
-        assert self._settled is not None
-        return torch.from_numpy(self.used()), self._settled.posterior
+        assert self._aggregated is not None
+        return torch.from_numpy(self.used()), self._aggregated.posterior
 
 
 class NetworkEM(CrowdTask):
-    """EM with the network as the prior of each sample (as in AggNet, and the baseline of arXiv 1709.01779).
+    """EM over the true classes with the network as prior (as in AggNet, and a baseline of arXiv 1709.01779).
 
-    In each step the posterior of the true class of a sample is proportional to the network's probability (at least
-    0.001) times the confusions of all its annotations, and the network learns that posterior, without gradient through
-    it. At the end of an epoch the confusions are those counts that the posteriors of the epoch give. They start as
-    identities.
+    The true class of each sample is treated as unknown. Every annotator has a confusion matrix: how probably they give
+    each class to a sample of each true class. In each step (E) the posterior of the true class is proportional to the
+    network's probability (at least 0.001) times the confusion entries of all annotations of the sample. The network is
+    trained on this posterior, without gradient through it. At the end of each epoch (M) the confusion matrices are
+    estimated from the posteriors of the epoch. They start near the identity.
 
-    The confusions are a buffer, and the posteriors a memory of every sample, both in checkpoints. Several processes:
-    posteriors are put together at the end of an epoch, so that all have the same confusions.
+    Checkpoints hold the confusion matrices and the posterior of every sample.
+
+    Several processes: posteriors are exchanged at the end of an epoch, so that all have the same confusion matrices.
 
     Args:
         network: see ``CrowdTask``.
         num_classes: see ``Task``.
-        smoothing: added to all counts, above 0.
+        smoothing: pseudo-count that is added to every count of the confusion matrices, above 0.
         kwargs: ``input_shape``, ``weights`` of ``SupervisedTask``, and the arguments of ``FineTunedTask`` and ``Task``.
 
     Raises:
-        ValueError: for arguments out of range.
+        ValueError: if an argument is out of range.
     """
 
     confusions: Tensor

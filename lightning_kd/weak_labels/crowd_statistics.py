@@ -1,4 +1,4 @@
-"""What annotations alone say of true classes and of the people who gave them: the EM of Dawid and Skene.
+"""The EM algorithm of Dawid and Skene: true classes and annotators' confusion matrices from annotations alone.
 
 A. P. Dawid, A. M. Skene. Maximum Likelihood Estimation of Observer Error-Rates Using the EM Algorithm. Journal of the
 Royal Statistical Society C 28(1), 1979.
@@ -21,32 +21,41 @@ Cells = tuple[Tensor, Tensor, Tensor]
 
 
 class DawidSkene(NamedTuple):
-    """``posterior`` float64 ``[N, C]`` of the true class of each item, and ``confusion`` float64 ``[R, C, C]``: how
-    probably annotator ``r`` gives class ``l`` to an item of class ``k``, at ``[r, k, l]``."""
+    """The result of ``dawid_skene`` for ``N`` items, ``R`` annotators and ``C`` classes.
+
+    Attributes:
+        posterior: float64 ``[N, C]``, the probability of each true class for each item.
+        confusion: float64 ``[R, C, C]``; ``[r, k, l]`` is the probability that annotator ``r`` gives class ``l`` to an
+            item of true class ``k``.
+    """
 
     posterior: Tensor
     confusion: Tensor
 
 
 def dawid_skene(annotations: Any, num_classes: int, iterations: int = 50, smoothing: float = 0.01) -> DawidSkene:
-    """True classes and confusions of the annotators by expectation maximisation, from the annotations alone.
+    """Estimate true classes and confusion matrices by expectation maximisation, from the annotations alone.
 
-    The posterior starts as the vote. An iteration takes priors and confusions from it, with ``smoothing`` added to
-    every count, and then the posterior from these, by logarithms. The log-likelihood plus ``smoothing`` times the sum
-    of the logarithms of all priors and confusions never falls. An item without an annotation gets the prior, an
-    annotator without one uniform rows; of no annotation at all everything is uniform.
+    The posterior starts as the majority vote. Each iteration estimates class priors and confusion matrices from the
+    posterior, with ``smoothing`` added to every count, and then the posterior from both (in logarithms). The
+    log-likelihood plus ``smoothing`` times the sum of the logarithms of all priors and confusion entries never
+    decreases. An item without annotations gets the prior as posterior; an annotator without annotations gets uniform
+    rows. Without any annotation everything is uniform.
 
-    It is not always better than the vote: where annotations are few and the classes unequal, it fits their noise, the
-    more the longer it runs. A larger ``smoothing`` or fewer ``iterations`` help.
+    EM is not always better than the vote: with few annotations and classes of unequal frequency it overfits them, more
+    so with more iterations. A larger ``smoothing`` or fewer ``iterations`` help.
 
     Args:
-        annotations: integers ``[N, R]``, -1 where there is none.
-        num_classes: C.
-        iterations: 0 gives the vote and the confusions that belong to it.
-        smoothing: above 0.
+        annotations: integers ``[N, R]``, -1 for a missing annotation.
+        num_classes: number of classes ``C``.
+        iterations: number of EM iterations; 0 returns the vote and its confusion matrices.
+        smoothing: pseudo-count, above 0.
+
+    Returns:
+        ``DawidSkene``: posterior ``[N, C]`` and confusion matrices ``[R, C, C]``, float64.
 
     Raises:
-        ValueError: as ``check_annotations``, and for numbers out of range.
+        ValueError: if an argument is out of range, and see ``check_annotations``.
 
     Source: Dawid and Skene, 1979, with a pseudo-count.
     """
@@ -65,7 +74,7 @@ def dawid_skene(annotations: Any, num_classes: int, iterations: int = 50, smooth
 
 
 def confusion_of(posterior: Tensor, annotations: Tensor, smoothing: float = 0.01) -> Tensor:
-    """Confusions float64 ``[R, C, C]`` from posteriors ``[N, C]`` of the true classes: counts, and ``smoothing``."""
+    """Confusion matrices float64 ``[R, C, C]`` from posteriors ``[N, C]``: normalised counts plus ``smoothing``."""
     return _confusion(posterior, observed_cells(annotations), annotations.shape[1], smoothing)
 
 
@@ -78,12 +87,12 @@ def _confusion(posterior: Tensor, cells: Cells, annotators: int, smoothing: floa
 
 
 def posterior_of(log_prior: Tensor, confusion: Tensor, annotations: Tensor) -> Tensor:
-    """Posteriors ``[N, C]`` of the true classes, proportional to prior and confusions of all annotations of an item.
+    """Posteriors ``[N, C]`` of the true classes: prior times the confusion entries of all annotations, normalised.
 
     Args:
-        log_prior: ``[N, C]``, not necessarily normalised.
-        confusion: ``[R, C, C]``.
-        annotations: integers ``[N, R]``, -1 where there is none.
+        log_prior: ``[N, C]``, logarithm of the prior; need not be normalised.
+        confusion: ``[R, C, C]``, see ``DawidSkene``.
+        annotations: integers ``[N, R]``, -1 for a missing annotation.
     """
     return _posterior(log_prior, confusion, observed_cells(annotations))
 

@@ -1,4 +1,4 @@
-"""What methods for several annotators share: the annotations, what is known of each annotator, and two reports."""
+"""The base of the methods for several annotators: access to the annotations, and two reports."""
 
 from __future__ import annotations
 
@@ -21,30 +21,28 @@ from lightning_kd.weak_labels.crowd_statistics import posterior_of
 
 __all__ = ["CrowdTask"]
 
-# the least probability of a class before annotations are heard
+# lower bound of the network's probabilities when they serve as prior: else no annotation could outweigh a 0
 FLOOR = 1e-3
 
 
 class CrowdTask(SampleMemories, SupervisedTask, ABC):
-    """A method that trains one network on labels by several annotators; its data has ``annotations``.
+    """Base of methods that train one network on labels from several annotators; the data must have ``annotations``.
 
-    After ``fit`` the run folder holds ``annotators.csv``: of each annotator the number of annotations, the reliability
-    (the mean over true classes of how probably it gives them) and the confusion matrix, row by row; the least reliable
-    first, and those who gave nothing, of whom nothing is known, last. And ``aggregated.csv``: of each sample the class
-    that is probably true, its probability, ``disagreement`` (the share of the annotations beside the most frequent
-    class), their number and the probabilities of all classes; the most doubtful first. It is a table that ``LabelFile``
-    takes.
+    After ``fit`` the run folder holds two tables. ``annotators.csv`` has one row per annotator: number of annotations,
+    reliability (probability of giving the true class, mean over the true classes) and confusion matrix, row by row. The
+    least reliable come first, annotators without annotations last.
 
-    Without ``optimizer`` it is Adam with 1e-3, as in the code of the crowd layer; with given weights as
-    ``optimizer_for``.
+    ``aggregated.csv`` has one row per sample: the most probable true class, its probability, ``disagreement`` (share of
+    the annotations that differ from the most frequent class), the number of annotations and the probabilities of all
+    classes. The least probable come first. ``LabelFile`` can read this table.
 
-    Args:
-        network: a network's name (``lightning-kd list``) or any ``nn.Module`` that gives logits ``[B, C]``.
-        num_classes: see ``Task``.
-        kwargs: ``input_shape``, ``weights`` of ``SupervisedTask``, and the arguments of ``FineTunedTask`` and ``Task``.
+    The default optimizer is Adam with learning rate 1e-3, as in the code of the crowd layer; for a network with given
+    weights see ``optimizer_for``.
+
+    The arguments are those of ``SupervisedTask``. ``network`` returns logits ``[B, C]``.
 
     Raises:
-        ValueError: in a fit, where the data has no annotations.
+        ValueError: in a fit, if the data has no annotations.
     """
 
     loss_is_plain = False
@@ -56,23 +54,25 @@ class CrowdTask(SampleMemories, SupervisedTask, ABC):
     # -- annotators --------------------------------------------------------------------------------------------------
 
     def allocate(self, annotators: int) -> None:
-        """Make room for what is learnt of each of ``annotators``, unless there is."""
+        """Create the parameters of ``annotators`` annotators, unless they exist."""
 
     def annotators_in(self, state: dict[str, Tensor]) -> int:
-        """How many annotators the ``state_dict`` of a checkpoint is of."""
+        """The number of annotators in the ``state_dict`` of a checkpoint."""
         return 0
 
     @abstractmethod
     def annotator_confusion(self) -> Tensor:
-        """What is known of each annotator, float64 ``[R, C, C]``: how probably it gives class ``l`` to one of class
-        ``k``, at ``[r, k, l]``."""
+        """The estimated confusion matrices of all annotators, float64 ``[R, C, C]``.
+
+        ``[r, k, l]`` is the probability that annotator ``r`` gives class ``l`` to a sample of true class ``k``.
+        """
 
     @property
     def annotations(self) -> Tensor:
-        """Int16 ``[N, R]``, those of the samples in use, -1 elsewhere; not to be changed.
+        """Annotations of the training samples in use, int16 ``[N, R]``, -1 elsewhere; must not be modified.
 
         Raises:
-            ValueError: where the data has none.
+            ValueError: if the data has none.
         """
         data = self.data
         data.setup()
@@ -85,14 +85,14 @@ class CrowdTask(SampleMemories, SupervisedTask, ABC):
         return given
 
     def used(self) -> np.ndarray:
-        """The training samples in use, with and without annotation, int64, ascending."""
+        """Indices of the training samples in use, with or without annotations, int64, ascending."""
         return np.union1d(self.data.train_indices, self.data.unlabelled_indices)
 
     def annotations_of(self, batch: Batch) -> Tensor:
-        """Those of a batch, int64 ``[B, R]``.
+        """The annotations of a batch, int64 ``[B, R]``, -1 where one is missing.
 
         Raises:
-            ValueError: where it has none.
+            ValueError: if the batch has none.
         """
         if "annotations" not in batch.extras:
             raise ValueError(
@@ -102,7 +102,7 @@ class CrowdTask(SampleMemories, SupervisedTask, ABC):
         return batch.extras["annotations"]
 
     def training_target(self, batch: Any) -> Tensor | None:
-        return None  # samples without annotation have none; annotations are looked at by the loss
+        return None  # the loss uses annotations, and samples without any have no target
 
     def setup(self, stage: str) -> None:
         super().setup(stage)
@@ -116,7 +116,10 @@ class CrowdTask(SampleMemories, SupervisedTask, ABC):
     # -- results -----------------------------------------------------------------------------------------------------
 
     def probabilities_of(self, indices: np.ndarray) -> tuple[Tensor, Tensor]:
-        """Index ``[n]`` and probabilities ``[n, C]`` of training samples by the network as it is; collective."""
+        """Index ``[n]`` and the network's probabilities ``[n, C]`` of training samples.
+
+        All processes must call it together.
+        """
 
         def measure(batch: Batch) -> tuple[Tensor]:
             return (self.scores_and_probabilities(batch.image)[1],)
@@ -125,8 +128,10 @@ class CrowdTask(SampleMemories, SupervisedTask, ABC):
         return index, probabilities
 
     def posterior(self) -> tuple[Tensor, Tensor]:
-        """Index ``[n]`` and posteriors float64 ``[n, C]`` of the samples in use, from network and annotators;
-        collective."""
+        """Index ``[n]`` and posteriors float64 ``[n, C]`` of the samples in use, from the network and the annotations.
+
+        All processes must call it together.
+        """
         index, probabilities = self.probabilities_of(self.used())
         log_prior = probabilities.double().clamp(min=FLOOR).log()
         return index, posterior_of(log_prior, self.annotator_confusion().cpu(), self.annotations[index])
@@ -144,12 +149,12 @@ class CrowdTask(SampleMemories, SupervisedTask, ABC):
 
 
 def annotator_rows(confusion: Tensor, annotations: Tensor, names: Sequence[str]) -> list[list[Any]]:
-    """The lines of ``annotators.csv``, see ``CrowdTask``.
+    """The rows of ``annotators.csv``, header first, see ``CrowdTask``.
 
     Args:
         confusion: ``[R, C, C]``.
-        annotations: ``[N, R]``, -1 where there is none.
-        names: ``R``.
+        annotations: integers ``[N, R]``, -1 for a missing annotation.
+        names: names of the ``R`` annotators.
     """
     reliability = confusion.diagonal(dim1=1, dim2=2).mean(1).tolist()
     rows: list[list[Any]] = []
@@ -165,14 +170,14 @@ def annotator_rows(confusion: Tensor, annotations: Tensor, names: Sequence[str])
 def aggregated_rows(
     index: Tensor, posterior: Tensor, annotations: Tensor, class_names: Sequence[str], files: Sequence[str] | None
 ) -> list[list[Any]]:
-    """The lines of ``aggregated.csv``, see ``CrowdTask``.
+    """The rows of ``aggregated.csv``, header first, see ``CrowdTask``.
 
     Args:
-        index: int64 ``[n]``.
+        index: int64 ``[n]``, positions in the training array.
         posterior: ``[n, C]``.
-        annotations: int64 ``[n, R]`` of these samples, -1 where there is none.
-        class_names: ``C``.
-        files: of the whole training array, for one more column.
+        annotations: integers ``[n, R]`` of these samples, -1 for a missing annotation.
+        class_names: names of the ``C`` classes.
+        files: paths of all training images, for a column ``path``; ``None`` for no such column.
     """
     count = (annotations >= 0).sum(1)
     votes = torch.stack([(annotations == c).sum(1) for c in range(posterior.shape[1])], 1)
@@ -180,7 +185,7 @@ def aggregated_rows(
     disagreement[count == 0] = 0
     probability, label = posterior.max(1)
     order = np.lexsort((index.numpy(), -disagreement.numpy(), probability.numpy())).tolist()
-    # not "label": names of classes may be whole numbers other than their own
+    # the column is not "label", which holds class indices: a class name may be a number, but not its own index
     head = ["index", *([] if files is None else ["path"]), "class_name", "probability", "disagreement", "count"]
     rows: list[list[Any]] = [[*head, "posterior"]]
     for i in order:

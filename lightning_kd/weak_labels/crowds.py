@@ -1,4 +1,4 @@
-"""The crowd layer: a network under the probabilities with which each annotator gives each class.
+"""The crowd layer: a layer on top of the network's probabilities that models each annotator.
 
 Filipe Rodrigues, Francisco Pereira. Deep Learning from Crowds. AAAI 2018, arXiv 1709.01779, and its code.
 """
@@ -28,26 +28,28 @@ __all__ = [
     "majority_vote",
 ]
 
-# what an annotator has of its own, by the paper's names
+# the parameters of each annotator, by the paper's names of the variants
 _PARTS = {"MW": ("kernel",), "VW": ("scale",), "VB": ("bias",), "VW+B": ("scale", "bias"), "SW": ("scale",)}
 
 
 def annotator_probabilities(probabilities: Tensor, kernel: Tensor) -> Tensor:
-    """How probably each annotator gives each class: the softmax of the probabilities through the annotator's matrix.
+    """The probability of each class from each annotator: softmax of the network's probabilities times a matrix.
 
-    As it is one of probabilities, not of logits, it is flat: with identities the largest is ``e / (e + C - 1)``.
+    The input of the softmax are probabilities, not logits, so the output is flat: with identity matrices the largest
+    value is ``e / (e + C - 1)``.
 
     Args:
-        probabilities: of the network, ``[B, C]``; half precision is computed in float32.
-        kernel: ``[C, C, R]``, at ``[k, c, r]`` what true class ``k`` adds to the score of class ``c`` by ``r``.
+        probabilities: ``[B, C]``, the network's probabilities; half precision is computed in float32.
+        kernel: ``[C, C, R]``; ``[k, c, r]`` is what true class ``k`` adds to the score of class ``c`` for annotator
+            ``r``.
 
     Returns:
-        ``[B, C, R]``, summing to 1 over the second dimension.
+        ``[B, C, R]``, sum 1 over the second dimension.
 
     Raises:
-        ValueError: for shapes that do not belong together.
+        ValueError: if the shapes do not match.
 
-    Source: arXiv 1709.01779, the crowd layer with a matrix for each annotator ("MW"), as in its code.
+    Source: arXiv 1709.01779, the crowd layer with one matrix per annotator ("MW"), as in its code.
     """
     check_shapes(probabilities=(probabilities, "BC"), kernel=(kernel, "CCR"))
     probabilities, kernel = at_least_float32(probabilities, kernel)
@@ -58,20 +60,19 @@ def annotator_probabilities(probabilities: Tensor, kernel: Tensor) -> Tensor:
 
 
 def crowd_loss(predicted: Tensor, annotations: Tensor, per_annotation: bool = True) -> Tensor:
-    """Cross-entropy of what was predicted for every annotator against what they gave; missing ones count nothing.
+    """Cross-entropy between the predicted and the given annotations; missing annotations are ignored.
 
     Args:
         predicted: probabilities ``[B, C, R]``, see ``annotator_probabilities``; half precision is computed in float32.
-        annotations: int64 ``[B, R]``, -1 where there is none.
-        per_annotation: the mean over the annotations that there are; without, over all ``B * R`` cells, as in the
-            paper's code, so that the loss shrinks with the number of annotators who gave nothing.
+        annotations: int64 ``[B, R]``, -1 for a missing annotation.
+        per_annotation: take the mean over the given annotations; if ``False``, divide by all ``B * R`` cells, as in the
+            paper's code. The loss is then smaller the more annotations are missing.
 
     Returns:
-        A scalar; 0 with a graph where there is no annotation.
+        Scalar; 0 (with a graph) without any annotation.
 
     Raises:
-        ValueError: for shapes that do not belong together, and for classes out of range (which only a CPU is asked
-            for).
+        ValueError: if the shapes do not match, or a class is out of range (checked on a CPU only).
 
     Source: arXiv 1709.01779, the masked cross-entropy.
     """
@@ -80,29 +81,29 @@ def crowd_loss(predicted: Tensor, annotations: Tensor, per_annotation: bool = Tr
 
 
 def annotation_losses(predicted: Tensor, annotations: Tensor) -> Tensor:
-    """The terms ``[B, R]`` of ``crowd_loss``, 0 where there is no annotation; the same checks."""
+    """The terms ``[B, R]`` of ``crowd_loss``, 0 for missing annotations; arguments and errors as there."""
     check_shapes(predicted=(predicted, "BCR"), annotations=(annotations, "BR"))
     if annotations.device.type == "cpu":
         annotations = check_annotations(annotations, predicted.shape[1])
     (predicted,) = at_least_float32(predicted)
     given = annotations.long()
-    chosen = predicted.gather(1, given.clamp(min=0)[:, None]).squeeze(1)  # -1 would be the last class
+    chosen = predicted.gather(1, given.clamp(min=0)[:, None]).squeeze(1)  # index -1 would select the last class
     return -chosen.clamp_min(torch.finfo(chosen.dtype).tiny).log().masked_fill(given < 0, 0.0)
 
 
 class AnnotatorLayer(nn.Module):
-    """What each annotator makes of the probabilities of the true classes.
+    """Model of the annotators: turns probabilities of the true classes into probabilities of their annotations.
 
-    Scores are the probabilities times a matrix of each annotator (``"MW"``), times a number for each class (``"VW"``)
-    or for each annotator (``"SW"``), and with a number for each class added (``"VB"``, ``"VW+B"``). All start as
-    annotators who say what is true. It has no parameters before ``allocate``.
+    The scores of an annotation are the probabilities times a matrix (``"MW"``), times one factor per class (``"VW"``)
+    or one factor in all (``"SW"``), or plus one bias per class (``"VB"``); ``"VW+B"`` has factor and bias per class. A
+    softmax follows. Initially all annotators give the true class. Parameters exist only after ``allocate``.
 
     Args:
-        num_classes: C.
-        variant: one of these.
+        num_classes: number of classes ``C``.
+        variant: ``"MW"``, ``"VW"``, ``"VB"``, ``"VW+B"`` or ``"SW"``, see above.
 
     Raises:
-        ValueError: for another variant.
+        ValueError: if ``variant`` is another one.
     """
 
     kernel: nn.Parameter
@@ -119,7 +120,7 @@ class AnnotatorLayer(nn.Module):
             self.register_parameter(name, nn.Parameter(torch.empty(0)))
 
     def allocate(self, annotators: int) -> None:
-        """Make room for ``annotators`` R, unless there is."""
+        """Create the parameters of ``annotators`` annotators (``R``), unless they exist."""
         classes = self.num_classes
         start = {
             "kernel": torch.eye(classes)[..., None].repeat(1, 1, annotators),
@@ -131,7 +132,7 @@ class AnnotatorLayer(nn.Module):
                 setattr(self, name, nn.Parameter(start[name].to(getattr(self, name).device)))
 
     def forward(self, probabilities: Tensor) -> Tensor:
-        """``[B, C]`` to ``[B, C, R]``, see ``annotator_probabilities``."""
+        """From probabilities ``[B, C]`` to ``[B, C, R]``, see ``annotator_probabilities``."""
         if self.variant == "MW":
             return annotator_probabilities(probabilities, self.kernel)
         (probabilities,) = at_least_float32(probabilities)
@@ -140,32 +141,36 @@ class AnnotatorLayer(nn.Module):
         return (score + self.bias if "bias" in _PARTS[self.variant] else score).softmax(1)
 
     def confusion(self) -> Tensor:
-        """``[R, C, C]``, what each annotator gives to a sample that is surely of class ``k``, at ``[r, k]``."""
+        """``[R, C, C]``: ``[r, k]`` is what annotator ``r`` gives, by probability, to a sample certain to be ``k``."""
         parameter = next(self.parameters())
         eye = torch.eye(self.num_classes, dtype=parameter.dtype, device=parameter.device)
         return self(eye).permute(2, 0, 1)
 
 
 class CrowdLayer(CrowdTask):
-    """The crowd layer (Rodrigues and Pereira, AAAI 2018, arXiv 1709.01779): annotators are learnt with the network.
+    """The crowd layer (Rodrigues and Pereira, AAAI 2018, arXiv 1709.01779): learn a network and its annotators at once.
 
-    The probabilities of the network go through a layer with a part for each annotator, and what comes out is compared
-    with what these gave. The layer is left out when the network answers. It may exchange classes (a large learning rate
-    for it does), so ``train/kernel_trace`` is logged: the mean probability that annotators (who gave any) give the
-    true class, by their layer. It is flat: ``e / (e + C - 1)`` for annotators who are always right.
+    Several annotators label the samples and make different mistakes. A layer on top of the network predicts from its
+    probabilities what each annotator would give, and this prediction is compared with the annotations. Network and
+    layer are trained together. For evaluation and prediction the layer is left out.
+
+    The layer may learn to swap classes, in particular with a large learning rate. To notice it, ``train/kernel_trace``
+    is logged: the probability of the true class according to the layer, mean over the annotators with annotations. It
+    is ``e / (e + C - 1)`` for annotators who are always right.
 
     Several processes: the loss is the mean over the annotations of the joint batch.
 
     Args:
         network: see ``CrowdTask``.
         num_classes: see ``Task``.
-        variant: of the layer, see ``AnnotatorLayer``.
-        per_annotation: the loss is the mean over annotations; without, over all cells, see ``crowd_loss``.
-        kernel_lr: what the learning rate of the layer is multiplied by.
+        variant: parameters of an annotator, see ``AnnotatorLayer``.
+        per_annotation: take the mean of the loss over the given annotations; if ``False``, over all cells, see
+            ``crowd_loss``.
+        kernel_lr: factor for the learning rate of the layer.
         kwargs: ``input_shape``, ``weights`` of ``SupervisedTask``, and the arguments of ``FineTunedTask`` and ``Task``.
 
     Raises:
-        ValueError: for arguments out of range, and for ``kernel_lr`` with ``backbone_lr``.
+        ValueError: if an argument is out of range, or both ``kernel_lr`` and ``backbone_lr`` are set.
     """
 
     def __init__(
@@ -182,7 +187,7 @@ class CrowdLayer(CrowdTask):
         check_numbers(above=0, kernel_lr=kernel_lr)
         if kernel_lr != 1 and self.backbone_lr != 1:
             raise ValueError(
-                f"kernel_lr={kernel_lr} and backbone_lr={self.backbone_lr} exclude each other: leave one out"
+                f"kernel_lr={kernel_lr} and backbone_lr={self.backbone_lr} exclude each other: set only one"
             )
         self.variant = variant
         self.per_annotation, self.kernel_lr = per_annotation, kernel_lr
@@ -206,7 +211,7 @@ class CrowdLayer(CrowdTask):
         return optimizer
 
     def weights_of(self, annotations: Tensor, batch: Batch) -> Tensor | None:
-        """What each annotation ``[B, R]`` counts in the loss; ``None`` for all alike."""
+        """The weight of each annotation ``[B, R]`` in the loss; ``None`` for equal weights."""
         return None
 
     def training_step(self, batch: Any, batch_idx: int) -> Tensor:
@@ -216,7 +221,7 @@ class CrowdLayer(CrowdTask):
         each = annotation_losses(self.annotators(logits.softmax(1)), annotations)
         weight = self.weights_of(annotations, batch)
         total = (each if weight is None else each * weight.to(each.dtype)).sum()
-        if self.per_annotation:  # of the joint batch, as gradients are averaged over the processes
+        if self.per_annotation:  # mean over the joint batch: DDP averages gradients over the processes
             count = summed((annotations >= 0).sum()) / process_count()
             loss = total / count.clamp(min=1)
         else:
@@ -226,7 +231,7 @@ class CrowdLayer(CrowdTask):
     def on_train_epoch_end(self) -> None:
         super().on_train_epoch_end()
         trace = self.annotator_confusion().diagonal(dim1=1, dim2=2)
-        known = (self.annotations >= 0).any(0)  # the others would seem to be always right
+        known = (self.annotations >= 0).any(0)  # the others stay at their start: always right
         self.log("train/kernel_trace", trace[known.to(trace.device)].mean().float())
 
     def annotator_confusion(self) -> Tensor:

@@ -1,7 +1,7 @@
-"""MoGD: of the candidate labels of a sample, those count that lower the loss on a few samples with clean labels.
+"""MoGD: weight candidate labels by whether they lower the loss on a few samples with true labels.
 
 Bo-Shi Zou, Ming-Kun Xie, Sheng-Jun Huang. Meta Objective Guided Disambiguation for Partial Label Learning. arXiv
-2208.12459. No official code was found: what the abstract leaves open follows learning to reweight examples (Ren et al.,
+2208.12459. No official code was found. What the abstract leaves open follows learning to reweight examples (Ren et al.,
 ICML 2018, arXiv 1803.09050), applied to pairs of a sample and a candidate.
 """
 
@@ -42,33 +42,35 @@ def candidate_meta_gradient(
     weights: Tensor | None,
     lr: float,
 ) -> Tensor:
-    """How the meta loss after a virtual step changes with the weight of each candidate label.
+    """Gradient of the meta loss after a virtual step with respect to the weight of each candidate label.
 
-    The virtual step goes by ``lr`` against the gradient of ``1/B sum_ij w_ij S_ij l_ij``, ``l_ij`` the cross-entropy
-    of sample ``i`` with label ``j``. With ``u`` the gradient of the meta loss after it, the derivative in ``w_ij`` is
-    ``-lr/B <u, grad l_ij>``. For all ``i`` and ``j`` at once that is one derivative of ``log softmax`` along ``u``, in
-    forward mode: exact, also for batch norm in training mode, and without second derivatives.
+    The virtual step is one step of gradient descent with learning rate ``lr`` on ``1/B sum_ij w_ij S_ij l_ij``, where
+    ``l_ij`` is the cross-entropy of sample ``i`` with label ``j``. With ``u`` the gradient of the meta loss after that
+    step, the derivative with respect to ``w_ij`` is ``-lr/B <u, grad l_ij>``. For all ``i`` and ``j`` together this is
+    one directional derivative of ``log softmax`` along ``u``, computed in forward mode. It is exact, also for batch
+    norm in training mode, and needs no second derivatives.
 
-    Several processes: each has a part of both batches, of one size, and gets what one process gets for these rows.
+    Several processes: each has a part, of equal size, of both batches, and gets the same values for its rows as a
+    single process would.
 
     Args:
-        forward: from parameters by name and ``x`` to logits ``[B, K]``, as ``torch.func.functional_call`` does. It is
-            called three times; random masks must be the same in each, and statistics of its own copies.
-        parameters: those that the virtual step moves, by name.
-        x: the samples.
+        forward: function from parameters by name and ``x`` to logits ``[B, K]``, like ``torch.func.functional_call``.
+            It is called three times and must use the same random masks each time; running statistics must be copies.
+        parameters: the parameters that the virtual step changes, by name.
+        x: the samples, ``[B, ...]``.
         candidates: ``S``, ``[B, K]``, above 0 where a class is a candidate.
-        meta_x: samples with clean labels.
-        meta_target: int64 ``[M]``.
-        weights: ``w``, ``[B, K]``, those of the virtual step; ``None`` for zeros, which spares a pass.
-        lr: of the virtual step.
+        meta_x: samples with true labels, ``[M, ...]``.
+        meta_target: int64 ``[M]``, their labels.
+        weights: ``w``, ``[B, K]``, the weights in the virtual step; ``None`` for zeros, which saves a pass.
+        lr: learning rate of the virtual step, at least 0.
 
     Returns:
-        ``[B, K]``, without gradient; 0 off the candidates, whose weights have no effect.
+        ``[B, K]``, without gradient; 0 for labels that are no candidates, as their weights have no effect.
 
     Raises:
-        ValueError: for shapes that do not belong together, a sample without candidates, meta labels out of range, and
-            no meta sample.
-        RuntimeError: where ``forward`` has an operation without a derivative in forward mode.
+        ValueError: if the shapes do not match, a sample has no candidate, a meta label is out of range, or there is no
+            meta sample.
+        RuntimeError: if ``forward`` uses an operation that has no derivative in forward mode.
 
     Source: arXiv 2208.12459; the closed form of the derivative was derived for this package.
     """
@@ -77,7 +79,7 @@ def candidate_meta_gradient(
     return slope * (lr / (len(x) * process_count()))
 
 
-@plain_attention()  # the fused one has no derivative in forward mode
+@plain_attention()  # fused attention has no derivative in forward mode
 def meta_slopes(
     forward: Forward,
     parameters: Mapping[str, Tensor],
@@ -88,10 +90,10 @@ def meta_slopes(
     weights: Tensor | None,
     lr: float,
 ) -> Tensor:
-    """``-<u, grad l_ij>``, the meta gradient without its factor ``lr/B``; arguments as there."""
+    """``-<u, grad l_ij>``, the ``candidate_meta_gradient`` without its factor ``lr/B``; arguments as there."""
     if len(candidates) != len(x):
         raise ValueError(
-            f"candidates must have a row for each of {len(x)} samples, got {len(candidates)}: give both of one batch"
+            f"candidates must have a row for each of {len(x)} samples, got {len(candidates)}: take both from one batch"
         )
     there = check_candidates(candidates)
     start = {name: p.detach() for name, p in parameters.items()}
@@ -109,13 +111,15 @@ def meta_slopes(
             if "forward" not in str(error) and "jvp" not in str(error):
                 raise
             raise RuntimeError(
-                f"forward has an operation without a derivative in forward mode ({str(error).splitlines()[0]}): take "
-                "another network, or meta_layer='head' of MoGD"
+                f"forward has an operation without a derivative in forward mode ({str(error).splitlines()[0]}): use "
+                "another network, or MoGD with meta_layer='head'"
             ) from error
         check_shapes(logits=(logits, "BK"), candidates=(candidates, "BK"))
         slope = forward_ad.unpack_dual(at_least_float32(logits)[0].log_softmax(1)).tangent
         if slope is None:
-            raise RuntimeError("forward must use the parameters it is given, got logits that do not depend on them")
+            raise RuntimeError(
+                "forward must use the parameters it gets, but its logits do not depend on them: pass them on"
+            )
         return slope.masked_fill(~there, 0.0)
 
 
@@ -129,13 +133,13 @@ def _likelihood(logits: Tensor, there: Tensor, weights: Tensor) -> Tensor:
 def _meta_loss(logits: Tensor, target: Tensor) -> Tensor:
     check_target(logits, target, "meta_target")
     if not len(target):
-        raise ValueError("meta_target must be of one sample or more, got none: give samples with clean labels")
+        raise ValueError("meta_target must be of one sample or more, got none: give samples with true labels")
     (logits,) = at_least_float32(logits)
     return F.cross_entropy(logits, target)
 
 
 def _gradients(loss: Callable[[dict[str, Tensor]], Tensor], values: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Of ``loss`` at ``values``, by name, the mean over all processes."""
+    """Gradients of ``loss`` at ``values``, by name, averaged over all processes."""
     with torch.enable_grad():
         leaves = {name: value.detach().requires_grad_() for name, value in values.items()}
         found = torch.autograd.grad(loss(leaves), list(leaves.values()), allow_unused=True, materialize_grads=True)
@@ -143,36 +147,44 @@ def _gradients(loss: Callable[[dict[str, Tensor]], Tensor], values: Mapping[str,
 
 
 class MoGD(CandidateTask):
-    """MoGD (Zou et al., arXiv 2208.12459): candidate labels get weights by what they do for a small clean meta set.
+    """MoGD (Zou et al., arXiv 2208.12459): learn from candidates, weighted with the help of a small clean meta set.
 
-    In every step the weights of a batch go against the gradient of the loss on meta samples after a virtual step (see
-    ``candidate_meta_gradient``), then the network is trained with them. A reconstruction from the abstract: the step
-    of the weights, the starts and normalisations are those of learning to reweight examples (arXiv 1803.09050). The
-    virtual step is plain gradient descent, whatever optimizer trains. The data has ``meta_per_class``; meta samples do
-    not enter the training loss.
+    Each sample comes with several candidate labels, of which one is true. A few further samples, the meta set, have
+    true labels. In every step the method computes which candidates of the batch, if learnt, would lower the loss on the
+    meta set, raises their weights, and then trains the network with the new weights.
 
-    Logs and report are those of ``CandidateTask``. Several processes: both gradients are averaged, each has its part
-    of the meta batches, and weights are shared at the end of an epoch; by ``"batch"`` each normalises its own batch.
+    In detail, the weights of the batch make one gradient step on the loss of meta samples after a virtual step of the
+    network (see ``candidate_meta_gradient``). The virtual step is plain gradient descent, whatever the optimizer.
+
+    This is a reconstruction from the abstract: the step of the weights, their start and their normalisation are those
+    of learning to reweight examples (arXiv 1803.09050).
+
+    The data module needs ``meta_per_class``; meta samples do not enter the training loss. Metrics and the report are
+    those of ``CandidateTask``.
+
+    Several processes: both gradients are averaged, every process has its part of the meta batch, and weights are
+    exchanged at the end of an epoch. With ``normalization="batch"`` each process normalises its own batch.
 
     Args:
         network: see ``CandidateTask``.
         num_classes: see ``Task``.
-        init: the weights that a step starts from: ``"confidence"``, those of the sample from its last step, at first
-            equal ones; or ``"zero"``.
-        normalization: ``"example"``, the weights of each sample sum to 1; or ``"batch"``, those of the batch do, so
-            that a sample without a candidate that helps is left out; see ``updated_weights``.
-        weight_step: how far the weights go, above 0: factor of ``<u, grad l_ij>``, the meta gradient without its
-            factor ``lr/B``. Without effect with ``init="zero"``.
-        virtual_lr: of the virtual step, 0 or more. Default: the learning rate of the optimizer (of its first group).
-        meta_layer: what the virtual step moves: ``"all"`` that is trained, or ``"head"``, the classifier alone, which
-            costs little.
-        meta_batch_size: meta samples a step and process, at most the meta set.
-        warmup_epochs: epochs with equal weights of the candidates.
-        classifier: with ``"head"``, the module path of the classifier. Default: the last ``nn.Linear``.
+        init: weights before the step. ``"confidence"``: those from the sample's previous step, equal ones at first;
+            ``"zero"``: zeros.
+        normalization: ``"example"``: the weights of each sample sum to 1; ``"batch"``: those of the batch do, so that a
+            sample without a helpful candidate is left out; see ``updated_weights``.
+        weight_step: step size of the weights, above 0, for the gradient ``-<u, grad l_ij>`` without its factor
+            ``lr/B``. It has no effect with ``init="zero"``.
+        virtual_lr: learning rate of the virtual step, at least 0. Default: the current one of the optimizer's first
+            group.
+        meta_layer: parameters that the virtual step changes: ``"all"`` trained ones, or ``"head"``, only the
+            classifier, which is much faster.
+        meta_batch_size: meta samples per step and process, at most the size of the meta set.
+        warmup_epochs: number of epochs with equal weights of the candidates.
+        classifier: module path of the classifier, used by ``"head"``. Default: the last ``nn.Linear``.
         kwargs: ``input_shape``, ``weights`` of ``SupervisedTask``, and the arguments of ``FineTunedTask`` and ``Task``.
 
     Raises:
-        ValueError: for an argument out of range; in a fit, for data without candidates, or without the meta set.
+        ValueError: if an argument is out of range; in a fit, if the data has no candidates or no meta set.
     """
 
     needs_meta_set = True
@@ -216,7 +228,7 @@ class MoGD(CandidateTask):
 
     def training_step(self, batch: MetaBatch, batch_idx: int) -> Tensor:
         labelled = batch.labelled
-        if self._head is None and not second_pass():  # before the pass with a graph, which takes memory
+        if self._head is None and not second_pass():  # before the pass that builds a graph, to save memory
             self._chosen = self.choose_weights(batch, None)
         logits = self.training_logits(labelled.image)
         if self._head is not None:
@@ -228,11 +240,11 @@ class MoGD(CandidateTask):
         return self.step_loss({"loss": weighted_candidate_loss(logits, weights)}, logits, labelled.target)
 
     def choose_weights(self, batch: MetaBatch, feature: Tensor | None) -> tuple[Tensor, Tensor]:
-        """The weights ``[B, K]`` that a batch is trained with, and those of each sample, which sum to 1.
+        """The weights ``[B, K]`` for the loss of a batch, and the weights ``[B, K]`` normalised for each sample.
 
         Args:
-            batch: with the meta samples.
-            feature: what enters the classifier for the batch, with ``meta_layer="head"``.
+            batch: the samples with candidates and the meta samples.
+            feature: input of the classifier for the batch, if ``meta_layer="head"``, else ``None``.
         """
         assert self.stored is not None
         labelled, meta = batch

@@ -1,9 +1,9 @@
-"""Self-Crowd: a crowd layer that adds annotations nobody gave, so many of each class that rare ones catch up.
+"""Self-Crowd: a crowd layer trained with pseudo-annotations, more of them for rare classes.
 
-Ye Shi, Shao-Yuan Li, Sheng-Jun Huang. Learning from Crowds with Sparse and Imbalanced Annotations. 2021,
-arXiv 2107.05039. A RECONSTRUCTION: only the abstract was at hand, and there is no code. It says that confident
-pseudo-annotations are added step by step, with a confidence that knows the distribution of the annotations, and that
-annotations of rare classes are sampled more often. Every formula here is a simple choice of our own.
+Ye Shi, Shao-Yuan Li, Sheng-Jun Huang. Learning from Crowds with Sparse and Imbalanced Annotations. 2021, arXiv
+2107.05039. This is a RECONSTRUCTION: only the abstract was available, and there is no code. The abstract says that
+confident pseudo-annotations are added step by step, that the confidence takes the distribution of the annotations into
+account, and that annotations of rare classes are sampled more often. Every formula here is a simple choice of our own.
 """
 
 from __future__ import annotations
@@ -34,12 +34,12 @@ __all__ = ["PseudoCells", "SelfCrowd", "select_pseudo_annotations"]
 
 
 class PseudoCells:
-    """Pseudo-annotations of the samples of a training array, found by their index.
+    """The pseudo-annotations of a training array, looked up by sample index.
 
     Args:
-        rows: int64 ``[n, 3]``, item, annotator and class.
-        count: N, the size of the training array.
-        device: where it is asked.
+        rows: int64 ``[n, 3]``: item, annotator and class.
+        count: number of samples ``N`` of the training array.
+        device: device of the indices that are looked up.
     """
 
     def __init__(self, rows: Tensor, count: int, device: torch.device | str = "cpu") -> None:
@@ -49,8 +49,15 @@ class PseudoCells:
         self._start = self._count.cumsum(0) - self._count
 
     def fill(self, annotations: Tensor, index: Tensor) -> tuple[Tensor, Tensor]:
-        """``annotations`` int64 ``[B, R]`` of the samples ``index``, with the pseudo-annotations of these in free
-        cells; and bool ``[B, R]``, where they are."""
+        """Add pseudo-annotations where there is no annotation.
+
+        Args:
+            annotations: int64 ``[B, R]``, -1 for a missing annotation.
+            index: int64 ``[B]``, the samples they belong to.
+
+        Returns:
+            the filled annotations ``[B, R]``, and bool ``[B, R]``, where a pseudo-annotation was added.
+        """
         count = self._count[index]
         row = torch.arange(len(index), device=index.device).repeat_interleave(count)
         within = torch.arange(len(row), device=index.device) - (count.cumsum(0) - count)[row]
@@ -59,54 +66,56 @@ class PseudoCells:
         added[row, self._annotator[cell]] = True
         filled = annotations.clone()
         filled[row, self._annotator[cell]] = self._label[cell]
-        added &= annotations < 0  # what somebody gave stays
+        added &= annotations < 0  # given annotations are kept
         return torch.where(added, filled, annotations), added
 
 
 class SelfCrowd(CrowdLayer):
-    """Self-Crowd (Shi, Li and Huang, 2021, arXiv 2107.05039), reconstructed from the abstract: see the module.
+    """Self-Crowd (Shi et al., 2021, arXiv 2107.05039): the crowd layer with pseudo-annotations for rare classes.
 
-    The crowd layer is trained for ``start_epochs`` on the annotations that there are. Then come ``rounds`` of
-    ``round_epochs`` each. Before a round the network scores all training samples as an evaluation sees them, also those
-    without annotation, and ``select_pseudo_annotations`` takes the most confident free cells of each class, the more of
-    a class the fewer annotations it has. With ``refresh`` those of earlier rounds are dropped first and round ``t``
-    takes ``t`` times as many, so that early mistakes can be undone. In the rounds an annotation of a class counts
-    ``annotation_weights``, in the place of being sampled so often. Epochs beyond the last round go on with its set.
+    With few annotations, rare classes get hardly any. The method trains the crowd layer, lets it predict annotations
+    that nobody gave, adds the most confident ones, more of them for rare classes, and trains on. It is a reconstruction
+    from the abstract, see the module.
 
-    Samples without annotation are trained on once they have one, so that epochs become longer: where there are any, a
-    schedule as long as the training must step by the epoch.
+    The crowd layer is trained for ``start_epochs`` on the given annotations. Then follow ``rounds`` of ``round_epochs``
+    each. Before each round the network is evaluated on all training samples (eval mode, no augmentation), and
+    ``select_pseudo_annotations`` adds the most confident cells. With ``refresh`` those of earlier rounds are dropped
+    first and round ``t`` adds ``t`` times as many, so that early mistakes can be undone. During the rounds annotations
+    are weighted by ``annotation_weights``, in place of sampling those of rare classes more often. Epochs after the last
+    round keep its pseudo-annotations.
 
-    The control to compare with, ``selection="confident"``, takes the most confident cells of all classes together and
-    weighs all annotations alike.
+    Samples without annotation join the training once they have a pseudo-annotation, so epochs become longer. If there
+    are such samples, a learning rate schedule over the whole training must step per epoch.
 
-    Logged each epoch: ``train/pseudo_annotations`` (how many there are), ``train/annotation_ratio`` and
-    ``annotation_distance`` (how unequal the classes of all annotations are, see ``AnnotationBalance``) and, where the
-    true labels are known, ``train/pseudo_correct``, the share of pseudo-annotations that are true. After ``fit`` the
-    run folder also holds ``pseudo_annotations.csv``: index, annotator and class. They are in checkpoints as
-    ``pseudo_annotations`` and never used to choose one.
+    Logged each epoch: ``train/pseudo_annotations`` (their number), ``train/annotation_ratio`` and
+    ``train/annotation_distance`` (imbalance of all annotations, see ``AnnotationBalance``) and, if the true labels are
+    known, ``train/pseudo_correct``, the share of the pseudo-annotations that are true; true labels are used for nothing
+    else. After ``fit`` the run folder also holds ``pseudo_annotations.csv``: index, annotator and class. Checkpoints
+    hold them as ``pseudo_annotations``.
 
-    Several processes: the probabilities of all samples are gathered, and all select the same.
+    Several processes: the probabilities of all samples are gathered, and all processes select the same cells.
 
     Args:
         network: see ``CrowdTask``.
         num_classes: see ``Task``.
-        selection: ``"balanced"``, or ``"confident"``, the control.
-        start_epochs: before the first round, 1 or more.
-        rounds: how often annotations are added.
-        round_epochs: of a round.
-        budget: annotations added a round, as a share of those that there are, above 0.
+        selection: ``"balanced"``, or as a baseline ``"confident"``: the most confident cells of all classes together,
+            and equal weights of all annotations.
+        start_epochs: number of epochs before the first round, at least 1.
+        rounds: number of rounds.
+        round_epochs: number of epochs of a round.
+        budget: pseudo-annotations that are added per round, as a share of the given annotations, above 0.
         balance: how strongly rare classes are preferred, see ``class_quotas``.
-        resample: exponent of ``annotation_weights``; 0 for all alike.
-        threshold: the least probability of a pseudo-annotation, see ``select_pseudo_annotations``.
-        pseudo_weight: what a pseudo-annotation counts beside others.
-        refresh: select all anew in every round.
-        restart: begin every round with the weights of the first epoch, and an optimizer that has forgotten; a schedule
-            goes on.
+        resample: exponent of ``annotation_weights``; 0 for equal weights.
+        threshold: lowest probability of a pseudo-annotation, see ``select_pseudo_annotations``.
+        pseudo_weight: weight of a pseudo-annotation relative to a given one.
+        refresh: select all pseudo-annotations anew in every round.
+        restart: start every round with the weights from the start of training and a new optimizer state; the learning
+            rate schedule continues.
         kwargs: ``variant``, ``per_annotation``, ``kernel_lr`` of ``CrowdLayer``; ``input_shape``, ``weights`` of
             ``CrowdTask``, and the arguments of ``FineTunedTask`` and ``Task``.
 
     Raises:
-        ValueError: for arguments out of range.
+        ValueError: if an argument is out of range.
     """
 
     def __init__(
@@ -140,7 +149,7 @@ class SelfCrowd(CrowdLayer):
         self.budget, self.balance, self.resample, self.threshold = budget, balance, resample, threshold
         self.pseudo_weight, self.refresh, self.restart = pseudo_weight, refresh, restart
         self.pseudo = torch.zeros(0, 3, dtype=torch.int64)
-        self._initial: dict[str, Tensor] | None = None
+        self._start_state: dict[str, Tensor] | None = None
         self._cells: PseudoCells | None = None
         self._class_weight: Tensor | None = None
         self._added: Tensor | None = None
@@ -152,7 +161,7 @@ class SelfCrowd(CrowdLayer):
     # -- rounds ------------------------------------------------------------------------------------------------------
 
     def round_before(self, epoch: int) -> int:
-        """The number of the round that begins with ``epoch``, from 1 on; 0 where none does."""
+        """The number of the round that begins with ``epoch``, counted from 1; 0 if none does."""
         later = epoch - self.start_epochs
         number = later // self.round_epochs + 1
         return number if later >= 0 and later % self.round_epochs == 0 and number <= self.rounds else 0
@@ -163,21 +172,23 @@ class SelfCrowd(CrowdLayer):
             return
         trainer: Any = self.trainer
         if len(self.data.unlabelled_indices):
-            trainer.reload_dataloaders_every_n_epochs = 1  # samples join when they get an annotation
+            trainer.reload_dataloaders_every_n_epochs = 1  # samples join when they get a pseudo-annotation
         epochs = trainer.max_epochs
         if epochs is not None and 0 <= epochs < self.start_epochs + self.rounds * self.round_epochs:
             begun = max(0, -(-(epochs - self.start_epochs) // self.round_epochs))
-            note(f"max_epochs={epochs} has room for {begun} of {self.rounds} rounds of {self.round_epochs} epochs")
+            note(
+                f"max_epochs={epochs} is enough for {begun} of {self.rounds} rounds of {self.round_epochs} epochs only"
+            )
 
     def on_fit_start(self) -> None:
         super().on_fit_start()
         if self.trainer.ckpt_path is None:
-            self.pseudo = self.pseudo[:0]  # a second fit begins anew
-            self._initial = None
-        if self.restart and self._initial is None:
-            self._initial = {name: value.detach().cpu().clone() for name, value in self._restarted().items()}
+            self.pseudo = self.pseudo[:0]  # a second fit starts without any
+            self._start_state = None
+        if self.restart and self._start_state is None:
+            self._start_state = {name: value.detach().cpu().clone() for name, value in self._resettable_state().items()}
 
-    def _restarted(self) -> dict[str, Tensor]:
+    def _resettable_state(self) -> dict[str, Tensor]:
         parts = {"network": self.network, "annotators": self.annotators}
         return {f"{name}.{key}": v for name, part in parts.items() for key, v in part.state_dict().items()}
 
@@ -187,7 +198,7 @@ class SelfCrowd(CrowdLayer):
         return data.loader("train", items, shuffle=not overfit, augment=True, batch_size=data.batch_size)
 
     def counts(self) -> Tensor:
-        """Annotations of each class, int64 ``[C]``, those that were given and those that were added."""
+        """Number of annotations of each class, given ones and pseudo-annotations together, int64 ``[C]``."""
         given = self.annotations
         both = torch.cat([given[given >= 0].long(), self.pseudo[:, 2]])
         return torch.bincount(both, minlength=self.num_classes)
@@ -207,20 +218,25 @@ class SelfCrowd(CrowdLayer):
 
     def weights_of(self, annotations: Tensor, batch: Batch) -> Tensor | None:
         assert self._class_weight is not None
-        weight = self._class_weight[annotations.clamp(min=0)]  # cells without annotation have no loss
+        weight = self._class_weight[
+            annotations.clamp(min=0)
+        ]  # the value for missing annotations does not matter: their loss is 0
         return weight if self._added is None else torch.where(self._added, self.pseudo_weight * weight, weight)
 
     def on_train_epoch_end(self) -> None:
         super().on_train_epoch_end()
         self._log_annotations()
         number = self.round_before(self.current_epoch + 1)
-        if number:  # now, so that the checkpoint of this epoch holds them
+        if number:  # at the end of the epoch before, so that its checkpoint holds them
             self.pseudo = self.select(number)
             if self.restart:
-                self._begin_anew()
+                self._reset_to_start()
 
     def select(self, number: int) -> Tensor:
-        """The pseudo-annotations of a round, int64 ``[n, 3]``, rows of item, annotator and class; collective."""
+        """Select the pseudo-annotations of round ``number``: int64 ``[n, 3]``, rows of item, annotator and class.
+
+        All processes must call it together.
+        """
         index, probabilities = self.probabilities_of(self.used())
         given = self.annotations[index]
         kept = self.pseudo[:0] if self.refresh else self.pseudo
@@ -233,16 +249,16 @@ class SelfCrowd(CrowdLayer):
         return torch.cat([kept, rows])
 
     def _predicted(self, probabilities: Tensor) -> Iterator[Tensor]:
-        """What annotators would give, ``[n, R, C]``, a block of samples after the other."""
+        """Probabilities ``[n, R, C]`` of what each annotator would give, one block of samples after the other."""
         cells = self.num_classes * max(1, self.annotations.shape[1])
         with torch.no_grad():
             for part in probabilities.split(max(1, BLOCK // cells)):
                 yield self.annotators(part.to(self.device)).transpose(1, 2)
 
-    def _begin_anew(self) -> None:
-        assert self._initial is not None
+    def _reset_to_start(self) -> None:
+        assert self._start_state is not None
         for name, part in (("network", self.network), ("annotators", self.annotators)):
-            start = {key.partition(".")[2]: v for key, v in self._initial.items() if key.partition(".")[0] == name}
+            start = {key.partition(".")[2]: v for key, v in self._start_state.items() if key.partition(".")[0] == name}
             part.load_state_dict(start)
         for optimizer in self.trainer.optimizers:
             optimizer.state.clear()
@@ -264,13 +280,13 @@ class SelfCrowd(CrowdLayer):
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         super().on_save_checkpoint(checkpoint)
         checkpoint["pseudo_annotations"] = self.pseudo.clone()
-        if self._initial is not None:
-            checkpoint["initial_weights"] = self._initial
+        if self._start_state is not None:
+            checkpoint["initial_weights"] = self._start_state
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         super().on_load_checkpoint(checkpoint)
         self.pseudo = checkpoint["pseudo_annotations"].cpu()
-        self._initial = checkpoint.get("initial_weights")
+        self._start_state = checkpoint.get("initial_weights")
 
     def write_results(self, folder: Path) -> None:
         super().write_results(folder)

@@ -213,7 +213,7 @@ def test_what_is_refused():
     with pytest.raises(ValueError, match=r"^MoGD needs a few samples with true labels, got meta_per_class=None"):
         fitted(MoGD, data_module(meta_per_class=None))
     overlapping = Overlapping(fake=True, candidates=data_module().candidates)
-    with pytest.raises(ValueError, match=r"^meta_indices must be apart from train_indices, got sample \d+ in both"):
+    with pytest.raises(ValueError, match=r"^meta_indices must be disjoint from train_indices, got sample \d+ in both"):
         fitted(MoGD, overlapping)
 
 

@@ -84,7 +84,7 @@ def test_rounds(capsys):
     assert float(found["train/annotation_ratio"]) == pytest.approx(balance.ratio)
     assert float(found["train/annotation_distance"]) == pytest.approx(balance.distance)
     assert 0 <= float(found["train/pseudo_correct"]) <= 1
-    assert "has room for" not in capsys.readouterr().err
+    assert "is enough for" not in capsys.readouterr().err
 
 
 def test_balance_becomes_better_than_with_the_control():
@@ -160,7 +160,7 @@ def test_restart():
 
 def test_a_training_that_is_too_short_is_told(capsys):
     fitted(SelfCrowd, trainer=trainer_of(max_epochs=2), **{**ROUNDS, "rounds": 5})
-    assert "max_epochs=2 has room for 1 of 5 rounds of 1 epochs" in capsys.readouterr().err
+    assert "max_epochs=2 is enough for 1 of 5 rounds of 1 epochs only" in capsys.readouterr().err
 
 
 def test_in_double_precision():
