@@ -1,4 +1,4 @@
-"""Learning with noisy labels: training on labels of which some are wrong, and finding those."""
+"""Learning with noisy labels: training although some labels are wrong, and finding the wrong ones."""
 
 from lightning_kd.core.registry import export_modules
 

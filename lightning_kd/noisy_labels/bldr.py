@@ -32,7 +32,7 @@ from lightning_kd.noisy_labels.bldr_terms import (
     weak_and_strong,
 )
 from lightning_kd.noisy_labels.early_exits import Exits
-from lightning_kd.noisy_labels.label_beliefs import EpochBeliefs, score_beliefs
+from lightning_kd.noisy_labels.epoch_scores import EpochScores, scores_of_probabilities
 from lightning_kd.noisy_labels.label_scores import LabelScores, logit_margin
 from lightning_kd.noisy_labels.noisy_label_task import NoisyLabelTask
 from lightning_kd.noisy_labels.sample_noise_rows import check_rows, descend_rows, start_rows
@@ -42,61 +42,66 @@ __all__ = ["BLDR"]
 
 
 class BLDR(NoisyLabelTask, FineTunedTask):
-    """Noise-robust bidirectional learning with dynamic sample reweighting (Zong et al., arXiv 2209.01334).
+    """BLDR (Zong et al., arXiv 2209.01334): noise-robust bidirectional learning with dynamic sample reweighting.
 
-    One head learns the given labels, corrected by two trained numbers per sample and class (``u``, ``v``); a second one
-    on the same feature learns what a sample is *not*, which wrong labels hardly disturb. How much the second head
-    believes a given label weights the sample. Small classifiers on the earlier stages (exits) learn like the first
-    head, and from both. Each epoch's weights enter a moving average, which is what is evaluated: the mean of both
-    heads' probabilities. A batch is a weak and a strong view of each image.
+    Two heads on the same feature learn in opposite directions. The positive head learns the given labels, corrected by
+    two trained values per sample and class (``u``, ``v``) that absorb wrong labels. The negative head learns which
+    classes a sample does *not* have; wrong labels hardly disturb that. The probability that the negative head gives to
+    a label becomes the weight of the sample. Small classifiers on earlier stages (exits) learn like the positive head
+    and from both heads.
 
-    Logged each epoch: ``train/rho`` (share of labels taken for wrong, which scales the loss that separates them), what
-    ``NoisyLabelTask`` logs, by the second head in the training steps, and, where clean labels are known,
-    ``train/wrong_precision``, ``wrong_recall`` and ``wrong_f1`` of the wrong labels found.
+    Evaluated is a moving average of the weights, updated once per epoch; its probabilities are the mean of both heads'.
+    A training batch holds a weakly and a strongly augmented view of each image.
 
-    After ``fit`` the run folder holds ``noisy_labels.csv``, its clean probability that of the given label by the second
-    head (as trained, not averaged), and ``wrong_labels.csv``: index, given, probability and suggested label (the best
-    of the others by the averaged network) of those below ``detection_threshold``, the most certain first.
-    ``network.pt`` is the averaged network with its first head.
+    Logged each epoch: ``train/rho`` (estimated share of wrong labels; it scales the separation loss), the metrics of
+    ``NoisyLabelTask`` from the negative head in the training steps, and, if the true labels are known,
+    ``train/wrong_precision``, ``train/wrong_recall`` and ``train/wrong_f1`` of the labels reported as wrong.
 
-    Several processes: gradients of ``u`` and ``v`` are those of the joint batch, their rows are exchanged at the end of
-    each epoch, weights and ``rho`` come from the probabilities of all. The mean prediction in the balance loss is that
-    of each process's batch. With accumulation ``u`` and ``v`` move with each batch, by its part of the gradient.
+    After ``fit`` the run folder holds ``noisy_labels.csv``, with the probability from the negative head (as trained,
+    not averaged) as clean probability, and ``wrong_labels.csv`` for labels below ``detection_threshold``: index, given
+    label, probability and suggested label (the most probable other class of the averaged network), the least probable
+    first. ``network.pt`` is the averaged network with its positive head.
+
+    Several processes: gradients of ``u`` and ``v`` are those of the joint batch, and their rows are exchanged at the
+    end of each epoch; weights and ``rho`` come from the probabilities of all. The mean prediction in the balance loss
+    is that of each process's batch. With gradient accumulation ``u`` and ``v`` are updated after each batch.
 
     Args:
-        network: a network's name (``lightning-kd list``) or any ``nn.Module`` with stages and a linear classifier on a
+        network: name of a network (``lightning-kd list``) or any ``nn.Module`` with stages and a linear classifier on a
             pooled feature. In the paper: ``resnet34``.
         num_classes: see ``Task``.
         input_shape: see ``Task``.
         weights: checkpoint or ``state_dict`` file to start from; ``"default"`` for the published weights of a ``timm/``
             or ``torchvision/`` network. Default: train from scratch.
-        warmup_epochs: from the end of this epoch (counted from 0) on, samples are weighted. In the paper 20 for
-            CIFAR-10N and 40 for CIFAR-100N, the learning rate constant as long. The second head starts by believing in
-            one class or two and needs some thousand steps to leave that; weights from it before would shut out whole
-            classes, of which there is a warning.
-        stages: module paths of the network's stages in order, the last one included; exits come after each but the
+        warmup_epochs: last epoch, counted from 0, without sample weights. In the paper 20 for CIFAR-10N and 40 for
+            CIFAR-100N, with a constant learning rate until then. The negative head first predicts only one or two
+            classes and needs some thousand steps to leave that state; earlier weights would exclude whole classes,
+            which causes a warning.
+        stages: module paths of the network's stages in order, including the last; exits are added after all but the
             last. Default: found by name.
         classifier: module path of the network's classifier. Default: its last ``nn.Linear``.
-        row_lr: learning rate of ``u`` and ``v``; plain gradient descent.
-        consistency_weight: of the loss between weak and strong view; with 0 there is no strong view.
-        balance_weight: of the loss that spreads the mean prediction over the classes.
-        separation_weight: of the loss that separates wrong labels, before ``rho^2``.
-        kd_weight: of the distillation to the exits.
-        feature_weight: of the squared difference of the exits' features, summed over the batch.
-        temperature: of the distillation.
-        agreement_weight: of the divergence between both heads. Default: 10 with 100 classes, else 0, as in the paper.
-        rho_threshold: probability below which a label counts for ``rho``.
-        detection_threshold: probability below which a label is reported as wrong.
-        reuse_forward: take what needs the weak views alone from the pass over both views: a third cheaper, with other
-            statistics of batch normalisation. The official code passes the weak views twice. Without strong views there
-            is one pass.
-        average_buffers: also average running statistics; ``False`` takes those of the last epoch, as the official code.
+        row_lr: learning rate of ``u`` and ``v``, for plain gradient descent.
+        consistency_weight: weight of the loss between weak and strong view; 0 uses no strong view.
+        balance_weight: weight of the loss that spreads the mean prediction over the classes.
+        separation_weight: weight of the loss that trains ``v`` on wrong labels, multiplied by ``rho^2``.
+        kd_weight: weight of the distillation to the exits.
+        feature_weight: weight of the squared difference between the features of exits and network, summed over the
+            batch.
+        temperature: temperature of the distillation.
+        agreement_weight: weight of the divergence between both heads. Default: 10 with 100 classes, else 0, as in the
+            paper.
+        rho_threshold: ``rho`` is the share of labels with a probability below this.
+        detection_threshold: labels with a probability below this are reported as wrong.
+        reuse_forward: compute the terms that need only weak views from the pass over both views. It is a third cheaper,
+            but changes the batch norm statistics. The official code passes the weak views twice.
+        average_buffers: average running statistics too; ``False`` takes those of the last epoch, as in the official
+            code.
         kwargs: ``new_classifier``, ``freeze``, ``backbone_lr`` of ``FineTunedTask``; ``optimizer`` (default: that of
             ``Task``, with weights that of ``optimizer_for``), ``lr_scheduler``, ``lr_interval``, ``channels_last``,
             ``compile`` of ``Task``.
 
     Raises:
-        ValueError: for an argument out of its range, and a network without stages or classifier.
+        ValueError: if an argument is out of range, or the network has no stages or linear classifier.
     """
 
     needs_index = True
@@ -145,7 +150,7 @@ class BLDR(NoisyLabelTask, FineTunedTask):
         self.network = self.build_to_train(network, weights)
         self._feature, linear = penultimate_tap(self.network, classifier)
         self.negative_head = nn.Linear(linear.in_features, num_classes)
-        # copied before there are exits: only training needs them, and their taps hold on to large maps
+        # copied before the exits are added: only training needs these, and their taps hold large feature maps
         self.average = averaged_copy(self._parts())
         self.exits = Exits(self.network, linear.in_features, num_classes, input_shape, stages)
         if self.channels_last:
@@ -154,29 +159,27 @@ class BLDR(NoisyLabelTask, FineTunedTask):
         for name in ("u", "v"):
             self.add_sample_memory(name, (num_classes,))
         self.add_sample_memory("weight", fill=1.0)
-        self._used: tuple[Tensor, Tensor, Tensor] | None = None
-        self._beliefs = EpochBeliefs()
-        self._averaged = self._checked = self._told = False
+        self._step_rows: tuple[Tensor, Tensor, Tensor] | None = None
+        self._epoch_scores = EpochScores()
+        self._averaged = self._checked = self._warned = False
         self._suggested = torch.empty(0)
 
     def _parts(self) -> nn.ModuleDict:
         return nn.ModuleDict({"network": self.network, "negative_head": self.negative_head})
-
-    # -- answers -----------------------------------------------------------------------------------------------------
 
     @property
     def main_network(self) -> nn.Module:
         return self.average["network"]
 
     def _heads(self, parts: nn.ModuleDict, image: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Logits of both heads and the feature that they stand on."""
+        """Logits of both heads, and the feature that is their input."""
         logits = class_logits(parts["network"], parts["network"](self.format_image(image)), self.num_classes)
         feature = self._feature.pop()
         negative = parts["negative_head"](feature)
         return (*at_least_float32(logits, negative), feature)  # type: ignore[return-value]
 
     def forward(self, image: Tensor) -> Tensor:
-        """Logits ``[B, C]`` of the averaged network: logarithms of the mean of both heads' probabilities."""
+        """Logits ``[B, C]`` of the averaged network: the logarithm of the mean of both heads' probabilities."""
         positive, negative, _ = self._heads(self.average, image)
         return log_mean(positive, negative)
 
@@ -202,36 +205,34 @@ class BLDR(NoisyLabelTask, FineTunedTask):
         batch = as_batch(batch)
         weak, strong = weak_and_strong(batch, self.consistency_weight)
         index, target, count = self.index_of(batch), batch.target, len(batch.target)
-        if not self._checked:  # in the first epoch only: it makes a GPU wait
+        if not self._checked:  # in the first epoch only, because it stalls a GPU
             check_rows(len(self.memories["u"].rows), self.num_classes, index, target)
         joint = self._outputs(weak if strong is None else torch.cat([weak, strong]))
         alone = joint.first(count) if self.reuse_forward or strong is None else self._outputs(weak)
         u, v = (self.memories[name].rows[index].requires_grad_() for name in ("u", "v"))
-        self._used = (index, u, v)
+        self._step_rows = (index, u, v)
         samples = SampleRows(u, v, self.memories["weight"].rows[index])
         settings = TermWeights(*(getattr(self, name) for name in TermWeights._fields))
         terms = bldr_terms(joint, alone, target, samples, self.rho, settings, self.trainer.world_size)
         # for the weights of the next epoch
-        self._beliefs.record_batch(batch, index, alone.positive, alone.negative)
+        self._epoch_scores.record_batch(batch, index, alone.positive, alone.negative)
         return self.step_loss(terms, alone.positive, target)
 
     def on_after_backward(self) -> None:
-        if self._used is None or second_pass():
+        if self._step_rows is None or second_pass():
             return
-        index, u, v = self._used
-        self._used = None
+        index, u, v = self._step_rows
+        self._step_rows = None
         for name, rows in (("u", u), ("v", v)):
             descend_rows(self.memories[name], index, rows, self.row_lr, self.trainer)
 
-    # -- the end of an epoch -----------------------------------------------------------------------------------------
-
     def on_train_epoch_start(self) -> None:
         super().on_train_epoch_start()
-        self._beliefs.clear()
-        self._used, self._averaged = None, False
+        self._epoch_scores.clear()
+        self._step_rows, self._averaged = None, False
 
     def on_train_batch_end(self, outputs: Any, batch: Any, batch_idx: int) -> None:
-        if self.trainer.is_last_batch:  # before the validation that follows
+        if self.trainer.is_last_batch:  # before the validation of this epoch
             self._update_average()
 
     def _update_average(self) -> None:
@@ -244,35 +245,35 @@ class BLDR(NoisyLabelTask, FineTunedTask):
         super().on_train_epoch_end()
         self._update_average()
         self._checked = True
-        verdict = self._beliefs.compute(self.detection_threshold)
-        if verdict is not None:
-            self._log_verdict(verdict)
+        scores = self._epoch_scores.compute(self.detection_threshold)
+        if scores is not None:
+            self._log_label_scores(scores)
             if self.current_epoch >= self.warmup_epochs:
-                weight, rho = reweight(verdict.score, self.rho_threshold)
+                weight, rho = reweight(scores.score, self.rho_threshold)
                 self.rho.fill_(rho)
                 rows = self.memories["weight"].rows
                 if weight is None:
-                    rank_zero_warn("the negative head believes all labels equally: samples keep their weights")
-                else:  # samples that were not seen keep theirs
-                    rows[verdict.index.to(rows.device)] = weight.to(rows)
-                    self._warn_of_lost_classes(weight, verdict.given)
+                    rank_zero_warn("the negative head gives all labels one probability: samples keep their weights")
+                else:  # samples that were not trained on keep theirs
+                    rows[scores.index.to(rows.device)] = weight.to(rows)
+                    self._warn_of_lost_classes(weight, scores.given)
         self.log("train/rho", float(self.rho))
 
     def _warn_of_lost_classes(self, weight: Tensor, given: Tensor) -> None:
         lost = lost_classes(weight, given, self.num_classes)
-        if lost and not self._told:
-            self._told = True
+        if lost and not self._warned:
+            self._warned = True
             rank_zero_warn(
-                f"the samples of the given classes {lost} have almost no weight: the negative head believes in few "
-                f"classes yet; start anew with warmup_epochs above {self.warmup_epochs}"
+                f"the samples of the given classes {lost} have almost no weight: the negative head predicts few "
+                f"classes yet; train again with warmup_epochs above {self.warmup_epochs}"
             )
 
-    def _log_verdict(self, scores: LabelScores) -> None:
+    def _log_label_scores(self, scores: LabelScores) -> None:
         values, found = scores.metrics(), wrong_label_metrics(scores, self.detection_threshold)
         values.update({f"wrong_{name}": value for name, value in found.items() if name != "auc"})
         self.log_dict({f"train/{name}": value for name, value in values.items()})
 
-    # -- the verdict -------------------------------------------------------------------------------------------------
+    # -- label scores ------------------------------------------------------------------------------------------------
 
     def score_training_set(self) -> LabelScores:
         def measure(batch: Batch) -> tuple[Tensor, ...]:
@@ -280,11 +281,11 @@ class BLDR(NoisyLabelTask, FineTunedTask):
             _, negative, _ = self._heads(self._parts(), batch.image)
             own = batch.target[:, None]
             suggested = scores.scatter(1, own, float("-inf")).argmax(1)
-            believed = negative.softmax(1).gather(1, own).squeeze(1)
-            return believed, logit_margin(scores, batch.target), scores.argmax(1), suggested
+            probability = negative.softmax(1).gather(1, own).squeeze(1)
+            return probability, logit_margin(scores, batch.target), scores.argmax(1), suggested
 
         *columns, self._suggested = self.over_training_set(measure)
-        return score_beliefs(*columns, threshold=self.detection_threshold)
+        return scores_of_probabilities(*columns, threshold=self.detection_threshold)
 
     def write_results(self, folder: Path) -> None:
         super().write_results(folder)

@@ -1,6 +1,11 @@
-"""The losses and rules of BLDR as functions of logits ``[B, C]``; half precision is computed in float32.
+"""The loss functions of BLDR on logits ``[B, C]``; half precision is computed in float32.
 
-All refuse tensors whose shapes do not belong together, targets that are not int64 and, on a CPU, targets out of range.
+All return a scalar unless they say otherwise. All raise ``ValueError`` if shapes do not match, if targets are not
+int64, or, checked on a CPU only, if targets are out of range.
+
+Source of all: Zong et al., "Noise-Robust Bidirectional Learning with Dynamic Sample Reweighting", arXiv 2209.01334. The
+noise variables ``u`` and ``v`` are those of Liu et al., "Robust Training under Label Noise by Over-parameterization",
+arXiv 2202.14026.
 
 Source of all: Zong et al., "Noise-Robust Bidirectional Learning with Dynamic Sample Reweighting", arXiv 2209.01334; the
 separate noise variables ``u`` and ``v`` are those of Liu et al., "Robust Training under Label Noise by
@@ -14,6 +19,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from lightning_kd.core.losses import at_least_float32, check_positive, check_shapes, check_target
+from lightning_kd.noisy_labels.bldr_rules import average_decay, flag_wrong, reweight, update_rows
 
 __all__ = [
     "agreement_loss",
@@ -36,8 +42,8 @@ __all__ = [
 _FLOOR = 1e-4
 
 
-def _noise(u: Tensor, v: Tensor, target: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """One-hot targets, and what ``u`` says of the given label and ``v`` of the others, ``[B, C]`` each."""
+def _noise_terms(u: Tensor, v: Tensor, target: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """One-hot targets, ``u^2`` at the given label and ``v^2`` at the other classes, each ``[B, C]``."""
     own = F.one_hot(target, u.shape[1]).to(u.dtype)
     return own, (u.square() * own).clamp(0, 1 - _FLOOR), (v.square() * (1 - own)).clamp(0, 1 - _FLOOR)
 
@@ -48,33 +54,40 @@ def _check_rows(logits: Tensor, u: Tensor, v: Tensor, target: Tensor) -> None:
 
 
 def corrected_probabilities(logits: Tensor, u: Tensor, v: Tensor, target: Tensor) -> Tensor:
-    """The softmax plus the part of a wrong label: ``softmax(logits) + u^2`` at the label ``- v^2`` elsewhere.
+    """Softmax corrected by the modelled label noise: ``softmax(logits) + u^2`` at the label, ``- v^2`` elsewhere.
 
-    Clamped to at least 1e-4, scaled to sum 1, and clamped again. No gradient reaches ``v``.
+    If the given label is wrong, ``u`` grows and explains the label, so that the softmax need not. The result is clamped
+    to at least 1e-4, divided by its sum, and clamped again. ``v`` gets no gradient.
 
     Args:
         logits: ``[B, C]``.
-        u: ``[B, C]``, the samples' rows; only the column of the given label counts.
-        v: ``[B, C]``, the samples' rows; only the other columns count.
+        u: ``[B, C]``, stored values of the samples; only the column of the given label is used.
+        v: ``[B, C]``, stored values of the samples; only the other columns are used.
         target: int64 ``[B]``, the given labels.
 
     Returns:
         ``[B, C]``.
+
+    Raises:
+        ValueError: see the module.
     """
     _check_rows(logits, u, v, target)
     (logits,) = at_least_float32(logits)
-    _, added, taken = _noise(u, v, target)
+    _, added, taken = _noise_terms(u, v, target)
     s = (logits.softmax(1) + added - taken.detach()).clamp_min(_FLOOR)
     return (s / s.sum(1, keepdim=True)).clamp(_FLOOR, 1)
 
 
 def corrected_cross_entropy(probabilities: Tensor, target: Tensor, weight: Tensor) -> Tensor:
-    """``mean_i weight_i * -log p_i[target_i]`` of corrected probabilities.
+    """Weighted cross-entropy of corrected probabilities: ``mean_i weight_i * -log p_i[target_i]``.
 
     Args:
         probabilities: ``[B, C]`` from ``corrected_probabilities``.
         target: int64 ``[B]``.
-        weight: ``[B]``, not scaled to sum 1.
+        weight: ``[B]``, weights of the samples; they are not normalised.
+
+    Raises:
+        ValueError: see the module.
     """
     check_target(probabilities, target)
     check_shapes(target=(target, "B"), weight=(weight, "B"))
@@ -84,36 +97,45 @@ def corrected_cross_entropy(probabilities: Tensor, target: Tensor, weight: Tenso
 def separation_loss(logits: Tensor, u: Tensor, v: Tensor, target: Tensor) -> Tensor:
     """Mean squared norm of ``onehot(argmax logits) + u^2 at the label - v^2 elsewhere - onehot(target)``.
 
-    Gradient reaches ``v`` alone: it learns which class stands behind a wrong label.
+    Only ``v`` gets gradient: it learns which class a wrongly labelled sample has instead.
 
     Args:
-        logits: ``[B, C]``; only their largest counts.
-        u: ``[B, C]``.
-        v: ``[B, C]``.
-        target: int64 ``[B]``.
+        logits: ``[B, C]``; only their argmax is used.
+        u: ``[B, C]``, see ``corrected_probabilities``.
+        v: ``[B, C]``, see ``corrected_probabilities``.
+        target: int64 ``[B]``, the given labels.
+
+    Raises:
+        ValueError: see the module.
     """
     _check_rows(logits, u, v, target)
-    own, added, taken = _noise(u, v, target)
+    own, added, taken = _noise_terms(u, v, target)
     predicted = F.one_hot(logits.argmax(1), logits.shape[1]).to(own.dtype)
     return (predicted + added.detach() - taken - own).square().sum(1).mean()
 
 
 def balance_loss(probabilities: Tensor) -> Tensor:
-    """Cross-entropy from the uniform distribution to the batch's mean prediction; at least ``log C``.
+    """Cross-entropy between the uniform distribution and the batch's mean prediction; at least ``log C``.
 
     Args:
-        probabilities: ``[B, C]``.
+        probabilities: ``[B, C]``, at least 1e-4 where they enter the logarithm.
+
+    Raises:
+        ValueError: see the module.
     """
     check_shapes(probabilities=(probabilities, "BC"))
     return -probabilities.mean(0).clamp(_FLOOR, 1).log().mean()
 
 
 def consistency_loss(weak_logits: Tensor, strong_logits: Tensor) -> Tensor:
-    """``mean_i KL(softmax(weak_i) || softmax(strong_i))``; gradient reaches the strong view alone.
+    """``mean_i KL(softmax(weak_i) || softmax(strong_i))``; only the strong view gets gradient.
 
     Args:
-        weak_logits: ``[B, C]``.
-        strong_logits: ``[B, C]``, of the same images.
+        weak_logits: ``[B, C]``, logits of the weak views.
+        strong_logits: ``[B, C]``, logits of the strong views of the same images.
+
+    Raises:
+        ValueError: see the module.
     """
     check_shapes(weak_logits=(weak_logits, "BC"), strong_logits=(strong_logits, "BC"))
     weak, strong = at_least_float32(weak_logits.detach(), strong_logits)
@@ -122,15 +144,18 @@ def consistency_loss(weak_logits: Tensor, strong_logits: Tensor) -> Tensor:
 
 
 def complementary_loss(logits: Tensor, target: Tensor, predicted: Tensor, weight: Tensor) -> Tensor:
-    """``mean_i weight_i * -sum_k log clamp(1 - p_ik, 1e-5, 1)``, over all classes but the label and the prediction.
+    """``mean_i weight_i * -sum_k log clamp(1 - p_ik, 1e-5, 1)`` over all classes except label and prediction.
 
-    Where none are left (two classes, the prediction not the label), a sample's loss and gradient are 0.
+    If no class is left (two classes, prediction and label differ), loss and gradient of the sample are 0.
 
     Args:
         logits: ``[B, C]``.
         target: int64 ``[B]``, the given labels.
-        predicted: int64 ``[B]``, what the network says of each sample.
-        weight: ``[B]``, not scaled to sum 1.
+        predicted: int64 ``[B]``, the network's predictions.
+        weight: ``[B]``, weights of the samples; they are not normalised.
+
+    Raises:
+        ValueError: see the module.
     """
     check_target(logits, target)
     check_target(logits, predicted, "predicted")
@@ -152,24 +177,27 @@ def positive_loss(
     balance_weight: float = 0.1,
     separation_weight: float = 50.0,
 ) -> Tensor:
-    """What the positive head and each exit learn: corrected cross-entropy, separation, balance and consistency.
+    """Loss of the positive head and of each exit: corrected cross-entropy, separation, balance and consistency.
 
     Args:
-        logits: of the weak views ``[B, C]``, or of those and then of the strong ones ``[2B, C]``.
-        target: int64 ``[B]``.
-        u: ``[B, C]``.
-        v: ``[B, C]``.
-        weight: ``[B]``.
-        rho: share of wrong labels; ``separation_weight * rho^2`` weights the separation.
-        consistency_weight: of the consistency of both views; nothing without strong ones.
-        balance_weight: of the balance.
+        logits: ``[B, C]`` of the weak views, or ``[2B, C]`` of the weak views followed by the strong ones.
+        target: int64 ``[B]``, the given labels.
+        u: ``[B, C]``, see ``corrected_probabilities``.
+        v: ``[B, C]``, see ``corrected_probabilities``.
+        weight: ``[B]``, weights of the samples.
+        rho: share of wrong labels; the separation loss has the weight ``separation_weight * rho^2``.
+        consistency_weight: weight of the consistency loss; unused without strong views.
+        balance_weight: weight of the balance loss.
         separation_weight: see ``rho``.
+
+    Raises:
+        ValueError: see the module.
     """
     _check_views(logits, target)
     probabilities = corrected_probabilities(logits[: len(target)], u, v, target)
     separation = separation_loss(logits[: len(target)], u, v, target)
     loss = corrected_cross_entropy(probabilities, target, weight) + separation_weight * rho**2 * separation
-    return loss + _regularisers(logits, probabilities, consistency_weight, balance_weight)
+    return loss + _balance_and_consistency(logits, probabilities, consistency_weight, balance_weight)
 
 
 def negative_loss(
@@ -180,21 +208,24 @@ def negative_loss(
     consistency_weight: float = 0.9,
     balance_weight: float = 0.1,
 ) -> Tensor:
-    """What the negative head learns: the complementary loss, balance and consistency.
+    """Loss of the negative head: complementary loss, balance and consistency.
 
     Args:
-        logits: as in ``positive_loss``.
-        target: int64 ``[B]``.
-        predicted: int64 ``[B]``.
-        weight: ``[B]``.
-        consistency_weight: of the consistency.
-        balance_weight: of the balance.
+        logits: see ``positive_loss``.
+        target: int64 ``[B]``, the given labels.
+        predicted: int64 ``[B]``, the network's predictions.
+        weight: ``[B]``, weights of the samples.
+        consistency_weight: weight of the consistency loss; unused without strong views.
+        balance_weight: weight of the balance loss.
+
+    Raises:
+        ValueError: see the module.
     """
     _check_views(logits, target)
     (logits,) = at_least_float32(logits)
     weak = logits[: len(target)]
     loss = complementary_loss(weak, target, predicted, weight)
-    return loss + _regularisers(logits, weak.softmax(1), consistency_weight, balance_weight)
+    return loss + _balance_and_consistency(logits, weak.softmax(1), consistency_weight, balance_weight)
 
 
 def _check_views(logits: Tensor, target: Tensor) -> None:
@@ -205,7 +236,9 @@ def _check_views(logits: Tensor, target: Tensor) -> None:
         )
 
 
-def _regularisers(logits: Tensor, probabilities: Tensor, consistency_weight: float, balance_weight: float) -> Tensor:
+def _balance_and_consistency(
+    logits: Tensor, probabilities: Tensor, consistency_weight: float, balance_weight: float
+) -> Tensor:
     loss = balance_weight * balance_loss(probabilities)
     count = len(probabilities)
     if len(logits) == count:
@@ -214,12 +247,17 @@ def _regularisers(logits: Tensor, probabilities: Tensor, consistency_weight: flo
 
 
 def exit_distillation_loss(exit_logits: Tensor, teacher_logits: Tensor, temperature: float = 3.0) -> Tensor:
-    """``temperature^2`` times the cross-entropy of the softened exit from the softened teacher; its minimum is not 0.
+    """``temperature^2`` times the cross-entropy of the exit with the teacher's probabilities, both at ``temperature``.
+
+    Its minimum is the entropy of the teacher, not 0.
 
     Args:
         exit_logits: ``[B, C]``.
-        teacher_logits: ``[B, C]``, without gradient.
-        temperature: positive.
+        teacher_logits: ``[B, C]``; gets no gradient.
+        temperature: above 0.
+
+    Raises:
+        ValueError: see the module; also for a temperature that is not above 0.
     """
     check_shapes(exit_logits=(exit_logits, "BC"), teacher_logits=(teacher_logits, "BC"))
     check_positive(temperature=temperature)
@@ -229,11 +267,14 @@ def exit_distillation_loss(exit_logits: Tensor, teacher_logits: Tensor, temperat
 
 
 def exit_feature_loss(exit_feature: Tensor, feature: Tensor) -> Tensor:
-    """Sum of squared differences over the whole batch, where either feature is above 0; so it grows with the batch.
+    """Sum over the batch of squared differences where either feature is above 0; it grows with the batch size.
 
     Args:
-        exit_feature: ``[B, D]``.
-        feature: ``[B, D]`` of the network, without gradient.
+        exit_feature: ``[B, D]``, features of the exit.
+        feature: ``[B, D]``, features of the network; gets no gradient.
+
+    Raises:
+        ValueError: see the module.
     """
     check_shapes(exit_feature=(exit_feature, "BD"), feature=(feature, "BD"))
     exit_feature, feature = at_least_float32(exit_feature, feature.detach())
@@ -242,54 +283,15 @@ def exit_feature_loss(exit_feature: Tensor, feature: Tensor) -> Tensor:
 
 
 def agreement_loss(positive_logits: Tensor, negative_logits: Tensor) -> Tensor:
-    """``p (log p - log q)`` of both heads' softmax, averaged over all ``B * C`` entries; gradient reaches both.
+    """``p (log p - log q)`` of both heads' softmax, averaged over all ``B * C`` entries; both heads get gradient.
 
     Args:
-        positive_logits: ``[B, C]``, of ``p``.
-        negative_logits: ``[B, C]``, of ``q``.
+        positive_logits: ``[B, C]``, logits of ``p``.
+        negative_logits: ``[B, C]``, logits of ``q``.
+
+    Raises:
+        ValueError: see the module.
     """
     check_shapes(positive_logits=(positive_logits, "BC"), negative_logits=(negative_logits, "BC"))
     p, q = (z.log_softmax(1) for z in at_least_float32(positive_logits, negative_logits))
     return (p.exp() * (p - q)).mean()
-
-
-def reweight(probability: Tensor, threshold: float = 0.3) -> tuple[Tensor | None, float]:
-    """Sample weights and the share of wrong labels, from how much the negative head believes each given label.
-
-    Args:
-        probability: ``[n]``.
-        threshold: labels below it are taken for wrong.
-
-    Returns:
-        The probabilities scaled to [0, 1] by their extremes, ``[n]``, or ``None`` where they are all equal; and the
-        share strictly below ``threshold``.
-    """
-    if probability.ndim != 1 or not len(probability):
-        raise ValueError(f"probability must be [n] with n above 0, got {list(probability.shape)}: give one a sample")
-    low, high = probability.min(), probability.max()
-    weight = (probability - low) / (high - low) if high > low else None
-    return weight, float((probability < threshold).double().mean())
-
-
-def average_decay(epoch: int) -> float:
-    """What stays of the averaged weights at the end of ``epoch``: ``min(0.9, (1 + epoch) / (10 + epoch))``."""
-    return min(0.9, (1 + epoch) / (10 + epoch))
-
-
-def flag_wrong(probability: Tensor, threshold: float = 0.05) -> Tensor:
-    """Which labels are wrong, bool ``[n]``: those whose probability ``[n]`` is strictly below ``threshold``."""
-    return probability < threshold
-
-
-def update_rows(rows: Tensor, index: Tensor, gradient: Tensor, lr: float) -> None:
-    """A step of plain gradient descent on some rows, in place; its cost does not depend on how many there are.
-
-    Args:
-        rows: ``[N, C]``.
-        index: int64 ``[B]``, the rows that the gradients belong to; those of one row add up.
-        gradient: ``[B, C]``; nothing is done where one entry is not finite, as a scaler skips the network's step then.
-        lr: learning rate.
-    """
-    check_shapes(rows=(rows, "NC"), index=(index, "B"), gradient=(gradient, "BC"))
-    finite = torch.where(gradient.isfinite().all(), gradient, 0.0)
-    rows.index_add_(0, index, finite.to(rows.dtype), alpha=-lr)

@@ -1,4 +1,4 @@
-"""A batch in BLDR: its views, what the two heads and the exits give for them, and the terms of the loss on that."""
+"""One training step of BLDR: the views, the outputs of heads and exits, and the terms of the loss."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from lightning_kd.noisy_labels.bldr_losses import (
 
 
 class HeadOutputs(NamedTuple):
-    """Logits of both heads and of the exits, the pooled feature and those of the exits; first dimension the batch."""
+    """Logits of both heads and of the exits, and the pooled features of network and exits, for a batch."""
 
     positive: Tensor
     negative: Tensor
@@ -28,13 +28,13 @@ class HeadOutputs(NamedTuple):
     exit_features: list[Tensor]
 
     def first(self, count: int) -> HeadOutputs:
-        """Those of the first ``count`` images."""
+        """The outputs for the first ``count`` images."""
         exits, features = ([t[:count] for t in ts] for ts in (self.exits, self.exit_features))
         return HeadOutputs(self.positive[:count], self.negative[:count], exits, self.feature[:count], features)
 
 
 class SampleRows(NamedTuple):
-    """What is remembered of the samples of a batch: ``u`` and ``v`` ``[B, C]``, and the weight ``[B]``."""
+    """The stored values of the samples of a batch: ``u`` and ``v`` ``[B, C]``, and the sample weight ``[B]``."""
 
     u: Tensor
     v: Tensor
@@ -42,7 +42,7 @@ class SampleRows(NamedTuple):
 
 
 class TermWeights(NamedTuple):
-    """The settings of the loss, under the names that they have in ``BLDR``."""
+    """The weights of the terms and the temperature, see the arguments of ``BLDR``."""
 
     consistency_weight: float
     balance_weight: float
@@ -62,15 +62,15 @@ def bldr_terms(
     settings: TermWeights,
     world_size: int = 1,
 ) -> dict[str, Tensor]:
-    """The terms of a step's loss.
+    """The terms of a step's loss by name, each multiplied by its weight.
 
     Args:
-        joint: of the weak views, or of those and then of the strong ones.
-        alone: of the weak views.
-        target: int64 ``[B]``.
-        samples: of the same samples.
-        rho: share of wrong labels.
-        settings: see ``BLDR``.
+        joint: outputs for the weak views, followed by those for the strong views if there are any.
+        alone: outputs for the weak views.
+        target: int64 ``[B]``, the given labels.
+        samples: stored values of these samples.
+        rho: estimated share of wrong labels.
+        settings: weights and temperature.
         world_size: number of processes, over which gradients are averaged.
     """
     u, v, weight = samples
@@ -87,7 +87,7 @@ def bldr_terms(
         "positive": positive,
         "exits": torch.stack(exits).sum(),
         "kd": settings.kd_weight * torch.stack(kd).sum(),
-        # gradients are averaged over processes, but this is a sum over the joint batch
+        # DDP averages gradients over the processes, but this is a sum over the joint batch
         "feature": settings.feature_weight * world_size * torch.stack(difference).sum(),
     }
     if settings.agreement_weight:
@@ -96,15 +96,15 @@ def bldr_terms(
 
 
 def log_mean(positive: Tensor, negative: Tensor) -> Tensor:
-    """Logarithm of the mean of both softmaxes, finite for any logits."""
+    """Logarithm of the mean of both softmax outputs, finite for all finite logits."""
     return torch.logaddexp(positive.log_softmax(1), negative.log_softmax(1)) - math.log(2)
 
 
 def weak_and_strong(batch: Batch, consistency_weight: float) -> tuple[Tensor, Tensor | None]:
-    """The weak and the strong view of a batch; ``None`` in place of the strong one where nothing weights it.
+    """The weak and the strong view of a batch; ``None`` for the strong view if ``consistency_weight`` is 0.
 
     Raises:
-        ValueError: where the batch has no two views and needs them.
+        ValueError: if a strong view is needed and the batch does not have two views.
     """
     views = tuple(batch.image) if isinstance(batch.image, tuple | list) else (batch.image,)
     if consistency_weight == 0:

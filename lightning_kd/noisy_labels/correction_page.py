@@ -1,4 +1,4 @@
-"""The page on which a person corrects the labels that are most probably wrong."""
+"""The HTML page on which a person corrects the labels that are most probably wrong."""
 
 from __future__ import annotations
 
@@ -11,18 +11,19 @@ __all__ = ["correction_page"]
 
 
 def correction_page(scores: LabelScores, data: Any, count: int) -> str:
-    """The text of the page; what is saved on it, ``corrections.csv``, is a file that ``LabelFile`` takes.
+    """The HTML text of the page; it saves ``corrections.csv``, which ``LabelFile`` can read.
 
-    ``LabelFile`` changes the data set's own labels. So the file also has the samples that have another label than that,
-    as after earlier corrections; validation samples too, as they may be training samples the next time.
+    ``LabelFile`` changes the labels of the original data set. So the file also contains all samples whose current label
+    differs from the original one, for example by earlier corrections. This includes validation samples, because another
+    split may use them for training.
 
     Args:
-        scores: of all training labels.
-        data: the data module that they are of.
-        count: how many to show, the most doubtful first.
+        scores: scores of all training labels.
+        data: the data module of these labels.
+        count: number of labels on the page, those most probably wrong first.
 
     Raises:
-        ValueError: where the samples are no images.
+        ValueError: if the samples are no images.
     """
     order = scores.order()[:count]
     indices = scores.index[order].tolist()
@@ -43,9 +44,9 @@ def correction_page(scores: LabelScores, data: Any, count: int) -> str:
             facts.insert(0, ("path", files[index]))
         rows.append(PageRow(cells(index), picture, facts, predicted, given, given if index in changed else None))
     return label_page(
-        "the most doubtful labels",
+        "the labels that are most probably wrong",
         rows,
-        # not "label": names of classes may be whole numbers other than their own
+        # the column is not "label", which holds class indices: a class name may be a number, but not its own index
         ["index", *([] if files is None else ["path"]), "class_name"],
         names,
         file_name="corrections.csv",

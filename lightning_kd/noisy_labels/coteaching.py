@@ -1,4 +1,4 @@
-"""Co-teaching: two networks choose the training samples for each other.
+"""Co-teaching: two networks that select training samples for each other.
 
 Bo Han, Quanming Yao, Xingrui Yu, Gang Niu, Miao Xu, Weihua Hu, Ivor Tsang, Masashi Sugiyama. Co-teaching: Robust
 Training of Deep Neural Networks with Extremely Noisy Labels. NeurIPS 2018, arXiv 1804.06872.
@@ -27,19 +27,19 @@ __all__ = ["CoTeaching", "LateLinearLR", "coteaching_losses", "forget_rate"]
 
 
 def forget_rate(epoch: int, noise_rate: float, ramp_epochs: int = 10, exponent: float = 1.0) -> float:
-    """The share of each batch that is dropped: rises from 0 to ``noise_rate^exponent``, then is ``noise_rate``.
+    """The share of each batch that is dropped in an epoch: it rises linearly from 0, then stays at ``noise_rate``.
 
     Args:
         epoch: counted from 0.
-        noise_rate: tau, at least 0 and below 1.
-        ramp_epochs: T_k, the epochs of the rise, at least 1.
-        exponent: c, above 0.
+        noise_rate: the share of wrong labels (tau in the paper), at least 0 and below 1.
+        ramp_epochs: number of epochs in which it rises (T_k), at least 1.
+        exponent: exponent of ``noise_rate`` during the rise (c), above 0.
 
     Returns:
         ``noise_rate^exponent * epoch / (ramp_epochs - 1)`` for epochs below ``ramp_epochs``, else ``noise_rate``.
 
     Raises:
-        ValueError: for an argument out of its range.
+        ValueError: if an argument is out of range.
 
     Source: arXiv 1804.06872, section 4, as in the paper's code.
     """
@@ -52,23 +52,23 @@ def forget_rate(epoch: int, noise_rate: float, ramp_epochs: int = 10, exponent: 
 
 
 def coteaching_losses(logits_1: Tensor, logits_2: Tensor, target: Tensor, forget_rate: float) -> tuple[Tensor, Tensor]:
-    """Each network's mean cross-entropy over the samples that the other one finds easiest.
+    """The mean cross-entropy of each network on the samples for which the other network has the smallest loss.
 
-    A network keeps its ``floor((1 - forget_rate) B)`` smallest losses, of equal ones the first. Selection has no
-    gradient. Where nothing is kept both losses are 0.
+    Each network selects the ``floor((1 - forget_rate) B)`` samples with its smallest losses (on ties the first). The
+    selection gets no gradient. If no sample is selected, both losses are 0.
 
     Args:
-        logits_1: ``[B, C]`` of the first network; half precision is computed in float32, float64 stays.
-        logits_2: ``[B, C]`` of the second.
+        logits_1: ``[B, C]``, logits of the first network; half precision is computed in float32, float64 stays.
+        logits_2: ``[B, C]``, logits of the second network.
         target: int64 ``[B]``.
-        forget_rate: the share that is dropped, in [0, 1].
+        forget_rate: the share of samples that are dropped, in [0, 1].
 
     Returns:
         ``(loss_1, loss_2)``, scalars.
 
     Raises:
-        ValueError: for logits of two shapes, ``forget_rate`` out of range, a target of another shape or dtype, and for
-            one out of range (which only a CPU is asked for).
+        ValueError: if the logits differ in shape, ``forget_rate`` is out of range, or the target has another shape or
+            dtype or is out of range (checked on a CPU only).
 
     Source: arXiv 1804.06872, algorithm 1.
     """
@@ -83,7 +83,7 @@ def coteaching_losses(logits_1: Tensor, logits_2: Tensor, target: Tensor, forget
 
 
 def _exchange(logits: Sequence[Tensor], target: Tensor, forget_rate: float) -> tuple[list[Tensor], list[Tensor]]:
-    """The losses of ``coteaching_losses``, and the positions that each network chose, int64 ``[n]``."""
+    """The losses of ``coteaching_losses``, and the positions that each network selected, int64 ``[n]``."""
     check_numbers(least=0, most=1, remedy="give the share to drop", forget_rate=forget_rate)
     kept = math.floor((1 - forget_rate) * len(target) + 1e-9)  # (1 - 0.9) * 10 is a little below 1
     each = [F.cross_entropy(z, target, reduction="none") for z in at_least_float32(*logits)]
@@ -92,16 +92,19 @@ def _exchange(logits: Sequence[Tensor], target: Tensor, forget_rate: float) -> t
 
 
 class CoTeaching(TwoNetworkTask):
-    """Co-teaching (Han et al., NeurIPS 2018, arXiv 1804.06872), algorithm 1.
+    """Co-teaching (Han et al., NeurIPS 2018, arXiv 1804.06872): two networks select training samples for each other.
 
-    Both networks see the same batches, and each learns from the samples that the other one finds easiest
-    (``coteaching_losses``), fewer from epoch to epoch (``forget_rate``, whose epoch 1 is the first that is trained, as
-    in the paper's code). A batch of which nothing is kept trains nothing. ``train/pure_ratio`` is the share of clean
-    labels among the kept samples, mean over batches and networks. The verdict of each epoch is by the networks' mean,
-    from the training steps.
+    Networks learn clean labels before wrong ones, so samples with a small loss are probably labelled correctly. Two
+    networks see the same batches. Each is trained on the samples for which the other network has the smallest loss, so
+    that it does not reinforce its own mistakes.
 
-    Predictions, ``val/acc`` and ``test/acc`` are by the sum of both networks' logits. The paper's code tests each
-    network by itself: for its tables see ``test/acc_1`` and ``test/acc_2``.
+    The share of dropped samples rises with the epochs (``forget_rate``; as in the paper's code the first epoch that is
+    trained counts as 1). A batch from which no sample is selected is skipped. ``train/pure_ratio`` is the share of
+    clean labels among the selected samples, mean over batches and networks. The label scores of each epoch come from
+    the mean logits of both networks in the training steps.
+
+    Predictions, ``val/acc`` and ``test/acc`` use the sum of both networks' logits. The paper's code tests each network
+    separately: compare its tables with ``test/acc_1`` and ``test/acc_2``.
 
     Several processes: each selects within its own batch.
 
@@ -109,11 +112,14 @@ class CoTeaching(TwoNetworkTask):
         network: see ``TwoNetworkTask``.
         num_classes: see ``Task``.
         input_shape: see ``Task``.
-        noise_rate: the share of wrong labels, known or guessed, at least 0 and below 1. Must be given.
-        ramp_epochs: epochs in which the dropped share rises (T_k in the paper).
-        exponent: c of ``forget_rate``.
+        noise_rate: the share of wrong labels, known or estimated, at least 0 and below 1. It must be given.
+        ramp_epochs: number of epochs in which the share of dropped samples rises (T_k in the paper).
+        exponent: exponent of ``noise_rate`` during the rise, see ``forget_rate``.
         kwargs: ``gradient_clip_val`` of ``TwoNetworkTask``; ``optimizer``, ``lr_scheduler``, ``lr_interval``,
             ``channels_last``, ``compile`` of ``Task``.
+
+    Raises:
+        ValueError: if ``noise_rate`` is not given, or an argument is out of range.
     """
 
     def __init__(
@@ -130,10 +136,10 @@ class CoTeaching(TwoNetworkTask):
         super().__init__(network, num_classes, input_shape=input_shape, **kwargs)
         if noise_rate is None:
             raise ValueError(
-                "noise_rate must be given, got None: Co-teaching drops this share of each batch, so say which share of "
-                "the labels is wrong, 0.2 if you do not know"
+                "noise_rate must be given, got None: Co-teaching drops this share of each batch, so give the share of "
+                "wrong labels, or 0.2 if you do not know it"
             )
-        forget_rate(0, noise_rate, ramp_epochs, exponent)  # checks them
+        forget_rate(0, noise_rate, ramp_epochs, exponent)  # checks the arguments
         self.noise_rate, self.ramp_epochs, self.exponent = noise_rate, ramp_epochs, exponent
         self.test_each = nn.ModuleList(
             MulticlassAccuracy(num_classes, average="micro", validate_args=False) for _ in range(2)
@@ -157,7 +163,7 @@ class CoTeaching(TwoNetworkTask):
 
     def steps_of_epoch(self) -> int | None:
         batches = super().steps_of_epoch()
-        return None if batches is None else 2 * batches  # both networks learn from each
+        return None if batches is None else 2 * batches  # both networks make a step for each batch
 
     def training_step(self, batch: Any, batch_idx: int) -> None:
         batch = as_batch(batch)
@@ -165,7 +171,7 @@ class CoTeaching(TwoNetworkTask):
         self.record_batch(batch, (logits[0] + logits[1]) / 2)
         rate = forget_rate(self.current_epoch + 1, self.noise_rate, self.ramp_epochs, self.exponent)
         losses, chosen = _exchange(logits, batch.target, rate)
-        if len(chosen[0]) == 0:  # on every process, as their batches are of one size
+        if len(chosen[0]) == 0:  # the same on every process, as their batches have one size
             return
         if "clean_target" in batch.extras:
             right = (batch.extras["clean_target"] == batch.target).float()
@@ -174,23 +180,24 @@ class CoTeaching(TwoNetworkTask):
             self.optimize(k, {"ce": loss}, logits[k], batch.target)
 
     def log_scores(self, *scores: LabelScores, without: Sequence[str] = ()) -> None:
-        super().log_scores(*scores, without=[*without, "pure_ratio"])  # that of the selection is logged instead
+        super().log_scores(*scores, without=[*without, "pure_ratio"])  # logged for the selected samples instead
 
 
 class LateLinearLR(TiedSchedule):
-    """A constant learning rate up to ``start_epoch``, then linear to 0 at ``epochs``, as in Co-teaching's code.
+    """A constant learning rate until ``start_epoch``, then linear decay to 0 at ``epochs``, as in Co-teaching's code.
 
     Args:
-        optimizer: whose rate is set.
-        start_epoch: the first epoch, counted from 0, that may have a lower rate.
-        epochs: of the run, above ``start_epoch``. Default: those of the training, see ``TiedSchedule``.
-        late_beta1: what Adam's first beta becomes at ``start_epoch``. Default: it stays.
+        optimizer: the optimizer whose learning rate is set.
+        start_epoch: the epoch, counted from 0, at which the decay starts.
+        epochs: number of epochs of the run, above ``start_epoch``. Default: taken from the Trainer, see
+            ``TiedSchedule``.
+        late_beta1: new value of Adam's first beta from ``start_epoch`` on. Default: unchanged.
         last_epoch: see ``torch.optim.lr_scheduler.LRScheduler``.
 
     Raises:
-        ValueError: if ``epochs`` is not above ``start_epoch``, and for an argument out of range.
+        ValueError: if ``epochs`` is not above ``start_epoch``, or an argument is out of range.
 
-    Source: arXiv 1804.06872, as in the paper's code: start 80, 200 epochs, beta1 0.1.
+    Source: arXiv 1804.06872, as in the paper's code: start_epoch 80, epochs 200, late_beta1 0.1.
     """
 
     length_name = "epochs"

@@ -1,4 +1,4 @@
-"""Plain cross-entropy on the given labels: what a method for noisy labels must beat."""
+"""Plain cross-entropy on the given labels: the baseline for methods for noisy labels."""
 
 from __future__ import annotations
 
@@ -12,9 +12,12 @@ __all__ = ["CrossEntropy"]
 
 
 class CrossEntropy(SingleNetworkTask):
-    """The baseline: cross-entropy that believes every label, with the loaders, logs and verdict of the other methods.
+    """Baseline for noisy labels: plain cross-entropy on the given labels.
 
-    Several processes: nothing but gradients is shared.
+    It trusts every label. Loaders, metrics and the report of label scores are those of the other methods, so that
+    results can be compared.
+
+    Several processes: only gradients are shared.
 
     Args:
         network: see ``SingleNetworkTask``.

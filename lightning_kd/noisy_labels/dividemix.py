@@ -1,4 +1,4 @@
-"""DivideMix: two networks divide the training set for each other and learn the rest semi-supervised.
+"""DivideMix: two networks split the training set for each other into clean and noisy labels.
 
 Junnan Li, Richard Socher, Steven C. H. Hoi. DivideMix: Learning with Noisy Labels as Semi-supervised Learning. ICLR
 2020, arXiv 2002.07394.
@@ -28,19 +28,25 @@ __all__ = ["DivideMix"]
 
 
 class DivideMix(TwoNetworkTask):
-    """DivideMix (Li et al., ICLR 2020, arXiv 2002.07394), algorithm 1: a split by loss, and MixMatch on its two parts.
+    """DivideMix (Li et al., ICLR 2020, arXiv 2002.07394), algorithm 1: split by loss, then semi-supervised training.
 
-    At the end of every epoch both networks score all labels (eval mode, no augmentation) by their loss, two Gaussians
-    are fitted to the scaled scores, and a label counts as clean where the posterior of the better one is above
-    ``threshold``. In the next epoch each network trains on the split made by the other: labels of the clean part are
-    refined by its own predictions, those of the rest guessed by both networks, and everything is mixed.
+    Labels with a small loss are probably right. After a warm-up, two networks repeatedly split the training set for
+    each other by loss. Samples with probably clean labels are trained on as labelled; the labels of the others are
+    ignored, and the samples are used as unlabelled.
 
-    A split with fewer than 2 clean or 2 other samples falls back to a warm-up epoch for that network; a clean part
-    smaller than a batch is one batch. Both are said in one line.
+    At the end of every epoch both networks compute the loss of all labels (eval mode, no augmentation). Two Gaussians
+    are fitted to the losses, scaled to [0, 1] and negated; a label counts as clean if the posterior of the Gaussian
+    with the smaller losses is above ``threshold``. In the next epoch each network is trained on the split by the other:
+    clean labels are refined with its own predictions, the labels of the other samples are guessed by both networks, and
+    all are mixed (MixMatch).
 
-    Predictions: sum of logits; probabilities: mean of the two softmaxes. Several processes: the pass over the training
-    set is shared and its result gathered by index, so that all have the same split; mixing weights and partners are
-    drawn for each process.
+    If a split has fewer than 2 clean or 2 other samples, the network gets a warm-up epoch instead. If there are fewer
+    clean samples than a batch, they form one batch. Both cases print a line.
+
+    Predictions use the sum of both networks' logits, probabilities are the mean of their softmax outputs.
+
+    Several processes: all compute the same split from gathered losses; mixing weights and partners are drawn per
+    process.
 
     Args:
         network: see ``TwoNetworkTask``.
@@ -48,23 +54,26 @@ class DivideMix(TwoNetworkTask):
         input_shape: see ``Task``.
         warmup_epochs: epochs of plain training at the start, at least 1; batches are twice ``data.batch_size``.
         lambda_u: weight of the unsupervised loss after its ramp.
-        ramp_epochs: length of that ramp after the warm-up. It rises with each step, by the share of the epoch's true
-            number of steps that is done; the official code divides by ``floor(n / B) + 1`` for ``n`` clean samples,
-            one step more where the batch size ``B`` divides ``n``.
-        temperature: of the sharpening.
-        threshold: labels with a larger clean probability are kept.
+        ramp_epochs: length of that ramp after the warm-up. It rises in each step, by the finished share of the epoch's
+            steps; the official code divides by ``floor(n / B) + 1`` for ``n`` clean samples, one step too many if the
+            batch size ``B`` divides ``n``.
+        temperature: temperature of the sharpening.
+        threshold: labels with a larger clean probability count as clean, in (0, 1).
         mixup_alpha: both parameters of the Beta distribution of the mixing weight.
-        labelled_anchors: mix only the labelled images with others, so that a step is half as large; where ``lambda_u``
-            is 0 (WebVision).
+        labelled_anchors: mix only the labelled images with others, so that a step is half as large; if ``lambda_u`` is
+            0 (WebVision).
         confidence_penalty: add the negative entropy of the predictions in the warm-up; for asymmetric and human noise.
-        loss_history: epochs over which the scaled scores are averaged before the split, beginning with those that the
-            first split is made of; 5 at 90 % symmetric noise.
-        clip: share of the scores cut off at either end before scaling, against outliers.
+        loss_history: number of epochs over which the scaled scores are averaged before the split, starting with those
+            for the first split; 5 at 90 % symmetric noise.
+        clip: share of the scores clipped at either end before scaling, against outliers, in [0, 0.5).
         kwargs: ``gradient_clip_val`` of ``TwoNetworkTask``; ``optimizer``, ``lr_scheduler``, ``lr_interval``,
             ``channels_last``, ``compile`` of ``Task``.
+
+    Raises:
+        ValueError: if an argument is out of range, or ``labelled_anchors`` is set with ``lambda_u`` above 0.
     """
 
-    #: leave out the last batch of either stream where it is smaller than the others
+    #: drop the last batch of a stream if it is smaller than the others
     drop_last = False
     views: tuple[str, ...] = ("weak", "weak")
 
@@ -104,43 +113,46 @@ class DivideMix(TwoNetworkTask):
         self.confidence_penalty = confidence_penalty
         self.loss_history = loss_history
         self.clip = clip
-        self.clean = self.add_sample_memory("clean_probability", (2,), fill=1.0)  # as each network sees it
+        self.clean = self.add_sample_memory("clean_probability", (2,), fill=1.0)  # one column per network
         if loss_history > 1:
             self.add_sample_memory("scores", (2, loss_history), fill=-1.0)  # scaled, latest first; -1: none yet
-        self._verdicts: list[LabelScores] = []
+        self._network_scores: list[LabelScores] = []
         self._history = torch.empty(0)
 
-    # -- what a method on the same machinery changes -----------------------------------------------------------------
+    # -- methods for subclasses to override --------------------------------------------------------------------------
 
     def warmup_terms(self, logits: Tensor, target: Tensor) -> dict[str, Tensor]:
-        """The loss of a warm-up step on ``[B, C]`` logits and given labels."""
+        """Loss terms of a warm-up step from logits ``[B, C]`` and given labels ``[B]``."""
         terms = {"warmup": F.cross_entropy(logits, target)}
         if self.confidence_penalty:
             terms["confidence"] = (logits.softmax(1) * logits.log_softmax(1)).sum(1).mean()
         return terms
 
     def sample_scores(self, logits: Tensor, target: Tensor) -> Tensor:
-        """What the labels are judged by, ``[B]``, larger for cleaner."""
+        """The scores ``[B]`` by which labels are split, larger for labels that are probably clean."""
         return -F.cross_entropy(logits, target, reduction="none")
 
     def split(self, scores: Tensor) -> tuple[Tensor, Mixture | None]:
-        """Clean probabilities ``[N]`` from scaled scores ``[N]``, and the mixture behind them."""
+        """Clean probabilities ``[N]`` from scaled scores ``[N]``, and the fitted mixture."""
         return split_scaled(scores)
 
     def mixed_logits(self, k: int, image: Tensor, second: bool) -> tuple[Tensor, Tensor]:
-        """Logits of network ``k`` for the supervised and (needed only if ``second``) for the unsupervised loss."""
+        """Logits of network ``k`` for the supervised and the unsupervised loss; ``second``: is the latter used."""
         logits = self.logits_of(k, image)
         return logits, logits
 
     def supervised_terms(self, logits: Tensor, target: Tensor, partner: Tensor, weight: float) -> dict[str, Tensor]:
-        """The loss on mixed labelled images: ``weight`` of ``target`` and the rest of ``partner``, both ``[n, C]``."""
+        """Loss terms on mixed labelled images.
+
+        Their label is ``weight * target + (1 - weight) * partner``, both ``[n, C]``.
+        """
         mixed = weight * target + (1 - weight) * partner
         return {"x": -(mixed * logits.log_softmax(1)).sum(1).mean()}
 
     def consistency_terms(
         self, k: int, logits: Tensor, images: Sequence[Tensor], partner: Tensor, share: float
     ) -> dict[str, Tensor]:
-        """Further loss terms on the other views of all samples, to be mixed as the first ones; here none."""
+        """Further loss terms on the other views of all samples, mixed like the first views; none here."""
         return {}
 
     # -- streams -----------------------------------------------------------------------------------------------------
@@ -153,15 +165,15 @@ class DivideMix(TwoNetworkTask):
         if self.current_epoch >= self.warmup_epochs:
             clean = self.clean.rows[:, 1 - k].cpu().numpy()[data.train_indices] > self.threshold
             labelled, unlabelled = data.train_indices[clean], data.train_indices[~clean]
-            # batch normalisation needs two samples on each process
+            # batch normalisation needs 2 samples on each process
             if min(len(labelled), len(unlabelled)) >= 2 * self.trainer.world_size:
                 if not 0.01 <= len(labelled) / len(data.train_indices) <= 0.99:
                     note(
-                        f"network {k + 1}: {len(labelled)} of {len(data.train_indices)} labels taken for clean, an "
+                        f"network {k + 1}: {len(labelled)} of {len(data.train_indices)} labels count as clean, an "
                         "extreme split: look at the margins (LabelPictures), or set clip"
                     )
                 elif len(labelled) < data.batch_size * self.trainer.world_size:
-                    note(f"network {k + 1}: only {len(labelled)} clean samples, taken as one batch")
+                    note(f"network {k + 1}: only {len(labelled)} labels count as clean, so they form one batch")
                 shared: dict[str, Any] = {"shuffle": True, "batch_size": data.batch_size, "views": self.views}
                 shared["drop_last"] = self.drop_last
                 return Phase(
@@ -169,13 +181,11 @@ class DivideMix(TwoNetworkTask):
                     data.loader("train", labelled, stream=stream, **shared),
                     data.loader("train", unlabelled, stream=f"{stream}_unlabelled", **shared),
                 )
-            note(
-                f"network {k + 1}: {len(labelled)} samples taken for clean, {len(unlabelled)} not: an epoch of warm-up"
-            )
+            note(f"network {k + 1}: {len(labelled)} labels count as clean, {len(unlabelled)} not: a warm-up epoch")
         return Phase(k, data.loader("train", shuffle=True, augment=True, batch_size=2 * data.batch_size, stream=stream))
 
     def steps_of_epoch(self) -> None:
-        """Not known in advance: the split decides."""
+        """Unknown in advance: it depends on the split."""
 
     def on_train_epoch_start(self) -> None:
         super().on_train_epoch_start()
@@ -192,7 +202,7 @@ class DivideMix(TwoNetworkTask):
     def semi_supervised_step(
         self, k: int, labelled: Batch, unlabelled: Batch, epoch: float
     ) -> tuple[dict[str, Tensor], Tensor, Tensor]:
-        """Guess, refine, mix and score; ``epoch`` may be fractional."""
+        """One step: guess labels, refine labels, mix, and compute the loss terms; ``epoch`` may be fractional."""
         x, u = labelled.image, unlabelled.image
         with torch.no_grad():
             guessed, refined = self.guess(k, u[:2]), self.refine(k, x[:2], labelled)
@@ -212,17 +222,17 @@ class DivideMix(TwoNetworkTask):
         return terms, logits[:count], target[:count].argmax(1)
 
     def guess(self, k: int, views: Sequence[Tensor]) -> Tensor:
-        """Sharpened mean prediction of both networks over the views, ``[B, C]``; network ``k`` is in train mode."""
+        """Guessed labels ``[B, C]``: sharpened mean prediction of both networks over the views; ``k`` in train mode."""
         own = sum(self.probabilities(self.logits_of(k, view)) for view in views)
         other = self.probabilities(self.partner_logits(k, torch.cat(list(views)))).unflatten(0, (len(views), -1))
         return sharpen((own + other.sum(0)) / (2 * len(views)), self.temperature)
 
     def partner_logits(self, k: int, image: Tensor) -> Tensor:
-        """Logits ``[B, C]`` of the network that guesses along with network ``k``, as it is now."""
+        """Logits ``[B, C]`` of the other network, which guesses labels together with network ``k``."""
         return self.logits_of(1 - k, image)
 
     def refine(self, k: int, views: Sequence[Tensor], labelled: Batch) -> Tensor:
-        """The given labels, weighted by their clean probability, mixed with the network's own prediction, sharpened."""
+        """Refined labels ``[B, C]``: clean probability times label plus the rest times own prediction, sharpened."""
         own = sum(self.probabilities(self.logits_of(k, view)) for view in views) / len(views)
         weight = self.clean.rows[labelled.index, 1 - k][:, None].to(own.dtype)  # type: ignore[union-attr]
         given = F.one_hot(labelled.target, self.num_classes).to(own.dtype)  # type: ignore[union-attr]
@@ -241,22 +251,22 @@ class DivideMix(TwoNetworkTask):
     def on_train_epoch_end(self) -> None:
         super().on_train_epoch_end()
         self.label_scores()
-        self.log_scores(*self._verdicts)
+        self.log_scores(*self._network_scores)
         device = self.clean.rows.device
-        index = self._verdicts[0].index.to(device)
-        self.clean.write(index, torch.stack([v.clean_probability for v in self._verdicts], 1).to(device))
+        index = self._network_scores[0].index.to(device)
+        self.clean.write(index, torch.stack([v.clean_probability for v in self._network_scores], 1).to(device))
         if self._keeps_history:
             self.memories["scores"].write(index, self._history.to(device))
 
     @property
     def _keeps_history(self) -> bool:
-        """Whether the scores now are averaged over epochs: the official code begins with those of the first split."""
+        """Whether scores are averaged over epochs by now; the official code starts with those for the first split."""
         return self.loss_history > 1 and self.current_epoch + 1 >= self.warmup_epochs
 
     def score_training_set(self) -> LabelScores:
-        """The verdict of both networks: mean margin and score, and the clean probability by these.
+        """Label scores from both networks: mean margin and mean score, and the clean probability from these.
 
-        Leaves that of each network, which the next epoch's split is made of, in ``self._verdicts``.
+        The scores of each network, from which the next epoch's splits are made, are stored in ``self._network_scores``.
         """
 
         def measure(batch: Batch) -> list[Tensor]:
@@ -270,15 +280,15 @@ class DivideMix(TwoNetworkTask):
         if self._keeps_history:
             units = self._averaged(index, units)
 
-        def verdict(predicted: Tensor, margin: Tensor, unit: Tensor) -> LabelScores:
+        def label_scores(predicted: Tensor, margin: Tensor, unit: Tensor) -> LabelScores:
             probability, mixture = self.trainer.strategy.broadcast(self.split(unit))
             return LabelScores(index, given, predicted, margin, unit, probability, mixture, known, self.threshold)
 
-        self._verdicts = [verdict(predicted[:, k], margin[:, k], unit) for k, unit in enumerate(units)]
-        return verdict(predicted[:, 2], margin.mean(1), unit_scores(units[0] + units[1]))
+        self._network_scores = [label_scores(predicted[:, k], margin[:, k], unit) for k, unit in enumerate(units)]
+        return label_scores(predicted[:, 2], margin.mean(1), unit_scores(units[0] + units[1]))
 
     def _averaged(self, index: Tensor, units: list[Tensor]) -> list[Tensor]:
-        """Each network's scaled scores, averaged with those of the epochs before."""
+        """The scaled scores of each network, averaged with those of earlier epochs."""
         memory = self.memories["scores"]
         latest = torch.stack(units, 1)[:, :, None].float()
         earlier = memory.rows[index.to(memory.rows.device)].cpu()[:, :, :-1]

@@ -1,4 +1,4 @@
-"""DPC: Dirichlet-based prediction calibration, and the large-margin split of the training set.
+"""DPC: calibrated predictions by a Dirichlet model, and a split of the training set by logit margin.
 
 Chen-Chen Zong, Ye-Wen Wang, Ming-Kun Xie, Sheng-Jun Huang. Dirichlet-Based Prediction Calibration for Learning with
 Noisy Labels. AAAI 2024, arXiv 2401.07062.
@@ -28,38 +28,45 @@ __all__ = ["DPC", "calibrated_softmax", "clean_probability", "dirichlet_kl", "di
 
 
 def evidence_mlp(features: int, hidden: int, num_classes: int) -> nn.Sequential:
-    """The second head."""
+    """The second head: an MLP from features ``[B, features]`` to logits ``[B, num_classes]``."""
     return nn.Sequential(nn.Linear(features, hidden), nn.ReLU(), nn.Dropout(0.5), nn.Linear(hidden, num_classes))
 
 
 class DPC(DivideMix):
-    """DPC (Zong et al., AAAI 2024, arXiv 2401.07062), algorithm 1: calibrated outputs, and a split by logit margin.
+    """DPC (Zong et al., AAAI 2024, arXiv 2401.07062), algorithm 1: calibrated predictions, split by logit margin.
 
-    DivideMix's machinery with calibrated softmax, an evidential loss and a second head.
-    The classifier of ``network`` is head 1: it learns from labels, guesses, splits and answers. Head 2, an MLP on the
-    feature that enters the classifier, takes the unsupervised loss alone. Probabilities are the mean of both networks'
-    calibrated softmax.
+    The method improves DivideMix, which splits the labels into clean and wrong ones and trains on the latter as
+    unlabelled. A network that has learnt wrong labels is overconfident, so the softmax is replaced by a calibrated one
+    with an evidential (Dirichlet) loss. Labels are split by the margin of their logit over the largest other logit,
+    instead of by their loss.
+
+    Each network has two heads. Head 1, the classifier of ``network``, learns from labels, guesses labels, computes the
+    margins and makes the predictions. Head 2, an MLP on the input feature of the classifier, is trained only with the
+    unsupervised loss. Probabilities are the mean of both networks' calibrated softmax outputs.
 
     Args:
-        network: see ``TwoNetworkTask``; its classifier is its last ``nn.Linear``, or the one named.
+        network: see ``TwoNetworkTask``; its classifier is the last ``nn.Linear``, or ``classifier``.
         num_classes: see ``Task``.
         input_shape: see ``Task``.
-        gamma: calibration constant. Default: 10 / C.
-        beta: weight of the divergence in the evidential loss.
-        split: ``"gmm"``: two Gaussians over the margins; ``"margin"``: the margins scaled to [0, 1] are the clean
-            probabilities; ``"auto"``: Gaussians where the excess kurtosis of the margins is at most
-            ``kurtosis_threshold``.
+        gamma: constant of the calibrated softmax, above 0. Default: ``10 / num_classes``.
+        beta: weight of the KL divergence in the evidential loss.
+        split: how clean probabilities are computed. ``"gmm"``: with two Gaussians fitted to the margins; ``"margin"``:
+            the margins scaled to [0, 1]; ``"auto"``: with Gaussians if the excess kurtosis of the margins is at most
+            ``kurtosis_threshold``, else the scaled margins.
         kurtosis_threshold: see ``split``.
-        strong_weight: weight of the consistency with two strongly augmented views (DPC*); 0 is without them.
-        heads: 2, or 1 to let head 1 take the unsupervised loss too. Where that loss has no weight, head 2 still decays
-            and moves by momentum, as in the official code.
-        head_width: hidden units of head 2.
-        classifier: module path of the classifier.
-        drop_last: leave out the last batch of either stream where it is smaller; ``False`` on WebVision.
-        partner_at_epoch_start: let network 1 guess for network 2 as it was before the epoch, as on WebVision, where
-            both are trained at once; by default as it is after its own pass.
-        kwargs: of ``DivideMix``: ``warmup_epochs``, ``lambda_u``, ``ramp_epochs``, ``temperature``, ``threshold``,
-            ``mixup_alpha``, ``confidence_penalty``, ``loss_history``, ``clip``; and those it takes.
+        strong_weight: weight of the consistency with two strongly augmented views (DPC*); 0 uses none.
+        heads: 2, or 1 to train head 1 with the unsupervised loss too. While that loss has weight 0, weight decay and
+            momentum still change head 2, as in the official code.
+        head_width: number of hidden units of head 2.
+        classifier: module path of the classifier. Default: the last ``nn.Linear``.
+        drop_last: drop the last batch of a stream if it is smaller than the others; ``False`` on WebVision.
+        partner_at_epoch_start: let network 1 guess labels for network 2 with its weights from before the epoch, as on
+            WebVision, where both are trained at once. Default: with those after its own pass.
+        kwargs: ``warmup_epochs``, ``lambda_u``, ``ramp_epochs``, ``temperature``, ``threshold``, ``mixup_alpha``,
+            ``confidence_penalty``, ``loss_history``, ``clip`` of ``DivideMix``, and the further arguments it takes.
+
+    Raises:
+        ValueError: if an argument is out of range, or ``strong_weight`` is set for samples that are no images.
     """
 
     def __init__(
@@ -100,7 +107,7 @@ class DPC(DivideMix):
         self.strong_weight = strong_weight
         self.drop_last = drop_last
         self.partner_at_epoch_start = partner_at_epoch_start
-        self._earlier: list[nn.Module] = []  # network 1 before the epoch; in a list, so that it is in no checkpoint
+        self._earlier: list[nn.Module] = []  # network 1 before the epoch; in a list, so that no checkpoint has it
         self._semi_supervised = False
         self.views = ("weak", "weak", "strong", "strong") if strong_weight else ("weak", "weak")
         found = [penultimate_tap(network, classifier) for network in self.networks] if heads == 2 else []
@@ -132,7 +139,7 @@ class DPC(DivideMix):
         return super().network_step(k, batch)
 
     def on_before_optimizer_step(self, optimizer: torch.optim.Optimizer) -> None:
-        if self._semi_supervised:  # a head whose loss has no weight has a gradient of 0, not none
+        if self._semi_supervised:  # a head whose loss has weight 0 must get a gradient of 0, not None
             for group in optimizer.param_groups:
                 for parameter in group["params"]:
                     if parameter.grad is None:
@@ -184,12 +191,12 @@ class DPC(DivideMix):
 
 
 def consistency_loss(logits: Tensor, reference: Tensor, gamma: float) -> Tensor:
-    """Mean KL divergence from the calibrated output of ``reference``, without gradient, to that of ``logits``.
+    """Mean KL divergence from the calibrated softmax of ``reference`` to that of ``logits``.
 
     Args:
-        logits: of the strong views, ``[B, C]``.
-        reference: of the weak views, ``[B, C]``; gets no gradient.
-        gamma: positive.
+        logits: ``[B, C]``, logits of the strong views.
+        reference: ``[B, C]``, logits of the weak views; gets no gradient.
+        gamma: constant of the calibrated softmax, above 0.
 
     Returns:
         Scalar.
@@ -202,7 +209,7 @@ def consistency_loss(logits: Tensor, reference: Tensor, gamma: float) -> Tensor:
 
 
 def excess_kurtosis(values: Tensor) -> float:
-    """Fourth central moment over the squared variance, minus 3; 0 for a Gaussian."""
+    """Fourth central moment divided by the squared variance, minus 3: 0 for a Gaussian."""
     centred = values.double() - values.double().mean()
     variance = centred.square().mean()
     return float(centred.pow(4).mean() / variance.square() - 3) if variance > 0 else 0.0

@@ -1,4 +1,4 @@
-"""Early exits: a small classifier on each stage of any network, to learn from what the whole network says."""
+"""Early exits: small classifiers on the stages of a network, which learn from the output of the whole network."""
 
 from __future__ import annotations
 
@@ -14,25 +14,30 @@ from lightning_kd.core.module_modes import eval_mode
 
 __all__ = ["find_stages"]
 
-# what networks here and in the libraries call their stages: layer1, block0, stages.2, features.5 ...
+# names of stages in this package, torchvision and timm: layer1, block0, stages.2, features.5 ...
 _STAGE = re.compile(r"(?P<family>(?:.+\.)?(?:layer|block|stage|layers\.|blocks\.|stages\.|features\.))(?P<number>\d+)")
 
 
 def find_stages(
     network: nn.Module, input_shape: Sequence[int], stages: Sequence[str] | None = None
 ) -> dict[str, tuple[int, int, int]]:
-    """The stages of a network and the shapes ``(C, H, W)`` of what they give, in order.
+    """The stages of a network in order, with the shapes ``(C, H, W)`` of their outputs.
 
-    Stages are numbered siblings (``layer1``, ``blocks.0`` ...); of those of one size only the last one is taken. Shapes
-    come from one forward pass on zeros in eval mode, which leaves the network as it was.
+    Stages are modules with the same name and a number (``layer1``, ``blocks.0`` ...). Of consecutive ones with the same
+    height and width only the last is a stage. Shapes come from one forward pass on zeros in eval mode, which does not
+    change the network.
 
     Args:
         network: any network.
-        input_shape: of one image ``(C, H, W)``.
-        stages: module paths to take instead, in order, the last stage included.
+        input_shape: shape of one image, ``(C, H, W)``.
+        stages: module paths to use instead, in order, including the last stage.
+
+    Returns:
+        shapes by module path.
 
     Raises:
-        ValueError: if none are found; for less than 2 names, an unknown one, or one that gives no ``[B, C, H, W]``.
+        ValueError: if no stages are found; if ``stages`` has fewer than 2 names, an unknown one, or one whose output is
+            not ``[B, C, H, W]``.
     """
     name = type(network).__name__
     known = dict(network.named_modules())
@@ -43,14 +48,14 @@ def find_stages(
             if path not in known:
                 children = [child for child, _ in network.named_children()]
                 raise ValueError(
-                    f"stages: no module {path!r} in {name}; it has {children[:12]} and what is inside them"
+                    f"stages: no module {path!r} in {name}; it has {children[:12]} and their submodules: name one"
                 )
         shapes = _output_shapes(network, stages, input_shape)
         for path in stages:
             if len(shapes.get(path, ())) != 3:
                 raise ValueError(
                     f"stages: {path!r} of {name} gives no feature map [B, C, H, W], but {shapes.get(path, 'nothing')}: "
-                    "name modules whose output is one"
+                    "name modules that give one"
                 )
         return {path: shapes[path] for path in stages}  # type: ignore[misc]
     families: dict[str, list[tuple[int, str]]] = {}
@@ -66,12 +71,12 @@ def find_stages(
             return dict(last)  # type: ignore[arg-type]
     raise ValueError(
         f"{name} has no stages that are found by name (layer1, block1, stages.0 ...), for inputs {tuple(input_shape)}: "
-        "name them in stages, the last one included, or take a convolutional network"
+        "list their module paths in stages, including the last one, or use a convolutional network"
     )
 
 
 def _output_shapes(network: nn.Module, paths: Sequence[str], input_shape: Sequence[int]) -> dict[str, tuple[int, ...]]:
-    """Shapes of the outputs of some modules, without the batch; no entry for what gives no tensor."""
+    """Shapes of the outputs of some modules, without the batch dimension; no entry if the output is no tensor."""
     shapes: dict[str, tuple[int, ...]] = {}
 
     def keep(path: str, output: object) -> None:
@@ -91,18 +96,18 @@ def _output_shapes(network: nn.Module, paths: Sequence[str], input_shape: Sequen
 
 
 class Exit(nn.Module):
-    """From a stage's map ``[B, in_channels, H, W]`` to logits ``[B, C]`` and a feature ``[B, features]``.
+    """A small classifier on a feature map ``[B, in_channels, H, W]``: logits ``[B, C]`` and feature ``[B, features]``.
 
     Args:
-        in_channels: of the map.
-        reduction: by what height and width shrink: kernel and stride of the middle convolution.
-        features: size of the feature, that of the network's own.
+        in_channels: number of channels of the map.
+        reduction: factors by which height and width shrink: kernel size and stride of the middle convolution.
+        features: length of the feature, equal to that of the network's pooled feature.
         num_classes: number of logits.
     """
 
     def __init__(self, in_channels: int, reduction: tuple[int, int], features: int, num_classes: int) -> None:
         super().__init__()
-        width = 128  # whatever the network
+        width = 128  # for every network
         self.body = nn.Sequential(
             *_conv_bn_relu(in_channels, width, (1, 1)),
             *_conv_bn_relu(width, width, reduction),
@@ -120,17 +125,17 @@ def _conv_bn_relu(in_channels: int, out_channels: int, size: tuple[int, int]) ->
 
 
 class Exits(nn.Module):
-    """An exit after each stage of a network but the last, fed by taps from the network's latest forward pass.
+    """An exit on each stage of a network except the last; inputs are taken from the network's latest forward pass.
 
     Args:
-        network: the network; not compiled yet.
-        features: size of its pooled feature.
+        network: the network, before compilation.
+        features: length of its pooled feature.
         num_classes: number of logits.
-        input_shape: of one image ``(C, H, W)``.
+        input_shape: shape of one image, ``(C, H, W)``.
         stages: see ``find_stages``.
 
     Attributes:
-        stages: module paths that the exits listen to.
+        stages: module paths of the stages with an exit.
     """
 
     def __init__(

@@ -31,19 +31,20 @@ __all__ = ["ELR", "ELRPlus", "elr_regularizer"]
 
 
 def elr_regularizer(logits: Tensor, memory_rows: Tensor) -> Tensor:
-    """``log(1 - <t, p>)``, mean over the batch; never positive, and lower the better prediction and memory agree.
+    """``log(1 - <t, p>)``, mean over the batch: at most 0, and lower the better prediction and memory agree.
 
-    ``p`` is the softmax, clamped to [1e-4, 1 - 1e-4], which bounds the logarithm. Gradient through ``p`` only.
+    ``p`` is the softmax of the logits, clamped to [1e-4, 1 - 1e-4] to bound the logarithm; ``t`` is the memory. Only
+    ``p`` gets gradient.
 
     Args:
         logits: ``[B, C]``; half precision is computed in float32, float64 stays.
-        memory_rows: ``t``, ``[B, C]``, what is remembered of each sample's predictions.
+        memory_rows: ``t``, ``[B, C]``, the moving average of each sample's earlier predictions; gets no gradient.
 
     Returns:
         Scalar.
 
     Raises:
-        ValueError: for other shapes.
+        ValueError: if the shapes differ.
 
     Source: arXiv 2007.00151, equation 6.
     """
@@ -62,7 +63,7 @@ def _clamped(logits: Tensor) -> Tensor:
 
 
 def _remember(memory: SampleMemory, index: Tensor, probabilities: Tensor, momentum: float) -> Tensor:
-    """Move the rows of ``index`` towards ``probabilities``, normalised, and return them: ``[B, C]``."""
+    """Move the memory rows of ``index`` towards the normalised ``probabilities``, and return them: ``[B, C]``."""
     seen = probabilities.detach()
     rows = momentum * memory.rows[index] + (1 - momentum) * seen / seen.sum(1, keepdim=True)
     memory.write(index, rows)
@@ -75,26 +76,31 @@ def _check(momentum: float, weight: float) -> None:
 
 
 def ramp(step: int, length: int) -> float:
-    """``exp(-5 (1 - step / length)^2)``, 1 from ``length`` on and where it is 0."""
+    """``exp(-5 (1 - step / length)^2)``, and 1 from step ``length`` on; always 1 if ``length`` is 0."""
     return math.exp(-5 * (1 - min(step / length, 1.0)) ** 2) if length else 1.0
 
 
 class ELR(SingleNetworkTask):
-    """Early-learning regularization (Liu et al., NeurIPS 2020, arXiv 2007.00151), equations 6 and 9.
+    """ELR (Liu et al., NeurIPS 2020, arXiv 2007.00151): a regulariser against learning wrong labels by heart.
 
-    A memory holds the moving average of each sample's predictions: of what the network believed before it learned the
-    wrong labels by heart. It is updated before it is used, and the regularizer pulls the prediction towards it.
+    Networks fit the clean labels first and memorise the wrong ones later. ELR keeps a moving average of the predictions
+    for each sample, which mostly comes from the early phase, and adds a regulariser that pulls the predictions towards
+    it (``elr_regularizer``; equations 6 and 9). In each step the average is updated first and then
+    used.
 
-    Several processes: a sample is on one process an epoch, and memories are put together at its end.
+    Several processes: a sample is on one process per epoch; the averages are exchanged at the end of the epoch.
 
     Args:
         network: see ``SingleNetworkTask``.
         num_classes: see ``Task``.
         input_shape: see ``Task``.
-        momentum: what stays of the memory at each visit (beta in the paper), at least 0 and below 1: 0.7 on CIFAR-10
+        momentum: weight of the old average in each update (beta in the paper), at least 0 and below 1: 0.7 on CIFAR-10
             with symmetric noise, 0.9 with asymmetric noise and on CIFAR-100.
-        weight: of the regularizer (lambda): 3, 1 and 7 in these cases.
+        weight: weight of the regulariser (lambda in the paper): 3, 1 and 7 in these three cases.
         kwargs: ``weights`` of ``SingleNetworkTask``, and the arguments of ``FineTunedTask`` and ``Task``.
+
+    Raises:
+        ValueError: if an argument is out of range.
     """
 
     def __init__(
@@ -118,36 +124,43 @@ class ELR(SingleNetworkTask):
 
 
 class ELRPlus(TwoNetworkTask):
-    """ELR+ (Liu et al., NeurIPS 2020, arXiv 2007.00151): two networks, averaged copies of both, and MixUp.
+    """ELR+ (Liu et al., NeurIPS 2020, arXiv 2007.00151): ELR with two networks, averaged copies of both, and MixUp.
 
-    In each epoch network 1 and then network 2 passes over the whole training set in an order of its own. A step of
-    network ``k`` puts the unmixed images through the averaged copy of the other network (no gradient) and updates the
-    memory of ``k`` with the result; network ``k`` learns from mixed images, labels and memory rows. Its copy follows
-    after each step: parameters by a moving average whose rate rises from near 0 to ``average_rate`` over
-    ``average_steps`` steps. As in the official code, the copies are in train mode while they are asked: they normalise
-    by the batch, and gather running statistics of their own, with which they are evaluated.
+    As in ``ELR`` a regulariser pulls the predictions towards a moving average of earlier predictions. Here that average
+    comes from the other network: from a copy of it with averaged weights, which makes fewer mistakes.
 
-    Predictions: mean of the logits of network 1 and of the averaged copy of network 2. The verdict logged each epoch
-    is by the averaged copies, on the augmented training images.
+    In each epoch network 1 and then network 2 passes over the whole training set, each in its own order. In a step of
+    network ``k`` the averaged copy of the other network predicts the unmixed images (without gradient), and the memory
+    of ``k`` is updated with the result. Network ``k`` is trained on mixed images, labels and memory rows. After each
+    step its copy is updated by a moving average whose rate rises from near 0 to ``average_rate`` over ``average_steps``
+    steps. As in the official code the copies predict in train mode: they normalise by the batch, and collect their own
+    running statistics, with which they are evaluated.
 
-    Several processes: mixing is drawn for each process; memories are put together at the end of each epoch.
+    Predictions use the mean of the logits of network 1 and of the averaged copy of network 2. The label scores logged
+    each epoch come from the averaged copies, on augmented training images.
+
+    Several processes: mixing is drawn per process; memories are exchanged at the end of each epoch.
 
     Args:
         network: see ``TwoNetworkTask``.
         num_classes: see ``Task``.
         input_shape: see ``Task``.
-        momentum: see ``ELR``: 0.7 on CIFAR-10, 0.9 on CIFAR-100.
-        weight: see ``ELR``: 3 on CIFAR-10, 7 on CIFAR-100.
-        ramp_steps: steps of a network over which the regularizer rises; 0 for all of it at once, 40000 on CIFAR-100.
-        refine_labels: multiply the mixed labels by the mixed memory rows and normalise them: on CIFAR-100.
+        momentum: see ``ELR``; 0.7 on CIFAR-10, 0.9 on CIFAR-100.
+        weight: see ``ELR``; 3 on CIFAR-10, 7 on CIFAR-100.
+        ramp_steps: number of steps of a network over which the weight of the regulariser rises; 0 for no ramp, 40000 on
+            CIFAR-100.
+        refine_labels: multiply the mixed labels by the mixed memory rows and normalise them; on CIFAR-100.
         mixup_alpha: both parameters of the Beta distribution of the mixing weight, above 0.
-        average_rate: what stays of the averaged copy at each step in the end, at least 0 and below 1.
-        average_steps: steps of a network over which that rate rises; 0 for all of it at once.
-        averages_in_train_mode: as the official code. ``False``: the copies answer in eval mode, take over the running
-            statistics of their networks at each step, and the rate after step ``s`` is that of the ramp at ``s``, not
-            at ``s + 1``.
+        average_rate: final weight of the old average in each update of the copies, at least 0 and below 1.
+        average_steps: number of steps of a network over which that weight rises; 0 for no ramp.
+        averages_in_train_mode: let the copies predict in train mode, as in the official code. ``False``: they predict
+            in eval mode and copy the running statistics of their networks after each step; the rate after step ``s`` is
+            that of the ramp at ``s``, not at ``s + 1``.
         kwargs: ``gradient_clip_val`` of ``TwoNetworkTask``; ``optimizer``, ``lr_scheduler``, ``lr_interval``,
             ``channels_last``, ``compile`` of ``Task``.
+
+    Raises:
+        ValueError: if an argument is out of range.
     """
 
     def __init__(
@@ -176,7 +189,7 @@ class ELRPlus(TwoNetworkTask):
         self.average_rate, self.average_steps = average_rate, average_steps
         self.averages_in_train_mode = averages_in_train_mode
         self.averages = nn.ModuleList(averaged_copy(net) for net in self.networks).train(averages_in_train_mode)
-        for k in range(2):  # not one of two columns: a sample's two passes may be on two processes
+        for k in range(2):  # two memories, not two columns of one: a sample's two passes may be on different processes
             self.add_sample_memory(f"predictions_{k + 1}", (num_classes,))
         self.steps_done = [0, 0]
 
@@ -191,7 +204,7 @@ class ELRPlus(TwoNetworkTask):
         if stage == "fit" and resting and resting == sum(not module.training for module in self.modules()):
             warnings.filterwarnings("ignore", f"Found {resting} module\\(s\\) in eval mode")
 
-    # -- answers -----------------------------------------------------------------------------------------------------
+    # -- predictions -------------------------------------------------------------------------------------------------
 
     def averaged_logits(self, k: int, image: Tensor) -> Tensor:
         """Logits ``[B, C]`` of the averaged copy of network ``k``, float32 or wider."""
@@ -237,7 +250,7 @@ class ELRPlus(TwoNetworkTask):
             rows = mix(rows, partner, weight)
             label = mix(F.one_hot(target, self.num_classes).to(rows.dtype), partner, weight)
             if self.refine_labels:
-                label = label * rows.clamp_min(1e-12)  # or a label whose rows are all 0 would be lost
+                label = label * rows.clamp_min(1e-12)  # a label whose rows are all 0 must not become NaN
                 label = label / label.sum(1, keepdim=True)
         logits = self.logits_of(k, mix(image, partner, weight))
         regularizer = ramp(self.steps_done[k] + 1, self.ramp_steps) * self.weight * elr_regularizer(logits, rows)

@@ -24,21 +24,22 @@ __all__ = ["GCE", "gce_loss"]
 
 
 def gce_loss(logits: Tensor, target: Tensor, q: float) -> Tensor:
-    """``(1 - p_y^q) / q``, mean over the batch: cross-entropy as ``q`` goes to 0, ``1 - p_y`` at ``q = 1``.
+    """``(1 - p_y^q) / q``, mean over the batch: between cross-entropy (``q`` towards 0) and ``1 - p_y`` (``q = 1``).
 
-    Its gradient is that of the cross-entropy times ``p_y^q``: the less a label is believed, the less it teaches.
+    ``p_y`` is the probability of the given label. The gradient is that of the cross-entropy times ``p_y^q``, so labels
+    that the network finds improbable, which are probably wrong, count less.
 
     Args:
         logits: ``[B, C]``; half precision is computed in float32, float64 stays.
         target: int64 ``[B]``.
-        q: above 0, at most 1.
+        q: exponent, above 0 and at most 1.
 
     Returns:
         Scalar.
 
     Raises:
-        ValueError: for ``q`` out of range, a target of another shape or dtype, and for one out of range (which only a
-            CPU is asked for).
+        ValueError: if ``q`` is out of range, or the target has another shape or dtype or is out of range (checked on a
+            CPU only).
 
     Source: arXiv 1805.07836, equation 6.
     """
@@ -51,28 +52,34 @@ def _gce_losses(logits: Tensor, target: Tensor, q: float) -> Tensor:
     check_target(logits, target)
     (logits,) = at_least_float32(logits)
     log_p = -F.cross_entropy(logits, target, reduction="none")
-    return -(q * log_p).expm1() / q  # from log p: a power of p has infinite slope where p is rounded to 0
+    return -(q * log_p).expm1() / q  # from log p, because the gradient of a power of p is infinite if p is rounded to 0
 
 
 class GCE(SingleNetworkTask):
-    """Generalized cross-entropy (Zhang and Sabuncu, NeurIPS 2018, arXiv 1805.07836), equations 6 and 9.
+    """Generalized cross-entropy (Zhang and Sabuncu, NeurIPS 2018, arXiv 1805.07836), plain or truncated.
 
-    With ``truncation=k`` every sample has an indicator ``w_i``, 1 at the start. At the start of epoch ``start_epoch``
-    and of every ``refresh_every``-th epoch after it, a pass over the training set (eval mode, no augmentation) sets it
-    to 1 where ``L_q(p_y) < L_q(k)``, else 0. The loss is the mean of ``w_i (L_q(p_y) - L_q(k))``, so it may be
-    negative, and a sample with ``w_i = 0`` teaches nothing. Indicators are kept in checkpoints.
+    A loss between cross-entropy and mean absolute error (``gce_loss``, equation 6). Labels that the network finds
+    improbable count less than in cross-entropy, so wrong labels do less harm.
 
-    Several processes: the pass is shared, and all have the same indicators.
+    With ``truncation=k`` (equation 9) labels with a probability of at most ``k`` are ignored: each sample has an
+    indicator ``w_i``, 1 at the start. At the start of epoch ``start_epoch``, and every ``refresh_every`` epochs after
+    it, a pass over the training set (eval mode, no augmentation) sets ``w_i`` to 1 if ``L_q(p_y) < L_q(k)``, else to 0.
+    The loss is the mean of ``w_i (L_q(p_y) - L_q(k))``, which may be negative. Checkpoints hold the indicators.
+
+    Several processes: they share the pass, and all have the same indicators.
 
     Args:
         network: see ``SingleNetworkTask``.
         num_classes: see ``Task``.
         input_shape: see ``Task``.
-        q: above 0, at most 1.
-        truncation: ``k``, above 0 and below 1; 0.5 in the paper. Default: the plain loss.
-        start_epoch: first epoch, counted from 0, with an indicator other than 1: 40 on CIFAR-10, 80 on CIFAR-100.
-        refresh_every: epochs between two passes.
+        q: exponent of ``gce_loss``, above 0 and at most 1.
+        truncation: ``k``, above 0 and below 1; 0.5 in the paper. Default: no truncation.
+        start_epoch: epoch, counted from 0, at which indicators are first computed: 40 on CIFAR-10, 80 on CIFAR-100.
+        refresh_every: number of epochs between two passes.
         kwargs: ``weights`` of ``SingleNetworkTask``, and the arguments of ``FineTunedTask`` and ``Task``.
+
+    Raises:
+        ValueError: if an argument is out of range.
     """
 
     def __init__(
@@ -107,7 +114,7 @@ class GCE(SingleNetworkTask):
     def on_train_start(self) -> None:
         super().on_train_start()
         if self.truncation is not None:
-            _ = self.data  # that there is none should not show only at start_epoch
+            _ = self.data  # fail now, not only at start_epoch, if there is no data module
 
     def on_train_epoch_start(self) -> None:
         super().on_train_epoch_start()
@@ -116,7 +123,7 @@ class GCE(SingleNetworkTask):
             self.refresh()
 
     def refresh(self) -> None:
-        """Set every sample's indicator by the network as it is; collective."""
+        """Compute the indicators of all samples with the current network; all processes must call it together."""
 
         def measure(batch: Batch) -> list[Tensor]:
             return [_gce_losses(self(batch.image), batch.target, self.q)]

@@ -1,4 +1,4 @@
-"""From logits to a verdict on each given label: margins, the mixture over them, and what is told about it."""
+"""From logits to label scores, which tell how probably each given label is right."""
 
 from __future__ import annotations
 
@@ -20,17 +20,17 @@ from lightning_kd.spreadsheet import csv_text
 
 
 def logit_margin(logits: Tensor, target: Tensor) -> Tensor:
-    """The logit of the given label minus the largest of the others: above 0 where the label is also the prediction.
+    """The logit of the given label minus the largest other logit, ``[B]``: above 0 if the label is predicted.
 
     Args:
-        logits: ``[B, C]``, at least 2 classes; half precision is computed in float32.
-        target: int64 ``[B]``.
+        logits: ``[B, C]`` with at least 2 classes; half precision is computed in float32.
+        target: int64 ``[B]``, the given labels.
 
     Returns:
         ``[B]``, float32 or float64.
 
     Raises:
-        ValueError: for other shapes or dtypes, and for labels out of range (which only a CPU is asked for).
+        ValueError: if a shape or dtype is another, or a label is out of range (checked on a CPU only).
 
     Source: DPC, arXiv 2401.07062, large-margin sample selection.
     """
@@ -42,14 +42,15 @@ def logit_margin(logits: Tensor, target: Tensor) -> Tensor:
 
 
 def unit_scores(scores: Tensor, clip: float = 0.0) -> Tensor:
-    """Scores ``[N]`` scaled to [0, 1] in float64; all 1 where they are all equal.
+    """Scores ``[N]`` scaled linearly to [0, 1], in float64; all 1 if they are equal.
 
     Args:
-        scores: finite ``[N]``.
-        clip: this share at either end is cut off first, so that outliers do not squeeze the rest together.
+        scores: ``[N]``, finite.
+        clip: share of the scores that is clipped at either end first, so that outliers do not squeeze the others
+            together.
 
     Raises:
-        ValueError: if there are none, one is not finite, or ``clip`` is not in [0, 0.5).
+        ValueError: if there is no score, one is not finite, or ``clip`` is not in [0, 0.5).
     """
     if scores.ndim != 1 or len(scores) == 0:
         raise ValueError(f"scores must be [N] with N above 0, got shape {tuple(scores.shape)}: give one a sample")
@@ -67,9 +68,9 @@ def unit_scores(scores: Tensor, clip: float = 0.0) -> Tensor:
 def split_scaled(
     unit: Tensor, max_iter: int = 10, tol: float = 1e-2, variance_floor: float = 5e-4
 ) -> tuple[Tensor, Mixture | None]:
-    """``clean_probability`` of scores scaled by ``min_max``, and the mixture behind it; none where all are equal."""
+    """``clean_probability`` of scaled scores ``[N]``, and the fitted mixture; ``None`` if all scores are equal."""
     if bool((unit == unit[0]).all()):
-        rank_zero_warn("all samples have the same score: every label is taken for clean")
+        rank_zero_warn("all samples have the same score: every label counts as clean")
         return torch.ones_like(unit), None
     mixture = fit_mixture(unit, 2, max_iter=max_iter, tol=tol, variance_floor=variance_floor)
     return mixture.posterior(unit)[:, 1], mixture
@@ -78,23 +79,24 @@ def split_scaled(
 def clean_probability(
     scores: Tensor, max_iter: int = 10, tol: float = 1e-2, variance_floor: float = 5e-4, clip: float = 0.0
 ) -> Tensor:
-    """How probably each label is clean: the posterior of the higher of two Gaussians fitted to the scaled scores.
+    """The probability that each label is clean: the posterior of the higher of two Gaussians fitted to the scores.
 
-    Not always monotone in the score: a wide low component can win again at the far end. Where all scores are equal
-    every label is taken for clean.
+    It is not always monotone in the score, because a wide lower Gaussian can win again at the upper end. If all scores
+    are equal, every label counts as clean.
 
     Args:
-        scores: ``[N]``, larger for cleaner: margins, or negative losses. Scaled to [0, 1] by their extremes.
-        max_iter: most EM steps.
-        tol: EM stops when the mean log-likelihood changes by less.
+        scores: ``[N]``, larger for cleaner labels: margins, or negative losses. They are scaled to [0, 1] first.
+        max_iter: largest number of EM steps.
+        tol: EM stops if the mean log-likelihood changes by less.
         variance_floor: added to each variance.
-        clip: share cut off at either end before scaling; one outlier can otherwise take the higher component alone.
+        clip: share of the scores that is clipped at either end before scaling; otherwise a single outlier can take up a
+            Gaussian alone.
 
     Returns:
         float64 ``[N]`` in [0, 1], on the CPU.
 
     Raises:
-        ValueError: for no scores, scores that are not finite, and a ``clip`` outside [0, 0.5).
+        ValueError: if there is no score, one is not finite, or ``clip`` is not in [0, 0.5).
 
     Source: DPC, arXiv 2401.07062; the same mixture on losses in DivideMix, arXiv 2002.07394, section 3.1.
     """
@@ -102,21 +104,21 @@ def clean_probability(
 
 
 class LabelScores(NamedTuple):
-    """What a method thinks of each training label; all on the CPU, sorted by index.
+    """Scores of the training labels from a method; all tensors are on the CPU and sorted by index.
 
     Attributes:
         index: int64 ``[n]``, positions in the training array.
-        given: int64 ``[n]``, the labels trained on.
-        predicted: int64 ``[n]``, what the network says.
-        margin: ``[n]``, the margin of the given label.
-        score: ``[n]`` in [0, 1], larger for cleaner: what the method judges by, scaled as its mixture sees it.
-        clean_probability: float64 ``[n]``.
-        mixture: over ``score``, behind the probabilities; ``None`` where there is none.
-        clean: int64 ``[n]``, the true labels where they are known.
-        threshold: labels with a larger clean probability are taken for clean.
+        given: int64 ``[n]``, the given labels.
+        predicted: int64 ``[n]``, the predicted classes.
+        margin: ``[n]``, logit of the given label minus the largest other logit.
+        score: ``[n]`` in [0, 1], the method's score, larger for cleaner labels, scaled as the mixture needs it.
+        clean_probability: float64 ``[n]``, the probability that the label is clean.
+        mixture: the mixture fitted to ``score``; ``None`` if the method uses none.
+        clean: int64 ``[n]``, the true labels; ``None`` if unknown.
+        threshold: labels with a larger clean probability count as clean.
     """
 
-    index: Tensor  # type: ignore[assignment]  # tuple.index gives way
+    index: Tensor  # type: ignore[assignment]  # replaces tuple.index
     given: Tensor
     predicted: Tensor
     margin: Tensor
@@ -127,7 +129,7 @@ class LabelScores(NamedTuple):
     threshold: float = 0.5
 
     def metrics(self) -> dict[str, float]:
-        """What is logged of them; more where the clean labels are known."""
+        """The metrics to log, by name; more if the true labels are known."""
         selected = self.clean_probability > self.threshold
         values = {"clean_fraction": float(selected.double().mean())}
         if self.mixture is not None:
@@ -142,16 +144,16 @@ class LabelScores(NamedTuple):
         return values
 
     def order(self) -> list[int]:
-        """Positions in these arrays, the labels that are most probably wrong first."""
+        """Positions in these tensors, sorted: labels that are most probably wrong first."""
         order: list[int] = np.lexsort((self.margin.numpy(), self.clean_probability.numpy())).tolist()
         return order
 
     def write(self, path: Path, file_names: list[str] | None = None) -> None:
-        """Write them as CSV, the labels that are most probably wrong first.
+        """Write a CSV file, labels that are most probably wrong first.
 
         Args:
-            path: the file.
-            file_names: of all training images, for one more column.
+            path: the file to write.
+            file_names: paths of all training images, for a column ``path``. Default: no such column.
         """
         extra = [] if file_names is None else ["path"]
         rows: list[list[Any]] = [["index", "given", "predicted", "clean_probability", "margin", *extra]]

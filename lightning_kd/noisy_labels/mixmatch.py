@@ -1,4 +1,4 @@
-"""What MixMatch does with guessed labels in DivideMix: sharpening, the penalty on the mean guess, the ramp."""
+"""Parts of MixMatch that DivideMix uses: sharpening, the penalty on the mean prediction, and the ramp."""
 
 from __future__ import annotations
 
@@ -11,14 +11,17 @@ __all__ = ["linear_ramp", "prior_penalty", "sharpen"]
 
 
 def sharpen(probabilities: Tensor, temperature: float) -> Tensor:
-    """``p^(1 / temperature)``, normalised again over classes.
+    """Sharpen probabilities: ``p^(1 / temperature)``, normalised over the classes.
 
     Args:
         probabilities: ``[B, C]``, non-negative.
-        temperature: positive; below 1 it sharpens.
+        temperature: above 0; below 1 the distribution becomes sharper.
 
     Returns:
-        ``[B, C]``.
+        ``[B, C]``, sum 1 over the classes.
+
+    Raises:
+        ValueError: if the shape is another, or ``temperature`` is not above 0.
 
     Source: arXiv 2002.07394, equation 7.
     """
@@ -29,10 +32,15 @@ def sharpen(probabilities: Tensor, temperature: float) -> Tensor:
 
 
 def prior_penalty(probabilities: Tensor) -> Tensor:
-    """``sum_c (1/C) log((1/C) / mean_i p_ic)``: how far the batch's mean prediction is from uniform, a scalar >= 0.
+    """KL divergence from the uniform distribution to the batch's mean prediction, a scalar of at least 0.
+
+    ``sum_c (1/C) log((1/C) / mean_i p_ic)``.
 
     Args:
         probabilities: ``[B, C]``; half precision is computed in float32.
+
+    Raises:
+        ValueError: if the shape is another.
 
     Source: arXiv 2002.07394, equation 11.
     """
@@ -44,5 +52,5 @@ def prior_penalty(probabilities: Tensor) -> Tensor:
 
 
 def linear_ramp(epoch: float, start: float, length: float) -> float:
-    """0 up to ``start``, then linear to 1 at ``start + length``; ``epoch`` may be fractional."""
+    """0 until ``start``, then linear to 1 at ``start + length``; ``epoch`` may be fractional."""
     return min(max((epoch - start) / length, 0.0), 1.0) if length > 0 else float(epoch >= start)

@@ -22,13 +22,13 @@ __all__ = ["Mixup", "mixup_loss"]
 
 
 def mixup_loss(logits: Tensor, target: Tensor, partner_target: Tensor, weight: float) -> Tensor:
-    """``weight`` times the cross-entropy with ``target``, and the rest with ``partner_target``.
+    """``weight`` times the cross-entropy with ``target``, plus ``1 - weight`` times that with ``partner_target``.
 
-    The same as the cross-entropy with the labels mixed in these parts.
+    This equals the cross-entropy with equally mixed labels.
 
     Args:
-        logits: ``[B, C]`` of the mixed images; half precision is computed in float32, float64 stays.
-        target: int64 ``[B]``.
+        logits: ``[B, C]``, logits of the mixed images; half precision is computed in float32, float64 stays.
+        target: int64 ``[B]``, labels of the first images.
         partner_target: int64 ``[B]``, labels of the images that were mixed in.
         weight: share of the first images, in [0, 1].
 
@@ -36,8 +36,8 @@ def mixup_loss(logits: Tensor, target: Tensor, partner_target: Tensor, weight: f
         Scalar, mean over the batch.
 
     Raises:
-        ValueError: for ``weight`` out of range, targets of another shape or dtype, and for ones out of range (which
-            only a CPU is asked for).
+        ValueError: if ``weight`` is out of range, or a target has another shape or dtype or is out of range (checked on
+            a CPU only).
 
     Source: arXiv 1710.09412, equation 1.
     """
@@ -49,18 +49,23 @@ def mixup_loss(logits: Tensor, target: Tensor, partner_target: Tensor, weight: f
 
 
 class Mixup(SingleNetworkTask):
-    """MixUp (Zhang et al., ICLR 2018, arXiv 1710.09412), equation 1, on the given labels.
+    """MixUp (Zhang et al., ICLR 2018, arXiv 1710.09412): train on mixtures of two images and of their labels.
 
-    One weight a batch. ``train/acc`` and the verdict of each epoch are about the dominant image of each pair.
+    Each image is replaced by a weighted mean with another image of the batch, and its label likewise (equation 1). This
+    makes it harder to learn wrong labels by heart. One mixing weight is drawn per batch. ``train/acc`` and the label
+    scores of each epoch refer to the image with the larger weight of each pair.
 
-    Several processes: weight and partners are drawn for each process, within its own batch.
+    Several processes: mixing weight and partners are drawn per process, within its batch.
 
     Args:
         network: see ``SingleNetworkTask``.
         num_classes: see ``Task``.
         input_shape: see ``Task``.
-        alpha: both parameters of the Beta distribution of the weight, above 0.
+        alpha: both parameters of the Beta distribution of the mixing weight, above 0.
         kwargs: ``weights`` of ``SingleNetworkTask``, and the arguments of ``FineTunedTask`` and ``Task``.
+
+    Raises:
+        ValueError: if ``alpha`` is not above 0.
     """
 
     def __init__(

@@ -1,4 +1,4 @@
-"""Negative learning: each image is told a class that it is not.
+"""Negative learning: the network learns for each image a class that it does not have.
 
 Youngdong Kim, Junho Yim, Juseung Yun, Junmo Kim. NLNL: Negative Learning for Noisy Labels. ICCV 2019, arXiv 1908.07387.
 """
@@ -21,21 +21,22 @@ __all__ = ["NegativeLearning", "negative_learning_loss"]
 
 
 def negative_learning_loss(logits: Tensor, complementary_target: Tensor, eps: float = 1e-5) -> Tensor:
-    """``-log(1 - p_k)`` with ``1 - p_k`` clamped to at least ``eps``, mean over samples and complementary classes.
+    """``-log(1 - p_k)`` of the complementary classes ``k``, mean over samples and complementary classes.
 
-    ``lightning_kd.core.losses.negative_learning_loss`` with the clamp of the paper's code: the loss is at most
-    ``-log(eps)``, and a sample beyond that has no gradient.
+    ``1 - p_k`` is clamped to at least ``eps``, as in the paper's code: the loss is at most ``-log(eps)``, and clamped
+    samples have no gradient. See also ``lightning_kd.core.losses.negative_learning_loss``.
 
     Args:
         logits: ``[B, C]``; half precision is computed in float32, float64 stays.
-        complementary_target: int64 ``[B]``, or ``[B, M]`` for several classes of each sample, repeats counted.
-        eps: in [0, 1); 0 for the exact loss.
+        complementary_target: int64 ``[B]``, or ``[B, M]`` for several classes per sample; repeated classes count
+            repeatedly.
+        eps: lower bound of ``1 - p_k``, in [0, 1); 0 for no clamping.
 
     Returns:
         Scalar.
 
     Raises:
-        ValueError: for another shape or dtype, an empty batch, or ``eps`` out of range.
+        ValueError: if a shape or dtype is another, the batch is empty, or ``eps`` is out of range.
 
     Source: arXiv 1908.07387, equation 2.
     """
@@ -43,23 +44,29 @@ def negative_learning_loss(logits: Tensor, complementary_target: Tensor, eps: fl
 
 
 class NegativeLearning(SingleNetworkTask):
-    """The first stage of NLNL (Kim et al., ICCV 2019, arXiv 1908.07387): negative learning alone.
+    """Negative learning, the first stage of NLNL (Kim et al., ICCV 2019, arXiv 1908.07387).
 
-    In each step every image gets fresh complementary classes, uniform among those other than its given label and drawn
-    with replacement. A wrong label seldom makes such a class wrong. The selective stages and the pseudo-labels of the
-    paper are left out.
+    Instead of "this image has this class" the network learns "this image does not have that class", for a random class
+    other than the given label (a complementary class). If the given label is wrong, a random other class is still
+    almost always truly absent.
 
-    Several processes: complementary classes are drawn for each process.
+    Complementary classes are drawn anew in each step, uniformly and with replacement. The later stages of the paper
+    (selective negative learning, selective positive learning, pseudo-labels) are not part of this class.
+
+    Several processes: complementary classes are drawn per process.
 
     Args:
         network: see ``SingleNetworkTask``.
         num_classes: see ``Task``.
         input_shape: see ``Task``.
-        complementary_labels: classes drawn for each image: 1 with 10 classes, about 110 with 100.
-        balanced: weight each sample by (size of the largest class) / (size of its own), by given labels, as the paper's
-            code does. Needs a data module of this package.
+        complementary_labels: number of classes drawn per image: 1 with 10 classes, about 110 with 100.
+        balanced: weight each sample by the size of the largest class divided by the size of its own class, counted by
+            given labels, as in the paper's code. It needs a data module of this package.
         eps: see ``negative_learning_loss``.
         kwargs: ``weights`` of ``SingleNetworkTask``, and the arguments of ``FineTunedTask`` and ``Task``.
+
+    Raises:
+        ValueError: if an argument is out of range.
     """
 
     def __init__(
@@ -83,7 +90,7 @@ class NegativeLearning(SingleNetworkTask):
         super().on_train_start()
         if self.balanced:
             given = self.data.train_target[torch.from_numpy(self.data.train_indices)]
-            count = given.bincount(minlength=self.num_classes).clamp_min(1)  # an absent class is never looked up
+            count = given.bincount(minlength=self.num_classes).clamp_min(1)  # weights of absent classes are not used
             self._class_weight = (count.max() / count).to(self.device, torch.float32)
 
     def on_train_epoch_start(self) -> None:
@@ -97,6 +104,6 @@ class NegativeLearning(SingleNetworkTask):
 
 
 def draw_complementary(target: Tensor, num_classes: int, count: int, generator: np.random.Generator) -> Tensor:
-    """``count`` classes for each sample that are not its label, uniform and with replacement: int64 ``[B, count]``."""
+    """Draw ``count`` classes per sample other than its label, uniformly and with replacement: int64 ``[B, count]``."""
     step = torch.from_numpy(generator.integers(1, num_classes, (len(target), count))).to(target.device)
     return (target[:, None] + step) % num_classes

@@ -1,4 +1,4 @@
-"""What the methods for noisy labels share: memories by index, a verdict on every training label, and its report."""
+"""The base of the methods for noisy labels: label scores of the training set, their metrics, and the report."""
 
 from __future__ import annotations
 
@@ -27,28 +27,32 @@ __all__ = ["NoisyLabelTask", "SingleNetworkTask"]
 
 
 class NoisyLabelTask(SampleMemories, Task, ABC):
-    """A method that trains on labels of which some are wrong, and says which.
+    """Base of methods that train on noisy labels and estimate which labels are wrong.
 
-    Logged each epoch: ``train/clean_fraction`` (labels taken for clean), means and weights of the mixture behind it,
-    and, where the data module knows the clean labels, ``train/clean_precision``, ``clean_recall``, ``clean_auc``,
-    ``pure_ratio`` (clean labels among those kept), ``memorised_wrong`` and ``fitted_clean`` (accuracy on the given
-    labels of wrongly and of correctly labelled samples). Clean labels are used for nothing else.
+    The estimate is a clean probability of each training label: the probability that the label is right. Unless the
+    method has its own, it is the posterior of the higher of two Gaussians that are fitted to the margins (logit of the
+    given label minus the largest other logit).
 
-    After ``fit`` the run folder holds ``noisy_labels.csv``: index, given, predicted, clean_probability and margin of
-    every training sample, the labels that are most probably wrong first. A clean probability is the posterior of the
-    higher of two Gaussians over the margins, unless the method has its own. ``noisy_labels.html`` shows the first of
-    them, for a person to correct.
+    Logged each epoch: ``train/clean_fraction`` (share of labels that count as clean) and means and weights of the two
+    Gaussians. If the data module knows the true labels, also ``train/clean_precision``, ``train/clean_recall``,
+    ``train/clean_auc``, ``train/pure_ratio`` (share of clean labels among those that count as clean),
+    ``train/memorised_wrong`` and ``train/fitted_clean`` (accuracy on the given labels of wrongly and of correctly
+    labelled samples). True labels are used for nothing else.
 
-    Several processes: what is known of the samples is gathered by index and judged once.
+    After ``fit`` the run folder holds ``noisy_labels.csv``: index, given label, predicted class, clean probability and
+    margin of every training sample, those most probably wrong first. ``noisy_labels.html`` shows the first of them on a
+    page where a person can correct them.
+
+    Several processes: values of the samples are gathered by index, and label scores are computed once.
 
     Args:
         num_classes: see ``Task``.
         input_shape: see ``Task``.
-        label_page: how many labels ``noisy_labels.html`` shows, 0 for no such page.
+        label_page: number of labels in ``noisy_labels.html``; 0 for no page.
         kwargs: ``optimizer``, ``lr_scheduler``, ``lr_interval``, ``channels_last``, ``compile`` of ``Task``.
 
     Raises:
-        ValueError: where an argument is out of range.
+        ValueError: if an argument is out of range.
     """
 
     needs_index = False
@@ -59,23 +63,26 @@ class NoisyLabelTask(SampleMemories, Task, ABC):
         super().__init__(num_classes, input_shape=input_shape, **kwargs)
         check_numbers(least=0, whole=True, remedy="give 0 for no page", label_page=label_page)
         self.label_page = label_page
-        self._judged: tuple[int, LabelScores] | None = None
+        self._cached_scores: tuple[int, LabelScores] | None = None
         self._seen: dict[int, list[tuple[Tensor, ...]]] = {}
 
     def on_train_start(self) -> None:
         super().on_train_start()
-        self._judged = None  # a second fit may have other labels
+        self._cached_scores = None  # a second fit may use other labels
 
-    # -- the verdict -------------------------------------------------------------------------------------------------
+    # -- label scores ------------------------------------------------------------------------------------------------
 
     def over_training_set(self, measure: Callable[[Batch], Sequence[Tensor]]) -> tuple[Tensor, ...]:
-        """``measure`` on every training sample, in eval mode and without augmentation.
+        """Apply ``measure`` to every training sample, in eval mode and without augmentation.
+
+        All processes must call it together.
 
         Args:
-            measure: from a batch on the device to tensors ``[B, ...]``.
+            measure: function from a batch on the device to tensors ``[B, ...]``.
 
         Returns:
-            ``(index, given, clean or -1, *measured)`` of all processes, sorted by index, on the CPU.
+            ``(index, given, clean, *measured)`` of all processes, sorted by index, on the CPU; ``clean`` is -1 where
+                the true label is unknown.
         """
 
         def with_labels(batch: Batch) -> tuple[Tensor, ...]:
@@ -85,16 +92,16 @@ class NoisyLabelTask(SampleMemories, Task, ABC):
         return ordered_pass(self, self.data.loader("train"), with_labels)
 
     def label_scores(self) -> LabelScores:
-        """The verdict of the network as it is, from one ordered pass over the training set; collective.
+        """Label scores of the current network, from one pass over the training set.
 
-        Asked again before the next step, it gives the same.
+        All processes must call it together. The result is cached until the next training step.
         """
-        if self._judged is None or self._judged[0] != self.trainer.global_step:
-            self._judged = (self.trainer.global_step, self.score_training_set())
-        return self._judged[1]
+        if self._cached_scores is None or self._cached_scores[0] != self.trainer.global_step:
+            self._cached_scores = (self.trainer.global_step, self.score_training_set())
+        return self._cached_scores[1]
 
     def score_training_set(self) -> LabelScores:
-        """``label_scores`` anew; by default from the margins of ``answer``."""
+        """Compute ``label_scores``; by default from the margins of the predictions."""
 
         def measure(batch: Batch) -> tuple[Tensor, Tensor]:
             scores, _ = self.scores_and_probabilities(batch.image)
@@ -106,14 +113,17 @@ class NoisyLabelTask(SampleMemories, Task, ABC):
     def score_labels(
         self, index: Tensor, given: Tensor, clean: Tensor, margin: Tensor, predicted: Tensor
     ) -> LabelScores:
-        """The verdict from margins; ``clean`` is -1 where it is not known."""
+        """Label scores from margins; ``clean`` is -1 where the true label is unknown."""
         unit = unit_scores(margin)
         probability, mixture = split_scaled(unit)
         known = clean if bool((clean >= 0).all()) else None
         return LabelScores(index, given, predicted, margin, unit, probability, mixture, known)
 
     def record_batch(self, batch: Batch, logits: Tensor, network: int = 0) -> None:
-        """Keep margin and prediction of a training batch for the verdict (one of each network) logged this epoch."""
+        """Store margins and predictions of a training batch for the label scores that are logged after the epoch.
+
+        Each ``network`` has its own label scores.
+        """
         if batch.index is not None and not second_pass():
             with torch.no_grad():
                 clean = batch.extras.get("clean_target", torch.full_like(batch.target, -1))
@@ -133,7 +143,7 @@ class NoisyLabelTask(SampleMemories, Task, ABC):
             self.log_scores(*(self.score_labels(*gather_by_index(*columns)) for columns in parts))
 
     def log_scores(self, *scores: LabelScores, without: Sequence[str] = ()) -> None:
-        """Log what the verdicts say but for ``without``, averaged where there are several (one a network)."""
+        """Log the metrics of label scores except ``without``; the mean if there are several, one per network."""
         every = [s.metrics() for s in scores]
         names = [name for name in every[0] if name not in without and all(name in values for values in every)]
         self.log_dict({f"train/{name}": sum(values[name] for values in every) / len(every) for name in names})
@@ -141,7 +151,7 @@ class NoisyLabelTask(SampleMemories, Task, ABC):
     def write_results(self, folder: Path) -> None:
         data: Any = getattr(self.trainer, "datamodule", None)
         if not hasattr(data, "train_indices"):
-            return  # a user's own loader has no order to go through
+            return  # a plain loader has no order of the samples
         scores = self.label_scores()
         if self.trainer.is_global_zero:
             files = data.train_image if isinstance(data.train_image, list) else None
@@ -151,17 +161,19 @@ class NoisyLabelTask(SampleMemories, Task, ABC):
 
 
 class SingleNetworkTask(NoisyLabelTask, FineTunedTask, ABC):
-    """Train one network with a loss of its own. Your method is a subclass with one method::
+    """Base of methods that train one network on noisy labels with their own loss.
+
+    Your method is a subclass with one method::
 
         class Mine(SingleNetworkTask):
             def noisy_loss(self, logits, batch):
                 return my_loss(logits, batch.target)
 
-    The verdict that is logged each epoch comes from the training steps themselves (margins in train mode, on augmented
-    images), at no cost; that in ``noisy_labels.csv`` from a pass at the end.
+    The label scores logged each epoch come from the training steps themselves (margins in train mode, on augmented
+    images), at no cost; those in ``noisy_labels.csv`` come from a pass after training.
 
     Args:
-        network: a network's name (``lightning-kd list``) or any ``nn.Module`` that gives logits ``[B, C]``.
+        network: name of a network (``lightning-kd list``) or any ``nn.Module`` that returns logits ``[B, C]``.
         num_classes: see ``Task``.
         input_shape: see ``Task``.
         weights: checkpoint or ``state_dict`` file to start from; ``"default"`` for the published weights of a ``timm/``
@@ -191,11 +203,11 @@ class SingleNetworkTask(NoisyLabelTask, FineTunedTask, ABC):
 
     @abstractmethod
     def noisy_loss(self, logits: Tensor, batch: Batch) -> Tensor | dict[str, Tensor]:
-        """The loss, a scalar, or its terms by name.
+        """The loss of a batch: a scalar, or its terms by name.
 
         Args:
             logits: float32 ``[B, C]``, with graph.
-            batch: its ``target`` are the given labels.
+            batch: the batch; ``target`` are the given labels.
         """
 
     def training_step(self, batch: Any, batch_idx: int) -> Tensor:

@@ -1,4 +1,4 @@
-"""The trained numbers of each sample and class that stand for its wrong label: their start and their steps."""
+"""BLDR's trained values of each sample and class that absorb wrong labels: initialisation and update."""
 
 from __future__ import annotations
 
@@ -13,21 +13,21 @@ from lightning_kd.noisy_labels.bldr_losses import update_rows
 
 
 def start_rows(memory: SampleMemory, generator: np.random.Generator, strategy: Any) -> None:
-    """Fill the rows with numbers near 0.
+    """Initialise the rows with random numbers near 0.
 
     Args:
-        memory: holds them.
-        generator: draws them.
-        strategy: of the Trainer.
+        memory: memory of the rows.
+        generator: source of the random numbers.
+        strategy: strategy of the Trainer.
     """
     rows = memory.rows
-    # in float64 on the CPU: the same on every device; from rank 0: the same on all
+    # drawn in float64 on the CPU, for the same values on every device, and sent from rank 0 to all processes
     start = torch.from_numpy(generator.standard_normal(tuple(rows.shape)) * 1e-8)
     rows.copy_(strategy.broadcast(start))
 
 
 def check_rows(count: int, num_classes: int, index: Tensor, target: Tensor) -> None:
-    """Raise a ``ValueError`` where a batch has an index beyond ``count`` rows, or a target beyond the classes."""
+    """Raise ``ValueError`` if an index of a batch is not below ``count``, or a target is not below ``num_classes``."""
     for name, values, end in (("index", index, count), ("target", target, num_classes)):
         low, high = int(values.min()), int(values.max())
         if low < 0 or high >= end:
@@ -35,18 +35,18 @@ def check_rows(count: int, num_classes: int, index: Tensor, target: Tensor) -> N
 
 
 def descend_rows(memory: SampleMemory, index: Tensor, rows: Tensor, lr: float, trainer: Any) -> None:
-    """A step of gradient descent, after the backward pass of a mean loss of this process's batch.
+    """One step of gradient descent on the rows, after the backward pass of a loss that is a mean over the batch.
 
     Args:
-        memory: holds the rows of all samples.
+        memory: memory with the rows of all samples.
         index: int64 ``[B]``, the samples of the batch.
-        rows: ``[B, C]``, what the loss was computed from; without gradient nothing is done.
+        rows: ``[B, C]``, the tensor in the loss; without gradient nothing is done.
         lr: learning rate.
-        trainer: whose scaler and number of processes are taken out of the gradient.
+        trainer: the Trainer; the gradient is divided by its loss scale and number of processes.
     """
     if rows.grad is None:
         return
-    # the loss is scaled in 16-mixed, and a mean over this process's batch alone
+    # undo the loss scale of 16-mixed, and turn the mean over this process's batch into one over the joint batch
     scaler = getattr(trainer.precision_plugin, "scaler", None)
     scale = torch.tensor(float(trainer.world_size), device=rows.device)
     scale = scale if scaler is None else scaler.scale(scale)

@@ -24,26 +24,27 @@ LOG_ZERO = math.log(1e-4)
 
 
 def sce_loss(logits: Tensor, target: Tensor, alpha: float, beta: float, log_zero: float = LOG_ZERO) -> Tensor:
-    """``alpha`` times the cross-entropy plus ``beta`` times the reverse one, which swaps label and prediction.
+    """``alpha`` times the cross-entropy plus ``beta`` times the reverse cross-entropy, mean over the batch.
 
-    The reverse cross-entropy is ``-log_zero`` times the probability outside the given label: at most ``-log_zero``
-    (up to rounding), so a wrong label has bounded influence on it. Probabilities are clamped to at least 1e-7, below
-    which they have no gradient.
+    The reverse cross-entropy exchanges label and prediction. With the logarithm of 0 replaced by ``log_zero``, it
+    equals ``-log_zero`` times the total probability of all classes but the given label. It is at most ``-log_zero`` (up
+    to rounding), so a wrong label has bounded influence. Probabilities are clamped to at least 1e-7; clamped ones have
+    no gradient.
 
     Args:
         logits: ``[B, C]``; half precision is computed in float32, float64 stays.
         target: int64 ``[B]``.
-        alpha: weight of the cross-entropy, 0 or more.
-        beta: weight of the reverse cross-entropy, 0 or more.
-        log_zero: what the logarithm of a label's zeros is taken for (``A`` in the paper, where it is -4), below 0.
-            Default: ``ln 1e-4`` = -9.2103.
+        alpha: weight of the cross-entropy, at least 0.
+        beta: weight of the reverse cross-entropy, at least 0.
+        log_zero: value that replaces the logarithm of 0 (``A`` in the paper, there -4), below 0. Default: ``ln 1e-4`` =
+            -9.2103.
 
     Returns:
         Scalar, mean over the batch.
 
     Raises:
-        ValueError: for a negative weight, ``log_zero`` that is not below 0, a target of another shape or dtype, and for
-            one out of range (which only a CPU is asked for).
+        ValueError: if a weight is negative, ``log_zero`` is not below 0, or the target has another shape or dtype or is
+            out of range (checked on a CPU only).
 
     Source: arXiv 1908.06112, equations 5 to 7.
     """
@@ -62,7 +63,10 @@ def _check(alpha: float, beta: float, log_zero: float) -> None:
 class SCE(SingleNetworkTask):
     """Symmetric cross-entropy (Wang et al., ICCV 2019, arXiv 1908.06112), equation 7.
 
-    Several processes: nothing but gradients is shared.
+    The loss is the cross-entropy plus the reverse cross-entropy, in which label and prediction change places. The
+    second part is bounded, so wrong labels do less harm (see ``sce_loss``).
+
+    Several processes: only gradients are shared.
 
     Args:
         network: see ``SingleNetworkTask``.
@@ -72,6 +76,9 @@ class SCE(SingleNetworkTask):
         beta: weight of the reverse cross-entropy.
         log_zero: see ``sce_loss``.
         kwargs: ``weights`` of ``SingleNetworkTask``, and the arguments of ``FineTunedTask`` and ``Task``.
+
+    Raises:
+        ValueError: if an argument is out of range.
     """
 
     def __init__(

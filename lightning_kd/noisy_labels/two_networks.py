@@ -1,4 +1,4 @@
-"""The base of the methods that train two networks, which judge the labels for each other."""
+"""The base of the methods that train two networks, each of which scores the labels for the other."""
 
 from __future__ import annotations
 
@@ -26,26 +26,31 @@ __all__ = ["TwoNetworkTask"]
 
 
 class TwoNetworkTask(NoisyLabelTask, ABC):
-    """Two networks of one architecture with different starts, each with its own optimizer and scheduler.
+    """Base of methods that train two networks of one architecture, each with its own optimizer and scheduler.
 
-    In every epoch each network in turn makes a pass over its own stream (``phases``); a step trains one of them
-    (``network_step``). Predictions are by the sum of both networks' logits, probabilities the mean of theirs.
+    The networks start from different random weights. In every epoch each network in turn passes over its own data
+    stream (``phases``); a step trains one of them (``network_step``). Predictions use the sum of both networks' logits,
+    probabilities are the mean of theirs.
 
-    The optimization is manual: clip with ``gradient_clip_val`` here, not in the Trainer; accumulation is refused.
-    Schedulers step as ``lr_interval`` says, a network's own steps counting; precision plugins work as ever. With
-    ``limit_train_batches`` or ``fast_dev_run`` the networks take turns step by step, so that both are trained;
-    ``overfit_batches`` is refused.
+    Optimization is manual. Clip gradients with ``gradient_clip_val`` here, not in the Trainer; gradient accumulation
+    and ``overfit_batches`` are refused. Schedulers step as ``lr_interval`` says, counting a network's own steps;
+    precision plugins work as usual. With ``limit_train_batches`` or ``fast_dev_run`` the networks take turns step by
+    step, so that both are trained.
 
-    Several processes: batches are shared out, gradients are averaged over the processes after each backward pass
-    (also those that DDP would miss, as one network at a time is trained), the number of steps is the same on all.
+    Several processes: each has its part of the batches, and gradients are averaged over the processes after each
+    backward pass. All processes make the same number of steps.
 
     Args:
-        network: a network's name, built twice, or an ``nn.Module`` that gives logits ``[B, C]``; its twin is a copy
-            with every layer initialised anew, so it must not hold trained weights.
+        network: name of a network, built twice, or an ``nn.Module`` that returns logits ``[B, C]``. The second network
+            is then a copy with every layer initialised anew, so the module must not hold trained weights.
         num_classes: see ``Task``.
         input_shape: see ``Task``.
-        gradient_clip_val: largest norm of one network's gradient. Default: none.
+        gradient_clip_val: largest norm of the gradient of one network. Default: no clipping.
         kwargs: ``optimizer``, ``lr_scheduler``, ``lr_interval``, ``channels_last``, ``compile`` of ``Task``.
+
+    Raises:
+        ValueError: if an argument is out of range; in a fit, if the Trainer clips or accumulates gradients or overfits
+            batches.
     """
 
     def __init__(
@@ -66,18 +71,18 @@ class TwoNetworkTask(NoisyLabelTask, ABC):
         self._active: int | None = None
 
     def phases(self, data: Any) -> list[Phase]:
-        """What the networks are trained on in the current epoch, in this order."""
-        raise NotImplementedError(f"{type(self).__name__} says neither its phases nor its own train_loader")
+        """The data streams of the current epoch, one for each network, in order."""
+        raise NotImplementedError(f"{type(self).__name__} must define phases, or its own train_loader")
 
     def network_step(self, k: int, batch: PhaseBatch) -> tuple[dict[str, Tensor], Tensor, Tensor]:
-        """One step of network ``k``: its loss terms, its logits on some samples, and their targets."""
-        raise NotImplementedError(f"{type(self).__name__} has neither network_step nor a training_step of its own")
+        """One step of network ``k``: its loss terms by name, logits of some samples, and their targets."""
+        raise NotImplementedError(f"{type(self).__name__} must define network_step, or its own training_step")
 
     def parts(self, k: int) -> list[nn.Module]:
         """The modules that are trained with network ``k``."""
         return [self.networks[k]]
 
-    # -- answers -----------------------------------------------------------------------------------------------------
+    # -- predictions -------------------------------------------------------------------------------------------------
 
     @property
     def main_network(self) -> nn.Module:
@@ -108,7 +113,7 @@ class TwoNetworkTask(NoisyLabelTask, ABC):
 
     def configure_callbacks(self) -> list[L.Callback]:
         trainer: Any = self.trainer
-        if trainer.state.fn == "fit":  # before Lightning's own check, which does not say what to do
+        if trainer.state.fn == "fit":  # before Lightning's own check, whose message names no remedy
             if trainer.gradient_clip_val:
                 raise ValueError(
                     f"{type(self).__name__} clips each network by itself, got Trainer gradient_clip_val="
@@ -136,7 +141,7 @@ class TwoNetworkTask(NoisyLabelTask, ABC):
     def setup(self, stage: str) -> None:
         super().setup(stage)
         if stage == "fit":
-            for memory in self.memories.values():  # the streams of the first epoch ask for them
+            for memory in self.memories.values():  # the streams of the first epoch read them
                 memory.allocate(len(self.data.train_target), self.trainer.strategy.root_device)
             self.trainer.reload_dataloaders_every_n_epochs = 1  # type: ignore[attr-defined]  # streams change
 
@@ -158,13 +163,13 @@ class TwoNetworkTask(NoisyLabelTask, ABC):
         self.optimize(k, *self.network_step(k, batch))
 
     def optimize(self, k: int, terms: dict[str, Tensor], logits: Tensor, target: Tensor) -> None:
-        """One step of network ``k`` down the sum of ``terms``."""
+        """One optimizer step of network ``k`` on the sum of ``terms``."""
         optimizer: Any = self.optimizers()[k]  # type: ignore[index]
         optimizer.zero_grad()
         loss = self.step_loss(terms, logits, target)
         parallel: Any = getattr(self.trainer.strategy, "model", None)
         unsynchronised = parallel.no_sync if dist.is_initialized() and hasattr(parallel, "no_sync") else nullcontext
-        with unsynchronised():  # DDP waits for every parameter, but one network rests
+        with unsynchronised():  # DDP waits for gradients of every parameter, but only one network has any
             self.manual_backward(loss)
         average_gradients(p for part in self.parts(k) for p in part.parameters())
         optimizer.step()
@@ -172,7 +177,7 @@ class TwoNetworkTask(NoisyLabelTask, ABC):
             self._scheduler_step(k)
 
     def on_before_optimizer_step(self, optimizer: torch.optim.Optimizer) -> None:
-        if self.gradient_clip_val is not None:  # here gradients are unscaled, whatever the precision
+        if self.gradient_clip_val is not None:  # gradients are unscaled at this point, in every precision
             parameters = chain.from_iterable(group["params"] for group in optimizer.param_groups)
             torch.nn.utils.clip_grad_norm_(parameters, self.gradient_clip_val)
 
@@ -186,7 +191,7 @@ class TwoNetworkTask(NoisyLabelTask, ABC):
         if unit == "step" and self.steps_of_epoch() is None:
             return None
         length = super().schedule_length(unit)
-        return length if unit == "epoch" or length is None else (length + 1) // 2  # each scheduler has half of them
+        return length if unit == "epoch" or length is None else (length + 1) // 2  # each network makes half of them
 
     def _scheduler_step(self, k: int) -> None:
         schedulers: Any = self.lr_schedulers()
@@ -197,14 +202,14 @@ class TwoNetworkTask(NoisyLabelTask, ABC):
             metrics = self.trainer.callback_metrics
             if monitor not in metrics:
                 known = ", ".join(sorted(metrics))
-                raise ValueError(f"ReduceLROnPlateau has no {monitor!r} to go by, logged are {known}: set its monitor")
+                raise ValueError(f"ReduceLROnPlateau monitors {monitor!r}, but logged are {known}: set monitor")
             schedulers[k].step(metrics[monitor])
         else:
             schedulers[k].step()
 
 
 def twin(network: nn.Module) -> nn.Module:
-    """A copy of a network with every layer that knows how to initialised anew."""
+    """A copy of a network with all layers initialised anew that have ``reset_parameters``."""
     other = copy.deepcopy(network)
     for module in other.modules():
         reset = getattr(module, "reset_parameters", None) or getattr(module, "_reset_parameters", None)
@@ -213,5 +218,5 @@ def twin(network: nn.Module) -> nn.Module:
     pairs = zip(network.named_parameters(), other.parameters(), strict=True)
     equal = [name for (name, p), q in pairs if torch.equal(p, q) and bool((p != p.flatten()[0]).any())]
     if equal:
-        rank_zero_warn(f"both networks start with the same {', '.join(equal)}: name the network instead of giving it")
+        rank_zero_warn(f"both networks start with the same {', '.join(equal)}: give the network by its name")
     return other

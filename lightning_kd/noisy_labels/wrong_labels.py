@@ -1,4 +1,4 @@
-"""Labels taken for wrong by how probable they are: how many of them are, and the file that names them."""
+"""Labels that are reported as wrong because their probability is low: metrics, and the file that lists them."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from lightning_kd.spreadsheet import csv_text
 
 
 def wrong_label_metrics(scores: LabelScores, threshold: float) -> dict[str, float]:
-    """Precision, recall, F1 and AUC of the wrong labels found; nothing where the clean ones are not known."""
+    """Precision, recall, F1 and AUC of the labels reported as wrong; empty if the true labels are unknown."""
     if scores.clean is None:
         return {}
     kept = ~flag_wrong(scores.clean_probability, threshold)
@@ -25,12 +25,12 @@ def wrong_label_metrics(scores: LabelScores, threshold: float) -> dict[str, floa
 
 
 def write_wrong_labels(path: Path, scores: LabelScores, suggested: Tensor, threshold: float) -> None:
-    """Write the labels below ``threshold`` as CSV, the most certain first, and say how many they are.
+    """Write the labels below ``threshold`` to a CSV file, the least probable first, and print their number.
 
     Args:
-        path: the file.
-        scores: of all labels.
-        suggested: int64 ``[n]``, another label for each.
+        path: the file to write.
+        scores: scores of all training labels.
+        suggested: int64 ``[n]``, the suggested other label of each sample.
         threshold: see ``flag_wrong``.
     """
     probability = scores.clean_probability
@@ -46,7 +46,7 @@ def write_wrong_labels(path: Path, scores: LabelScores, suggested: Tensor, thres
 
 
 def lost_classes(weight: Tensor, given: Tensor, num_classes: int) -> list[int]:
-    """The given classes whose samples have almost no weight, from weights and labels ``[n]``."""
+    """The given classes whose samples have almost no weight, from weights ``[n]`` and given labels ``[n]``."""
     count = torch.bincount(given, minlength=num_classes)
     mean = torch.bincount(given, weight.double(), minlength=num_classes) / count.clamp(min=1)
     lost: list[int] = ((mean < 0.1) & (count > 0)).nonzero().flatten().tolist()

@@ -440,7 +440,7 @@ def test_equal_probabilities_keep_the_weights():
     task = small()
     nn.init.zeros_(task.negative_head.weight)
     nn.init.zeros_(task.negative_head.bias)
-    with pytest.warns(UserWarning, match="believes all labels equally"):
+    with pytest.warns(UserWarning, match="gives all labels one probability"):
         trainer(max_epochs=1, limit_train_batches=1).fit(task, DataLoader(Pairs(), 24))
     assert bool((task.memories["weight"].rows == 1).all())
     assert task.rho == 1.0

@@ -325,16 +325,16 @@ def test_strong_views_and_one_head():
     task, trainer = fitted(DPC, 2, strong_weight=1.0, heads=1, split="margin")
     assert "train/loss_strong" in trainer.callback_metrics
     assert not task.heads
-    verdict = task._verdicts[0]
+    verdict = task._network_scores[0]
     assert verdict.mixture is None
     torch.testing.assert_close(verdict.clean_probability, verdict.score)
 
 
 def test_history_averages_the_scores():
     task, _ = fitted(DivideMix, 3, loss_history=2)
-    rows = task.memories["scores"].rows[task._verdicts[0].index]
+    rows = task.memories["scores"].rows[task._network_scores[0].index]
     assert (rows >= 0).all()
-    torch.testing.assert_close(task._verdicts[1].score, rows[:, 1].double().mean(1), atol=1e-6, rtol=0)
+    torch.testing.assert_close(task._network_scores[1].score, rows[:, 1].double().mean(1), atol=1e-6, rtol=0)
 
 
 def test_history_begins_with_the_first_split(monkeypatch):
@@ -349,13 +349,13 @@ def test_history_begins_with_the_first_split(monkeypatch):
 
             monkeypatch.setattr("lightning_kd.noisy_labels.dividemix.unit_scores", fixed)
             if trainer.current_epoch:
-                found.append(pl_module._verdicts[0].score[:6])
+                found.append(pl_module._network_scores[0].score[:6])
                 kept.append((pl_module.memories["scores"].rows >= 0).any())
 
     task = task_of(DivideMix, warmup_epochs=2, loss_history=5)
     trainer = trainer_of(max_epochs=3, callbacks=[Watch()])
     trainer.fit(task, datamodule=data_module())
-    found.append(task._verdicts[0].score[:6])
+    found.append(task._network_scores[0].score[:6])
     expected = [ends[0], ends[1], torch.tensor([0.5, 0.45, 0.45, 0.55, 0.55, 0.5]).double()]
     torch.testing.assert_close(torch.stack(found), torch.stack(expected), atol=1e-6, rtol=0)
     assert [bool(any_) for any_ in kept] == [False, True]
@@ -490,7 +490,7 @@ def test_a_second_fit_judges_anew_and_looking_changes_nothing():
         scores = task.label_scores()
         assert torch.equal(scores.given, data.train_target[scores.index])
     rows = [memory.rows.clone() for memory in task.memories.values()]
-    task._judged = None
+    task._cached_scores = None
     task.label_scores()
     assert all(torch.equal(a, memory.rows) for a, memory in zip(rows, task.memories.values(), strict=True))
 
@@ -499,7 +499,7 @@ def test_the_verdict_is_that_of_its_mixture_and_threshold():
     task, trainer = fitted(DPC, 2, threshold=0.9)
     scores = task.label_scores()
     torch.testing.assert_close(scores.clean_probability, scores.mixture.posterior(scores.score)[:, 1])
-    used = torch.stack([(v.clean_probability > 0.9).double().mean() for v in task._verdicts]).mean()
+    used = torch.stack([(v.clean_probability > 0.9).double().mean() for v in task._network_scores]).mean()
     assert float(trainer.callback_metrics["train/clean_fraction"]) == pytest.approx(float(used), abs=1e-6)
 
 
