@@ -1,4 +1,4 @@
-"""Knowledge distillation: a small student learns from a large teacher."""
+"""Knowledge distillation: a small student network learns from a large teacher network."""
 
 from lightning_kd.core.registry import export_modules
 

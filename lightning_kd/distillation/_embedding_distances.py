@@ -1,4 +1,4 @@
-"""How groups of embeddings lie to each other, of a student and of a teacher, for the losses of L2D."""
+"""Compare the distances between embeddings of a student with those of a teacher, for the losses of L2D."""
 
 from __future__ import annotations
 
@@ -9,18 +9,23 @@ from torch.utils.checkpoint import checkpoint
 
 __all__ = ["sum_over_groups"]
 
-# numbers that are computed at once, at most: 64 MiB in float32
+# largest number of values that are computed at once: 64 MiB in float32
 AT_ONCE = 2**24
 
 
 def sum_over_groups(student: Tensor, teacher: Tensor, there: Tensor, by_class: bool) -> Tensor:
-    """The sum over groups of ``H``, over the pairs of members alone: most images have few of all labels.
+    """The sum of the loss ``H`` (see ``class_aware_loss``) over groups of embeddings.
+
+    Only pairs within a group are computed, since most images have few of all labels.
 
     Args:
-        student: ``[B, C, L]``.
-        teacher: ``[B, C, L']``.
-        there: bool ``[B, C]``.
-        by_class: whether a group is the images of a class, not the classes of an image.
+        student: embeddings ``[B, C, L]``.
+        teacher: embeddings ``[B, C, L']``.
+        there: bool ``[B, C]``, which labels each image has.
+        by_class: if true, a group is the images that have a class, else the classes that an image has.
+
+    Returns:
+        Scalar.
     """
     rows = torch.arange(there.numel(), device=there.device).view_as(there)
     if by_class:
@@ -32,10 +37,10 @@ def sum_over_groups(student: Tensor, teacher: Tensor, there: Tensor, by_class: b
 
 
 def _sum_of_groups(student: Tensor, teacher: Tensor, rows: Tensor, there: Tensor) -> Tensor:
-    """``H`` of groups whose members are ``rows`` ``[G, N]`` of the embeddings, where they are ``there``."""
-    pairs = (there[:, :, None] & there[:, None, :]).triu(1)  # each once
+    """The sum of ``H`` over ``G`` groups: members are ``rows`` ``[G, N]`` of the embeddings where ``there`` is true."""
+    pairs = (there[:, :, None] & there[:, None, :]).triu(1)  # each pair once
     group, first, second = pairs.nonzero(as_tuple=True)
-    place = (there.flatten().cumsum(0) - 1).view_as(there)  # among the members
+    place = (there.flatten().cumsum(0) - 1).view_as(there)  # position among all members
     count = pairs.sum((1, 2)).clamp(min=1)
     scaled = []
     for embedding in (student, teacher):
@@ -43,11 +48,11 @@ def _sum_of_groups(student: Tensor, teacher: Tensor, rows: Tensor, there: Tensor
         mean = d.new_zeros(len(there)).index_add(0, group, d) / count
         scaled.append(d / mean[group])
     loss = F.huber_loss(scaled[0], scaled[1], reduction="none")
-    return (2 * loss / there.sum(1)[group]).sum()  # with a graph, also of no pair
+    return (2 * loss / there.sum(1)[group]).sum()  # keeps a graph even without any pair
 
 
 def _distances(rows: Tensor, first: Tensor, second: Tensor) -> Tensor:
-    """Of each pair of rows, by their difference: a product of matrices loses what small distances are made of."""
+    """Distances between pairs of rows, from differences: a matrix product would be inexact for small distances."""
 
     def of(one: Tensor, other: Tensor) -> Tensor:
         difference = rows.index_select(0, one) - rows.index_select(0, other)
@@ -56,6 +61,6 @@ def _distances(rows: Tensor, first: Tensor, second: Tensor) -> Tensor:
     size = max(1, AT_ONCE // rows.shape[1])
     if len(first) <= size:
         return of(first, second)
-    # differences of many pairs are computed again for the gradient, not kept
+    # checkpointed: differences of many pairs are computed again for the gradient, to save memory
     parts = zip(first.split(size), second.split(size), strict=True)
     return torch.cat([checkpoint(of, *part, use_reentrant=False) for part in parts])

@@ -1,4 +1,4 @@
-"""What the losses on feature maps share."""
+"""Shared parts of the losses on feature maps."""
 
 from __future__ import annotations
 
@@ -14,14 +14,17 @@ EPS = 1e-12
 
 
 def comparable_maps(student_map: Tensor, teacher_map: Tensor) -> tuple[Tensor, Tensor]:
-    """Both at the smaller height and width, by average pooling, in float32 at least; the teacher's without gradient.
+    """Bring both maps to the smaller height and width by average pooling.
 
     Args:
         student_map: ``[N, C, H, W]``.
-        teacher_map: ``[N, C', H', W']``.
+        teacher_map: ``[N, C', H', W']``; the result has no gradient.
+
+    Returns:
+        both maps, at least float32.
 
     Raises:
-        ValueError: for other shapes.
+        ValueError: if the shapes do not match.
     """
     check_shapes(student_map=(student_map, "NCHW"), teacher_map=(teacher_map, "NDhw"))
     height, width = map(min, student_map.shape[2:], teacher_map.shape[2:])
@@ -31,9 +34,9 @@ def comparable_maps(student_map: Tensor, teacher_map: Tensor) -> tuple[Tensor, T
 
 
 def unit_vectors(x: Tensor, dim: int) -> Tensor:
-    """``x`` divided by its L2 norm along ``dim``, or by 1e-12 where that is smaller.
+    """``x`` divided by its L2 norm along ``dim``, which is taken to be at least 1e-12.
 
-    Zeros stay zeros, and get no gradient: where the norm is 0, the slope is that of its inverse, and huge.
+    Zero vectors stay zero and get no gradient, which would be huge (the inverse of the norm).
     """
     norm = torch.linalg.vector_norm(x, dim=dim, keepdim=True)
     return x / norm.clamp(min=EPS).masked_fill(norm == 0, torch.inf)

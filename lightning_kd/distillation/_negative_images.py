@@ -1,4 +1,4 @@
-"""Images of other classes that an image is compared with, drawn for a whole batch at once."""
+"""Draw negative images, images of other classes, for a whole batch at once."""
 
 from __future__ import annotations
 
@@ -7,19 +7,21 @@ from torch import Tensor
 
 __all__ = ["NegativeImages"]
 
-# random numbers that are drawn at once, at most
+# largest number of random numbers that are drawn at once
 AT_ONCE = 2**24
 
 
 class NegativeImages:
-    """Draws rows of other classes: ``negatives`` different ones, or with replacement where a class has fewer others.
+    """Draws ``negatives`` images of other classes for each sample.
+
+    They are drawn without replacement, or with replacement if there are fewer images of other classes.
 
     Args:
-        labels: int64 ``[n]``, the class of each row.
-        negatives: ``K``, how many each sample gets.
+        labels: int64 ``[n]``, the class of each training image.
+        negatives: ``K``, number of negatives per sample.
 
     Raises:
-        ValueError: where all are of one class.
+        ValueError: if all images have the same class.
     """
 
     def __init__(self, labels: Tensor, negatives: int) -> None:
@@ -34,15 +36,16 @@ class NegativeImages:
         self._first = self._count.cumsum(0) - self._count
 
     def draw(self, target: Tensor, generator: torch.Generator, skip: int = 0) -> Tensor:
-        """Rows int64 ``[B, K]`` for samples of the classes ``target`` int64 ``[B]``.
+        """Draw rows, int64 ``[B, K]``, for samples of the classes ``target``.
 
         Args:
-            target: on the device of ``labels``.
-            generator: on that device.
-            skip: how many samples others draw for before, from an equal generator.
+            target: int64 ``[B]``, on the device of ``labels``.
+            generator: source of the random numbers, on the same device.
+            skip: number of samples for which processes of lower rank draw from an equal generator; their numbers are
+                skipped.
         """
         count, k = len(self.labels), self.negatives
-        width = max(count, k) if self._too_few else count  # as many random numbers for each sample
+        width = max(count, k) if self._too_few else count  # the same for each sample
         size = max(1, AT_ONCE // width)
 
         def numbers(rows: int) -> Tensor:
@@ -57,7 +60,7 @@ class NegativeImages:
         if self._too_few:
             others, own = self._others[target, None], self._count[target, None]
             place = (number[:, :k] * others).long()
-            place += own * (place >= self._first[target, None])  # rows by class, without those of the own
+            place += own * (place >= self._first[target, None])  # rows sorted by class, without the own one
             again = self._by_class[place]
             if k > count:
                 return again

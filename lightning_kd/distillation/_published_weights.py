@@ -1,4 +1,4 @@
-"""The weights of KD++ and the like for the pairs of networks of the paper."""
+"""The published weights of KD++ and its variants for the pairs of networks in the paper."""
 
 from __future__ import annotations
 
@@ -12,7 +12,15 @@ __all__ = ["PublishedWeights", "published_weights"]
 
 
 class PublishedWeights(NamedTuple):
-    """Weights of the terms of ``KDPlusPlus``; ``alpha`` and ``beta`` are those of DKD."""
+    """Weights of the loss terms of ``KDPlusPlus``.
+
+    Attributes:
+        ce: weight of the cross-entropy.
+        kd: weight of the base method.
+        nd: weight of the norm and direction loss.
+        alpha: weight of the target-class part of DKD.
+        beta: weight of the non-target-class part of DKD.
+    """
 
     ce: float
     kd: float
@@ -66,7 +74,7 @@ _WEIGHTS: dict[str, dict[tuple[str, str], tuple[float, float, float]]] = {
         ("resnet32x4", "shufflenetv2"): (1, 8, 1.5),
     },
 }
-# of the base, for a pair that the paper does not have
+# weight of the base method for pairs that are not in the paper
 _USUAL = {"kd": 1.0, "dist": 2.0, "reviewkd": 5.0}
 
 
@@ -74,16 +82,17 @@ def published_weights(student: str | nn.Module, teacher: str | nn.Module, base: 
     """The weights of the official scripts for a pair of networks.
 
     Args:
-        student: its name; a module has none.
-        teacher: likewise.
-        base: the method that ND is put beside: ``"kd"``, ``"dkd"``, ``"dist"`` or ``"reviewkd"``.
+        student: name of the network; for a module the defaults are returned.
+        teacher: name of the network; for a module the defaults are returned.
+        base: the method that the norm and direction loss (ND) is added to: ``"kd"``, ``"dkd"``, ``"dist"`` or
+            ``"reviewkd"``.
 
     Returns:
-        For a pair that the paper does not have, 1 for cross-entropy and ND, and for the base what it has by itself: 1
-        for KD, 2 for DIST, 5 for ReviewKD, ``published_beta`` for DKD.
+        The weights. For a pair that is not in the paper: 1 for cross-entropy and ND, and for the base its usual weight:
+            1 for KD, 2 for DIST, 5 for ReviewKD, ``published_beta`` for DKD.
 
     Raises:
-        ValueError: for an unknown ``base``.
+        ValueError: if ``base`` is unknown.
     """
     if base not in _WEIGHTS:
         raise ValueError(f"base must be one of {', '.join(_WEIGHTS)}, got {base!r}: give one of them")

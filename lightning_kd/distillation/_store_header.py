@@ -1,4 +1,4 @@
-"""What is in the two files of a teacher store, and whether two of them are of the same."""
+"""The layout of the two files of a teacher store, and the comparison of two stores."""
 
 from __future__ import annotations
 
@@ -30,19 +30,19 @@ FORMAT = 2
 
 
 class StoreLayout:
-    """Where what is in a store's file.
+    """The positions of all parts in the file of a store.
 
     Args:
-        header: what ``FILE.json`` holds: ``answers`` (``"logits"`` or a kind of soft label), ``dtype``,
-            ``num_classes``, ``samples`` (ranges of positions in the full training array), ``keys`` (views of each) and
-            ``piece`` (samples that are written at once).
+        header: content of ``FILE.json``: ``answers`` (``"logits"`` or a kind of soft label), ``dtype``,
+            ``num_classes``, ``samples`` (ranges of positions in the full training array), ``keys`` (views per sample)
+            and ``piece`` (samples that are written at once).
 
     Attributes:
-        fields: dtype, numbers a row and first byte of each part of the answers, by name.
-        samples: int64 ``[P]``, the samples in it, ascending.
-        pieces: how many pieces there are.
-        marks: the first of the bytes that say which of them are done.
-        size: of the file in bytes.
+        fields: dtype, values per row and first byte of each part, by name.
+        samples: int64 ``[P]``, the stored samples, ascending.
+        pieces: number of pieces.
+        marks: position of the bytes that mark finished pieces, one per piece.
+        size: size of the file in bytes.
     """
 
     def __init__(self, header: Mapping[str, Any]) -> None:
@@ -54,7 +54,7 @@ class StoreLayout:
             parts = {"logits": (np.dtype(header["dtype"]), classes)}
         else:
             kept = kept_classes(kind, classes)
-            # whole numbers: half precision has none above 2048
+            # class indices are integers: float16 cannot represent all above 2048
             parts = {"index": (np.dtype(np.int16 if classes < 2**15 else np.int32), kept)}
             if kind != "hard":
                 parts["probability"] = (np.dtype(header["dtype"]), kept)
@@ -71,25 +71,25 @@ class StoreLayout:
 
     @property
     def rows(self) -> int:
-        """Rows of each part: ``keys`` for each sample, one sample after the other."""
+        """Number of rows of each part: ``keys`` rows per sample, sample after sample."""
         return len(self.samples) * self.keys
 
     def samples_of(self, piece: int) -> slice:
-        """Which of ``samples`` a piece is of."""
+        """The slice of ``samples`` that belongs to a piece."""
         return slice(piece * self.piece, min((piece + 1) * self.piece, len(self.samples)))
 
 
 def header_path(path: Path) -> Path:
-    """The file beside a store that says what it is of."""
+    """The JSON file next to a store that describes its content."""
     return path.with_name(path.name + ".json")
 
 
 def read_header(path: Path) -> dict[str, Any]:
-    """What ``FILE.json`` says.
+    """Read ``FILE.json``.
 
     Raises:
-        FileNotFoundError: where there is none.
-        ValueError: where it is damaged, or of another version.
+        FileNotFoundError: if the file does not exist.
+        ValueError: if the file is damaged or has another format version.
     """
     file = header_path(path)
     if not file.is_file():
@@ -108,10 +108,10 @@ def read_header(path: Path) -> dict[str, Any]:
 
 
 def read_marks(path: Path, layout: StoreLayout) -> np.ndarray:
-    """The byte of each piece, 1 where it is done.
+    """The mark of each piece, uint8, 1 if it is finished.
 
     Raises:
-        ValueError: where the file has another size.
+        ValueError: if the file has another size than expected.
     """
     size = path.stat().st_size if path.is_file() else 0
     if size == 0:
@@ -122,14 +122,14 @@ def read_marks(path: Path, layout: StoreLayout) -> np.ndarray:
 
 
 def ranges_of(indices: np.ndarray) -> list[list[int]]:
-    """Ascending numbers as ranges ``[[first, last + 1], ...]``."""
+    """Ascending integers as ranges ``[[first, last + 1], ...]``."""
     ends = np.flatnonzero(np.diff(indices) != 1)
     first, last = np.append(0, ends + 1), np.append(ends, len(indices) - 1)
     return [[int(indices[a]), int(indices[b]) + 1] for a, b in zip(first, last, strict=True)]
 
 
 def file_digest(path: str | Path) -> str:
-    """The sha256 of a file."""
+    """The SHA-256 of a file."""
     found = hashlib.sha256()
     with Path(path).expanduser().open("rb") as file:
         while block := file.read(1 << 20):
@@ -138,7 +138,9 @@ def file_digest(path: str | Path) -> str:
 
 
 def weights_digests(weights: Any) -> Any:
-    """The sha256 of a teacher's file of weights, or of each of a list; what names no file stays as it is.
+    """The SHA-256 of a weights file, or of each file in a list.
+
+    ``None``, ``"default"`` and ``"random"`` are returned as they are.
 
     Raises:
         OSError: where a file cannot be read.
@@ -149,11 +151,11 @@ def weights_digests(weights: Any) -> Any:
 
 
 def teacher_argument(teacher: Mapping[str, Any]) -> dict[str, Any]:
-    """What of a distillation's arguments about its teacher can be compared, as ``FILE.json`` has it.
+    """The arguments of a distillation about its teacher in the form of ``FILE.json``, to compare them with a store.
 
     Args:
-        teacher: ``name``, ``weights``, ``mean``, ``std`` and ``size``, of several teachers a list of each. What is
-            ``None``, and weights of which a file is missing, are left out.
+        teacher: ``name``, ``weights``, ``mean``, ``std`` and ``size``, each a list for several teachers. Arguments that
+            are ``None``, and weights whose file is missing, are left out.
     """
     given = {key: value for key, value in teacher.items() if value is not None and key != "weights"}
     weights = teacher.get("weights")
@@ -166,7 +168,7 @@ def teacher_argument(teacher: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def first_difference(stored: Any, here: Any, name: str = "") -> str | None:
-    """Where two descriptions differ, in words; ``None`` where they do not."""
+    """The first difference between two descriptions, in words; ``None`` if they are equal."""
     if isinstance(stored, Mapping) and isinstance(here, Mapping):
         for key in {**stored, **here}:
             inner = f"{name}.{key}" if name else str(key)

@@ -1,4 +1,4 @@
-"""Attention transfer: the student looks where the teacher looks.
+"""Attention transfer: the student learns the spatial attention maps of the teacher.
 
 Sergey Zagoruyko, Nikos Komodakis. Paying More Attention to Attention: Improving the Performance of Convolutional Neural
 Networks via Attention Transfer. ICLR 2017, arXiv 1612.03928.
@@ -20,22 +20,22 @@ __all__ = ["AT", "attention_loss"]
 
 
 def attention_loss(student_map: Tensor, teacher_map: Tensor, p: int = 2) -> Tensor:
-    """The mean squared difference of the attention of both, over samples and positions.
+    """Mean squared difference between the attention maps of student and teacher, over samples and positions.
 
-    Attention is the mean over channels of the map to the power ``p``, divided by its L2 norm over the positions, so
-    that the scale of a map does not count. Of maps of two sizes the larger is average-pooled first. The paper sums over
-    the positions; the mean belongs to the weight 1000.
+    An attention map is the mean over channels of the feature map to the power ``p``, divided by its L2 norm over the
+    positions; the scale of a feature map therefore has no effect. If the maps differ in size, the larger one is
+    average-pooled first. The paper sums over the positions; the usual weight 1000 belongs to the mean.
 
     Args:
         student_map: ``[N, C, H, W]``; half precision is computed in float32, float64 stays.
         teacher_map: ``[N, C', H', W']``; gets no gradient.
-        p: a whole number; with an odd one values below 0 keep their sign.
+        p: power, a whole number of at least 1; with an odd power negative values keep their sign.
 
     Returns:
         Scalar.
 
     Raises:
-        ValueError: for other shapes, and ``p`` that is no whole number above 0.
+        ValueError: if the shapes do not match, or ``p`` is not a whole number above 0.
 
     Source: arXiv 1612.03928, equation 2, with the mean over positions as in the code of the usual benchmark.
     """
@@ -46,17 +46,23 @@ def attention_loss(student_map: Tensor, teacher_map: Tensor, p: int = 2) -> Tens
 
 
 class AT(FeatureDistillation):
-    """Attention transfer (Zagoruyko and Komodakis, ICLR 2017, arXiv 1612.03928): ``attention_loss`` of all stages.
+    """Attention transfer (Zagoruyko and Komodakis, ICLR 2017, arXiv 1612.03928): match spatial attention maps.
+
+    An attention map shows where in the image the features of a stage are strong. The student learns to have the same
+    attention maps as the teacher. The distillation loss is the sum of ``attention_loss`` over all stages.
 
     Args:
         student: see ``Distillation``.
         teacher: see ``Distillation``.
         num_classes: see ``Task``.
-        p: power of the attention.
+        p: power of the attention maps, at least 1.
         ce_weight: weight of the cross-entropy.
         kd_weight: weight of the sum over the stages.
         kwargs: ``student_stages``, ``teacher_stages`` of ``FeatureDistillation``, and the further arguments of
             ``Distillation`` and ``Task``.
+
+    Raises:
+        ValueError: if ``p`` is out of range, and see ``FeatureDistillation``.
     """
 
     def __init__(

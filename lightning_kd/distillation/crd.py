@@ -1,4 +1,4 @@
-"""Contrastive representation distillation: an image's two embeddings against those of images of other classes.
+"""Contrastive representation distillation: match embeddings of the same image, separate those of other classes.
 
 Yonglong Tian, Dilip Krishnan, Phillip Isola. Contrastive Representation Distillation. ICLR 2020, arXiv 1910.10699.
 """
@@ -31,20 +31,20 @@ EPS = 1e-7
 
 
 def contrast_loss(score: Tensor, count: int) -> Tensor:
-    """Noise-contrastive estimation: which of the scores is that of the sample itself.
+    """Noise-contrastive estimation: tell the sample's own score from the scores of the negatives.
 
-    With ``P`` a score and ``m = K / count``: ``-log(P / (P + m))`` of the first and ``-log(m / (P + m))`` of the
-    others, summed, mean over the batch. As in the usual code, the sums below the fractions are raised by 1e-7.
+    For a score ``P`` and ``m = K / count``: ``-log(P / (P + m))`` for the own score plus ``-log(m / (P + m))`` for each
+    negative, mean over the batch. As in the usual code, 1e-7 is added to the denominators.
 
     Args:
-        score: ``[N, 1 + K]``, above 0, the sample's own first; half precision is computed in float32, float64 stays.
-        count: how many samples there are, which negatives are drawn from.
+        score: ``[N, 1 + K]``, above 0, the own score first; half precision is computed in float32, float64 stays.
+        count: number of training samples, from which negatives are drawn, at least 1.
 
     Returns:
         Scalar.
 
     Raises:
-        ValueError: for scores of another shape or without negatives, and a ``count`` below 1.
+        ValueError: if the shape is another or has no negatives, or ``count`` is below 1.
 
     Source: arXiv 1910.10699, equations 17 and 18.
     """
@@ -59,23 +59,23 @@ def contrast_loss(score: Tensor, count: int) -> Tensor:
 
 
 class ContrastBanks(nn.Module):
-    """The latest embedding of every training image, by the student and by the teacher, and what is learnt from them.
+    """Two memory banks with the latest embedding of every training image, one of the student and one of the teacher.
 
-    The student's embedding is scored against the teacher's bank, and the teacher's against the student's: a score is
-    ``exp(<row, embedding> / temperature) / z``, with ``z`` what the first batch had on the mean, times the number of
-    rows. After that, the rows of the batch move towards the embeddings.
+    The student's embedding is scored against the teacher's bank, and vice versa. A score is
+    ``exp(<row, embedding> / temperature) / z``, where ``z`` is the mean over the first batch times the number of rows.
+    After the loss is computed, the rows of the batch move towards the new embeddings.
 
-    Several processes: rows and ``z`` are those of the joint batch, on each of them.
+    Several processes: rows and ``z`` are those of the joint batch, equal on all processes.
 
     Args:
         dim: length of an embedding.
-        temperature: of the scores, above 0.
-        momentum: what stays of a row at each visit, at least 0 and below 1.
+        temperature: temperature of the scores, above 0.
+        momentum: weight of the old row in each update, at least 0 and below 1.
 
     Attributes:
-        student: memory of the student's embeddings, float32 rows ``[n, dim]`` of length 1 once visited.
-        teacher: likewise of the teacher's.
-        z: ``[2]``, of the student's scores and of the teacher's; -1 before the first batch.
+        student: bank of the student: float32 rows ``[n, dim]``, of length 1 after their first update.
+        teacher: bank of the teacher, likewise.
+        z: ``[2]``, for the student's and the teacher's scores; -1 before the first batch.
     """
 
     z: Tensor
@@ -98,11 +98,11 @@ class ContrastBanks(nn.Module):
         return self
 
     def allocate(self, count: int, generator: torch.Generator) -> None:
-        """Begin with ``count`` rows, uniform in +-1 / sqrt(dim / 3), unless there are rows already.
+        """Create ``count`` rows, uniform in +-1 / sqrt(dim / 3), unless rows exist.
 
         Args:
-            count: of training images.
-            generator: on the CPU, equal on all processes.
+            count: number of training images.
+            generator: source of the random numbers, on the CPU, equal on all processes.
         """
         width = 1 / math.sqrt(self.dim / 3)
         for memory in (self.student, self.teacher):
@@ -111,11 +111,11 @@ class ContrastBanks(nn.Module):
             memory.allocate(count, self.z.device)
 
     def forward(self, student: Tensor, teacher: Tensor, row: Tensor, negatives: Tensor) -> Tensor:
-        """The loss of both sides, a scalar; then the rows of the batch are moved.
+        """The sum of both losses, a scalar; afterwards the rows of the batch are updated.
 
         Args:
             student: embeddings ``[B, dim]`` of length 1; half precision is computed in float32, float64 stays.
-            teacher: likewise; the loss has a gradient by both.
+            teacher: embeddings of the same images, likewise; both embeddings get gradient.
             row: int64 ``[B]``, the rows of these images.
             negatives: int64 ``[B, K]``, rows of images of other classes.
         """
@@ -133,8 +133,8 @@ class ContrastBanks(nn.Module):
             return loss
 
     def _scores(self, embedding: Tensor, bank: SampleMemory, chosen: Tensor) -> Tensor:
-        # all products, of which some are taken: 1 / 25 of the time of taking rows of 128 numbers for each sample; with
-        # a copy of the rows, as the gradient needs them as they are now
+        # computing all products and selecting some takes 1 / 25 of the time of selecting rows of 128 values per sample;
+        # the rows are copied, because they change before the gradient is computed
         products = embedding @ bank.rows.to(embedding.dtype, copy=True).T
         return (products.gather(1, chosen) / self.temperature).exp()
 
@@ -159,33 +159,34 @@ def _look_for_z(banks: ContrastBanks, _: Any) -> None:
 class CRD(SampleMemories, Distillation):
     """Contrastive representation distillation (Tian et al., ICLR 2020, arXiv 1910.10699).
 
-    The pooled features of student and teacher go through a linear embedding each. An image's embeddings are to be
-    alike, and unlike those of ``negatives`` images of other classes, that were put down when these were last seen: see
-    ``ContrastBanks``. Positives are the image's own rows. Embeddings and banks serve the training alone.
+    The pooled features of student and teacher are mapped to embeddings by a trained linear layer each. The two
+    embeddings of an image are made similar to each other, and dissimilar to stored embeddings of ``negatives`` images
+    of other classes (see ``ContrastBanks``). Embedding layers and banks are used only in training.
 
-    Rows are those of the training samples in use, found by their index. The negatives of a step depend on the seed, the
-    epoch and the step alone. A plain ``DataLoader`` yields ``(image, target, index)``; the labels of all samples are
-    the ``targets`` of its data set, or the second tensor of a ``TensorDataset``.
+    Negatives depend only on the seed, the epoch and the step. Without a data module of this package the ``DataLoader``
+    must yield ``(image, target, index)``, and its data set must have the labels as ``targets``, or be a
+    ``TensorDataset`` with labels as second tensor.
 
-    Several processes: banks are those that one process would have with the joint batch, which also decides the
-    negatives; embeddings of all processes are exchanged in each step.
+    Several processes: embeddings are exchanged in each step, so that banks and negatives equal those of a single
+    process with the joint batch.
 
     Args:
         student: see ``Distillation``; it needs a linear classifier, whose input is the pooled feature.
-        teacher: likewise.
+        teacher: see ``Distillation``; it needs a linear classifier too.
         num_classes: see ``Task``.
         dim: length of the embeddings.
-        negatives: images of other classes that each is compared with; drawn with replacement where there are fewer.
-        temperature: of the scores.
-        momentum: what stays of an image's rows at each visit.
+        negatives: number of images of other classes per sample; drawn with replacement if there are fewer.
+        temperature: temperature of the scores, above 0.
+        momentum: weight of the old row in each update of a bank, at least 0 and below 1.
         classifier: module path of the student's classifier. Default: its last ``nn.Linear``.
-        teacher_classifier: likewise of the teacher's.
+        teacher_classifier: module path of the teacher's classifier. Default: its last ``nn.Linear``.
         ce_weight: weight of the cross-entropy.
-        kd_weight: weight of the loss of the banks.
+        kd_weight: weight of the contrastive loss.
         kwargs: the further arguments of ``Distillation`` and ``Task``.
 
     Raises:
-        ValueError: in a fit, for data of one class, batches without index, and labels that cannot be found by index.
+        ValueError: if an argument is out of range; in a fit, if all samples have one class, batches have no index, or
+            labels cannot be found by index.
     """
 
     looks_into_teacher = True
@@ -218,10 +219,10 @@ class CRD(SampleMemories, Distillation):
         self._step: tuple[Tensor, Tensor] | None = None
 
     def training_labels(self) -> tuple[Tensor, Tensor, int]:
-        """Of the training samples in use: their indices and labels, int64 ``[n]``, and the size of the full array.
+        """Indices and labels, int64 ``[n]``, of the training samples in use, and the size of the full training array.
 
         Raises:
-            ValueError: where the labels cannot be found by index.
+            ValueError: if the labels cannot be found by index.
         """
         data: Any = getattr(self.trainer, "datamodule", None)
         if hasattr(data, "train_target") and hasattr(data, "train_indices"):
@@ -250,9 +251,9 @@ class CRD(SampleMemories, Distillation):
         self._images = NegativeImages(labels.to(self.device), self.negatives)
 
     def index_of(self, batch: Batch) -> Tensor:
-        """The rows of the batch's samples, int64 ``[B]``."""
+        """The rows of the batch's samples in the banks, int64 ``[B]``."""
         if batch.index is None:
-            return super().index_of(batch)  # which says so
+            return super().index_of(batch)  # raises the error
         on_cpu = batch.index.device.type == "cpu"
         row = None if on_cpu and int(batch.index.max()) >= len(self._row) else self._row[batch.index]
         if row is None or (on_cpu and int(row.min()) < 0):
@@ -263,10 +264,10 @@ class CRD(SampleMemories, Distillation):
         return row
 
     def draw_negatives(self, batch: Batch, batch_idx: int) -> Tensor:
-        """Rows of images of other classes, int64 ``[B, negatives]``.
+        """Draw rows of images of other classes, int64 ``[B, negatives]``.
 
         Raises:
-            ValueError: for targets that are no classes, as those of mixed images.
+            ValueError: if targets are not class indices, for example those of mixed images.
         """
         if batch.target.ndim != 1 or batch.target.dtype != torch.int64:
             raise ValueError(

@@ -28,21 +28,21 @@ Gradients = Sequence[Tensor | None]
 
 
 def binary_kl_loss(student_logits: Tensor, teacher_logits: Tensor, temperature: float) -> Tensor:
-    """Every class as a Bernoulli variable: ``temperature^2 * sum_k KL(Bern(q_teacher_k) || Bern(q_student_k))``.
+    """KL divergence per class as Bernoulli variables: ``temperature^2 * sum_k KL(Bern(q_teacher) || Bern(q_student))``.
 
-    ``q = sigmoid(logits / temperature)``; sum over classes, mean over the batch, so the weight should shrink as the
-    number of classes grows. Gradient: ``temperature / B * (q_student - q_teacher)``.
+    ``q = sigmoid(logits / temperature)``. It is a sum over classes and a mean over the batch: with more classes use a
+    smaller weight. Gradient: ``temperature / B * (q_student - q_teacher)``.
 
     Args:
         student_logits: ``[B, C]``; half precision is computed in float32, float64 stays.
         teacher_logits: ``[B, C]``; gets no gradient.
-        temperature: positive.
+        temperature: above 0.
 
     Returns:
         Scalar.
 
     Raises:
-        ValueError: for logits of two shapes, and a temperature that is not above 0.
+        ValueError: if the logits differ in shape, or ``temperature`` is not above 0.
 
     Source: arXiv 2411.08937, the BinaryKL loss.
     """
@@ -53,24 +53,24 @@ def binary_kl_loss(student_logits: Tensor, teacher_logits: Tensor, temperature: 
 
 
 def binary_kl_norm_loss(student_logits: Tensor, teacher_logits: Tensor, temperature: float) -> Tensor:
-    """The difference of the logits in the sigmoid, pulled to 1/2: ``temperature^2 * sum_k log cosh(d_k / 2)``.
+    """BinaryKL-Norm: pull the sigmoid of the logit difference to 1/2: ``temperature^2 * sum_k log cosh(d_k / 2)``.
 
-    ``d = (student - teacher) / temperature``, and ``log cosh(d/2) = KL(Bern(1/2) || Bern(sigmoid(d)))``; sum over
-    classes, mean over the batch. All classes share one curvature: near 0 it is ``(student - teacher)^2 / 8`` whatever
-    the temperature, far away it is linear. Gradient: ``temperature / (2 B) * tanh(d / 2)``.
+    ``d = (student - teacher) / temperature``, and ``log cosh(d / 2) = KL(Bern(1/2) || Bern(sigmoid(d)))``. It is a sum
+    over classes and a mean over the batch. Small differences count ``(student - teacher)^2 / 8`` at any temperature,
+    large ones count linearly. Gradient: ``temperature / (2 B) * tanh(d / 2)``.
 
     Args:
         student_logits: ``[B, C]``; half precision is computed in float32, float64 stays.
         teacher_logits: ``[B, C]``; gets no gradient.
-        temperature: positive.
+        temperature: above 0.
 
     Returns:
         Scalar.
 
     Raises:
-        ValueError: for logits of two shapes, and a temperature that is not above 0.
+        ValueError: if the logits differ in shape, or ``temperature`` is not above 0.
 
-    Source: arXiv 2411.08937, the BinaryKL-Norm loss (the method's own).
+    Source: arXiv 2411.08937, the BinaryKL-Norm loss.
     """
     check_logits(student_logits, teacher_logits)
     check_positive(temperature=temperature)
@@ -88,24 +88,24 @@ def _log_cosh(x: Tensor) -> Tensor:
 def align_gradients(
     primary: Gradients, auxiliary: Gradients, shared: Sequence[bool] | None = None
 ) -> list[Tensor | None]:
-    """``primary + auxiliary``, after taking from ``auxiliary`` what works against ``primary``.
+    """Sum of two gradients, after removing from ``auxiliary`` the part that works against ``primary``.
 
-    With ``s = <primary, auxiliary>`` over all tensors taken as one vector: where ``s < 0``, ``auxiliary`` becomes
-    ``auxiliary - s / |primary|^2 * primary``. ``primary`` always keeps its priority. No tensor is flattened or
-    changed in place, and nothing is copied to the host.
+    With ``s = <primary, auxiliary>`` over all tensors as one vector: if ``s < 0``, ``auxiliary`` is replaced by
+    ``auxiliary - s / |primary|^2 * primary``. No tensor is flattened or changed in place, and nothing is copied to the
+    CPU.
 
     Args:
-        primary: gradients, one per parameter; ``None`` where the objective does not reach a parameter.
+        primary: gradients of the main objective, one per parameter; ``None`` if a parameter has none.
         auxiliary: gradients of the other objective, in the same order.
-        shared: which parameters take part in the projection, a boolean each. Default: all, as the official code does;
-            then a parameter that only ``primary`` reaches, such as the main head, gets its gradient scaled by
-            ``1 + |s| / |primary|^2``. With the shared ones only, heads keep their own gradients.
+        shared: for each parameter whether it is part of the projection. Default: all, as in the official code; a
+            parameter with only a ``primary`` gradient, such as the main head's, then gets it scaled by
+            ``1 + |s| / |primary|^2``.
 
     Returns:
-        The merged gradients; ``None`` where both were ``None``.
+        The sums; ``None`` where both are ``None``.
 
     Raises:
-        ValueError: if the lengths differ, or the shapes of two gradients of one parameter.
+        ValueError: if the lengths differ, or the shapes of the two gradients of a parameter.
 
     Source: arXiv 2411.08937, gradient alignment.
     """
@@ -144,35 +144,38 @@ def _products(primary: Gradients, auxiliary: Gradients, mask: Sequence[bool]) ->
 
 
 class DHKD(Distillation):
-    """Dual-head knowledge distillation (Yang et al., KDD 2025, arXiv 2411.08937).
+    """Dual-head knowledge distillation (Yang et al., KDD 2025, arXiv 2411.08937): one student head for each loss.
 
-    The student gets a second, training-only head on its pooled feature. Cross-entropy trains the main head, the
-    distillation loss the auxiliary one, and the backbone receives both gradients: the two losses no longer fight
-    inside one classifier. ``heads=1`` puts both losses on the main head, as an ablation.
+    Cross-entropy and distillation on logits can pull the student's classifier in different directions. So the student
+    gets a second head on its pooled feature, used only in training: cross-entropy trains the main head, the
+    distillation loss the auxiliary head, and the backbone gets both gradients. ``heads=1`` puts both losses on the main
+    head, as an ablation.
 
-    With gradient alignment, the conflicting part of the distillation gradient is projected away; ``train/cosine`` is
-    then the mean cosine of the two gradients over the parameters that both reach. It takes two backward passes over
-    one forward pass. Under several processes both gradients are averaged before they are aligned; with accumulation
-    both are summed first; scaled gradients of 16-mixed are aligned as they are, which the projection does not notice.
+    With gradient alignment the conflicting part of the distillation gradient is removed (``align_gradients``), and
+    ``train/cosine`` is the mean cosine between both gradients over their shared parameters. It needs two backward
+    passes per step. Both gradients are averaged over processes, and summed over accumulated batches, before they are
+    aligned; the gradient scaling of 16-mixed does not affect the projection.
 
     Args:
-        student: see ``Distillation``; with two heads it needs a linear classifier (found, or named by ``classifier``).
+        student: see ``Distillation``; with two heads it needs a linear classifier.
         teacher: see ``Distillation``.
         num_classes: see ``Task``.
         loss: ``"binary_kl_norm"`` (the method), ``"binary_kl"`` or ``"kd"`` (softmax).
-        temperature: of the loss (2 for the binary ones, 4 for ``"kd"`` in the paper).
+        temperature: temperature of the loss; in the paper 2 for the binary losses, 4 for ``"kd"``.
         heads: 2, or 1 for the ablation.
-        auxiliary_head: ``"linear"`` for a teacher of the student's family, or ``"nonlinear"`` (linear to 200, dropout
-            0.1, batch norm, ReLU, linear) for one of another.
-        gradient_alignment: ``"off"``; ``"all"`` projects over all parameters as the official code does; ``"shared"``
-            over those that both objectives reach.
-        stop_epoch: epoch, counted from 1, from which the student trains on cross-entropy alone (50 on ImageNet).
-            Default: never.
+        auxiliary_head: ``"linear"`` if the teacher is of the student's family, else ``"nonlinear"`` (linear to 200,
+            dropout 0.1, batch norm, ReLU, linear).
+        gradient_alignment: ``"off"``; ``"all"``: over all parameters, as in the official code; ``"shared"``: over the
+            parameters that both losses reach.
+        stop_epoch: epoch, counted from 1, from which only cross-entropy is used (50 on ImageNet). Default: never.
         classifier: module path of the student's classifier. Default: its last ``nn.Linear``.
         ce_weight: weight of the cross-entropy (gamma in the paper).
-        kd_weight: weight of the distillation loss (alpha in the paper): 1 with 100 classes, 0.1 with 1,000; the loss
-            is a sum over classes.
+        kd_weight: weight of the distillation loss (alpha in the paper), which is a sum over classes: 1 with 100
+            classes, 0.1 with 1,000.
         kwargs: the further arguments of ``Distillation`` and ``Task``.
+
+    Raises:
+        ValueError: if an argument is out of range.
     """
 
     def __init__(
@@ -215,7 +218,7 @@ class DHKD(Distillation):
     def setup(self, stage: str) -> None:
         super().setup(stage)
         if self.compile_networks and self.gradient_alignment != "off":
-            # two backward passes over one compiled graph: the first must not give its buffers away
+            # two backward passes over one compiled graph: the first must not free its buffers
             torch._functorch.config.donated_buffer = False
 
     def distillation_loss(self, student_logits: Tensor, teacher_logits: Tensor, target: Tensor) -> Tensor:
@@ -229,7 +232,7 @@ class DHKD(Distillation):
         logits, head_logits = at_least_float32(logits, head_logits)
         ce = self.ce_weight * self.problem.loss(logits, batch.target)
         if self.stop_epoch is not None and self.current_epoch + 1 >= self.stop_epoch:
-            # the idle head stays in the graph with gradient 0: DDP waits for every parameter
+            # DDP waits for every parameter, so the unused head gets a gradient of 0
             self._objectives = None
             return self.step_loss({"ce": ce}, logits, batch.target) + 0.0 * head_logits.sum()
         (teacher_logits,) = at_least_float32(self.teacher_logits_for(batch))
@@ -242,7 +245,7 @@ class DHKD(Distillation):
             super().backward(loss, *args, **kwargs)
             return
         parameters = [p for p in self.parameters() if p.requires_grad]
-        # the loss arrives scaled (accumulation, 16-mixed): its derivatives by the two objectives are the scale
+        # the loss is scaled (accumulation, 16-mixed); its derivatives by the two objectives are that scale
         scales = torch.autograd.grad(loss, self._objectives, retain_graph=True)
         known = sum(scale * part.detach() for scale, part in zip(scales, self._objectives, strict=True))
         if loss.device.type == "cpu" and not torch.allclose(loss.detach(), torch.as_tensor(known), equal_nan=True):
@@ -265,7 +268,7 @@ class DHKD(Distillation):
         merged = align_gradients(both[0], both[1], reached if self.gradient_alignment == "shared" else None)
         dot, first, second = _products(both[0], both[1], reached)
         cosine = dot / (first * second).sqrt().clamp_min(1e-20)
-        self.accumulate(("cosine",), cosine.nan_to_num(0.0)[None], 1)  # 16-mixed may overflow in a step that it skips
+        self.accumulate(("cosine",), cosine.nan_to_num(0.0)[None], 1)  # NaN in steps that 16-mixed skips
         for parameter, gradient in zip(parameters, merged, strict=True):
             parameter.grad = gradient
 
@@ -286,7 +289,7 @@ def _add(x: Tensor | None, y: Tensor | None) -> Tensor | None:
 def _auxiliary_head(kind: str, in_features: int, num_classes: int) -> nn.Module:
     if kind == "linear":
         return nn.Linear(in_features, num_classes)
-    hidden = 200  # whatever the feature and the classes
+    hidden = 200  # the same for every network
     return nn.Sequential(
         nn.Linear(in_features, hidden),
         nn.Dropout(0.1),

@@ -1,4 +1,4 @@
-"""DIST: the student keeps the teacher's relations, by correlation, in the place of its exact probabilities.
+"""DIST: the student learns the teacher's relations between classes and samples, measured by correlation.
 
 Tao Huang, Shan You, Fei Wang, Chen Qian, Chang Xu. Knowledge Distillation from A Stronger Teacher. NeurIPS 2022, arXiv
 2205.10536.
@@ -18,26 +18,26 @@ __all__ = ["DIST", "dist_loss"]
 
 
 def dist_loss(student_logits: Tensor, teacher_logits: Tensor, beta: float, gamma: float, tau: float) -> Tensor:
-    """``tau^2 (beta (1 - mean r of samples) + gamma (1 - mean r of classes))`` with Pearson's correlation ``r``.
+    """``tau^2 (beta (1 - mean r over samples) + gamma (1 - mean r over classes))``, ``r`` Pearson's correlation.
 
-    ``r`` is between student and teacher, of the softmax at temperature ``tau``: of a sample over its classes (a row),
-    and of a class over the samples of the batch (a column). It is 0 where one side is constant, as every column is in a
-    batch of one sample.
+    ``r`` compares student and teacher after a softmax at temperature ``tau``: the probabilities of one sample over all
+    classes (a row), and those of one class over all samples of the batch (a column). It is 0 if one side is constant,
+    as every column in a batch of one sample.
 
     Args:
         student_logits: ``[B, C]``; half precision is computed in float32, float64 stays.
         teacher_logits: ``[B, C]``; gets no gradient.
         beta: weight of the relation between the classes of each sample, at least 0.
         gamma: weight of the relation between the samples in each class, at least 0.
-        tau: positive.
+        tau: temperature, above 0.
 
     Returns:
         Scalar.
 
     Raises:
-        ValueError: for logits of two shapes, and numbers out of range.
+        ValueError: if the logits differ in shape, or an argument is out of range.
 
-    Source: arXiv 2205.10536, equations 5 to 10; ``tau^2`` and the 1e-8 beside the norms are the official code's.
+    Source: arXiv 2205.10536, equations 5 to 10; ``tau^2`` and the 1e-8 added to the norms are from the official code.
     """
     check_logits(student_logits, teacher_logits)
     check_positive(tau=tau)
@@ -50,16 +50,20 @@ def dist_loss(student_logits: Tensor, teacher_logits: Tensor, beta: float, gamma
 
 
 def _correlation(a: Tensor, b: Tensor, dim: int) -> Tensor:
-    """Pearson's, over ``dim``; 0 where one of the two is constant, without gradient where ``a`` is."""
-    constant = (a == a.narrow(dim, 0, 1)).all(dim, keepdim=True)  # else a gradient of 1e8
+    """Pearson's correlation along ``dim``; 0 if one of the two is constant, without gradient if ``a`` is."""
+    constant = (a == a.narrow(dim, 0, 1)).all(dim, keepdim=True)  # without the mask its gradient would be 1e8
     a, b = (a - a.mean(dim, keepdim=True)).masked_fill(constant, 0), b - b.mean(dim, keepdim=True)
     return (a * b).sum(dim) / (a.norm(dim=dim) * b.norm(dim=dim) + 1e-8)
 
 
 class DIST(Distillation):
-    """DIST (Huang et al., NeurIPS 2022, arXiv 2205.10536).
+    """DIST (Huang et al., NeurIPS 2022, arXiv 2205.10536): match correlations instead of exact probabilities.
 
-    Several processes: the samples of each process's own batch are related.
+    The outputs of a strong teacher differ so much from the student's that matching them exactly is difficult. DIST
+    requires only that they are correlated: over the classes of each sample, and over the samples for each class (see
+    ``dist_loss``).
+
+    Several processes: correlations are over each process's own batch.
 
     Args:
         student: see ``Distillation``.
@@ -67,10 +71,13 @@ class DIST(Distillation):
         num_classes: see ``Task``.
         beta: weight of the relation between the classes of each sample.
         gamma: weight of the relation between the samples in each class.
-        tau: temperature of both distributions: 1 on ImageNet, 4 on CIFAR.
+        tau: temperature of both softmax outputs: 1 on ImageNet, 4 on CIFAR.
         ce_weight: weight of the cross-entropy.
         kd_weight: weight of ``dist_loss``: 1 on ImageNet, 2 on CIFAR.
         kwargs: the further arguments of ``Distillation`` and ``Task``.
+
+    Raises:
+        ValueError: if an argument is out of range.
     """
 
     def __init__(

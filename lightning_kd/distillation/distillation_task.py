@@ -1,4 +1,4 @@
-"""What the distillation methods share: a student that learns and a teacher that does not."""
+"""The base of the distillation methods: a student that is trained, and a teacher that is frozen."""
 
 from __future__ import annotations
 
@@ -25,9 +25,9 @@ __all__ = ["Distillation"]
 
 
 class Distillation(FineTunedTask, ABC):
-    """Train a student with ``ce_weight * loss of the problem + kd_weight * distillation_loss``.
+    """Base of distillation methods: train a student with ``ce_weight * task loss + kd_weight * distillation_loss``.
 
-    For one class an image the loss of the problem is cross-entropy.
+    The task loss is that of the problem: cross-entropy for one class per image.
 
     Your own method is a subclass with one method::
 
@@ -35,50 +35,51 @@ class Distillation(FineTunedTask, ABC):
             def distillation_loss(self, student_logits, teacher_logits, target):
                 return (student_logits - teacher_logits).square().mean()
 
-    The teacher stays in eval mode, gets no gradient, is not handed to the optimizer and is not in the checkpoint. Its
-    accuracy is logged once, as ``val/teacher_acc``, with a warning if it is near chance. After ``fit`` the run folder
-    holds ``student.pt``, the plain student.
+    The teacher stays in eval mode, gets no gradient, and is neither in the optimizer nor in checkpoints. Its accuracy
+    is logged once, as ``val/teacher_acc``, with a warning if it is close to chance. After ``fit`` the run folder holds
+    ``student.pt``, the plain student.
 
-    With ``teacher_store`` the teacher is neither built nor run: its logits are those that ``lightning-kd teach`` has
-    stored of every view of the training images, and ``val/teacher_acc`` is what it reached then. A step asks for
-    ``teacher_logits_for(batch)``; a method that looks into the teacher, such as at its features, is refused.
+    With ``teacher_store`` the teacher is neither built nor run. Its logits are read from the file in which
+    ``lightning-kd teach`` stored them for every view of the training images; ``val/teacher_acc`` is the value from that
+    time. A training step must then use ``teacher_logits_for(batch)``; methods that use more than the teacher's logits,
+    such as its features, raise an error.
 
     Several processes: each has a copy of the teacher; losses are means over the process's batch.
 
     Args:
-        student: network name or any ``nn.Module`` that gives logits ``[B, C]``.
-        teacher: network name or ``nn.Module``. A module given without ``teacher_weights`` is taken as trained; it is
-            frozen in place. A method with ``several_teachers`` takes a list of them, too; the other arguments of the
-            teacher are then one for all of them, or a list with one for each.
+        student: name of a network or any ``nn.Module`` that returns logits ``[B, C]``.
+        teacher: name of a network or an ``nn.Module``. A module without ``teacher_weights`` counts as trained; it is
+            frozen in place. Methods with ``several_teachers`` also take a list; each other argument about the teacher
+            is then one value for all, or a list with one per teacher.
         num_classes: see ``Task``.
         input_shape: see ``Task``.
-        teacher_weights: a checkpoint or ``state_dict`` file; ``"default"`` for the published weights of a
-            ``timm/`` or ``torchvision/`` network; ``"random"`` for an untrained teacher (only to try things out).
+        teacher_weights: a checkpoint or ``state_dict`` file; ``"default"`` for the published weights of a ``timm/`` or
+            ``torchvision/`` network; ``"random"`` for an untrained teacher (only to try things out).
         student_weights: checkpoint or ``state_dict`` file to start the student from; ``"default"`` for the published
             weights of a ``timm/`` or ``torchvision/`` network. Default: from scratch.
-        ce_weight: weight of the cross-entropy.
+        ce_weight: weight of the task loss.
         kd_weight: weight of the distillation loss.
-        teacher_mean: per-channel mean that the teacher's images were normalised with, where it differs from the data
-            module's; with ``teacher_std``.
-        teacher_std: likewise the standard deviation.
-        teacher_size: height and width, or one number for both, that the teacher's images are brought to (bilinear,
-            antialiased), where it wants another input size than the student. Default: that of the data.
-        teacher_store: a file that ``lightning-kd teach`` has made with this teacher, of this data and its views. Then
-            ``teacher_weights`` need not exist; where they do, they must be those. Read when a fit begins.
+        teacher_mean: per-channel mean with which the teacher's images were normalised, if it differs from the data
+            module's; needs ``teacher_std``.
+        teacher_std: per-channel standard deviation, likewise.
+        teacher_size: height and width, or one number for both, to which the teacher's images are resized (bilinear,
+            antialiased). Default: the size of the data.
+        teacher_store: a file that ``lightning-kd teach`` made with this teacher, data and views. ``teacher_weights``
+            may then be missing; if the file exists, it must be the one that was used. Read at the start of a fit.
         kwargs: ``new_classifier``, ``freeze``, ``backbone_lr`` of ``FineTunedTask``, for the student; ``optimizer``
             (default: see ``optimizer_for``), ``lr_scheduler``, ``lr_interval``, ``channels_last``, ``compile`` of
             ``Task``.
 
     Raises:
-        ValueError: if the teacher has no weights or another number of classes, or is the student itself; before a fit
-            where its checkpoint names other classes than the data, or ``teacher_store`` is of something else.
+        ValueError: if the teacher has no weights or another number of classes, or is the student; before a fit if its
+            checkpoint names other classes than the data, or ``teacher_store`` does not fit.
     """
 
-    #: whether the method looks at more of the teacher than its logits, so that no ``teacher_store`` will do
+    #: whether the method uses more of the teacher than its logits, so that it cannot use a ``teacher_store``
     looks_into_teacher = False
-    #: whether ``teacher`` may be a list, whose mean probabilities are the answer
+    #: whether ``teacher`` may be a list, whose mean probabilities are used
     several_teachers = False
-    #: a ``FrozenTeacher``, or a ``TeacherEnsemble`` of several
+    #: a ``FrozenTeacher``, or a ``TeacherEnsemble`` for a list of teachers
     teacher: Any
 
     def __init__(
@@ -120,7 +121,7 @@ class Distillation(FineTunedTask, ABC):
             size=teacher_size,
         )
         one = not isinstance(teacher, list | tuple)
-        #: what was given, of several teachers a list of each
+        #: the given arguments; for several teachers each is a list
         self.teacher_arguments: dict[str, Any] = (
             each[0] if one else {key: [own[key] for own in each] for key in each[0]}
         )
@@ -133,7 +134,7 @@ class Distillation(FineTunedTask, ABC):
         elif self.looks_into_teacher:
             self._refuse_store()
         else:
-            skip_draws(draws_of_teacher(teacher_store))  # parts that are made later begin as they would beside it
+            skip_draws(draws_of_teacher(teacher_store))  # so that later modules get the same initial weights
         self.ce_weight = ce_weight
         self.kd_weight = kd_weight
         self._teacher_sums: Tensor | None = None
@@ -156,11 +157,11 @@ class Distillation(FineTunedTask, ABC):
 
     @abstractmethod
     def distillation_loss(self, student_logits: Tensor, teacher_logits: Tensor, target: Tensor) -> Tensor:
-        """The method's own loss, a scalar, before ``kd_weight``.
+        """The method's own loss, a scalar, without the factor ``kd_weight``.
 
         Args:
             student_logits: float32 ``[B, C]``, with graph.
-            teacher_logits: float32 ``[B, C]``, without.
+            teacher_logits: float32 ``[B, C]``, without graph.
             target: int64 ``[B]``.
         """
 
@@ -198,7 +199,7 @@ class Distillation(FineTunedTask, ABC):
         )
 
     def training_indices(self, data: Any) -> np.ndarray:
-        """The training samples that an epoch goes over, int64, by their positions in the full array of ``data``."""
+        """The training samples of an epoch, int64 positions in the full training array of ``data``."""
         return getattr(data, "train_indices", np.arange(0))
 
     def setup(self, stage: str) -> None:
@@ -212,7 +213,7 @@ class Distillation(FineTunedTask, ABC):
             return
         data = getattr(self.trainer, "datamodule", None)
         for teacher in self.teachers:
-            if stage in ("fit", "validate"):  # else it is not asked
+            if stage in ("fit", "validate"):  # the teacher is not used in other stages
                 teacher.check_classes(data)
             if teacher.mean is not None:
                 if not hasattr(data, "mean") or not hasattr(data, "std"):
@@ -221,16 +222,16 @@ class Distillation(FineTunedTask, ABC):
 
     @property
     def teachers(self) -> list[FrozenTeacher]:
-        """All of them, one or more."""
+        """All teachers, one or more."""
         return list(self.teacher.teachers) if isinstance(self.teacher, TeacherEnsemble) else [self.teacher]
 
     def teacher_logits_for(self, batch: Batch) -> Tensor:
-        """The teacher's logits ``[B, C]`` for the images of a training batch, without gradient.
+        """The teacher's logits ``[B, C]`` for a training batch, without gradient.
 
-        What a ``training_step`` asks: from the ``teacher_store``, or from a forward pass of the teacher.
+        They come from the ``teacher_store`` if there is one, else from a forward pass. To be used in ``training_step``.
 
         Raises:
-            ValueError: where a batch does not tell its views, which a store is asked by.
+            ValueError: if there is a store and the batch does not say which views its images are.
         """
         if self._store is None:
             return self.teacher_logits(batch.image)
@@ -246,7 +247,7 @@ class Distillation(FineTunedTask, ABC):
         return super().view_options() | keys
 
     def teacher_logits(self, image: Tensor) -> Tensor:
-        """The frozen teacher's logits ``[B, C]``, without gradient; of several the logarithm of mean probabilities."""
+        """The teacher's logits ``[B, C]``, without gradient; for several the logarithm of their mean probabilities."""
         return self.teacher(image)
 
     def validation_step(self, batch: Any, batch_idx: int) -> None:
@@ -267,7 +268,7 @@ class Distillation(FineTunedTask, ABC):
             if self.problem.training_metric in reached:
                 self._tell_of_teacher(reached[self.problem.training_metric])
             return
-        # also where this process had no batch: the others wait
+        # even without a batch on this process, since the others wait for it
         sums = torch.zeros(2, device=self.device) if self._teacher_sums is None else self._teacher_sums
         total, count = self.trainer.strategy.reduce(sums, reduce_op="sum").tolist()
         self._teacher_sums = None

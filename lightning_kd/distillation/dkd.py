@@ -1,4 +1,4 @@
-"""Decoupled knowledge distillation.
+"""Decoupled knowledge distillation: separate weights for the target class and for the other classes.
 
 Borui Zhao, Quan Cui, Renjie Song, Yiyu Qiu, Jiajun Liang. Decoupled Knowledge Distillation. CVPR 2022, arXiv
 2203.08679.
@@ -40,11 +40,11 @@ def published_beta(student: str | nn.Module, teacher: str | nn.Module) -> float:
     """The paper's ``beta`` for a pair of networks: 2, 6 or 8 on CIFAR-100, 0.5 for resnet34 to resnet18 on ImageNet.
 
     Args:
-        student: its name; a module has none.
-        teacher: likewise.
+        student: name of the network; for a module the default is returned.
+        teacher: name of the network; for a module the default is returned.
 
     Returns:
-        8 for a pair that the paper does not have.
+        ``beta``; 8 for a pair that is not in the paper.
     """
     if isinstance(student, str) and isinstance(teacher, str):
         return _BETA.get((teacher, student), 8.0)
@@ -54,11 +54,11 @@ def published_beta(student: str | nn.Module, teacher: str | nn.Module) -> float:
 def dkd_loss(
     student_logits: Tensor, teacher_logits: Tensor, target: Tensor, alpha: float, beta: float, temperature: float
 ) -> Tensor:
-    """``alpha * TCKD + beta * NCKD``: the target-class and the non-target-class part of knowledge distillation.
+    """``alpha * TCKD + beta * NCKD``: distillation of the target class and of the other classes.
 
-    With ``p`` the softmax at ``temperature``: TCKD is ``temperature^2`` times the KL divergence between the binary
-    distributions ``(p_target, 1 - p_target)``, NCKD the same between the distributions over the other classes. The
-    plain KD loss is ``TCKD + (1 - p_teacher_target) * NCKD`` per sample.
+    With ``p`` the softmax at ``temperature``, TCKD is ``temperature^2`` times the KL divergence between the binary
+    distributions ``(p_target, 1 - p_target)`` of teacher and student. NCKD is the same for the distributions over the
+    other classes. The plain KD loss equals ``TCKD + (1 - p_teacher_target) * NCKD`` for each sample.
 
     Args:
         student_logits: ``[B, C]``, ``C >= 2``; half precision is computed in float32, float64 stays.
@@ -66,14 +66,14 @@ def dkd_loss(
         target: int64 ``[B]``.
         alpha: weight of TCKD.
         beta: weight of NCKD.
-        temperature: positive.
+        temperature: above 0.
 
     Returns:
         Scalar, mean over the batch.
 
     Raises:
-        ValueError: for logits of two shapes, a temperature that is not above 0, a target of another shape or dtype, and
-            for one out of range (which only a CPU is asked for).
+        ValueError: if the logits differ in shape, ``temperature`` is not above 0, or the target has another shape or
+            dtype or is out of range (checked on a CPU only).
 
     Source: arXiv 2203.08679, equation 7.
     """
@@ -81,7 +81,7 @@ def dkd_loss(
     check_target(student_logits, target)
     check_positive(temperature=temperature)
     student_logits, teacher_logits = at_least_float32(student_logits, teacher_logits.detach())
-    # columns of the other classes, picked by index: exact in every dtype, where a large negative mask value is not
+    # the other classes are selected by index: exact in every dtype, unlike masking with a large negative value
     columns = torch.arange(student_logits.shape[1] - 1, device=target.device)
     others = columns + (columns >= target[:, None])
     target_part, other_parts = [], []
@@ -98,6 +98,10 @@ def dkd_loss(
 class DKD(Distillation):
     """Decoupled knowledge distillation (Zhao et al., CVPR 2022, arXiv 2203.08679).
 
+    The plain distillation loss is the sum of two parts: how probable the target class is, and how the rest is divided
+    among the other classes. The second part has a small weight if the teacher is sure of the target. DKD gives both
+    parts their own, constant weights (see ``dkd_loss``).
+
     Args:
         student: see ``Distillation``.
         teacher: see ``Distillation``.
@@ -105,13 +109,16 @@ class DKD(Distillation):
         alpha: weight of the target-class part.
         beta: weight of the non-target-class part. Default: that of the paper for the pair of names, see
             ``published_beta``, and 8 for other networks.
-        temperature: 4 on CIFAR, 1 on ImageNet.
-        warmup_epochs: the loss is multiplied by ``min(epoch / warmup_epochs, 1)``, epochs counted from 1.
+        temperature: temperature of both softmax outputs: 4 on CIFAR, 1 on ImageNet.
+        warmup_epochs: the distillation loss is multiplied by ``min(epoch / warmup_epochs, 1)``, epochs counted from 1.
         ce_weight: weight of the cross-entropy.
         kd_weight: weight of ``dkd_loss``.
-        standardize: standardize the logits of both networks first (LSKD); with ``alpha`` and ``beta`` about ten times
-            larger and temperature 2.
+        standardize: standardize the logits of both networks first (see ``lskd.standardize``); use it with ``alpha`` and
+            ``beta`` about ten times larger and temperature 2.
         kwargs: the further arguments of ``Distillation`` and ``Task``.
+
+    Raises:
+        ValueError: if an argument is out of range.
     """
 
     def __init__(

@@ -1,4 +1,4 @@
-"""Distillation by what happens inside: the base of methods that compare feature maps or pooled features."""
+"""The base of the distillation methods that compare feature maps or pooled features."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ Part = TypeVar("Part", bound=nn.Module)
 
 
 class FeatureDistillation(Distillation):
-    """Train a student with ``ce_weight * loss of the problem + kd_weight * feature_loss``.
+    """Base of feature distillation: train a student with ``ce_weight * task loss + kd_weight * feature_loss``.
 
     Your own method is a subclass with one method::
 
@@ -27,35 +27,36 @@ class FeatureDistillation(Distillation):
             def feature_loss(self, student, teacher, target):
                 return (student.maps[-1].mean(1) - teacher.maps[-1].mean(1)).square().mean()
 
-    ``student`` and ``teacher`` are ``StageMaps``: ``maps`` of the stages, shallow first, ``before`` their last
-    activation where the class asks for them, ``stem`` and ``pooled``. Their sizes without the batch are known in
-    ``__init__``, as ``self.student_features.shapes`` and ``self.teacher_features.shapes``. What is trained beside the
-    student, such as a regressor, is made there by ``self.training_part(module)``: it joins the optimizer and the
-    checkpoint, and leaves no trace in ``student.pt``.
+    ``student`` and ``teacher`` are ``StageMaps``: ``maps`` are the outputs of the stages, shallow ones first;
+    ``before`` are the same before their last activation, if the class asks for them; ``stem`` and ``pooled`` are the
+    outputs of the stem and the pooled feature. Their shapes without the batch are known in ``__init__``, as
+    ``self.student_features.shapes`` and ``self.teacher_features.shapes``. Create modules that are trained with the
+    student, such as a regressor, there with ``self.training_part(module)``: they are in the optimizer and in
+    checkpoints, but not in ``student.pt``.
 
-    Several processes: each compares the images of its own batch.
+    Several processes: the loss compares the images of each process's own batch.
 
     Args:
         student: see ``Distillation``.
         teacher: see ``Distillation``.
         num_classes: see ``Task``.
-        student_stages: module paths of the student's stages, shallow first. Default: found, see ``StageFeatures``.
-        teacher_stages: likewise of the teacher.
+        student_stages: module paths of the student's stages, shallow ones first. Default: found, see ``StageFeatures``.
+        teacher_stages: module paths of the teacher's stages, likewise.
         kwargs: the further arguments of ``Distillation`` and ``Task``.
 
     Raises:
-        ValueError: where student and teacher have another number of stages, and as ``StageFeatures`` and
+        ValueError: if student and teacher have different numbers of stages; see also ``StageFeatures`` and
             ``Distillation``.
     """
 
     looks_into_teacher = True
-    #: whether the method compares stages, or pooled features alone
+    #: whether the method compares stages, or only pooled features
     uses_stages = True
-    #: whether it looks at the student's maps before their last activation
+    #: whether it uses the student's maps before their last activation
     student_before = False
-    #: likewise the teacher's
+    #: whether it uses the teacher's maps before their last activation
     teacher_before = False
-    #: images that a batch must have for the loss to be defined; of fewer, at the end of an epoch, it counts 0
+    #: smallest batch for which the loss is defined; for smaller ones, at the end of an epoch, it is 0
     least_batch = 1
 
     def __init__(
@@ -93,16 +94,16 @@ class FeatureDistillation(Distillation):
 
     @abstractmethod
     def feature_loss(self, student: StageMaps, teacher: StageMaps, target: Tensor) -> Tensor:
-        """The method's own loss, a scalar, before ``kd_weight``.
+        """The method's own loss, a scalar, without the factor ``kd_weight``.
 
         Args:
-            student: what its stages gave for the batch, with graph, in the precision of the networks.
-            teacher: likewise, without graph.
-            target: of the batch.
+            student: outputs of the student's stages for the batch, with graph, in the precision of the network.
+            teacher: outputs of the teacher's stages, likewise, without graph.
+            target: labels of the batch.
         """
 
     def training_part(self, module: Part) -> Part:
-        """``module``, made ready to be trained beside the student: to be kept as an attribute."""
+        """Prepare ``module`` to be trained with the student; store the result as an attribute."""
         if self.channels_last:
             module.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
         self._training_parts.append(module)

@@ -1,4 +1,4 @@
-"""FitNet: a map of the student, brought to the teacher's shape, imitates the teacher's.
+"""FitNet: a feature map of the student, brought to the teacher's shape, is trained to equal the teacher's.
 
 Adriana Romero, Nicolas Ballas, Samira Ebrahimi Kahou, Antoine Chassang, Carlo Gatta, Yoshua Bengio. FitNets: Hints for
 Thin Deep Nets. ICLR 2015, arXiv 1412.6550.
@@ -21,17 +21,18 @@ __all__ = ["FitNet", "Regressor"]
 
 
 class Regressor(nn.Module):
-    """Brings a map of the student to the shape of the teacher's: a convolution, batch normalisation and ReLU.
+    """Bring a student's map to the shape of the teacher's: a convolution, batch normalisation and ReLU.
 
-    A student map twice as large gets a 3x3 convolution of stride 2, one of half the size a transposed 4x4 convolution
-    of stride 2, any other a convolution that is as large as what must go. Maps ``[N, C, H, W]`` to ``[N, C', H', W']``.
+    Maps ``[N, C, H, W]`` become ``[N, C', H', W']``. A map of twice the size gets a 3x3 convolution of stride 2, one of
+    half the size a transposed 4x4 convolution of stride 2, and any other larger map a convolution without padding whose
+    kernel gives the right size.
 
     Args:
-        student_shape: ``(C, H, W)``, or with the batch before it.
-        teacher_shape: likewise.
+        student_shape: ``(C, H, W)``, or the same with a batch dimension before it.
+        teacher_shape: ``(C', H', W')``, likewise.
 
     Raises:
-        ValueError: for other lengths, and for a student map that is smaller but not half as large.
+        ValueError: if a shape has another length, or the student's map is smaller but not half as large.
     """
 
     def __init__(self, student_shape: Sequence[int], teacher_shape: Sequence[int]) -> None:
@@ -60,26 +61,27 @@ class Regressor(nn.Module):
 
 
 class FitNet(FeatureDistillation):
-    """FitNets (Romero et al., ICLR 2015, arXiv 1412.6550), in one stage as in the usual benchmark.
+    """FitNets (Romero et al., ICLR 2015, arXiv 1412.6550): match one feature map, the hint.
 
-    The loss is the mean squared error of the regressed map of one student stage to the teacher's, the mean over all
-    values.
+    A feature map of one student stage is brought to the shape of the teacher's by a trained convolution
+    (``Regressor``). The loss is the mean squared error between both maps, mean over all values. Unlike in the paper
+    there is only one training stage, as in the usual benchmark.
 
     Args:
         student: see ``Distillation``.
         teacher: see ``Distillation``.
         num_classes: see ``Task``.
-        hint_stage: which stage is the hint, counted from 1.
+        hint_stage: number of the stage, counted from 1.
         ce_weight: weight of the cross-entropy.
         kd_weight: weight of the mean squared error.
         kwargs: ``student_stages``, ``teacher_stages`` of ``FeatureDistillation``, and the further arguments of
             ``Distillation`` and ``Task``.
 
     Raises:
-        ValueError: for a stage that there is not, and as ``Regressor``.
+        ValueError: if the stage does not exist, and see ``Regressor``.
     """
 
-    least_batch = 2  # of the batch normalisation of 1x1 maps
+    least_batch = 2  # for batch normalisation of 1x1 maps
 
     def __init__(
         self,

@@ -1,4 +1,4 @@
-"""Distillation from soft labels of crops that were stored before: FKD, and FerKD, which mends those it cannot trust.
+"""Distillation from stored soft labels of crops: FKD, and FerKD, which replaces unreliable soft labels.
 
 Zhiqiang Shen, Eric Xing. A Fast Knowledge Distillation Framework for Visual Recognition. ECCV 2022, arXiv 2112.01528.
 Zhiqiang Shen. FerKD: Surgical Label Adaptation for Efficient Distillation. ICCV 2023, arXiv 2312.17473.
@@ -25,23 +25,22 @@ __all__ = ["FKD", "FerKD", "adapt_labels"]
 
 
 def adapt_labels(soft_target: Tensor, target: Tensor, adapt_below: float, smoothing: float = 0.1) -> Tensor:
-    """Soft labels, but for crops that the teacher is unsure of the given label, smoothed.
+    """Replace the soft labels of crops of which the teacher is unsure by the smoothed given label.
 
-    Such crops show background or context rather than the object: what the teacher says there is noise.
+    Such crops mostly show background or context instead of the object, and the teacher's output for them is noise.
 
     Args:
         soft_target: ``[B, C]``, the teacher's probabilities; half precision becomes float32, float64 stays.
         target: int64 ``[B]``.
-        adapt_below: where the largest probability is below it, the label is ``(1 - smoothing) * one-hot +
-            smoothing / C``; 0 leaves all as they are, in [0, 1].
-        smoothing: in [0, 1).
+        adapt_below: if the largest probability of a soft label is below this, the label becomes
+            ``(1 - smoothing) * one-hot + smoothing / C``; in [0, 1], 0 changes none.
+        smoothing: share of the label that is divided among all classes, in [0, 1).
 
     Returns:
         ``[B, C]``.
 
     Raises:
-        ValueError: for shapes that do not belong together, numbers out of range, and labels out of range (which only a
-            CPU is asked for).
+        ValueError: if the shapes do not match, or a number or label is out of range (labels are checked on a CPU only).
 
     Source: a reconstruction from the abstract of arXiv 2312.17473.
     """
@@ -54,16 +53,17 @@ def adapt_labels(soft_target: Tensor, target: Tensor, adapt_below: float, smooth
 
 
 class FKD(Distillation):
-    """Fast knowledge distillation (Shen and Xing, ECCV 2022, arXiv 2112.01528): soft labels of stored crops alone.
+    """Fast knowledge distillation (Shen and Xing, ECCV 2022, arXiv 2112.01528): train on stored soft labels of crops.
 
-    ``lightning-kd teach --views 200 --compress marginal_smoothing_k5`` stores so many random crops of each image, where
-    they are and what the teacher says of them; with that as ``teacher_store`` each visit of an image cuts out
-    ``crops`` of them again. The file is read once for all of them, and the batch has so many times its images. What is
-    learnt is their labels alone, at ``teach --temperature``.
+    The teacher runs once, before training: ``lightning-kd teach --views 200 --compress marginal_smoothing_k5`` stores
+    200 random crops of each image, as coordinates with the teacher's soft label. With this file as ``teacher_store``
+    each visit of an image cuts out ``crops`` of the stored crops. The image file is read once for all of them, and the
+    batch is ``crops`` times larger. Only the soft labels are learnt, at the temperature of ``teach --temperature``;
+    given labels are not used.
 
-    A pass over the data shows each image ``crops`` times and so counts as that many epochs: give a schedule of 300
-    epochs ``--trainer.max_epochs 75`` with 4 crops. Images in memory work likewise, by crop and flip. Without a store
-    the teacher is asked beside the student, for one random crop of each image.
+    A pass over the data shows each image ``crops`` times and counts as that many epochs: for a schedule of 300 epochs
+    with 4 crops set ``--trainer.max_epochs 75``. Images in memory work likewise, with stored crops and flips. Without a
+    store the teacher runs during training, on one random crop of each image.
 
     Several processes: losses are means over the process's batch.
 
@@ -71,11 +71,14 @@ class FKD(Distillation):
         student: see ``Distillation``.
         teacher: see ``Distillation``.
         num_classes: see ``Task``.
-        crops: of an image in a visit, from a store.
-        temperature: of the student.
-        ce_weight: 0, and nothing else.
-        kd_weight: weight of the loss.
+        crops: number of stored crops of an image per visit, at least 1.
+        temperature: temperature of the student's softmax, above 0.
+        ce_weight: must be 0, as labels are not used.
+        kd_weight: weight of the loss on soft labels.
         kwargs: the further arguments of ``Distillation`` and ``Task``.
+
+    Raises:
+        ValueError: if an argument is out of range; in a fit, if the store has fewer than ``crops`` views of an image.
     """
 
     def __init__(
@@ -111,7 +114,7 @@ class FKD(Distillation):
         return options
 
     def soft_labels_for(self, batch: Batch) -> Tensor:
-        """What is learnt of a batch, probabilities ``[B, C]``."""
+        """The soft labels of a batch, probabilities ``[B, C]``."""
         if self._store is not None and batch.index is not None and VIEW in batch.extras:
             return self._store.probabilities(batch.index, batch.extras[VIEW])
         return self.teacher_logits_for(batch).float().softmax(1)
@@ -130,11 +133,13 @@ class FKD(Distillation):
 
 
 class FerKD(FKD):
-    """FKD that mends the labels of crops that the teacher is unsure of (Shen, ICCV 2023, arXiv 2312.17473).
+    """FerKD (Shen, ICCV 2023, arXiv 2312.17473): FKD that replaces the soft labels of which the teacher is unsure.
 
-    A reconstruction from the abstract: such a crop shows background or context, and its soft label becomes the given
-    one, smoothed. SelfMix puts a region of another crop of the same image into a crop, so that the label stays close;
-    both labels are mixed by area.
+    A crop of which the teacher is unsure probably shows background or context. Its soft label is replaced by the given
+    label, smoothed (``adapt_labels``). SelfMix puts a region of another crop of the same image into each crop and mixes
+    both labels by area; as both crops show the same image, the label hardly changes.
+
+    This is a reconstruction from the abstract.
 
     Several processes: losses are means over the process's batch.
 
@@ -142,11 +147,14 @@ class FerKD(FKD):
         student: see ``Distillation``.
         teacher: see ``Distillation``.
         num_classes: see ``Task``.
-        adapt_below: crops whose largest stored probability is below it are mended; 0 for none.
-        smoothing: of their labels, in [0, 1).
-        self_mix: probability that a batch is mixed; needs ``crops`` of 2 or more.
+        adapt_below: soft labels whose largest probability is below this are replaced, in [0, 1]; 0 for none.
+        smoothing: label smoothing of the replacements, in [0, 1).
+        self_mix: probability that a batch is mixed by SelfMix, in [0, 1]; needs ``crops`` of at least 2.
         kwargs: ``crops``, ``temperature``, ``kd_weight`` of ``FKD``, and the further arguments of ``Distillation`` and
             ``Task``.
+
+    Raises:
+        ValueError: if an argument is out of range, and see ``FKD``.
     """
 
     def __init__(
@@ -179,15 +187,20 @@ class FerKD(FKD):
 
 
 def mix_crops(image: Tensor, soft_target: Tensor, crops: int) -> tuple[Tensor, Tensor]:
-    """Put a box of each image's next crop into each crop, at a place that is drawn once, and mix their labels by area.
+    """SelfMix: paste a box of the next crop of the same image into each crop, and mix the labels by area.
+
+    The box is drawn once for the batch.
 
     Args:
-        image: ``[B * crops, C', H, W]``, crops of an image side by side.
+        image: ``[B * crops, C', H, W]``, crops of the same image consecutively.
         soft_target: ``[B * crops, C]``.
-        crops: of each image.
+        crops: number of crops per image.
+
+    Returns:
+        mixed images and labels, of the same shapes.
     """
     height, width = image.shape[-2:]
-    share = float(torch.rand(())) ** 0.5  # of each side: the area is uniform, as with Beta(1, 1)
+    share = float(torch.rand(())) ** 0.5  # of each side; the area is then uniform, as with Beta(1, 1)
     sides = [max(1, round(share * length)) for length in (height, width)]
     top, left = (int(torch.randint(length - side + 1, ())) for length, side in zip((height, width), sides, strict=True))
     box = (..., slice(top, top + sides[0]), slice(left, left + sides[1]))

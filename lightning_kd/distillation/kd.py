@@ -1,4 +1,4 @@
-"""Knowledge distillation on softened class probabilities.
+"""Knowledge distillation: the student learns the teacher's class probabilities.
 
 Geoffrey Hinton, Oriol Vinyals, Jeff Dean. Distilling the Knowledge in a Neural Network. NeurIPS Deep Learning Workshop
 2014, arXiv 1503.02531.
@@ -26,13 +26,13 @@ def kd_loss(student_logits: Tensor, teacher_logits: Tensor, temperature: float) 
     Args:
         student_logits: ``[B, C]``; half precision is computed in float32, float64 stays.
         teacher_logits: ``[B, C]``; gets no gradient.
-        temperature: positive.
+        temperature: above 0.
 
     Returns:
         Scalar.
 
     Raises:
-        ValueError: for logits of two shapes, and a temperature that is not above 0.
+        ValueError: if the logits differ in shape, or ``temperature`` is not above 0.
 
     Source: arXiv 1503.02531, section 2.
     """
@@ -42,25 +42,32 @@ def kd_loss(student_logits: Tensor, teacher_logits: Tensor, temperature: float) 
     log_student = (student_logits / temperature).log_softmax(1)
     log_teacher = (teacher_logits / temperature).log_softmax(1)
     teacher = log_teacher.exp()
-    # a class that the teacher rules out counts 0, even where both logarithms overflow
+    # a class to which the teacher gives probability 0 counts 0, even if both logarithms overflow
     difference = (log_teacher - log_student).masked_fill(teacher == 0, 0)
     return temperature**2 * (teacher * difference).sum(1).mean()
 
 
 class KD(Distillation):
-    """Knowledge distillation (Hinton et al., 2015, arXiv 1503.02531).
+    """Knowledge distillation (Hinton et al., 2015, arXiv 1503.02531): learn the teacher's class probabilities.
+
+    Besides the label the student learns the probabilities of a trained teacher, which tell how similar the classes are.
+    A temperature above 1 makes both distributions softer, so that improbable classes count more (see ``kd_loss``).
 
     Args:
         student: see ``Distillation``.
         teacher: see ``Distillation``.
         num_classes: see ``Task``.
-        temperature: softens both distributions (1 on ImageNet).
-        ce_weight: weight of the cross-entropy. 0.1 and 0.9 are the CIFAR weights of the usual benchmark; on ImageNet
-            it has 0.5 and 0.5.
+        temperature: temperature of both softmax outputs, above 0; 4 on CIFAR, 1 on ImageNet.
+        ce_weight: weight of the cross-entropy. The defaults 0.1 and 0.9 are those of the usual benchmark on CIFAR; on
+            ImageNet it has 0.5 and 0.5.
         kd_weight: weight of ``kd_loss``.
-        standardize: standardize the logits of both networks first (LSKD), so that only their order and spacing is
-            learnt; with weights about ten times larger (9 for ``kd_weight``) and temperature 2.
+        standardize: standardize the logits of both networks first (see ``lskd.standardize``), so that only order and
+            relative distances are learnt; use it with weights about ten times larger (9 for ``kd_weight``) and
+            temperature 2.
         kwargs: the further arguments of ``Distillation`` and ``Task``.
+
+    Raises:
+        ValueError: if an argument is out of range.
     """
 
     def __init__(

@@ -1,4 +1,4 @@
-"""KD++: a loss of the pooled feature's direction and length, beside that of a known method.
+"""KD++: add a loss on the norm and direction of the pooled feature to a known distillation method.
 
 Yuzhu Wang, Lechao Cheng, Manni Duan, Yongheng Wang, Zunlei Feng, Shu Kong. Improving Knowledge Distillation via
 Regularizing Feature Norm and Direction. arXiv 2305.17007.
@@ -35,15 +35,16 @@ FLOOR = 1e-12
 
 
 def norm_direction_loss(student_feature: Tensor, teacher_feature: Tensor, class_mean: Tensor, target: Tensor) -> Tensor:
-    """``1 - <s, e> / max(|s|, |t|)``, mean over the batch, with ``e`` the direction of the class's mean.
+    """``1 - <s, e> / max(|s|, |t|)``, mean over the batch, with ``e`` the direction of the class's mean feature.
 
-    It lies in [0, 2]. As long as the student's feature is shorter than the teacher's, the gradient is
-    ``-e / (N |t|)``: it grows along ``e``. Once it is as long, the loss is 1 minus the cosine, and only turns it.
+    ``s`` and ``t`` are the features of student and teacher. The loss lies in [0, 2]. While the student's feature is
+    shorter than the teacher's, the gradient is ``-e / (N |t|)``: the feature grows along ``e``. Once it is as long, the
+    loss is 1 minus the cosine and changes only its direction.
 
     Args:
         student_feature: ``[N, D]``; half precision is computed in float32, float64 stays.
         teacher_feature: ``[N, D]``, of the same images; gets no gradient.
-        class_mean: ``[C, D]``, the mean of the teacher's features of each class; its length is of no account. Gets no
+        class_mean: ``[C, D]``, mean of the teacher's features of each class; only its direction matters. Gets no
             gradient.
         target: int64 ``[N]``.
 
@@ -51,8 +52,8 @@ def norm_direction_loss(student_feature: Tensor, teacher_feature: Tensor, class_
         Scalar.
 
     Raises:
-        ValueError: for shapes that do not belong together, a target of another shape or dtype, and for one out of range
-            (which only a CPU is asked for).
+        ValueError: if the shapes do not match, or the target has another shape or dtype or is out of range (checked on
+            a CPU only).
 
     Source: arXiv 2305.17007, the ND loss as in the official code.
     """
@@ -70,43 +71,47 @@ def norm_direction_loss(student_feature: Tensor, teacher_feature: Tensor, class_
 
 
 class KDPlusPlus(Distillation):
-    """KD++ and the like (Wang et al., 2023, arXiv 2305.17007): the feature is pointed at its class and made longer.
+    """KD++ (Wang et al., 2023, arXiv 2305.17007): distillation plus a loss on norm and direction of the feature.
+
+    The pooled feature of the student should point in the direction of its class, the mean of the teacher's features of
+    this class, and be as long as the teacher's. This loss, ``ND``, is added to a known distillation method, the base.
 
     The loss is ``ce_weight * CE + kd_weight * min(1, epoch / warmup_epochs) * BASE + nd_weight * ND``, epochs counted
-    from 0, so that the first one has no ``BASE``. ``ND`` is ``norm_direction_loss`` of the pooled features. Where the
-    student's is of another length than the teacher's, it goes through batch norm, dropout 0.5 and a linear layer
-    first; these serve the training alone, and logits come from the feature itself.
+    from 0, so that the first epoch has no ``BASE``. ``ND`` is ``norm_direction_loss`` of the pooled features. If the
+    student's feature differs in length from the teacher's, it first passes batch norm, dropout 0.5 and a linear layer,
+    which are used only for this loss.
 
-    Before the training, the teacher looks at every training sample once for the means of its features by class. They
-    are in checkpoints with a fingerprint of the teacher. Of a plain ``DataLoader`` they are those of the images that it
-    yields.
+    Before training, the teacher runs once over all training samples to compute the mean feature of each class.
+    Checkpoints hold the means and a fingerprint of the teacher. Without a data module of this package they are means
+    over the images that the ``DataLoader`` yields.
 
-    Several processes: the means are of all their samples, each counted once (but for those that the Trainer's own
-    sampler repeats to fill up); losses are means over the process's batch.
+    Several processes: the means are over the samples of all processes, each counted once (except those that the
+    Trainer's own sampler repeats to fill the last batch); losses are means over the process's batch.
 
     Args:
         student: see ``Distillation``; it needs a linear classifier, whose input is the pooled feature.
-        teacher: likewise.
+        teacher: see ``Distillation``; it needs a linear classifier too.
         num_classes: see ``Task``.
-        base: ``"kd"`` (KD++), ``"dkd"`` (DKD++), ``"dist"`` (DIST++, whose two relations weigh alike) or ``"reviewkd"``
-            (ReviewKD++, with training-only fusion blocks on the stages of both networks).
-        ce_weight: weight of the cross-entropy. Weights that are not given are those of the paper for the pair of names,
-            see ``published_weights``.
-        kd_weight: weight of the base.
-        nd_weight: weight of ``ND``.
-        alpha: of DKD, the weight of its target-class part; likewise from the paper.
-        beta: of DKD, the weight of its other part.
-        temperature: of the base: 4 on CIFAR, 1 on ImageNet.
-        warmup_epochs: of the base: 20 on CIFAR, 5 on ImageNet.
-        augmented_means: let the teacher see augmented images for the means, as the official code.
+        base: ``"kd"`` (KD++), ``"dkd"`` (DKD++), ``"dist"`` (DIST++, both relations with equal weights) or
+            ``"reviewkd"`` (ReviewKD++, with training-only fusion blocks on the stages of both networks).
+        ce_weight: weight of the cross-entropy. Default: that of the paper for the pair of names, see
+            ``published_weights``.
+        kd_weight: weight of the base. Default: likewise.
+        nd_weight: weight of ``ND``. Default: likewise.
+        alpha: weight of the target-class part of DKD. Default: likewise.
+        beta: weight of the non-target-class part of DKD. Default: likewise.
+        temperature: temperature of the base: 4 on CIFAR, 1 on ImageNet.
+        warmup_epochs: epochs in which the weight of the base rises: 20 on CIFAR, 5 on ImageNet.
+        augmented_means: compute the means from augmented images, as the official code does.
         classifier: module path of the student's classifier. Default: its last ``nn.Linear``.
-        teacher_classifier: likewise of the teacher's.
-        student_stages: of ``"reviewkd"``, module paths of the student's stages. Default: found, see ``StageFeatures``.
-        teacher_stages: likewise of the teacher.
+        teacher_classifier: module path of the teacher's classifier. Default: its last ``nn.Linear``.
+        student_stages: for ``"reviewkd"``, module paths of the student's stages. Default: found, see ``StageFeatures``.
+        teacher_stages: for ``"reviewkd"``, module paths of the teacher's stages. Default: found likewise.
         kwargs: the further arguments of ``Distillation`` and ``Task``.
 
     Raises:
-        ValueError: in a fit, where a class has no training sample, and where a resumed run has another teacher.
+        ValueError: if an argument is out of range; in a fit, if a class has no training sample, or a resumed run has
+            another teacher.
     """
 
     looks_into_teacher = True
@@ -182,12 +187,12 @@ class KDPlusPlus(Distillation):
         self.class_mean_teacher.copy_(own)
 
     def class_means(self) -> Tensor:
-        """The mean of the teacher's features of each class, float64 ``[C, D]``, by a pass over the training set.
+        """The mean of the teacher's features of each class, float64 ``[C, D]``, from a pass over the training set.
 
-        Collective.
+        All processes must call it together.
 
         Raises:
-            ValueError: where a class has no training sample.
+            ValueError: if a class has no training sample.
         """
         data: Any = getattr(self.trainer, "datamodule", None)
         view = "weak" if self.augmented_means else "plain"
@@ -226,7 +231,7 @@ class KDPlusPlus(Distillation):
     # -- the loss ----------------------------------------------------------------------------------------------------
 
     def distillation_loss(self, student_logits: Tensor, teacher_logits: Tensor, target: Tensor) -> Tensor:
-        """The base, without its warm-up."""
+        """The loss of the base, without its warm-up."""
         if self.review is not None:
             return self.review(self._student_stages.pop(), self._teacher_stages.pop())
         if self.base == "dkd":

@@ -1,4 +1,4 @@
-"""L2D: several labels an image are distilled by the probability and by the embedding of each label.
+"""L2D: multi-label distillation of the probability and of the embedding of each label.
 
 Penghui Yang, Ming-Kun Xie, Chen-Chen Zong, Lei Feng, Gang Niu, Masashi Sugiyama, Sheng-Jun Huang. Multi-Label Knowledge
 Distillation. ICCV 2023, arXiv 2308.06453.
@@ -31,15 +31,18 @@ __all__ = ["L2D", "class_aware_loss", "instance_aware_loss", "multi_label_logits
 def multi_label_logits_loss(
     student_logits: Tensor, teacher_logits: Tensor, reduction: Literal["batchmean", "sum", "mean"] = "batchmean"
 ) -> Tensor:
-    """Each label as a Bernoulli variable: ``KL(Bern(sigmoid(teacher)) || Bern(sigmoid(student)))``.
+    """KL divergence for each label as a Bernoulli variable: ``KL(Bern(sigmoid(teacher)) || Bern(sigmoid(student)))``.
 
     Args:
         student_logits: ``[B, C]``; half precision is computed in float32, float64 stays.
         teacher_logits: ``[B, C]``; gets no gradient.
-        reduction: ``"batchmean"``, the sum over labels and mean over images; ``"sum"`` or ``"mean"`` over both.
+        reduction: ``"batchmean"``: sum over labels, mean over images; ``"sum"`` or ``"mean"``: over both.
+
+    Returns:
+        Scalar.
 
     Raises:
-        ValueError: for logits of two shapes, and another reduction.
+        ValueError: if the logits differ in shape, or ``reduction`` is another.
 
     Source: arXiv 2308.06453, the MLD loss.
     """
@@ -52,18 +55,22 @@ def multi_label_logits_loss(
 
 
 def class_aware_loss(student_embedding: Tensor, teacher_embedding: Tensor, target: Tensor) -> Tensor:
-    """For each label, how the images that have it lie to each other: the sum over labels of ``H``.
+    """For each label, match the distances between its images: the sum over labels of ``H``.
 
-    ``H`` of ``n`` embeddings is ``1/n sum_ij huber(d_ij / mean(d) - e_ij / mean(e))`` with the distances ``d`` of the
-    student and ``e`` of the teacher, whose means are over pairs of different ones. Fewer than three teach nothing.
+    For the ``n`` embeddings of a label ``H`` is ``1/n sum_ij huber(d_ij / mean(d) - e_ij / mean(e))``, with distances
+    ``d`` of the student and ``e`` of the teacher; means are over pairs of different embeddings. Labels with fewer than
+    three images contribute nothing.
 
     Args:
         student_embedding: ``[B, C, L]``; half precision is computed in float32, float64 stays.
         teacher_embedding: ``[B, C, L']``; gets no gradient.
         target: ``[B, C]`` of 1 and 0.
 
+    Returns:
+        Scalar.
+
     Raises:
-        ValueError: for shapes that do not belong together, and other values in ``target``.
+        ValueError: if the shapes do not match, or ``target`` has other values.
 
     Source: arXiv 2308.06453, class-aware label-wise embedding distillation; means as in the official code.
     """
@@ -71,15 +78,18 @@ def class_aware_loss(student_embedding: Tensor, teacher_embedding: Tensor, targe
 
 
 def instance_aware_loss(student_embedding: Tensor, teacher_embedding: Tensor, target: Tensor) -> Tensor:
-    """For each image, how its labels lie to each other: the sum over images of ``H``, see ``class_aware_loss``.
+    """For each image, match the distances between its labels: the sum over images of ``H``, see ``class_aware_loss``.
 
     Args:
         student_embedding: ``[B, C, L]``; half precision is computed in float32, float64 stays.
         teacher_embedding: ``[B, C, L']``; gets no gradient.
         target: ``[B, C]`` of 1 and 0.
 
+    Returns:
+        Scalar.
+
     Raises:
-        ValueError: for shapes that do not belong together, and other values in ``target``.
+        ValueError: if the shapes do not match, or ``target`` has other values.
 
     Source: arXiv 2308.06453, instance-aware label-wise embedding distillation; means as in the official code.
     """
@@ -87,19 +97,22 @@ def instance_aware_loss(student_embedding: Tensor, teacher_embedding: Tensor, ta
 
 
 def partial_softmax_loss(student_logits: Tensor, teacher_logits: Tensor, target: Tensor) -> Tensor:
-    """For each label of an image, the softmax over it and all labels that the image has not, distilled by KL.
+    """For each label of an image, KL divergence of a softmax over it and all labels that the image does not have.
 
-    The sum over an image's labels, mean over the batch.
+    Sum over an image's labels, mean over the batch.
 
     Args:
         student_logits: ``[B, C]``; half precision is computed in float32, float64 stays.
         teacher_logits: ``[B, C]``; gets no gradient.
         target: ``[B, C]`` of 1 and 0.
 
-    Raises:
-        ValueError: for shapes that differ, and other values in ``target``.
+    Returns:
+        Scalar.
 
-    Source: the partial softmax distiller that arXiv 2308.06453 compares with.
+    Raises:
+        ValueError: if the shapes differ, or ``target`` has other values than 1 and 0.
+
+    Source: the partial softmax distillation that arXiv 2308.06453 compares with.
     """
     check_logits(student_logits, teacher_logits)
     check_shapes(student_logits=(student_logits, "BC"), target=(target, "BC"))
@@ -107,11 +120,11 @@ def partial_softmax_loss(student_logits: Tensor, teacher_logits: Tensor, target:
     student, teacher = at_least_float32(student_logits, teacher_logits.detach())
     there = target > 0
     others = (~there).any(1, keepdim=True)
-    # of an image that has all labels each softmax is over one: no loss, and no -inf on the way to it
+    # if an image has all labels, each softmax is over one label: the loss is 0, and -inf must not occur in between
     absent = ~there | ~others
     s_rest, t_rest = (z.masked_fill(~absent, float("-inf")).logsumexp(1, keepdim=True) for z in (student, teacher))
     s_all, t_all = torch.logaddexp(student, s_rest), torch.logaddexp(teacher, t_rest)
-    # the part of KL that the absent labels share: their probabilities are those among themselves, scaled
+    # the part of KL from the absent labels is the same for all softmaxes, up to a factor
     among = (teacher - t_rest).masked_fill(~absent, float("-inf")).exp()
     shared = (among * (teacher - student)).sum(1, keepdim=True)
     own = (teacher - t_all).exp() * (teacher - student)
@@ -127,37 +140,46 @@ def _checked(student: Tensor, teacher: Tensor, target: Tensor) -> tuple[Tensor, 
 
 
 class L2D(Distillation):
-    """L2D (Yang et al., ICCV 2023, arXiv 2308.06453): the probability and the embedding of each label are distilled.
+    """L2D (Yang et al., ICCV 2023, arXiv 2308.06453): multi-label distillation of probabilities and label embeddings.
+
+    Each label of an image is distilled in two ways: by its probability, as a binary decision, and by its embedding. The
+    student learns to place the embeddings as the teacher does: those of one label in different images, and those of the
+    labels of one image.
 
     The loss is ``ce_weight * BCE + kd_weight * (lambda_mld * M + lambda_le * (lambda_cd * CD + lambda_id * ID))``:
-    binary cross-entropy summed over images and labels, ``M`` on the logits, and the class-aware and instance-aware
-    losses on the embeddings. The weights are those of the official code for batches of 64; all but ``M`` grow with the
-    batch. ``feature_loss`` adds what the paper compares with.
-    Where embeddings count, student and teacher must have a query a label, as ``resnet18+ml_decoder`` and the like.
-    Their embeddings may differ in length. Labels must all be known.
+    ``BCE`` is binary cross-entropy summed over images and labels, ``M`` the loss on logits, ``CD`` and ``ID`` the
+    class-aware and the instance-aware loss on embeddings. The weights are those of the official code for batches of 64;
+    all terms but ``M`` grow with the batch size. ``feature_loss`` adds methods that the paper compares with.
 
-    Several processes: sums are of the joint batch, means of each process's own. The class-aware loss compares the
-    images of each process among themselves, unless ``joint_classes``; ``feature_loss`` always does.
+    With losses on embeddings both networks must give an embedding for each label, like ``resnet18+ml_decoder``; their
+    lengths may differ. All labels must be known.
+
+    Several processes: sums are over the joint batch, means over each process's own. The class-aware loss and
+    ``feature_loss`` compare images of one process only; ``joint_classes`` changes this for the former.
 
     Args:
-        student: network name or ``nn.Module`` that gives logits ``[B, C]`` and embeddings ``[B, C, L]``.
-        teacher: likewise.
+        student: name of a network or ``nn.Module`` that returns logits ``[B, C]`` and embeddings ``[B, C, L]``.
+        teacher: name of a network or ``nn.Module``, likewise.
         num_classes: see ``Task``.
         input_shape: see ``Task``.
-        logits_loss: ``M``: ``"mld"``, ``multi_label_logits_loss``; ``"ps"``, ``partial_softmax_loss``; ``"mse"``, the
-            squared distance of the logits, sum over labels and mean over images; ``None`` for none.
+        logits_loss: the loss ``M``: ``"mld"``: ``multi_label_logits_loss``; ``"ps"``: ``partial_softmax_loss``;
+            ``"mse"``: squared difference of the logits, sum over labels and mean over images; ``None``: none.
         lambda_mld: weight of ``M``.
-        lambda_le: weight of both losses on embeddings; 0 leaves them out, so that any two taggers will do.
-        lambda_cd: weight of the class-aware loss among them.
-        lambda_id: weight of the instance-aware loss among them.
-        joint_classes: with several processes, compare the images of all of them in the class-aware loss, as one process
-            with the joint batch would.
-        feature_loss: on pooled features: ``"rkd"``, 25 times ``distance_loss`` and 50 times ``angle_loss``; ``"pkt"``,
-            30,000 times ``pkt_loss``, the weights of their usual benchmark; ``None`` for none.
-        lambda_feature: weight of it.
-        view: what is trained on: ``"weak"`` or, as in the paper, ``"strong"`` (without flips: ``data.flip false``).
+        lambda_le: weight of both losses on embeddings; with 0 networks need not give embeddings.
+        lambda_cd: weight of the class-aware loss.
+        lambda_id: weight of the instance-aware loss.
+        joint_classes: compare the images of all processes in the class-aware loss, as a single process with the joint
+            batch would.
+        feature_loss: loss on pooled features: ``"rkd"``: 25 times ``distance_loss`` plus 50 times ``angle_loss``;
+            ``"pkt"``: 30,000 times ``pkt_loss`` (weights of the usual benchmark); ``None``: none.
+        lambda_feature: weight of ``feature_loss``.
+        view: augmentation of the training images: ``"weak"`` or, as in the paper, ``"strong"`` (without flips:
+            ``data.flip false``).
         kwargs: ``teacher_weights``, ``student_weights``, ``ce_weight``, ``kd_weight``, ``teacher_mean``,
             ``teacher_std``, ``teacher_size`` of ``Distillation``, and the arguments of ``FineTunedTask`` and ``Task``.
+
+    Raises:
+        ValueError: if an argument is out of range; in a step, if a network gives no embeddings and they are needed.
     """
 
     problem_class = MultiLabel
@@ -196,7 +218,7 @@ class L2D(Distillation):
         self._features = [PooledFeature(n) for n in (self.student, self.teacher.network)] if feature_loss else []
 
     def distillation_loss(self, student_logits: Tensor, teacher_logits: Tensor, target: Tensor) -> Tensor:
-        """``M``, before its weights; 0 without."""
+        """The loss ``M`` without its weights; 0 if ``logits_loss`` is ``None``."""
         if self.logits_loss == "ps":
             return partial_softmax_loss(student_logits, teacher_logits, target)
         if self.logits_loss == "mse":
@@ -214,7 +236,7 @@ class L2D(Distillation):
             self.problem.logits(output, image, self.student), self.teacher.logits(taught, image)
         )
         bce = F.binary_cross_entropy_with_logits(logits, target.to(logits.dtype), reduction="sum")
-        processes = process_count()  # over which gradients are averaged
+        processes = process_count()  # DDP averages gradients over the processes
         terms = {"ce": processes * self.ce_weight * bce}
         if self.logits_loss is not None:
             weight = self.kd_weight * self.lambda_mld
@@ -232,11 +254,11 @@ class L2D(Distillation):
     def _class_aware(self, student: Tensor, teacher: Tensor, target: Tensor) -> Tensor:
         if not self.joint_classes:
             return process_count() * class_aware_loss(student, teacher, target)
-        # the gradient comes back from all processes
+        # gathering the batches passes on the gradients of all processes
         return class_aware_loss(joint_batch(student), joint_batch(teacher), joint_batch(target))
 
     def _feature_loss(self, student: Tensor, teacher: Tensor) -> Tensor:
-        if len(student) < 2:  # what is left at the end of an epoch
+        if len(student) < 2:  # a single image at the end of an epoch
             return 0.0 * student.sum()
         if self.feature_loss == "pkt":
             return 30_000 * pkt_loss(student, teacher)

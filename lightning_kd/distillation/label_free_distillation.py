@@ -1,4 +1,4 @@
-"""What the distillation methods share that learn from the teacher's answers alone, without labels."""
+"""The base of the distillation methods that learn only from the teacher's outputs, without labels."""
 
 from __future__ import annotations
 
@@ -22,17 +22,17 @@ def check_no_labels(ce_weight: float) -> None:
 
 
 class LabelFreeDistillation(Distillation, ABC):
-    """Train a student with ``kd_weight * distillation_loss`` alone: images without a label teach as much as others.
+    """Base of label-free distillation: train with ``kd_weight * distillation_loss`` only, also on unlabelled images.
 
-    An epoch goes over the labelled training samples and, where the data module has them, over its
-    ``unlabelled_indices`` (``unlabelled`` of the data modules), in one order. Targets of -1 are no label, and batches
-    of a loader of your own may be images alone. ``train/acc`` is of labelled samples, and so are validation and test.
+    An epoch passes over the labelled training samples and, if the data module has them, over its ``unlabelled_indices``
+    (see ``unlabelled`` of the data modules), in one shuffled order. A target of -1 means no label; batches of a loader
+    of your own may consist of images only. ``train/acc``, validation and test use labelled samples.
 
     Args:
         student: see ``Distillation``.
-        teacher: see ``Distillation``, or a list of several, whose mean probabilities are the answer.
+        teacher: see ``Distillation``; a list of several teachers is replaced by the mean of their probabilities.
         num_classes: see ``Task``.
-        ce_weight: 0, and nothing else.
+        ce_weight: must be 0, as labels are not used.
         kwargs: ``teacher_weights``, ``student_weights``, ``kd_weight``, ``teacher_mean``, ``teacher_std``,
             ``teacher_size``, ``teacher_store`` of ``Distillation``, and arguments of ``FineTunedTask`` and ``Task``.
     """
@@ -63,10 +63,10 @@ class LabelFreeDistillation(Distillation, ABC):
 
     def training_target(self, batch: Any) -> Tensor | None:
         target = super().training_target(batch)
-        return None if target is None else target + (target == -1)  # any class will do: it is not learnt
+        return None if target is None else target + (target == -1)  # class 0 for a missing label, unused
 
     def training_batch(self, batch: Any) -> Batch:
-        """What a training step was given, as a ``Batch``; images alone get targets of -1."""
+        """The input of a training step as a ``Batch``; images without targets get targets of -1."""
         if isinstance(batch, Tensor):
             return Batch(batch, torch.full((len(batch),), -1, device=batch.device))
         return as_batch(batch)

@@ -1,9 +1,9 @@
-"""Logit standardization: student and teacher agree on how classes rank, whatever the size of their logits.
+"""Logit standardization: student and teacher need only agree in order and relative distances of the logits.
 
 Shangquan Sun, Wenqi Ren, Jingzhi Li, Rui Wang, Xiaochun Cao. Logit Standardization in Knowledge Distillation. CVPR
 2024, arXiv 2403.01427.
 
-It is an option of other methods: ``KD(..., standardize=True)``, ``DKD(..., standardize=True)``.
+It is an option of other methods: ``KD(..., standardize=True)`` and ``DKD(..., standardize=True)``.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ __all__ = ["standardize"]
 
 
 def standardize(logits: Tensor) -> Tensor:
-    """Each sample's logits minus their mean, divided by ``1e-7`` plus their standard deviation (unbiased).
+    """Standardize each sample's logits: subtract the mean, divide by ``1e-7`` plus the standard deviation (unbiased).
 
     Scaling a sample's logits by a positive number and shifting them leaves the result as it is. Logits that are all
     equal become zeros without gradient.
@@ -36,6 +36,6 @@ def standardize(logits: Tensor) -> Tensor:
     if logits.shape[1] < 2:
         raise ValueError(f"logits must be [B, C] with at least 2 classes, got {list(logits.shape)}: one logit a class")
     (logits,) = at_least_float32(logits)
-    flat = (logits == logits[:, :1]).all(1, keepdim=True)  # else a gradient of 1e7
+    flat = (logits == logits[:, :1]).all(1, keepdim=True)  # without the mask the gradient would be 1e7
     centred = (logits - logits.mean(1, keepdim=True)).masked_fill(flat, 0)
     return centred / (1e-7 + logits.std(1, keepdim=True))

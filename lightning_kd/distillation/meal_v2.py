@@ -1,4 +1,4 @@
-"""MEAL V2: a trained student is tuned on the mean answer of several teachers, without labels.
+"""MEAL V2: fine-tune a trained student on the mean probabilities of several teachers, without labels.
 
 Zhiqiang Shen, Marios Savvides. MEAL V2: Boosting Vanilla ResNet-50 to 80%+ Top-1 Accuracy on ImageNet without Tricks.
 2020, arXiv 2009.08453.
@@ -24,16 +24,16 @@ __all__ = ["MEALV2", "Discriminator", "discriminator_loss", "mean_probabilities"
 
 
 def mean_probabilities(logits: Sequence[Tensor]) -> Tensor:
-    """The mean of the softmax of each teacher's logits, which is not the softmax of their mean.
+    """The mean of the teachers' softmax outputs (not the softmax of their mean logits).
 
     Args:
-        logits: of one or more teachers, each ``[B, C]``; half precision is computed in float32, float64 stays.
+        logits: logits of one or more teachers, each ``[B, C]``; half precision is computed in float32, float64 stays.
 
     Returns:
-        ``[B, C]``; rows sum to 1.
+        ``[B, C]``, sum 1 over the classes.
 
     Raises:
-        ValueError: for none, and for other shapes.
+        ValueError: if the list is empty, or a shape is another.
 
     Source: arXiv 2009.08453, the soft labels of an ensemble.
     """
@@ -44,18 +44,18 @@ def mean_probabilities(logits: Sequence[Tensor]) -> Tensor:
 
 
 class Discriminator(nn.Module):
-    """Tells a student's logits from a teacher's: three linear layers with ReLU, also after the last.
+    """A network that tells logits of the student from those of the teachers: three linear layers with ReLU after each.
 
-    The official code has 1 x 1 convolutions, which are the same.
+    The official code uses 1 x 1 convolutions, which are equivalent.
 
     Args:
-        num_classes: of the logits, ``C``.
-        hidden: the widths of the two hidden layers, or that of the first, of which the second has an eighth. Default:
-            ``C / 8`` and ``C / 64`` as in the official code, at least 1.
-        final_relu: keep the ReLU of the two outputs, which then cannot be negative, as in the official code.
+        num_classes: number of logits ``C``.
+        hidden: widths of the two hidden layers, or that of the first; the second is then an eighth of it. Default:
+            ``C / 8`` and ``C / 64``, as in the official code, at least 1.
+        final_relu: apply ReLU to the two outputs too, as in the official code; they cannot be negative then.
 
     Raises:
-        ValueError: for a width that is none.
+        ValueError: if a width is not a whole number above 0, or there are not two.
     """
 
     def __init__(self, num_classes: int, hidden: int | Sequence[int] | None = None, final_relu: bool = True) -> None:
@@ -73,27 +73,27 @@ class Discriminator(nn.Module):
         self.final_relu = final_relu
 
     def forward(self, logits: Tensor) -> Tensor:
-        """``[B, 2]``, logits of coming from the student and of coming from the teachers, of ``[B, C]``."""
+        """From logits ``[B, C]`` to ``[B, 2]``: the logits of "from the student" and of "from the teachers"."""
         out = self.fc3(F.relu(self.fc2(F.relu(self.fc1(logits)))))
         return F.relu(out) if self.final_relu else out
 
 
 def discriminator_loss(discriminator: nn.Module, student_logits: Tensor, teacher_logits: Tensor) -> Tensor:
-    """How badly ``discriminator`` tells who said what: binary cross-entropy, the mean over all ``2B x 2`` outputs.
+    """Loss of the discriminator: binary cross-entropy, mean over all ``2B x 2`` outputs.
 
-    The target of student rows is (1, 0), of teacher rows (0, 1). Nothing is reversed here: whoever descends it, the
-    student included, makes the two easier to tell apart.
+    The target is (1, 0) for the student's logits and (0, 1) for the teachers'. No gradient is reversed: if the student
+    is trained with this loss too, it becomes easier to tell from the teachers.
 
     Args:
-        discriminator: from logits ``[2B, C]`` to ``[2B, 2]``; runs in its own precision, without autocast.
+        discriminator: module from logits ``[2B, C]`` to ``[2B, 2]``; it runs in its own precision, without autocast.
         student_logits: ``[B, C]``.
-        teacher_logits: ``[B, C]``, of several teachers the mean of their logits; gets no gradient.
+        teacher_logits: ``[B, C]``, for several teachers the mean of their logits; gets no gradient.
 
     Returns:
         Scalar.
 
     Raises:
-        ValueError: for logits of two shapes.
+        ValueError: if the logits differ in shape.
 
     Source: arXiv 2009.08453, as in the official code.
     """
@@ -107,36 +107,38 @@ def discriminator_loss(discriminator: nn.Module, student_logits: Tensor, teacher
 
 
 class MEALV2(LabelFreeDistillation):
-    """MEAL V2 (Shen and Savvides, 2020, arXiv 2009.08453): a trained student learns the mean answer of teachers.
+    """MEAL V2 (Shen and Savvides, 2020, arXiv 2009.08453): fine-tune a trained student on the mean of several teachers.
 
-    The loss is ``soft_cross_entropy`` with ``mean_probabilities`` of the teachers; no label is learnt. The student must
-    start from ``student_weights``, a training of its own: that is the point of the method, and without them a fit
-    warns. Weight decay should be 0, as it is by default.
+    The targets are the mean of the teachers' probabilities (``mean_probabilities``), and the loss is
+    ``soft_cross_entropy``; labels are not used. The student should start from ``student_weights``, its own earlier
+    training, as improving a trained network is the purpose of the method; without them a fit warns. Weight decay should
+    be 0, which is the default.
 
-    A discriminator works against those that it tells apart; in the official code no sign is reversed, so that the
-    student, too, descends ``discriminator_loss``. Hence three modes, of which the plain one is the default.
+    The paper adds a discriminator that tells the student's outputs from the teachers'. In the official code its
+    gradient is not reversed, so the student also minimises ``discriminator_loss`` and becomes easier to recognise.
+    Hence there are three modes of ``discriminator``; the default is to have none.
 
-    Several processes: each has a copy of the teachers; losses are means over the process's batch, for which mixing is
-    drawn by itself.
+    Several processes: each has a copy of the teachers; losses are means over the process's batch, and mixing is drawn
+    per process.
 
     Args:
         student: see ``Distillation``.
-        teacher: a list of network names or modules, or one of them; see ``Distillation``, also for their own
-            ``teacher_mean``, ``teacher_std`` and ``teacher_size``.
+        teacher: a list of networks (names or modules), or one; see ``Distillation``, also for a ``teacher_mean``,
+            ``teacher_std`` and ``teacher_size`` of each.
         num_classes: see ``Task``.
         input_shape: see ``Task``.
-        discriminator: ``"none"``; ``"cooperative"`` adds ``discriminator_loss`` as the official code does, to compare
-            with the published numbers; ``"adversarial"`` reverses its gradient on the student's side.
-        discriminator_hidden: widths of its hidden layers, see ``Discriminator``.
+        discriminator: ``"none"``; ``"cooperative"``: add ``discriminator_loss`` as in the official code, to compare
+            with published results; ``"adversarial"``: reverse its gradient for the student.
+        discriminator_hidden: widths of the discriminator's hidden layers, see ``Discriminator``.
         final_relu: see ``Discriminator``.
-        cutmix: the share of batches whose images are mixed by CutMix before teachers and student see them, in [0, 1].
-            ``train/acc`` is then of the image that has most of the pixels.
-        cutmix_alpha: both parameters of the Beta distribution of the share that is kept, above 0.
-        kwargs: the further arguments of ``LabelFreeDistillation``. Without ``optimizer`` it is SGD, learning rate 0.01,
-            momentum 0.9, without weight decay.
+        cutmix: share of the batches that are mixed by CutMix, for teachers and student alike, in [0, 1]. ``train/acc``
+            then refers to the image with most pixels.
+        cutmix_alpha: both parameters of the Beta distribution of the share of pixels that is kept, above 0.
+        kwargs: the further arguments of ``LabelFreeDistillation``. The default ``optimizer`` is SGD with learning rate
+            0.01, momentum 0.9 and no weight decay.
 
     Raises:
-        ValueError: for ``cutmix`` with samples that are no images.
+        ValueError: if an argument is out of range, or ``cutmix`` is set for samples that are no images.
     """
 
     def __init__(
@@ -153,7 +155,7 @@ class MEALV2(LabelFreeDistillation):
         cutmix_alpha: float = 1.0,
         **kwargs: Any,
     ) -> None:
-        # each teacher's own logits, or those of images that are mixed here, are in no store
+        # a store has neither the logits of each teacher nor those of mixed images
         self.looks_into_teacher = discriminator != "none" or bool(cutmix)
         super().__init__(student, teacher, num_classes, input_shape=input_shape, **kwargs)
         if discriminator not in ("none", "cooperative", "adversarial"):
@@ -187,7 +189,7 @@ class MEALV2(LabelFreeDistillation):
         self._draws = self.generator("cutmix")
 
     def mixed(self, batch: Batch) -> Batch:
-        """The batch with mixed images, or as it is; the target is that of the image with most of the pixels."""
+        """The batch, mixed by CutMix or unchanged; targets are those of the images with most pixels."""
         if not self.cutmix or self._draws.random() >= self.cutmix:
             return batch
         height, width = batch.image.shape[-2:]
@@ -197,7 +199,7 @@ class MEALV2(LabelFreeDistillation):
         return batch._replace(image=cut_mix(batch.image, partner, box), target=target)
 
     def distillation_loss(self, student_logits: Tensor, teacher_logits: Tensor, target: Tensor) -> Tensor:
-        """The similarity loss alone, of logits whose softmax is the mean answer."""
+        """The loss on soft targets; ``softmax(teacher_logits)`` must be the mean of the teachers' probabilities."""
         return soft_cross_entropy(student_logits, teacher_logits.softmax(1))
 
     def training_step(self, batch: Any, batch_idx: int) -> Tensor:
@@ -207,7 +209,7 @@ class MEALV2(LabelFreeDistillation):
             terms = {"similarity": self.distillation_loss(logits, answer, batch.target)}
         else:
             logits, *answers = at_least_float32(self(batch.image), *(teacher(batch.image) for teacher in self.teachers))
-            # of the same value, and with the gradient reversed
+            # the same values with reversed gradient
             seen = 2 * logits.detach() - logits if self.mode == "adversarial" else logits
             terms = {
                 "similarity": soft_cross_entropy(logits, mean_probabilities(answers)),

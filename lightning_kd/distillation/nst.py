@@ -1,4 +1,4 @@
-"""Neuron selectivity transfer: channels of both networks are drawn towards one distribution.
+"""Neuron selectivity transfer: match the distributions of the channels of both networks.
 
 Zehao Huang, Naiyan Wang. Like What You Like: Knowledge Distill via Neuron Selectivity Transfer. 2017, arXiv 1707.01219.
 """
@@ -18,11 +18,12 @@ __all__ = ["NST", "nst_loss"]
 
 
 def nst_loss(student_map: Tensor, teacher_map: Tensor) -> Tensor:
-    """The squared maximum mean discrepancy of the channels of both, the mean over samples.
+    """Squared maximum mean discrepancy between the channels of student and teacher, mean over samples.
 
-    A channel is its map, divided by its L2 norm over the positions, and ``k(a, b) = <a, b>^2``: the mean of ``k`` over
-    all pairs of teacher channels, plus that of student channels, minus twice that between both. Of maps of two sizes
-    the larger is average-pooled first.
+    Each channel of a map is a vector over the positions, divided by its L2 norm, and the kernel is
+    ``k(a, b) = <a, b>^2``. The loss is the mean of ``k`` over all pairs of teacher channels, plus that over pairs of
+    student channels, minus twice that over pairs of one each. If the maps differ in size, the larger one is
+    average-pooled first.
 
     Args:
         student_map: ``[N, C, H, W]``; half precision is computed in float32, float64 stays.
@@ -32,7 +33,7 @@ def nst_loss(student_map: Tensor, teacher_map: Tensor) -> Tensor:
         Scalar.
 
     Raises:
-        ValueError: for other shapes.
+        ValueError: if the shapes do not match.
 
     Source: arXiv 1707.01219, equation 7 with the polynomial kernel (``d = 2``, ``c = 0``).
     """
@@ -40,7 +41,7 @@ def nst_loss(student_map: Tensor, teacher_map: Tensor) -> Tensor:
     (_, s, positions), t = student.shape, teacher.shape[1]
     with torch.autocast(student.device.type, enabled=False):
         if 2 * positions**2 < s * s + t * t + s * t:
-            # the same by pairs of positions: <a, b>^2 summed over channels is a product of such matrices
+            # the same value from Gram matrices over positions, which is cheaper with few positions
             first, second = (x.transpose(1, 2) @ x / x.shape[1] for x in (student, teacher))
             return (first - second).square().sum((1, 2)).mean()
         own, others = _mean_kernel(student, student), _mean_kernel(teacher, teacher)
@@ -52,7 +53,11 @@ def _mean_kernel(a: Tensor, b: Tensor) -> Tensor:
 
 
 class NST(FeatureDistillation):
-    """Neuron selectivity transfer (Huang and Wang, 2017, arXiv 1707.01219): ``nst_loss`` of all stages.
+    """Neuron selectivity transfer (Huang and Wang, 2017, arXiv 1707.01219): match the distributions of channels.
+
+    Each channel of a feature map responds to certain regions of the image. The student's channels are trained to have
+    the same distribution of response patterns as the teacher's, whatever their number and order. The distillation loss
+    is the sum of ``nst_loss`` over all stages.
 
     Args:
         student: see ``Distillation``.
@@ -62,6 +67,9 @@ class NST(FeatureDistillation):
         kd_weight: weight of the sum over the stages.
         kwargs: ``student_stages``, ``teacher_stages`` of ``FeatureDistillation``, and the further arguments of
             ``Distillation`` and ``Task``.
+
+    Raises:
+        ValueError: see ``FeatureDistillation``.
     """
 
     def __init__(

@@ -1,4 +1,4 @@
-"""Relations between the pooled features of a batch: how probable each makes the others.
+"""Probabilistic knowledge transfer: match the similarities between the pooled features of a batch.
 
 Nikolaos Passalis, Anastasios Tefas. Learning Deep Representations with Probabilistic Knowledge Transfer. ECCV 2018,
 arXiv 1803.10837.
@@ -21,16 +21,20 @@ EPS = 1e-7
 
 
 def pkt_loss(student_feature: Tensor, teacher_feature: Tensor) -> Tensor:
-    """The mean over all ``N^2`` of ``p log(p / q)``, with ``p`` of the teacher and ``q`` of the student.
+    """``p log(p / q)``, mean over all ``N^2`` pairs, with similarities ``p`` of the teacher and ``q`` of the student.
 
-    They are ``(cosine + 1) / 2`` of each pair of samples, one with itself too, each row divided by its sum.
+    The similarity of a pair of samples (also of a sample with itself) is ``(cosine + 1) / 2``; each row is divided by
+    its sum.
 
     Args:
-        student_feature: ``[N, D]``, at least two; half precision is computed in float32, float64 stays.
+        student_feature: ``[N, D]``, ``N >= 2``; half precision is computed in float32, float64 stays.
         teacher_feature: ``[N, D']``; gets no gradient.
 
+    Returns:
+        Scalar.
+
     Raises:
-        ValueError: for other shapes, and for fewer than two samples.
+        ValueError: if the shapes do not match, or there are fewer than two samples.
 
     Source: arXiv 1803.10837, equations 7 and 8 with the cosine kernel, as the mean over pairs.
     """
@@ -43,7 +47,7 @@ def pkt_loss(student_feature: Tensor, teacher_feature: Tensor) -> Tensor:
 
 def _likeness(feature: Tensor) -> Tensor:
     length = torch.linalg.vector_norm(feature, dim=1, keepdim=True)
-    # a feature of zeros has the cosine 0 with all, and no gradient: it would be 1e7 times that of others
+    # a zero feature has cosine 0 with all others and no gradient, which would be 1e7 times that of others
     unit = feature / (length + EPS).masked_fill(length == 0, torch.inf)
     likeness = (unit @ unit.T + 1) / 2
     return likeness / likeness.sum(1, keepdim=True)
@@ -52,6 +56,10 @@ def _likeness(feature: Tensor) -> Tensor:
 class PKT(FeatureDistillation):
     """Probabilistic knowledge transfer (Passalis and Tefas, ECCV 2018, arXiv 1803.10837), on pooled features.
 
+    The student learns which images of a batch are similar to each other for the teacher. Similarity is measured by the
+    cosine of pooled features and treated as a probability distribution (see ``pkt_loss``). Student and teacher features
+    may differ in length.
+
     Args:
         student: see ``Distillation``.
         teacher: see ``Distillation``.
@@ -59,6 +67,9 @@ class PKT(FeatureDistillation):
         ce_weight: weight of the cross-entropy.
         kd_weight: weight of ``pkt_loss``.
         kwargs: the further arguments of ``Distillation`` and ``Task``.
+
+    Raises:
+        ValueError: see ``FeatureDistillation``.
     """
 
     uses_stages = False

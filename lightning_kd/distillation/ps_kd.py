@@ -1,4 +1,4 @@
-"""PS-KD: no teacher; what the network said of an image an epoch ago softens its target, more so as training goes on.
+"""PS-KD: self-distillation with the network's own predictions from the previous epoch, without a teacher.
 
 Kyungyul Kim, ByeongMoon Ji, Doyoung Yoon, Sangheum Hwang. Self-Knowledge Distillation with Progressive Refinement of
 Targets. ICCV 2021, arXiv 2006.12000.
@@ -26,16 +26,16 @@ def progressive_target(target: Tensor, past: Tensor, alpha: float) -> Tensor:
     """``(1 - alpha) onehot(target) + alpha past``, without gradient.
 
     Args:
-        target: int64 ``[B]``. A label matrix is refused: what was remembered is of images that were not mixed.
+        target: int64 ``[B]``. Label matrices are refused, since ``past`` belongs to images that were not mixed.
         past: ``[B, C]``, earlier probabilities of these samples; half precision is computed in float32.
-        alpha: from 0 to 1.
+        alpha: weight of ``past``, from 0 to 1.
 
     Returns:
-        ``[B, C]``, rows that sum to 1; where ``past`` is one-hot too, exactly that.
+        ``[B, C]``, rows with sum 1.
 
     Raises:
-        ValueError: for another shape, dtype or ``alpha``, and for a target out of range and rows of ``past`` that do
-            not sum to 1 (which only a CPU is asked for).
+        ValueError: if a shape or dtype is another, ``alpha`` is out of range, a target is out of range, or a row of
+            ``past`` does not sum to 1 (values are checked on a CPU only).
 
     Source: arXiv 2006.12000, equation 3.
     """
@@ -53,25 +53,29 @@ def progressive_target(target: Tensor, past: Tensor, alpha: float) -> Tensor:
 class PSKD(SampleMemories, SupervisedTask):
     """PS-KD (Kim et al., ICCV 2021, arXiv 2006.12000): self-distillation with progressively refined targets.
 
-    A bank holds the softmax of each training image in its latest training step, as the network was and on the view that
-    it saw then; at the start it is the label. Cross-entropy is with ``progressive_target``, whose ``alpha`` rises from
-    epoch to epoch, ``alpha_t * (epoch + 1) / epochs``. Epoch 0 is therefore plain cross-entropy.
+    The network is its own teacher: the target of each image is a mixture of the label and of the network's prediction
+    for this image one epoch earlier. The share of the prediction grows during training.
 
-    The bank is in checkpoints: 4 bytes for each image and class, which is 20 MB for CIFAR-100. Batches must have an
-    index, as those of our data modules. With images that are mixed there is no telling what to remember; their targets
-    are refused.
+    A bank stores the softmax output of each training image from its latest training step; at the start it holds the
+    label. The loss is cross-entropy with ``progressive_target``, with ``alpha = alpha_t * (epoch + 1) / epochs``. In
+    epoch 0 it equals plain cross-entropy.
 
-    Several processes: a sample is on one process an epoch, and the banks are put together at its end.
+    Checkpoints hold the bank: 4 bytes per image and class, 20 MB for CIFAR-100. Batches need an index, as those of the
+    data modules of this package have. Targets of mixed images raise an error, since their predictions belong to no
+    single image.
+
+    Several processes: a sample is on one process per epoch, and the banks are exchanged at the end of the epoch.
 
     Args:
         network: see ``SupervisedTask``.
         num_classes: see ``Task``.
         alpha_t: ``alpha`` in the last epoch, from 0 to 1: 0.8 on CIFAR-100.
-        bank_on_host: keep the bank in the host's memory, where a GPU has no room for it (5 GB for ImageNet).
+        bank_on_host: keep the bank in CPU memory, if the GPU has no room for it (5 GB for ImageNet).
         kwargs: ``input_shape``, ``weights`` of ``SupervisedTask``, and the arguments of ``FineTunedTask`` and ``Task``.
 
     Raises:
-        ValueError: in a fit without a number of epochs, and where a resumed one finds no bank in its checkpoint.
+        ValueError: if ``alpha_t`` is out of range; in a fit, if the number of epochs is unknown, or the checkpoint of a
+            resumed run holds no bank.
     """
 
     def __init__(
@@ -91,10 +95,10 @@ class PSKD(SampleMemories, SupervisedTask):
 
     @property
     def alpha(self) -> float:
-        """How much the past counts in the current epoch.
+        """The weight of the earlier predictions in the current epoch.
 
         Raises:
-            ValueError: where the number of epochs is not known.
+            ValueError: if the number of epochs is unknown.
         """
         epochs = self.schedule_length("epoch")
         if epochs is None:
@@ -113,7 +117,7 @@ class PSKD(SampleMemories, SupervisedTask):
             )
         super().on_train_start()
         target = getattr(getattr(self.trainer, "datamodule", None), "train_target", None)
-        if not resumed:  # also images that the first epoch leaves out have a past then
+        if not resumed:  # so that images that the first epoch leaves out have an entry too
             self.bank.rows.zero_()
             if target is not None:
                 labelled = (target >= 0).nonzero().squeeze(1).to(self.bank.rows.device)
@@ -123,10 +127,10 @@ class PSKD(SampleMemories, SupervisedTask):
         batch = as_batch(batch)
         index = self.index_of(batch)
         (logits,) = at_least_float32(self(batch.image))
-        if not second_pass():  # or the past would be what has just been written
+        if not second_pass():  # the second evaluation must not read what the first has written
             past = self.bank.read(index)
-            unknown = past.sum(1, keepdim=True) == 0  # of a loader whose labels nobody knew before
-            unknown |= self.current_epoch == 0  # also of an image that is drawn again in the first epoch
+            unknown = past.sum(1, keepdim=True) == 0  # a plain loader: labels were not known at the start
+            unknown |= self.current_epoch == 0  # also for an image that is drawn twice in the first epoch
             past = torch.where(unknown, F.one_hot(batch.target, self.num_classes).to(past), past)
             self._soft_target = progressive_target(batch.target, past, self.alpha)
             self.bank.write(index, logits.softmax(1))

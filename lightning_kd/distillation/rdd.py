@@ -1,4 +1,4 @@
-"""Relative difficulty distillation: which pixels a small segmentation network should learn from, and when.
+"""RDD: choose by relative difficulty which pixels a small segmentation network learns from, and when.
 
 Dong Liang, Yue Sun, Yun Du, Songcan Chen, Sheng-Jun Huang. Relative Difficulty Distillation for Semantic Segmentation.
 2024, arXiv 2407.03719.
@@ -39,37 +39,40 @@ __all__ = [
 
 
 class RDD(SegmentationDistillation):
-    """Relative difficulty distillation (Liang et al., 2024, arXiv 2407.03719).
+    """RDD (Liang et al., 2024, arXiv 2407.03719): relative difficulty distillation for semantic segmentation.
 
-    First the student learns most from the pixels that are easy for the teacher, where its two heads agree
-    (``easy_first_loss``); from step ``t_w`` on, with steps counted from 1, from those that one of the two networks
-    finds hard and the other does not (``disputed_loss``). The distillation of the answers goes on all the time. The two
-    losses differ in scale, as in the official code: the first is a mean over all pixels, the second over few.
+    Training has two stages. In the first the student learns mostly from pixels that are easy for the teacher, where the
+    teacher's two heads agree (``easy_first_loss``). From step ``t_w`` on (counted from 1) it learns from pixels that
+    exactly one of the two networks finds hard (``disputed_loss``). Distillation of the teacher's outputs runs in both
+    stages. The two losses differ in scale, as in the official code: the first is a mean over all pixels, the second
+    over the selected ones.
 
-    The official code trains with the hard switch of the two stages; which one the paper's final method has is not said
-    in it. A resumed run goes on in its stage. Steps are those of the optimizer, whatever is accumulated.
+    The official code switches at once from the first to the second stage; whether the paper's final method does so is
+    not stated. A resumed run continues in its stage. Steps are optimizer steps, also with gradient accumulation.
 
-    Several processes: all change the stage in the same step; thresholds and masks are of each process's own pixels.
+    Several processes: all switch stages in the same step; thresholds and masks are computed from each process's own
+    pixels.
 
     Args:
-        student: see ``SegmentationDistillation``; without an auxiliary head its terms are left out.
-        teacher: likewise; it must have an auxiliary head.
+        student: see ``SegmentationDistillation``; without an auxiliary head the terms of that head are left out.
+        teacher: see ``SegmentationDistillation``; it needs an auxiliary head.
         num_classes: see ``Task``.
-        warmup: ``t_w``: a whole number of steps, or a fraction from 0.0 to 1.0 for a share of the training. The first
-            stage has ``t_w - 1`` steps. 0.1 in the paper, 4,000 of 40,000 steps.
-        handover: ``"hard"``, or ``"soft"``: from ``t_w`` on the loss goes linearly from the one to the other.
-        stage: ``"both"``; ``"easy"`` or ``"disputed"`` alone, for comparison.
-        rule: see ``disputed_pixels``.
-        threshold: see ``hard_pixels``.
-        min_kept: see ``hard_pixels``: a number of pixels of the batch of a process, or a fraction for a share. The
+        warmup: ``t_w``: a whole number of steps, or a share of the training from 0.0 to 1.0. The first stage has
+            ``t_w - 1`` steps. In the paper 0.1, 4,000 of 40,000 steps.
+        handover: ``"hard"``: switch at once; ``"soft"``: from ``t_w`` on the weight moves linearly from the first to
+            the second loss until the end of training.
+        stage: ``"both"``, or for comparison only the first (``"easy"``) or only the second (``"disputed"``).
+        rule: which pixels the second stage uses, see ``disputed_pixels``.
+        threshold: probability up to which a pixel is hard, see ``hard_pixels``.
+        min_kept: smallest number of hard pixels, see ``hard_pixels``: a number per batch of a process, or a share. The
             paper's 100,000 are 4.8 % of its 4 crops of 512 x 1024.
-        class_weight: of the second stage, ``C`` numbers. Default: none.
-        mean_over: of the first stage, see ``easy_first_loss``.
+        class_weight: weights of the ``C`` classes in the second stage. Default: equal.
+        mean_over: pixels over which the first loss is averaged, see ``easy_first_loss``.
         kwargs: ``loss``, ``temperature``, ``auxiliary_weight``, ``ce_weight``, ``kd_weight`` of
             ``SegmentationDistillation``, and the further arguments of ``Distillation`` and ``Task``.
 
     Raises:
-        ValueError: for a teacher without an auxiliary head, and for numbers out of their range.
+        ValueError: if the teacher has no auxiliary head, or an argument is out of range.
     """
 
     def __init__(
@@ -112,14 +115,14 @@ class RDD(SegmentationDistillation):
             self._check_teacher()
 
     def _check_teacher(self) -> None:
-        """Look at what the teacher gives for a small image, before anything is trained."""
+        """Check the teacher's outputs on a small image before training starts."""
         height, width = (min(side, 64) for side in self.input_shape[1:])
         given = next(self.teacher.network.parameters(), torch.empty(0))
         image = torch.zeros(1, self.input_shape[0], height, width, dtype=given.dtype, device=given.device)
         try:
             with torch.random.fork_rng(devices=[]):
                 output = self.teacher.output(image)
-        except Exception:  # such a small one may not be for it: the first batch tells
+        except Exception:  # the image may be too small for it; then the first batch is checked
             return
         self._check_auxiliary(auxiliary_logits(output), output)
 
@@ -131,7 +134,7 @@ class RDD(SegmentationDistillation):
                 "disputed"
             )
 
-    # -- when --------------------------------------------------------------------------------------------------------
+    # -- stages ------------------------------------------------------------------------------------------------------
 
     def on_train_start(self) -> None:
         super().on_train_start()
@@ -145,7 +148,7 @@ class RDD(SegmentationDistillation):
                 )
 
     def _warmup_and_total(self) -> tuple[int, int | None]:
-        """``t_w`` and the steps of the training, which are ``None`` where nobody knows and nothing asks."""
+        """``t_w`` and the number of training steps, which may be ``None`` if it is unknown and not needed."""
         if self._lengths is None:
             total = self.schedule_length("step")
             if total is None and (not isinstance(self.warmup, Integral) or self.handover == "soft"):
@@ -157,7 +160,7 @@ class RDD(SegmentationDistillation):
         return self._lengths
 
     def easy_share(self, step: int) -> float:
-        """The share of the first stage in the loss of a step, counted from 1."""
+        """The weight of the first stage's loss in a step, counted from 1."""
         if self.stage != "both":
             return float(self.stage == "easy")
         warmup, total = self._warmup_and_total()
@@ -196,14 +199,15 @@ class RDD(SegmentationDistillation):
 
     @torch.no_grad()
     def pixel_maps(self, image: Tensor, target: Tensor) -> dict[str, Tensor]:
-        """For pictures: what the two stages make of labelled images, by name, each ``[B, H, W]``.
+        """The weights and the selected pixels of the two stages for labelled images, to draw pictures.
 
         Args:
-            image: ``[B, C', H, W]``, as the data has it.
+            image: ``[B, C', H, W]``, normalised as the data module does.
             target: int64 ``[B, H, W]``.
 
         Returns:
-            ``difficulty weight``, where the teacher has an auxiliary head, and ``disputed pixels``, bool.
+            maps ``[B, H, W]`` by name: ``difficulty weight``, if the teacher has an auxiliary head, and
+                ``disputed pixels``, bool.
         """
         student, teacher = self.student_heads(image), self.teacher_heads(image)
         pair = student.main, teacher.main

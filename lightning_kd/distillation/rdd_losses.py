@@ -1,4 +1,4 @@
-"""The losses of relative difficulty distillation, which weigh and choose the pixels of a segmentation network.
+"""The losses of RDD, which weight and select pixels for training a segmentation network.
 
 Dong Liang, Yue Sun, Yun Du, Songcan Chen, Sheng-Jun Huang. Relative Difficulty Distillation for Semantic Segmentation.
 2024, arXiv 2407.03719.
@@ -24,28 +24,27 @@ RULES = ("xor", "or", "and", "student")
 
 @torch.no_grad()
 def relative_difficulty(main_logits: Tensor, auxiliary_logits: Tensor, size: Sequence[int]) -> Tensor:
-    """How easy the teacher finds each pixel: ``exp(-KL(softmax(auxiliary) || softmax(main)))``, enlarged to ``size``.
+    """How easy each pixel is for the teacher: ``exp(-KL(softmax(auxiliary) || softmax(main)))``, enlarged to ``size``.
 
     Args:
-        main_logits: of the teacher ``[B, C, h, w]``; half precision is computed in float32, float64 stays.
-        auxiliary_logits: of its auxiliary head, ``[B, C, h, w]``.
-        size: height and width of the targets. The weight is enlarged, bilinearly with aligned corners, not the logits.
+        main_logits: ``[B, C, h, w]``, the teacher's main head; half precision is computed in float32, float64 stays.
+        auxiliary_logits: ``[B, C, h, w]``, the teacher's auxiliary head.
+        size: height and width of the targets. The weights are enlarged (bilinearly, aligned corners), not the logits.
 
     Returns:
-        The weight of each pixel, from 0 (its heads contradict each other) to 1 (they agree), ``[B, H, W]``, without
-        gradient.
+        ``[B, H, W]``, the weight of each pixel from 0 (the heads contradict each other) to 1 (they agree), no gradient.
 
     Raises:
-        ValueError: for logits of other shapes.
+        ValueError: if the shapes do not match.
 
     Source: arXiv 2407.03719, teacher-full evaluated RDD.
     """
     check_shapes(main_logits=(main_logits, "BCHW"), auxiliary_logits=(auxiliary_logits, "BCHW"))
     log_main, log_auxiliary = (z.log_softmax(1) for z in at_least_float32(main_logits, auxiliary_logits))
     auxiliary = log_auxiliary.exp()
-    # a class that the auxiliary head rules out counts 0, even where both logarithms overflow
+    # a class of probability 0 for the auxiliary head counts 0, even if both logarithms overflow
     difference = (log_auxiliary - log_main).masked_fill(auxiliary == 0, 0)
-    divergence = (auxiliary * difference).sum(1, keepdim=True).clamp(min=0)  # below 0 by rounding alone
+    divergence = (auxiliary * difference).sum(1, keepdim=True).clamp(min=0)  # rounding may make it negative
     return resized((-divergence).exp(), size, align_corners=True)[:, 0]
 
 
@@ -58,21 +57,23 @@ def easy_first_loss(
     auxiliary_weight: float = 0.4,
     mean_over: Literal["all", "valid"] = "all",
 ) -> Tensor:
-    """The first stage: cross-entropy of both heads, each pixel with its weight.
+    """The loss of the first stage: weighted cross-entropy of both heads.
 
     Args:
-        student: logits ``[B, C, h, w]``, enlarged to the size of the target with aligned corners.
-        student_auxiliary: likewise of the auxiliary head; ``None`` without one.
+        student: logits ``[B, C, h, w]``; they are enlarged to the size of the target with aligned corners.
+        student_auxiliary: logits of the auxiliary head, likewise; ``None`` without one.
         target: int64 ``[B, H, W]``, -1 for ignored pixels.
-        weight: ``[B, H, W]``, from ``relative_difficulty``; gets no gradient.
-        auxiliary_weight: of the auxiliary head's cross-entropy.
-        mean_over: ``"all"`` pixels, the ignored ones too, as in the official code, or the ``"valid"`` ones.
+        weight: ``[B, H, W]``, weight of each pixel, from ``relative_difficulty``; gets no gradient.
+        auxiliary_weight: weight of the auxiliary head's cross-entropy.
+        mean_over: ``"all"``: mean over all pixels, including ignored ones, as in the official code; ``"valid"``: mean
+            over valid pixels.
 
     Returns:
         Scalar.
 
     Raises:
-        ValueError: for shapes that do not belong together, and classes out of range (which only a CPU is asked for).
+        ValueError: if the shapes do not match, ``mean_over`` is another, or a class is out of range (checked on a CPU
+            only).
 
     Source: arXiv 2407.03719, teacher-full evaluated RDD; the mean as in the official code.
     """
@@ -89,23 +90,25 @@ def easy_first_loss(
 
 @torch.no_grad()
 def hard_pixels(logits: Tensor, target: Tensor, threshold: float = 0.7, min_kept: int | float = 100_000) -> Tensor:
-    """The pixels that a network finds hard: whose true class has a probability of ``threshold`` or less.
+    """The pixels that are hard for a network: the true class has a probability of at most ``threshold``.
 
-    Where these are fewer than ``min_kept``, the threshold rises to the ``min_kept``-th smallest probability of the
-    batch. Ignored pixels take part in that with probability 1, so that with fewer valid ones than ``min_kept`` all
-    valid ones are hard.
+    If these are fewer than ``min_kept``, the threshold is raised to the ``min_kept``-th smallest probability in the
+    batch. Ignored pixels count with probability 1, so with fewer valid pixels than ``min_kept`` all valid ones are
+    hard.
 
     Args:
         logits: ``[B, C, H, W]``; half precision is computed in float32.
         target: int64 ``[B, H, W]``, -1 for ignored pixels.
         threshold: from 0 to 1.
-        min_kept: how many pixels of the batch; a fraction from 0.0 to 1.0 is a share of all pixels; 0 for none.
+        min_kept: smallest number of hard pixels in the batch, or a share of all pixels from 0.0 to 1.0; 0 for no
+            minimum.
 
     Returns:
         bool ``[B, H, W]``, ``False`` at ignored pixels.
 
     Raises:
-        ValueError: for other shapes or numbers, and classes out of range (which only a CPU is asked for).
+        ValueError: if a shape is another, an argument is out of range, or a class is out of range (checked on a CPU
+            only).
 
     Source: arXiv 2407.03719, and online hard example mining as in its official code.
     """
@@ -117,7 +120,7 @@ def hard_pixels(logits: Tensor, target: Tensor, threshold: float = 0.7, min_kept
     limit = probability.new_tensor(threshold)
     pixels = probability.numel()
     kept = min(count_of(min_kept, pixels, "min_kept"), pixels)
-    if kept:  # selected, not sorted
+    if kept:  # kthvalue needs no full sort
         limit = torch.maximum(limit, probability.flatten().kthvalue(kept).values)
     return valid & (probability <= limit)
 
@@ -131,18 +134,19 @@ def disputed_pixels(
     threshold: float = 0.7,
     min_kept: int | float = 100_000,
 ) -> Tensor:
-    """The pixels of the second stage, bool ``[B, H, W]``, from those that student and teacher find hard.
+    """The pixels of the second stage, bool ``[B, H, W]``, from the pixels that student and teacher find hard.
 
     Args:
-        student: logits ``[B, C, h, w]``, enlarged to the size of the target with aligned corners.
-        teacher: likewise.
+        student: logits ``[B, C, h, w]``; they are enlarged to the size of the target with aligned corners.
+        teacher: logits of the teacher, likewise.
         target: int64 ``[B, H, W]``, -1 for ignored pixels.
-        rule: ``"xor"``: hard for one of them alone; ``"or"``; ``"and"``; or ``"student"``: hard for the student.
-        threshold: see ``hard_pixels``, as ``min_kept``.
-        min_kept: likewise.
+        rule: which pixels are selected: hard for exactly one network (``"xor"``), for at least one (``"or"``), for both
+            (``"and"``), or for the student (``"student"``).
+        threshold: see ``hard_pixels``.
+        min_kept: see ``hard_pixels``.
 
     Raises:
-        ValueError: for another rule, and as in ``hard_pixels``.
+        ValueError: if ``rule`` is another, and see ``hard_pixels``.
     """
     if rule not in RULES:
         raise ValueError(f"rule must be one of {', '.join(map(repr, RULES))}, got {rule!r}: give one of them")
@@ -166,29 +170,30 @@ def disputed_loss(
     *,
     auxiliary_weight: float = 0.4,
 ) -> Tensor:
-    """The second stage: cross-entropy at the pixels that student and teacher dispute, for each pair of heads by itself.
+    """The loss of the second stage: cross-entropy at the pixels from ``disputed_pixels``, for each pair of heads.
 
-    A head's cross-entropy is the sum over its pixels divided by the sum of their class weights; 0, with a graph, where
-    it has none.
+    The cross-entropy of a head is the sum over its pixels divided by the sum of their class weights; 0 (with a graph)
+    without any pixel.
 
     Args:
-        student: logits ``[B, C, h, w]``, enlarged to the size of the target with aligned corners.
-        student_auxiliary: likewise of its auxiliary head; ``None`` without one.
-        teacher: logits of the teacher; gets no gradient.
-        teacher_auxiliary: of its auxiliary head. Without one the student's teaches nothing, but with ``"student"``.
+        student: logits ``[B, C, h, w]``; they are enlarged to the size of the target with aligned corners.
+        student_auxiliary: logits of the student's auxiliary head, likewise; ``None`` without one.
+        teacher: logits of the teacher, likewise; gets no gradient.
+        teacher_auxiliary: logits of the teacher's auxiliary head. If it is ``None``, the student's auxiliary head is
+            trained only with ``rule="student"``.
         target: int64 ``[B, H, W]``, -1 for ignored pixels.
         rule: see ``disputed_pixels``.
-        threshold: see ``hard_pixels``, as ``min_kept``: of the pixels in this process's batch.
-        min_kept: likewise.
-        class_weight: ``C`` numbers from 0 on. Default: 1 for each.
-        auxiliary_weight: of the auxiliary heads' loss.
+        threshold: see ``hard_pixels``.
+        min_kept: see ``hard_pixels``; it counts pixels of this process's batch.
+        class_weight: weights of the ``C`` classes, at least 0. Default: 1 for each.
+        auxiliary_weight: weight of the auxiliary heads' loss.
 
     Returns:
         Scalar.
 
     Raises:
-        ValueError: for shapes that do not belong together, another rule, other numbers, and classes out of range (which
-            only a CPU is asked for).
+        ValueError: if the shapes do not match, an argument is out of range, or a class is out of range (checked on a
+            CPU only).
 
     Source: arXiv 2407.03719, teacher-student evaluated RDD.
     """
@@ -225,7 +230,7 @@ def _check_pixels(logits: Tensor, target: Tensor, name: str, letters: str) -> No
 
 
 def _each_cross_entropy(logits: Tensor, target: Tensor) -> Tensor:
-    """Of each pixel, 0 at ignored ones."""
+    """Cross-entropy of each pixel, 0 for ignored ones."""
     return F.cross_entropy(logits, target, ignore_index=-1, reduction="none")
 
 
@@ -247,10 +252,10 @@ def _class_weight(given: Tensor | Sequence[float] | None, logits: Tensor) -> Ten
 
 
 def count_of(given: int | float, whole: int, name: str) -> int:
-    """A count, or a share of ``whole``, rounded down; ``name`` is that of the argument.
+    """A count, or a share of ``whole`` converted to a count (rounded down); ``name`` is used in the error.
 
     Raises:
-        ValueError: for anything else.
+        ValueError: if it is neither a whole number of at least 0 nor a share from 0.0 to 1.0.
     """
     if isinstance(given, Integral) and not isinstance(given, bool):
         check_numbers({name: given}, least=0)

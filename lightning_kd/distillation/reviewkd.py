@@ -1,4 +1,4 @@
-"""ReviewKD: deep student features, fused step by step with shallower ones, imitate the teacher's of every stage.
+"""ReviewKD: student features, fused from deep to shallow stages, learn the teacher's features of each stage.
 
 Pengguang Chen, Shu Liu, Hengshuang Zhao, Jiaya Jia. Distilling Knowledge via Knowledge Review. CVPR 2021, arXiv
 2104.09044.
@@ -23,21 +23,22 @@ MOST_CHANNELS = 512
 
 
 def hierarchical_context_loss(student_map: Tensor, teacher_map: Tensor) -> Tensor:
-    """The mean squared error of the maps and of both average-pooled to 4x4, 2x2 and 1x1, a weighted mean.
+    """Mean squared error between two maps at several scales: full size, and average-pooled to 4x4, 2x2 and 1x1.
 
-    The whole map has the weight 1, and each level that is smaller than it half that of the one before.
+    The result is a weighted mean: the full map has weight 1, each further scale half the weight of the one before.
+    Scales that are not smaller than the map are left out.
 
     Args:
         student_map: ``[N, C, H, W]``; half precision is computed in float32, float64 stays.
-        teacher_map: of the same shape; gets no gradient.
+        teacher_map: ``[N, C, H, W]``; gets no gradient.
 
     Returns:
         Scalar.
 
     Raises:
-        ValueError: for maps of two shapes.
+        ValueError: if the maps differ in shape.
 
-    Source: arXiv 2104.09044, section 3.3 (the hierarchical context loss), with the weights of the official code.
+    Source: arXiv 2104.09044, section 3.3 (hierarchical context loss), with the weights of the official code.
     """
     if student_map.ndim != 4 or student_map.shape != teacher_map.shape:
         raise ValueError(
@@ -56,7 +57,7 @@ def hierarchical_context_loss(student_map: Tensor, teacher_map: Tensor) -> Tenso
 
 
 class _Fusion(nn.Module):
-    """One level: its map and the fused one of the deeper level, weighed by learnt attention, in the teacher's shape."""
+    """One level: fuse a student map with the deeper level by learnt attention, and bring it to the teacher's shape."""
 
     def __init__(self, in_channels: int, middle: int, out_channels: int, deepest: bool) -> None:
         super().__init__()
@@ -70,7 +71,7 @@ class _Fusion(nn.Module):
             nn.init.kaiming_uniform_(convolution.weight, a=1)
 
     def forward(self, x: Tensor, deeper: Tensor | None, size: torch.Size) -> tuple[Tensor, Tensor]:
-        """The map for the teacher, and the fused one for the next level."""
+        """The map to compare with the teacher's, and the fused map for the next level."""
         x = self.conv1(x)
         if self.att_conv is not None and deeper is not None:
             deeper = F.interpolate(deeper, x.shape[2:], mode="nearest")
@@ -82,18 +83,19 @@ class _Fusion(nn.Module):
 
 
 class ReviewKDLoss(nn.Module):
-    """The whole loss with its fusion blocks, which are trained with the student and not needed afterwards.
+    """The loss of ReviewKD with its fusion blocks, which are trained with the student and used only in training.
 
-    From deep to shallow, beginning with the pooled feature as a 1x1 map, each student map is fused with what the deeper
-    levels gave, and compared by ``hierarchical_context_loss`` with the teacher's map before its last activation.
+    It goes from deep to shallow and starts with the pooled feature as a 1x1 map. At each level the student's map is
+    fused with the result of the deeper level, and compared by ``hierarchical_context_loss`` with the teacher's map
+    before its last activation.
 
     Args:
-        student: shapes of the student's maps, as ``StageFeatures`` has them.
-        teacher: those of the teacher's, with ``before``.
-        student_preact: fuse the student's maps before their last activation, not after it.
+        student: shapes of the student's maps, see ``StageFeatures``.
+        teacher: shapes of the teacher's maps, including ``before``.
+        student_preact: use the student's maps before their last activation, not after it.
 
     Raises:
-        ValueError: for two numbers of stages, and without pooled features.
+        ValueError: if the numbers of stages differ, or a network has no pooled feature.
     """
 
     def __init__(self, student: StageShapes, teacher: StageShapes, student_preact: bool = False) -> None:
@@ -116,7 +118,7 @@ class ReviewKDLoss(nn.Module):
         self.fusions = nn.ModuleList(fusions[::-1])
 
     def forward(self, student: StageMaps, teacher: StageMaps) -> Tensor:
-        """The sum over the levels, a scalar."""
+        """The sum of the losses of all levels, a scalar."""
         assert student.pooled is not None
         assert teacher.pooled is not None
         maps = student.before if self.student_preact else student.maps
@@ -131,24 +133,31 @@ class ReviewKDLoss(nn.Module):
 
 
 class ReviewKD(FeatureDistillation):
-    """Knowledge review (Chen et al., CVPR 2021, arXiv 2104.09044): every stage teaches all deeper ones, too.
+    """ReviewKD (Chen et al., CVPR 2021, arXiv 2104.09044): learn the teacher's features across stages.
+
+    A deep stage of the student can also learn from shallow stages of the teacher. For this the student's features are
+    fused from deep to shallow; the fused feature of each level is compared with the teacher's feature of that level
+    (see ``ReviewKDLoss``).
 
     Args:
         student: see ``Distillation``.
         teacher: see ``Distillation``.
         num_classes: see ``Task``.
-        warmup_epochs: the loss is multiplied by ``min(epoch / warmup_epochs, 1)``, epochs counted from 1. 20 on CIFAR,
-            1 on ImageNet.
-        student_preact: take the student's maps before their last activation, as on ImageNet.
+        warmup_epochs: the distillation loss is multiplied by ``min(epoch / warmup_epochs, 1)``, epochs counted from 1.
+            20 on CIFAR, 1 on ImageNet.
+        student_preact: use the student's maps before their last activation, as on ImageNet.
         ce_weight: weight of the cross-entropy.
         kd_weight: weight of ``ReviewKDLoss``: 5 for resnet32x4 to resnet8x4; on ImageNet 1 for resnet34 to resnet18,
             8 for resnet50 to mobilenetv1.
         kwargs: ``student_stages``, ``teacher_stages`` of ``FeatureDistillation``, and the further arguments of
             ``Distillation`` and ``Task``.
+
+    Raises:
+        ValueError: if an argument is out of range, and see ``ReviewKDLoss`` and ``FeatureDistillation``.
     """
 
     teacher_before = True
-    least_batch = 2  # of the batch normalisation of 1x1 maps
+    least_batch = 2  # for batch normalisation of 1x1 maps
 
     def __init__(
         self,

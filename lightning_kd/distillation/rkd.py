@@ -1,4 +1,4 @@
-"""Relations between the pooled features of a batch: their distances and angles.
+"""Relational knowledge distillation: match distances and angles between the pooled features of a batch.
 
 Wonpyo Park, Dongju Kim, Yan Lu, Minsu Cho. Relational Knowledge Distillation. CVPR 2019, arXiv 1904.05068.
 """
@@ -19,21 +19,25 @@ from lightning_kd.distillation.feature_distillation import FeatureDistillation
 
 __all__ = ["RKD", "angle_loss", "distance_loss"]
 
-# numbers of an array of cosines or unit vectors that is kept, at most: 64 MiB in float32
+# largest number of values in an array of cosines or unit vectors that is kept: 64 MiB in float32
 AT_ONCE = 2**24
 
 
 def distance_loss(student_feature: Tensor, teacher_feature: Tensor) -> Tensor:
-    """How differently the features lie apart: smooth L1 of their distances, the mean over all ``N^2``.
+    """Smooth L1 loss between the distances of the student's and the teacher's features, mean over all ``N^2`` pairs.
 
-    On each side distances are divided by the mean of those between different samples; the diagonal counts, as 0.
+    The distances of each network are divided by their mean over pairs of different samples. Pairs of a sample with
+    itself count with distance 0.
 
     Args:
-        student_feature: ``[N, D]``, at least two; half precision is computed in float32, float64 stays.
+        student_feature: ``[N, D]``, ``N >= 2``; half precision is computed in float32, float64 stays.
         teacher_feature: ``[N, D']``; gets no gradient.
 
+    Returns:
+        Scalar.
+
     Raises:
-        ValueError: for other shapes, and for fewer than two samples.
+        ValueError: if the shapes do not match, or there are fewer than two samples.
 
     Source: arXiv 1904.05068, equation 7, as a mean over pairs.
     """
@@ -44,14 +48,17 @@ def distance_loss(student_feature: Tensor, teacher_feature: Tensor) -> Tensor:
 
 
 def angle_loss(student_feature: Tensor, teacher_feature: Tensor) -> Tensor:
-    """How differently the features see each other: smooth L1 of the cosines at each sample, the mean over all ``N^3``.
+    """Smooth L1 loss between the cosines of all angles that three features form, mean over all ``N^3`` triplets.
 
     Args:
-        student_feature: ``[N, D]``, at least two; half precision is computed in float32, float64 stays.
+        student_feature: ``[N, D]``, ``N >= 2``; half precision is computed in float32, float64 stays.
         teacher_feature: ``[N, D']``; gets no gradient.
 
+    Returns:
+        Scalar.
+
     Raises:
-        ValueError: for other shapes, and for fewer than two samples.
+        ValueError: if the shapes do not match, or there are fewer than two samples.
 
     Source: arXiv 1904.05068, equation 9, as a mean over triplets.
     """
@@ -66,24 +73,29 @@ def angle_loss(student_feature: Tensor, teacher_feature: Tensor) -> Tensor:
     with torch.autocast(student.device.type, enabled=False):
         if len(parts) == 1:
             return of(parts[0]) / count**3
-        # cosines of many are computed again for the gradient, not kept
+        # checkpointed: cosines of large batches are computed again for the gradient, to save memory
         return torch.stack([checkpoint(of, part, use_reentrant=False) for part in parts]).sum() / count**3
 
 
 class RKD(FeatureDistillation):
     """Relational knowledge distillation (Park et al., CVPR 2019, arXiv 1904.05068), on pooled features.
 
-    The loss is ``distance_weight * distance_loss + angle_weight * angle_loss``.
+    The student learns how the images of a batch are placed relative to each other in the teacher's feature space: their
+    distances and the angles between them. Student and teacher features may differ in length. The distillation loss is
+    ``distance_weight * distance_loss + angle_weight * angle_loss``.
 
     Args:
         student: see ``Distillation``.
         teacher: see ``Distillation``.
         num_classes: see ``Task``.
-        distance_weight: weight of the distances.
-        angle_weight: weight of the angles; 0 spares their ``N^3`` cosines.
+        distance_weight: weight of ``distance_loss``.
+        angle_weight: weight of ``angle_loss``; 0 saves the computation of ``N^3`` cosines.
         ce_weight: weight of the cross-entropy.
-        kd_weight: weight of both together.
+        kd_weight: weight of the sum of both.
         kwargs: the further arguments of ``Distillation`` and ``Task``.
+
+    Raises:
+        ValueError: if a weight is negative, and see ``FeatureDistillation``.
     """
 
     uses_stages = False
@@ -113,15 +125,15 @@ class RKD(FeatureDistillation):
 
 
 def _distances(feature: Tensor) -> Tensor:
-    # not by a product of matrices: it loses what small distances are made of
+    # not by a matrix product, which is inexact for small distances
     apart = torch.cdist(feature, feature, compute_mode="donot_use_mm_for_euclid_dist").clamp(min=1e-6)
     apart = apart * ~torch.eye(len(feature), dtype=torch.bool, device=feature.device)
     return apart / (apart.sum() / (len(feature) * (len(feature) - 1)))
 
 
 def _cosines(feature: Tensor, middle: Tensor) -> Tensor:
-    """Of the unit vectors from ``middle`` to all: ``[M, N, N]``; a vector of length 0 has 0, and no gradient."""
+    """Cosines ``[M, N, N]`` of the angles at ``middle``; 0 and without gradient for vectors of length 0."""
     apart = feature[None] - feature[middle, None]
     length = torch.linalg.vector_norm(apart, dim=2, keepdim=True)
-    unit = apart / length.masked_fill(length == 0, torch.inf)  # a floor would be a slope of its inverse there
+    unit = apart / length.masked_fill(length == 0, torch.inf)  # clamping would give huge gradients
     return unit @ unit.transpose(1, 2)

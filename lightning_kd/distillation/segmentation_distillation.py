@@ -1,4 +1,4 @@
-"""Distilling a network that gives a class for each pixel: pixel by pixel, channel by channel, or not at all."""
+"""Distillation for semantic segmentation: by pixel, by channel, or none as a baseline."""
 
 from __future__ import annotations
 
@@ -19,23 +19,23 @@ from lightning_kd.distillation.kd import kd_loss
 
 __all__ = ["Heads", "SegmentationDistillation", "cwd_loss"]
 
-# (temperature, weight) of each loss in its paper
+# default (temperature, weight) of each loss, from its paper
 _USUAL = {"kd": (1.0, 1.0), "cwd": (4.0, 3.0), "none": (1.0, 0.0)}
 
 
 def pixel_kd_loss(student: Tensor, teacher: Tensor, temperature: float) -> Tensor:
-    """``kd_loss`` of every place of two maps of logits: ``temperature^2 * KL``, sum over classes, mean over places.
+    """``kd_loss`` of each position of two logit maps: ``temperature^2 * KL``, sum over classes, mean over positions.
 
     Args:
         student: ``[B, C, h, w]``; half precision is computed in float32, float64 stays.
         teacher: ``[B, C, h, w]``; gets no gradient.
-        temperature: positive.
+        temperature: above 0.
 
     Returns:
         Scalar.
 
     Raises:
-        ValueError: for other shapes, and a temperature that is not above 0.
+        ValueError: if the shapes differ, or ``temperature`` is not above 0.
 
     Source: arXiv 1503.02531, and pixel-wise distillation of arXiv 1903.04197.
     """
@@ -45,20 +45,21 @@ def pixel_kd_loss(student: Tensor, teacher: Tensor, temperature: float) -> Tenso
 
 
 def cwd_loss(student: Tensor, teacher: Tensor, temperature: float = 4.0) -> Tensor:
-    """Channel-wise distillation: where in the image each class is, ``temperature^2 * KL`` over places.
+    """Channel-wise distillation: ``temperature^2 * KL`` between distributions of each class over all positions.
 
-    The softmax of each channel is over all places; sum over places, mean over channels and images.
+    The softmax of each channel (class) is over the positions, so the student learns where each class is. Sum over
+    positions, mean over channels and images.
 
     Args:
         student: ``[B, C, h, w]``; half precision is computed in float32, float64 stays.
         teacher: ``[B, C, h, w]``; gets no gradient.
-        temperature: positive.
+        temperature: above 0.
 
     Returns:
         Scalar.
 
     Raises:
-        ValueError: for other shapes, and a temperature that is not above 0.
+        ValueError: if the shapes differ, or ``temperature`` is not above 0.
 
     Source: Shu et al., Channel-wise Knowledge Distillation for Dense Prediction, ICCV 2021, arXiv 2011.13256.
     """
@@ -68,13 +69,13 @@ def cwd_loss(student: Tensor, teacher: Tensor, temperature: float = 4.0) -> Tens
 
 
 class Heads(NamedTuple):
-    """What a segmentation network says of a batch.
+    """The outputs of a segmentation network for a batch.
 
     Attributes:
-        main: float32 logits ``[B, C, h, w]``, for labels.
-        auxiliary: those of the auxiliary head; ``None`` where there is none.
-        coarse: what is compared with the other network: ``main`` and ``auxiliary`` before they are enlarged, where a
-            network of torchvision does that itself, else the same two.
+        main: float32 logits ``[B, C, h, w]`` of the main head, to compare with labels.
+        auxiliary: float32 logits of the auxiliary head; ``None`` if there is none.
+        coarse: main and auxiliary logits to compare with the other network: before they are enlarged, if a torchvision
+            network enlarges them itself, else equal to ``main`` and ``auxiliary``.
     """
 
     main: Tensor
@@ -83,26 +84,28 @@ class Heads(NamedTuple):
 
 
 class SegmentationDistillation(Distillation):
-    """Train both heads of a segmentation network with cross-entropy, and the main one to answer like the teacher's.
+    """Distillation for semantic segmentation: cross-entropy for both heads, and distillation of the main head.
 
-    ``task_loss + kd_weight * distillation_loss``: the baselines that a method for labels is compared with, and the base
-    of such a method, which overrides ``task_loss`` and keeps the rest. Logits that are smaller than the image are
-    enlarged with aligned corners, in training and evaluation; networks of torchvision and ``fcn_tiny`` do that
-    themselves.
+    The loss is ``task_loss + kd_weight * distillation_loss``. The class serves as baseline, and as base of methods that
+    override ``task_loss``. Logits smaller than the image are enlarged with aligned corners, in training and evaluation;
+    torchvision networks and ``fcn_tiny`` enlarge them themselves.
 
     Several processes: each has a copy of the teacher; losses are means over the process's pixels.
 
     Args:
-        student: network name or ``nn.Module``. It gives logits ``[B, C, h, w]`` as a tensor; or a dict with ``out`` and
-            ``aux``, or two in a tuple or list, where it has an auxiliary head.
-        teacher: likewise.
+        student: name of a network or ``nn.Module``. It returns logits ``[B, C, h, w]`` as a tensor or, with an
+            auxiliary head, a dict with ``out`` and ``aux``, or a tuple or list of two.
+        teacher: name of a network or ``nn.Module``, likewise.
         num_classes: see ``Task``.
-        loss: ``"kd"`` (``pixel_kd_loss``), ``"cwd"`` (``cwd_loss``), or ``"none"``, the student alone.
-        temperature: of that loss. Default: 1 for ``"kd"``, 4 for ``"cwd"``.
+        loss: ``"kd"`` (``pixel_kd_loss``), ``"cwd"`` (``cwd_loss``), or ``"none"`` to train the student alone.
+        temperature: temperature of that loss. Default: 1 for ``"kd"``, 4 for ``"cwd"``.
         auxiliary_weight: weight of the loss of the student's auxiliary head.
-        ce_weight: weight of what is learnt from labels.
-        kd_weight: weight of what is learnt from the teacher's answers. Default: 1 for ``"kd"``, 3 for ``"cwd"``.
+        ce_weight: weight of the loss on labels.
+        kd_weight: weight of the loss on the teacher's outputs. Default: 1 for ``"kd"``, 3 for ``"cwd"``.
         kwargs: the further arguments of ``Distillation`` and ``Task``.
+
+    Raises:
+        ValueError: if an argument is out of range; in a step, if a network gives logits of another shape.
     """
 
     problem_class = Segmentation
@@ -139,12 +142,12 @@ class SegmentationDistillation(Distillation):
     # -- the two networks --------------------------------------------------------------------------------------------
 
     def student_heads(self, image: Tensor) -> Heads:
-        """What the student says of images ``[B, C', H, W]``, with graph."""
+        """The student's outputs for images ``[B, C', H, W]``, with graph."""
         return self._heads(self.student(self.format_image(image)), "student")
 
     @torch.no_grad()
     def teacher_heads(self, image: Tensor) -> Heads:
-        """What the teacher says of them, without."""
+        """The teacher's outputs for images ``[B, C', H, W]``, without graph."""
         return self._heads(self.teacher.output(image), "teacher")
 
     def _heads(self, output: Any, who: str) -> Heads:
@@ -162,14 +165,14 @@ class SegmentationDistillation(Distillation):
     # -- losses ------------------------------------------------------------------------------------------------------
 
     def task_loss(self, student: Heads, teacher: Heads, target: Tensor) -> Tensor:
-        """What is learnt from the labels ``[B, H, W]``, a scalar, before ``ce_weight``."""
+        """The loss on the labels ``[B, H, W]``, a scalar, without the factor ``ce_weight``."""
         loss = self.problem.loss(student.main, target)
         if student.auxiliary is not None:
             loss = loss + self.auxiliary_weight * self.problem.loss(student.auxiliary, target)
         return loss
 
     def distillation_loss(self, student_logits: Tensor, teacher_logits: Tensor, target: Tensor) -> Tensor:
-        """Of two maps of logits ``[B, C, h, w]`` of one size."""
+        """The loss between two logit maps ``[B, C, h, w]``, a scalar, without the factor ``kd_weight``."""
         if self.loss == "none":
             return 0.0 * student_logits.sum()
         function = pixel_kd_loss if self.loss == "kd" else cwd_loss
@@ -195,7 +198,7 @@ def _wide(logits: Logits) -> Logits:
 
 
 def _coarse_taps(network: nn.Module) -> list[Tap]:
-    """On the heads of a segmentation network of torchvision, which enlarges their logits itself; else none."""
+    """Taps on the heads of a torchvision segmentation network, which enlarges its logits itself; else none."""
     if not type(network).__module__.startswith("torchvision.models.segmentation"):
         return []
     names = [name for name in ("classifier", "aux_classifier") if getattr(network, name, None) is not None]

@@ -1,4 +1,4 @@
-"""What a teacher says of an image in a few numbers: its best class, or its best few and their probabilities.
+"""Compressed soft labels: the most probable class, or a few of the most probable ones with their probabilities.
 
 Zhiqiang Shen, Eric Xing. A Fast Knowledge Distillation Framework for Visual Recognition. ECCV 2022, arXiv 2112.01528.
 """
@@ -23,23 +23,26 @@ class SoftLabels(NamedTuple):
     """Compressed probabilities of ``B`` images.
 
     Attributes:
-        index: int64 ``[B, k]``, the most probable classes, the first one first.
-        probability: float ``[B, k]``, theirs; ``None`` for the kind ``"hard"``.
+        index: int64 ``[B, k]``, the most probable classes in descending order.
+        probability: float ``[B, k]``, their probabilities; ``None`` for the kind ``"hard"``.
     """
 
-    index: Tensor  # type: ignore[assignment]  # tuple.index gives way
+    index: Tensor  # type: ignore[assignment]  # replaces tuple.index
     probability: Tensor | None
 
 
 def kept_classes(kind: str, num_classes: int | None = None) -> int:
-    """How many classes of an image a kind of soft label keeps.
+    """The number of classes per image that a kind of soft label keeps.
 
     Args:
-        kind: ``"hard"``, ``"smoothing"``, ``"marginal_smoothing_kN"`` or ``"marginal_renorm_kN"``, ``N`` a number.
-        num_classes: of which ``N`` must be fewer. Default: not looked at.
+        kind: ``"hard"``, ``"smoothing"``, ``"marginal_smoothing_kN"`` or ``"marginal_renorm_kN"`` with a number ``N``.
+        num_classes: number of classes, which must be above ``N``. Default: not checked.
+
+    Returns:
+        ``N``, or 1 for the first two kinds.
 
     Raises:
-        ValueError: for another name, and where ``N`` is not below ``num_classes``.
+        ValueError: if ``kind`` is unknown, or ``N`` is not below ``num_classes``.
     """
     found = _KINDS.fullmatch(kind) if isinstance(kind, str) else None
     if found is None:
@@ -57,15 +60,19 @@ def kept_classes(kind: str, num_classes: int | None = None) -> int:
 
 
 def compress(probabilities: Tensor, kind: str) -> SoftLabels:
-    """The part of a teacher's probabilities that a kind of soft label keeps.
+    """Keep only the part of a teacher's probabilities that a kind of soft label needs.
 
     Args:
-        probabilities: ``[B, C]``, rows of sum 1; half precision is computed in float32, float64 stays.
-        kind: ``"hard"``: the most probable class; ``"smoothing"``: that and its probability;
-            ``"marginal_smoothing_kN"`` and ``"marginal_renorm_kN"``: the ``N`` most probable classes with theirs.
+        probabilities: ``[B, C]``, rows with sum 1; half precision is computed in float32, float64 stays.
+        kind: ``"hard"``: the most probable class; ``"smoothing"``: this class and its probability;
+            ``"marginal_smoothing_kN"`` and ``"marginal_renorm_kN"``: the ``N`` most probable classes and their
+            probabilities.
+
+    Returns:
+        ``SoftLabels`` with ``k = 1`` or ``k = N``.
 
     Raises:
-        ValueError: for another shape, an unknown kind, and one that keeps as many classes as there are.
+        ValueError: if the shape is another, or ``kind`` is unknown or keeps as many classes as there are.
 
     Source: arXiv 2112.01528, section 3.
     """
@@ -75,20 +82,23 @@ def compress(probabilities: Tensor, kind: str) -> SoftLabels:
 
 
 def recover(stored: SoftLabels, kind: str, num_classes: int) -> Tensor:
-    """Probabilities of all classes from what ``compress`` kept, ``[B, C]``, rows of sum 1.
+    """Probabilities of all classes from ``SoftLabels``: ``[B, C]``, rows with sum 1.
 
-    ``"hard"`` is one-hot. The smoothing kinds spread what is left, ``1 - sum of those kept``, evenly over the other
-    classes; ``"marginal_renorm_kN"`` divides those kept by their sum and has 0 elsewhere. Where the sum of those kept
-    is above 1, by rounding, they are divided by it.
+    ``"hard"`` gives one-hot rows. The smoothing kinds divide the rest, ``1 - sum of the kept probabilities``, equally
+    among the other classes. ``"marginal_renorm_kN"`` divides the kept probabilities by their sum and gives 0 to the
+    other classes. If the kept probabilities sum to more than 1 by rounding, they are divided by their sum.
 
     Args:
-        stored: of that kind; probabilities in half precision come back as float32.
+        stored: result of ``compress`` with this kind; probabilities in half precision are returned as float32.
         kind: see ``compress``.
-        num_classes: ``C``.
+        num_classes: number of classes ``C``.
+
+    Returns:
+        ``[B, C]``, float32 or wider.
 
     Raises:
-        ValueError: for an unknown kind, what was stored as another one, and integers that are no classes (which only a
-            CPU is asked for).
+        ValueError: if ``kind`` is unknown, ``stored`` is of another kind, or a class is out of range (checked on a CPU
+            only).
     """
     check_numbers(least=2, whole=True, num_classes=num_classes)
     kept = kept_classes(kind, num_classes)

@@ -1,4 +1,4 @@
-"""Similarity-preserving distillation: images that are alike to the teacher become alike to the student.
+"""Similarity-preserving distillation: images that are similar for the teacher become similar for the student.
 
 Frederick Tung, Greg Mori. Similarity-Preserving Knowledge Distillation. ICCV 2019, arXiv 1907.09682.
 """
@@ -19,21 +19,21 @@ __all__ = ["SP", "similarity_loss"]
 
 
 def similarity_loss(student_map: Tensor, teacher_map: Tensor) -> Tensor:
-    """The squared Frobenius norm between both matrices of similarity, divided by ``N^2``.
+    """Squared Frobenius norm of the difference between two similarity matrices, divided by ``N^2``.
 
-    A matrix holds the products of the flattened maps of each pair of images, each row divided by its L2 norm. An image
-    whose map is all 0 is similar to none.
+    The similarity matrix of a network holds the dot products of the flattened maps of each pair of images; each row is
+    divided by its L2 norm. The similarity of an image with an all-zero map is 0 to every image.
 
     Args:
-        student_map: ``[N, C, H, W]`` or features ``[N, D]``, of two images or more; half precision is computed in
-            float32, float64 stays.
-        teacher_map: likewise, of the same images; gets no gradient.
+        student_map: ``[N, C, H, W]`` or features ``[N, D]``, ``N >= 2``; half precision is computed in float32, float64
+            stays.
+        teacher_map: maps or features of the same images, likewise; gets no gradient.
 
     Returns:
         Scalar.
 
     Raises:
-        ValueError: for other shapes, and for fewer than two images.
+        ValueError: if the shapes do not match, or there are fewer than two images.
 
     Source: arXiv 1907.09682, equations 2 to 4.
     """
@@ -49,7 +49,10 @@ def similarity_loss(student_map: Tensor, teacher_map: Tensor) -> Tensor:
 
 
 class SP(FeatureDistillation):
-    """Similarity-preserving distillation (Tung and Mori, ICCV 2019, arXiv 1907.09682), of the last stage.
+    """Similarity-preserving distillation (Tung and Mori, ICCV 2019, arXiv 1907.09682), on the last stage.
+
+    The student learns which images of a batch the teacher represents similarly, measured by the dot products of the
+    feature maps of the last stage (see ``similarity_loss``). Maps may differ in size and number of channels.
 
     Args:
         student: see ``Distillation``.
@@ -59,6 +62,9 @@ class SP(FeatureDistillation):
         kd_weight: weight of ``similarity_loss``.
         kwargs: ``student_stages``, ``teacher_stages`` of ``FeatureDistillation``, and the further arguments of
             ``Distillation`` and ``Task``.
+
+    Raises:
+        ValueError: see ``FeatureDistillation``.
     """
 
     least_batch = 2

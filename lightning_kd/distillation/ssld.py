@@ -1,4 +1,4 @@
-"""SSLD: a student learns the teacher's distribution by a symmetric loss, from labelled and unlabelled images alike.
+"""SSLD: the student learns the teacher's distribution with a symmetric loss, from labelled and unlabelled images.
 
 Cheng Cui, Ruoyu Guo, Yuning Du, Dongliang He, Fu Li, Zewu Wu, Qiwen Liu, Shilei Wen, Jizhou Huang, Xiaoguang Hu,
 Dianhai Yu, Errui Ding, Yanjun Ma. Beyond Self-Supervision: A Simple Yet Effective Network Distillation Alternative to
@@ -42,7 +42,9 @@ def symmetric_kl_loss(student_logits: Tensor, teacher_logits: Tensor) -> Tensor:
 
 
 def jensen_shannon_loss(student_logits: Tensor, teacher_logits: Tensor) -> Tensor:
-    """``1/2 (KL(p || m) + KL(q || m))`` with ``m = (p + q) / 2``, mean over samples: at most ``log 2``.
+    """Jensen-Shannon divergence: ``1/2 (KL(p || m) + KL(q || m))`` with ``m = (p + q) / 2``, mean over samples.
+
+    It is at most ``log 2``.
 
     Args:
         student_logits: ``[B, C]``, of ``p``; half precision is computed in float32, float64 stays.
@@ -52,7 +54,7 @@ def jensen_shannon_loss(student_logits: Tensor, teacher_logits: Tensor) -> Tenso
         Scalar.
 
     Raises:
-        ValueError: for logits of two shapes.
+        ValueError: if the logits differ in shape.
 
     Source: Lin, Divergence Measures Based on the Shannon Entropy, IEEE Transactions on Information Theory 1991.
     """
@@ -70,25 +72,29 @@ def _log_probabilities(student_logits: Tensor, teacher_logits: Tensor) -> tuple[
 def _divergence(log_p: Tensor, log_q: Tensor) -> Tensor:
     """``KL(p || q)`` of each row."""
     p = log_p.exp()
-    # a class that p rules out counts 0, even where both logarithms overflow
+    # a class with p = 0 counts 0, even if both logarithms overflow
     return (p * (log_p - log_q).masked_fill(p == 0, 0)).sum(1)
 
 
 class SSLD(LabelFreeDistillation):
-    """SSLD (Cui et al., 2021, arXiv 2103.05959): the teacher's distribution alone, with a symmetric loss.
+    """SSLD (Cui et al., 2021, arXiv 2103.05959): learn the teacher's distribution by a symmetric loss, without labels.
 
-    Give the data module ``unlabelled``, a folder or array of further images: they are learnt with the training samples,
-    in one order. A second stage, which the paper has, is the same on the labelled samples alone from the first one's
-    ``student_weights``, with a small learning rate. An own loader may give images alone.
+    Since no labels are used, any further images can be added: give the data module ``unlabelled``, a folder or array of
+    images; they are mixed with the training samples. The second stage of the paper is a second run with the
+    ``student_weights`` of the first, on the labelled samples only, with a small learning rate. A loader of your own may
+    yield images without targets.
 
     Several processes: each has a copy of the teacher; the loss is the mean over the process's batch.
 
     Args:
         student: see ``Distillation``.
-        teacher: see ``Distillation``, or a list of several, whose mean probabilities are the answer.
+        teacher: see ``Distillation``; a list of several teachers is replaced by the mean of their probabilities.
         num_classes: see ``Task``.
-        loss: ``"symmetric_kl"`` as in the official code, or ``"jensen_shannon"``, which the paper speaks of.
+        loss: ``"symmetric_kl"`` as in the official code, or ``"jensen_shannon"``, the loss that the paper names.
         kwargs: the further arguments of ``LabelFreeDistillation``.
+
+    Raises:
+        ValueError: if ``loss`` is another, and see ``LabelFreeDistillation``.
     """
 
     def __init__(

@@ -1,4 +1,4 @@
-"""Asks a teacher for its answers to all views and writes them into a store, alone or with other processes."""
+"""Fill a teacher store: compute the teacher's outputs for all views and write them, alone or with other processes."""
 
 from __future__ import annotations
 
@@ -28,33 +28,33 @@ from lightning_kd.file_writing import told_of, write_text
 
 try:
     import fcntl
-except ImportError:  # there is no such thing on Windows
+except ImportError:  # not available on Windows
     fcntl = None  # type: ignore[assignment]
 
 __all__ = ["begin_store", "fill_store", "remove_store", "weights_digest"]
 
-# how long to wait for the piece of another process before looking again
+# seconds between two checks for pieces of other processes
 PAUSE = 0.1
 
 
 def remove_store(path: Path) -> None:
-    """Throw away the two files of a store, where they are."""
+    """Delete the two files of a store, if they exist."""
     with told_of(path):
         for each in (header_path(path), path):
             each.unlink(missing_ok=True)
 
 
 def begin_store(path: Path, header: Mapping[str, Any]) -> None:
-    """Make the two files of a store, or take up those that are there and of the same.
+    """Create the two files of a store, or continue those that exist if their description is the same.
 
     Args:
-        path: the store.
-        header: what ``PATH.json`` is to say.
+        path: path of the store.
+        header: content of ``PATH.json``.
 
     Raises:
-        FileExistsError: where there is another store, or a file that is none.
-        ValueError: where they are damaged.
-        OSError: where they cannot be written, or there is too little room on the disk.
+        FileExistsError: if there is another store, or a file that is no store.
+        ValueError: if the files are damaged.
+        OSError: if the files cannot be written, or the disk has too little space.
     """
     file = header_path(path)
     layout = StoreLayout(header)
@@ -64,7 +64,7 @@ def begin_store(path: Path, header: Mapping[str, Any]) -> None:
             raise FileExistsError(
                 f"{path} holds other answers, {what}: name another file with --out, or add --restart true to lose them"
             )
-    elif path.exists() and not file.is_file():  # or another process has just begun
+    elif path.exists() and not file.is_file():  # checked again: another process may just have created it
         raise FileExistsError(f"{path} exists and is no teacher store: name another file with --out")
     with told_of(path):
         try:
@@ -86,19 +86,19 @@ def begin_store(path: Path, header: Mapping[str, Any]) -> None:
 
 
 def _compared(header: Mapping[str, Any]) -> dict[str, Any]:
-    """What makes answers others: not where the file of the weights is, whose content is compared."""
+    """The parts of a header that must be equal; of the weights file only the content, not the path."""
     return {**header, "reached": {}, "teacher": {**header["teacher"], "weights": None}}
 
 
 def check_room(path: Path, size: int) -> None:
-    """Refuse to begin what the disk has no room for.
+    """Raise an error if the disk has too little space for a file.
 
     Args:
-        path: the file; what it takes already counts.
-        size: of the file in bytes.
+        path: the file; space that it already occupies counts as free.
+        size: size of the file in bytes.
 
     Raises:
-        OSError: naming how much there is.
+        OSError: with the free space, if it is too little.
     """
     taken = getattr(path.stat(), "st_blocks", 0) * 512 if path.is_file() else 0
     free = shutil.disk_usage(path.parent).free
@@ -110,32 +110,35 @@ def check_room(path: Path, size: int) -> None:
 
 
 class _Writer:
-    """Writes pieces and their marks; a piece that is claimed is nobody else's until this process lets go or dies."""
+    """Writes pieces and their marks; a claimed piece is locked for other processes until it is released.
+
+    The lock also ends if this process dies.
+    """
 
     def __init__(self, path: Path, layout: StoreLayout) -> None:
         self.path, self.layout = path, layout
-        # one descriptor for all: closing another one of the same file would let go of its locks
+        # a single descriptor: closing another one of the same file would release all locks
         self._file = os.open(path, os.O_RDWR)
 
     def close(self) -> None:
         os.close(self._file)
 
     def done(self) -> np.ndarray:
-        """Bool ``[pieces]``."""
+        """Whether each piece is finished, bool ``[pieces]``."""
         return np.frombuffer(os.pread(self._file, self.layout.pieces, self.layout.marks), np.uint8) > 0
 
     @contextmanager
     def claimed(self, piece: int) -> Iterator[bool]:
-        """Whether the piece is to be made by this process."""
+        """Context in which a piece is locked; yields whether this process must compute it."""
         place, mine = self.layout.marks + piece, True
         if fcntl is not None:
             try:
                 fcntl.lockf(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB, 1, place)
             except BlockingIOError:
                 mine = False
-            except PermissionError:  # what some systems call the same
+            except PermissionError:  # raised by some systems instead
                 mine = False
-            except OSError:  # a file system without locks: better twice than not at all
+            except OSError:  # a file system without locks: processes may compute pieces twice
                 pass
         try:
             yield mine and not self.done()[piece]
@@ -145,7 +148,7 @@ class _Writer:
                     fcntl.lockf(self._file, fcntl.LOCK_UN, 1, place)
 
     def write(self, piece: int, answers: Mapping[str, Tensor]) -> None:
-        """All of a piece, then, once the disk has it, its mark."""
+        """Write all values of a piece and, once they are on the disk, its mark."""
         first = self.layout.samples_of(piece).start * self.layout.keys
         with told_of(self.path):
             for name, (dtype, width, start) in self.layout.fields.items():
@@ -170,25 +173,27 @@ def fill_store(
     progress: Callable[[int, int], None] | None = None,
     beside: Callable[[Tensor], Mapping[str, Tensor]] | None = None,
 ) -> int:
-    """Make the pieces that are not done, until all are; what other processes work at is left to them.
+    """Compute and write pieces until all are finished; pieces that other processes work on are left to them.
 
-    A process that is killed loses the piece that it was at, which another one, or the next run, makes.
+    If a process is killed, its unfinished piece is computed by another process or by the next run.
 
     Args:
-        path: a store that ``begin_store`` was called for.
-        header: see there.
-        logits: the teacher's logits ``[B, C]`` of samples ``[B]`` in views ``[B]`` (int64 both).
-        batch_size: views that it is asked for at once.
-        first: where among the pieces this process begins, 0 to below 1, so that several seldom meet.
-        progress: told how many pieces are done, and how many there are.
-        beside: what else is stored of all views of samples ``[B]``, by name, see ``StoreLayout``.
+        path: a store for which ``begin_store`` was called.
+        header: see ``begin_store``.
+        logits: function from samples ``[B]`` and views ``[B]`` (both int64) to the teacher's logits ``[B, C]``.
+        batch_size: number of views per call of ``logits``.
+        first: where this process starts among the pieces, from 0 to below 1; with different values processes rarely
+            meet.
+        progress: called with the number of finished pieces and the number of all.
+        beside: function from samples ``[B]`` to further values that are stored for all their views, by name, see
+            ``StoreLayout``.
 
     Returns:
-        How many pieces this process has made.
+        The number of pieces that this process has computed.
 
     Raises:
-        ValueError: where the teacher's logits are not finite, or not in the dtype of the store.
-        OSError: where the file cannot be written.
+        ValueError: if the teacher's logits are not finite, also after conversion to the dtype of the store.
+        OSError: if the file cannot be written.
     """
     layout = StoreLayout(header)
     order = np.roll(np.arange(layout.pieces), -int(first * layout.pieces))
@@ -206,7 +211,7 @@ def fill_store(
                 if mine and progress is not None:
                     progress(int(writer.done().sum()), layout.pieces)
             if made == before:
-                time.sleep(PAUSE)  # others are at the last ones
+                time.sleep(PAUSE)  # other processes compute the remaining pieces
     finally:
         writer.close()
     if progress is not None:
@@ -250,7 +255,7 @@ def _stored(logits: Tensor, header: Mapping[str, Any]) -> dict[str, Tensor]:
 
 
 def weights_digest(network: nn.Module) -> str:
-    """The sha256 of all that a network's answers hang on: its parameters and buffers, by name."""
+    """The SHA-256 of a network's parameters and buffers, with their names."""
     found = hashlib.sha256()
     for name, value in sorted(network.state_dict().items()):
         content = value.detach().cpu().contiguous()

@@ -1,7 +1,7 @@
-"""What a teacher said of every view of the training images, in one file that many trainings read.
+"""A teacher's outputs for every view of the training images, in one file that many trainings can read.
 
-``FILE`` holds the answers, a row a view, and then a byte for each piece of them that is done; ``FILE.json`` says what
-they are of.
+``FILE`` holds the outputs, one row per view, followed by one byte per piece that marks it as finished. ``FILE.json``
+describes the content.
 """
 
 from __future__ import annotations
@@ -26,19 +26,19 @@ from lightning_kd.distillation.soft_labels import SoftLabels, recover
 
 __all__ = ["TeacherStore"]
 
-# a store that takes less than this share of what is free on a GPU is kept there
+# a store is copied to the GPU if it needs less than this share of the free memory
 SHARE_OF_DEVICE = 0.5
 
 
 class TeacherStore:
-    """A finished store, read as it is needed: a part of it that is asked for again stays in memory.
+    """A finished store. Its file is memory-mapped: parts are read when they are needed and then stay in memory.
 
     Args:
-        path: the file; ``PATH.json`` is beside it.
+        path: the file; ``PATH.json`` must be next to it.
 
     Raises:
-        FileNotFoundError: where one of the two is missing.
-        ValueError: where they are damaged, or not all answers are there.
+        FileNotFoundError: if one of the two files is missing.
+        ValueError: if the files are damaged or not finished.
     """
 
     def __init__(self, path: str | Path) -> None:
@@ -61,40 +61,40 @@ class TeacherStore:
         self._parts = {name: torch.from_numpy(part) for name, part in parts.items()}
 
     def __deepcopy__(self, memo: dict[int, Any]) -> TeacherStore:
-        return self  # an average of networks shares it
+        return self  # averaged copies of a task share the store
 
     def __reduce__(self) -> tuple[type[TeacherStore], tuple[Path]]:
         return TeacherStore, (self.path,)
 
     @property
     def view_keys(self) -> ViewKeys:
-        """What the loader must tell of its views."""
+        """The options with which a loader identifies its views."""
         views = self.header["views"]
         crops = self if "box" in self.layout.fields else None
         return ViewKeys(views.get("fixed"), views.get("seed") or 0, crops=crops)
 
     def of(self, index: int) -> tuple[np.ndarray, np.ndarray]:
-        """Where each crop of an image is that views are, see ``StoredCrops``."""
+        """The boxes and flips of all stored crops of an image, see ``StoredCrops``."""
         first = int(self._position[index]) * self.layout.keys
         rows = slice(first, first + self.layout.keys)
         return self._crops["box"][rows], self._crops["flip"][rows, 0]
 
     @property
     def reached(self) -> dict[str, float]:
-        """What the teacher reached on the validation set, by the name of the metric; empty where there was none."""
+        """The teacher's validation metrics by name; empty without a validation set."""
         return dict(self.header["reached"])
 
     def check(self, data: Any, teacher: Mapping[str, Any], indices: np.ndarray | None = None) -> None:
-        """Refuse a store that was made of something else.
+        """Raise an error if the store does not fit the data, the views, the teacher or the samples.
 
         Args:
-            data: the data module that training is fed by, set up.
-            teacher: ``name``, ``weights``, ``mean``, ``std`` and ``size`` as a distillation is given them; what is
-                ``None`` there, a file that is missing, and a network that has no name are not looked at.
-            indices: the samples that training will ask for. Default: the training samples of ``data``.
+            data: the data module of the training, set up.
+            teacher: ``name``, ``weights``, ``mean``, ``std`` and ``size``, as given to a distillation. ``None``, a
+                missing file and a network without a name are not compared.
+            indices: samples that the training uses. Default: the training samples of ``data``.
 
         Raises:
-            ValueError: naming the first thing that differs, and where samples are missing.
+            ValueError: with the first difference, or if samples are missing.
         """
         if not hasattr(data, "training_images"):
             raise ValueError(
@@ -117,7 +117,7 @@ class TeacherStore:
             )
 
     def to(self, device: torch.device) -> None:
-        """Keep the answers on a GPU, where they are small enough; else they stay in the file."""
+        """Copy the outputs to a GPU if they are small enough; otherwise they stay in the file."""
         if device.type == "cuda":
             free, _ = torch.cuda.mem_get_info(device)
             if self.layout.size < SHARE_OF_DEVICE * free:
@@ -125,17 +125,18 @@ class TeacherStore:
                 self._position = self._position.to(device)
 
     def logits(self, index: Tensor, key: Tensor) -> Tensor:
-        """The teacher's logits of some views, float32 ``[B, C]`` on the device of ``index``.
+        """The teacher's logits of views, float32 ``[B, C]`` on the device of ``index``.
 
-        Of compressed answers they are the logarithms of the probabilities, times the temperature of their making, so
-        that a softmax at it gives these; where they are 0, the logarithm of the smallest number there is.
+        For compressed outputs these are the logarithms of the probabilities times the temperature of the store, so that
+        a softmax at that temperature gives the probabilities. The logarithm of 0 is replaced by that of the smallest
+        positive float32 number.
 
         Args:
             index: int64 ``[B]``, positions in the full training array.
-            key: int64 ``[B]``, the view of each, as ``Batch.extras`` has it.
+            key: int64 ``[B]``, the view of each sample, as in ``Batch.extras``.
 
         Raises:
-            ValueError: for a sample that is not in it (which a GPU is not asked for).
+            ValueError: if the store does not have a sample (checked on a CPU only).
         """
         found = self._rows(index, key)
         if "logits" in found:
@@ -144,12 +145,12 @@ class TeacherStore:
         return logs * float(self.header["temperature"])
 
     def probabilities(self, index: Tensor, key: Tensor, temperature: float = 1.0) -> Tensor:
-        """The teacher's probabilities of some views, float32 ``[B, C]``, see ``logits``.
+        """The teacher's probabilities of views, float32 ``[B, C]``, see ``logits``.
 
         Args:
             index: see ``logits``.
             key: see ``logits``.
-            temperature: of stored logits; compressed ones have that of their making.
+            temperature: temperature of the softmax for stored logits; compressed outputs keep that of the store.
         """
         found = self._rows(index, key)
         return (found["logits"].float() / temperature).softmax(1) if "logits" in found else self._recovered(found)
@@ -171,8 +172,8 @@ class TeacherStore:
 
 
 def draws_of_teacher(path: str | Path) -> int:
-    """How many random numbers the teacher of a store began with; 0 where that is not known, or there is no store."""
+    """How many random numbers were drawn to initialise the teacher of a store; 0 if unknown or without a store."""
     try:
         return int(read_header(Path(path).expanduser())["teacher"].get("draws") or 0)
-    except (OSError, ValueError):  # told when a fit begins
+    except (OSError, ValueError):  # reported at the start of a fit
         return 0

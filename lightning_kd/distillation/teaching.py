@@ -1,4 +1,4 @@
-"""Asks the teacher of a distillation once for all that trainings will want to know of it."""
+"""Run the teacher of a distillation once and store its outputs for all later trainings."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from lightning_kd.distillation.store_filling import begin_store, fill_store, rem
 
 __all__ = ["teach_store"]
 
-# rows of a piece, about: a few seconds of a teacher's work
+# approximate number of rows per piece: a few seconds of computation
 ROWS_OF_PIECE = 4096
 
 
@@ -43,36 +43,35 @@ def teach_store(
     first: float = 0.0,
     progress: Callable[[int, int], None] | None = None,
 ) -> dict[str, Any]:
-    """Store the logits of a distillation's teacher for the views of the training images; goes on where it stopped.
+    """Store the logits of a distillation's teacher for all views of the training images; continues unfinished stores.
 
-    Several processes may call it for one file at once: each makes pieces that no other is at, and returns when all are
-    done.
+    Several processes may fill one file together: each computes pieces that no other one works on, and returns when all
+    are finished.
 
     Args:
-        task: whose ``teacher_logits`` are asked, on its device, set up.
+        task: the distillation whose ``teacher_logits`` are stored; on its device and set up.
         data: the data module, set up.
-        path: the file; ``PATH.json`` beside it says what it is of.
-        views: ``"all"``: every crop and flip that training can draw, so that it sees what it would see with the teacher
-            beside it; ``"plain"``: the images as they are, for training without augmentation; a number: so many views
-            of each image that are drawn once, which is another, poorer distribution of images.
-        dtype: of what is stored.
-        compress: a kind of soft label (see ``soft_labels.compress``) instead of the logits.
-        temperature: of the softmax before ``compress``; 1 without that.
-        samples: ``"used"``: the training samples that ``task`` takes of ``data`` now; ``"all"``: the full training
-            array, so that another split or subset will do.
-        seed: of the views that are drawn.
-        batch_size: views that the teacher sees at once.
-        restart: throw away what is in the file.
-        reached: the teacher's validation metric by name, to be told by trainings.
-        first: where this process begins, see ``fill_store``.
+        path: the file; ``PATH.json`` next to it describes the content.
+        views: ``"all"``: every crop and flip that training can draw, so that training is the same as with the teacher
+            itself; ``"plain"``: the images without augmentation, for training without it; a number: so many random
+            views of each image, drawn once, which is a less varied distribution of images.
+        dtype: dtype of the stored values.
+        compress: a kind of soft label to store instead of logits, see ``soft_labels.compress``.
+        temperature: temperature of the softmax before ``compress``; must be 1 without ``compress``.
+        samples: ``"used"``: the training samples that ``task`` uses of ``data`` now; ``"all"``: the full training
+            array, so that other splits and subsets can be used too.
+        seed: seed of random views.
+        batch_size: number of views per forward pass of the teacher.
+        restart: delete an existing store first.
+        reached: the teacher's validation metrics by name, which trainings log.
+        first: where this process starts, see ``fill_store``.
         progress: see ``fill_store``.
 
     Returns:
-        What ``PATH.json`` says.
+        The content of ``PATH.json``.
 
     Raises:
-        ValueError: for arguments out of their range, methods and data that no store is for, and what ``fill_store``
-            refuses.
+        ValueError: if an argument is out of range, the method or the data cannot use a store, and see ``fill_store``.
         FileExistsError, OSError: see ``begin_store``.
     """
     if not isinstance(task, Distillation):
@@ -118,7 +117,7 @@ def teach_store(
     }
     header = json.loads(json.dumps(header))
     path, trainer = Path(path).expanduser(), task.trainer
-    if restart:  # others must not take up what is thrown away
+    if restart:  # other processes must not continue the deleted store
         if trainer.is_global_zero:
             remove_store(path)
         trainer.strategy.barrier("restart")

@@ -1,4 +1,4 @@
-"""USKD: no teacher; soft labels are made of the network's own answer and that of a weak head inside it.
+"""USKD: self-distillation with soft labels from the network's own output and a weak head, without a teacher.
 
 Zhendong Yang, Ailing Zeng, Zhe Li, Tianke Zhang, Chun Yuan, Yu Li. From Knowledge Distillation to Self-Knowledge
 Distillation: A Unified Approach with Normalized Loss and Customized Soft Labels. ICCV 2023, arXiv 2303.13005.
@@ -35,34 +35,36 @@ def uskd_loss(
 ) -> Tensor:
     """``alpha L_target + beta L_non + mu L_weak``, each a cross-entropy, sum over classes and mean over the batch.
 
-    With ``p`` and ``w`` the softmax of ``logits`` and ``weak_logits`` and ``y`` the target class:
+    With ``p`` and ``w`` the softmax of ``logits`` and ``weak_logits``, and ``y`` the target class:
 
-    - ``L_target = -(p_y^2 + 1 - m) log p_y`` with the mean ``m`` of ``p_y^2`` over the batch: easy samples count more.
-    - ``L_weak`` is that of the weak head, whose target has 0.9 for the label and 0.1 shared by all classes.
-    - ``L_non`` is over the classes other than the target. Its soft label is ``1 / rank``, normalised to sum 1: all
-      classes, the target too, are ranked by ``w_k / (1 - w_y + 1e-6) + s_k / (1 - s_y + 1e-6)``.
+    - ``L_target = -(p_y^2 + 1 - m) log p_y``, where ``m`` is the mean of ``p_y^2`` over the batch: samples that the
+      network already classifies well count more.
+    - ``L_weak`` is the cross-entropy of the weak head with the label smoothed by 0.1.
+    - ``L_non`` is the cross-entropy over the non-target classes. The soft label is ``1 / rank``, divided by its sum.
+      All classes, including the target, are ranked by ``w_k / (1 - w_y + 1e-6) + s_k / (1 - s_y + 1e-6)``, where ``s``
+      depends on ``ranking``.
 
-    What is made of the predictions, the factor in ``L_target`` and the soft label, gets no gradient.
+    The factor in ``L_target`` and the soft label are computed from predictions and get no gradient.
 
     Args:
         logits: ``[B, C]``, ``C >= 2``; half precision is computed in float32, float64 stays.
-        weak_logits: ``[B, C]`` of the weak head.
-        target: int64 ``[B]``, or a label matrix ``[B, C]`` of mixed images. In ``L_target`` and ``L_non`` its two
-            largest entries are targets, with a factor ``p_c^2 + v_c - m`` for a share ``v_c``; ``m`` is that of the
-            larger and that of the smaller ones, and 1 minus their sum stands in the ranking. A row with one entry above
-            0 is as its class.
+        weak_logits: ``[B, C]``, logits of the weak head.
+        target: int64 ``[B]``, or a label matrix ``[B, C]`` of mixed images. For a matrix the two largest entries
+            ``v_c`` of a row are targets in ``L_target`` and ``L_non``, each with the factor ``p_c^2 + v_c - m``; ``m``
+            is computed for the larger and for the smaller entries separately, and the ranking uses 1 minus the sum of
+            both targets. A row with a single entry above 0 is treated like a class index.
         alpha: weight of ``L_target``, at least 0.
         beta: weight of ``L_non``, at least 0.
         mu: weight of ``L_weak``, at least 0.
-        ranking: what ``s`` is: ``"log_probability"``, ``log p`` as in the official code, where the network's own
-            ranking decides almost alone, or ``"probability"``, ``p`` as in the paper.
+        ranking: definition of ``s``: ``"log_probability"``: ``log p``, as in the official code, where the network's own
+            ranking nearly always decides; ``"probability"``: ``p``, as in the paper.
 
     Returns:
         Scalar.
 
     Raises:
-        ValueError: for other shapes, numbers out of range, another ``ranking``, a label matrix of two classes, and for
-            a target out of range or rows that do not sum to 1 (which only a CPU is asked for).
+        ValueError: if the shapes differ, an argument is out of range, a label matrix has only two classes, or a target
+            is out of range or a row does not sum to 1 (values are checked on a CPU only).
 
     Source: arXiv 2303.13005, section 3.3.
     """
@@ -86,7 +88,7 @@ def uskd_loss(
     with torch.no_grad():
         w, s = log_w.exp(), log_p if ranking == "log_probability" else log_p.exp()
         score = _by_others(w, label, there) + _by_others(s, label, there)
-        rank = score.argsort(dim=1, descending=True, stable=True).argsort(1)  # equal ones in the order of the classes
+        rank = score.argsort(dim=1, descending=True, stable=True).argsort(1)  # ties in the order of the classes
         is_target = torch.zeros_like(rank, dtype=torch.bool).scatter(1, label, there)
         soft = (1 / (rank + 1).to(logits.dtype)).masked_fill(is_target, 0)
         soft = soft / soft.sum(1, keepdim=True)
@@ -96,12 +98,15 @@ def uskd_loss(
 
 
 def _by_others(values: Tensor, label: Tensor, there: Tensor) -> Tensor:
-    """``values`` by what the targets leave of 1."""
+    """``values`` divided by 1 minus the values of the targets."""
     return values / (1 - (values.gather(1, label) * there).sum(1, keepdim=True) + 1e-6)
 
 
 def _two_largest(target: Tensor, logits: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """The label matrix, the classes with the largest shares and these, ``[B, 2]``; ``[B, 1]`` of one class a sample."""
+    """The label matrix, the classes of its two largest entries, and these entries.
+
+    The latter two are ``[B, 2]``, or ``[B, 1]`` for class indices.
+    """
     if target.ndim == 1:
         shares = F.one_hot(target, logits.shape[1]).to(logits.dtype)
         return shares, target[:, None], shares.new_ones(len(target), 1)
@@ -118,28 +123,32 @@ def _two_largest(target: Tensor, logits: Tensor) -> tuple[Tensor, Tensor, Tensor
 class USKD(SupervisedTask):
     """USKD (Yang et al., ICCV 2023, arXiv 2303.13005): universal self-knowledge distillation, without a teacher.
 
-    The loss is cross-entropy plus ``uskd_loss``. The weak head, a linear layer on the pooled output of the stage
-    before the last, is trained along and is no part of the network: ``network.pt`` and exports are without it. Targets
-    may be label matrices ``[B, C]``, as of a loader that mixes images.
+    The network makes its own soft labels. Those of the target class come from its probabilities, those of the other
+    classes from the ranking by the network and by a weak head (see ``uskd_loss``). The weak head is a linear layer on
+    an earlier stage, trained along with the network.
 
-    Several processes: losses are means over each process's own batch, also inside the factor of the target.
+    The loss is cross-entropy plus ``uskd_loss``. The weak head gets the pooled output of the second-to-last stage. It
+    is not part of the network: ``network.pt`` and exports do not contain it. Targets may be label matrices ``[B, C]``,
+    for example from a loader that mixes images.
+
+    Several processes: losses are means over each process's own batch, also the mean ``m`` in ``L_target``.
 
     Args:
         network: see ``SupervisedTask``.
         num_classes: see ``Task``.
-        alpha: weight of the soft label of the target: 0.1 on CIFAR-100, 1 on ImageNet.
-        beta: weight of the soft labels of the other classes: 0.1.
-        mu: weight of the weak head: 0.1 on CIFAR-100, 0.005 on ImageNet.
+        alpha: weight of ``L_target``, the soft label of the target: 0.1 on CIFAR-100, 1 on ImageNet.
+        beta: weight of ``L_non``, the soft labels of the other classes: 0.1.
+        mu: weight of ``L_weak``, the loss of the weak head: 0.1 on CIFAR-100, 0.005 on ImageNet.
         ranking: see ``uskd_loss``.
-        feature_layer: module path of what the weak head sees: a map ``[B, D, H, W]``, which is averaged, tokens
-            ``[B, T, D]``, of which the first is taken (``blocks.2`` of a ViT with a class token), or ``[B, D]``.
-            Default: the second-to-last stage, as ``StageFeatures`` finds it.
+        feature_layer: module path whose output is the input of the weak head: a map ``[B, D, H, W]``, which is averaged
+            over positions; tokens ``[B, T, D]``, of which the first is used (``blocks.2`` of a ViT with a class token);
+            or ``[B, D]``. Default: the second-to-last stage, see ``StageFeatures``.
         ce_weight: weight of the cross-entropy.
         kwargs: ``input_shape``, ``weights`` of ``SupervisedTask``, and the arguments of ``FineTunedTask`` and ``Task``.
 
     Raises:
-        ValueError: for a network of fewer than two stages, and a ``feature_layer`` that it does not have or that gives
-            something else.
+        ValueError: if an argument is out of range, the network has fewer than two stages, or ``feature_layer`` does not
+            exist or gives another shape.
     """
 
     def __init__(
@@ -168,7 +177,7 @@ class USKD(SupervisedTask):
 
     def training_target(self, batch: Any) -> Tensor | None:
         target = super().training_target(batch)
-        return None if target is None else main_class(target)  # the loss looks at a matrix
+        return None if target is None else main_class(target)  # the loss checks a matrix itself
 
     def loss(self, output: Any, logits: Tensor, target: Tensor) -> dict[str, Tensor]:
         weak_logits = self.weak_head(self._pooled())
@@ -190,7 +199,7 @@ class USKD(SupervisedTask):
         return stages
 
     def _pooled(self) -> Tensor:
-        """``[B, D]`` of the latest forward pass."""
+        """The input ``[B, D]`` of the weak head from the latest forward pass."""
         if self._stages is not None:
             return self._stages.pop().maps[-2].mean((2, 3))
         assert self._tap is not None

@@ -176,7 +176,7 @@ class _BestCells:
         return label if len(self.quota) > 1 else np.zeros_like(label)
 
     def add(self, confidence: np.ndarray, label: np.ndarray, cell: np.ndarray) -> None:
-        """Add new cells, which come after all earlier ones, if more confident than the worst kept one of their group."""
+        """Add new cells, which come after all earlier ones, if more confident than the worst one of their group."""
         better = confidence > self._lowest_kept[self._group(label)]
         confidence = np.concatenate([self.confidence, confidence[better]])
         label, cell = np.concatenate([self.label, label[better]]), np.concatenate([self.cell, cell[better]])
