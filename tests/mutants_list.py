@@ -1951,8 +1951,8 @@ MUTANTS = [
     Mutant(
         "PKT compares rows that do not sum to 1",
         "distillation/pkt.py",
-        "return likeness / likeness.sum(1, keepdim=True)",
-        "return likeness",
+        "return similarity / similarity.sum(1, keepdim=True)",
+        "return similarity",
         ("tests/distillation/test_relations.py",),
     ),
     Mutant(

@@ -179,7 +179,7 @@ def first_difference(stored: Any, here: Any, name: str = "") -> str | None:
     if stored == here:
         return None
     if name.endswith("sha256"):
-        return "the weights are others" if name.startswith("teacher") else "the images are others"
+        return "the weights differ" if name.startswith("teacher") else "the images differ"
     if isinstance(stored, list) and isinstance(here, list) and len(stored) == len(here) > 4:
         k = next(k for k, pair in enumerate(zip(stored, here, strict=True)) if pair[0] != pair[1])
         return f"{name}[{k}] was {stored[k]!r}, here it is {here[k]!r}"

@@ -271,8 +271,8 @@ class CRD(SampleMemories, Distillation):
         """
         if batch.target.ndim != 1 or batch.target.dtype != torch.int64:
             raise ValueError(
-                f"target must be int64 [B], got {batch.target.dtype} {list(batch.target.shape)}: CRD has no other "
-                "classes of a mixed image, so do not mix"
+                f"target must be int64 [B], got {batch.target.dtype} {list(batch.target.shape)}: CRD needs one "
+                "class per image, so do not mix images"
             )
         stream = torch_generator(
             self.run_seed, "negative_images", self.current_epoch, batch_idx, device=batch.target.device

@@ -266,16 +266,16 @@ class Distillation(FineTunedTask, ABC):
         if self.teacher_store is not None:
             reached = {} if self._store is None else self._store.reached
             if self.problem.training_metric in reached:
-                self._tell_of_teacher(reached[self.problem.training_metric])
+                self._log_teacher_metric(reached[self.problem.training_metric])
             return
         # even without a batch on this process, since the others wait for it
         sums = torch.zeros(2, device=self.device) if self._teacher_sums is None else self._teacher_sums
         total, count = self.trainer.strategy.reduce(sums, reduce_op="sum").tolist()
         self._teacher_sums = None
         if count:
-            self._tell_of_teacher(total / count)
+            self._log_teacher_metric(total / count)
 
-    def _tell_of_teacher(self, reached: float) -> None:
+    def _log_teacher_metric(self, reached: float) -> None:
         self._teacher_judged = True
         name, chance = self.problem.training_metric, self.problem.chance
         self.log(f"val/teacher_{name}", reached)

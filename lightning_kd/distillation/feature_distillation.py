@@ -113,8 +113,8 @@ class FeatureDistillation(Distillation):
         student, teacher = self.student_features.pop(), self.teacher_features.pop()
         if len(target) < self.least_batch:
             rank_zero_warn(
-                f"a batch of {len(target)} has no relations or statistics: {type(self).__name__} counts 0 there; "
-                "choose a batch_size that does not leave it over"
+                f"the loss of {type(self).__name__} is not defined for a batch of {len(target)} and counts 0 there: "
+                "choose a batch_size that leaves no such batch at the end of an epoch"
             )
             idle = [p.sum() for part in self._training_parts for p in part.parameters()]
             return 0.0 * torch.stack([student_logits.sum(), *idle]).sum()  # DDP waits for every parameter

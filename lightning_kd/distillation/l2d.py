@@ -269,7 +269,7 @@ def _embeddings(output: Any, who: str) -> Tensor:
     found = embeddings_of(output)
     if found is None:
         raise ValueError(
-            f"the {who} must give an embedding of each label beside the logits, got {type(output).__name__}: put a "
-            f"head on it, as NAME+ml_decoder, or set lambda_le 0"
+            f"the {who} must give an embedding of each label beside the logits, got {type(output).__name__}: use a "
+            "network NAME+ml_decoder, or set lambda_le to 0"
         )
     return found

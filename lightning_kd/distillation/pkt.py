@@ -41,16 +41,16 @@ def pkt_loss(student_feature: Tensor, teacher_feature: Tensor) -> Tensor:
     check_features(student_feature, teacher_feature)
     student, teacher = at_least_float32(student_feature, teacher_feature.detach())
     with torch.autocast(student.device.type, enabled=False):
-        student, teacher = _likeness(student), _likeness(teacher)
+        student, teacher = _similarity_rows(student), _similarity_rows(teacher)
     return (teacher * ((teacher + EPS) / (student + EPS)).log()).mean()
 
 
-def _likeness(feature: Tensor) -> Tensor:
+def _similarity_rows(feature: Tensor) -> Tensor:
     length = torch.linalg.vector_norm(feature, dim=1, keepdim=True)
     # a zero feature has cosine 0 with all others and no gradient, which would be 1e7 times that of others
     unit = feature / (length + EPS).masked_fill(length == 0, torch.inf)
-    likeness = (unit @ unit.T + 1) / 2
-    return likeness / likeness.sum(1, keepdim=True)
+    similarity = (unit @ unit.T + 1) / 2
+    return similarity / similarity.sum(1, keepdim=True)
 
 
 class PKT(FeatureDistillation):

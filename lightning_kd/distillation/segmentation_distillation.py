@@ -160,7 +160,11 @@ class SegmentationDistillation(Distillation):
                     "segmentation network with that many classes"
                 )
         coarse = (main, auxiliary) if not taps else (taps[0].pop(), taps[1].pop() if len(taps) > 1 else None)
-        return Heads(_wide(main), _wide(auxiliary), (_wide(coarse[0]), _wide(coarse[1])))
+        return Heads(
+            _float32_or_wider(main),
+            _float32_or_wider(auxiliary),
+            (_float32_or_wider(coarse[0]), _float32_or_wider(coarse[1])),
+        )
 
     # -- losses ------------------------------------------------------------------------------------------------------
 
@@ -193,7 +197,7 @@ class SegmentationDistillation(Distillation):
 Logits = TypeVar("Logits", Tensor, Tensor | None)
 
 
-def _wide(logits: Logits) -> Logits:
+def _float32_or_wider(logits: Logits) -> Logits:
     return logits if logits is None else at_least_float32(logits)[0]
 
 

@@ -115,7 +115,7 @@ def recover(stored: SoftLabels, kind: str, num_classes: int) -> Tensor:
     if index.device.type == "cpu" and index.numel() and not 0 <= int(index.min()) <= int(index.max()) < num_classes:
         raise ValueError(
             f"stored must name classes from 0 to {num_classes - 1}, got {int(index.min())} to {int(index.max())}: give "
-            "the num_classes that it is of"
+            "the num_classes that it was stored with"
         )
     if probability is None:
         return torch.zeros(len(index), num_classes, device=index.device).scatter_(1, index, 1.0)

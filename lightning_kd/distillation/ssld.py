@@ -20,10 +20,10 @@ __all__ = ["SSLD", "jensen_shannon_loss", "symmetric_kl_loss"]
 
 
 def symmetric_kl_loss(student_logits: Tensor, teacher_logits: Tensor) -> Tensor:
-    """``1/2 (KL(q || p) + KL(p || q))`` of teacher's probabilities ``q`` and student's ``p``, mean over samples.
+    """``1/2 (KL(q || p) + KL(p || q))`` with probabilities ``q`` (teacher) and ``p`` (student), mean over samples.
 
-    The paper calls it a Jensen-Shannon loss; its code, followed here, is half the Jeffreys divergence, which is not
-    bounded and about four times that for close distributions.
+    The paper calls its loss Jensen-Shannon; its code, followed here, computes half the Jeffreys divergence, which is
+    not bounded and about four times as large for similar distributions.
 
     Args:
         student_logits: ``[B, C]``; half precision is computed in float32, float64 stays.
@@ -33,9 +33,10 @@ def symmetric_kl_loss(student_logits: Tensor, teacher_logits: Tensor) -> Tensor:
         Scalar.
 
     Raises:
-        ValueError: for logits of two shapes.
+        ValueError: if the logits differ in shape.
 
-    Source: arXiv 2103.05959, as in its code, from log-softmax in place of logarithms floored at 1e-12.
+    Source: arXiv 2103.05959, as in its code, but with log-softmax instead of logarithms of probabilities clamped at
+    1e-12.
     """
     log_student, log_teacher = _log_probabilities(student_logits, teacher_logits)
     return (_divergence(log_teacher, log_student) + _divergence(log_student, log_teacher)).mean() / 2

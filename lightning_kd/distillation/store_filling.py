@@ -62,7 +62,7 @@ def begin_store(path: Path, header: Mapping[str, Any]) -> None:
     if there:
         if (what := first_difference(_compared(read_header(path)), _compared(header))) is not None:
             raise FileExistsError(
-                f"{path} holds other answers, {what}: name another file with --out, or add --restart true to lose them"
+                f"{path} holds other answers, {what}: name another file with --out, or delete them with --restart true"
             )
     elif path.exists() and not file.is_file():  # checked again: another process may just have created it
         raise FileExistsError(f"{path} exists and is no teacher store: name another file with --out")
@@ -204,7 +204,7 @@ def fill_store(
             for piece in order[~done[order]].tolist():
                 with writer.claimed(piece) as mine:
                     if mine:
-                        answers = _answers(layout, header, piece, logits, batch_size)
+                        answers = _outputs_of_piece(layout, header, piece, logits, batch_size)
                         samples = torch.from_numpy(layout.samples[layout.samples_of(piece)])
                         writer.write(piece, {**answers, **(beside(samples) if beside is not None else {})})
                         made += 1
@@ -219,7 +219,7 @@ def fill_store(
     return made
 
 
-def _answers(
+def _outputs_of_piece(
     layout: StoreLayout,
     header: Mapping[str, Any],
     piece: int,
@@ -229,17 +229,18 @@ def _answers(
     samples = torch.from_numpy(layout.samples[layout.samples_of(piece)])
     index, key = samples.repeat_interleave(layout.keys), torch.arange(layout.keys).repeat(len(samples))
     parts = [
-        _stored(logits(*both), header) for both in zip(index.split(batch_size), key.split(batch_size), strict=True)
+        _stored_values(logits(*both), header)
+        for both in zip(index.split(batch_size), key.split(batch_size), strict=True)
     ]
     return {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
 
 
-def _stored(logits: Tensor, header: Mapping[str, Any]) -> dict[str, Tensor]:
+def _stored_values(logits: Tensor, header: Mapping[str, Any]) -> dict[str, Tensor]:
     kind, dtype = header["answers"], getattr(torch, header["dtype"])
     if logits.ndim != 2 or logits.shape[1] != header["num_classes"]:
         raise ValueError(
-            f"a store holds logits [B, {header['num_classes']}], the teacher gives {list(logits.shape)}: there is none "
-            "for this kind of problem"
+            f"a store holds logits [B, {header['num_classes']}], the teacher gives {list(logits.shape)}: a "
+            "store does not support this kind of problem"
         )
     values = logits.float()
     kept = {"logits": values.to(dtype)}

@@ -49,7 +49,7 @@ class TeacherStore:
         if missing := int((done == 0).sum()):
             raise ValueError(
                 f"teacher_store {str(path)!r} is not finished, {missing} of {len(done)} pieces are missing: run the "
-                "lightning-kd teach that began it once more, which goes on"
+                "same lightning-kd teach command again to finish it"
             )
         self._position = torch.full((self.header["data"]["count"],), -1)
         self._position[torch.from_numpy(self.layout.samples)] = torch.arange(len(self.layout.samples))

@@ -59,7 +59,7 @@ class AggregatedCrowd(CrowdTask):
         self.aggregation, self.soft = aggregation, soft
         self.iterations, self.smoothing = iterations, smoothing
         self._aggregated: DawidSkene | None = None
-        self._soft_target = torch.empty(0)
+        self._train_target = torch.empty(0)
 
     def setup(self, stage: str) -> None:
         super().setup(stage)
@@ -73,14 +73,14 @@ class AggregatedCrowd(CrowdTask):
             learnt = self._aggregated.posterior
             if not self.soft:
                 learnt = F.one_hot(learnt.argmax(1), self.num_classes)
-            self._soft_target = torch.zeros(len(given), self.num_classes)
-            self._soft_target[index] = learnt.float()
+            self._train_target = torch.zeros(len(given), self.num_classes)
+            self._train_target[index] = learnt.float()
 
     def training_step(self, batch: Any, batch_idx: int) -> Tensor:
         batch = as_batch(batch)
         (logits,) = at_least_float32(self(batch.image))
-        self._soft_target = self._soft_target.to(logits.device)
-        target = self._soft_target[self.index_of(batch)].to(logits.dtype)
+        self._train_target = self._train_target.to(logits.device)
+        target = self._train_target[self.index_of(batch)].to(logits.dtype)
         return self.step_loss({"ce": F.cross_entropy(logits, target)}, logits, batch.target)
 
     def annotator_confusion(self) -> Tensor:

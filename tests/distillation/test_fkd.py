@@ -192,7 +192,7 @@ def test_a_file_of_other_content_is_refused(root, tmp_path):
     data = folder(root)
     data.setup()
     assert str(file) in map(str, data.train_image)
-    with pytest.raises(ValueError, match="does not fit, the images are others"):
+    with pytest.raises(ValueError, match="does not fit, the images differ"):
         trainer().fit(task(teacher_store=str(tmp_path / "a.store")), data)
 
 

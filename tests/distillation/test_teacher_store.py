@@ -202,7 +202,7 @@ def other_teacher(path):
         ({"mean": [0.5]}, {}, r"data.mean was \[0.305\], here it is \[0.5\]"),
         ({"seed": 3}, {}, r"it lacks \d+ of the \d+ training samples"),
         ({"fake": False}, {}, "data.count was"),
-        ({}, {"teacher_weights": "other"}, "the weights are others"),
+        ({}, {"teacher_weights": "other"}, "the weights differ"),
         ({}, {"teacher_weights": "random"}, "teacher.weights was .*network.pt', here it is 'random'"),
         ({}, {"teacher": "resnet8"}, "teacher.name was 'cnn', here it is 'resnet8'"),
         ({}, {"teacher_size": 16}, "teacher.size was None, here it is"),
@@ -229,7 +229,7 @@ def test_other_images_of_the_same_shape_are_refused(changed, store):
     else:
         data.train_image = data.train_image.clone()
         data.train_image[-1, 0, 3, 4] ^= 1
-    with pytest.raises(ValueError, match="does not fit, the images are others: train with what it was made of"):
+    with pytest.raises(ValueError, match="does not fit, the images differ: train with what it was made of"):
         trainer().fit(task("kd", teacher_store=store), data)
 
 
@@ -389,9 +389,9 @@ def test_other_answers_in_the_file_are_not_lost(tmp_path, weights, store):
     for options, what in (
         ({"dtype": "float16"}, "dtype was 'float32', here it is 'float16'"),
         ({"views": "plain"}, "keys was 9, here it is 1"),
-        ({"weights": other_teacher(tmp_path / "other.pt")}, "the weights are others"),
+        ({"weights": other_teacher(tmp_path / "other.pt")}, "the weights differ"),
     ):
-        with pytest.raises(FileExistsError, match=f"holds other answers, {what}.*add --restart true to lose them"):
+        with pytest.raises(FileExistsError, match=f"holds other answers, {what}.*delete them with --restart true"):
             taught(path, **{"weights": weights, **options})
     assert path.read_bytes() == before
     shutil.copy(weights, tmp_path / "same.pt")
@@ -505,7 +505,7 @@ def test_several_teachers_and_samples_without_labels(cls, tmp_path, weights):
     assert found[0]["train/loss"] == pytest.approx(expected[0]["train/loss"], rel=1e-5)
     other = str(tmp_path / "other.pt")
     torch.save(Classification("cnn", 10, input_shape=SHAPE).network.state_dict(), other)
-    with pytest.raises(ValueError, match="does not fit, the weights are others"):
+    with pytest.raises(ValueError, match="does not fit, the weights differ"):
         fitted(without_labels(cls, other, **store), data(), max_epochs=1)
     with pytest.raises(ValueError, match="does not fit, it lacks 1 of the 231 training samples"):
         fitted(without_labels(cls, weights, **store), with_one_more(data()), max_epochs=1)
