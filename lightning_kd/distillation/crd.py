@@ -44,7 +44,7 @@ def contrast_loss(score: Tensor, count: int) -> Tensor:
         Scalar.
 
     Raises:
-        ValueError: if the shape is another or has no negatives, or ``count`` is below 1.
+        ValueError: if the shape is wrong or has no negatives, or ``count`` is below 1.
 
     Source: arXiv 1910.10699, equations 17 and 18.
     """
@@ -88,7 +88,7 @@ class ContrastBanks(nn.Module):
         self.dim, self.temperature, self.momentum = dim, temperature, momentum
         self.student, self.teacher = SampleMemory((dim,)), SampleMemory((dim,))
         self.register_buffer("z", torch.full((2,), -1.0))
-        self._has_z = False  # known here, or a GPU would be asked in each step
+        self._has_z = False  # kept here, as reading it from a GPU in each step is slow
         self.register_load_state_dict_post_hook(_look_for_z)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> ContrastBanks:

@@ -52,7 +52,7 @@ def norm_direction_loss(student_feature: Tensor, teacher_feature: Tensor, class_
         Scalar.
 
     Raises:
-        ValueError: if the shapes do not match, or the target has another shape or dtype or is out of range (checked on
+        ValueError: if the shapes do not match, or the target has a wrong shape or dtype or is out of range (checked on
             a CPU only).
 
     Source: arXiv 2305.17007, the ND loss as in the official code.
@@ -96,10 +96,10 @@ class KDPlusPlus(Distillation):
             ``"reviewkd"`` (ReviewKD++, with training-only fusion blocks on the stages of both networks).
         ce_weight: weight of the cross-entropy. Default: that of the paper for the pair of names, see
             ``published_weights``.
-        kd_weight: weight of the base. Default: likewise.
-        nd_weight: weight of ``ND``. Default: likewise.
-        alpha: weight of the target-class part of DKD. Default: likewise.
-        beta: weight of the non-target-class part of DKD. Default: likewise.
+        kd_weight: weight of the base. Default: that of the paper, too.
+        nd_weight: weight of ``ND``. Default: that of the paper, too.
+        alpha: weight of the target-class part of DKD. Default: that of the paper, too.
+        beta: weight of the non-target-class part of DKD. Default: that of the paper, too.
         temperature: temperature of the base: 4 on CIFAR, 1 on ImageNet.
         warmup_epochs: epochs in which the weight of the base rises: 20 on CIFAR, 5 on ImageNet.
         augmented_means: compute the means from augmented images, as the official code does.

@@ -42,7 +42,7 @@ def multi_label_logits_loss(
         Scalar.
 
     Raises:
-        ValueError: if the logits differ in shape, or ``reduction`` is another.
+        ValueError: if the logits differ in shape, or ``reduction`` is unknown.
 
     Source: arXiv 2308.06453, the MLD loss.
     """

@@ -18,8 +18,8 @@ __all__ = ["standardize"]
 def standardize(logits: Tensor) -> Tensor:
     """Standardize each sample's logits: subtract the mean, divide by ``1e-7`` plus the standard deviation (unbiased).
 
-    Scaling a sample's logits by a positive number and shifting them leaves the result as it is. Logits that are all
-    equal become zeros without gradient.
+    Multiplying a sample's logits by a positive number, or adding a number, does not change the result. If all logits of
+    a sample are equal, the result is 0 without gradient.
 
     Args:
         logits: ``[B, C]``, ``C >= 2``; half precision is computed in float32, float64 stays.
@@ -28,9 +28,9 @@ def standardize(logits: Tensor) -> Tensor:
         ``[B, C]``.
 
     Raises:
-        ValueError: for another shape.
+        ValueError: if the shape is wrong.
 
-    Source: arXiv 2403.01427, algorithm 1; the constant is the official code's.
+    Source: arXiv 2403.01427, algorithm 1; the constant is from the official code.
     """
     check_shapes(logits=(logits, "BC"))
     if logits.shape[1] < 2:

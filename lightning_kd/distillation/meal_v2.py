@@ -33,7 +33,7 @@ def mean_probabilities(logits: Sequence[Tensor]) -> Tensor:
         ``[B, C]``, sum 1 over the classes.
 
     Raises:
-        ValueError: if the list is empty, or a shape is another.
+        ValueError: if the list is empty, or a shape is wrong.
 
     Source: arXiv 2009.08453, the soft labels of an ensemble.
     """
@@ -44,7 +44,7 @@ def mean_probabilities(logits: Sequence[Tensor]) -> Tensor:
 
 
 class Discriminator(nn.Module):
-    """A network that tells logits of the student from those of the teachers: three linear layers with ReLU after each.
+    """A network that decides whether logits are the student's or the teachers': three linear layers, each with ReLU.
 
     The official code uses 1 x 1 convolutions, which are equivalent.
 

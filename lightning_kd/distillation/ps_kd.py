@@ -34,7 +34,7 @@ def progressive_target(target: Tensor, past: Tensor, alpha: float) -> Tensor:
         ``[B, C]``, rows with sum 1.
 
     Raises:
-        ValueError: if a shape or dtype is another, ``alpha`` is out of range, a target is out of range, or a row of
+        ValueError: if a shape or dtype is wrong, ``alpha`` is out of range, a target is out of range, or a row of
             ``past`` does not sum to 1 (values are checked on a CPU only).
 
     Source: arXiv 2006.12000, equation 3.

@@ -72,7 +72,7 @@ def easy_first_loss(
         Scalar.
 
     Raises:
-        ValueError: if the shapes do not match, ``mean_over`` is another, or a class is out of range (checked on a CPU
+        ValueError: if the shapes do not match, ``mean_over`` is unknown, or a class is out of range (checked on a CPU
             only).
 
     Source: arXiv 2407.03719, teacher-full evaluated RDD; the mean as in the official code.
@@ -107,7 +107,7 @@ def hard_pixels(logits: Tensor, target: Tensor, threshold: float = 0.7, min_kept
         bool ``[B, H, W]``, ``False`` at ignored pixels.
 
     Raises:
-        ValueError: if a shape is another, an argument is out of range, or a class is out of range (checked on a CPU
+        ValueError: if a shape is wrong, an argument is out of range, or a class is out of range (checked on a CPU
             only).
 
     Source: arXiv 2407.03719, and online hard example mining as in its official code.
@@ -146,7 +146,7 @@ def disputed_pixels(
         min_kept: see ``hard_pixels``.
 
     Raises:
-        ValueError: if ``rule`` is another, and see ``hard_pixels``.
+        ValueError: if ``rule`` is unknown, and see ``hard_pixels``.
     """
     if rule not in RULES:
         raise ValueError(f"rule must be one of {', '.join(map(repr, RULES))}, got {rule!r}: give one of them")

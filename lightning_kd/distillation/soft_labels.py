@@ -72,7 +72,7 @@ def compress(probabilities: Tensor, kind: str) -> SoftLabels:
         ``SoftLabels`` with ``k = 1`` or ``k = N``.
 
     Raises:
-        ValueError: if the shape is another, or ``kind`` is unknown or keeps as many classes as there are.
+        ValueError: if the shape is wrong, or ``kind`` is unknown or keeps as many classes as there are.
 
     Source: arXiv 2112.01528, section 3.
     """

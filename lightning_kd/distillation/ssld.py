@@ -95,7 +95,7 @@ class SSLD(LabelFreeDistillation):
         kwargs: the further arguments of ``LabelFreeDistillation``.
 
     Raises:
-        ValueError: if ``loss`` is another, and see ``LabelFreeDistillation``.
+        ValueError: if ``loss`` is unknown, and see ``LabelFreeDistillation``.
     """
 
     def __init__(

@@ -35,7 +35,7 @@ def patch_weights(attention: Tensor, temperature: float = 1.0) -> Tensor:
         temperature: temperature of the softmax, above 0; 1 in the official code.
 
     Raises:
-        ValueError: if the shape is another, or ``temperature`` is not above 0.
+        ValueError: if the shape is wrong, or ``temperature`` is not above 0.
     """
     check_shapes(attention=(attention, "GBC"))
     check_positive(temperature=temperature)
@@ -74,7 +74,7 @@ def cut_patches(image: Tensor, n_grid: int = 2) -> Tensor:
         n_grid: number of cells per side, at least 1; ``G = n_grid ** 2``.
 
     Raises:
-        ValueError: if the shape is another, or an image has fewer pixels per side than ``n_grid``.
+        ValueError: if the shape is wrong, or an image has fewer pixels per side than ``n_grid``.
     """
     check_numbers(least=1, whole=True, n_grid=n_grid)
     check_shapes(image=(image, "BCHW"))

@@ -23,7 +23,7 @@ def reweight(probability: Tensor, threshold: float = 0.3) -> tuple[Tensor | None
             probabilities below ``threshold``.
 
     Raises:
-        ValueError: if the shape is another.
+        ValueError: if the shape is wrong.
     """
     if probability.ndim != 1 or not len(probability):
         raise ValueError(f"probability must be [n] with n above 0, got {list(probability.shape)}: give one a sample")

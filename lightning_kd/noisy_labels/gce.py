@@ -38,7 +38,7 @@ def gce_loss(logits: Tensor, target: Tensor, q: float) -> Tensor:
         Scalar.
 
     Raises:
-        ValueError: if ``q`` is out of range, or the target has another shape or dtype or is out of range (checked on a
+        ValueError: if ``q`` is out of range, or the target has a wrong shape or dtype or is out of range (checked on a
             CPU only).
 
     Source: arXiv 1805.07836, equation 6.

@@ -30,7 +30,7 @@ def logit_margin(logits: Tensor, target: Tensor) -> Tensor:
         ``[B]``, float32 or float64.
 
     Raises:
-        ValueError: if a shape or dtype is another, or a label is out of range (checked on a CPU only).
+        ValueError: if a shape or dtype is wrong, or a label is out of range (checked on a CPU only).
 
     Source: DPC, arXiv 2401.07062, large-margin sample selection.
     """

@@ -21,7 +21,7 @@ def sharpen(probabilities: Tensor, temperature: float) -> Tensor:
         ``[B, C]``, sum 1 over the classes.
 
     Raises:
-        ValueError: if the shape is another, or ``temperature`` is not above 0.
+        ValueError: if the shape is wrong, or ``temperature`` is not above 0.
 
     Source: arXiv 2002.07394, equation 7.
     """
@@ -40,7 +40,7 @@ def prior_penalty(probabilities: Tensor) -> Tensor:
         probabilities: ``[B, C]``; half precision is computed in float32.
 
     Raises:
-        ValueError: if the shape is another.
+        ValueError: if the shape is wrong.
 
     Source: arXiv 2002.07394, equation 11.
     """

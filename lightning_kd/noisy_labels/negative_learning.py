@@ -36,7 +36,7 @@ def negative_learning_loss(logits: Tensor, complementary_target: Tensor, eps: fl
         Scalar.
 
     Raises:
-        ValueError: if a shape or dtype is another, the batch is empty, or ``eps`` is out of range.
+        ValueError: if a shape or dtype is wrong, the batch is empty, or ``eps`` is out of range.
 
     Source: arXiv 1908.07387, equation 2.
     """

@@ -19,7 +19,7 @@ def check_candidates(candidates: Tensor, letters: str = "BK") -> Tensor:
     Empty rows are looked for on a CPU only: reading values from a GPU would stall it.
 
     Raises:
-        ValueError: if the shape is another, or a sample has no candidate.
+        ValueError: if the shape is wrong, or a sample has no candidate.
     """
     check_shapes(candidates=(candidates, letters))
     there = candidates > 0
@@ -39,7 +39,7 @@ def uniform_weights(candidates: Tensor) -> Tensor:
         float32 ``[B, K]``.
 
     Raises:
-        ValueError: if the shape is another, or a sample has no candidate.
+        ValueError: if the shape is wrong, or a sample has no candidate.
     """
     there = check_candidates(candidates).float()
     return there / there.sum(1, keepdim=True)

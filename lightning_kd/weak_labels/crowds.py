@@ -103,7 +103,7 @@ class AnnotatorLayer(nn.Module):
         variant: ``"MW"``, ``"VW"``, ``"VB"``, ``"VW+B"`` or ``"SW"``, see above.
 
     Raises:
-        ValueError: if ``variant`` is another one.
+        ValueError: if ``variant`` is unknown.
     """
 
     kernel: nn.Parameter

@@ -218,9 +218,8 @@ class SelfCrowd(CrowdLayer):
 
     def weights_of(self, annotations: Tensor, batch: Batch) -> Tensor | None:
         assert self._class_weight is not None
-        weight = self._class_weight[
-            annotations.clamp(min=0)
-        ]  # the value for missing annotations does not matter: their loss is 0
+        # the value for missing annotations does not matter: their loss is 0
+        weight = self._class_weight[annotations.clamp(min=0)]
         return weight if self._added is None else torch.where(self._added, self.pseudo_weight * weight, weight)
 
     def on_train_epoch_end(self) -> None:
