@@ -1,5 +1,6 @@
 """Every shipped config parses, means what it says, and one of each method is run, tested and resumed."""
 
+import functools
 from pathlib import Path
 
 import pytest
@@ -7,6 +8,7 @@ import torch
 import yaml
 
 from lightning_kd.cli import get_cli, main
+from lightning_kd.cli.composition import can_run, composed_settings
 from lightning_kd.cli.config_names import config_folder, config_names
 from lightning_kd.distillation.dkd import DKD, published_beta
 
@@ -14,15 +16,16 @@ QUIET = ["--trainer.enable_progress_bar", "false", "--trainer.enable_model_summa
 SMALL = ["--model.student", "cnn_tiny", "--model.teacher", "cnn", "--model.teacher_weights", "random"]
 
 
+@functools.cache
 def content(name):
-    return yaml.safe_load((config_folder() / f"{name}.yaml").read_text())
+    return composed_settings(config_folder() / f"{name}.yaml")
 
 
 def method_of(name):
     return content(name).get("model", {}).get("class_path", "").rpartition(".")[2]
 
 
-COMPLETE = [name for name in config_names() if method_of(name)]
+COMPLETE = [name for name in config_names() if can_run(content(name))]
 PAIRS = [name for name in config_names() if "/pairs/" in name]
 FEATURE_METHODS = ("fitnet", "at", "nst", "sp", "rkd", "pkt", "reviewkd")
 DISTILLING = [name for name in COMPLETE if "teacher" in content(name)["model"]["init_args"]]

@@ -10,6 +10,7 @@ import inspect
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
+from lightning_kd.cli.composition import can_run, composed_settings, first_line, printed_config
 from lightning_kd.cli.config_names import config_folder, config_names
 
 __all__ = ["class_list", "main"]
@@ -18,14 +19,15 @@ PACKAGE = Path(__file__).parent.parent
 
 
 def main(args: Sequence[str]) -> None:
-    """The command line.
+    """The command line: all that there is, or the config of the given names.
 
     Raises:
-        ValueError: where it is given anything.
+        FileNotFoundError: where there is no config of that name.
+        ValueError: where it is given an option, or a config that is none.
     """
-    if args:
-        raise ValueError(f"list takes no arguments, got {' '.join(args)}: leave them out")
-    print(class_list())
+    if options := [word for word in args if word.startswith("-")]:
+        raise ValueError(f"list takes names of configs alone, got {' '.join(options)}: leave it out")
+    print(printed_config(args) if args else class_list())
 
 
 def class_list() -> str:
@@ -47,11 +49,21 @@ def class_list() -> str:
     lines += ["callbacks:", *listed("Callback")]
     lines += ["data modules:", *listed("LightningDataModule")]
     networks = _network_names(trees[PACKAGE / "nets" / "__init__.py"])
-    lines += ["networks:", f"  {', '.join(networks)}", "  timm/NAME, torchvision/NAME, NAME+ml_decoder", "configs:"]
-    for name in config_names():
-        first = (config_folder() / f"{name}.yaml").read_text().partition("\n")[0]
-        lines.append(f"  {name:<48} {first.lstrip('# ') if first.startswith('#') else ''}")
+    lines += ["networks:", f"  {', '.join(networks)}", "  timm/NAME, torchvision/NAME, NAME+ml_decoder", *_configs()]
     return "\n".join(lines)
+
+
+def _configs() -> list[str]:
+    """Those that name a method and data, and the parts that are added to them."""
+    paths = {name: config_folder() / f"{name}.yaml" for name in config_names()}
+    whole = {name for name, path in paths.items() if can_run(composed_settings(path))}
+    lines = {name: f"  {name:<48} {first_line(path)}" for name, path in paths.items()}
+    return [
+        "configs:",
+        *(lines[name] for name in paths if name in whole),
+        "parts of configs, which need a method or data from another --config:",
+        *(lines[name] for name in paths if name not in whole),
+    ]
 
 
 def _exported(trees: dict[Path, ast.Module], without: str) -> list[str]:

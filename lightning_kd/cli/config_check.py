@@ -8,10 +8,10 @@ from typing import Any
 
 import yaml
 
-__all__ = ["check_config"]
+__all__ = ["YAML_LOADER", "check_config"]
 
 # the C loader is ten times faster, where yaml was built with it
-_LOADER: Any = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
+YAML_LOADER: Any = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
 
 
 def check_config(path: str) -> None:
@@ -21,7 +21,7 @@ def check_config(path: str) -> None:
         ValueError: naming the file, the line and what is wrong there.
     """
     try:
-        root = yaml.compose(Path(path).read_text(encoding="utf-8-sig"), Loader=_LOADER)
+        root = yaml.compose(Path(path).read_text(encoding="utf-8-sig"), Loader=YAML_LOADER)
     except UnicodeDecodeError as error:
         raise ValueError(f"{path} is no text in UTF-8 ({error}): save it as UTF-8") from error
     except yaml.MarkedYAMLError as error:

@@ -15,7 +15,7 @@ import lightning_kd.callbacks  # noqa: F401  (classes are found by name once the
 from lightning_kd.cli.active_command import run_active
 from lightning_kd.cli.beginning import Beginning, FolderBefore
 from lightning_kd.cli.command_words import default_run_folder
-from lightning_kd.cli.config_check import check_config
+from lightning_kd.cli.composition import composed_arguments
 from lightning_kd.cli.endings import check_still_there, report, tell
 from lightning_kd.cli.new_samples import take_from_run, without_predict
 from lightning_kd.cli.parameter_count import ParameterCount
@@ -49,8 +49,8 @@ class RunCLI(LightningCLI):
     """
 
     def __init__(self, config_paths: Sequence[str] = (), command: str = "", **kwargs: Any) -> None:
-        for path in config_paths:
-            check_config(path)
+        if config_paths:
+            kwargs["args"] = composed_arguments(kwargs["args"], config_paths)
         self.config_paths = list(config_paths)
         self.command = command
         self._verb = next(iter(kwargs.get("args") or ()), None)

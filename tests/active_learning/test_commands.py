@@ -10,7 +10,8 @@ import yaml
 from PIL import Image
 
 from lightning_kd.cli import main
-from lightning_kd.cli.config_names import config_folder
+from lightning_kd.cli.composition import composed_settings
+from lightning_kd.cli.config_names import config_path
 from lightning_kd.pool import PoolRecord
 from lightning_kd.pool.pool_record import alone
 from tests.active_learning.test_rounds import outcome
@@ -200,7 +201,7 @@ def test_a_project_without_labels(capsys, tmp_path):
         for k in range(6):
             pixels = generator.integers(0, 255, (12, 12, 3), dtype=np.uint8)
             Image.fromarray(pixels).save(folder / f"{k} é.png")
-    config = yaml.safe_load((config_folder() / "active_learning/lfosa_digits.yaml").read_text())
+    config = composed_settings(config_path("active_learning/lfosa_digits"))
     config["data"]["init_args"] = {
         "source": {
             "class_path": "lightning_kd.data.ImageFolderDataModule",

@@ -19,7 +19,16 @@ from lightning_kd.nets import network_names, segmentation_network_names
 @pytest.mark.parametrize(
     "words",
     [
-        *(["--version"], ["--help"], [], ["list"], ["compare", "--help"], ["label", "--help"], ["fitt"]),
+        *(
+            ["--version"],
+            ["--help"],
+            [],
+            ["list"],
+            ["list", "flatness/sam_digits"],
+            ["compare", "--help"],
+            ["label", "--help"],
+            ["fitt"],
+        ),
         *(["claim"], ["claim", "--help"], ["claim", "dhdk"]),
     ],
 )

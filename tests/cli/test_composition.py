@@ -1,0 +1,158 @@
+"""Configs of several parts: what they are together, how they are printed, and what is wrong with one."""
+
+import re
+
+import pytest
+import yaml
+
+from lightning_kd.cli import get_cli, main
+from lightning_kd.cli.class_list import class_list
+from lightning_kd.cli.composition import can_run, composed_settings, printed_config
+from lightning_kd.cli.config_names import config_folder, config_names, config_path
+
+SAM = {"class_path": "SAM", "init_args": {"rho": 0.05, "eta": 1}}
+SGD = {"class_path": "SGD", "init_args": {"lr": 1}}
+
+
+def write(folder, **files):
+    """Files of their settings; ``{}`` and text are written as they are."""
+    for name, settings in files.items():
+        (folder / f"{name}.yaml").write_text(settings if isinstance(settings, str) else yaml.safe_dump(settings))
+    return folder / f"{name}.yaml"
+
+
+def merged(folder, first, second):
+    return composed_settings(write(folder, a=first, b={"compose": ["a.yaml"], **second}))
+
+
+@pytest.mark.parametrize(
+    ("first", "second", "expected"),
+    [
+        # key by key
+        ({"trainer": {"a": 1, "b": 2}}, {"trainer": {"b": 3, "c": 4}}, {"trainer": {"a": 1, "b": 3, "c": 4}}),
+        ({"trainer": {"a": 1}}, {"trainer": {"a": None}}, {"trainer": {"a": None}}),
+        ({"trainer": None}, {"trainer": {"a": 1}}, {"trainer": {"a": 1}}),
+        # lists are replaced, and added to by NAME+
+        ({"trainer": {"callbacks": [1, 2]}}, {"trainer": {"callbacks": [3]}}, {"trainer": {"callbacks": [3]}}),
+        ({"trainer": {"callbacks": [1]}}, {"trainer": {"callbacks+": [2]}}, {"trainer": {"callbacks": [1, 2]}}),
+        ({"trainer": {"callbacks+": [1]}}, {"trainer": {"callbacks+": 2}}, {"trainer": {"callbacks+": [1, 2]}}),
+        ({"trainer": {"callbacks+": [1]}}, {"trainer": {"callbacks": [2]}}, {"trainer": {"callbacks": [2]}}),
+        ({"trainer": {}}, {"trainer": {"callbacks+": [2]}}, {"trainer": {"callbacks+": [2]}}),
+        # the arguments of a class stay as long as it does
+        ({"model": SAM}, {"model": {"init_args": {"rho": 1}}}, {"model": {**SAM, "init_args": {"rho": 1, "eta": 1}}}),
+        ({"model": SAM}, {"model": SGD}, {"model": SGD}),
+        ({"model": SAM}, {"model": {"class_path": "SGD"}}, {"model": {"class_path": "SGD"}}),
+        ({"model": {"init_args": {"lr": 1}}}, {"model": {"class_path": "SGD"}}, {"model": SGD}),
+        ({"model": SAM}, {"model": "SGD"}, {"model": "SGD"}),
+    ],
+)
+def test_what_two_are_together(first, second, expected, tmp_path):
+    assert merged(tmp_path, first, second) == expected
+
+
+def test_parts_are_merged_from_left_to_right_and_parts_of_parts_before_them(tmp_path):
+    write(tmp_path, a={"trainer": {"x": "a", "y": "a", "z": "a"}}, b={"trainer": {"x": "b", "y": "b"}})
+    write(tmp_path, c={"compose": ["a.yaml"], "trainer": {"x": "c"}})
+    assert composed_settings(write(tmp_path, d={"compose": ["b.yaml", "c.yaml"]})) == {
+        "trainer": {"x": "c", "y": "a", "z": "a"}
+    }
+    assert composed_settings(write(tmp_path, d={"compose": ["c.yaml", "b.yaml"]})) == {
+        "trainer": {"x": "b", "y": "b", "z": "a"}
+    }
+    own = {"compose": ["c.yaml", "b.yaml"], "trainer": {"y": "d"}}
+    assert composed_settings(write(tmp_path, d=own)) == {"trainer": {"x": "b", "y": "d", "z": "a"}}
+
+
+def test_a_shipped_part_is_found_whatever_lies_in_the_working_folder(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "data/digits").mkdir(parents=True)
+    write(tmp_path / "data/digits", config={"trainer": {"max_epochs": 7}})
+    own = write(tmp_path, own={"compose": ["flatness/sgd", "data/digits"]})
+    assert composed_settings(own)["data"]["class_path"] == "lightning_kd.data.DigitsDataModule"
+
+
+UNKNOWN = "which is neither a shipped config nor a .yaml file beside it: did you mean flatness/sam"
+ROUND = r"b.yaml is a part of itself \(.*b.yaml -> .*a.yaml -> .*b.yaml\): take one of them out"
+
+
+@pytest.mark.parametrize(
+    ("files", "message"),
+    [
+        ({"b": "compose: [flatness/smm]\n"}, f"b.yaml is composed of 'flatness/smm', {UNKNOWN}"),
+        ({"b": "compose: [c.yaml]\n"}, "b.yaml is composed of 'c.yaml', which is neither"),
+        ({"b": "compose: [b.yaml]\n"}, "b.yaml is a part of itself"),
+        ({"a": "compose: [b.yaml]\n", "b": "compose: [a.yaml]\n"}, ROUND),
+        ({"b": "compose: flatness/sam\n"}, "compose in .*b.yaml must be a list of configs, got 'flatness/sam'"),
+        ({"b": "compose: []\n"}, "must be a list of configs, got \\[\\]"),
+        ({"b": "compose: [{a: 1}]\n"}, "must be a list of configs"),
+        ({"b": "compose:\n"}, "must be a list of configs, got None"),
+        ({"a": "a: 1\na: 2\n", "b": "compose: [a.yaml]\n"}, "a.yaml names a twice"),
+    ],
+)
+def test_what_is_wrong_is_one_sentence(files, message, tmp_path, capsys):
+    path = write(tmp_path, **files)
+    with pytest.raises(ValueError, match=message) as caught:
+        composed_settings(path)
+    assert "\n" not in str(caught.value)
+    with pytest.raises(SystemExit) as stop:
+        main(["list", str(path)])
+    assert stop.value.code == 1
+    assert capsys.readouterr().err == f"error: {caught.value}\n"
+
+
+def test_a_command_tells_it_too(tmp_path, capsys):
+    with pytest.raises(SystemExit):
+        main(["fit", "--config", str(write(tmp_path, b="compose: [flatness/smm]\n"))])
+    assert re.fullmatch("error: .*b.yaml is composed of 'flatness/smm'.*\n", capsys.readouterr().err)
+
+
+def test_own_configs_are_composed_as_the_shipped_are(tmp_path):
+    own = write(
+        tmp_path, own={"compose": ["flatness/sam", "data/digits"], "model": {"init_args": {"network": "mlp_8"}}}
+    )
+    for words in (
+        ["--config", str(own)],
+        ["--config", "flatness/sam", "--config", "data/digits", "--model.network", "mlp_8"],
+    ):
+        cli = get_cli([*words, "--trainer.enable_progress_bar", "false"])
+        assert (type(cli.datamodule).__name__, cli.model.hparams.network) == ("DigitsDataModule", "mlp_8")
+        assert (cli.trainer.max_epochs, type(cli.model.configure_optimizers()["optimizer"]).__name__) == (200, "SAM")
+
+
+@pytest.mark.parametrize("names", [["flatness/sam_digits"], ["flatness/sam", "data/digits"], ["_overlay/smoke"]])
+def test_what_is_printed_can_be_copied(names, tmp_path, capsys):
+    main(["list", *names])
+    text = capsys.readouterr().out
+    settings = composed_settings(write(tmp_path, copy=text))
+    assert settings == composed_settings(write(tmp_path, both={"compose": names}))
+    assert text.startswith("# ")
+    assert "compose:" not in text
+
+
+def test_the_parts_are_told_in_their_order():
+    comments = [line for line in printed_config(["flatness/sam_cifar100"]).splitlines() if line.startswith("#")]
+    told = [line.split()[1] for line in comments[2:]]
+    assert told == ["recipes/sgd_200", "flatness/sgd", "flatness/sam", "data/cifar100", "flatness/sam_cifar100"]
+    assert all(len(line.split()) > 3 for line in comments)
+
+
+def test_values_are_printed_as_they_are_read(tmp_path):
+    text = "# é\ncompose: [a.yaml]\nmodel: {a: 1.0e-8, b: 'off', c: null, d: [1, 2.5], e: '1', f: 1e-4, g: ' ', h: é}\n"
+    path = write(tmp_path, a={"seed_everything": 0}, b=text)
+    assert yaml.safe_load(printed_config([str(path)])) == composed_settings(path)
+
+
+def test_the_list_tells_parts_from_what_can_be_run():
+    whole, _, parts = class_list().partition("\nconfigs:\n")[2].partition("\nparts of configs")
+    names = {name: can_run(composed_settings(config_path(name))) for name in config_names()}
+    assert re.findall(r"^  (\S+)", whole, re.MULTILINE) == [name for name, complete in names.items() if complete]
+    assert re.findall(r"^  (\S+)", parts, re.MULTILINE) == [name for name, complete in names.items() if not complete]
+    assert names["flatness/sam_digits"]
+    assert not any(names[name] for name in ("flatness/sam", "data/digits", "recipes/small", "_overlay/smoke"))
+
+
+def test_each_part_is_of_use():
+    files = {name: (config_folder() / f"{name}.yaml").read_text() for name in config_names()}
+    used = {part for text in files.values() for part in yaml.safe_load(text).get("compose", [])}
+    assert [name for name in files if name.startswith(("data/", "recipes/")) and name not in used] == []
+    assert used <= files.keys()  # by name, not by path: they are found in an installed package
