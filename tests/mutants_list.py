@@ -34,6 +34,7 @@ POOL = "tests/active_learning"
 FLAT = "tests/flatness"
 GRADIENT = ("tests/weak_labels/test_meta_gradient.py",)
 CONFIGS = "tests/test_configs.py"
+COMPOSED = ("tests/cli/test_composition.py",)
 
 MUTANTS = [
     # distillation
@@ -1698,6 +1699,34 @@ MUTANTS = [
         "for part in node.value:",
         "for part in ():",
         ("tests/cli/test_config_check.py",),
+    ),
+    Mutant(
+        "a part forgets the arguments of a class that stays",
+        "cli/composition.py",
+        'if before.get("class_path", own.get("class_path")) != own.get("class_path", before.get("class_path")):',
+        'if "class_path" in own:',
+        COMPOSED,
+    ),
+    Mutant(
+        "another class inherits the arguments of the one before",
+        "cli/composition.py",
+        'result.pop("init_args", None)',
+        "pass",
+        COMPOSED,
+    ),
+    Mutant(
+        "parts win over a config's own settings",
+        "cli/composition.py",
+        "_over(_over(settings, below), own)",
+        "_over(_over(settings, own), below)",
+        COMPOSED,
+    ),
+    Mutant(
+        "a list of callbacks replaces what it should add to",
+        "cli/composition.py",
+        "[*_as_list(result.get(there)), *_as_list(value)]",
+        "_as_list(value)",
+        COMPOSED,
     ),
     # pages and answers
     Mutant(

@@ -69,7 +69,7 @@ VERBS = {
         "lightning_kd.cli.active_command",
     ),
     "list": Verb(
-        "methods, optimizers, callbacks, data modules, networks and shipped configs",
+        "methods, callbacks, data modules, networks, configs; one as a whole: lightning-kd list flatness/sam_digits",
         "lightning_kd.cli.class_list",
         light=True,
     ),

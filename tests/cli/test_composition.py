@@ -1,15 +1,22 @@
 """Configs of several parts: what they are together, how they are printed, and what is wrong with one."""
 
+import os
 import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 import yaml
 
+import lightning_kd
 from lightning_kd.cli import get_cli, main
 from lightning_kd.cli.class_list import class_list
 from lightning_kd.cli.composition import can_run, composed_settings, printed_config
 from lightning_kd.cli.config_names import config_folder, config_names, config_path
 
+PACKAGE = Path(lightning_kd.__file__).parent
 SAM = {"class_path": "SAM", "init_args": {"rho": 0.05, "eta": 1}}
 SGD = {"class_path": "SGD", "init_args": {"lr": 1}}
 
@@ -140,6 +147,20 @@ def test_values_are_printed_as_they_are_read(tmp_path):
     text = "# é\ncompose: [a.yaml]\nmodel: {a: 1.0e-8, b: 'off', c: null, d: [1, 2.5], e: '1', f: 1e-4, g: ' ', h: é}\n"
     path = write(tmp_path, a={"seed_everything": 0}, b=text)
     assert yaml.safe_load(printed_config([str(path)])) == composed_settings(path)
+
+
+def test_an_installed_package_has_the_configs_inside(tmp_path):
+    package = tmp_path / "lightning_kd"
+    shutil.copytree(PACKAGE, package, ignore=shutil.ignore_patterns("__pycache__", "configs"))
+    shutil.copytree(config_folder(), package / "configs")
+    done = subprocess.run(
+        [sys.executable, "-c", "from lightning_kd.cli import main; main(['list', 'flatness/sam_digits'])"],
+        cwd=tmp_path,
+        env={**os.environ, "PYTHONPATH": str(tmp_path)},
+        capture_output=True,
+        text=True,
+    )
+    assert done.stdout.rstrip("\n") == printed_config(["flatness/sam_digits"]), done.stderr
 
 
 def test_the_list_tells_parts_from_what_can_be_run():
