@@ -22,7 +22,7 @@ import yaml
 from lightning_kd.cli.config_check import YAML_LOADER, check_config
 from lightning_kd.cli.config_names import config_folder, config_names, config_path
 
-__all__ = ["can_run", "composed_arguments", "composed_settings", "first_line", "printed_config"]
+__all__ = ["can_run", "composed_arguments", "composed_settings", "first_line", "own_files", "printed_config"]
 
 _ORDER = ("seed_everything", "trainer", "data", "model")
 
@@ -51,6 +51,12 @@ def composed_arguments(args: Sequence[str], paths: Sequence[str]) -> list[str]:
         texts[path] = _yaml_text(settings) if len(files) > 1 else path
     before = ["", *args]
     return [texts.get(word, word) if before[i] == "--config" else word for i, word in enumerate(args)]
+
+
+def own_files(paths: Sequence[str]) -> list[str]:
+    """The configs of these paths and those of their parts that are not shipped, where a fault may be."""
+    _, files = _merged([Path(path) for path in paths])
+    return list(dict.fromkeys(str(file) for file in files if str(file) in paths or not _is_shipped(file)))
 
 
 def can_run(settings: dict[str, Any]) -> bool:
@@ -154,8 +160,11 @@ def _place(key: str) -> int:
 
 
 def _name(path: Path) -> str:
-    folder = config_folder()
-    return path.relative_to(folder).with_suffix("").as_posix() if path.is_relative_to(folder) else str(path)
+    return path.relative_to(config_folder()).with_suffix("").as_posix() if _is_shipped(path) else str(path)
+
+
+def _is_shipped(path: Path) -> bool:
+    return path.is_relative_to(config_folder())
 
 
 def _yaml_text(settings: dict[str, Any]) -> str:

@@ -15,7 +15,7 @@ import lightning_kd.callbacks  # noqa: F401  (classes are found by name once the
 from lightning_kd.cli.active_command import run_active
 from lightning_kd.cli.beginning import Beginning, FolderBefore
 from lightning_kd.cli.command_words import default_run_folder
-from lightning_kd.cli.composition import composed_arguments
+from lightning_kd.cli.composition import composed_arguments, own_files
 from lightning_kd.cli.endings import check_still_there, report, tell
 from lightning_kd.cli.new_samples import take_from_run, without_predict
 from lightning_kd.cli.parameter_count import ParameterCount
@@ -133,7 +133,7 @@ class RunCLI(LightningCLI):
 
     def parse_arguments(self, parser: LightningArgumentParser, args: Any) -> None:
         if isinstance(parser, RunParser):
-            parser.words, parser.configs = list(args or ()), self.config_paths
+            parser.words, parser.configs = list(args or ()), own_files(self.config_paths)
         super().parse_arguments(parser, args)
 
     def instantiate_classes(self) -> None:

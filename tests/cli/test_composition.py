@@ -113,6 +113,15 @@ def test_a_command_tells_it_too(tmp_path, capsys):
     assert re.fullmatch("error: .*b.yaml is composed of 'flatness/smm'.*\n", capsys.readouterr().err)
 
 
+def test_a_fault_in_a_part_names_the_part(tmp_path, capsys):
+    write(tmp_path, a={"compose": ["data/digits"], "trainer": {"max_epoch": 3}})
+    with pytest.raises(SystemExit):
+        main(["fit", "--config", str(write(tmp_path, b={"compose": ["flatness/sam", "a.yaml"]}))])
+    error = capsys.readouterr().err
+    assert error.startswith("error: --trainer.max_epoch does not exist: did you mean --trainer.max_epochs,")
+    assert error.endswith(f"(in {tmp_path / 'a.yaml'}, {tmp_path / 'b.yaml'})\n")
+
+
 def test_own_configs_are_composed_as_the_shipped_are(tmp_path):
     own = write(
         tmp_path, own={"compose": ["flatness/sam", "data/digits"], "model": {"init_args": {"network": "mlp_8"}}}
