@@ -603,14 +603,14 @@ MUTANTS = [
     Mutant(
         "a broken round is kept",
         "active_learning/rounds.py",
-        "        remove_round(round_folder, record)  # what a broken one left\n",
+        "        remove_round(round_folder, record)  # the files of an interrupted attempt\n",
         "        pass\n",
         (f"{POOL}/test_rounds.py", f"{POOL}/test_commands.py"),
     ),
     Mutant(
         "a finished round is not written down",
         "active_learning/rounds.py",
-        "            record.save()  # from here on the round is done\n",
+        "            record.save()  # now the round counts as finished\n",
         "            pass\n",
         (f"{POOL}/test_rounds.py",),
     ),

@@ -1,4 +1,4 @@
-"""Open-set active learning: choosing what to label from a pool full of things nobody asked for."""
+"""Open-set active learning: choosing which images to label from a pool that also holds images of unwanted classes."""
 
 from lightning_kd.core.registry import export_modules
 

@@ -1,7 +1,7 @@
-"""The closed-set strategies that every method for open sets is compared with.
+"""The classic query strategies, with which the methods for open sets are compared.
 
-They look at one classifier of the known classes, and know of no others: to it, samples of unknown classes look
-uncertain, and the strategies for uncertainty buy them first.
+They use one classifier of the known classes. Samples of unknown classes look uncertain to it, so strategies that query
+uncertain samples query many of unknown classes.
 """
 
 from __future__ import annotations
@@ -34,16 +34,16 @@ __all__ = [
 
 
 def least_confidence(probabilities: Tensor) -> Tensor:
-    """``1 - max p``: how unsure a classifier is of its best class; 0 to ``1 - 1 / K``.
+    """``1 - max p``, the probability that the predicted class is wrong according to the classifier.
 
     Args:
         probabilities: ``[N, K]``; half precision is computed in float32, float64 stays.
 
     Returns:
-        ``[N]``.
+        ``[N]``, from 0 (certain) to ``1 - 1 / K``.
 
     Raises:
-        ValueError: for another shape.
+        ValueError: for a wrong shape.
 
     Source: Lewis and Gale, A Sequential Algorithm for Training Text Classifiers, arXiv cmp-lg/9407020.
     """
@@ -51,16 +51,16 @@ def least_confidence(probabilities: Tensor) -> Tensor:
 
 
 def probability_margin(probabilities: Tensor) -> Tensor:
-    """The largest probability minus the second largest: 0 is unsure, 1 is sure.
+    """The margin: the largest probability minus the second largest.
 
     Args:
         probabilities: ``[N, K]``, ``K >= 2``; half precision is computed in float32, float64 stays.
 
     Returns:
-        ``[N]``.
+        ``[N]``, from 0 (uncertain) to 1 (certain).
 
     Raises:
-        ValueError: for another shape, and for one class.
+        ValueError: for a wrong shape, and for one class.
 
     Source: Scheffer, Decomain and Wrobel, Active Hidden Markov Models for Information Extraction, IDA 2001.
     """
@@ -72,16 +72,16 @@ def probability_margin(probabilities: Tensor) -> Tensor:
 
 
 def predictive_entropy(probabilities: Tensor) -> Tensor:
-    """``-sum p log p`` in nats, where 0 log 0 is 0; 0 to ``log K``.
+    """The entropy ``-sum p log p`` in nats, where 0 log 0 is 0.
 
     Args:
         probabilities: ``[N, K]``; half precision is computed in float32, float64 stays.
 
     Returns:
-        ``[N]``.
+        ``[N]``, from 0 (certain) to ``log K``.
 
     Raises:
-        ValueError: for another shape.
+        ValueError: for a wrong shape.
 
     Source: Shannon, A Mathematical Theory of Communication, 1948.
     """
@@ -90,18 +90,18 @@ def predictive_entropy(probabilities: Tensor) -> Tensor:
 
 def _checked(probabilities: Tensor) -> Tensor:
     if probabilities.ndim != 2 or not probabilities.shape[1]:
-        raise ValueError(f"probabilities must be [N, K], got {list(probabilities.shape)}: give one row a sample")
+        raise ValueError(f"probabilities must be [N, K], got {list(probabilities.shape)}: give one row for each sample")
     return at_least_float32(probabilities)[0]
 
 
 def _probabilities(scores: Mapping[str, Tensor]) -> Tensor:
-    """Float64 ``[U, K]``; from the logits where there are any: samples that float32 rounds to 1 still differ."""
+    """Probabilities float64 ``[U, K]``, from ``logits`` if given: float32 probabilities may be rounded to 1."""
     logits = scores.get("logits")
     return scores["probabilities"].double() if logits is None else logits.double().softmax(1)
 
 
 class Random(Strategy):
-    """Every sample alike."""
+    """A uniformly random query."""
 
     def select(
         self, scores: Mapping[str, Tensor], pool: PoolView, budget: int, generator: np.random.Generator
@@ -110,40 +110,40 @@ class Random(Strategy):
 
 
 class LeastConfidence(ScoreStrategy):
-    """The largest ``least_confidence`` first."""
+    """Queries the samples with the largest ``least_confidence``, which is the score."""
 
     def score(self, scores: Mapping[str, Tensor], pool: PoolView) -> Tensor:
         return least_confidence(_probabilities(scores))
 
 
 class Margin(ScoreStrategy):
-    """The smallest ``probability_margin`` first; the score is minus that."""
+    """Queries the samples with the smallest ``probability_margin``; the score is minus the margin."""
 
     def score(self, scores: Mapping[str, Tensor], pool: PoolView) -> Tensor:
         return -probability_margin(_probabilities(scores))
 
 
 class Entropy(ScoreStrategy):
-    """The largest ``predictive_entropy`` first."""
+    """Queries the samples with the largest ``predictive_entropy``, which is the score."""
 
     def score(self, scores: Mapping[str, Tensor], pool: PoolView) -> Tensor:
         return predictive_entropy(_probabilities(scores))
 
 
 class Certainty(ScoreStrategy):
-    """The largest probability of any class first: the opposite of ``LeastConfidence``."""
+    """Queries the samples with the largest probability of the predicted class: the opposite of ``LeastConfidence``."""
 
     def score(self, scores: Mapping[str, Tensor], pool: PoolView) -> Tensor:
         return _probabilities(scores).amax(1)
 
 
 class KCenter(Strategy):
-    """``k_center_greedy`` on the features, around those of the labelled samples of known classes.
+    """``k_center_greedy`` on the features (Sener and Savarese, ICLR 2018, arXiv 1708.00489).
 
-    With several ``feature_networks`` the distance is that of all features side by side, where each network has the same
-    share: the mean squared distance of the pool from its mean.
+    The centres at the start are the labelled samples of known classes. With several ``feature_networks`` the features
+    are put side by side, those of each network scaled so that the pool's mean squared distance from its mean is 1.
 
-    The score is the distance to the nearest centre at the moment of the pick.
+    The score is the distance to the nearest centre just before the pick.
     """
 
     needs_features = True
@@ -156,7 +156,7 @@ class KCenter(Strategy):
         if len(pool.known) and not labelled_parts:
             raise ValueError(
                 f"pool.labelled_scores must hold 'feature' for the {len(pool.known)} labelled samples, got "
-                f"{sorted(pool.labelled_scores)}: let the task's needs_labelled be True"
+                f"{sorted(pool.labelled_scores)}: let needs_labelled of the task be True"
             )
         labelled = joined(labelled_parts, parts) if labelled_parts else torch.empty(0)
         picks = k_center_picks(joined(parts, parts), labelled, budget)
@@ -164,9 +164,9 @@ class KCenter(Strategy):
 
 
 class BADGE(Strategy):
-    """``badge_select`` on probabilities and features.
+    """``badge_select`` on probabilities and features (Ash et al., ICLR 2020, arXiv 1906.03671).
 
-    The score is the squared distance to the nearest pick at the moment of the pick, of the first its squared norm.
+    The score is the squared distance to the nearest earlier pick; for the first pick its squared norm.
     """
 
     needs_features = True

@@ -1,4 +1,4 @@
-"""BUAL: two heads, one trained on what samples are not, whose confidence tells known from unknown classes.
+"""BUAL: queries uncertain samples of known classes, judged by a normally and a negatively trained network.
 
 Chen-Chen Zong, Ye-Wen Wang, Kun-Peng Ning, Hai-Bo Ye, Sheng-Jun Huang. Bidirectional Uncertainty-Based Active Learning
 for Open-Set Annotation. ECCV 2024, arXiv 2402.15198.
@@ -21,7 +21,7 @@ from lightning_kd.active_learning.bual_score import (
     copy_backbone,
     not_unknown,
     rank,
-    unknown_lead,
+    unknown_log_odds,
 )
 from lightning_kd.active_learning.negative_stage import NegativeStage, check_choices, check_fit
 from lightning_kd.active_learning.sequential_training import SequentialTrainingTask
@@ -41,31 +41,28 @@ POSITIVE, AUXILIARY, NEGATIVE = range(3)  # numbers of the networks
 
 
 class BUAL(SequentialTrainingTask):
-    """BUAL (Zong et al., ECCV 2024, arXiv 2402.15198, algorithm 1).
+    """BUAL (Zong et al., ECCV 2024, arXiv 2402.15198, algorithm 1): queries uncertain samples of known classes.
 
-    A fit has two stages. In the positive stage the network that is tested and reported learns the labelled samples of
-    known classes and, once there are answers "unknown", an auxiliary network of K+1 outputs learns both, in turn within
-    each epoch. In the last ``negative_epochs`` epochs a second copy of the network goes on from the backbone of the
-    first one, with a classifier of its own, and learns from classes that samples are not: the labelled ones and a
-    random subset of the pool, each with one newly drawn class an epoch. The predictions of this copy for the pool are
-    averaged over snapshots. The reported network is not trained, nor its running statistics moved, in this stage. The
-    optimizer and the learning rate schedule start anew with it: a schedule counts the epochs of its stage, and one that
-    ends with the training ends with each stage. The last round of ``lightning-kd active``, after which nothing is
-    chosen, ends with the positive stage.
+    In an open set, uncertainty alone queries unknown classes. BUAL therefore trains a second network negatively, on
+    classes that a sample does *not* have. This makes it confident about unknown classes, so that its uncertainty and
+    that of the normally trained network together point to uncertain samples of known classes.
 
-    The choice leaves out what the auxiliary network takes for unknown and queries the smallest
-    ``bidirectional_score`` (the largest with ``combine="paper"``), balanced by the share of known classes in the latest
-    answers; among equal ones the sample that the positive network is least sure of. Candidates too few for the budget
-    are filled up by the samples with the smallest probability of being unknown, which have no score; where there is no
-    candidate at all, the whole pool is ranked by that probability, then by score.
+    A fit has two stages. Positive stage: the reported network learns the labelled samples of known classes; once there
+    are answers "unknown", an auxiliary network with K+1 outputs learns known and unknown samples, in turn within each
+    epoch. Negative stage, the last ``negative_epochs`` epochs: a copy of the reported network's backbone with a new
+    classifier learns, by ``-log(1 - p)``, one complementary label a sample and epoch, for the labelled samples and a
+    random subset of the pool. Its probabilities are averaged over snapshots; the reported network does not change.
+    Optimizer and learning rate schedule start anew: a schedule counts the epochs of its stage. The last round of
+    ``lightning-kd active`` makes no query and has no negative stage.
 
-    No label of the pool is read, for the subset, for stopping, or for anything else.
+    The query: samples that the auxiliary network predicts as unknown are left out; of the others those with the
+    smallest ``bidirectional_score`` (largest with ``combine="paper"``) are taken, ties by the lowest confidence of the
+    positive network. Too few are filled up by the smallest probability of being unknown (score NaN); if none is left,
+    the whole pool is ordered by that probability, then by score. Labels of the pool are never read.
 
     Logged: ``train/loss`` and ``train/acc`` of the positive network, ``train/auxiliary_loss``, ``auxiliary_acc`` and
-    ``negative_loss``.
-
-    Several processes: see ``SequentialTrainingTask``; the subset and the complementary classes are the same on all,
-    snapshots are gathered by index.
+    ``negative_loss``. Several processes: see ``SequentialTrainingTask``; all use the same subset and complementary
+    labels, and snapshots are gathered by index.
 
     Args:
         network: a network's name (``lightning-kd list``), built three times, or an ``nn.Module`` that gives logits
@@ -73,21 +70,21 @@ class BUAL(SequentialTrainingTask):
         num_classes: number of known classes ``K``. From the command line it comes from the data module.
         input_shape: see ``Task``.
         negative_epochs: epochs of the negative stage, 1 or more; the Trainer's ``max_epochs`` must be above it, and
-            what is left are the epochs of the positive stage.
-        subset_size: samples of the pool in the negative stage, all where there are fewer; 10000 for Tiny-ImageNet.
+            the difference is the length of the positive stage.
+        subset_size: pool samples in the negative stage (the paper has 10000 for Tiny-ImageNet); all if there are fewer.
         snapshot_interval: epochs of the negative stage between snapshots, from 1 to ``negative_epochs``.
-        include_initial_snapshot: take a snapshot before the negative stage too, with an untrained classifier, as the
+        include_initial_snapshot: also take a snapshot before the negative stage, with an untrained classifier, as the
             official code does.
         uncertainty: ``"least_confidence"``, ``"margin"`` or ``"entropy"``.
         combine: ``"code"`` or ``"paper"``, see ``bidirectional_score``.
-        exact: the negative learning loss as it is. Otherwise, as the official code does, 1 - p is clamped to at least
-            1e-5, which leaves no gradient where p is nearly 1.
-        subset: where the subset comes from: the ``"candidates"``, which the auxiliary network does not take for
-            unknown, or the whole ``"pool"``, as in the official code.
+        exact: compute ``-log(1 - p)`` exactly. False: clamp 1 - p to at least 1e-5 as the official code does, which
+            leaves no gradient where p is nearly 1.
+        subset: draw the subset from the ``"candidates"``, which the auxiliary network does not predict as unknown, or
+            from the whole ``"pool"``, as the official code does.
         normalize_aux: see ``bidirectional_score``.
-        auxiliary_batch_size: samples in a batch of the auxiliary network, 1 or more (100 in the official code); by
-            default that of the data.
-        classifier: module path of the network's classifier, where it is not the last ``nn.Linear``.
+        auxiliary_batch_size: batch size of the auxiliary network, 1 or more (100 in the official code). Default: the
+            batch size of the data.
+        classifier: module path of the network's classifier. Default: the last ``nn.Linear``.
         kwargs: ``warm_start`` of ``PoolTask``; ``optimizer``, ``lr_scheduler``, ``lr_interval``, ``channels_last``,
             ``compile`` of ``Task``. The paper's optimizer is SGD with learning rate 0.01, momentum 0.9 and weight decay
             1e-4.
@@ -208,7 +205,7 @@ class BUAL(SequentialTrainingTask):
                 self._take_snapshot()
         elif done >= (self.trainer.max_epochs or 0) - self.negative_epochs:
             if self.choice_follows or not self._may_stop(done):
-                # not at the next epoch's start: its loader is made before, and the checkpoint of this epoch has it
+                # here, so that the next epoch's loader and this epoch's checkpoint belong to the negative stage
                 self._begin_negative_stage(done)
             else:
                 self.trainer.should_stop = True
@@ -222,17 +219,17 @@ class BUAL(SequentialTrainingTask):
         candidates = self.pool.unlabelled_indices
         if self.stage.auxiliary_trained and self.subset == "candidates" and len(candidates):
             index, is_candidate = self._over_pool(lambda batch: [not_unknown(self._unknown(batch.image).softmax(1))])
-            # where all look unknown, the choice falls back to the whole pool as well
+            # as in select: if all are predicted unknown, use the whole pool
             candidates = index[is_candidate].numpy() if bool(is_candidate.any()) else candidates
         size = min(self.subset_size, len(candidates))
         self.stage.subset = np.sort(self._stream("rlnl_subset").choice(candidates, size, replace=False))
         copy_backbone(self.network, self.negative, self.classifier_path)
         self._restart_optimizer()
-        if self.include_initial_snapshot or self._dry_run:  # which trains no further
+        if self.include_initial_snapshot or self._dry_run:  # fast_dev_run ends here
             self._take_snapshot()
 
     def _take_snapshot(self) -> None:
-        """Add the negative head's predictions for the pool to what is remembered."""
+        """Add the negative network's probabilities for the pool to the sum over snapshots."""
         if len(self.pool.unlabelled_indices):
             index, probabilities = self._over_pool(
                 lambda batch: [self._logits(self.negative, batch.image, self.num_classes).softmax(1)]
@@ -246,7 +243,7 @@ class BUAL(SequentialTrainingTask):
         return ordered_pass(self, loader, measure)
 
     def _stream(self, name: str, epoch: int = 0) -> np.random.Generator:
-        """A random stream that is the same on every process."""
+        """A random generator that draws the same numbers on every process."""
         callbacks = self.trainer.callbacks  # type: ignore[attr-defined]
         seed = next(c.seed for c in callbacks if isinstance(c, EpochSeeding) and c.seed is not None)
         return numpy_generator(seed, name, epoch)
@@ -269,9 +266,9 @@ class BUAL(SequentialTrainingTask):
         return self._logits(self.auxiliary, image, self.num_classes + 1)
 
     def pool_scores(self, image: Tensor, index: Tensor | None) -> tuple[Tensor, dict[str, Tensor]]:
-        """``positive_probs`` ``[B, K]``, ``negative_probs`` ``[B, K]`` (the mean over snapshots; -1 for a sample that
-        was in none) and, where the auxiliary network was trained, ``unknown_probs`` ``[B, K+1]`` and ``unknown_lead``
-        float64 ``[B]``, the log-odds of being unknown.
+        """``positive_probs`` ``[B, K]``, ``negative_probs`` ``[B, K]`` (mean over snapshots; -1 for a sample in none)
+        and, if the auxiliary network was trained, ``unknown_probs`` ``[B, K+1]`` and ``unknown_log_odds`` float64
+        ``[B]``.
 
         Raises:
             ValueError: before the last snapshot, and without ``index``.
@@ -279,22 +276,22 @@ class BUAL(SequentialTrainingTask):
         due = 1 if self._dry_run else self.negative_epochs // self.snapshot_interval + self.include_initial_snapshot
         if self.stage.snapshots < due:
             raise ValueError(
-                f"the negative head has {self.stage.snapshots} of {due} snapshots: train through all of the last "
-                f"negative_epochs={self.negative_epochs} epochs, without an early end by max_time or max_steps; the "
-                "last round of a finished run has none"
+                f"the negative head has {self.stage.snapshots} of {due} snapshots: train for all of the last "
+                f"negative_epochs={self.negative_epochs} epochs, without max_time or max_steps; the last round of a "
+                "finished run has none"
             )
         if index is None:
-            raise ValueError("BUAL remembers the pool by index, got a batch without: use a loader of the data module")
+            raise ValueError("BUAL needs the index of each sample, got a batch without: use the data module")
         negative, positive = self.stage.mean(index, image.device), self.scores_and_probabilities(image)[1]
         scores = {"positive_probs": positive, "negative_probs": negative}
         if self.stage.auxiliary_trained:
             logits = self._unknown(image)
-            scores |= {"unknown_probs": logits.softmax(1), "unknown_lead": unknown_lead(logits)}
+            scores |= {"unknown_probs": logits.softmax(1), "unknown_log_odds": unknown_log_odds(logits)}
         return positive, scores
 
     def select(
         self, scores: Mapping[str, Tensor], pool: PoolView, budget: int, generator: np.random.Generator
     ) -> Query:
-        """See ``PoolTask.select`` and the class; nothing is left to chance. Scores are NaN where there is none."""
+        """See ``PoolTask.select``. Deterministic: ``generator`` is not used. A sample without a score has NaN."""
         order, value = rank(scores, pool.precision, self.uncertainty, self.combine, self.normalize_aux)
         return Query(pool.unlabelled[order[:budget]], value[order[:budget]])

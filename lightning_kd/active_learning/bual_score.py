@@ -1,4 +1,4 @@
-"""The parts of BUAL that work without Lightning: labels, a copied backbone, and the score from two heads."""
+"""The parts of BUAL that work without Lightning: complementary labels, copying a backbone, and the query's score."""
 
 from __future__ import annotations
 
@@ -18,13 +18,13 @@ Combine = Literal["code", "paper"]
 
 
 def complementary_labels(target: Tensor, num_known: int, generator: np.random.Generator) -> Tensor:
-    """One class for each sample that it is said not to be.
+    """A complementary label for each sample: one class that the sample is told not to have.
 
     Args:
         target: int64 ``[B]``: 0 to K-1 for a labelled sample, whose class is drawn uniformly from the K-1 others; -1
             for a sample of the pool, whose class is drawn uniformly from all K.
         num_known: K, 2 or more.
-        generator: one draw a sample, in their order.
+        generator: source of random numbers; one draw for each sample, in their order.
 
     Returns:
         int64 ``[B]`` on the device of ``target``.
@@ -49,10 +49,10 @@ def complementary_labels(target: Tensor, num_known: int, generator: np.random.Ge
 
 
 def copy_backbone(source: nn.Module, target: nn.Module, classifier: str) -> None:
-    """Give ``target`` the weights and statistics of ``source``, but for those of the module ``classifier``.
+    """Copy the weights and buffers of ``source`` into ``target``, except those of the module ``classifier``.
 
     Raises:
-        ValueError: if anything else differs.
+        ValueError: if the two networks differ in more than the classifier.
     """
     head = f"{classifier}."
     backbone = {name: value for name, value in source.state_dict().items() if not name.startswith(head)}
@@ -60,19 +60,22 @@ def copy_backbone(source: nn.Module, target: nn.Module, classifier: str) -> None
     strange = [name for name in missing if not name.startswith(head)] + unexpected
     if strange:
         raise ValueError(
-            f"the networks must be alike but for classifier {classifier!r}, got a difference in {strange[:4]}: build "
+            f"the networks must differ in classifier {classifier!r} only, got a difference in {strange[:4]}: build "
             "both from the same network"
         )
 
 
-def unknown_lead(logits: Tensor) -> Tensor:
-    """The log-odds ``[B]`` of the last of ``[B, K+1]`` logits, which go on where probabilities are all 1; float64."""
+def unknown_log_odds(logits: Tensor) -> Tensor:
+    """Log-odds float64 ``[B]`` of the last class from logits ``[B, K+1]``.
+
+    They still order samples whose probability is rounded to 1.
+    """
     logits = wide(logits)
     return logits[:, -1] - logits[:, :-1].logsumexp(1)
 
 
 def check_finite(**values: Tensor) -> None:
-    """Raise a ``ValueError`` that names the first of ``values`` in which a sample has something not finite."""
+    """Raise a ``ValueError`` that names the first of ``values``, ``[N, ...]`` each, with NaN or infinite entries."""
     for name, value in values.items():
         bad = int((~value.isfinite()).reshape(len(value), -1).any(1).sum()) if len(value) else 0
         if bad:
@@ -83,8 +86,8 @@ def check_finite(**values: Tensor) -> None:
 
 
 def confidence(probabilities: Tensor, uncertainty: Uncertainty) -> Tensor:
-    """How sure a prediction is, float64 ``[N]`` from ``[N, K]``: the largest probability, the lead of the largest over
-    the second, or the negative entropy."""
+    """The confidence of predictions, float64 ``[N]`` from probabilities ``[N, K]``: the largest probability, the margin
+    (largest minus second largest), or the negative entropy in nats."""
     p = probabilities.double()
     if uncertainty == "least_confidence":
         return p.amax(1)
@@ -105,32 +108,34 @@ def bidirectional_score(
     combine: Combine = "code",
     normalize_aux: bool = True,
 ) -> Tensor:
-    """What BUAL ranks samples by, from the predictions of a negatively and of a positively trained head.
+    """BUAL's score of each sample, from the probabilities of a negatively and of a positively trained head.
 
-    With ``combine="code"``, as the official code does, LOWER is queried first: ``w n(c(P-)) + r (1 - w) n(c(p+))``,
-    where ``c`` is the confidence (largest probability, margin, or negative entropy), ``n`` min-max scaling over the
-    samples given (0 where all are equal) and ``w = n(a)``. Without ``unknown_probability`` it is
-    ``n(c(P-)) + r n(c(p+))``.
+    With ``combine="code"``, as in the official code, the LOWEST scores are queried:
+    ``w n(c(P-)) + r (1 - w) n(c(p+))``. ``P-`` and ``p+`` are the probabilities of the negative and of the positive
+    head, ``c`` is the confidence (largest probability, margin, or negative entropy), ``n`` min-max scaling over the
+    given samples (0 if all are equal) and ``w = n(a)``. Without ``unknown_probability``: ``n(c(P-)) + r n(c(p+))``.
 
-    With ``combine="paper"``, as equation 3 says, HIGHER is queried first: ``a u(P-) + r (1 - a) u(p+)`` of raw values,
-    where ``u`` is 1 - largest probability, 1 - margin, or the entropy; without ``unknown_probability``
-    ``u(P-) + r u(p+)``. The two orders differ.
+    With ``combine="paper"``, as in equation 3, the HIGHEST scores are queried: ``a u(P-) + r (1 - a) u(p+)``, not
+    scaled. ``u`` is the uncertainty: 1 - largest probability, 1 - margin, or the entropy. Without
+    ``unknown_probability``: ``u(P-) + r u(p+)``. The two rules give different queries.
 
     Args:
         negative_probs: ``[N, K]``, probabilities of the negative head, averaged over snapshots.
         positive_probs: ``[N, K]``, probabilities of the positive head.
-        unknown_probability: ``a`` ``[N]``, probability of belonging to no known class. Default: there is none yet.
-        balance: ``r``, the share of known classes in the latest answers, in [0, 1]; 0 leaves the positive head out.
-        uncertainty: the measure; see above.
-        combine: the rule; see above.
-        normalize_aux: scale ``a`` with ``combine="code"``; without it, a pool without unknown classes (``a`` near 0,
-            ``r`` = 1) is ranked by the positive head alone.
+        unknown_probability: ``a`` ``[N]``, probability of belonging to no known class. Default: ``None``, as in the
+            first round.
+        balance: ``r``, the share of known classes in the latest answers, in [0, 1]; with 0 the positive head has no
+            influence.
+        uncertainty: ``"least_confidence"``, ``"margin"`` or ``"entropy"``.
+        combine: ``"code"`` or ``"paper"``, see above.
+        normalize_aux: scale ``a`` with ``combine="code"``. Without it, a pool without unknown classes (``a`` near 0,
+            ``r`` = 1) is ordered by the positive head alone.
 
     Returns:
-        float64 ``[N]``. It depends on which samples are given: give all candidates at once.
+        float64 ``[N]``. Because of the scaling it depends on all samples given: give all candidates at once.
 
     Raises:
-        ValueError: for another shape, values that are not finite, or an argument out of its range.
+        ValueError: for wrong shapes, values that are not finite, or an argument out of range.
 
     Source: arXiv 2402.15198, equations 3 to 6.
     """
@@ -147,7 +152,7 @@ def bidirectional_score(
     check_numbers(least=0, most=1, remedy="give the share of known classes in the answers", balance=balance)
     if combine not in ("code", "paper"):
         raise ValueError(f"combine must be 'code' or 'paper', got {combine!r}")
-    check_finite(negative_probs=negative_probs, positive_probs=positive_probs)  # one NaN would scale all to 0
+    check_finite(negative_probs=negative_probs, positive_probs=positive_probs)  # one NaN would turn all scores into 0
     if unknown_probability is not None:
         check_finite(unknown_probability=unknown_probability)
     negative, positive = confidence(negative_probs, uncertainty), confidence(positive_probs, uncertainty)
@@ -165,7 +170,7 @@ def bidirectional_score(
 
 
 def not_unknown(probabilities: Tensor) -> Tensor:
-    """Whether the last of ``[N, K+1]`` is not the largest alone, bool ``[N]``."""
+    """Whether a known class is predicted, bool ``[N]`` from probabilities ``[N, K+1]``; a tie counts as known."""
     return probabilities[:, :-1].amax(1) >= probabilities[:, -1]
 
 
@@ -174,10 +179,17 @@ def rank(
 ) -> tuple[np.ndarray, np.ndarray]:
     """The samples in the order to query them, int64 ``[U]``, and their ``bidirectional_score``, float64 ``[U]``.
 
-    First those that ``unknown_probs`` does not take for unknown, by score; then the others, which have none (NaN), by
-    ``unknown_lead``, which orders them as the probability of being unknown does, but never saturates. Where there are
-    only others, all are scored, and ranked by that lead, then by score. Ties: the lower confidence of
-    ``positive_probs``, then the earlier sample.
+    First come the samples that ``unknown_probs`` does not predict as unknown, by score; then the others, without a
+    score (NaN), by ``unknown_log_odds``. If all are predicted unknown, all get a score and are ordered by
+    ``unknown_log_odds``, then by score. Ties: the lower confidence of ``positive_probs``, then the earlier sample.
+
+    Args:
+        scores: ``positive_probs`` and ``negative_probs`` ``[U, K]``; if the auxiliary network was trained,
+            ``unknown_probs`` ``[U, K+1]`` and ``unknown_log_odds`` ``[U]``.
+        balance: see ``bidirectional_score``, as the others.
+        uncertainty: likewise.
+        combine: likewise.
+        normalize_aux: likewise.
 
     Raises:
         ValueError: for a sample without ``negative_probs`` (-1), and for values that are not finite.
@@ -189,18 +201,20 @@ def rank(
             f"negative_probs is missing for {missing} of {len(negative)} samples: they were not in the pool when this "
             "round was trained, so train it again"
         )
-    candidate, lead = torch.ones(len(negative), dtype=torch.bool), None
+    candidate, log_odds = torch.ones(len(negative), dtype=torch.bool), None
     if "unknown_probs" in scores:
-        candidate, lead = not_unknown(scores["unknown_probs"]), scores["unknown_lead"].double()
-        check_finite(unknown_probs=scores["unknown_probs"], unknown_lead=lead)
-    nobody = not bool(candidate.any())
-    scored = ~candidate if nobody else candidate
-    a = None if lead is None else lead[scored].sigmoid()
+        candidate, log_odds = not_unknown(scores["unknown_probs"]), scores["unknown_log_odds"].double()
+        check_finite(unknown_probs=scores["unknown_probs"], unknown_log_odds=log_odds)
+    all_unknown = not bool(candidate.any())
+    scored = ~candidate if all_unknown else candidate
+    a = None if log_odds is None else log_odds[scored].sigmoid()
     value = torch.full((len(negative),), torch.nan, dtype=torch.float64)
     value[scored] = bidirectional_score(
         negative[scored], positive[scored], a, balance, uncertainty, combine, normalize_aux
     )
     keys = [value if combine == "code" else -value, confidence(positive, uncertainty)]
-    if lead is not None:
-        keys = [lead, *keys] if nobody else [(~candidate).double(), torch.where(candidate, keys[0], lead), keys[1]]
+    if log_odds is not None and all_unknown:
+        keys = [log_odds, *keys]
+    elif log_odds is not None:
+        keys = [(~candidate).double(), torch.where(candidate, keys[0], log_odds), keys[1]]
     return np.lexsort([key.numpy() for key in reversed(keys)]), value.numpy()

@@ -1,8 +1,8 @@
-"""DCFS: from coarse to fine by evidential uncertainties and the discrepancy of two heads.
+"""DCFS: a query in two steps, by evidential uncertainties and by the discrepancy of two heads.
 
 Ye-Wen Wang, Chen-Chen Zong, Ming-Kun Xie, Sheng-Jun Huang. Dirichlet-Based Coarse-to-Fine Example Selection For
-Open-Set Annotation. 2024, arXiv 2409.17607. Equations, settings and code were not at hand: see ``DCFS`` for what is a
-reconstruction.
+Open-Set Annotation. 2024, arXiv 2409.17607. Equations, settings and code were not available: ``DCFS`` says which parts
+are a reconstruction.
 """
 
 from __future__ import annotations
@@ -54,21 +54,22 @@ Outputs = Literal["K", "K+1"]
 def discrepancy_loss(
     first_logits: Tensor, second_logits: Tensor, target: Tensor, gamma: float = 1.0, measure: Discrepancy = "l1"
 ) -> Tensor:
-    """The mean discrepancy of two heads over known samples, less that over unknown ones.
+    """The mean discrepancy of two heads over known samples minus the mean over unknown samples.
 
     Args:
-        first_logits: ``[B, K]``.
-        second_logits: ``[B, K]``.
-        target: int64 ``[B]``: 0 to K-1, or K for unknown samples. A part that has no sample counts as 0.
+        first_logits: ``[B, K]`` of one head.
+        second_logits: ``[B, K]`` of the other head.
+        target: int64 ``[B]``: 0 to K-1, or K for unknown samples. Without samples of one kind its mean counts as 0.
         gamma: see ``evidential_nll``.
         measure: see ``head_discrepancy``.
 
     Returns:
-        Scalar; every logit within the clamp gets gradient.
+        Scalar; logits out of [-10, 10] get no gradient.
 
     Raises:
-        ValueError: for shapes that do not belong together, a target that is not int64, and for one out of range (which
-            only a CPU is asked for).
+        ValueError: for shapes that do not fit, a target that is not int64, or (checked on a CPU alone) out of range.
+
+    Source: arXiv 2409.17607, abstract; a reconstruction.
     """
     check_shapes(first_logits=(first_logits, "BK"), second_logits=(second_logits, "BK"))
     check_target(first_logits, target, num_classes=first_logits.shape[1] + 1)
@@ -80,9 +81,9 @@ def discrepancy_loss(
 
 
 def _shares(*parts: Tensor) -> Tensor:
-    """Weights ``[parts, B]`` that make sums over this process's samples the means over each part, bool ``[B]``, of all.
+    """Weights ``[parts, B]``: a sum weighted by row ``i`` is a mean over the samples in ``parts[i]``, bool ``[B]``.
 
-    They count for the average of the processes' gradients, which DDP takes.
+    The mean is over the samples of all processes; the weights allow for DDP, which averages gradients over processes.
     """
     masks = torch.stack(parts)
     count = summed(masks.sum(1))
@@ -90,48 +91,55 @@ def _shares(*parts: Tensor) -> Tensor:
 
 
 class DCFS(PoolTask, FineTunedTask):
-    """DCFS (Wang et al., 2024, arXiv 2409.17607), reconstructed: sure to be known first, then where two heads differ.
+    """DCFS (Wang et al., 2024, arXiv 2409.17607), reconstructed: first samples that look known, then telling ones.
 
-    One network with two linear heads on the feature that enters its classifier; the classifier itself is the first.
-    Each head's logits are the logarithms of evidence, ``alpha = exp(logits) / gamma + 1``. Known samples train both by
-    the evidential loss, with the heads' discrepancy reduced; unknown ones raise it. Of the pool, ``coarse_factor``
-    times the budget with the least data and distribution uncertainty are kept, and of these the ones with the largest
-    discrepancy are bought. Reported is the mean of both heads' expected probabilities; ``forward`` gives its logarithm.
+    The network has two evidential heads. They are trained to agree on known samples and to disagree on unknown ones.
+    A query has two steps: keep the samples with little uncertainty, which are probably of known classes, and of these
+    take the ones on which the two heads disagree most.
 
-    **What is known and what is not.** From the abstract: evidence in place of softmax, data and distribution
-    uncertainty together, two heads whose discrepancy is raised for unknown and reduced for known classes, and a coarse,
-    then a fine selection. The formulas of the uncertainties and of the evidential loss are exact. A reconstruction from
-    related work is how the parts are put together: the number of outputs of a head, the form and weight of the
-    discrepancy, the coarse and the fine score, ``coarse_factor``, the weight and annealing of the divergence, and the
-    average over the heads. No results of this class are those of the paper.
+    Both heads are linear layers on the input of the network's classifier; the classifier is the first head. A head's
+    logits give the Dirichlet parameters ``alpha = exp(logits) / gamma + 1``. The loss of known samples is the
+    evidential loss of both heads (negative log-likelihood and divergence) plus ``discrepancy_weight`` times the
+    discrepancy of the heads; that of unknown samples is minus the discrepancy. The query keeps the
+    ``coarse_factor * budget`` samples with the smallest sum of data and distribution uncertainty, and takes the
+    ``budget`` largest discrepancies among them. Predictions are the mean of both heads' expected probabilities, whose
+    logarithm ``forward`` returns.
 
-    ``train/acc`` is of the known samples alone. Several processes: means are over the known, or the unknown, samples of
+    **What is from the paper.** From the abstract: evidence in place of softmax, data and distribution uncertainty
+    together, two heads whose discrepancy is increased for unknown and reduced for known classes, a coarse and then a
+    fine selection. The formulas of the uncertainties and of the evidential loss are the published ones. The rest is a
+    reconstruction from related work: the number of outputs of a head, the form and weight of the discrepancy, the
+    coarse and the fine score, ``coarse_factor``, the weight and annealing of the divergence, and the average over the
+    heads. Results of this class are not results of the paper.
+
+    ``train/acc`` counts known samples alone. Several processes: each mean is over the known, or the unknown, samples of
     the joint batch.
 
     Args:
-        network: a network's name, or an ``nn.Module`` that gives ``K`` logits, or one more, see ``num_outputs``.
-        num_classes: number of known classes ``K``.
+        network: a network's name (``lightning-kd list``), or an ``nn.Module`` with ``K`` logits, or with one more, see
+            ``num_outputs``.
+        num_classes: number of known classes ``K``. From the command line it comes from the data module.
         input_shape: see ``Task``.
         weights: checkpoint or ``state_dict`` file to start from; ``"default"`` for the published weights of a ``timm/``
             or ``torchvision/`` network. Default: train from scratch.
-        gamma: see above; 1 here, and 10 / K in DPC's code.
-        kl_weight: weight of the divergence over K.
-        annealing_epochs: epochs in which that weight rises from 0; 0 for none.
-        discrepancy_weight: of the mean discrepancy of the known less that of the unknown samples.
+        gamma: divides the evidence, see above. (DPC's code uses 10 / K.)
+        kl_weight: weight of the divergence, which is divided by K.
+        annealing_epochs: epochs in which that weight rises linearly from 0; 0: the full weight from the start.
+        discrepancy_weight: weight of the mean discrepancy of known samples minus that of unknown samples.
         discrepancy: ``"l1"`` or ``"js"``, see ``head_discrepancy``.
-        unknown_evidence_weight: of the divergence over K of unknown samples: they should give no evidence. Only with
-            ``num_outputs="K"``.
-        num_outputs: ``"K"``, or ``"K+1"`` for heads with one more output, the last, for unknown classes. Unknown
-            samples are then trained by the evidential loss too, with target K, whose means are over all samples and
-            whose divergence is over K + 1; uncertainties and discrepancy are of all outputs; the answer is
-            renormalised over the known ones.
-        coarse_score: ``"sum"`` of both uncertainties, each scaled to [0, 1] over the pool; ``"mixture"``: two Gaussians
-            each, and the product of the lower ones' posteriors; ``"data"`` or ``"distribution"`` alone; ``"none"`` for
-            no coarse step.
-        coarse_factor: at least 1.
-        fine_score: ``"discrepancy"``; ``"total"``, the entropy of the expected probabilities; or ``"none"`` for the
-            least coarse score.
-        classifier: module path of the classifier, where it is not the last ``nn.Linear``.
+        unknown_evidence_weight: weight of the divergence, divided by K, of unknown samples, which teaches the heads to
+            give no evidence for them. Only with ``num_outputs="K"``.
+        num_outputs: ``"K"``, or ``"K+1"`` for heads with a further, last output for unknown classes. Unknown samples
+            then have the evidential loss too, with target K; its means are over all samples and its divergence is
+            divided by K + 1. Uncertainties and discrepancy are over all outputs; predictions are normalised over the
+            known classes.
+        coarse_score: ``"sum"``: both uncertainties, each scaled to [0, 1] over the pool; ``"mixture"``: the product of
+            the posteriors of the lower of two Gaussians, fitted to each uncertainty; ``"data"`` or ``"distribution"``
+            alone; ``"none"``: no coarse step.
+        coarse_factor: the coarse step keeps this times the budget; at least 1.
+        fine_score: ``"discrepancy"``; ``"total"``, the entropy of the expected probabilities; or ``"none"``: the
+            smallest coarse score.
+        classifier: module path of the network's classifier. Default: the last ``nn.Linear``.
         kwargs: ``new_classifier``, ``freeze``, ``backbone_lr`` of ``FineTunedTask``; ``warm_start`` of ``PoolTask``;
             ``optimizer`` (default: that of ``Task``, with weights that of ``optimizer_for``), ``lr_scheduler``,
             ``lr_interval``, ``channels_last``, ``compile`` of ``Task``.
@@ -178,7 +186,7 @@ class DCFS(PoolTask, FineTunedTask):
             if choice not in get_args(known):
                 raise ValueError(f"{name} must be one of {list(get_args(known))}, got {choice!r}")
         if coarse_score == fine_score == "none":
-            raise ValueError("coarse_score and fine_score are both 'none': give one of them, or nothing is chosen by")
+            raise ValueError("coarse_score and fine_score must not both be 'none': give one of them")
         if num_outputs == "K+1" and unknown_evidence_weight:
             raise ValueError(
                 f"unknown_evidence_weight must be 0 with num_outputs='K+1', got {unknown_evidence_weight}: unknown "
@@ -203,11 +211,11 @@ class DCFS(PoolTask, FineTunedTask):
         return self.network
 
     def exports(self) -> dict[str, nn.Module]:
-        """The network, which answers as its first head alone, and the second head."""
+        """``network``, whose logits are those of the first head alone, and ``second_head``, the linear layer."""
         return {"network": self.network, "second_head": self.second_head}
 
     def heads(self, image: Tensor) -> tuple[Tensor, Tensor]:
-        """Logits ``[B, K]`` or ``[B, K+1]`` of both heads, float32 or wider."""
+        """The logits of both heads, ``[B, K]`` or ``[B, K+1]`` each, float32 or wider."""
         first = class_logits(self.network, self.network(self.format_image(image)), self.outputs)
         second = self.second_head(self._feature.pop())
         return at_least_float32(first, second)  # type: ignore[return-value]
@@ -234,7 +242,7 @@ class DCFS(PoolTask, FineTunedTask):
         heads = self.heads(batch.image)
         is_known = batch.target < self.num_classes
         known, unknown, learnt = _shares(is_known, ~is_known, batch.target < self.outputs)
-        target = batch.target.clamp(max=self.outputs - 1)  # of what is not learnt nothing is left but its shares
+        target = batch.target.clamp(max=self.outputs - 1)  # clamped targets have the weight 0 in learnt
         first, second = (dirichlet_mean(evidence_alpha(logits, self.gamma)) for logits in heads)
         apart = head_discrepancy(first, second, self.discrepancy)
         rise = min(1.0, self.current_epoch / self.annealing_epochs) if self.annealing_epochs else 1.0
@@ -254,8 +262,8 @@ class DCFS(PoolTask, FineTunedTask):
     # -- scoring and choosing ----------------------------------------------------------------------------------------
 
     def pool_scores(self, image: Tensor, index: Tensor | None) -> tuple[Tensor, dict[str, Tensor]]:
-        """``total``, ``data`` and ``distribution`` uncertainty, averaged over the heads, and their ``discrepancy``;
-        float64 ``[B]`` each."""
+        """``total``, ``data`` and ``distribution`` uncertainty, averaged over the heads, and the heads'
+        ``discrepancy``; float64 ``[B]`` each."""
         heads = self.heads(image)
         alphas = [evidence_alpha(logits, self.gamma) for logits in heads]
         first, second = (dirichlet_uncertainties(alpha) for alpha in alphas)

@@ -1,4 +1,4 @@
-"""A selection in two steps: those that look known, then the most telling of them."""
+"""DCFS's selection in two steps: samples that look known, then those of them with the largest fine score."""
 
 from __future__ import annotations
 
@@ -18,20 +18,20 @@ Coarse = Literal["sum", "mixture", "data", "distribution", "none"]
 
 
 def uncertainty_score(data: Tensor, distribution: Tensor, how: Coarse = "sum") -> Tensor:
-    """How little each sample of a pool looks like a known class, smaller for the surer.
+    """DCFS's coarse score of each sample of a pool: the smaller, the more it looks like a known class.
 
     Args:
-        data: ``[N]``, the pool's data uncertainties.
-        distribution: ``[N]``, its distribution uncertainties.
-        how: ``"sum"``: each scaled to [0, 1] over the pool (0 where all are equal), and added; ``"mixture"``: minus the
-            logarithm of the product of two posteriors, that of the lower of two Gaussians over each of them, scaled
-            likewise; ``"data"``, ``"distribution"``: one of them; ``"none"``: 0.
+        data: ``[N]``, data uncertainties, see ``dirichlet_uncertainties``.
+        distribution: ``[N]``, distribution uncertainties.
+        how: ``"sum"``: both scaled to [0, 1] over the pool (0 if all are equal) and added. ``"mixture"``: two Gaussians
+            are fitted to each of the scaled uncertainties; minus the logarithm of the product of the two posteriors of
+            the lower Gaussian. ``"data"``, ``"distribution"``: one scaled uncertainty alone. ``"none"``: 0.
 
     Returns:
         float64 ``[N]``, on the CPU.
 
     Raises:
-        ValueError: for two shapes, and another way.
+        ValueError: for different shapes, and for an unknown ``how``.
     """
     if how not in get_args(Coarse):
         raise ValueError(f"how must be one of {', '.join(get_args(Coarse))}, got {how!r}: give one of them")
@@ -44,7 +44,7 @@ def uncertainty_score(data: Tensor, distribution: Tensor, how: Coarse = "sum") -
 
 
 def _unlikely_low(values: Tensor) -> Tensor:
-    """Minus the logarithm of the posterior of the lower of two Gaussians; still differs where that is nearly 1."""
+    """Minus the logarithm of the posterior of the lower of two Gaussians, precise even for posteriors near 1."""
     low, high = fit_mixture(values).log_joint(values).T
     return F.softplus(high - low)
 
@@ -52,26 +52,26 @@ def _unlikely_low(values: Tensor) -> Tensor:
 def coarse_to_fine(coarse: Tensor, fine: Tensor, budget: int, factor: float = 3.0) -> Tensor:
     """The samples with the largest ``fine`` among the ``factor * budget`` with the smallest ``coarse``.
 
-    Of equal fine scores the one with the smaller coarse score is taken, then the smaller position. Both numbers are
-    clipped to the size of the pool.
+    Ties of ``fine``: the smaller ``coarse``, then the smaller position. Both ``budget`` and ``factor * budget`` are
+    limited to the size of the pool.
 
     Args:
-        coarse: ``[N]``.
-        fine: ``[N]``.
-        budget: how many to choose.
-        factor: at least 1; rounded up to whole samples.
+        coarse: ``[N]``, any real dtype; smaller is kept.
+        fine: ``[N]``, any real dtype; larger is taken.
+        budget: number of samples to choose.
+        factor: at least 1; ``factor * budget`` is rounded up. Infinity: no coarse step.
 
     Returns:
         int64 positions ``[min(budget, N)]`` on the CPU, the largest ``fine`` first.
 
     Raises:
-        ValueError: for two shapes, a negative budget, and a factor below 1.
+        ValueError: for different shapes, a negative budget, and a factor below 1.
     """
     check_shapes(coarse=(coarse, "N"), fine=(fine, "N"))
     check_numbers(least=0, whole=True, budget=budget)
     if factor != math.inf:
         check_numbers(least=1, factor=factor)
-    # less a hair: 1.1 * 100 is a little above 110
+    # minus 1e-9, since in floating point 1.1 * 100 is slightly above 110
     count = len(coarse) if math.isinf(factor) else min(len(coarse), math.ceil(factor * budget - 1e-9))
     kept = coarse.cpu().argsort(stable=True)[:count]
     return kept[fine.cpu()[kept].argsort(descending=True, stable=True)[:budget]]

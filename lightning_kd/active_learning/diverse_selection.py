@@ -1,4 +1,4 @@
-"""Choosing a batch that is spread out: k-center greedy and BADGE, in O(N D) memory.
+"""Choosing samples that differ from one another: k-center greedy and BADGE, in O(N D) memory.
 
 Ozan Sener, Silvio Savarese. Active Learning for Convolutional Neural Networks: A Core-Set Approach. ICLR 2018, arXiv
 1708.00489. Jordan T. Ash, Chicheng Zhang, Akshay Krishnamurthy, John Langford, Alekh Agarwal. Deep Batch Active
@@ -22,12 +22,12 @@ CHUNK = 2**22  # distances that are held at once
 
 
 class Picks(NamedTuple):
-    """What was picked, in order.
+    """The picked rows, in the order of the picks.
 
     Attributes:
         row: int64 ``[n]``, rows of the pool, each once.
-        score: float64 ``[n]``: for k-center the distance to the nearest centre, for BADGE the squared distance to the
-            nearest pick (of the first: its squared norm), each at the moment of the pick.
+        score: float64 ``[n]``, measured just before the pick. For k-center: the distance to the nearest centre. For
+            BADGE: the squared distance to the nearest earlier pick; for the first pick its squared norm.
     """
 
     row: Tensor
@@ -35,25 +35,27 @@ class Picks(NamedTuple):
 
 
 def k_center_greedy(pool: Tensor, labelled: Tensor, budget: int) -> Tensor:
-    """The rows that the plain k-center greedy picks: each time the one farthest from all centres, which then is one.
+    """K-center greedy: pick the row that is farthest from its nearest centre, make it a centre, and repeat.
 
-    The largest distance left is at most twice the smallest that any choice could reach. Equal distances: the smaller
-    index. No row is picked twice, however many are equal.
+    The picks cover the pool: the largest distance of a row to its nearest centre is at most twice the smallest value
+    that any choice of ``budget`` rows could reach. Equal distances: the smaller index. No row is picked twice, even if
+    several are equal.
 
-    Distances only fall, so old ones are upper bounds: a block of the farthest rows alone is kept up to date, until a
-    row outside could be farther than the best in it. Products of float32 rows are float32; among rows that are too
-    close to tell by them, differences in float64 decide.
+    The picks are those of the plain algorithm, found faster: distances only decrease with more centres, so old ones
+    are upper bounds, and only a block of the farthest rows is updated, until a row outside the block could be
+    farther than the best in it. Distances come from inner products (float32 for float32 rows); among rows that these
+    cannot tell apart, differences in float64 decide.
 
     Args:
         pool: ``[N, D]``, float32 or float64; half precision is computed in float32.
         labelled: ``[L, D]``, the centres at the start; with ``L = 0`` row 0 is picked first.
-        budget: how many, 0 or more; more than ``N`` gives all.
+        budget: number of picks, 0 or more; more than ``N`` gives all rows.
 
     Returns:
-        int64 ``[min(budget, N)]``, the best first.
+        int64 ``[min(budget, N)]``, in the order of the picks.
 
     Raises:
-        ValueError: for other shapes, values that are not finite, or a negative budget.
+        ValueError: for wrong shapes, values that are not finite, or a negative budget.
 
     Source: arXiv 1708.00489, algorithm 1.
     """
@@ -61,7 +63,7 @@ def k_center_greedy(pool: Tensor, labelled: Tensor, budget: int) -> Tensor:
 
 
 def k_center_picks(pool: Tensor, labelled: Tensor, budget: int) -> Picks:
-    """``k_center_greedy`` with the distance of every pick to its nearest centre (infinite for a first without any).
+    """``k_center_greedy`` with the distance of each pick to its nearest centre; infinite if there is no centre yet.
 
     Args:
         pool: see ``k_center_greedy``.
@@ -80,14 +82,14 @@ def k_center_picks(pool: Tensor, labelled: Tensor, budget: int) -> Picks:
 
 
 class _FarthestFirst:
-    """The state of one k-center greedy.
+    """The state of one run of k-center greedy.
 
-    ``near`` are squared distances to the nearest centre by products of ``moved`` rows; ``pool`` and ``centre`` are as
-    given, for exact differences.
+    ``moved`` are the rows minus their mean; ``near`` are squared distances to the nearest centre, from their inner
+    products. ``pool`` and ``centre`` are the rows as given, for exact differences.
     """
 
     def __init__(self, pool: Tensor, labelled: Tensor, budget: int) -> None:
-        # far from the origin the products would cancel
+        # without the shift, inner products of rows far from the origin would lose their precision
         shift = pool.mean(0) if len(pool) else pool.new_zeros(pool.shape[1])
         self.pool, self.moved = pool, pool - shift
         self.norm = _square_norms(self.moved)
@@ -96,7 +98,7 @@ class _FarthestFirst:
         self.moved_centre = self.centre - shift
         self.centre_norm = _square_norms(self.moved_centre)
         self.near = torch.full_like(self.norm, torch.inf)
-        # bounds the rounding of a product, relative to the norms; it grows about as the root of the width
+        # bound of the rounding error of a product, relative to the norms; grows about as the root of the width
         self.slack = (16 + pool.shape[1] ** 0.5) * torch.finfo(pool.dtype).eps
         self.index: list[int] = []
         self.score: list[float] = []
@@ -109,7 +111,7 @@ class _FarthestFirst:
             self.refresh()
             before = len(self.index)
             self.pick_within(min(size, len(self.pool)))
-            size *= 2 if len(self.index) == before else 1  # so many are equally far
+            size *= 2 if len(self.index) == before else 1  # no pick: too many rows are equally far
         return Picks(torch.tensor(self.index, dtype=torch.int64), torch.tensor(self.score, dtype=torch.float64))
 
     def pick(self, row: int, score: float) -> None:
@@ -121,7 +123,7 @@ class _FarthestFirst:
         self.score.append(score)
 
     def refresh(self) -> None:
-        """Measure all rows against the centres that they have not met."""
+        """Update ``near`` of all rows with the centres added since the last call."""
         end = self.known + len(self.index)
         centre, norm = self.moved_centre[self.seen : end], self.centre_norm[self.seen : end]
         step = max(1, CHUNK // max(1, len(centre)))
@@ -132,7 +134,7 @@ class _FarthestFirst:
         self.seen = end
 
     def pick_within(self, size: int) -> None:
-        """Pick as long as the farthest of all rows is sure to be among the ``size`` that are farthest now."""
+        """Pick as long as the farthest of all rows must be among the ``size`` rows that are farthest now."""
         slack = self.slack * (self.near.clamp_min(0) + self.norm)
         values, block = (self.near + slack).topk(min(size + 1, len(slack)))
         outside = values[size].item() if size < len(slack) else -torch.inf
@@ -148,7 +150,7 @@ class _FarthestFirst:
                 return
             close = (near + slack >= least).nonzero()[:, 0]
             spot = int(close[int(exact[close].numpy().argmax())])  # the first of equal ones
-            if exact[spot] == 0 and outside == -torch.inf:  # all that are left are copies
+            if exact[spot] == 0 and outside == -torch.inf:  # all rows that are left are copies of centres
                 rest = block[near > -torch.inf][: self.budget - len(self.index)].tolist()
                 self.index += rest
                 self.score += [0.0] * len(rest)
@@ -158,12 +160,13 @@ class _FarthestFirst:
             value = torch.addmv(norm + norm[spot], rows, rows[spot], alpha=-2).clamp_min_(0)
             torch.minimum(near, value, out=near)
             near[spot] = -torch.inf
-            closer = (value - self.slack * (value + norm) < exact).nonzero()[:, 0]  # to the pick, perhaps
+            closer = (value - self.slack * (value + norm) < exact).nonzero()[:, 0]  # may be nearest to the new centre
             apart = self.apart(block[closer], torch.full_like(closer, number))
             exact[closer] = torch.minimum(exact[closer], apart)
 
     def nearest(self, row: Tensor) -> Tensor:
-        """Exact squared distances of rows to their nearest centres: of those that products cannot tell apart."""
+        """Exact squared distances of rows to their nearest centres, tried for all centres that products cannot tell
+        apart."""
         end = self.known + len(self.index)
         exact = []
         for part in row.split(max(1, CHUNK // end)):
@@ -171,41 +174,42 @@ class _FarthestFirst:
             value = torch.addmm(self.centre_norm[:end], self.moved[part], self.moved_centre[:end].T, alpha=-2)
             value = value.add_(norm[:, None]).clamp_min_(0)
             least = value.amin(1)
-            limit = least + 3 * self.slack * (least + norm)  # the slack of both sides
+            limit = least + 3 * self.slack * (least + norm)  # rounding of both distances
             which, centre = (value <= limit[:, None]).nonzero().unbind(1)
             unmet = torch.full_like(norm, torch.inf, dtype=torch.float64)
             exact.append(unmet.scatter_reduce_(0, which, self.apart(part[which], centre), "amin"))
         return torch.cat(exact)
 
     def apart(self, row: Tensor, centre: Tensor) -> Tensor:
-        """Squared distances of pairs of a row and a centre, by differences in float64."""
+        """Squared distances float64 of rows ``row[k]`` to centres ``centre[k]``, by differences in float64."""
         step = max(1, CHUNK // max(1, self.pool.shape[1]))
         pairs = zip(row.split(step), centre.split(step), strict=True)
         return torch.cat([(self.pool[i].double() - self.centre[j].double()).square_().sum(1) for i, j in pairs])
 
 
 def badge_select(probabilities: Tensor, feature: Tensor, budget: int, generator: np.random.Generator) -> Tensor:
-    """BADGE: k-means++ seeding on the gradients that the samples would give the classifier's weights.
+    """BADGE: k-means++ seeding on the gradients that samples would give to the weights of the classifier.
 
-    The gradient embedding of a sample is ``outer(onehot(argmax p) - p, feature)``, minus the gradient of the
-    cross-entropy at the predicted class. The largest is picked first; then each is drawn with a probability
-    proportional to its squared distance to the nearest pick, without replacement. Distances come from the two factors,
-    in float64; no ``K * D`` vector exists.
+    Samples are picked whose gradients are large (uncertain samples) and different (diverse samples). The gradient
+    embedding of a sample is ``outer(onehot(argmax p) - p, feature)``: minus the gradient of the cross-entropy for the
+    predicted class. The largest is picked first; each further sample is drawn, without replacement, with a probability
+    proportional to its squared distance to the nearest pick. Distances are computed in float64 from the two factors of
+    the outer product, without vectors of size ``K * D``.
 
-    A sample that the network is sure of (``p`` one-hot to float32's resolution) has no gradient and is drawn only when
-    nothing else is left. Where all distances are 0, the rest is drawn uniformly.
+    A sample whose ``p`` is one-hot up to float32's resolution has no gradient and is drawn only when no others are
+    left. If all distances are 0, the rest is drawn uniformly.
 
     Args:
         probabilities: ``[N, K]``.
         feature: ``[N, D]``, the input of the classifier.
-        budget: how many, 0 or more; more than ``N`` gives all.
-        generator: gives one number for each pick after the first.
+        budget: number of picks, 0 or more; more than ``N`` gives all.
+        generator: source of random numbers; one for each pick after the first.
 
     Returns:
-        int64 ``[min(budget, N)]``, in the order of picking.
+        int64 ``[min(budget, N)]``, in the order of the picks.
 
     Raises:
-        ValueError: for other shapes, values that are not finite, or a negative budget.
+        ValueError: for wrong shapes, values that are not finite, or a negative budget.
 
     Source: arXiv 1906.03671, algorithm 1.
     """
@@ -213,7 +217,7 @@ def badge_select(probabilities: Tensor, feature: Tensor, budget: int, generator:
 
 
 def badge_picks(probabilities: Tensor, feature: Tensor, budget: int, generator: np.random.Generator) -> Picks:
-    """``badge_select`` with the squared distance of every pick to the nearest before it (the first: squared norm).
+    """``badge_select`` with the squared distance of each pick to the nearest earlier one; the first: squared norm.
 
     Args:
         probabilities: see ``badge_select``.
@@ -236,14 +240,14 @@ def badge_picks(probabilities: Tensor, feature: Tensor, budget: int, generator: 
         score.append(float(near[row]))
         distance = _gradient_distance(residual, feature, norm, row)
         near = torch.minimum(near, distance) if k else distance
-        # without a gradient there is nothing to learn from, however far it is from the others
+        # a sample without gradient is not informative, however far it is from the others
         near.masked_fill_(norm == 0, 0)
         near[row], left[row] = 0, False
     return Picks(torch.tensor(index, dtype=torch.int64), torch.tensor(score, dtype=torch.float64))
 
 
 def _residual(probabilities: Tensor) -> Tensor:
-    """``onehot(argmax p) - p``, float64 ``[N, K]``; 0 where that is below float32's resolution."""
+    """``onehot(argmax p) - p``, float64 ``[N, K]``; a row is 0 if all of it is below float32's resolution."""
     residual = -probabilities.double()
     residual[torch.arange(len(residual)), probabilities.argmax(1)] += 1
     sure = residual.abs().amax(1, keepdim=True) < torch.finfo(torch.float32).eps / 2
@@ -254,16 +258,16 @@ def _gradient_distance(residual: Tensor, feature: Tensor, norm: Tensor, row: int
     """Squared distance ``[N]`` of all gradient embeddings ``outer(residual, feature)`` to that of one row."""
     both = norm + norm[row]
     distance = torch.addcmul(both, residual @ residual[row], feature @ feature[row], value=-2)
-    return distance.masked_fill_(distance <= 8 * torch.finfo(distance.dtype).eps * both, 0)  # rounding, or below 0
+    return distance.masked_fill_(distance <= 8 * torch.finfo(distance.dtype).eps * both, 0)  # rounding error alone
 
 
 def _draw(weight: Tensor, left: Tensor, generator: np.random.Generator) -> int:
-    """One of ``left`` with a probability proportional to ``weight``; uniformly where that is 0 throughout."""
+    """Draw a position with a probability proportional to ``weight``; if all are 0, uniformly among ``left``."""
     total = weight.numpy().cumsum()
     if total[-1] <= 0:
         total = left.numpy().astype(np.float64).cumsum()
     place = int(total.searchsorted(generator.random() * total[-1], side="right"))
-    return min(place, int(total.searchsorted(total[-1])))  # rounding may reach the very end
+    return min(place, int(total.searchsorted(total[-1])))  # rounding may give a position past the last weight above 0
 
 
 def _square_norms(rows: Tensor) -> Tensor:

@@ -1,4 +1,4 @@
-"""Evidence for classes, and what it leaves open."""
+"""Uncertainties and losses of evidential networks, whose outputs are the parameters of a Dirichlet distribution."""
 
 from __future__ import annotations
 
@@ -15,14 +15,15 @@ LOGIT_LIMIT = 10.0
 
 
 class DirichletUncertainties(NamedTuple):
-    """What a Dirichlet distribution over ``K`` classes leaves open, float64 ``[N]`` each.
+    """Uncertainties of a Dirichlet distribution over ``K`` classes, float64 ``[N]`` each, entropies in nats.
 
     Attributes:
-        total: entropy of the mean.
-        data: expected entropy: the classes overlap.
-        distribution: what is left of ``total``, the mutual information of class and distribution: evidence is missing.
-        vacuity: ``K`` over the sum of alpha.
-        differential_entropy: of the distribution itself.
+        total: entropy of the mean probabilities.
+        data: expected entropy, large where the classes overlap.
+        distribution: ``total - data``, the mutual information of class and probabilities, large where evidence is
+            missing.
+        vacuity: ``K`` divided by the sum of alpha.
+        differential_entropy: differential entropy of the Dirichlet distribution.
     """
 
     total: Tensor
@@ -35,7 +36,8 @@ class DirichletUncertainties(NamedTuple):
 def dirichlet_uncertainties(alpha: Tensor) -> DirichletUncertainties:
     """The uncertainties of ``Dirichlet(alpha)`` in closed form, computed in float64.
 
-    The one of the distribution is a small difference of two numbers, which float32 would lose; it is never negative.
+    ``distribution`` is a small difference of two numbers, for which float32 is not precise enough; it is never
+    negative.
 
     Args:
         alpha: ``[..., K]`` with K at least 2, any real dtype, above 0.
@@ -50,7 +52,7 @@ def dirichlet_uncertainties(alpha: Tensor) -> DirichletUncertainties:
     """
     if alpha.ndim < 1 or alpha.shape[-1] < 2:
         raise ValueError(
-            f"alpha must be [..., K] with K at least 2, got {list(alpha.shape)}: one class is never unsure"
+            f"alpha must be [..., K] with K at least 2, got {list(alpha.shape)}: give one number for each class"
         )
     if not ((alpha > 0) & (alpha < torch.inf)).all():
         low, high = float(alpha.min()), float(alpha.max())
@@ -70,44 +72,51 @@ def dirichlet_uncertainties(alpha: Tensor) -> DirichletUncertainties:
 
 
 def evidence_alpha(logits: Tensor, gamma: float = 1.0) -> Tensor:
-    """``exp(logits) / gamma + 1``, float64 (float32 on MPS); logits are clamped to [-10, 10]."""
+    """The Dirichlet parameters ``exp(logits) / gamma + 1``, float64 (float32 on MPS); logits clamped to [-10, 10]."""
     check_positive(gamma=gamma)
     return clamped(wide(logits)).exp() / gamma + 1
 
 
 def clamped(logits: Tensor) -> Tensor:
-    """Within [-10, 10]; what was outside gets no gradient."""
+    """Logits clamped to [-10, 10]; those outside get no gradient."""
     return logits.clamp(-LOGIT_LIMIT, LOGIT_LIMIT)
 
 
 def evidential_nll(logits: Tensor, target: Tensor, gamma: float = 1.0) -> Tensor:
-    """``core.dirichlet.dirichlet_nll`` of logits clamped to [-10, 10], ``[B]``.
+    """The negative log-likelihood ``core.dirichlet.dirichlet_nll`` of logits clamped to [-10, 10].
 
     Args:
         logits: ``[B, K]`` of one head.
         target: int64 ``[B]``, 0 to K-1.
-        gamma: ``alpha = exp(logits) / gamma + 1``; above 0.
+        gamma: ``alpha = exp(logits) / gamma + 1``; above 0. Default: 1.
+
+    Returns:
+        ``[B]``, not averaged.
     """
     return dirichlet_nll(clamped(logits), target, gamma)
 
 
 def evidential_kl(logits: Tensor, target: Tensor | None, gamma: float = 1.0) -> Tensor:
-    """``core.dirichlet.dirichlet_kl`` of logits clamped to [-10, 10], ``[B]``; not yet divided by K.
+    """The divergence from the uniform Dirichlet, ``core.dirichlet.dirichlet_kl``, of logits clamped to [-10, 10].
 
     Args:
         logits: ``[B, K]`` of one head.
-        target: int64 ``[B]``, 0 to K-1, whose evidence is left out; ``None`` leaves none out, for samples of no class.
-        gamma: ``alpha = exp(logits) / gamma + 1``; above 0.
+        target: int64 ``[B]``, 0 to K-1: evidence for the sample's own class does not count. ``None``: all evidence
+            counts, for samples of no known class.
+        gamma: ``alpha = exp(logits) / gamma + 1``; above 0. Default: 1.
+
+    Returns:
+        ``[B]``, not averaged and not divided by K.
     """
     return dirichlet_kl(clamped(logits), target, gamma)
 
 
 def head_discrepancy(first: Tensor, second: Tensor, measure: Discrepancy = "l1") -> Tensor:
-    """How far two heads' predictions are apart.
+    """The distance between the predictions of two heads.
 
     Args:
-        first: probabilities ``[B, K]``.
-        second: likewise.
+        first: probabilities ``[B, K]`` of one head.
+        second: probabilities ``[B, K]`` of the other.
         measure: ``"l1"``: the mean over classes of the absolute difference, at most ``2 / K``; ``"js"``: the
             Jensen-Shannon divergence, at most ``log 2``.
 
@@ -115,7 +124,7 @@ def head_discrepancy(first: Tensor, second: Tensor, measure: Discrepancy = "l1")
         ``[B]``, 0 where they are equal.
 
     Raises:
-        ValueError: for two shapes, and another measure.
+        ValueError: for different shapes, and for an unknown measure.
     """
     if measure not in get_args(Discrepancy):
         raise ValueError(
@@ -129,10 +138,10 @@ def head_discrepancy(first: Tensor, second: Tensor, measure: Discrepancy = "l1")
 
 
 def dirichlet_mean(alpha: Tensor) -> Tensor:
-    """Expected probabilities, of the shape of ``alpha``."""
+    """The expected probabilities ``alpha / sum(alpha)``, of the shape of ``alpha``."""
     return alpha / alpha.sum(-1, keepdim=True)
 
 
 def wide(values: Tensor) -> Tensor:
-    """Float64, or float32 on MPS, which has no other."""
+    """``values`` in float64; in float32 on MPS, which has no float64."""
     return values.float() if values.device.type == "mps" else values.double()

@@ -1,4 +1,4 @@
-"""Lewis weights of feature matrices, and what is drawn and fitted by them: one query that serves several networks.
+"""Lewis weights of feature matrices, and drawing samples by them: one query that serves several networks.
 
 Sheng-Jun Huang, Yi Li, Yiming Sun, Ying-Peng Tang. One-shot Active Learning Based on Lewis Weight Sampling for Multiple
 Deep Models. ICLR 2024, arXiv 2405.14121. The paper defines the weights; how they are computed here is a relaxed fixed
@@ -41,26 +41,29 @@ def lewis_weights(
     max_iterations: int = 500,
     rank_tolerance: float | None = None,
 ) -> Tensor:
-    """The weights ``w_i = (a_i^T (A^T W^(1 - 2/p) A)^+ a_i)^(p/2)`` of the rows: how much each says that others do not.
+    """The Lewis weights of the rows ``a_i`` of a matrix ``A``: ``w_i = (a_i^T (A^T W^(1 - 2/p) A)^+ a_i)^(p/2)``.
 
-    They are in [0, 1] and sum to the rank; an invertible change of the columns changes nothing. With ``p = 2`` they are
-    the leverage scores, without any iteration. Else ``log w`` is moved by ``4 / (p + 2)`` of the way to its fixed
-    point, which converges at the rate ``|p - 2| / (p + 2)`` for every ``p > 0``. All is float64, on the CPU, in the
-    basis of one QR decomposition; beside the features it takes ``O(n + d^2)`` memory.
+    ``W`` is the diagonal matrix of the weights themselves. A weight says how much a row matters for regression with the
+    loss ``|residual|^p``: a row that is unlike all others has a large one. Weights are in [0, 1] and sum to the rank;
+    an invertible linear map of the columns does not change them. With ``p = 2`` they are the leverage scores, which
+    need no iteration. Otherwise each pass moves ``log w`` by ``4 / (p + 2)`` of the distance to its fixed point, which
+    converges at the rate ``|p - 2| / (p + 2)`` for every ``p > 0``. All is computed in float64, on the CPU, in the
+    basis of one QR decomposition, with ``O(n + d^2)`` memory beside the features.
 
     Args:
         features: ``[n, d]``, any real dtype. A row of zeros has the weight 0.
-        p: of the loss ``|residual|^p``, above 0.
-        tolerance: where the iteration ends: the largest ``|log(q_i / w_i^(2/p))|``, see ``lewis_certificate``.
-        max_iterations: after so many passes it ends with a warning.
+        p: exponent of the loss ``|residual|^p``, above 0.
+        tolerance: the iteration ends when the largest ``|log(q_i / w_i^(2/p))|`` is at most this, see
+            ``lewis_certificate``.
+        max_iterations: most passes over the features; reaching it gives a warning.
         rank_tolerance: singular values below this share of the largest (columns scaled to a largest value of 1) count
-            as 0. Default: ``max(n, d)`` times the resolution of float64, or 16 times that of a narrower dtype.
+            as 0. Default: ``max(n, d)`` times the machine epsilon of float64, or 16 times that of a narrower dtype.
 
     Returns:
         float64 ``[n]``.
 
     Raises:
-        ValueError: for other shapes, values that are not finite, and ``p`` or a tolerance that is not above 0.
+        ValueError: for wrong shapes, values that are not finite, and ``p`` or a tolerance that is not above 0.
 
     Source: arXiv 2405.14121, definition of the Lewis weights.
     """
@@ -69,8 +72,8 @@ def lewis_weights(
     rows = WhitenedRows(features, rank_tolerance)
     if 0 < len(rows.kept) == rows.rank:
         warnings.warn(
-            f"the {len(rows.kept)} rows of features are independent, so that all have the weight 1 and a choice by "
-            "them is uniform: give more rows than features",
+            f"the {len(rows.kept)} rows of features are linearly independent, so all have the weight 1 and a draw by "
+            "them is uniform: give more rows than columns",
             stacklevel=2,
         )
     log_weight = torch.full(
@@ -84,7 +87,7 @@ def lewis_weights(
             log_form = _log_form(factor, block)
             residual = max(residual, float((log_form - 2 / p * log_weight[part]).abs().max()))
             log_weight[part] = (1 - share) * log_weight[part] + share * p / 2 * log_form
-            if p == 2:  # the form is the same whatever the weights: these are final
+            if p == 2:  # the weights are not on the right-hand side: these are final
                 continue
             block *= ((0.5 - 1 / p) * log_weight[part]).exp_()[:, None]
             gram.addmm_(block.T, block)
@@ -107,10 +110,11 @@ class LewisCertificate(NamedTuple):
     """How far weights can be from the Lewis weights.
 
     Attributes:
-        residual: the largest ``|log(q_i / w_i^(2/p))|`` with ``q_i = a_i^T (A^T W^(1 - 2/p) A)^+ a_i``.
-        factor: for ``p < 4`` the true weights are within this factor: ``exp(c residual)`` with ``c = 1`` up to
-            ``p = 2`` and ``c = p / (4 - p)`` above. From ``p = 4`` on ``c`` is the root of the rank, which bounds them
-            only up to a constant in the exponent.
+        residual: the largest ``|log(q_i / w_i^(2/p))|`` with ``q_i = a_i^T (A^T W^(1 - 2/p) A)^+ a_i``; 0 for the
+            Lewis weights themselves.
+        factor: for ``p < 4`` the given weights differ from the Lewis weights by at most this factor:
+            ``exp(c residual)`` with ``c = 1`` for ``p <= 2`` and ``c = p / (4 - p)`` above. For ``p >= 4``, ``c`` is
+            the square root of the rank, a bound only up to a constant in the exponent.
     """
 
     residual: float
@@ -120,16 +124,19 @@ class LewisCertificate(NamedTuple):
 def lewis_certificate(
     features: Tensor | np.ndarray, weights: Tensor | np.ndarray, p: float = 2.0, rank_tolerance: float | None = None
 ) -> LewisCertificate:
-    """What one pass over the features says of weights, wherever they are from.
+    """How far given weights are from the Lewis weights, from one pass over the features.
 
     Args:
-        features: ``[n, d]``.
-        weights: ``[n]``.
+        features: ``[n, d]``, any real dtype.
+        weights: ``[n]``, from ``lewis_weights`` or anywhere else.
         p: see ``lewis_weights``.
-        rank_tolerance: likewise.
+        rank_tolerance: see ``lewis_weights``.
+
+    Returns:
+        Two floats, both infinite if a weight of a row that is not 0 is 0 or not finite.
 
     Raises:
-        ValueError: as ``lewis_weights``, and for another number of weights.
+        ValueError: as ``lewis_weights``, and if there is not one weight for each row.
 
     Source: stability lemma of arXiv 2405.14121, simplified.
     """
@@ -137,7 +144,7 @@ def lewis_certificate(
     rows = WhitenedRows(features, rank_tolerance)
     weights = cpu_tensor(weights).double()
     if weights.shape != (rows.count,):
-        raise ValueError(f"weights must be [{rows.count}], one a row of features, got {list(weights.shape)}")
+        raise ValueError(f"weights must be [{rows.count}], one for each row of features, got {list(weights.shape)}")
     log_weight = weights[rows.kept].log()
     if not rows.rank:
         return LewisCertificate(0.0, 1.0)
@@ -151,24 +158,24 @@ def lewis_certificate(
 
 
 def max_lewis_weights(features: Sequence[Tensor | np.ndarray], p: float = 2.0, **kwargs: Any) -> Tensor:
-    """The largest ``lewis_weights`` of each sample in any of several representations; they sum to ``T``.
+    """For each sample the largest of its ``lewis_weights`` in the feature matrices of several networks.
 
     Args:
-        features: one ``[n, d_j]`` a network, of the same samples in the same order.
+        features: one ``[n, d_j]`` for each network, of the same samples in the same order.
         p: see ``lewis_weights``.
         kwargs: ``tolerance``, ``max_iterations``, ``rank_tolerance`` of ``lewis_weights``.
 
     Returns:
-        float64 ``[n]``.
+        float64 ``[n]``; their sum is ``T`` of the paper.
 
     Raises:
-        ValueError: as ``lewis_weights``, for no representation and for other numbers of samples.
+        ValueError: as ``lewis_weights``, for an empty list and for different numbers of rows.
 
     Source: arXiv 2405.14121, algorithm 1, step 1.
     """
     features = list(features)
     if not features:
-        raise ValueError("features must hold at least one matrix [n, d], got an empty list: give one a network")
+        raise ValueError("features must hold at least one matrix [n, d], got an empty list: give one for each network")
     counts = [len(one) for one in features]
     if len(set(counts)) > 1:
         raise ValueError(
@@ -184,10 +191,11 @@ class Draw(NamedTuple):
     """What ``draw_until`` drew.
 
     Attributes:
-        draws: int64 ``[m]``, in order, with all repeats; the last one is new.
-        distinct: int64 ``[budget]``, ascending.
-        loss_weight: float64 ``[budget]``, ``multiplicity / (m P)``: what ``|residual|^p`` of each counts, so that the
-            sum estimates that of all rows. (The scale of a row would be its p-th root.)
+        draws: int64 ``[m]``, the rows in the order of the draws, with all repeats; the last one is not drawn before.
+        distinct: int64 ``[budget]``, the different rows, ascending.
+        loss_weight: float64 ``[budget]``, ``multiplicity / (m P)`` with the probability ``P`` of each row: the factor
+            of its ``|residual|^p``, so that the sum over the drawn rows estimates the sum over all rows. (To scale the
+            row itself, take the p-th root.)
         multiplicity: int64 ``[budget]``, how often each of ``distinct`` was drawn.
     """
 
@@ -198,7 +206,7 @@ class Draw(NamedTuple):
 
     @property
     def order(self) -> Tensor:
-        """``distinct`` as positions in it, int64 ``[budget]``, in the order in which they were drawn first."""
+        """Positions in ``distinct``, int64 ``[budget]``, in the order in which the rows were first drawn."""
         _, first = np.unique(self.draws.numpy(), return_index=True)
         return torch.from_numpy(np.argsort(first, kind="stable"))
 
@@ -208,17 +216,17 @@ def draw_until(
     budget: int,
     uniforms: Tensor | np.ndarray | np.random.Generator | torch.Generator,
 ) -> Draw:
-    """Draw rows with replacement until ``budget`` different ones have come.
+    """Draw rows with replacement until ``budget`` different ones are drawn.
 
     Args:
         probability: ``[n]``, 0 or more; need not sum to 1.
-        budget: how many different rows.
-        uniforms: numbers in [0, 1), one a draw (row ``i`` is drawn where they fall between the sums of the
-            probabilities before and with it), or a generator of them, of which some may be drawn in vain.
+        budget: number of different rows.
+        uniforms: numbers in [0, 1), one for each draw, turned into rows by the cumulative sum of the probabilities; or
+            a generator, from which numbers are taken in blocks, so that the last ones may be unused.
 
     Raises:
-        ValueError: for a budget that is not above 0 or more than the rows that can be drawn, probabilities that are
-            negative, not finite or all 0, and too few uniforms.
+        ValueError: for a budget below 1 or above the number of rows with a probability above 0, probabilities that are
+            negative, not finite or all 0, and too few ``uniforms``.
 
     Source: arXiv 2405.14121, algorithm 1, steps 2 and 3.
     """
@@ -262,7 +270,7 @@ def _uniform_blocks(uniforms: Any, budget: int, most: int) -> Iterator[np.ndarra
                 yield uniforms.random(size)
             drawn += size
         raise ValueError(
-            f"budget={budget} different rows did not come in {drawn} draws, as some are rare: lower budget"
+            f"budget={budget} different rows were not reached in {drawn} draws, as some are rare: lower budget"
         )
     given = cpu_tensor(uniforms).double().numpy()
     if given.ndim != 1 or not ((given >= 0) & (given < 1)).all():
@@ -272,6 +280,6 @@ def _uniform_blocks(uniforms: Any, budget: int, most: int) -> Iterator[np.ndarra
 
 
 def _log_form(factor: Tensor, block: Tensor) -> Tensor:
-    """``log`` of the squared norms of ``block`` [b, r] after ``factor``, the Cholesky factor of the Gram matrix."""
+    """``log(x^T G^-1 x)`` of each row ``x`` of ``block`` ``[b, r]``; ``factor`` is the Cholesky factor of ``G``."""
     solved = torch.linalg.solve_triangular(factor, block.T, upper=False)
     return solved.square_().sum(0).clamp_(min=torch.finfo(solved.dtype).tiny).log_()

@@ -1,4 +1,4 @@
-"""One query for all networks at once: samples are drawn by the largest Lewis weight that they have in any of them."""
+"""The strategy ``lewis``: one query for several networks, drawn by the largest Lewis weight of each sample."""
 
 from __future__ import annotations
 
@@ -19,20 +19,24 @@ __all__ = ["Lewis"]
 
 
 class Lewis(Strategy):
-    """Draw with a probability proportional to the largest Lewis weight in any representation, until the budget is met.
+    """One query that serves several networks (Huang et al., ICLR 2024, arXiv 2405.14121).
 
-    It asks once, with all of the budget, before any of the labels is known. What is drawn comes in the order of the
-    draws, so that the first ones are a smaller query of the same kind; the score is the largest weight. With the loss
-    weights of the query the sum over what was drawn estimates that over the pool, for each of the networks:
+    Samples are drawn with a probability proportional to the largest Lewis weight that they have in the features of any
+    of the networks, until ``budget`` different ones are drawn. Samples that are unlike all others in the features of
+    one network are therefore likely to be in the query.
+
+    The whole budget goes into one query, before any label is known. The query is in the order of the draws, so its
+    first samples are a smaller query of the same kind; the score is the largest weight. Its loss weights make the sum
+    of the losses over the query an estimate of the sum over the pool, for each network: train with
     ``Classification(use_sampling_weights=True)``.
 
     Args:
-        p: of the loss ``|residual|^p`` that the draw is for.
-        bias: whether the linear layer on the features has a bias; then each representation has a column of ones.
+        p: exponent of the loss ``|residual|^p``, 1 or more.
+        bias: whether the linear layer on the features has a bias; if so, a column of ones is added to the features.
 
     Raises:
-        ValueError: for ``p`` below 1; in ``select`` for a budget of more than half of the pool, which would take very
-            many draws.
+        ValueError: for ``p`` below 1; in ``select`` for a budget of more than half of the samples that can be drawn,
+            which would take very many draws.
 
     Source: arXiv 2405.14121, algorithm 1.
     """
@@ -50,7 +54,9 @@ class Lewis(Strategy):
     ) -> Query:
         parts = representations_in(scores)
         if not parts:
-            raise ValueError(f"scores must hold 'feature', got {sorted(scores)}: let the task's features be tapped")
+            raise ValueError(
+                f"scores must hold 'feature', got {sorted(scores)}: let the task's pool_scores give the features"
+            )
         if self.bias:
             parts = [torch.cat([part, part.new_ones(len(part), 1)], 1) for part in parts]
         largest = max_lewis_weights(parts, self.p, tolerance=1e-6)

@@ -1,4 +1,4 @@
-"""LfOSA: buying what a detector of unknown classes takes for known.
+"""LfOSA: queries the samples that a detector of unknown classes is most certain to be of known classes.
 
 Kun-Peng Ning, Xun Zhao, Yu Li, Sheng-Jun Huang. Active Learning for Open-set Annotation. CVPR 2022, arXiv 2201.06758.
 """
@@ -33,22 +33,24 @@ def temperature_cross_entropy(
     known_temperature: float = 0.5,
     unknown_temperature: float = 0.5,
 ) -> Tensor:
-    """Mean cross-entropy of ``logits / T``, with a temperature of its own for samples of unknown classes.
+    """Cross-entropy of ``logits / T``, mean over the batch, with one ``T`` for known and one for unknown samples.
 
-    The gradient grows with ``1 / T``, and low temperatures drive the largest logits of known and unknown samples apart.
+    The gradient is scaled by ``1 / T``: low temperatures increase the difference between the largest logits of known
+    and of unknown samples, which ``known_posterior`` uses.
 
     Args:
         logits: ``[B, K + 1]``, the last one for unknown classes; half precision is computed in float32.
-        target: int64 ``[B]``, 0 to K; K is unknown.
+        target: int64 ``[B]``, 0 to K; K means unknown.
         num_known: K.
-        known_temperature: T of samples with a target below K, above 0.
-        unknown_temperature: T of those with target K, above 0.
+        known_temperature: T of samples with a target below K; above 0.
+        unknown_temperature: T of samples with target K; above 0.
 
     Returns:
         Scalar, float32 or float64.
 
     Raises:
-        ValueError: for a temperature that is not above 0, another number of logits, or a target out of range.
+        ValueError: for a temperature that is not above 0, a number of logits other than K + 1, or a target out of
+            range.
 
     Source: arXiv 2201.06758, loss of the detector.
     """
@@ -68,28 +70,30 @@ def known_posterior(
     variance_floor: float = 5e-4,
     monotone: bool = False,
 ) -> Tensor:
-    """How likely each sample of a pool is of a known class, by the size of its largest logit.
+    """The probability that each sample of a pool belongs to a known class, from the size of its largest logit.
 
-    The largest logits of the samples that are predicted as the same known class are taken for a mixture of two
-    Gaussians; the posterior of the one with the larger mean counts. Samples predicted unknown have 0. A sample that is
-    alone in its class has 1 if its logit is above the median of the classes' larger means, else 0.5.
+    For each known class, a mixture of two Gaussians is fitted to the largest logits of the samples predicted as that
+    class; the result is the posterior probability of the Gaussian with the larger mean. Samples predicted as unknown
+    get 0. If a class has one sample alone, it gets 1 if its logit is above the median of the other classes' larger
+    means, else 0.5.
 
-    A posterior need not rise with the logit: far below a narrow lower Gaussian a wide upper one wins again.
-    ``monotone`` sets it to 0 below the smaller mean; above the larger it may still fall.
+    The posterior need not increase with the logit: if the lower Gaussian is narrow and the upper one wide, the upper
+    one is likelier again far below. ``monotone`` sets the posterior to 0 below the smaller mean; above the larger mean
+    it may still decrease.
 
     Args:
-        logits: ``[N, K + 1]`` of the detector, as they are (no temperature), the last one for unknown classes.
+        logits: ``[N, K + 1]`` of the detector, without temperature; the last one is for unknown classes.
         num_known: K.
         max_iter: the most EM iterations.
-        tol: a class stops when its mean log-likelihood changes by less.
+        tol: EM for a class ends when its mean log-likelihood changes by less than this.
         variance_floor: added to each variance.
-        monotone: see above. The official code has no such thing.
+        monotone: see above; False as in the official code.
 
     Returns:
         float64 ``[N]``, on the CPU.
 
     Raises:
-        ValueError: for another number of logits, logits that are not finite, or a setting out of range.
+        ValueError: for a number of logits other than K + 1, logits that are not finite, or a setting out of range.
 
     Source: arXiv 2201.06758, active sampling; settings of the mixture are those of the official code.
     """
@@ -97,11 +101,13 @@ def known_posterior(
 
 
 class _Reading(NamedTuple):
-    """What the detector says of each sample.
+    """What ``known_posterior`` and the query need of each sample.
 
-    ``known`` bool ``[N]``: a known class is predicted. ``log_odds`` float64 ``[N]`` of the larger Gaussian, ``-inf``
-    where ``known`` is not. ``activation`` ``[N]``: the largest logit of a known class. ``unknown`` ``[N]``: the logit
-    of the others.
+    Attributes:
+        known: bool ``[N]``, whether a known class is predicted.
+        log_odds: float64 ``[N]``, log-odds of the Gaussian with the larger mean; ``-inf`` where ``known`` is False.
+        activation: ``[N]``, the largest logit of a known class.
+        unknown: ``[N]``, the logit for unknown classes.
     """
 
     known: Tensor
@@ -126,7 +132,11 @@ def _read(logits: Tensor, num_known: int, max_iter: int, tol: float, variance_fl
 
 
 def _log_odds(mixtures: Mixtures, value: Tensor, group: Tensor, monotone: bool) -> Tensor:
-    """Log-odds float64 ``[n]`` of the larger Gaussian of each value's group, and what stands for them without one."""
+    """Log-odds float64 ``[n]`` of the Gaussian with the larger mean in each value's group.
+
+    A group without a mixture (one sample) has infinite ones if its logit is above the median of the larger means of
+    all groups, else 0.
+    """
     log_odds = mixtures.log_odds(value, group)
     if monotone:
         low, high = mixtures.mean.T
@@ -146,31 +156,36 @@ def _check_width(logits: Tensor, num_known: int) -> None:
 
 
 class LfOSA(SequentialTrainingTask):
-    """LfOSA (Ning et al., CVPR 2022, arXiv 2201.06758): buys what a detector of unknown classes is sure to know.
+    """LfOSA (Ning et al., CVPR 2022, arXiv 2201.06758): queries samples that are most probably of known classes.
 
-    Two networks, in turn within each epoch: the detector, with one more logit for unknown classes, learns from all
-    answers by ``temperature_cross_entropy``; the classifier learns from the known ones by cross-entropy and is what is
-    reported. The samples with the largest ``known_posterior`` are bought, over all classes together. Equal ones are
-    ordered by its log-odds, which never saturate, by the largest logit, and by index. When all that are predicted
-    known are bought, the rest are those with the smallest lead of the unknown logit.
+    A pool of collected images holds many of unwanted classes. LfOSA trains a detector, which has one more logit for
+    unknown classes, on all answers, and queries the samples whose largest logit looks like that of a known class. A
+    second network, the classifier, learns the labelled samples of known classes; it is the one that is reported.
 
-    Logged besides what ``Task`` says: ``train/detector_loss`` and ``train/detector_acc`` over all answers. Several
-    processes: see ``SequentialTrainingTask``; the choice is made from the gathered logits.
+    The detector's loss is ``temperature_cross_entropy``, the classifier's cross-entropy; the two are trained in turn
+    within each epoch. The query takes the samples with the largest ``known_posterior`` over all classes together. They
+    are ordered by its log-odds, which still differ where the posterior is rounded to 1, then by the largest logit, then
+    by index. Samples predicted as unknown come last, ordered by how little the unknown logit exceeds the largest
+    logit of a known class.
+
+    Logged in addition to ``Task``: ``train/detector_loss`` and ``train/detector_acc`` over all answers. Several
+    processes: see ``SequentialTrainingTask``; the query is chosen from the gathered logits.
 
     Args:
-        network: a network's name, or an ``nn.Module`` with ``K`` logits, whose copy with a new classifier is the
-            detector.
-        num_classes: number of known classes ``K``.
+        network: a network's name (``lightning-kd list``), or an ``nn.Module`` with ``K`` logits, whose copy with a new
+            classifier is the detector.
+        num_classes: number of known classes ``K``. From the command line it comes from the data module.
         input_shape: see ``Task``.
-        known_temperature: of known samples in the detector's loss.
-        unknown_temperature: of unknown ones. (The official code's own default is 2; paper and README use 0.5.)
+        known_temperature: temperature of known samples in the detector's loss.
+        unknown_temperature: temperature of unknown samples. (2 by default in the official code; its README and the
+            paper use 0.5.)
         max_iter: the most EM iterations.
-        tol: where EM stops.
+        tol: EM ends when the mean log-likelihood changes by less than this.
         variance_floor: added to the variances.
         monotone: see ``known_posterior``.
-        bottleneck_dim: put a linear layer of this width before the classifier of both networks; 2 is what the official
-            code does. Default: none.
-        classifier: module path of the network's classifier, where it is not the last ``nn.Linear``.
+        bottleneck_dim: insert a linear layer of this width before the classifier of both networks; the official code
+            does so with 2. Default: no such layer.
+        classifier: module path of the network's classifier. Default: the last ``nn.Linear``.
         kwargs: ``warm_start`` of ``PoolTask``, and ``optimizer``, ``lr_scheduler``, ``lr_interval``,
             ``channels_last``, ``compile`` of ``Task``.
 
@@ -223,7 +238,7 @@ class LfOSA(SequentialTrainingTask):
         return {"network": self.network, "detector": self.detector}
 
     def detector_logits(self, image: Tensor) -> Tensor:
-        """``[B, K + 1]``, float32 or wider, without temperature."""
+        """The detector's logits ``[B, K + 1]``, float32 or wider, not divided by a temperature."""
         output = self.detector(self.format_image(image))
         (logits,) = at_least_float32(class_logits(self.detector, output, self.num_classes + 1))
         return logits
@@ -255,7 +270,7 @@ class LfOSA(SequentialTrainingTask):
         self, scores: Mapping[str, Tensor], pool: PoolView, budget: int, generator: np.random.Generator
     ) -> Query:
         read = _read(scores["detector_logits"], pool.num_known, **self.mixture)
-        # among those predicted unknown the odds are all 0, and the lead of the unknown logit decides
+        # all samples predicted unknown have log-odds -inf: order them by the difference of the two largest logits
         second = torch.where(read.known, read.activation, read.activation - read.unknown)
         chosen = take_best(read.known, pool, budget, read.log_odds, second).index
         position = np.searchsorted(pool.unlabelled, chosen)
@@ -263,7 +278,7 @@ class LfOSA(SequentialTrainingTask):
 
 
 def add_bottleneck(network: nn.Module, width: int, classifier: str | None = None) -> None:
-    """Put a linear layer with ``width`` outputs before the classifier, which is made anew."""
+    """Insert a linear layer with ``width`` outputs before the classifier, which gets new weights."""
     path, old = find_classifier(network, classifier)
     parent, _, name = path.rpartition(".")
     layers = nn.Sequential(nn.Linear(old.in_features, width), nn.Linear(width, old.out_features))

@@ -1,4 +1,4 @@
-"""One classifier of the known classes, and any strategy that chooses by what it gives."""
+"""Active learning with one classifier and a query strategy of the user's choice."""
 
 from __future__ import annotations
 
@@ -21,39 +21,42 @@ from lightning_kd.pool import PoolView, Query
 
 __all__ = ["PoolClassifier"]
 
-BY_FEATURES = ("lewis", "k_center", "random")  # of one or several networks; the last one to compare with
+# strategies that take feature_networks; random ignores them, so that a comparison needs to change its name alone
+BY_FEATURES = ("lewis", "k_center", "random")
 
 
 class PoolClassifier(PoolTask, FineTunedTask):
-    """Train one network with cross-entropy on the labelled samples of known classes; a strategy chooses.
+    """Active learning with one classifier: cross-entropy on the labelled samples, and a strategy that makes the query.
 
-    What was asked for and belongs to no known class leaves the pool and is used for nothing.
+    Use it for the classic strategies (random, least confidence, margin, entropy, certainty, k-center, BADGE, Lewis
+    weights) or for a ``Strategy`` of your own. The network learns the labelled samples of known classes. Samples whose
+    answer is "unknown" leave the pool and are not trained on.
 
-    ``predict_step`` gives ``logits`` (float32 ``[B, K]``) beside the probabilities and, where the strategy needs it,
-    ``feature`` (``[B, D]``, float32 or wider), the input of the classifier.
+    ``predict_step`` gives ``logits`` (float32 ``[B, K]``) besides the probabilities and, if the strategy needs it,
+    ``feature`` (``[B, D]``, float32 or wider), the input of the network's classifier.
 
-    Several processes: nothing but gradients is shared.
+    Several processes: ordinary DDP; the strategy sees the gathered scores of the whole pool.
 
     Args:
         network: a network's name (``lightning-kd list``) or any ``nn.Module`` that gives logits ``[B, K]``.
-        num_classes: see ``PoolTask``.
+        num_classes: number of known classes ``K``. From the command line it comes from the data module.
         input_shape: see ``Task``.
         strategy: ``"random"``, ``"least_confidence"``, ``"margin"``, ``"entropy"``, ``"certainty"``, ``"k_center"``,
-            ``"badge"``, ``"lewis"``, or a ``Strategy``. The latter is not in checkpoints: give it again to
-            ``load_from_checkpoint``.
+            ``"badge"``, ``"lewis"``, or a ``Strategy`` object. An object is not stored in checkpoints: give it to
+            ``load_from_checkpoint`` again.
         weights: checkpoint or ``state_dict`` file to start from; ``"default"`` for the published weights of a ``timm/``
             or ``torchvision/`` network. Default: train from scratch.
-        classifier: module path of the layer whose input is the feature, where it is not the last ``nn.Linear``.
-        feature_networks: the networks whose features ``"lewis"`` and ``"k_center"`` choose by, in place of those of
-            ``network``: checkpoints of ``lightning-kd fit``, or files of features, an ``.npy`` ``[N, D]`` for the full
-            training array or an ``.npz`` with ``feature`` ``[n, D]`` and ``index`` ``[n]``. They are read when a fit or
-            a query begins.
+        classifier: module path of the layer whose input is the feature. Default: the last ``nn.Linear``.
+        feature_networks: files whose features ``"lewis"`` and ``"k_center"`` use instead of those of ``network``:
+            checkpoints of ``lightning-kd fit``, or stored features, an ``.npy`` ``[N, D]`` for the full training array
+            or an ``.npz`` with ``feature`` ``[n, D]`` and ``index`` ``[n]``. They are read at the start of a fit or a
+            query.
         kwargs: ``new_classifier``, ``freeze``, ``backbone_lr`` of ``FineTunedTask``; ``warm_start`` of ``PoolTask``;
             ``optimizer`` (default: that of ``Task``, with weights that of ``optimizer_for``), ``lr_scheduler``,
             ``lr_interval``, ``channels_last``, ``compile`` of ``Task``.
 
     Raises:
-        ValueError: for a strategy of another name, and for ``feature_networks`` with one that has no use for them.
+        ValueError: for an unknown strategy name, and for ``feature_networks`` with a strategy that cannot use them.
     """
 
     plain_default = True
@@ -103,13 +106,14 @@ class PoolClassifier(PoolTask, FineTunedTask):
 
     def setup(self, stage: str) -> None:
         super().setup(stage)
-        # before a training, too, so that what is wrong with them is told first
+        # at the start of a fit too, so that a wrong file is reported before the training
         scored = (stage == "predict" and self.predicts_pool) or (stage == "fit" and self.choice_follows)
         wanted = self.strategy.needs_features and scored
         if self.feature_networks and wanted and not self._representations:
             if self.pool.score_with_train_augmentation:
                 raise ValueError(
-                    "feature_networks are for samples as they are, got score_with_train_augmentation=True: leave it out"
+                    "feature_networks need images without augmentation, got score_with_train_augmentation=True: leave "
+                    "it out"
                 )
             self._representations = [open_representation(path, self.pool) for path in self.feature_networks]
 

@@ -1,4 +1,4 @@
-"""What the methods for open-set active learning share: a pool, scores for it, and a choice."""
+"""The base class of the methods for open-set active learning: a pool, scores of its samples, and a query."""
 
 from __future__ import annotations
 
@@ -19,25 +19,25 @@ __all__ = ["PoolTask"]
 
 
 class PoolTask(Task, ABC):
-    """A method that trains on the labelled part of a pool and says what to label next.
+    """A method that trains on the labelled part of a pool and chooses which samples to label next.
 
-    One ``fit`` is one round. ``main_network`` is what is tested and reported, on known classes only.
+    One ``fit`` is one round. ``main_network`` is the network that is tested and reported, on known classes only.
 
-    A subclass implements ``training_step``, ``select`` and, where the choice needs more than the probabilities of
-    ``answer``, ``pool_scores``.
+    A subclass implements ``training_step``, ``select`` and, if ``select`` needs more than probabilities,
+    ``pool_scores``.
 
     Args:
         num_classes: number of known classes ``K``. From the command line it comes from the data module.
         input_shape: see ``Task``.
-        warm_start: in ``lightning-kd active``, start each round from the weights that the one before ended with. By
-            default every round starts from fresh weights.
+        warm_start: in ``lightning-kd active``, start each round from the last weights of the round before. Default:
+            every round starts from new weights.
         kwargs: ``optimizer``, ``lr_scheduler``, ``lr_interval``, ``channels_last``, ``compile`` of ``Task``.
     """
 
-    #: whether a choice comes after the training; not in the last round of ``run_rounds``, where what only serves the
-    #: choice need not be trained
+    #: whether a query follows the training. False in the last round of ``run_rounds``: networks that only serve the
+    #: query need not be trained then
     choice_follows = True
-    #: the pool's scores are read by the query, not written
+    #: outputs of ``predict_step`` that go into ``predictions.csv``; the scores are for the query alone
     written_outputs = ("prediction", "probabilities")
 
     def __init__(
@@ -53,7 +53,7 @@ class PoolTask(Task, ABC):
 
     @property
     def strategy_name(self) -> str:
-        """What the record of a pool calls the choice."""
+        """Name of the strategy in ``pool.json``; default: the name of the class."""
         return type(self).__name__
 
     @property
@@ -61,7 +61,7 @@ class PoolTask(Task, ABC):
         """The ``OpenSetDataModule`` that the task trains on.
 
         Raises:
-            ValueError: if it is another data module, or none.
+            ValueError: if the Trainer has another data module, or none.
         """
         data = getattr(self.trainer, "datamodule", None)
         if not hasattr(data, "unknown_indices"):
@@ -72,9 +72,12 @@ class PoolTask(Task, ABC):
         return data
 
     def build_for(self, network: str | nn.Module, outputs: int, classifier: str | None = None) -> nn.Module:
-        """One more network like ``network``, with ``outputs`` logits: by name, or a copy with a new classifier.
+        """Another network of the same architecture with ``outputs`` logits.
 
-        ``classifier`` is the module path of the old one where it is not the last ``nn.Linear``.
+        Args:
+            network: a network's name, from which one is built; or a module, which is copied with a new classifier.
+            outputs: number of logits.
+            classifier: module path of the module's classifier. Default: the last ``nn.Linear``.
         """
         if isinstance(network, str):
             return self.build(network, outputs=outputs)
@@ -86,7 +89,7 @@ class PoolTask(Task, ABC):
 
     @property
     def predicts_pool(self) -> bool:
-        """Whether what is predicted is the pool, or a loader without a data module; new samples have no place in it."""
+        """Whether ``trainer.predict`` runs over the pool, or a loader without a data module; False for new images."""
         data = getattr(self._trainer, "datamodule", None)
         return data is None or hasattr(data, "unknown_indices")
 
@@ -94,37 +97,37 @@ class PoolTask(Task, ABC):
         target = super().training_target(batch)
         if target is None:
             return None
-        # K is a queried unknown; -1 is unlabelled, from which BUAL learns without its label
+        # neither K (answered "unknown") nor -1 (unlabelled, as in BUAL's subset) is a class out of range
         return target.where((target != self.num_classes) & (target != -1), 0)
 
     # -- scoring and choosing ----------------------------------------------------------------------------------------
 
     @property
     def needs_labelled(self) -> bool:
-        """Whether the choice needs the labelled samples' scores too."""
+        """Whether ``select`` also needs the scores of the labelled samples of known classes."""
         return False
 
     @property
     def asks_once(self) -> bool:
-        """Whether all of the budget goes into one query, so that a second one is refused."""
+        """Whether the whole budget goes into one query, so that a second query is refused."""
         return False
 
     def pool_scores(self, image: Tensor, index: Tensor | None) -> tuple[Tensor, dict[str, Tensor]]:
-        """What the choice needs of some samples, in eval mode and without gradient.
+        """What ``select`` needs of a batch of samples; called in eval mode and without gradient.
 
         Args:
             image: ``[B, C, H, W]`` or ``[B, D]``.
-            index: int64 ``[B]``, positions in the full training array.
+            index: int64 ``[B]``, positions in the full training array, or ``None``.
 
         Returns:
-            ``(probabilities, scores)``: float32 ``[B, K]`` over the known classes, and tensors by name, first
-            dimension ``B``.
+            ``(probabilities, scores)``: float32 ``[B, K]`` over the known classes, and a dict of tensors whose first
+            dimension is ``B``.
         """
         return self.scores_and_probabilities(image)[1], {}
 
     def predict_step(self, batch: Any, batch_idx: int) -> dict[str, Tensor]:
-        """``prediction``, ``probabilities`` and, where the batch has it, ``index``, as ``Task`` gives them, and the
-        ``pool_scores``; of samples that are in no pool those alone that ``Task`` gives."""
+        """The outputs of ``Task`` (``prediction``, ``probabilities`` and, if the batch has it, ``index``) and, for
+        samples of the pool, the ``pool_scores``."""
         if not self.predicts_pool:
             return super().predict_step(batch, batch_idx)
         batch = as_batch(batch)
@@ -136,11 +139,14 @@ class PoolTask(Task, ABC):
     def select(
         self, scores: Mapping[str, Tensor], pool: PoolView, budget: int, generator: np.random.Generator
     ) -> Query | Tensor | np.ndarray:
-        """The samples to label next, as ``Strategy.select`` says.
+        """Choose the samples to label next, see ``Strategy.select``.
 
         Args:
-            scores: what ``predict_step`` gave for ``pool.unlabelled``, gathered and sorted by index, on the CPU.
+            scores: the outputs of ``predict_step`` for ``pool.unlabelled``, gathered and sorted by index, on the CPU.
             pool: what is known of the pool.
-            budget: how many.
+            budget: number of samples to choose.
             generator: the only source of random numbers.
+
+        Returns:
+            A ``Query``, or the indices alone, int64 ``[budget]``, the best first.
         """

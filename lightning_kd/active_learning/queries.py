@@ -1,4 +1,4 @@
-"""Queries: the choice of what to label next, what is noted of it, and the file that a person fills in."""
+"""Queries: choosing what to label next, recording it, and writing the file that a person fills in."""
 
 from __future__ import annotations
 
@@ -25,19 +25,21 @@ __all__ = ["select_query", "write_query"]
 def select_query(
     trainer: L.Trainer, task: PoolTask, data: Any, ckpt_path: str | None = None
 ) -> tuple[Query, dict[int, int]]:
-    """Score the pool by ``trainer.predict`` and let the task choose; the same on every process.
+    """Compute the scores of the pool by ``trainer.predict`` and let ``task.select`` choose a query.
+
+    The result is the same on every process.
 
     Args:
-        trainer: one that has ended its fit, or a fresh one.
-        task: chooses.
+        trainer: a Trainer whose fit has ended, or a new one.
+        task: the method that chooses.
         data: an ``OpenSetDataModule``.
-        ckpt_path: weights to score with; by default those of ``task`` as it is.
+        ckpt_path: checkpoint with the weights that compute the scores. Default: the current weights of ``task``.
 
     Returns:
-        The query, and the predicted class of each sample in it by index.
+        ``(query, predicted)``: the query, and the predicted class (0 to K-1) of each of its samples by index.
 
     Raises:
-        ValueError: where the choice is not ``budget`` or fewer different samples out of the pool.
+        ValueError: if ``select`` returns anything but 1 to ``budget`` different samples of the pool.
     """
     recorders = [c for c in trainer.callbacks if isinstance(c, RunRecorder)]  # type: ignore[attr-defined]
     for recorder in recorders:
@@ -94,18 +96,28 @@ def _check_choice(chosen: Any, pool: np.ndarray, budget: int, strategy: str) -> 
 
 
 def write_query(trainer: L.Trainer, task: PoolTask, data: Any, folder: Path, ckpt_path: str | None = None) -> Path:
-    """Choose what to label next, note it in ``pool.json`` and write ``query_ROUND.csv`` for a person.
+    """Choose a query, record it in ``pool.json`` and write ``query_ROUND.csv`` for a person to fill in.
 
-    The file has the columns ``index``, ``path`` where there is one, ``score``, ``loss_weight`` where the strategy gives
-    one, ``predicted`` and an empty ``label``, the best first. Names that a spreadsheet would take for formulas have an
-    apostrophe before them, see ``lightning_kd.spreadsheet``. ``query_ROUND.html`` shows the same with pictures, to
-    choose by mouse or keys, where the samples are images; it saves such a file.
+    The file has the columns ``index``, ``path`` if the samples have one, ``score``, ``loss_weight`` if the strategy
+    gives one, ``predicted`` and an empty ``label``; the best samples first. Names that a spreadsheet would take for
+    formulas have an apostrophe before them, see ``lightning_kd.spreadsheet``. If the samples are images,
+    ``query_ROUND.html`` shows them; a person chooses labels there by mouse or keys, and the page saves the same CSV.
 
-    What is still open of earlier queries is asked for again, after the new samples.
+    Samples of earlier queries that have no answer yet come again, after the new ones.
+
+    Args:
+        trainer: see ``select_query``, as ``task``, ``data`` and ``ckpt_path``.
+        task: likewise.
+        data: likewise.
+        folder: the run folder.
+        ckpt_path: likewise.
+
+    Returns:
+        The path of the CSV file.
 
     Raises:
-        ValueError: where nobody has answered anything of the latest query, nothing else is left in the pool, or a
-            strategy that asks once has asked.
+        ValueError: if the latest query has no answer at all, if every sample left in the pool waits for an answer, or
+            if a strategy with ``asks_once`` has made its query.
     """
     data.setup("predict")
     file = folder / "pool.json"
@@ -113,7 +125,7 @@ def write_query(trainer: L.Trainer, task: PoolTask, data: Any, folder: Path, ckp
     data.set_record(record)
     if _waits(record):
         path = folder / f"query_{record.round - 1:02d}.csv"
-        if not path.is_file():  # it broke between the record and this file
+        if not path.is_file():  # an earlier command stopped after saving the record, before writing this file
             if trainer.is_global_zero:
                 record.save()
                 _write_files(path, _to_ask(record), data)
@@ -125,14 +137,14 @@ def write_query(trainer: L.Trainer, task: PoolTask, data: Any, folder: Path, ckp
     weighed = sum("loss_weight" in row for row in record.queries)
     if task.asks_once and weighed:
         raise ValueError(
-            f"{task.strategy_name} asks once, with all of the budget, and {file} holds its query of {weighed} samples: "
-            "train on those, or name another --run folder"
+            f"{task.strategy_name} makes one query, with the whole budget, and {file} holds that query of {weighed} "
+            "samples: train on those, or name another --run folder"
         )
     asked = _open_indices(data)
     if len(asked) and not len(np.setdiff1d(data.unlabelled_indices, asked)):
         raise ValueError(
-            f"all {len(asked)} samples that are left in the pool wait for an answer: see the column answer of {file}, "
-            "and run lightning-kd label with the files of those queries"
+            f"all {len(asked)} samples that are left in the pool wait for an answer: find their queries in {file}, "
+            "where answer is null, and run lightning-kd label with the files of those queries"
         )
     query, predicted = select_query(trainer, task, data, ckpt_path)
     number = record.round
@@ -147,24 +159,24 @@ def write_query(trainer: L.Trainer, task: PoolTask, data: Any, folder: Path, ckp
 
 
 def _to_ask(record: PoolRecord) -> list[dict[str, Any]]:
-    """The entries that a person is asked for, the latest query first, without those whose file is gone."""
+    """The entries without an answer, the latest query first; not those whose image file is gone."""
     return sorted((row for row in record.pending if row["index"] >= 0), key=lambda row: -row["round"])
 
 
 def _waits(record: PoolRecord) -> bool:
-    """Whether nothing of the latest query has been answered, that could be."""
+    """Whether the latest query has no answer at all, though a sample of it is still there."""
     latest = [row for row in record.queries if row["round"] == record.round - 1]
     return all(row["answer"] is None for row in latest) and any(row["index"] >= 0 for row in latest)
 
 
 def _open_indices(data: Any) -> np.ndarray:
-    """Positions that were asked for, and are not answered yet."""
+    """Positions of the samples that were queried and have no answer yet."""
     rows = [] if data.record is None else _to_ask(data.record)
     return np.array([row["index"] for row in rows], dtype=np.int64)
 
 
 def start_result(task: PoolTask, data: Any, number: int) -> dict[str, Any]:
-    """What is noted of round ``number`` before anything is reached in it."""
+    """The first entries of the result of round ``number``: strategy, seed, and the sizes of the pool's parts."""
     return {
         "round": number,
         "strategy": task.strategy_name,
@@ -176,7 +188,7 @@ def start_result(task: PoolTask, data: Any, number: int) -> dict[str, Any]:
 
 
 def add_query(record: PoolRecord, data: Any, query: Query, predicted: dict[int, int]) -> None:
-    """Note a query, and what was predicted, in ``record``."""
+    """Add a query and the predicted classes of its samples to ``record``."""
     indices = query.index.tolist()
     paths = [data.path_of(i) for i in indices]
     names = [data.class_names[predicted[i]] for i in indices]
@@ -184,7 +196,10 @@ def add_query(record: PoolRecord, data: Any, query: Query, predicted: dict[int, 
 
 
 def _write_files(path: Path, rows: list[dict[str, Any]], data: Any) -> None:
-    """The CSV ``path`` for the entries ``rows`` of a record, after the page, as it tells that all is there."""
+    """Write the page and then the CSV ``path`` for the entries ``rows`` of a record.
+
+    The CSV comes last because its presence means that the query is complete.
+    """
     names: list[str] = [name for name in ("index", "path", "score", "loss_weight", "predicted") if name in rows[0]]
     cells = []
     for row in rows:
@@ -221,6 +236,6 @@ def _page(file_name: str, names: list[str], cells: list[list[Any]], data: Any) -
 
 
 def wait_for_all() -> None:
-    """Until every process is here; before the first Trainer has started the others, there is nobody to wait for."""
+    """Wait until every process has come to this line; do nothing where no other processes were started."""
     if dist.is_available() and dist.is_initialized():
         dist.barrier()

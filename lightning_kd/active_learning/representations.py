@@ -1,4 +1,4 @@
-"""Features of the samples of a pool by several networks, from files or by the networks of checkpoints."""
+"""Features of a pool's samples by several networks, read from files or computed by the networks of checkpoints."""
 
 from __future__ import annotations
 
@@ -23,22 +23,24 @@ REMEDY = "give a checkpoint of lightning-kd fit, or a file of features"
 
 
 def representations_in(scores: Mapping[str, Tensor]) -> list[Tensor]:
-    """The features in the scores of a pool, ``[U, D_j]`` each: ``feature_0``, ``feature_1`` and so on where there are
-    any, else the one ``feature``, else none."""
+    """The feature matrices among the scores of a pool, ``[U, D_j]`` each.
+
+    These are ``feature_0``, ``feature_1``, ... if there are any, else ``feature`` alone, else an empty list.
+    """
     several = [scores[f"feature_{k}"] for k in range(sum(name.startswith("feature_") for name in scores))]
     return several or [scores[name] for name in ("feature",) if name in scores]
 
 
 def open_representation(path: str, data: Any) -> Any:
-    """What gives the features of one entry of ``feature_networks``.
+    """A function from ``(image, index)`` of a batch to its features ``[B, D]``, for one entry of ``feature_networks``.
 
     Args:
-        path: an ``.npy`` or ``.npz`` of features, or a checkpoint of ``lightning-kd fit``.
-        data: the ``OpenSetDataModule`` whose samples they are of.
+        path: an ``.npy`` or ``.npz`` file of features, or a checkpoint of ``lightning-kd fit``.
+        data: the ``OpenSetDataModule`` of the samples.
 
     Raises:
-        FileNotFoundError: where there is no such file.
-        ValueError: where it is damaged, or does not go with the data.
+        FileNotFoundError: if there is no such file.
+        ValueError: if it is damaged, or does not fit the data.
     """
     if Path(path).suffix in (".npy", ".npz"):
         return StoredFeatures(path, len(data.train_target))
@@ -46,16 +48,16 @@ def open_representation(path: str, data: Any) -> Any:
 
 
 class StoredFeatures:
-    """Features in a file, looked up by the index of each sample.
+    """Features stored in a file, looked up by the index of each sample.
 
     Args:
-        path: an ``.npy`` ``[N, D]``, or an ``.npz`` with ``feature`` ``[n, D]`` and, where that is in another order or
-            of some samples alone, ``index`` int ``[n]``: positions in the full training array.
-        count: ``N``, the samples of the full training array.
+        path: an ``.npy`` ``[N, D]``, or an ``.npz`` with ``feature`` ``[n, D]`` and, if the rows are in another order
+            or of some samples only, ``index`` int ``[n]``: positions in the full training array.
+        count: ``N``, number of samples in the full training array.
 
     Raises:
-        FileNotFoundError: where there is no such file.
-        ValueError: where it is damaged, or its arrays are of other shapes.
+        FileNotFoundError: if there is no such file.
+        ValueError: if it is damaged, or its arrays have wrong shapes.
     """
 
     def __init__(self, path: str, count: int) -> None:
@@ -72,7 +74,9 @@ class StoredFeatures:
         feature = arrays.get("feature")
         if feature is None or feature.ndim != 2 or feature.dtype.kind not in "fiu":
             got = f"the arrays {sorted(arrays)}" if feature is None else f"{feature.dtype} {list(feature.shape)}"
-            raise ValueError(f"feature_networks: {path!r} must hold feature [n, D], got {got}: save one row a sample")
+            raise ValueError(
+                f"feature_networks: {path!r} must hold feature [n, D], got {got}: save one row for each sample"
+            )
         index = arrays.get("index", np.arange(len(feature)))
         if "index" not in arrays and len(feature) != count:
             raise ValueError(
@@ -92,26 +96,30 @@ class StoredFeatures:
     def __call__(self, image: Tensor, index: Tensor | None) -> Tensor:
         """The rows ``[B, D]`` of the samples ``index``."""
         if index is None:
-            raise ValueError(f"feature_networks: {self.path!r} needs batches with an index: use a data module of ours")
+            raise ValueError(
+                f"feature_networks: {self.path!r} needs batches with an index, got one without: use a data module of "
+                "lightning_kd"
+            )
         row = self.row[index.cpu()]
         if bool((row < 0).any()):
             missing = int(index.cpu()[row < 0][0])
-            raise ValueError(f"feature_networks: {self.path!r} has no row for sample {missing}: extract it too")
+            raise ValueError(f"feature_networks: {self.path!r} has no row for sample {missing}: add its features")
         return self.feature[row]
 
 
 class CheckpointFeatures:
-    """The input of the classifier of a trained network, in eval mode and float32 whatever the run computes in.
+    """Features computed by the network of a checkpoint: the input of its classifier.
 
-    Where its run normalised images otherwise than the data here, it gets them as it knows them.
+    The network runs in eval mode and in float32, whatever the precision of the Trainer. If its own run normalised
+    images with another mean and std than the data here, images are converted to that normalisation first.
 
     Args:
-        path: the checkpoint of a task whose network has a name.
+        path: the checkpoint of a task whose network was given by name.
         data: see ``open_representation``.
 
     Raises:
-        FileNotFoundError: where there is no such file.
-        ValueError: where it names no network, or one for inputs of another shape.
+        FileNotFoundError: if there is no such file.
+        ValueError: if the checkpoint names no network, or one for inputs of another shape.
     """
 
     def __init__(self, path: str, data: Any) -> None:
@@ -131,7 +139,7 @@ class CheckpointFeatures:
                 f"feature_networks: the network of {path!r} takes inputs {shape}, the data has "
                 f"{tuple(data.input_shape)}: give one that was trained on such data"
             )
-        with torch.random.fork_rng(devices=[]):  # the weights it is built with are not kept
+        with torch.random.fork_rng(devices=[]):  # leaves the random state as it was; the initial weights are replaced
             self.network = network_for(name, arguments["num_classes"], shape)
         self.tap = penultimate_tap(self.network)[0]
         load_weights(self.network, path)
@@ -144,7 +152,7 @@ class CheckpointFeatures:
 
     @torch.no_grad()
     def __call__(self, image: Tensor, index: Tensor | None) -> Tensor:
-        """The features ``[B, D]`` of images as the data gives them."""
+        """The features ``[B, D]``, float32, of images ``[B, C, H, W]`` with the normalisation of the data."""
         shape = (-1, *[1] * (image.ndim - 2))
         with torch.autocast(image.device.type, enabled=False), no_tf32():
             image = image.float()
@@ -155,11 +163,15 @@ class CheckpointFeatures:
 
 
 def joined(parts: Sequence[Tensor], like: Sequence[Tensor]) -> Tensor:
-    """Several representations side by side, so that each has the same share in squared distances.
+    """Several feature matrices side by side, scaled so that each has the same weight in squared distances.
 
     Args:
-        parts: ``[U, D_j]`` each.
-        like: those whose mean squared distance from their mean becomes 1; the scale is taken from them.
+        parts: ``[U, D_j]`` each; a single one is returned as it is.
+        like: matrices ``[V, D_j]`` from which the scales are computed: scaled, their mean squared distance from their
+            mean is 1.
+
+    Returns:
+        float64 ``[U, D_1 + D_2 + ...]``.
     """
     if len(parts) == 1:
         return parts[0]

@@ -1,4 +1,4 @@
-"""Linear regression on the p-th power of the residuals, for samples that count differently."""
+"""Linear regression with the loss ``|residual|^p`` and a weight for each sample."""
 
 from __future__ import annotations
 
@@ -18,15 +18,15 @@ def lp_regression(
 ) -> Tensor:
     """The ``theta`` with the smallest ``sum_i weights_i |features_i theta - target_i|^p``.
 
-    By least squares for ``p = 2``, else by Newton's method on ``(r^2 + e^2)^(p/2)`` with an ``e`` that goes to 1e-10 of
-    the residuals. Among several solutions for features of deficient rank, the shortest. There is no constraint, as in
-    the paper's experiments.
+    It is found by least squares for ``p = 2``, otherwise by Newton's method on ``(r^2 + e^2)^(p/2)``, where ``e``
+    decreases to 1e-10 of the largest residual. If the features do not have full rank, it is the solution with the
+    smallest norm. ``theta`` is not constrained, as in the experiments of arXiv 2405.14121.
 
     Args:
-        features: ``[n, d]``.
+        features: ``[n, d]``, any real dtype.
         target: ``[n]``, or ``[n, k]`` for ``k`` regressions.
         weights: ``[n]``, 0 or more: loss weights as in ``Draw``. Default: 1.
-        p: 1 or more.
+        p: exponent, 1 or more.
 
     Returns:
         float64 ``[d]`` or ``[d, k]``.
@@ -57,7 +57,7 @@ def lp_regression(
 
 
 def _smallest_sum(basis: Tensor, target: Tensor, p: float) -> Tensor:
-    """The ``z`` [r] with the smallest ``sum |basis z - target|^p``, where the columns of ``basis`` are orthonormal."""
+    """The ``z`` ``[r]`` with the smallest ``sum |basis z - target|^p``; the columns of ``basis`` are orthonormal."""
     z = basis.T @ target
     spread = float((basis @ z - target).abs().max()) if len(target) else 0.0
     if p == 2 or spread <= 1e-14 * float(target.abs().max()) or not len(z):

@@ -1,4 +1,4 @@
-"""The files that rounds leave, to be removed, unless a person was asked anything in there."""
+"""Removing the files that earlier rounds of ``lightning-kd active`` wrote; queries to a person are never removed."""
 
 from __future__ import annotations
 
@@ -13,52 +13,56 @@ __all__ = ["asked_by_hand", "files_of_rounds", "remove_round"]
 
 
 def asked_by_hand(record: PoolRecord) -> bool:
-    """Whether some of its questions were for a person."""
-    ours = {row["round"] for row in record.results if "final" in row}
-    return any(row["by"] == "person" or row["round"] not in ours for row in record.queries)
+    """Whether ``record`` has a query that a person answers: one that ``run_rounds`` did not make for the oracle."""
+    by_oracle = {row["round"] for row in record.results if "final" in row}
+    return any(row["by"] == "person" or row["round"] not in by_oracle for row in record.queries)
 
 
 def files_of_rounds(folder: Path) -> list[Path]:
-    """What ``run_rounds`` left in ``folder``: ``pool.json`` first, so that it never tells of rounds that are gone.
+    """The files that ``run_rounds`` wrote below ``folder``, in the order to remove them.
+
+    ``pool.json`` is first: where the removal is interrupted, no record is left of rounds whose files are gone.
 
     Raises:
-        FileExistsError: where a person was asked anything in there, or where no ``run.json`` tells that this is a run.
+        FileExistsError: if a ``pool.json`` holds a query to a person, or if no ``run.json`` shows that ``folder`` is a
+            run folder.
     """
     top = [path for name in ("pool.json", "metrics.csv", "curves.png") if (path := folder / name).is_file()]
     if top and RunFolder(folder).read_record() is None:
         raise FileExistsError(
-            f"{folder} holds {', '.join(path.name for path in top)} but no run.json, so that they may be somebody's "
-            "own: --overwrite removes only what a run wrote; move them elsewhere, or name another --run folder"
+            f"{folder} holds {', '.join(path.name for path in top)} but no run.json, so no run may have written them: "
+            "--overwrite removes only what a run wrote; move them elsewhere, or name another --run folder"
         )
     rounds = [path for path in sorted(folder.glob("round_*")) if _is_round(path)]
     for own in (path / "pool.json" for path in (folder, *rounds)):
         if own.is_file() and asked_by_hand(PoolRecord.load(own)):
-            raise FileExistsError(f"{own} holds questions to a person, which would be lost: name another --run folder")
+            raise FileExistsError(f"{own} holds queries to a person, which would be lost: name another --run folder")
     return [*top, *(file for path in rounds for file in _files_of(path))]
 
 
 def remove_round(folder: Path, whole: PoolRecord) -> None:
-    """Remove what a round left in its folder.
+    """Remove the files of an interrupted round, so that it can be trained again.
 
     Args:
-        folder: of the round.
-        whole: the record of all rounds.
+        folder: the folder of the round, ``RUN/round_NN``.
+        whole: the record of all rounds, ``RUN/pool.json``.
 
     Raises:
-        FileExistsError: where it holds a query that ``active`` did not make, or such files without being a round.
+        FileExistsError: if the folder holds a query that ``lightning-kd active`` did not make, or such files without
+            being the folder of a round.
     """
     own = folder / "pool.json"
     if own.is_file() and any(row["by"] != "oracle" for row in missing_rows(PoolRecord.load(own), whole)):
-        raise FileExistsError(f"{own} holds questions that were asked by hand: move {folder} elsewhere first")
+        raise FileExistsError(f"{own} holds queries that were made by hand: move {folder} elsewhere first")
     files = [path for path in _files_of(folder) if path.is_file()]
     if files and not _is_round(folder):
-        raise FileExistsError(f"{folder} is of no round of a run: move it elsewhere, or name another --run folder")
+        raise FileExistsError(f"{folder} is not the folder of a round: move it elsewhere, or name another --run folder")
     remove_files(folder.parent, files)
 
 
 def _is_round(folder: Path) -> bool:
     named = re.fullmatch(r"round_\d\d+", folder.name) is not None
-    # the pool of a round is there before its run.json
+    # a round writes its pool.json before its run.json
     return named and ((folder / "pool.json").is_file() or RunFolder(folder).read_record() is not None)
 
 

@@ -1,4 +1,4 @@
-"""The benchmark of a pool: rounds of training, asking and answering by an oracle."""
+"""The benchmark of ``lightning-kd active``: rounds of training, querying, and labels from an oracle."""
 
 from __future__ import annotations
 
@@ -30,35 +30,36 @@ def run_rounds(
     seed: int = 0,
     say: Callable[[str], None] = print,
 ) -> list[dict[str, Any]]:
-    """The whole benchmark: train, test, query, ask the oracle, until the budget is spent; then train and test again.
+    """Run the whole benchmark: train, test, query and label by the oracle, round by round; then train and test again.
 
-    Each round works in a folder of its own, ``FOLDER/round_00`` and so on, with everything new. ``FOLDER/pool.json`` is
-    the truth: started again after whatever broke, finished rounds are kept, an unfinished one is trained again from its
-    seed, and the end is that of an undisturbed run. ``FOLDER/metrics.csv`` has one row a round, ``FOLDER/curves.png``
-    the curves.
+    Each round has a folder of its own, ``FOLDER/round_00`` and so on, and a new Trainer, task and data module.
+    ``FOLDER/pool.json`` records all finished rounds. A run that was interrupted and is started again keeps these,
+    trains the unfinished round again from its seed, and ends with the same results as an uninterrupted run.
+    ``FOLDER/metrics.csv`` has one row for each round, ``FOLDER/curves.png`` shows the curves.
 
     Args:
-        start: from the number of the round and its folder to a fresh ``(trainer, task, data)``, after
+        start: makes a new ``(trainer, task, data)`` from the number and the folder of a round; called after
             ``seed_everything(seed + round)``.
-        folder: of the whole run.
-        seed: of the first round.
-        say: prints a line of progress, on process 0.
+        folder: the folder of the whole run.
+        seed: seed of the first round.
+        say: called with a line of progress after each round, on process 0.
 
     Returns:
-        One entry a round, see ``pool.label_curves.curves``.
+        One entry for each round, see ``pool.label_curves.curves``.
 
     Raises:
-        ValueError: where the folder holds rounds of another strategy or seed, or what a person did by hand.
+        ValueError: if the folder holds rounds of another strategy or seed, or queries to a person; if the oracle gives
+            a label out of range.
     """
     folder = Path(folder)
     file = folder / "pool.json"
     record = PoolRecord.load(file) if file.is_file() else PoolRecord(file)
     done = len(record.results)
-    number = max(done - 1, 0)  # the last one may have to ask its oracle still, or be the last no more
+    number = max(done - 1, 0)  # the last recorded one may lack its answers, or may be last no longer (more rounds)
     while True:
         _make_round(start, record, number, number >= done, seed, say)
-        gc.collect()  # Trainer, task and data know one another, and would stay with all samples
-        if len(record.results) <= number:  # it was the end of a shorter run: make it anew
+        gc.collect()  # Trainer, task and data refer to one another, which would keep all samples in memory
+        if len(record.results) <= number:  # it was the last of fewer rounds: train it again, with a query
             done = number
             continue
         wait_for_all()
@@ -80,19 +81,22 @@ def _make_round(
     seed: int,
     say: Callable[[str], None],
 ) -> None:
-    """Make a round, unless it is done, and bring ``record`` to where it is after it. Where the round has to be made
-    ``new`` and is not asked for as such, nothing is made, and the record ends before it."""
+    """Run round ``number``, or check and complete a recorded one; ``record`` then holds the round and its answers.
+
+    With ``new`` the round is trained. Without, it is expected in ``record``; if it turns out to have been the last of
+    fewer rounds, it is removed from ``record`` instead, for the caller to call again with ``new``.
+    """
     folder = record.path.parent
     round_folder = folder / f"round_{number:02d}"
     if new and is_first_process():
-        remove_round(round_folder, record)  # what a broken one left
+        remove_round(round_folder, record)  # the files of an interrupted attempt
     L.seed_everything(seed + number, workers=True, verbose=False)
     trainer, task, data = start(number, round_folder)
     _resume_record(trainer, task, data, record, seed)
     if new and len(record.results) <= number:
         _train_round(trainer, task, data, record, round_folder, number)
         if trainer.is_global_zero:
-            record.save()  # from here on the round is done
+            record.save()  # now the round counts as finished
         _ask_oracle(trainer, data, record)
         if trainer.is_global_zero:
             write_metrics(record, folder / "metrics.csv")
@@ -100,25 +104,26 @@ def _make_round(
 
 
 def _resume_record(trainer: L.Trainer, task: PoolTask, data: Any, record: PoolRecord, seed: int) -> None:
-    """Let ``data`` use the record, with every question answered and no end too early."""
+    """Check ``record`` against the task and the data, let the oracle answer open queries, and give it to ``data``.
+
+    A final round is removed from the record if ``data.rounds`` now asks for more rounds.
+    """
     data.setup()
-    data.oracle(np.empty(0, np.int64))  # or there is none
+    data.oracle(np.empty(0, np.int64))  # raises if the data module has no oracle
     if task.asks_once and data.rounds > 1:
         raise ValueError(
-            f"{task.strategy_name} asks once, with all of the budget, got data.rounds={data.rounds}: set it to 1"
+            f"{task.strategy_name} makes one query, with the whole budget, got data.rounds={data.rounds}: set it to 1"
         )
     if task.warm_start and trainer.checkpoint_callback is None:
-        raise ValueError("warm_start=True needs the checkpoints of the rounds before: leave enable_checkpointing on")
+        raise ValueError("warm_start=True needs the checkpoints of earlier rounds: leave enable_checkpointing on")
     data.set_record(record)
     if asked_by_hand(record):
-        raise ValueError(
-            f"{record.path} holds questions to a person, which no oracle answers: name another --run folder"
-        )
+        raise ValueError(f"{record.path} holds queries to a person, which no oracle answers: name another --run folder")
     for row in record.results:
         if (row["strategy"], row["seed"]) != (task.strategy_name, seed + row["round"]):
             raise ValueError(
                 f"{record.path} holds round {row['round']} of {row['strategy']} with seed {row['seed'] - row['round']},"
-                f" got {task.strategy_name} with seed {seed}: name another --run folder, or add --overwrite to lose it"
+                f" got {task.strategy_name} with seed {seed}: name another --run folder, or replace it by --overwrite"
             )
     _ask_oracle(trainer, data, record)
     last = record.results[-1] if record.results else None
@@ -129,9 +134,9 @@ def _resume_record(trainer: L.Trainer, task: PoolTask, data: Any, record: PoolRe
 def _train_round(
     trainer: L.Trainer, task: PoolTask, data: Any, record: PoolRecord, round_folder: Path, number: int
 ) -> None:
-    """One round: fit, test and, unless it is the last, choose. Nothing is saved but in the round's folder."""
+    """Fit, test and, unless the round is the last, query. Files are written in the folder of the round only."""
     if trainer.is_global_zero:
-        # the labels that this round is trained on, for a look back and for going on by hand
+        # the labels that this round is trained on, so that its folder is a run folder by itself
         PoolRecord(round_folder / "pool.json", record.settings, record.queries, record.results).save()
     wait_for_all()
     before = round_folder.parent / f"round_{number - 1:02d}" / "checkpoints" / "last.ckpt"
@@ -153,7 +158,7 @@ def _train_round(
 
 
 def _ask_oracle(trainer: L.Trainer, data: Any, record: PoolRecord) -> None:
-    """Let the oracle answer what is open."""
+    """Let the oracle give the labels of all samples that have no answer."""
     pending = record.pending
     if pending:
         indices = np.array([row["index"] for row in pending])

@@ -1,4 +1,4 @@
-"""Networks of a round that are trained in turn."""
+"""A base class for methods that train several networks of a round in turn."""
 
 from __future__ import annotations
 
@@ -16,27 +16,37 @@ from lightning_kd.core.training_watch import warn_of_schedules
 
 
 class SequentialTrainingTask(PoolTask, ABC):
-    """Several networks that are trained in turn within each epoch, one of them in each step.
+    """Trains several networks in turn within each epoch, one of them in each step.
 
-    One optimizer holds all parameters: those of the networks that rest have no gradient, so that it leaves them as they
-    are, and all is as if each were trained by itself. With ``limit_train_batches``, ``overfit_batches`` or
-    ``fast_dev_run`` the networks take turns step by step, so that all of them are reached.
+    One optimizer holds all parameters. Parameters of the networks that are not trained in a step have no gradient, so
+    the optimizer does not change them, as if each network had an optimizer of its own. With ``limit_train_batches``,
+    ``overfit_batches`` or ``fast_dev_run`` the networks alternate step by step, so that all of them are trained.
 
-    Several processes: batches are shared out and gradients averaged after each backward pass, here rather than in DDP,
-    which would wait for the networks that rest; ``strategy="ddp"`` is right.
+    Several processes: use ``strategy="ddp"``. Each process gets its share of the batches; gradients are averaged after
+    each backward pass by this class instead of DDP, which would wait for gradients of the other networks.
     """
 
     @abstractmethod
     def phases(self, data: Any) -> list[Phase]:
-        """What each network is trained on, in this order."""
+        """The training batches of each network, in the order of training within an epoch.
+
+        Args:
+            data: the ``OpenSetDataModule``.
+        """
 
     @abstractmethod
     def network_loss(self, batch: PhaseBatch) -> Tensor:
-        """The loss of a step of network ``batch.network``, from ``step_loss``."""
+        """The scalar loss of one step of network ``batch.network``, by ``step_loss``."""
 
     def labelled_loader(self, data: Any, indices: np.ndarray, stream: str, batch_size: int | None = None) -> Any:
-        """Training batches of some samples, in an order and views of their own for each name; ``batch_size`` is the
-        data's where it is ``None``."""
+        """Shuffled, augmented training batches of some samples.
+
+        Args:
+            data: the ``OpenSetDataModule``.
+            indices: int64 ``[n]``, positions in the full training array.
+            stream: name of the random stream of order and augmentation; different names give different ones.
+            batch_size: default: ``data.batch_size``.
+        """
         overfit = self.trainer.overfit_batches > 0  # type: ignore[attr-defined]
         size = batch_size or data.batch_size
         return data.loader("train", indices, shuffle=not overfit, augment=True, batch_size=size, stream=stream)
@@ -48,20 +58,20 @@ class SequentialTrainingTask(PoolTask, ABC):
     def setup(self, stage: str) -> None:
         super().setup(stage)
         if stage == "fit":
-            _ = self.pool  # says what is wrong with another data module
+            _ = self.pool  # raises if the data module is not a pool
 
     def steps_of_epoch(self) -> int | None:
-        # of the phases as they are now: where a stage begins, the Trainer's loader is that of the one before
+        # from the current phases: when a stage begins, the Trainer still has the loader of the stage before
         return steps_of(self.trainer, len(self.train_loader(self.pool)))  # type: ignore[arg-type]
 
     def on_train_start(self) -> None:
         super().on_train_start()
         parallel: Any = getattr(self.trainer.strategy, "model", None)
         if hasattr(parallel, "require_backward_grad_sync"):
-            parallel.require_backward_grad_sync = False  # what its no_sync() sets
+            parallel.require_backward_grad_sync = False  # as DDP's no_sync() does
 
     def _restart_optimizer(self) -> None:
-        """Bring optimizer and scheduler to where they were at the start of the fit."""
+        """Reset optimizer and scheduler to their state at the start of the fit."""
         fresh = self.configure_optimizers()
         scheduler = fresh.get("lr_scheduler") if isinstance(fresh, dict) else None
         optimizer = fresh["optimizer"] if isinstance(fresh, dict) else fresh
@@ -79,6 +89,6 @@ class SequentialTrainingTask(PoolTask, ABC):
         average_gradients(self.parameters())
 
     def on_train_batch_end(self, outputs: Any, batch: Any, batch_idx: int) -> None:
-        # running statistics of process 0, as DDP would share them, before the validation that follows
+        # as DDP does: buffers (running statistics) of process 0 go to all, before the validation that follows
         if self.trainer.is_last_batch:
             share_buffers(self)

@@ -1,4 +1,4 @@
-"""What chooses the samples to label next."""
+"""The interface of query strategies, which choose the samples to label next."""
 
 from __future__ import annotations
 
@@ -15,12 +15,15 @@ __all__ = ["ScoreStrategy", "Strategy", "take_best"]
 
 
 class Strategy(ABC):
-    """Chooses from a pool. Yours is a subclass with one method; most are a ``ScoreStrategy``.
+    """Chooses a query from a pool. Your own strategy is a subclass with one method, ``select``.
+
+    A strategy that orders samples by one number each is simpler to write as a ``ScoreStrategy``.
 
     Attributes:
         needs_features: whether ``scores`` must hold ``feature`` ``[U, D]``, the input of the network's classifier.
-        needs_labelled: whether ``pool.labelled_scores`` must be there.
-        asks_once: whether all of the budget goes into one query, so that a second one is refused.
+            Default: False.
+        needs_labelled: whether ``pool.labelled_scores`` must hold the scores of the labelled samples. Default: False.
+        asks_once: whether the whole budget goes into one query, so that a second query is refused. Default: False.
     """
 
     needs_features = False
@@ -34,13 +37,13 @@ class Strategy(ABC):
         """Choose samples, the best first.
 
         Args:
-            scores: what the task's ``predict_step`` gives for ``pool.unlabelled``, on the CPU, in its order: for a
-                ``PoolClassifier`` ``logits`` float32 ``[U, K]``, ``probabilities`` float32 ``[U, K]`` and, where
-                ``needs_features``, ``feature`` ``[U, D]``, and ``feature_0``, ``feature_1`` and so on by the task's
-                ``feature_networks``.
+            scores: the outputs of the task's ``predict_step`` for ``pool.unlabelled``, in its order, on the CPU. A
+                ``PoolClassifier`` gives ``logits`` float32 ``[U, K]``, ``probabilities`` float32 ``[U, K]``, with
+                ``needs_features`` also ``feature`` ``[U, D]``, and with ``feature_networks`` ``feature_0``,
+                ``feature_1`` and so on, one for each.
             pool: what is known of the pool.
-            budget: how many samples to choose, at most ``U``.
-            generator: the only source of random numbers; the same one for the same seed and round.
+            budget: number of samples to choose, at most ``U``.
+            generator: the only source of random numbers; it gives the same ones for the same seed and round.
 
         Returns:
             A ``Query``, or the indices alone, int64 ``[budget]``, unique, out of ``pool.unlabelled``.
@@ -48,11 +51,16 @@ class Strategy(ABC):
 
 
 class ScoreStrategy(Strategy):
-    """A strategy that gives every sample a score of its own and takes the largest; equal ones in order of index."""
+    """A strategy that computes one score for each sample and queries the largest; ties in order of index."""
 
     @abstractmethod
     def score(self, scores: Mapping[str, Tensor], pool: PoolView) -> Tensor:
-        """``[U]``, any real dtype; larger is chosen first."""
+        """The score of each sample, ``[U]``, any real dtype; the largest are queried.
+
+        Args:
+            scores: see ``Strategy.select``.
+            pool: likewise.
+        """
 
     def select(
         self, scores: Mapping[str, Tensor], pool: PoolView, budget: int, generator: np.random.Generator
@@ -61,14 +69,14 @@ class ScoreStrategy(Strategy):
 
 
 def take_best(score: Tensor, pool: PoolView, budget: int, *ties: Tensor) -> Query:
-    """The ``budget`` samples with the largest score.
+    """The query of the ``budget`` samples with the largest score.
 
     Args:
-        score: ``[U]``; NaN counts as the least.
-        pool: the samples.
-        budget: how many.
-        ties: ``[U]`` each: where scores are equal, the larger of the first decides, then of the second, and so on; at
-            last the smaller index.
+        score: ``[U]``; NaN counts as the smallest.
+        pool: its ``unlabelled`` are the samples.
+        budget: number of samples.
+        ties: ``[U]`` each. Equal scores are ordered by the first of them (larger first), then by the second and so on,
+            then by index (smaller first).
     """
     keys = [key.detach().cpu().double().nan_to_num(-torch.inf, torch.inf, -torch.inf) for key in (score, *ties)]
     order = np.lexsort([-key.numpy() for key in reversed(keys)])[:budget]  # stable: pool.unlabelled is ascending

@@ -1,4 +1,4 @@
-"""The rows of a large matrix in an orthonormal basis, block by block: for weights of rows in ``O(n + d^2)`` memory."""
+"""The rows of a large matrix in an orthonormal basis, block by block, for Lewis weights in ``O(n + d^2)`` memory."""
 
 from __future__ import annotations
 
@@ -11,21 +11,37 @@ from torch import Tensor
 
 from lightning_kd.argument_checks import check_numbers
 
-BLOCK = 4096  # rows that are float64 at once
+BLOCK = 4096  # rows converted to float64 at once
 
 
 def cpu_tensor(values: Any) -> Tensor:
-    """A tensor, an array or lists of numbers as a tensor on the CPU, of its dtype; Python's numbers in float64."""
+    """A tensor, an array or lists of numbers as a detached CPU tensor of the same dtype; Python floats as float64."""
     return torch.as_tensor(values if isinstance(values, Tensor) else np.asarray(values)).detach().cpu()
 
 
 class WhitenedRows:
-    """The rows that are not 0 in an orthonormal basis of what they span, a block at a time in float64."""
+    """The nonzero rows of a matrix in an orthonormal basis of its row space, one float64 block at a time.
+
+    Args:
+        features: ``[n, d]``, any real dtype.
+        rank_tolerance: see ``lewis_weights``.
+
+    Attributes:
+        count: ``n``.
+        kept: int64, positions of the rows that are not 0.
+        rank: numerical rank of the matrix.
+
+    Raises:
+        ValueError: for wrong shapes, complex numbers, values that are not finite, or a tolerance out of (0, 1).
+    """
 
     def __init__(self, features: Tensor | np.ndarray, rank_tolerance: float | None) -> None:
         self.features = features = cpu_tensor(features)
         if features.ndim != 2 or 0 in features.shape or features.is_complex():
-            raise ValueError(f"features must be [n, d] real numbers, got {list(features.shape)}: give one row a sample")
+            raise ValueError(
+                f"features must be [n, d] real numbers, got {features.dtype} {list(features.shape)}: give one row for "
+                "each sample"
+            )
         check_numbers(above=0, below=1, optional=True, rank_tolerance=rank_tolerance)
         self.count, width = features.shape
         self.size = max(BLOCK, width)
@@ -51,14 +67,17 @@ class WhitenedRows:
         self.change = basis[: self.rank].T / value[: self.rank]
 
     def blocks(self) -> Iterator[tuple[slice, Tensor]]:
+        """Slices of ``kept`` and their rows in the basis, float64 ``[block, rank]``."""
         for start in range(0, len(self.kept), self.size):
             part = slice(start, start + self.size)
             block = self.features[self.kept[part]].double() / self.scale
             yield part, block if self.change is None else block @ self.change
 
     def gram(self, log_scale: Tensor) -> Tensor:
-        """The Gram matrix ``[rank, rank]`` of the rows times ``exp(log_scale)``; also makes up for what the basis is
-        off orthonormal."""
+        """The Gram matrix ``[rank, rank]`` of the rows, each multiplied by ``exp(log_scale)``.
+
+        It is computed from the rows, so rounding errors that make the basis not quite orthonormal cancel later.
+        """
         gram = torch.zeros(self.rank, self.rank, dtype=torch.float64)
         for part, block in self.blocks():
             block *= log_scale[part].exp()[:, None]

@@ -13,7 +13,7 @@ from lightning.pytorch.callbacks import EarlyStopping, ModelCheckpoint
 from torch import nn
 
 from lightning_kd.active_learning import BUAL, bidirectional_score, complementary_labels
-from lightning_kd.active_learning.bual_score import unknown_lead
+from lightning_kd.active_learning.bual_score import unknown_log_odds
 from lightning_kd.core.losses import negative_learning_loss
 from lightning_kd.core.schedules import CosineAnnealing
 from lightning_kd.core.seeding import numpy_generator
@@ -183,7 +183,7 @@ def chosen(budget, a=None, precision=0.5, task=None, **scores):
     task = task or task_of_two()
     scores = {"negative_probs": NEGATIVE, "positive_probs": POSITIVE, **scores}
     if a is not None:
-        scores |= {"unknown_probs": unknown_probs(a), "unknown_lead": torch.as_tensor(a).double().logit()}
+        scores |= {"unknown_probs": unknown_probs(a), "unknown_log_odds": torch.as_tensor(a).double().logit()}
     query = task.select(scores, view_of(len(scores["negative_probs"]), precision), budget, generator())
     return ((query.index - 5) // 10).tolist(), query.score.tolist()
 
@@ -226,7 +226,7 @@ def test_what_looks_unknown_is_ranked_where_all_probabilities_are_one(candidates
     logits = torch.zeros(5 + candidates, 3)
     logits[:5, 2] = torch.tensor([60.0, 40, 20, 25, 18])
     logits[5:, 0] = 4
-    probabilities, lead = logits.softmax(1), unknown_lead(logits)
+    probabilities, lead = logits.softmax(1), unknown_log_odds(logits)
     assert lead.dtype == torch.float64
     assert lead[:5].tolist() == pytest.approx((logits[:5, 2] - np.log(2)).tolist())
     assert (probabilities[:5, 2] == 1).all()
@@ -235,7 +235,7 @@ def test_what_looks_unknown_is_ranked_where_all_probabilities_are_one(candidates
         "negative_probs": torch.full_like(positive, 0.5)[: len(logits)],
         "positive_probs": positive[: len(logits)],
         "unknown_probs": probabilities,
-        "unknown_lead": lead,
+        "unknown_log_odds": lead,
     }
     query = task_of_two().select(scores, view_of(len(logits)), len(logits), generator())
     assert ((query.index - 5) // 10).tolist() == [5] * candidates + [4, 2, 3, 1, 0]
@@ -256,7 +256,7 @@ def test_select_refuses_samples_without_a_snapshot():
     with pytest.raises(ValueError, match=r"^negative_probs must be finite, got 1 of 4"):
         chosen(2, negative_probs=negative)
     # even where it would have no score
-    with pytest.raises(ValueError, match=r"^unknown_lead must be finite, got 1 of 4"):
+    with pytest.raises(ValueError, match=r"^unknown_log_odds must be finite, got 1 of 4"):
         chosen(2, [0.1, 1.0, 0.2, 0.3])
 
 
@@ -417,8 +417,8 @@ def test_snapshots_are_averaged_by_index(run):
     assert torch.equal(got["positive_probs"], got["probabilities"])
     assert got["unknown_probs"].shape == (len(pool), 5)
     torch.testing.assert_close(got["unknown_probs"].sum(1), torch.ones(len(pool)))
-    assert got["unknown_lead"].dtype == torch.float64
-    torch.testing.assert_close(got["unknown_lead"].sigmoid().float(), got["unknown_probs"][:, 4])
+    assert got["unknown_log_odds"].dtype == torch.float64
+    torch.testing.assert_close(got["unknown_log_odds"].sigmoid().float(), got["unknown_probs"][:, 4])
     query = task.select(got, data.view(), 7, generator())
     assert len(set(query.index)) == 7
     assert set(query.index) <= set(data.unlabelled_indices)
@@ -627,7 +627,7 @@ def test_scores_after_an_early_end_are_refused(run):
     task, trainer, data, spy = run
     steps = sum(epoch < 3 for epoch, _ in spy.networks)  # of all epochs but the last
     task, trainer = fitted(data, trainer_of(max_steps=steps))
-    with pytest.raises(ValueError, match=r"has 2 of 3 snapshots: .* without an early end by max_time or max_steps"):
+    with pytest.raises(ValueError, match=r"has 2 of 3 snapshots: .* without max_time or max_steps"):
         trainer.predict(task, datamodule=data)
 
 
@@ -743,7 +743,7 @@ def test_the_classifier_can_be_named():
 def test_networks_that_differ_in_more_than_the_classifier_are_refused():
     task = task_of()
     task.negative = nn.Sequential(task.negative, nn.BatchNorm1d(4))
-    with pytest.raises(ValueError, match="must be alike but for classifier 'fc', got a difference in"):
+    with pytest.raises(ValueError, match="must differ in classifier 'fc' only, got a difference in"):
         trainer_of(max_epochs=3).fit(task, datamodule=data_of())
 
 

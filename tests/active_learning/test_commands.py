@@ -104,7 +104,7 @@ def test_overwrite_begins_anew_but_never_loses_a_person(capsys):
     record.save()
     with pytest.raises(SystemExit):
         main([*SHORT_ACTIVE, "--overwrite"])
-    assert "questions to a person" in capsys.readouterr().err
+    assert "queries to a person" in capsys.readouterr().err
     assert len(PoolRecord.load("r/pool.json").queries) == 40
 
 
@@ -158,7 +158,7 @@ def test_active_keeps_off_what_was_done_by_hand(capsys, tmp_path):
     for extra in (["--data.rounds", "2"], ["--overwrite"]):
         with pytest.raises(SystemExit):
             main(["active", *short, "r", *extra])
-        assert "r/round_01/pool.json holds questions" in capsys.readouterr().err
+        assert "r/round_01/pool.json holds queries" in capsys.readouterr().err
         assert files(tmp_path / "r").items() >= {k: v for k, v in before.items() if k.name != "config.yaml"}.items()
     # and a folder of single fits is no place for rounds
     main(["fit", *short, "h"])

@@ -456,7 +456,7 @@ def test_wrong_arguments():
     for name in ("discrepancy", "coarse_score", "fine_score", "num_outputs"):
         with pytest.raises(ValueError, match=rf"^{name} must be one of \[.*\], got 'x'"):
             task_of(**{name: "x"})
-    with pytest.raises(ValueError, match=r"^coarse_score and fine_score are both 'none'"):
+    with pytest.raises(ValueError, match=r"^coarse_score and fine_score must not both be 'none'"):
         task_of(coarse_score="none", fine_score="none")
     with pytest.raises(ValueError, match=r"^unknown_evidence_weight must be 0 with num_outputs='K\+1', got 0.2"):
         task_of(num_outputs="K+1", unknown_evidence_weight=0.2)

@@ -123,7 +123,7 @@ def test_integers_and_numpy_are_taken():
 
 
 def test_independent_rows_are_warned_of():
-    with pytest.warns(UserWarning, match="3 rows of features are independent"):
+    with pytest.warns(UserWarning, match="3 rows of features are linearly independent"):
         assert lewis_weights(rows(3, 5)).tolist() == pytest.approx([1, 1, 1])
 
 
@@ -156,7 +156,7 @@ def test_the_certificate_bounds_the_error(p, power):
 
 def test_the_certificate_of_what_is_no_weight():
     assert lewis_certificate(rows(12, 3), torch.zeros(12)).factor == math.inf
-    with pytest.raises(ValueError, match=r"weights must be \[12\], one a row of features, got \[3\]"):
+    with pytest.raises(ValueError, match=r"weights must be \[12\], one for each row of features, got \[3\]"):
         lewis_certificate(rows(12, 3), torch.ones(3))
 
 
@@ -286,7 +286,7 @@ def test_draws_refuse(probability, budget, uniforms, message):
 
 def test_rows_that_never_come_are_told(monkeypatch):
     monkeypatch.setattr("lightning_kd.active_learning.lewis.MOST_DRAWS", 1000)
-    with pytest.raises(ValueError, match="budget=2 different rows did not come in"):
+    with pytest.raises(ValueError, match="budget=2 different rows were not reached in"):
         draw_until([1.0, 1e-300], 2, np.random.default_rng(0))
 
 

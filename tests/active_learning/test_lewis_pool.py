@@ -228,7 +228,7 @@ def test_what_is_no_representation(tmp_path):
         (lambda: asked(classifier(), digits(budget=700)), "budget=700 is more than half of the 1378 samples"),
         (
             lambda: asked(classifier(feature_networks=["a.npy"]), digits(**AUGMENTED)),
-            "for samples as they are, got score",
+            "without augmentation, got score",
         ),
     ],
 )
@@ -261,7 +261,7 @@ def test_a_query_leaves_its_weights_and_is_the_only_one(files, tmp_path):
     assert len(weights) == 36
     record.add_answers({row["index"]: "1" for row in record.queries}, "person")
     record.save()
-    with pytest.raises(ValueError, match=r"lewis asks once, .* holds its query of 36 samples"):
+    with pytest.raises(ValueError, match=r"lewis makes one query, .* holds that query of 36 samples"):
         write_query(trainer_of(), task, data, tmp_path)
     assert len(PoolRecord.load(tmp_path / "pool.json").queries) == 36
     write_query(trainer_of(), classifier("random"), data, tmp_path)  # others may ask again
@@ -274,7 +274,7 @@ def test_rounds_ask_once(tmp_path):
     first, second = (PoolRecord.load(tmp_path / name / "pool.json") for name in "ab")
     assert first.queries == second.queries
     assert all(row["loss_weight"] > 0 and row["answer"] for row in first.queries)
-    with pytest.raises(ValueError, match=r"lewis asks once, with all of the budget, got data.rounds=2: set it to 1"):
+    with pytest.raises(ValueError, match=r"lewis makes one query, .* got data.rounds=2: set it to 1"):
         run_rounds(starter(classifier, {**ALL, "rounds": 2}), tmp_path / "c", say=str)
     assert not (tmp_path / "c" / "pool.json").exists()
 

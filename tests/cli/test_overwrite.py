@@ -105,7 +105,7 @@ def test_active_refuses_what_is_of_no_run(capsys):
     assert "x holds metrics.csv but no run.json" in refused(ACTIVE, capsys)
     Path("x/metrics.csv").unlink()
     put("x", "round_00/network.pt")
-    assert "x/round_00 is of no round of a run: move it elsewhere" in refused(ACTIVE, capsys)
+    assert "x/round_00 is not the folder of a round: move it elsewhere" in refused(ACTIVE, capsys)
 
 
 def test_a_link_out_of_the_folder_costs_nothing_behind_it(tmp_path, capsys):
