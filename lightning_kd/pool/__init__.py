@@ -1,6 +1,6 @@
-"""What is known of an unlabelled pool: the file of queries and answers, and what was reached with them.
+"""The record of a pool: its queries, their answers, and the results of each round.
 
-Nothing here imports torch: a person's answers are taken in at once.
+Nothing here imports torch, so that ``lightning-kd label`` starts without delay.
 """
 
 from lightning_kd.pool.label_curves import curves

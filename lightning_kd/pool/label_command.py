@@ -1,4 +1,4 @@
-"""``lightning-kd label``: take a person's answers into a pool."""
+"""``lightning-kd label``: add a person's answers to the record of a pool."""
 
 from __future__ import annotations
 
@@ -21,10 +21,10 @@ COLUMNS = ("index", "path", "score", "loss_weight", "predicted", "label")
 
 
 def main(args: Sequence[str]) -> None:
-    """The command line; raises a ``ValueError`` or ``OSError`` of one message where something is wrong."""
+    """Run the command with ``args``; a wrong input raises a ``ValueError`` or ``OSError`` with one message."""
     parser = argparse.ArgumentParser(
         prog="lightning-kd label",
-        description="Take answers into the pool of a run: a CSV (separated by commas, semicolons or tabs) with the "
+        description="Add answers to the pool of a run, from a CSV (separated by commas, semicolons or tabs) with the "
         "columns index and label, such as a query_ROUND.csv that was filled in. A label is a class name or "
         f"{UNKNOWN!r}; an empty one is no answer yet.",
     )
@@ -33,7 +33,8 @@ def main(args: Sequence[str]) -> None:
     parser.add_argument(
         "--correct",
         action="store_true",
-        help="let other labels replace earlier answers, and empty ones take them back; pool.json keeps the old ones",
+        help="replace earlier answers by the labels in the file, and remove those whose label is empty; pool.json "
+        "keeps the old ones",
     )
     parser.add_argument(
         "--new_class", action="append", default=[], metavar="NAME", help="a new known class, with labels in the file"
@@ -48,27 +49,31 @@ def main(args: Sequence[str]) -> None:
 
 
 def take_answers(path: Path, folder: Path, correct: bool = False, new_classes: Sequence[str] = ()) -> str:
-    """Take the answers in the CSV file ``path`` into ``folder/pool.json``: all of them, or none.
+    """Add the answers in the CSV file ``path`` to ``folder/pool.json``: all of them, or none.
 
-    Answers that are there already may come again. Returns a message for the person.
+    Answers that are recorded already may be in the file again.
 
     Args:
-        path: the file.
-        folder: of the run.
-        correct: let other labels replace a person's earlier answers, and empty ones take them back.
-        new_classes: names that are known classes from now on; the file must have labels of each.
+        path: the CSV file.
+        folder: the run folder.
+        correct: replace a person's earlier answers by other labels of the file, and remove those whose label is empty.
+        new_classes: names that become known classes; the file must have labels of each.
+
+    Returns:
+        A message for the person: what was added, what is missing, and the next command.
 
     Raises:
-        ValueError: with everything that is wrong in the file: names that are no known class, samples that were not
-            asked for, samples that come twice, answers that contradict earlier ones; and for a new class that is none.
-        FileNotFoundError: where a file does not exist.
+        ValueError: with a list of everything wrong in the file: names that are no known class, samples that were not
+            queried, samples that come twice, answers that contradict earlier ones; also for a name in ``new_classes``
+            that cannot be a new class.
+        FileNotFoundError: if a file does not exist.
     """
     record = PoolRecord.load(folder / "pool.json")
     added = _added_classes(record, new_classes)
     classes = [*record.settings.get("classes", []), *added, UNKNOWN]
     find = _Finder(record)
     rows, width, read_as = _read(path)
-    seen: dict[int, str | None] = {}  # by position in the record
+    seen: dict[int, str | None] = {}  # label by position in record.queries
     repeated = typed = 0
     problems: list[str] = []
     for line, number, cells in rows:
@@ -116,23 +121,23 @@ def take_answers(path: Path, folder: Path, correct: bool = False, new_classes: S
     answers = {record.queries[k]["index"]: label for k, label in seen.items() if label is not None}
     record.add_answers(answers, "person")
     record.save()
-    text = _told_of_answers(record, seen, before, repeated, classes)
+    text = _summary(record, seen, before, repeated, classes)
     if typed:
-        read_as.append(f"{typed} labels in other letters, or blanks, than the class")
+        read_as.append(f"{typed} labels spelled with other case or spaces than the class")
     if read_as:
         text += f"\nread: {'; '.join(read_as)}"
     if added:
         text += (
-            f"\n{', '.join(map(repr, added))}: known from now on. The next fit has {len(classes) - 1} classes, and "
-            "goes on from no earlier checkpoint"
+            f"\n{', '.join(map(repr, added))}: known from now on. The next fit has {len(classes) - 1} classes, so it "
+            "cannot resume from an earlier checkpoint"
         )
     if waiting := len(record.pending):
-        text += f"\n{waiting} samples still wait for an answer; it may be given later, too"
+        text += f"\n{waiting} samples still wait for an answer, which may be given later"
     return f"{text}\nnext: lightning-kd fit --config {shlex.quote(f'{folder}/config.yaml')} --overwrite"
 
 
 class _Finder:
-    """Which entry of a record a line is for."""
+    """Finds the entry of a record that a line of the CSV belongs to."""
 
     def __init__(self, record: PoolRecord) -> None:
         self._queries = record.queries
@@ -143,30 +148,30 @@ class _Finder:
                 self._by_index.setdefault(index, []).append(k)
 
     def __call__(self, index: int, path: str) -> int | str:
-        """Its position, or what is wrong."""
+        """The position of the entry in ``record.queries``, or a message that says what is wrong."""
         found = self._by_index.get(index, [])
         if not found:
-            return f"index {index} was not asked for"
+            return f"index {index} was not queried"
         if path and self._by_path:
             if (place := self._by_path.get(path)) in found:
                 return place
             return f"index {index} is {self._queries[found[0]].get('path')!r}, not {path!r}"
         if len(found) > 1:
             paths = " and ".join(repr(self._queries[k].get("path")) for k in found)
-            return f"index {index} was that of {paths}, as files came or went: keep the column path"
+            return f"index {index} was that of {paths}, as files were added or removed: keep the column path"
         return found[0]
 
 
 def _added_classes(record: PoolRecord, names: Sequence[str]) -> list[str]:
-    """Those of ``names`` that are no classes yet; some may have been added by the same command before.
+    """Those of ``names`` that are not known classes yet; names that an earlier command added are left out.
 
     Raises:
-        ValueError: where one cannot be a new class.
+        ValueError: if one cannot be a new class.
     """
     settings = record.settings
     if names and "samples" in settings:
         raise ValueError(
-            f"--new_class is for a pool of your own, and {record.path} is of a data set with classes of its own: name "
+            f"--new_class is for a pool of your own images, and {record.path} has the classes of a data set: name "
             "the known_classes of the data instead"
         )
     added: list[str] = []
@@ -175,14 +180,14 @@ def _added_classes(record: PoolRecord, names: Sequence[str]) -> list[str]:
         if name in settings.get("new_classes", []):
             continue
         if not name or _plain(name) in taken:
-            raise ValueError(f"--new_class {name!r} must be a new name, of no class that there is: give another one")
+            raise ValueError(f"--new_class {name!r} must be a new name, got that of a class: give another one")
         taken.add(_plain(name))
         added.append(name)
     return added
 
 
 def _class_of(label: str, classes: Sequence[str]) -> str:
-    """The class that somebody meant by ``label``; as it is where there is none."""
+    """The class whose name equals ``label`` up to case, spaces and a trailing ``.0``; ``label`` if none does."""
     for text in dict.fromkeys((label, without_zeros(label))):
         if text in classes:
             return text
@@ -206,29 +211,33 @@ def _plain(name: str) -> str:
     return " ".join(unicodedata.normalize("NFC", as_written(name)).casefold().split())
 
 
-def _told_of_answers(
+def _summary(
     record: PoolRecord,
     seen: Mapping[int, str | None],
     before: Mapping[int, str | None],
     repeated: int,
     classes: Sequence[str],
 ) -> str:
-    """What came in, by class."""
+    """The lines that say how many answers were added, in all and of each class."""
     count = Counter(label for label in seen.values() if label is not None)
     changed = sum(bool(seen[index]) and before[index] not in (None, seen[index]) for index in seen)
-    back = sum(seen[index] is None and before[index] is not None for index in seen)
+    removed = sum(seen[index] is None and before[index] is not None for index in seen)
     total = sum(count.values())
     again = f", {repeated} of them known before" if repeated else ""
     text = f"{total} answers, {count[UNKNOWN]} of them {UNKNOWN}{again}; {total - repeated - changed} new"
     text += f", {changed} changed" if changed else ""
-    text += f", {back} taken back" if back else ""
+    text += f", {removed} removed" if removed else ""
     shown = ", ".join(f"{name} {count[name]}" for name in classes if count[name])
     return f"{text} in {record.path}\nby class: {shown or 'none'}; open: {len(record.pending)}"
 
 
 def _read(path: Path) -> tuple[list[tuple[int, int, dict[str, str]]], int, list[str]]:
-    """Line number, number of cells and cells of each row, with the columns ``index`` and ``label``; how many columns
-    there are; and what is unusual in the file."""
+    """Read the CSV.
+
+    Returns:
+        ``(rows, width, form)``: line number, number of cells and cells by column name of each row; the number of
+        columns; and what is unusual in the file's form.
+    """
     if not path.is_file():
         raise FileNotFoundError(f"{path} does not exist: name the CSV file with the answers")
     table = read_table(path)

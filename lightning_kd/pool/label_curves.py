@@ -14,12 +14,13 @@ __all__ = ["curves", "draw_curves", "table", "write_metrics"]
 
 
 def curves(record: PoolRecord) -> list[dict[str, Any]]:
-    """One entry a round of ``lightning-kd active``.
+    """The results of the rounds of ``lightning-kd active``, one dict for each round.
 
-    ``round``; ``labels``, the answers bought before it was trained; ``known`` and ``unknown``, the labelled samples
-    of known classes and of others it was trained on; ``test/...`` as tested; and where it made a query,
-    ``query/precision`` (share of known classes in it) and ``query/recall`` (share of all known training samples that
-    are labelled after it).
+    Its entries: ``round``, from 0; ``labels``, number of answers before the round was trained; ``known`` and
+    ``unknown``, number of labelled samples of known classes and of samples answered "unknown" that it was trained on;
+    ``test/...``, its test metrics. A round that made a query also has ``query/precision``, the share of known classes
+    in the query's answers, and, if the number of all training samples of known classes is recorded, ``query/recall``,
+    the share of these that is labelled after the query.
     """
     rows = []
     bought = 0
@@ -39,10 +40,10 @@ def curves(record: PoolRecord) -> list[dict[str, Any]]:
 
 
 def write_metrics(record: PoolRecord, path: Path) -> None:
-    """``metrics.csv``: the curves, with the round as ``epoch`` and the labels bought as ``step``.
+    """Write the curves as ``metrics.csv``, with the round as ``epoch`` and the number of answers as ``step``.
 
-    ``curve/acc`` is ``test/acc`` again, as ``lightning-kd compare`` looks at the last row alone of ``test/...``;
-    ``test/acc_mean`` is its mean over the rounds so far, the area under the curve.
+    ``curve/acc`` repeats ``test/acc``, because ``lightning-kd compare`` uses only the last row of ``test/...``.
+    ``test/acc_mean`` is the mean of ``test/acc`` over the rounds so far, the area under the curve.
     """
     rows: list[dict[str, Any]] = []
     accuracies: list[float] = []
@@ -76,7 +77,7 @@ def table(rows: list[dict[str, Any]]) -> str:
 
 
 def draw_curves(rows: list[dict[str, Any]], path: Path, title: str) -> None:
-    """A picture of accuracy, precision and recall against the labels bought."""
+    """Draw accuracy, precision and recall against the number of labels into the PNG file ``path``."""
     from matplotlib.figure import Figure
 
     panels = [("test/acc", "test accuracy"), ("query/precision", "query precision"), ("query/recall", "recall")]

@@ -1,4 +1,4 @@
-"""The record of a pool: which sample was asked for in which round, and what was answered by whom."""
+"""The record of a pool: which sample was queried in which round, its answer, and who gave it."""
 
 from __future__ import annotations
 
@@ -22,18 +22,18 @@ VERSION = 1
 
 
 class PoolView(NamedTuple):
-    """What a strategy may know of a pool: everything but the labels of what was not asked for.
+    """What a strategy may know of a pool: everything but the labels of samples that were not queried.
 
     Attributes:
         unlabelled: int64 ``[U]``, ascending: the samples to choose from, in the order of the scores.
         known: int64 ``[L]``, ascending: the labelled samples of known classes.
         known_target: int64 ``[L]``, their classes, 0 to K-1.
-        unknown: int64 ``[J]``, ascending: the samples that were asked for and belong to no known class.
+        unknown: int64 ``[J]``, ascending: the samples whose answer is "unknown", of no known class.
         num_known: K.
         round: number of the round, from 0.
-        precision: share of known classes in the answers of the round before; 0 in the first round.
-        labelled_scores: what the task gives for the samples ``known``, for strategies with ``needs_labelled``; arrays
-            by name, first dimension ``L``.
+        precision: share of known classes in the answers of the latest query; 0 in the first round.
+        labelled_scores: the scores of the samples ``known``, for strategies with ``needs_labelled``; a dict of tensors
+            whose first dimension is ``L``. Empty for others.
     """
 
     unlabelled: np.ndarray
@@ -47,37 +47,37 @@ class PoolView(NamedTuple):
 
 
 class Query(NamedTuple):
-    """What a strategy chose, the best first.
+    """The samples that a strategy chose for labelling, the best first.
 
     Attributes:
         index: int64 ``[n]``, samples of ``PoolView.unlabelled``, each once.
-        score: float64 ``[n]``: why, in the strategy's own unit.
-        loss_weight: float64 ``[n]`` where they were drawn by chance: what the loss of each counts, so that the sum over
-            all of them estimates that over the pool.
+        score: float64 ``[n]``, the score of each by the strategy; NaN where there is none.
+        loss_weight: float64 ``[n]`` or ``None``; only for samples that were drawn at random. The sum of the losses of
+            the query, each multiplied by its weight, estimates the sum over the pool.
     """
 
-    index: np.ndarray  # type: ignore[assignment]  # tuple.index gives way
+    index: np.ndarray  # type: ignore[assignment]  # hides the method tuple.index
     score: np.ndarray
     loss_weight: np.ndarray | None = None
 
 
 @dataclass
 class PoolRecord:
-    """All that was asked and answered, in one file that a person can read: the truth when a run starts again.
+    """All queries and answers of a pool, stored in one JSON file, from which an interrupted run goes on.
 
-    Each entry of ``queries`` is one sample: ``round``, ``index`` (position in the full training array), ``path`` where
-    there is one, ``score``, ``predicted`` (class name), ``loss_weight`` where the strategy gave one (see ``Query``),
-    ``answer`` (a class name, ``"unknown"``, or ``None`` as long as nobody answered) and ``by`` (``"oracle"`` or
-    ``"person"``). Where an answer was changed or taken back, ``history`` holds what was there before: entries
-    ``answer`` and ``by``, the oldest first. Where image files have come or gone, ``index`` is where the file is now,
-    below 0 where it is gone, and ``asked_as`` lists where it was.
+    Each entry of ``queries`` is one sample: ``round``, ``index`` (position in the full training array), ``path`` if the
+    sample is a file, ``score``, ``predicted`` (class name), ``loss_weight`` if the strategy gave one (see ``Query``),
+    ``answer`` (a class name, ``"unknown"``, or ``None`` without an answer) and ``by`` (``"oracle"`` or ``"person"``).
+    If an answer was changed or removed, ``history`` has the earlier ones: entries ``answer`` and ``by``, the oldest
+    first. If image files were added or removed since the query, ``index`` is the present position of the file, below 0
+    if it is gone, and ``asked_as`` lists its earlier positions.
 
     Args:
         path: the file, ``RUN/pool.json``.
-        settings: what makes this pool this pool: classes, seeds, sizes; compared when a run goes on. ``new_classes``
-            are those of its classes that came with answers.
-        queries: the samples asked for, in the order they were asked for.
-        results: what each finished round reached.
+        settings: what identifies the pool: classes, seeds, sizes; compared when a run goes on. ``new_classes`` are the
+            classes that were added together with answers.
+        queries: the queried samples, in the order of the queries.
+        results: one entry for each finished round, see ``pool.label_curves.curves``.
     """
 
     path: Path
@@ -87,11 +87,11 @@ class PoolRecord:
 
     @classmethod
     def load(cls, path: str | Path) -> PoolRecord:
-        """Read the file.
+        """Read the record from the file ``path``.
 
         Raises:
-            FileNotFoundError: where it does not exist.
-            ValueError: where it is damaged: it is never replaced by an empty one.
+            FileNotFoundError: if it does not exist.
+            ValueError: if it is damaged.
         """
         path = Path(path)
         try:
@@ -100,22 +100,22 @@ class PoolRecord:
             if content["version"] != VERSION:
                 raise ValueError(f"its version is {content['version']}, expected {VERSION}")
             for row in record.queries:
-                row["round"], row["index"], row["answer"]  # or a KeyError tells that it is damaged
+                row["round"], row["index"], row["answer"]  # a KeyError means that the file is damaged
         except FileNotFoundError:
             raise FileNotFoundError(
-                f"{path} does not exist: ask for labels first, with lightning-kd query, or name the run's folder"
+                f"{path} does not exist: make a query first, with lightning-kd query, or name the run's folder"
             ) from None
         except (json.JSONDecodeError, KeyError, TypeError, ValueError) as error:
             raise ValueError(
-                f"{path}, which holds the answers given so far, is damaged ({error}): bring back a copy of it"
+                f"{path}, which holds the answers given so far, is damaged ({error}): restore it from a copy"
             ) from error
         return record
 
     def save(self) -> None:
-        """Write the file, so that it is whole and on the disk when this returns.
+        """Write the file; when this returns, it is complete and on the disk.
 
         Raises:
-            ValueError: where the file holds a question or an answer that this record lacks: none is ever lost.
+            ValueError: if the file holds a query or an answer that this record lacks, which would be lost.
         """
         if self.path.is_file():
             lost = missing_rows(PoolRecord.load(self.path), self)
@@ -133,11 +133,11 @@ class PoolRecord:
         lines += ["]", "}"]
         write_text(self.path, "\n".join(lines) + "\n", durable=True)
 
-    # -- what was asked and answered ---------------------------------------------------------------------------------
+    # -- queries and answers -----------------------------------------------------------------------------------------
 
     @property
     def round(self) -> int:
-        """Number of the round to ask for next: queries made so far."""
+        """Number of the next query's round, that is, the number of queries made so far."""
         return 1 + max((int(row["round"]) for row in self.queries), default=-1)
 
     @property
@@ -163,15 +163,22 @@ class PoolRecord:
         paths: Sequence[str] | None = None,
         loss_weight: Sequence[float] | np.ndarray | None = None,
     ) -> None:
-        """Note a new query. Nothing is written to the disk yet.
+        """Add a query; ``save`` writes it to the file.
+
+        Args:
+            index: ``[n]``, positions in the full training array.
+            score: ``[n]``; values that are not finite are stored as ``None``.
+            predicted: ``[n]`` class names.
+            paths: ``[n]`` paths of the images, if they are files.
+            loss_weight: ``[n]``, see ``Query``.
 
         Raises:
-            ValueError: where a sample was asked for before.
+            ValueError: if a sample was queried before.
         """
         before = {row["index"] for row in self.queries}
         again = [int(i) for i in index if int(i) in before]
         if again:
-            raise ValueError(f"index {again[0]} was asked for before: a sample is bought once")
+            raise ValueError(f"index {again[0]} was queried before: query each sample once")
         number = self.round
         for k, i in enumerate(index):
             value = float(score[k])
@@ -184,14 +191,16 @@ class PoolRecord:
             self.queries.append(row | {"answer": None, "by": None})
 
     def add_answers(self, answers: Mapping[int, str], by: str) -> None:
-        """Note the answers to pending entries by index. Nothing is written to the disk yet."""
+        """Add answers (class names or ``"unknown"``) by index to entries without one; ``save`` writes them."""
         for row in self.queries:
             if row["answer"] is None and row["index"] in answers:
                 row |= {"answer": answers[row["index"]], "by": by}
 
     def correct_answers(self, answers: Mapping[int, str | None], by: str) -> None:
-        """Change the answers to answered entries by index, or take them back with ``None``; the old ones are kept in
-        their ``history``. Nothing is written to the disk yet."""
+        """Replace existing answers by index, or remove them with ``None``; ``save`` writes the changes.
+
+        The old answers are kept in the ``history`` of the entries.
+        """
         for row in self.queries:
             if row["answer"] is not None and row["index"] in answers and answers[row["index"]] != row["answer"]:
                 row.setdefault("history", []).append({"answer": row["answer"], "by": row["by"]})
@@ -199,19 +208,19 @@ class PoolRecord:
                 row |= {"answer": new, "by": None if new is None else by}
 
     def add_classes(self, names: Sequence[str]) -> None:
-        """Let these be known classes from now on, after the others. Nothing is written to the disk yet."""
+        """Add known classes, after the others; ``save`` writes them."""
         for setting in ("classes", "new_classes"):
             self.settings[setting] = [*self.settings.get(setting, []), *names]
 
 
 def pool_file(path: str | Path) -> Path:
-    """The ``pool.json`` that is meant by its own path or by that of its run folder."""
+    """The path of ``pool.json``, from its own path or from that of its run folder."""
     path = Path(path)
     return path / "pool.json" if path.is_dir() else path
 
 
 def missing_rows(record: PoolRecord, other: PoolRecord) -> list[dict[str, Any]]:
-    """The rows of ``record`` that ``other`` lacks, or does not know the answer to, as it is or in its history."""
+    """The entries of ``record`` that ``other`` lacks, or whose answer it has neither as the answer nor in a history."""
 
     def key(row: dict[str, Any]) -> tuple[Any, ...]:
         return row["round"], row.get("path", row["index"])
@@ -229,11 +238,11 @@ def missing_rows(record: PoolRecord, other: PoolRecord) -> list[dict[str, Any]]:
 
 
 def alone(folder: Path) -> AbstractContextManager[None]:
-    """Keep other commands from the pool in ``folder``; a process that dies lets go of it.
+    """A lock on the pool in ``folder`` against other commands; it ends with the process that holds it.
 
     Raises:
-        ValueError: where another command works on it, or the lock is a symbolic link.
-        OSError: where the folder may not be written.
+        ValueError: if another command holds the lock, or the lock file is a symbolic link.
+        OSError: if the folder cannot be written.
     """
     refusal = f"another command works on the pool in {folder}: wait until it has ended"
     return file_writing.alone(folder / ".pool.lock", refusal)

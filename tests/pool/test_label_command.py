@@ -115,7 +115,7 @@ def test_what_is_unusual_in_a_file_is_told(pool, tmp_path, capsys):
     assert (
         "read: cells separated by semicolons; a byte order mark; Windows line ends; columns not looked at: rem" in out
     )
-    assert "; 2 labels in other letters, or blanks, than the class\n" in out
+    assert "; 2 labels spelled with other case or spaces than the class\n" in out
     answer(tmp_path, "index,label\n3,cat\n")
     assert "read:" not in capsys.readouterr().out
 
@@ -135,7 +135,7 @@ def test_answers_are_corrected_and_the_old_ones_kept(pool, tmp_path, capsys):
     answer(tmp_path, "index,label\n3,cat\n1,dog\n")
     capsys.readouterr()
     correct(tmp_path, "index,label\n3,dog\n1,\n8,cat\n")
-    assert "2 answers, 0 of them unknown; 1 new, 1 changed, 1 taken back" in capsys.readouterr().out
+    assert "2 answers, 0 of them unknown; 1 new, 1 changed, 1 removed" in capsys.readouterr().out
     assert answers(pool) == {3: ("dog", "person"), 1: (None, None), 8: ("cat", "person")}
     correct(tmp_path, "index,label\n3,cat\n1,unknown\n")
     found = rows_of(pool)
@@ -283,7 +283,7 @@ def test_an_index_that_was_that_of_two_files_needs_the_path(tmp_path, capsys):
     record.save()
     with pytest.raises(SystemExit):
         answer(tmp_path, "index,label\n3,cat\n")
-    assert "index 3 was that of 'a.png' and 'b.png', as files came or went: keep the column path" in (
+    assert "index 3 was that of 'a.png' and 'b.png', as files were added or removed: keep the column path" in (
         capsys.readouterr().err
     )
     answer(tmp_path, "index,label\n2,cat\n4,dog\n")

@@ -67,7 +67,7 @@ def test_a_record_that_forgot_answers_is_not_written(tmp_path):
 
 def test_bought_once(tmp_path):
     record = record_of(tmp_path / "pool.json")
-    with pytest.raises(ValueError, match="index 7 was asked for before"):
+    with pytest.raises(ValueError, match="index 7 was queried before"):
         record.add_query([9, 7], [0.0, 0.0], ["a", "a"])
     assert record.round == 1
     assert [row["index"] for row in record.pending] == [5]
