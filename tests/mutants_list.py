@@ -674,7 +674,7 @@ MUTANTS = [
     Mutant(
         "SAM loses its links on resume",
         "flatness/sam.py",
-        "        self._share()  # torch puts new containers there\n",
+        "        self._share()  # loading replaced both containers\n",
         "        pass\n",
         (f"{FLAT}/test_sam.py", f"{FLAT}/test_kill.py"),
     ),

@@ -39,8 +39,7 @@ class WhitenedRows:
         self.features = features = cpu_tensor(features)
         if features.ndim != 2 or 0 in features.shape or features.is_complex():
             raise ValueError(
-                f"features must be [n, d] real numbers, got {features.dtype} {list(features.shape)}: give one row for "
-                "each sample"
+                f"features must be [n, d] real numbers, got {list(features.shape)}: give one row for each sample"
             )
         check_numbers(above=0, below=1, optional=True, rank_tolerance=rank_tolerance)
         self.count, width = features.shape

@@ -1,4 +1,4 @@
-"""Flat minima: shifting weights to smaller ones that answer alike, and sharpness-aware training."""
+"""Flat minima: optimum shifting (smaller weights with the same outputs), sharpness-aware training, gradient noise."""
 
 from lightning_kd.core.registry import export_modules
 

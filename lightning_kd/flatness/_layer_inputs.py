@@ -1,4 +1,4 @@
-"""What enters the layers of a network in a pass that leaves no trace, on one process or several."""
+"""Recording the inputs of layers in a pass that changes nothing in the network, on one process or several."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ from lightning_kd.flatness._row_space import (
 
 
 def _gathered(rows: Tensor, counts: list[int]) -> Tensor:
-    """``rows`` ``[G, n, d]`` of all processes, of which each has its own ``n``."""
+    """Gather ``rows`` ``[G, n, d]`` of all processes, whose numbers ``n`` are ``counts``."""
     if process_count() == 1:
         return rows
     most = max(counts)
@@ -36,7 +36,7 @@ def _gathered(rows: Tensor, counts: list[int]) -> Tensor:
 
 
 def _of_process_0(projector: Projector, device: torch.device) -> Projector:
-    """One answer for all: near a threshold two processes might find different ranks, and part."""
+    """The projector of process 0, for all: near the threshold, rounding could give processes different ranks."""
     if process_count() == 1:
         return projector
     basis = projector.basis
@@ -51,18 +51,18 @@ def _of_process_0(projector: Projector, device: torch.device) -> Projector:
 
 
 class LayerInputs:
-    """The inputs of one layer: the rows themselves while they are fewer than their dimension, else sums over them.
+    """The inputs of one layer: the rows themselves if there are at most as many as their dimension, else sums of them.
 
     Args:
         name: the layer's module path, for messages.
         module: an ``nn.Linear`` or ``nn.Conv2d``.
-        num_classes: for the means of the classes as rows, and nothing else.
+        num_classes: if given, the rows are the mean inputs of the classes.
 
     Attributes:
-        groups: of a convolution, 1 otherwise.
-        dim: of one row.
-        calls: of the layer, on this process.
-        target: int64 of the batch under way, for class means.
+        groups: groups of a convolution, 1 otherwise.
+        dim: dimension of a row.
+        calls: number of calls of the layer on this process.
+        target: int64 ``[N]``, the targets of the current batch, for class means.
     """
 
     def __init__(self, name: str, module: nn.Linear | nn.Conv2d, num_classes: int | None = None) -> None:
@@ -81,7 +81,7 @@ class LayerInputs:
         self._of_class = None if num_classes is None else like.new_zeros(num_classes, self.dim + 1)
 
     def add(self, inputs: Tensor) -> None:
-        """One call of the layer."""
+        """Add the inputs of one call of the layer."""
         self.calls += 1
         self._dtype = inputs.dtype
         self._finite &= inputs.isfinite().all().to(self._finite.device)
@@ -90,7 +90,7 @@ class LayerInputs:
             size = (m.kernel_size[0], m.kernel_size[1])
             rows = wide(patches(inputs, size, m.stride, m.padding, m.dilation, m.groups, m.padding_mode))
         else:
-            rows = wide(inputs.reshape(1, -1, self.dim)).clone()  # or an operation in place would change it
+            rows = wide(inputs.reshape(1, -1, self.dim)).clone()  # later in-place operations must not change it
         if self._of_class is not None:
             self._add_to_classes(rows[0], inputs)
             return
@@ -109,7 +109,7 @@ class LayerInputs:
         ):
             raise ValueError(
                 f"class means need one input [N, d] of an nn.Linear for each target, got {list(inputs.shape)} at "
-                f"{self.name!r}: take single samples"
+                f"{self.name!r}: choose another selection"
             )
         ones = rows.new_ones(len(rows), 1)
         self._of_class.index_add_(0, self.target.to(rows.device), torch.cat([rows, ones], 1))
@@ -123,26 +123,26 @@ class LayerInputs:
         self._rows = [self._total.new_empty(self.groups, 0, self.dim)]
 
     def projectors(self, mode: str, rtol: float | None) -> tuple[list[Projector], int]:
-        """One projector for each group, and the number of rows; collective.
+        """One projector for each group, and the number of rows over all processes; all processes must call it.
 
         Raises:
-            ValueError: where the layer was never called, or its inputs are not finite, span nothing, or are one row
-                or equal ones of ``free``.
+            ValueError: if the layer was not called, or its inputs are not finite or of rank 0; with ``"free"`` one row,
+                or equal rows, are of rank 0.
         """
         device = self._total.device
-        # few processes: a table of all their counts is one small call
+        # one small reduction: a table of the counts of all processes
         table = torch.zeros(process_count(), 3, dtype=torch.int64, device=device)
         mine = process_rank()
         table[mine] = torch.tensor([self._count, self.calls, int(not self._finite)])
         counts, calls, wrong = summed(table).T.tolist()
         if not sum(calls):
             raise ValueError(
-                f"layer {self.name!r} was not called in the pass, so that nothing is known of its inputs: name a layer "
-                "that the forward uses as a module"
+                f"layer {self.name!r} was not called in the pass, so its inputs are unknown: name a layer that the "
+                "forward calls as a module"
             )
         if any(wrong):
             raise ValueError(
-                f"inputs of layer {self.name!r} must be finite, got NaN or infinity: look for what diverged"
+                f"inputs of layer {self.name!r} must be finite, got NaN or infinity: look for where it diverged"
             )
         total = sum(counts)
         if self._of_class is not None:
@@ -153,9 +153,9 @@ class LayerInputs:
         elif total <= self.dim:
             rows = _gathered(torch.cat(self._rows, 1), counts)
         if mode == "free" and total == 1:
-            raise ValueError(f"mode 'free' on one row would make {self.name!r} 0: give more samples")
+            raise ValueError(f"mode 'free' with one row would make the weight of {self.name!r} 0: give more samples")
         if rtol is None:
-            # the pass has TF32 off, so that float32 is on every device what it is on the CPU
+            # the pass runs without TF32, so float32 has the same precision on every device
             rtol = default_rtol(total, self.dim, self._dtype, torch.device("cpu"))
         if self._of_class is not None or total <= self.dim:
             found = [projector_of_rows(group, mode, rtol) for group in rows]
@@ -168,15 +168,15 @@ class LayerInputs:
             found = [projector_of_gram(gram, sums, total, mode, rtol) for gram, sums in groups]
         found = [_of_process_0(projector, device) for projector in found]
         if any(p.rank == 0 for p in found):
-            raise ValueError(f"inputs of layer {self.name!r} span nothing, which would make its weight 0: give others")
+            raise ValueError(f"inputs of layer {self.name!r} have rank 0, which would make its weight 0: give others")
         return found, total
 
 
 @contextmanager
 def undisturbed(model: nn.Module) -> Iterator[None]:
-    """A pass in eval mode and full precision without gradient, after which modes, buffers and random states are back.
+    """A context for a pass in eval mode and full precision, without gradient; it restores modes, buffers, random state.
 
-    The buffers are those of process 0, so that all processes see one network.
+    Within it the buffers are those of process 0, so that all processes use the same network.
     """
     device = next(model.parameters()).device
     buffers = [(buffer, buffer.clone()) for buffer in model.buffers()]
@@ -186,7 +186,7 @@ def undisturbed(model: nn.Module) -> Iterator[None]:
         stack.enter_context(torch.no_grad())
         stack.enter_context(torch.autocast(device.type, enabled=False))
         if any(getattr(m, "_compiled_call_impl", None) or hasattr(m, "_orig_mod") for m in model.modules()):
-            stack.enter_context(torch.compiler.set_stance("force_eager"))  # hooks set now would not fire in old code
+            stack.enter_context(torch.compiler.set_stance("force_eager"))  # compiled code would skip the new hooks
         if device.type == "cuda":
             stack.enter_context(no_tf32())
         stack.enter_context(_without_fast_path())
@@ -200,7 +200,7 @@ def undisturbed(model: nn.Module) -> Iterator[None]:
 
 @contextmanager
 def _without_fast_path() -> Iterator[None]:
-    """Transformer layers of torch call their parts, whose hooks would else not fire."""
+    """Make torch's Transformer layers call their submodules: their fast path would skip the hooks."""
     before = torch.backends.mha.get_fastpath_enabled()
     torch.backends.mha.set_fastpath_enabled(False)
     try:

@@ -12,17 +12,16 @@ from torch import Tensor
 from lightning_kd.argument_checks import check_numbers
 
 MODES = ("fixed", "joint", "free")
-_GRAM_RTOL = (
-    1e-7  # eigenvalues of a float64 Gram matrix are squares: singular values below 1e-8 of the largest are noise
-)
+# eigenvalues of the Gram matrix are squared singular values: in float64 those below 1e-8 of the largest are rounding
+_GRAM_RTOL = 1e-7
 
 
 def check_mode(mode: str, has_bias: bool, where: str = "") -> None:
-    """Raise ``ValueError`` for an unknown mode, or one that moves a bias that is not there."""
+    """Raise ``ValueError`` for an unknown mode, or one that changes the bias of a layer without one."""
     if mode not in MODES:
         raise ValueError(f"mode must be one of {', '.join(MODES)}, got {mode!r}")
     if mode != "fixed" and not has_bias:
-        raise ValueError(f"mode {mode!r} moves the bias, and {where or 'there'} is none: take mode='fixed'")
+        raise ValueError(f"mode {mode!r} changes the bias, and {where or 'there'} is none: take mode='fixed'")
 
 
 def check_rtol(rtol: float | None) -> None:
@@ -31,31 +30,31 @@ def check_rtol(rtol: float | None) -> None:
 
 
 def default_rtol(rows: int, dim: int, dtype: torch.dtype, device: torch.device) -> float:
-    """Below which share of the largest singular value another one is noise, by what computed the inputs."""
+    """The default of ``rtol``, from the precision in which the inputs were computed, see ``shift_linear``."""
     if dtype in (torch.float16, torch.bfloat16):
         return 1e-2
     if dtype == torch.float32 and device.type == "cuda" and torch.get_float32_matmul_precision() != "highest":
-        return 1e-3  # TF32 has 10 bits
-    # noise does not grow with the number of rows for ever: many float32 rows would lose directions that are there
+        return 1e-3  # TF32 has 10 bits of mantissa
+    # at most 1e-4: with many float32 rows a larger tolerance would drop real directions
     return min(max(rows, dim) * torch.finfo(dtype).eps, 1e-4)
 
 
 def wide(values: Tensor) -> Tensor:
-    """``values`` in float64 without graph, on its device where that has float64."""
+    """``values`` in float64, detached, on the same device (from MPS, which has no float64, on the CPU)."""
     values = values.detach()
     return (values.cpu() if values.device.type == "mps" else values).double()
 
 
 @dataclass
 class Projector:
-    """The linear map that a shift is, of a weight and its bias, and so of their momentum.
+    """A shift as a linear map of a weight and its bias; it is applied to their momentum too.
 
     Attributes:
-        basis: float64 ``[d, r]``, orthonormal columns that span the inputs; ``None`` where they span everything and
-            nothing moves. ``joint``: ``[d + 1, r]``, of the inputs with a column of ones.
+        basis: float64 ``[d, r]``, orthonormal columns that span the inputs; ``None`` if these span the whole space, so
+            that nothing changes. With ``"joint"`` ``[d + 1, r]``, for the inputs with a column of ones.
         rank: ``r``.
         mode: ``"fixed"``, ``"joint"`` or ``"free"``.
-        mean: float64 ``[d]``, of the inputs, for ``free``.
+        mean: float64 ``[d]``, mean of the inputs, for ``"free"``.
     """
 
     basis: Tensor | None
@@ -64,7 +63,7 @@ class Projector:
     mean: Tensor | None = None
 
     def apply(self, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor | None]:
-        """The images of ``weight`` ``[K, d]`` and ``bias`` ``[K]``, float64; the bias as it was with ``fixed``."""
+        """``weight`` ``[K, d]`` and ``bias`` ``[K]`` after the map, float64; with ``"fixed"`` the bias unchanged."""
         if self.basis is None:
             return weight, bias
         if self.mode == "fixed" or bias is None:
@@ -79,11 +78,11 @@ class Projector:
 
 @torch.no_grad()
 def project(weight: Tensor, bias: Tensor | None, projectors: list[Projector]) -> tuple[Tensor, Tensor | None]:
-    """The image of a weight and bias, or of their momentum, under one projector for each group of outputs."""
+    """A weight and bias, or their momentum, after the map of one projector for each group of outputs."""
     new_weight, new_bias = weight.detach().clone(), None if bias is None else bias.detach().clone()
     share = len(weight) // len(projectors)
     for group, projector in enumerate(projectors):
-        if projector.basis is not None:  # what does not move stays to the bit
+        if projector.basis is not None:  # groups that do not change are exact copies
             part = slice(group * share, (group + 1) * share)
             old_bias = None if bias is None else wide(bias[part])
             moved, moved_bias = projector.apply(wide(weight[part].flatten(1)), old_bias)
@@ -94,11 +93,10 @@ def project(weight: Tensor, bias: Tensor | None, projectors: list[Projector]) ->
 
 
 def projector_of_rows(rows: Tensor, mode: str, rtol: float) -> Projector:
-    """From the inputs ``[n, d]`` themselves.
+    """The projector for inputs ``[n, d]``.
 
-    A QR decomposition is several times faster than an SVD, and its triangle bounds all singular values: where the
-    bounds prove full rank it is enough. Else the SVD of the triangle, which has the singular values of the inputs,
-    decides.
+    A QR decomposition is several times faster than an SVD, and its triangle gives bounds of all singular values. If
+    these prove full rank, no SVD is needed; else that of the triangle, which has the inputs' singular values, is taken.
     """
     rows = wide(rows)
     scale = float(rows.norm())
@@ -108,7 +106,7 @@ def projector_of_rows(rows: Tensor, mode: str, rtol: float) -> Projector:
     elif mean is not None:
         rows = rows - mean
     n, dim = rows.shape
-    # what centring leaves of equal rows is rounding, and no direction
+    # subtracting the mean of equal rows leaves rounding errors, which must not count as a direction
     floor = max(n, dim) * torch.finfo(torch.float64).eps * scale if mode == "free" else 0.0
     tall = n > dim
     q, triangle = torch.linalg.qr(rows if tall else rows.T, mode="r" if tall else "reduced")
@@ -124,7 +122,7 @@ def projector_of_rows(rows: Tensor, mode: str, rtol: float) -> Projector:
 
 
 def projector_of_gram(gram: Tensor, total: Tensor | None, count: int | None, mode: str, rtol: float) -> Projector:
-    """From the sum of the outer products of the inputs ``[d, d]``, their sum ``[d]`` and their number."""
+    """The projector from the sum of the inputs' outer products ``[d, d]``, their sum ``[d]`` and their number."""
     mean, scale = None, math.sqrt(max(float(torch.linalg.eigvalsh(gram)[-1]), 0.0)) if mode == "free" else 0.0
     if mode != "fixed":
         assert total is not None
@@ -147,10 +145,11 @@ def _rank(sigma: Tensor, rtol: float, floor: float) -> int:
 
 
 def _surely_full(triangle: Tensor, rtol: float, floor: float) -> bool:
-    """Whether a bound below the smallest singular value is above the threshold for one above the largest.
+    """Whether bounds of the singular values prove full rank.
 
-    First by Frobenius norms of the triangle and its inverse; where they do not tell, by the closer Schatten-4 norms,
-    which cost two products.
+    They do if a lower bound of the smallest singular value is above the threshold for an upper bound of the largest.
+    The bounds are Frobenius norms of the triangle and its inverse; if these do not suffice, the closer Schatten-4
+    norms, which cost two matrix products.
     """
     if not triangle.diagonal().all():
         return False
@@ -171,9 +170,10 @@ def patches(
     groups: int,
     padding_mode: str,
 ) -> Tensor:
-    """What a 2-D convolution multiplies its filters with: ``[groups, N * L, D]`` of ``[N, C, H, W]``, in its dtype.
+    """The patches that a 2-D convolution multiplies with its filters, ``[groups, N * L, D]`` from ``[N, C, H, W]``.
 
-    ``L`` is the number of output positions and ``D = C / groups * kh * kw``, in the order of ``weight.flatten(1)``.
+    ``L`` is the number of output positions and ``D = C / groups * kh * kw``, in the order of ``weight.flatten(1)``. The
+    dtype is that of ``inputs``.
     """
     if inputs.ndim == 3:
         inputs = inputs[None]

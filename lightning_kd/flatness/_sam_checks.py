@@ -1,4 +1,4 @@
-"""What sharpness-aware optimizers cannot work with: Trainers and gradients."""
+"""Checks of the Trainer and the gradients for sharpness-aware optimizers."""
 
 from __future__ import annotations
 
@@ -10,14 +10,16 @@ from lightning.pytorch.strategies import DDPStrategy, SingleDeviceStrategy
 
 
 def check_trainer(trainer: Any, task: L.LightningModule, name: str) -> None:
-    """Raise a ``RuntimeError`` for a Trainer under which optimizer ``name`` would not do what it says."""
+    """Raise a ``RuntimeError`` for settings of the Trainer under which the optimizer ``name`` would be wrong."""
     if not task.automatic_optimization:
         raise RuntimeError(
-            f"{name} needs automatic optimization, got {type(task).__name__} with its own: choose another optimizer"
+            f"{name} needs automatic optimization, got {type(task).__name__} with manual optimization: choose another "
+            "optimizer"
         )
     if trainer.gradient_clip_val and trainer.gradient_clip_algorithm == "value":
         raise RuntimeError(
-            f"clipping by value would turn the way up of {name}, got gradient_clip_algorithm='value': clip by norm"
+            f"{name} cannot clip by value, which would change the direction of its first step, got "
+            "gradient_clip_algorithm='value': clip by norm"
         )
     if not isinstance(trainer.strategy, (SingleDeviceStrategy, DDPStrategy)):
         raise RuntimeError(
@@ -27,11 +29,11 @@ def check_trainer(trainer: Any, task: L.LightningModule, name: str) -> None:
 
 
 def check_accumulation(trainer: Any, name: str) -> None:
-    """Raise a ``RuntimeError`` where a step is made of several batches."""
+    """Raise a ``RuntimeError`` if gradients are accumulated over several batches."""
     if trainer.accumulate_grad_batches > 1:
         raise RuntimeError(
-            f"{name} goes up and steps on one batch, got accumulate_grad_batches={trainer.accumulate_grad_batches}: "
-            "set it to 1 and enlarge the batch"
+            f"{name} needs both gradients from one batch, got accumulate_grad_batches="
+            f"{trainer.accumulate_grad_batches}: set it to 1 and enlarge the batch"
         )
 
 

@@ -1,4 +1,4 @@
-"""What an optimum shifting cannot do in a fit, told before it starts."""
+"""Checks at the start of a fit that ``OptimumShifting`` can do its work."""
 
 from __future__ import annotations
 
@@ -48,24 +48,24 @@ def check_arguments(
     if every is None and not at_end:
         raise ValueError("every=None with at_end=False never shifts: give one of them")
     if guard is not None and not held_out:
-        raise ValueError(f"guard={guard} compares losses on held_out={held_out} samples: take some, or guard=null")
+        raise ValueError(f"guard={guard} needs held-out samples, got held_out={held_out}: take some, or guard=null")
 
 
 def check_setup(
     trainer: L.Trainer, shifting: L.Callback, kind: type[L.Callback], every: int | None, start: float
 ) -> bool:
-    """Whether a callback averages the weights.
+    """Check the Trainer, and return whether one of its callbacks averages the weights.
 
     Args:
-        trainer: whose fit begins.
-        shifting: the ``OptimumShifting`` in it.
+        trainer: the Trainer whose fit begins.
+        shifting: the ``OptimumShifting`` among its callbacks.
         kind: the class ``OptimumShifting``.
-        every: see there.
-        start: see there.
+        every: see ``OptimumShifting``.
+        start: see ``OptimumShifting``.
 
     Raises:
-        ValueError: for sharded weights, several ``OptimumShifting``, an average that does not go with this one, and a
-            share of no number of epochs.
+        ValueError: for sharded weights, several ``OptimumShifting``, averaging with ``every`` or after the shift, and
+            ``start`` without ``max_epochs``.
     """
     if isinstance(trainer.strategy, FSDPStrategy | DeepSpeedStrategy | ModelParallelStrategy):
         raise ValueError(
@@ -74,7 +74,7 @@ def check_setup(
         )
     callbacks: list[L.Callback] = trainer.callbacks  # type: ignore[attr-defined]
     if sum(isinstance(c, kind) for c in callbacks) > 1:
-        raise ValueError("callbacks hold several OptimumShifting, whose records would mix: give one all the layers")
+        raise ValueError("callbacks hold several OptimumShifting, whose records would mix: give all layers to one")
     averaging = [c for c in callbacks if isinstance(c, WeightAveraging | StochasticWeightAveraging)]
     if averaging:
         name = type(averaging[-1]).__name__
@@ -86,21 +86,21 @@ def check_setup(
         if callbacks.index(shifting) < callbacks.index(averaging[-1]):
             raise ValueError(f"{name} would overwrite the shift at the end: put OptimumShifting after it in callbacks")
     if every is not None and start and (trainer.max_epochs or -1) < 0:
-        raise ValueError(f"start={start} is a share of max_epochs, which this fit has not: give max_epochs")
+        raise ValueError(f"start={start} is a share of max_epochs, which this fit lacks: give max_epochs")
     return bool(averaging)
 
 
 def check_trained(
     trainer: L.Trainer, network: nn.Module, layers: Mapping[str, nn.Linear | nn.Conv2d], every: int | None
 ) -> bool:
-    """Whether an optimizer trains all ``layers``; raises a ``ValueError`` where one must be trained."""
+    """Whether an optimizer trains all ``layers``; if not, a ``ValueError`` with ``every``."""
     trained = {id(p) for o in trainer.optimizers for group in o.param_groups for p in group["params"]}
     untrained = [name for name, layer in layers.items() if id(layer.weight) not in trained]
     if untrained and every is not None:
         raise ValueError(
-            f"every={every} would make layer {untrained[0]!r} of {type(network).__name__}, which no optimizer "
-            "trains, a mix of weights before and after a shift if it is a running average: leave it out, and it is "
-            "shifted at the end"
+            f"every={every} needs trained layers, but no optimizer trains {untrained[0]!r} of "
+            f"{type(network).__name__}; a running average would mix weights before and after a shift: leave every "
+            "out, and it is shifted at the end"
         )
     return not untrained
 
@@ -108,14 +108,14 @@ def check_trained(
 def check_targets(
     source: Any, network: nn.Module, selection: str, cross_entropy: bool, num_classes: int | None, few: int
 ) -> None:
-    """Raise ``ValueError`` where classes are needed, and the network or ``few`` samples have none."""
+    """Raise ``ValueError`` if classes are needed, but unknown, or if targets of ``few`` samples are not classes."""
     remedy = "for a regression or one logit take selection='random' and a subclass with its own loss"
     by_class = selection in BY_CLASS
     has_classifier = any(isinstance(m, nn.Linear) for m in network.modules())
     if num_classes is None and (by_class or (cross_entropy and has_classifier)):
         got = "one output" if has_classifier else "no nn.Linear"
         raise ValueError(
-            f"{type(network).__name__} has {got} and no num_classes, so that the classes are not known: give the "
+            f"{type(network).__name__} has {got} and no num_classes, so the number of classes is unknown: give the "
             f"module num_classes; {remedy}"
         )
     if cross_entropy and not hasattr(source, "train_target"):
@@ -123,12 +123,13 @@ def check_targets(
             target = as_batch(batch).target
             got = f"{target.dtype} {list(target.shape)}" if isinstance(target, Tensor) else type(target).__name__
             numbers = not isinstance(target, Tensor) or (target.is_floating_point() and target.ndim < 2)
-            if numbers or (by_class and (target.is_floating_point() or target.ndim != 1)):  # probabilities are random's
+            # class probabilities [N, K] are fine for selections that do not look at classes
+            if numbers or (by_class and (target.is_floating_point() or target.ndim != 1)):
                 raise ValueError(f"targets must be classes, got {got}: {remedy}")
 
 
 def check_all_there(source: Any, chosen: Samples, num_classes: int) -> None:
-    """Raise ``ValueError`` where a data module knows that a class is missing."""
+    """Raise ``ValueError`` if the labels of a data module show that ``chosen`` lacks a class."""
     if hasattr(source, "train_target"):
         missing = np.setdiff1d(np.arange(num_classes), source.train_target.numpy()[chosen.indices])
         if len(missing):

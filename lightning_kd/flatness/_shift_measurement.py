@@ -1,4 +1,4 @@
-"""Passes over samples that measure loss and flatness and listen at layers."""
+"""Passes over samples that measure loss and relative flatness and record the inputs of layers."""
 
 from __future__ import annotations
 
@@ -20,13 +20,21 @@ from lightning_kd.flatness._layer_inputs import LayerInputs, undisturbed
 from lightning_kd.flatness._row_space import wide
 
 _NORMS = (_NormBase, nn.LayerNorm, nn.GroupNorm, nn.RMSNorm, nn.LocalResponseNorm)
-# what a factor on the input passes through
+# modules whose output scales with their input: f(c x) = c f(x) for c > 0
 _HOMOGENEOUS = (nn.ReLU, nn.LeakyReLU, nn.PReLU, nn.Identity, nn.Flatten, nn.Dropout, nn.Dropout1d, nn.Dropout2d)
 
 
 @dataclass
 class Found:
-    """What a pass has found, over all processes."""
+    """The result of a pass, over all processes.
+
+    Attributes:
+        samples: number of samples.
+        loss: mean loss; ``None`` without targets.
+        kappa: relative flatness of the classifier; ``None`` if it cannot be computed.
+        finite: whether all outputs and losses are finite.
+        missing: classes without samples; empty if the number of classes is unknown.
+    """
 
     samples: int
     loss: float | None
@@ -36,7 +44,19 @@ class Found:
 
 
 class Pass:
-    """Passes over samples that measure loss and flatness, and listen at layers."""
+    """Runs a network over samples, measures loss and relative flatness, and records the inputs of layers.
+
+    Args:
+        model: the network.
+        layers: layers by module path.
+        forward: from a batch to the output. Default: ``model(image)``.
+        loss_fn: from output and batch to the mean loss. Default: cross-entropy.
+        num_classes: number of classes; ``None``: missing classes are not looked for.
+
+    Attributes:
+        normalised: module paths of the layers whose output enters a normalisation layer, known after a pass.
+        classifier: module path of the classifier, ``""`` if there is none.
+    """
 
     def __init__(
         self,
@@ -60,11 +80,11 @@ class Pass:
         self._inputs: Mapping[str, LayerInputs] = {}
 
     def run(self, data: Any, inputs: Mapping[str, LayerInputs] | None = None) -> Found:
-        """One pass; with ``inputs``, what enters the layers goes there. Collective."""
+        """One pass over ``data``; the inputs of the layers are added to ``inputs``. All processes must call it."""
         parameter = next(self.model.parameters())
         wide_like = wide(parameter.detach()[:0])
         loss, finite, samples, with_loss = wide_like.new_zeros(()), wide_like.new_ones(()), 0, 0
-        one_class = True  # kappa is of a softmax
+        one_class = True  # kappa is defined for one class a sample
         classes = torch.zeros(self.num_classes or 0, dtype=torch.int64, device=wide_like.device)
         self._inputs = inputs or {}
         head = self.layers.get(self.classifier)
@@ -108,7 +128,11 @@ class Pass:
         )
 
     def _kappa(self) -> float | None:
-        """Relative flatness of the classifier: over pairs of classes, how far their rows are apart and how confused."""
+        """Relative flatness of the classifier ``[K, d]``.
+
+        Sum over pairs of classes of the squared distance of their rows, each times the mean over samples of
+        ``|feature|^2 p_k p_l``.
+        """
         if self._spread is None or not summed(self._spread)[0, -1]:
             return None
         rows = wide(self.layers[self.classifier].weight).flatten(1)
@@ -151,7 +175,7 @@ class Pass:
 
     def _leaving(self, name: str) -> Callable[..., None]:
         def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Tensor) -> None:
-            self._outputs[name] = [output]  # kept until the forward ends, so that no other tensor can take its place
+            self._outputs[name] = [output]  # kept until the forward ends: tensors are recognised by identity
             if self._spread is not None and name == self.classifier and output.ndim == 2:
                 size, p = wide(args[0] if args else kwargs["input"]).square().sum(1), wide(output).softmax(1)
                 self._spread[:, :-1].addmm_((size[:, None] * p).T, p)
@@ -176,13 +200,13 @@ def _first_is_in(args: tuple[Any, ...], found: list[Any]) -> bool:
 
 
 def _batches(data: Any) -> Iterator[Any]:
-    """One batch, or those of a loader."""
+    """The batches of ``data``: a single batch, or those of a loader."""
     if is_batch(data, targets=False):
         return iter([data])
     if isinstance(data, Iterator) or not isinstance(data, Iterable):
         raise ValueError(
-            f"samples must be a batch or batches that can be iterated again, got {type(data).__name__}: give a list or "
-            "a loader"
+            f"samples must be a batch, or batches that can be iterated more than once, got {type(data).__name__}: give "
+            "a list or a loader"
         )
     return iter(data)
 

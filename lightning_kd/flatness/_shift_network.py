@@ -1,4 +1,4 @@
-"""Shifting layers of a network in place."""
+"""Optimum shifting of the layers of a network, in place."""
 
 from __future__ import annotations
 
@@ -39,40 +39,41 @@ def shift_network(
     forward: Callable[[Any], Any] | None = None,
     loss_fn: Callable[[Any, Any], Tensor] | None = None,
 ) -> ShiftReport:
-    """Shift layers of a network in place, on the inputs that they get in one pass over ``data``.
+    """Replace weights of layers by the smallest ones with the same outputs on ``data``, in place.
 
-    The pass is in eval mode without gradient and autocast; modes, buffers and random states are afterwards what they
-    were, and so are ``requires_grad``, the ``Parameter`` objects and the keys of the ``state_dict``. Up to as many
-    inputs as a layer has weights for each output are kept; beyond that their Gram matrix is added up. The order of the
-    layers does not matter: on ``data`` a shift leaves the inputs of all later layers as they are.
+    Each layer is shifted by ``shift_linear`` or ``shift_conv2d`` on the inputs that it gets in one pass over ``data``.
+    The pass is in eval mode, without gradient and autocast. Afterwards modes, buffers, random states,
+    ``requires_grad``, the ``Parameter`` objects and the keys of the ``state_dict`` are as before. A layer's inputs are
+    kept if they are at most as many as the weights of one output; if more, only their Gram matrix is. The order of the
+    layers does not matter: a shift does not change the inputs of later layers on ``data``.
 
-    A layer whose output is normalised, directly or after ReLU, dropout or the like as a module, gains nothing from a
-    smaller weight, and a warning says so; what the forward does by functions in between is not seen.
+    A layer whose output is normalised, directly or after modules such as ReLU and dropout, gains nothing from a smaller
+    weight; a warning says so. Functions (not modules) in between are not detected.
 
-    On other samples the loss may rise, and much so where a class is missing in ``data``: give ``held_out`` and a
-    ``guard``.
+    On other samples the loss may rise, and strongly if ``data`` lacks a class: give ``held_out`` and a ``guard``.
 
-    Several processes: each gives its share of the samples, and all get the shift that one process with all of them
-    would find. Sharded weights are refused.
+    Several processes: each gives its share of the samples; all get the shift that one process with all samples would
+    compute. Sharded weights are refused.
 
     Args:
-        model: any network; for the default ``forward`` one that takes the image of a batch.
-        layers: module paths of ``nn.Linear`` and ``nn.Conv2d`` layers; a module with several paths is one layer, under
-            the first of them. ``None``: the last ``nn.Linear``.
-        data: the shift set: a ``Batch``, a pair ``(image, target)`` with ``target`` 1-D or of integers, a tensor of
-            images, or batches that can be iterated again and again in one order (no augmentation).
-        held_out: further training samples, likewise. Default: none.
+        model: any network; with the default ``forward`` one that takes the image of a batch.
+        layers: module paths of ``nn.Linear`` and ``nn.Conv2d`` layers; a module with several paths counts once.
+            ``None``: the last ``nn.Linear``.
+        data: the samples to shift on: a ``Batch``, a pair ``(image, target)`` with ``target`` 1-D or of integers, a
+            tensor of images, or batches that can be iterated repeatedly in the same order (no augmentation).
+        held_out: further training samples, in the same form. Default: none.
         mode: ``"fixed"``, ``"joint"`` or ``"free"``, see ``shift_linear``.
-        rtol: see ``shift_linear``, by the dtype of the layer's inputs.
+        rtol: see ``shift_linear``; the default depends on the dtype of the layer's inputs.
         selection: ``"class_means"`` shifts on the mean input of each class over ``data`` (linear layers with inputs
-            ``[N, d]``); any other on all of ``data``, and says only how that was drawn.
-        num_classes: number of classes that must be there.
+            ``[N, d]``). Any other shifts on all of ``data`` and only names how it was drawn.
+        num_classes: number of classes, each of which ``data`` must have. Default: not checked.
         force: shift although a class is missing.
-        guard: undo the shift where the loss on ``held_out`` rises by more than this share of its size. Default: never.
-            What makes a loss or an output infinite is always undone.
-        optimizer: whose momentum (``momentum_buffer``, ``exp_avg``) of the layers is adapted. Second moments stay.
-        momentum: ``"project"``: drop its part outside the inputs' span, which would let the weights grow back;
-            ``"keep"`` or ``"zero"``.
+        guard: undo the shift if the loss on ``held_out`` rises by more than this share of its absolute value. Default:
+            never. A shift after which a loss or an output is not finite is always undone.
+        optimizer: optimizers whose momentum (``momentum_buffer``, ``exp_avg``) of the layers is changed too. Second
+            moments are not.
+        momentum: ``"project"``: remove the part of the momentum outside the span of the inputs, which would undo the
+            shift in later steps; ``"keep"`` or ``"zero"``.
         forward: from a batch of ``data`` to the output. Default: ``model(image)``.
         loss_fn: from output and batch to the mean loss over the batch. Default: cross-entropy.
 
@@ -80,9 +81,10 @@ def shift_network(
         ``ShiftReport``.
 
     Raises:
-        ValueError: for layers that cannot be shifted (unknown, another kind, parametrised, tied, never called), inputs
-            that are not finite or span nothing, missing classes, arguments out of range. Inputs that are all equal span
-            nothing with ``"free"``, where ``shift_linear`` returns a weight of 0. The network is then as before.
+        ValueError: for layers that cannot be shifted (unknown, of another kind, parametrised, with shared parameters,
+            not called), inputs that are not finite or of rank 0, missing classes, arguments out of range. With
+            ``"free"`` equal inputs have rank 0 (``shift_linear`` returns a weight of 0 for them). The network is then
+            unchanged.
     """
     if selection not in SELECTIONS:
         raise ValueError(f"selection must be one of {', '.join(SELECTIONS)}, got {selection!r}")
@@ -90,7 +92,7 @@ def shift_network(
         raise ValueError(f"momentum must be one of {', '.join(MOMENTUM)}, got {momentum!r}")
     check_numbers(least=0, optional=True, guard=guard)
     if guard is not None and held_out is None:
-        raise ValueError(f"guard={guard} compares the loss on held_out samples, got none of them: give both")
+        raise ValueError(f"guard={guard} compares the loss on held_out samples, got held_out=None: give both")
     if selection == "class_means" and num_classes is None:
         raise ValueError("selection 'class_means' needs the number of classes: give num_classes")
     check_rtol(rtol)
@@ -125,7 +127,7 @@ def shift_network(
             status = "shifted" if moved else "identity"
             after_norm = float(wide(module.weight).norm())
             entries.append(LayerShift(name, mode, rows, inputs[name].dim, rank, status, norm, after_norm))
-        # where nothing has moved, nothing has changed
+        # if no layer changed, the first pass is still valid
         after = watch.run(data) if undo else before
         held_after = watch.run(held_out) if undo and held is not None else held
     except BaseException:
@@ -165,10 +167,10 @@ def _reason(after: Found, held: Found | None, held_after: Found | None, guard: f
 def find_layers(
     model: nn.Module, layers: str | Sequence[str] | None, mode: str = "fixed"
 ) -> dict[str, nn.Linear | nn.Conv2d]:
-    """The layers by module path, the first of each, after making sure that each can be shifted.
+    """The layers by module path (the first path of each module), each checked to be one that can be shifted.
 
     Raises:
-        ValueError: naming the first that cannot.
+        ValueError: naming the first layer that cannot be shifted, and why.
     """
     names = [find_classifier(model)[0]] if layers is None else [layers] if isinstance(layers, str) else list(layers)
     modules = dict(model.named_modules(remove_duplicate=False))
@@ -201,7 +203,7 @@ def _plain_layer(name: str, module: nn.Module, owners: Mapping[int, int]) -> nn.
         elif kind.forward is not base.forward or (
             isinstance(module, nn.Conv2d) and type(module)._conv_forward is not nn.Conv2d._conv_forward
         ):
-            problem = f"is a {kind.__name__} with a forward of its own, which a shift does not know: name another layer"
+            problem = f"is a {kind.__name__} with a forward of its own, which shifting does not support: name another"
         elif any(owners[id(p)] > 1 for p in module._parameters.values() if p is not None):
             problem = "shares its parameters with another module, which a shift would change too: name another layer"
         elif hasattr(weight, "full_tensor") or getattr(module, "_is_fsdp_managed_module", False) or not weight.numel():
@@ -218,14 +220,14 @@ def _plain_layer(name: str, module: nn.Module, owners: Mapping[int, int]) -> nn.
 def _warn(watch: Pass, found: Mapping[str, nn.Linear | nn.Conv2d]) -> None:
     for name in sorted(watch.normalised):
         rank_zero_warn(
-            f"the output of layer {name!r} is normalised: a smaller weight changes nothing there but makes its "
+            f"the output of layer {name!r} is normalised: a smaller weight does not change the outputs but makes "
             "gradient and curvature larger; leave it out"
         )
     head = found.get(watch.classifier)
     if head is not None and len(head.weight) > head.weight[0].numel() - 1:
         rank_zero_warn(
-            f"classifier {watch.classifier!r} has {len(head.weight)} classes on {head.weight[0].numel()} features: a "
-            "shift cannot span all classes and leave anything to shift"
+            f"classifier {watch.classifier!r} has {len(head.weight)} classes on {head.weight[0].numel()} features: "
+            "samples of all classes span its inputs, so a shift changes nothing"
         )
 
 
@@ -237,7 +239,7 @@ def _shift(
     momentum: str,
     undo: list[tuple[Tensor, Tensor]],
 ) -> None:
-    """Write the shifted weight, bias and momentum; ``undo`` gets what they were: tensors and copies."""
+    """Write the shifted weight, bias and momentum; each written tensor and a copy of its old values go to ``undo``."""
     weight, bias = module.weight, module.bias if mode != "fixed" else None
     written: list[tuple[Tensor, Tensor]] = _mapped(weight, bias, projectors)
     for optimizer in optimizers if momentum != "keep" else ():

@@ -1,4 +1,4 @@
-"""What a shift did."""
+"""The report of an optimum shift."""
 
 from __future__ import annotations
 
@@ -9,17 +9,17 @@ from typing import Any
 
 @dataclass
 class LayerShift:
-    """One layer of a shift.
+    """What a shift did to one layer.
 
     Attributes:
-        name: its module path.
+        name: module path of the layer.
         mode: ``"fixed"``, ``"joint"`` or ``"free"``.
-        rows: how many inputs it was shifted on, over all processes.
-        dim: of one input.
-        rank: of the inputs; a list for a grouped convolution.
-        status: ``"shifted"`` or ``"identity"``.
-        norm_before: Frobenius norm of the weight.
-        norm_after: likewise, of the shifted one, whether or not it was undone.
+        rows: number of inputs that it was shifted on, over all processes.
+        dim: dimension of an input.
+        rank: numerical rank of the inputs; a list for a grouped convolution.
+        status: ``"shifted"``, or ``"identity"`` if the inputs span the whole space, so that nothing changed.
+        norm_before: Frobenius norm of the weight before the shift.
+        norm_after: Frobenius norm of the shifted weight, even if the shift was undone.
     """
 
     name: str
@@ -34,20 +34,22 @@ class LayerShift:
 
 @dataclass
 class ShiftReport:
-    """What ``shift_network`` did; ``str`` of it is a table.
+    """What ``shift_network`` did; ``str(report)`` is a table.
+
+    Values "after" are those of the shifted network, even if the shift was undone.
 
     Attributes:
-        layers: one entry a layer.
-        samples: in the shift set, over all processes.
-        loss_before: mean loss on the shift set; ``None`` where it has no targets.
-        loss_after: likewise, after the shift, whether or not it was undone.
+        layers: one entry for each layer.
+        samples: number of samples that were shifted on, over all processes.
+        loss_before: mean loss on these samples; ``None`` if they have no targets.
+        loss_after: mean loss on them after the shift.
         held_out_before: mean loss on the held-out samples; ``None`` without them.
-        held_out_after: likewise.
-        kappa_before: relative flatness of the classifier on the shift set; ``None`` where it was not among the
-            layers, or samples have more than one class.
-        kappa_after: likewise.
-        undone: whether everything is as it was before the shift.
-        reason: why, empty where it is not.
+        held_out_after: mean loss on them after the shift.
+        kappa_before: relative flatness of the classifier on the samples; ``None`` if it is not among the layers, or if
+            samples have several classes.
+        kappa_after: relative flatness after the shift.
+        undone: whether the shift was undone, so that the network is as before.
+        reason: why it was undone; empty otherwise.
     """
 
     layers: list[LayerShift]
@@ -63,15 +65,15 @@ class ShiftReport:
 
     @property
     def identity(self) -> bool:
-        """Whether no layer moved."""
+        """Whether no layer changed."""
         return all(layer.status == "identity" for layer in self.layers)
 
     def to_dict(self) -> dict[str, Any]:
-        """All of it as plain values, for JSON and checkpoints."""
+        """The report as a dict of plain values, for JSON and checkpoints."""
         return asdict(self)
 
     def metrics(self) -> dict[str, float]:
-        """The numbers under the names that they are logged by."""
+        """The numbers under the names by which they are logged, ``shift/...``."""
         metrics: dict[str, float] = {"identity": float(self.identity), "undone": float(self.undone)}
         for layer in self.layers:
             end = f"/{layer.name}" if len(self.layers) > 1 else ""
@@ -85,7 +87,7 @@ class ShiftReport:
         return {f"shift/{name}": value for name, value in metrics.items()}
 
     def summary(self) -> str:
-        """One line."""
+        """The report in one line."""
         parts = []
         for layer in self.layers:
             ratio = layer.norm_after / layer.norm_before if layer.norm_before else 1.0

@@ -1,4 +1,4 @@
-"""Which training samples to shift on."""
+"""Drawing the training samples for an optimum shift."""
 
 from __future__ import annotations
 
@@ -29,26 +29,28 @@ def shift_samples(
     stream: str = "optimum_shifting",
     force: bool = False,
 ) -> tuple[Samples, Samples | None]:
-    """The training samples to shift ``network`` on, and others to see what the shift does elsewhere.
+    """Draw the training samples to shift ``network`` on, and held-out ones to measure the effect on other samples.
 
     Args:
-        source: see ``core.samples.training_samples``.
-        network: whose layers are shifted.
-        layers: module paths of them; ``None`` for the classifier.
+        source: see ``core.training_subset.training_samples``.
+        network: the network whose layers are shifted.
+        layers: module paths of the layers; ``None`` for the classifier.
         selection: ``"class_balanced"`` or ``"random"``; ``"all"`` and ``"class_means"`` take the whole training set.
-        samples: how many of the first two. Default: ``min(max(100, 3 K), d - 1)`` for ``K`` classes and ``d`` the least
-            number of inputs of a linear layer among them, because ``d`` samples leave nothing to shift.
-        held_out: how many others; with the whole training set, a random part of it. 0 for none.
-        num_classes: ``K``; ``"random"`` and ``"all"`` do without, and then look for no missing class.
-        seed: fixes the draw, with ``stream``.
-        stream: a name; each gives another draw.
-        force: take fewer samples than classes.
+        samples: number of samples, for ``"class_balanced"`` and ``"random"``. Default: ``min(max(100, 3 K), d - 1)``
+            with ``K`` classes and ``d``, the smallest number of inputs of the linear layers: ``d`` samples may span
+            the whole space, and then nothing changes.
+        held_out: number of held-out samples; if the shift takes the whole training set, a random part of it. 0: none.
+        num_classes: ``K``; ``"random"`` and ``"all"`` work without it, but then do not detect missing classes.
+        seed: seed of the draw, together with ``stream``.
+        stream: a name; different names give different draws.
+        force: allow fewer samples than classes.
 
     Returns:
-        The shift set and the held-out samples.
+        ``(shift_set, held_out)``; the second is ``None`` with ``held_out=0``.
 
     Raises:
-        ValueError: for fewer samples than classes, a layer too narrow for them, or where none are left to hold out.
+        ValueError: for fewer samples than classes, a layer with too few inputs for all classes, or if no samples are
+            left to hold out.
     """
     if selection in BY_CLASS and num_classes is None:
         raise ValueError(f"selection {selection!r} needs the number of classes: give num_classes, or take 'random'")
@@ -61,13 +63,13 @@ def shift_samples(
                 count = min(count, module.in_features - 1)
                 if count < classes and not force:
                     raise ValueError(
-                        f"layer {name!r} has {module.in_features} inputs for {classes} classes, so that no set of "
-                        "samples spans all classes and leaves something to shift: name another layer, or force=True"
+                        f"layer {name!r} has {module.in_features} inputs for {classes} classes, so samples of all "
+                        "classes span its inputs and a shift changes nothing: name another layer, or force=True"
                     )
         if count < classes and not force:
             raise ValueError(
-                f"samples={count} are fewer than the {num_classes} classes, so that a shift would destroy predictions: "
-                "take more, or class means; force=True shifts all the same"
+                f"samples={count} are fewer than the {num_classes} classes, so a shift would destroy predictions of "
+                "the others: take more, or selection='class_means', or shift all the same by force=True"
             )
         shift_set = {"count": max(count, 1), "balanced": selection == "class_balanced", "num_classes": num_classes}
     elif samples is not None:
@@ -81,7 +83,7 @@ def shift_samples(
 
 
 def network_and_classes(trainer: L.Trainer, pl_module: L.LightningModule) -> tuple[nn.Module, int | None]:
-    """What to shift, and the number of classes where it is known."""
+    """The network whose layers are shifted, and the number of classes; ``None`` if it is unknown."""
     network: nn.Module = pl_module.main_network if isinstance(pl_module, Task) else pl_module
     for owner in (pl_module, getattr(trainer, "datamodule", None)):
         number = getattr(owner, "num_classes", None)

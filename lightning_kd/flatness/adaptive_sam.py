@@ -1,4 +1,8 @@
-"""Adaptive sharpness-aware minimisation: SAM on a scale of each weight's own."""
+"""Adaptive sharpness-aware minimisation (ASAM): SAM with an uphill step that scales with each weight.
+
+Jungmin Kwon, Jeongseop Kim, Hyunseo Park, In Kwon Choi. ASAM: Adaptive Sharpness-Aware Minimization for Scale-Invariant
+Learning of Deep Neural Networks. ICML 2021, arXiv 2102.11600.
+"""
 
 from __future__ import annotations
 
@@ -17,22 +21,25 @@ __all__ = ["ASAM"]
 class ASAM(SAM):
     """Adaptive sharpness-aware minimisation (Kwon et al., ICML 2021, arXiv 2102.11600).
 
-    SAM that goes up to ``w + rho T^2 g / (|T g| + 1e-16)``, a way that scales with the weights. By default ``T`` is
-    ``|w| + eta`` for every parameter whose name contains "weight" (scales of normalisation layers among them) and 1 for
-    the others, as in the authors' code. The names come from the LightningModule; in a plain loop give
-    ``model.named_parameters()`` (torch 2.6) or the model to ``step``.
+    SAM with an uphill step in proportion to the weights: large weights move further than small ones. Multiplying one
+    layer by a factor and dividing the next one by it, which does not change the outputs, then matters less than in SAM.
+
+    The second gradient is taken at ``w + rho T^2 g / (|T g| + 1e-16)``. By default ``T`` is ``|w| + eta`` for every
+    parameter whose name contains "weight" (also scales of normalisation layers) and 1 for the others, as in the
+    authors' code. The names come from the LightningModule; in a plain loop give ``model.named_parameters()``
+    (torch 2.6), or give the model to ``step``.
 
     Args:
         params: see ``SAM``.
         base_optimizer: see ``SAM``.
-        rho: radius, at least 0. 0.5 suits CIFAR-10, 1.0 CIFAR-100; the elementwise form 2.0.
-        eta: added to ``|w|``, at least 0. With 0, weights that are exactly 0 stay where they are on the way up.
+        rho: length of the uphill step, at least 0. 0.5 suits CIFAR-10, 1.0 CIFAR-100; 2.0 with ``elementwise``.
+        eta: added to ``|w|``, at least 0. With 0, weights that are exactly 0 are not moved uphill.
         average_first_pass: see ``SAM``.
-        elementwise: the other form in use: ``T = |w|`` for every parameter, biases too, without ``eta``. Of the two, it
-            alone follows the rescaling of layers that have biases.
+        elementwise: use ``T = |w|`` for every parameter, biases too, without ``eta``. Unlike the default it is exactly
+            invariant to the rescaling of layers with biases.
 
     Raises:
-        ValueError: see ``SAM``; and where names are needed and unknown.
+        ValueError: see ``SAM``; also if parameter names are needed and not known.
         TypeError: see ``SAM``.
         RuntimeError: see ``SAM``.
     """
@@ -73,6 +80,6 @@ class ASAM(SAM):
         self._is_weight = {parameter: "weight" in name for name, parameter in named}
         if not all(p in self._is_weight for group in self.param_groups for p in group["params"]):
             raise ValueError(
-                "ASAM treats weights and biases by their names, got parameters without: give it "
+                "ASAM tells weights from biases by their names, got parameters without names: give it "
                 "model.named_parameters(), call step(closure, model), or set elementwise=True"
             )

@@ -1,4 +1,8 @@
-"""Annealed gradient noise."""
+"""Annealed gradient noise, added to the gradients of each optimizer step.
+
+Arvind Neelakantan, Luke Vilnis, Quoc V. Le, Ilya Sutskever, Lukasz Kaiser, Karol Kurach, James Martens. Adding Gradient
+Noise Improves Learning for Very Deep Networks. 2015, arXiv 1511.06807.
+"""
 
 from __future__ import annotations
 
@@ -24,7 +28,7 @@ def noise_scale(step: int, eta: float = 0.3, gamma: float = 0.55) -> float:
     Args:
         step: number of optimizer steps already made, from 0.
         eta: the variance at step 0, at least 0.
-        gamma: how fast the variance falls.
+        gamma: exponent of the decay of the variance, at least 0.
 
     Raises:
         ValueError: for a negative ``step``, ``eta`` or ``gamma``.
@@ -42,14 +46,14 @@ def add_gradient_noise(
 ) -> None:
     """Add independent normal noise of ``noise_scale(step, eta, gamma)`` to every entry of every gradient, in place.
 
-    Parameters without a gradient are passed over, and draw nothing; with ``eta`` 0 nothing is drawn at all.
+    For parameters without a gradient, and with ``eta`` 0, no random numbers are drawn.
 
     Args:
-        parameters: whose ``grad`` is changed, in this order.
+        parameters: the parameters whose ``grad`` is changed; random numbers are drawn in this order.
         step: see ``noise_scale``.
         eta: see ``noise_scale``.
         gamma: see ``noise_scale``.
-        generator: on the device of the parameters; unit normals in the shape and dtype of each gradient.
+        generator: a generator on the device of the parameters; it draws in the shape and dtype of each gradient.
 
     Raises:
         ValueError: see ``noise_scale``.
@@ -67,23 +71,26 @@ def add_gradient_noise(
 
 
 class GradientNoise(L.Callback):
-    """Add annealed normal noise to the gradients of each optimizer step (Neelakantan et al., arXiv 1511.06807).
+    """Add normal noise to the gradients of each optimizer step (Neelakantan et al., 2015, arXiv 1511.06807).
 
-    Its variance is ``eta / (1 + t) ** gamma`` at optimizer step ``t``, counted from 0 over the whole run. It comes
-    after gradient clipping and, in 16-mixed, after unscaling; with ``SAM`` or ``ASAM`` to the second gradient alone.
-    All processes add the same noise.
+    Noise early in the training helps to leave poor regions of the loss; it decreases ("anneals") so that the training
+    converges. It works with any LightningModule and optimizer.
 
-    The noise of a step comes from ``seed`` (and the one of ``seed_everything``, where there is one) and the number of
-    the step: it disturbs no other random numbers, nothing of it is in checkpoints and a resumed run goes on to the bit.
+    The variance at optimizer step ``t``, counted from 0 over the whole run, is ``eta / (1 + t) ** gamma``. Noise is
+    added after gradient clipping and, in 16-mixed, after unscaling; with ``SAM`` or ``ASAM`` to the second gradient
+    alone. All processes add the same noise.
+
+    The noise depends on ``seed``, on the seed of ``seed_everything`` and on the number of the step alone. Other random
+    numbers do not change, checkpoints need no state, and a resumed run has exactly the same noise.
 
     Args:
-        eta: variance at the first step; the paper tried 0.01, 0.3 and 1.0. 0 does nothing at all.
-        gamma: how fast the variance falls.
-        seed: of the noise.
+        eta: variance at the first step; the paper tried 0.01, 0.3 and 1.0. With 0 there is no noise.
+        gamma: exponent of the decay of the variance.
+        seed: seed of the noise.
 
     Raises:
         ValueError: for a negative ``eta``, ``gamma`` or ``seed``.
-        RuntimeError: where a module has manual optimization, which Lightning clips nothing in.
+        RuntimeError: at the start of a fit, for a module with manual optimization or a second such callback.
         TypeError: for a sparse gradient.
     """
 
@@ -98,18 +105,18 @@ class GradientNoise(L.Callback):
     def on_fit_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         if not pl_module.automatic_optimization:
             raise RuntimeError(
-                f"GradientNoise needs automatic optimization, got {type(pl_module).__name__} with its own: call "
-                "add_gradient_noise before its optimizer steps"
+                f"GradientNoise needs automatic optimization, got {type(pl_module).__name__} with manual optimization: "
+                "call add_gradient_noise before its optimizer steps"
             )
         if sum(isinstance(c, GradientNoise) for c in trainer.callbacks) > 1:  # type: ignore[attr-defined]
-            raise RuntimeError("there are two GradientNoise callbacks, whose variances would add up: give one")
+            raise RuntimeError("there are several GradientNoise callbacks, whose variances would add up: give one")
         seed, own = stream_seed(self.seed), vars(pl_module).get("configure_gradient_clipping")
         clip = pl_module.configure_gradient_clipping
 
         def clip_and_add(optimizer: Any, *args: Any, **kwargs: Any) -> None:
             clip(optimizer, *args, **kwargs)
-            climbing = isinstance(optimizer, SAM) and not second_pass()
-            if self.eta and not climbing:
+            is_first_pass = isinstance(optimizer, SAM) and not second_pass()
+            if self.eta and not is_first_pass:
                 parameters = [p for group in optimizer.param_groups for p in group["params"]]
                 generator = torch_generator(seed, "gradient noise", trainer.global_step, device=parameters[0].device)
                 add_gradient_noise(parameters, trainer.global_step, self.eta, self.gamma, generator)
@@ -119,7 +126,7 @@ class GradientNoise(L.Callback):
             if own is not None:
                 pl_module.configure_gradient_clipping = own  # type: ignore[method-assign]
 
-        # Lightning has no hook between clipping and the step but this one of the module
+        # the module's clipping is the only hook of Lightning between clipping and the step
         pl_module.configure_gradient_clipping = clip_and_add  # type: ignore[method-assign]
         self._undo = undo
 

@@ -1,8 +1,9 @@
-"""Optimum shifting: of all weights of a layer that answer alike on some inputs, take the smallest.
+"""Optimum shifting: of all weights of a layer with the same outputs on given inputs, take the smallest.
 
 Yuyan Zhou, Ye Li, Lei Feng, Sheng-Jun Huang. Improving Generalization of Deep Neural Networks by Optimum Shifting.
-AAAI 2025, arXiv 2405.14111. The paper gives no code. Where it solves with the Gram matrix of the inputs, here the
-weight is projected onto the space that they span: the same in exact arithmetic, and it never divides by a small number.
+AAAI 2025, arXiv 2405.14111. The paper has no published code. It solves a linear system with the Gram matrix of the
+inputs; here the weight is projected onto the space that the inputs span. This is equal in exact arithmetic, and never
+divides by a small number.
 """
 
 from __future__ import annotations
@@ -30,17 +31,17 @@ __all__ = ["LayerShift", "Shift", "ShiftReport", "shift_conv2d", "shift_from_gra
 
 
 class Shift(NamedTuple):
-    """A shifted layer.
+    """The weight and bias of a layer after a shift.
 
     Attributes:
-        weight: in the shape, dtype and device of the one given.
-        bias: likewise; ``None`` where there was none.
-        rank: numerical rank of the inputs (with ``joint``: with a column of ones; with ``free``: centred); a list with
-            one for each group of a grouped convolution.
-        status: ``"shifted"``, or ``"identity"`` where the inputs span everything, so that weight and bias are returned
-            as they were, to the bit.
-        weight_norm_before: Frobenius norm of the weight.
-        weight_norm_after: likewise, of the shifted one.
+        weight: shifted weight, in the shape, dtype and device of the given one.
+        bias: bias, likewise; ``None`` if there was none.
+        rank: numerical rank of the inputs (``"joint"``: with a column of ones; ``"free"``: minus their mean); a list
+            with one for each group of a grouped convolution.
+        status: ``"shifted"``, or ``"identity"`` if the inputs span the whole space, so that weight and bias are exact
+            copies of the given ones.
+        weight_norm_before: Frobenius norm of the given weight.
+        weight_norm_after: Frobenius norm of the shifted weight.
     """
 
     weight: Tensor
@@ -56,28 +57,29 @@ def shift_linear(
 ) -> Shift:
     """The smallest weight that gives the same outputs as ``weight`` and ``bias`` on ``inputs``.
 
-    ``W' = W P``, with ``P`` the orthogonal projector onto the row space of the inputs ``A``. Outputs on the inputs stay
-    but for singular values that count as 0, so every loss that depends on them does; ``|W|^2 = |W'|^2 + |W - W'|^2``;
-    a second shift changes nothing. Computed in float64 and without gradient.
+    ``W' = W P``, where ``P`` is the orthogonal projector onto the row space of the inputs ``A``. The outputs on the
+    inputs do not change, up to singular values that count as 0, and so neither does a loss of these outputs.
+    ``|W|^2 = |W'|^2 + |W - W'|^2``; a second shift on the same inputs changes nothing. Computed in float64 and without
+    gradient.
 
     Modes: ``"fixed"`` keeps the bias. ``"joint"`` minimises ``|W|^2 + |b|^2`` (``A`` gets a column of ones).
-    ``"free"`` minimises ``|W|^2`` alone: ``P`` is of ``A - m`` with ``m`` the mean row, and
-    ``b' = b + (W - W') m``; one row, or equal ones, then leave ``W' = 0``.
+    ``"free"`` minimises ``|W|^2`` alone: ``P`` is the projector for ``A - m`` with the mean row ``m``, and
+    ``b' = b + (W - W') m``; with one row, or equal rows, ``W'`` is 0.
 
     Args:
         weight: ``[K, d]``.
         bias: ``[K]`` or ``None``.
-        inputs: ``A``, ``[..., d]``; all leading dimensions are rows, ``n`` of them.
+        inputs: ``A``, ``[..., d]``, what enters the layer; the leading dimensions are ``n`` rows.
         mode: ``"fixed"``, ``"joint"`` or ``"free"``; the last two need a bias.
-        rtol: singular values up to this share of the largest count as 0. Default: ``max(n, d)`` times the resolution
-            of the inputs' dtype for float32 and float64, but at most 1e-4; 1e-3 on CUDA where TF32 is on; 1e-2 in half
+        rtol: singular values up to this share of the largest count as 0. Default: ``max(n, d)`` times the machine
+            epsilon of the inputs' dtype for float32 and float64, but at most 1e-4; 1e-3 on CUDA with TF32; 1e-2 in half
             precision.
 
     Returns:
         ``Shift``.
 
     Raises:
-        ValueError: for shapes that do not fit, no or all-zero or non-finite inputs, an unknown mode.
+        ValueError: for shapes that do not fit, inputs without rows, all 0 or not finite, and an unknown mode.
 
     Source: arXiv 2405.14111, ``V* = A^T (A A^T)^-1 Z`` with ``V = W^T`` and ``Z = A V``.
     """
@@ -104,25 +106,26 @@ def shift_conv2d(
     rtol: float | None = None,
     padding_mode: str = "zeros",
 ) -> Shift:
-    """``shift_linear`` of a 2-D convolution: its rows are the patches under the filters, of each group by itself.
+    """``shift_linear`` for a 2-D convolution: the rows are the patches that the filters see, for each group by itself.
 
-    It moves something only where there are fewer patches than weights in a filter, or dependent ones.
+    The weight changes only if the patches do not span the space: fewer of them than weights in a filter, or linearly
+    dependent ones.
 
     Args:
         weight: ``[K, C / groups, kh, kw]``.
         bias: ``[K]`` or ``None``.
         inputs: ``[N, C, H, W]`` or ``[C, H, W]``, not padded.
         stride: as in ``torch.nn.Conv2d``.
-        padding: likewise; a number, a pair, ``"same"`` or ``"valid"``.
-        dilation: likewise.
-        groups: likewise.
+        padding: as in ``torch.nn.Conv2d``; a number, a pair, ``"same"`` or ``"valid"``.
+        dilation: as in ``torch.nn.Conv2d``.
+        groups: as in ``torch.nn.Conv2d``.
         mode: see ``shift_linear``.
         rtol: see ``shift_linear``, with the number of patches as ``n`` and ``C / groups * kh * kw`` as ``d``.
         padding_mode: ``"zeros"``, ``"reflect"``, ``"replicate"`` or ``"circular"``.
 
     Returns:
-        ``Shift``; ``rank`` is a list where ``groups`` is above 1, and ``status`` is ``"identity"`` only where no group
-        moved.
+        ``Shift``; ``rank`` is a list if ``groups`` is above 1, and ``status`` is ``"identity"`` only if no group
+        changed.
 
     Raises:
         ValueError: see ``shift_linear``.
@@ -151,18 +154,18 @@ def shift_from_gram(
 ) -> Shift:
     """``shift_linear`` for more inputs than fit into memory, from sums over their rows ``a``.
 
-    Eigenvalues of the Gram matrix are squared singular values, so that singular values below about 1e-7 of the largest
-    are rounding of float64: ``rtol`` is at least that.
+    The eigenvalues of the Gram matrix are the squared singular values, so singular values below about 1e-7 of the
+    largest are rounding errors of float64: ``rtol`` is at least 1e-7.
 
     Args:
         weight: ``[K, d]``, or a convolution's ``[K, ...]`` with ``d`` weights a filter and one group.
         bias: ``[K]`` or ``None``.
         gram: sum of ``a a^T``, ``[d, d]``, accumulated in float64.
         mode: see ``shift_linear``.
-        rtol: singular values up to this share of the largest count as 0. Default: the least, 1e-7; give 1e-5 to 1e-4
-            for inputs that were computed in float32, 1e-2 in half precision.
-        total: sum of ``a``, ``[d]``; for ``"joint"`` and ``"free"``.
-        count: number of rows; likewise.
+        rtol: singular values up to this share of the largest count as 0. Default: 1e-7; give 1e-5 to 1e-4 for inputs
+            that were computed in float32, 1e-2 for half precision.
+        total: sum of ``a``, ``[d]``; needed for ``"joint"`` and ``"free"``.
+        count: number of rows; needed for ``"joint"`` and ``"free"``.
 
     Returns:
         ``Shift``.
@@ -195,28 +198,28 @@ def _projector(rows: Tensor, mode: str, rtol: float | None) -> Projector:
 
 
 def _check(weight: Tensor, bias: Tensor | None, inputs: Tensor, mode: str, rtol: float | None) -> None:
-    """The errors that all forms share."""
+    """Raise the errors that all functions of this file share."""
     check_mode(mode, bias is not None)
     check_rtol(rtol)
     if bias is not None and bias.shape != weight.shape[:1]:
-        raise ValueError(f"bias must be [{len(weight)}], got {list(bias.shape)}: one for each output")
+        raise ValueError(f"bias must be [{len(weight)}], got {list(bias.shape)}: give one for each output")
     if not inputs.is_floating_point() or not weight.is_floating_point():
         raise ValueError(f"inputs and weight must be floating point, got {inputs.dtype} and {weight.dtype}")
     if not inputs.numel():
         raise ValueError(f"inputs hold no row, got {list(inputs.shape)}: give at least one")
     for name, values in (("inputs", inputs), ("weight", weight), ("bias", bias)):
         if values is not None and not values.isfinite().all():
-            raise ValueError(f"{name} must be finite, got NaN or infinity: look for what diverged")
+            raise ValueError(f"{name} must be finite, got NaN or infinity: look for where the training diverged")
 
 
 def _check_some(inputs: Tensor) -> None:
     if not inputs.any():
-        raise ValueError("inputs are all 0 (of one group at least), which would make the weight 0: give others")
+        raise ValueError("inputs are all 0 (in one group at least), so the weight would become 0: give other inputs")
 
 
 @torch.no_grad()
 def _shifted(weight: Tensor, bias: Tensor | None, projectors: list[Projector]) -> Shift:
-    """``weight`` and ``bias`` after one projector for each group of outputs."""
+    """``weight`` and ``bias`` after the projection, with one projector for each group of outputs."""
     rank = [p.rank for p in projectors] if len(projectors) > 1 else projectors[0].rank
     before = float(wide(weight).norm())
     if all(p.basis is None for p in projectors):

@@ -1,4 +1,8 @@
-"""Sharpness-aware minimisation by an optimizer, with any optimizer for the step itself."""
+"""Sharpness-aware minimisation (SAM) as an optimizer, around any optimizer that makes the step.
+
+Pierre Foret, Ariel Kleiner, Hossein Mobahi, Behnam Neyshabur. Sharpness-Aware Minimization for Efficiently Improving
+Generalization. ICLR 2021, arXiv 2010.01412.
+"""
 
 from __future__ import annotations
 
@@ -25,47 +29,52 @@ __all__ = ["SAM"]
 class SAM(Optimizer):
     """Sharpness-aware minimisation (Foret et al., ICLR 2021, arXiv 2010.01412, algorithm 1).
 
-    A step takes the gradient ``g`` of the batch at the weights ``w``, goes up to ``w + rho g / (|g| + 1e-12)``, takes
-    the gradient of the same batch there, puts ``w`` back to the bit and lets ``base_optimizer`` step with the second
+    SAM looks for weights in whose whole neighbourhood the loss is low. Each step evaluates the batch twice: it moves
+    the weights uphill to the (approximately) worst point within the distance ``rho``, takes the gradient there, and
+    makes an ordinary optimizer step with it from the original weights.
+
+    In formulas: with the gradient ``g`` at the weights ``w``, the second gradient is taken at
+    ``w + rho g / (|g| + 1e-12)``; then ``w`` is restored exactly, and ``base_optimizer`` steps with the second
     gradient. The norm is over all parameters together. Weight decay of the base optimizer acts at ``w`` and is not part
-    of ``g``. ``rho = 0`` is the base optimizer to the bit.
+    of ``g``. With ``rho = 0`` the results are exactly those of the base optimizer.
 
     In a LightningModule with automatic optimization it is an optimizer like any other: no callback, no change of the
-    module. Each step counts once in ``global_step``; what is logged, the running statistics of normalisation layers,
-    ``torchmetrics`` of the module and the loss given on belong to the first evaluation; both see the same dropout mask.
-    Hooks such as ``on_after_backward`` and further counters of a module run twice: ask
-    ``lightning_kd.core.two_pass_step.second_pass()`` there. Gradients are clipped by norm in both evaluations, which
-    leaves the way up as it is. Precision 32, 64 and bf16.
+    module. Each step counts once in ``global_step``. Logged values, running statistics of normalisation layers,
+    ``torchmetrics`` of the module and the returned loss are those of the first evaluation; both evaluations have the
+    same dropout masks. Hooks such as ``on_after_backward`` and counters of your own run twice:
+    ``lightning_kd.core.two_pass_step.second_pass()`` tells which one it is. Gradients are clipped by norm in both
+    evaluations, which does not change the uphill step. Precision 32, 64 and bf16.
 
-    Several processes (DDP): each goes up by the gradient of its own batch, as in the paper, and only the second
+    Several processes (DDP): each moves uphill by the gradient of its own batch, as in the paper, and only the second
     gradient is averaged; parameters stay equal on all.
 
     In a plain loop ``step`` takes a closure that zeroes the gradients, evaluates the loss, calls ``backward`` and
-    returns the loss (as LBFGS does), and the model as second argument, if its buffers and metrics shall count once::
+    returns the loss (as for LBFGS). Give the model as second argument, so that its buffers and metrics are updated
+    once::
 
         optimizer = SAM(model.parameters(), lambda p: torch.optim.SGD(p, lr=0.1, momentum=0.9), rho=0.05)
         optimizer.step(closure, model)
 
-    Momentum and all else of the base optimizer are in ``state`` and ``param_groups``, which are its own: schedulers,
-    checkpoints and resuming work as with it alone.
+    ``state`` and ``param_groups`` are those of the base optimizer, so schedulers, checkpoints and resuming work as with
+    the base optimizer alone.
 
-    Random numbers: torch's generators are repeated in the second evaluation, and so are NumPy generators that the
-    module holds, such as those that mix images; the global ones of NumPy and Python are not.
+    Random numbers: the second evaluation draws the same numbers from torch's generators, and from NumPy generators that
+    are attributes of the module, such as those that mix images; not from the global ones of NumPy and Python.
 
     Args:
         params: parameters or groups of them (which may have a ``rho`` of their own), on one device.
-        base_optimizer: factory from the parameters to the optimizer that steps, such as ``torch.optim.SGD`` or a
-            ``functools.partial`` of it; in YAML ``class_path`` and ``init_args``.
-        rho: radius, at least 0. 0.05 suits CIFAR-10, 0.1 CIFAR-100.
-        average_first_pass: average the first gradient over processes too: one common way up, another method than the
-            paper's and usually a weaker one.
+        base_optimizer: factory from the parameters to the optimizer that makes the step, such as ``torch.optim.SGD`` or
+            a ``functools.partial`` of it; in YAML ``class_path`` and ``init_args``.
+        rho: length of the uphill step, at least 0. 0.05 suits CIFAR-10, 0.1 CIFAR-100.
+        average_first_pass: average the first gradient over processes too, so that all move uphill alike. The paper does
+            not do this, and it is usually worse.
 
     Raises:
-        ValueError: for a negative ``rho``, LBFGS as base, or a ``step`` without closure (so under ``16-mixed``).
+        ValueError: for a negative ``rho``, LBFGS as base, or ``step`` without a closure (as under ``16-mixed``).
         TypeError: for sparse or complex gradients.
-        RuntimeError: for a first gradient that is not finite (on a CPU; a GPU is not waited for), or a Trainer with
-            manual optimization, ``accumulate_grad_batches`` above 1, clipping by value, a sharding strategy or DDP with
-            ``static_graph``.
+        RuntimeError: for a first gradient that is not finite (checked on a CPU alone, as the check would make a GPU
+            wait), or a Trainer with manual optimization, ``accumulate_grad_batches`` above 1, clipping by value, a
+            sharding strategy or DDP with ``static_graph``.
     """
 
     _tiny = 1e-12  # added to the norm
@@ -80,7 +89,7 @@ class SAM(Optimizer):
         self._setup(params, base_optimizer, average_first_pass, rho=rho)
 
     def _setup(self, params: ParamsT, base: OptimizerCallable, average_first_pass: bool, **own: float) -> None:
-        """Build the base optimizer and share everything with it; ``own`` are further settings of each group."""
+        """Build the base optimizer and share its state; ``own`` are SAM's own settings of each parameter group."""
         check_numbers(own, least=0)
         self.base_optimizer = base(params)
         if isinstance(self.base_optimizer, (torch.optim.LBFGS, SAM)):
@@ -96,15 +105,15 @@ class SAM(Optimizer):
         self.state, self.param_groups = self.base_optimizer.state, self.base_optimizer.param_groups
 
     def __getstate__(self) -> dict[str, Any]:
-        return vars(self).copy()  # the base optimizer too, which torch's would leave out
+        return vars(self).copy()  # torch's version would leave out the base optimizer
 
     def state_dict(self) -> dict[str, Any]:
         return self.base_optimizer.state_dict()
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         self.base_optimizer.load_state_dict(state_dict)
-        self._share()  # torch puts new containers there
-        for group in self.param_groups:  # a checkpoint of the base optimizer alone has no radius
+        self._share()  # loading replaced both containers
+        for group in self.param_groups:  # a checkpoint of the base optimizer alone has no rho
             for name, value in self.defaults.items():
                 group.setdefault(name, value)
 
@@ -112,20 +121,20 @@ class SAM(Optimizer):
     def step(  # type: ignore[override]
         self, closure: Callable[[], Any] | None = None, module: nn.Module | None = None
     ) -> Any:
-        """One step by two evaluations of ``closure``.
+        """One step with two evaluations of ``closure``.
 
         Args:
             closure: zeroes gradients, evaluates the loss on the batch, calls ``backward``, returns the loss.
-            module: in a plain loop, the model; Lightning's closure tells its own.
+            module: in a plain loop, the model; under Lightning it is found from the closure.
 
         Returns:
-            What the first evaluation returned.
+            The result of the first evaluation.
         """
         name = type(self).__name__
         if closure is None:
             raise ValueError(
-                f"{name} evaluates the batch twice, got step() without a closure: give one, and under Lightning use "
-                "precision bf16-mixed or 32, as 16-mixed passes none"
+                f"{name} evaluates the batch twice, got step() without a closure: give one; under Lightning use "
+                "precision bf16-mixed or 32, since 16-mixed passes none"
             )
         task = _module_of(closure)
         if task is not None:
@@ -137,7 +146,7 @@ class SAM(Optimizer):
         with torch.enable_grad(), self._alone(module, task):
             loss = closure()
         if all(p.grad is None for group in self.param_groups for p in group["params"]):
-            self.base_optimizer.step()  # nothing to climb by, as where SWA gathers statistics without backward
+            self.base_optimizer.step()  # no gradients: SWA gathers statistics without backward
             return loss
         if task is not None:
             check_accumulation(task.trainer, name)
@@ -152,12 +161,12 @@ class SAM(Optimizer):
             if parameters:
                 torch._foreach_copy_(parameters, kept)
         if result is not None:
-            inner._result = result  # what Lightning hands on as the outputs of the step
+            inner._result = result  # Lightning passes it on as the outputs of the step
         self.base_optimizer.step()
         return loss
 
     def _alone(self, module: nn.Module | None, task: L.LightningModule | None) -> AbstractContextManager[Any]:
-        """Without averaging gradients over processes."""
+        """A context in which gradients are not averaged over processes, unless ``average_first_pass``."""
         parallel = module if task is None else task.trainer.strategy.model
         if self.average_first_pass or not isinstance(parallel, DistributedDataParallel):
             return nullcontext()
@@ -169,7 +178,7 @@ class SAM(Optimizer):
         return parallel.no_sync()
 
     def _climb(self, module: nn.Module | None) -> tuple[list[Tensor], list[Tensor]]:
-        """Move the weights up, using their gradients as scratch; returns the parameters and what they were."""
+        """Move the weights uphill, overwriting their gradients; returns the moved parameters and their old values."""
         parts = []
         parameters: list[Tensor] = []
         norms: list[Tensor] = []
@@ -200,17 +209,17 @@ class SAM(Optimizer):
                 torch._foreach_mul_(*stretch)
             torch._foreach_mul_(gradients, rho / (norm + self._tiny))
             torch._foreach_add_(moved, gradients)
-        torch.clear_autocast_cache()  # autocast around the step would go on with the weights as they were
+        torch.clear_autocast_cache()  # autocast would reuse its copies of the old weights
         return parameters, kept
 
     def _stretch(
         self, group: dict[str, Any], parameters: list[Tensor], module: nn.Module | None
     ) -> tuple[list[Tensor], list[Tensor]]:
-        """Gradients of those parameters whose scale ``T`` is not 1, and ``T`` of each."""
+        """Gradients of the parameters with a scale ``T`` other than 1, and their ``T``; none in SAM, see ``ASAM``."""
         return [], []
 
 
 def _module_of(closure: Callable[[], Any]) -> L.LightningModule | None:
-    """The LightningModule that a Trainer's closure evaluates: its precision plugin binds it in front."""
+    """The LightningModule of a Trainer's closure, which the precision plugin binds as its first argument."""
     bound = closure.args if isinstance(closure, partial) else ()
     return bound[0] if len(bound) == 3 and isinstance(bound[0], L.LightningModule) else None

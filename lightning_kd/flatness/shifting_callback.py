@@ -1,4 +1,4 @@
-"""Optimum shifting in the midst of a training or at its end, of any LightningModule.
+"""Optimum shifting as a callback, during the training or at its end, for any LightningModule.
 
 Yuyan Zhou, Ye Li, Lei Feng, Sheng-Jun Huang. Improving Generalization of Deep Neural Networks by Optimum Shifting.
 AAAI 2025, arXiv 2405.14111.
@@ -37,61 +37,63 @@ __all__ = ["OptimumShifting", "shift_samples"]
 
 
 class OptimumShifting(L.Callback):
-    """Shift layers of the network during training or at its end (see ``shift_network``), on any LightningModule.
+    """Optimum shifting (Zhou et al., AAAI 2025, arXiv 2405.14111) during training or at its end.
 
-    A shift takes place after the last step of an epoch, before its validation and its checkpoint, so that both are of
-    the shifted weights. Where a training ends in another way than by ``max_epochs`` or ``max_steps``, as by early
-    stopping, the last shift comes after the last validation: before the checkpoint if the stop is known by then
-    (``EarlyStopping(check_on_train_epoch_end=False)``), else after all. Then ``last.ckpt`` of the run folder is written
-    again, but a ``ModelCheckpoint`` of one's own has files without the shift, and a warning says so.
+    On given samples, many weights of a layer give the same outputs. A shift replaces the weight of a layer by the
+    smallest of these: the loss on the samples does not change, but the minimum is flatter, which may generalise better.
+    ``shift_network`` does the shift; this callback draws the samples and decides when, for any LightningModule.
 
-    Of a ``Task`` the layers are those of its ``main_network``, of any other LightningModule its own; the samples come
-    from a data module of this package without augmentation, or from the dataset of the training loader. A module
-    whose batches are no ``(image, target)``, or whose loss is no cross-entropy, takes a subclass of this callback with
-    its own ``output`` and ``loss``.
+    A shift takes place after the last step of an epoch, before its validation and its checkpoint, so that both have the
+    shifted weights. If a training ends other than by ``max_epochs`` or ``max_steps``, as by early stopping, the last
+    shift comes after the last validation: before the checkpoint if the stop is known by then
+    (``EarlyStopping(check_on_train_epoch_end=False)``), else after it. Then ``last.ckpt`` of the run folder is written
+    again; the files of your own ``ModelCheckpoint`` lack the shift, and a warning says so.
 
-    Logs ``shift/norm_ratio``, ``rank``, ``loss_before``, ``loss_after``, ``held_out_before``, ``held_out_after``,
-    ``kappa_before``, ``kappa_after``, ``identity`` and ``undone`` (0 or 1) with the metrics of the epoch; with several
-    layers, ratio and rank of each under its name. All shifts are in ``shifts``, ``shifts.json`` of the run folder and
-    checkpoints, so that a resumed training neither repeats nor skips one, and its draws do not disturb any
-    other: a fit whose shifts are identities is the fit without.
+    The layers are those of the ``main_network`` of a ``Task``, or of the LightningModule itself. The samples come from
+    a data module of this package, without augmentation, or from the dataset of the training loader. For batches other
+    than ``(image, target)``, or another loss than cross-entropy, override ``output`` and ``loss`` in a subclass.
 
-    With ``WeightAveraging``, ``EMAWeightAveraging`` or ``StochasticWeightAveraging``, which must come before it in the
-    list of callbacks, the average alone is shifted, after the training; an average over weights before and after a
-    shift would be a mix of both, so ``every`` is refused. The same holds for layers that no optimizer trains, as those
-    of a task whose ``main_network`` is a running average.
+    Logged with the metrics of the epoch: ``shift/norm_ratio``, ``rank``, ``loss_before``, ``loss_after``,
+    ``held_out_before``, ``held_out_after``, ``kappa_before``, ``kappa_after``, ``identity`` and ``undone`` (0 or 1);
+    with several layers, ratio and rank of each under its name. All shifts are in ``shifts``, in ``shifts.json`` of the
+    run folder and in checkpoints, so a resumed training neither repeats nor skips one. The draws of samples do not
+    affect other random numbers.
 
-    What cannot be shifted is told at the start of a fit as far as it can be known. A shift that fails later is left
-    out with a warning, and the training goes on.
+    With ``WeightAveraging``, ``EMAWeightAveraging`` or ``StochasticWeightAveraging``, which must stand before it in the
+    list of callbacks, only the average is shifted, after the training. ``every`` is refused with them, because weights
+    before and after a shift must not be averaged. The same holds for layers that no optimizer trains, such as those of
+    a task whose ``main_network`` is a running average.
 
-    Several processes: all samples count, as on one process. Sharded weights are refused, and a shift that fails is an
-    error.
+    Problems that can be known at the start of a fit are errors there. A shift that fails later is skipped with a
+    warning, and the training goes on.
+
+    Several processes: the samples of all processes count. Sharded weights are refused; a shift that fails is an error.
 
     Args:
         layers: module paths of linear and convolution layers. Default: the classifier.
-        samples: see ``shift_samples``; fewer than classes are refused.
+        samples: number of samples to shift on, not fewer than classes. Default: see ``shift_samples``.
         selection: ``"class_balanced"``, ``"random"``, ``"class_means"`` (the mean inputs of the classes over the whole
-            training set, linear layers only) or ``"all"`` (the whole training set, which mostly spans everything).
-        mode: of the bias, ``"fixed"``, ``"joint"`` or ``"free"``; see ``shift_linear``.
-        start: share of ``max_epochs`` from which ``every`` counts.
-        every: shift after so many epochs. Default: at the end alone.
+            training set, linear layers only) or ``"all"`` (the whole training set, whose inputs mostly span the whole
+            space, so that nothing changes).
+        mode: what happens to the bias: ``"fixed"``, ``"joint"`` or ``"free"``; see ``shift_linear``.
+        start: share of ``max_epochs`` after which ``every`` begins to count.
+        every: shift every so many epochs. Default: only at the end.
         at_end: shift at the end.
         momentum: ``"project"``, ``"keep"`` or ``"zero"``; see ``shift_network``.
-        guard: undo a shift where the held-out loss rises by more than this share; ``None`` for never.
-        held_out: number of other training samples that the guard looks at.
+        guard: undo a shift if the held-out loss rises by more than this share; ``None``: never.
+        held_out: number of other training samples on which the guard measures the loss.
         rtol: see ``shift_linear``.
-        seed: of the draws; each epoch has its own.
-        force: shift without samples of all classes.
+        seed: seed of the draws of samples, which differ from epoch to epoch.
+        force: shift although samples of some classes are missing.
 
     Attributes:
-        shifts: of each shift so far, ``ShiftReport.to_dict()`` with ``epoch``, ``step`` and ``selection``.
+        shifts: for each shift so far, ``ShiftReport.to_dict()`` with ``epoch``, ``step`` and ``selection``.
 
     Raises:
-        ValueError: for arguments out of range, and at the start of a fit for what cannot be shifted in it: layers that
-            ``shift_network`` refuses, samples that cannot be drawn or lack a class, targets that are no classes, a
-            second OptimumShifting.
+        ValueError: for arguments out of range. At the start of a fit: for layers that ``shift_network`` refuses,
+            samples that cannot be drawn or lack a class, targets that are no classes, a second OptimumShifting.
 
-    Source: arXiv 2405.14111; it gives no schedule, guard or momentum policy: these are ours.
+    Source: arXiv 2405.14111; schedule, guard and momentum are not in the paper.
     """
 
     def __init__(
@@ -127,14 +129,14 @@ class OptimumShifting(L.Callback):
     # -- for other kinds of batches ----------------------------------------------------------------------------------
 
     def output(self, pl_module: L.LightningModule, batch: Any) -> Any:
-        """What the network gives for a batch, in eval mode."""
+        """The output of the network for a batch; called in eval mode."""
         image = as_batch(batch).image
         if isinstance(pl_module, Task):
             return logits_of(pl_module.main_network(pl_module.format_image(image)))
         return pl_module(image)
 
     def loss(self, pl_module: L.LightningModule, output: Any, batch: Any) -> Tensor:
-        """The mean loss of ``output`` over the samples of a batch."""
+        """The mean loss of ``output`` over the samples of a batch, a scalar."""
         return F.cross_entropy(output.double(), as_batch(batch).target)
 
     # -- when --------------------------------------------------------------------------------------------------------
@@ -142,23 +144,23 @@ class OptimumShifting(L.Callback):
     def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
         if stage != "fit":
             return
-        if trainer.current_epoch == 0:  # before a checkpoint brings its own
+        if trainer.current_epoch == 0:  # a resumed fit loads those of its checkpoint
             self.shifts = []
         self._average_shifted, self._tried = False, -1
         self._averaged = check_setup(trainer, self, OptimumShifting, self.every, self.start)
 
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        self._write(trainer)  # of the fit that goes on, or none of an earlier one
+        self._write(trainer)  # the shifts of a resumed fit; replaces the file of an earlier fit
         network, num_classes = network_and_classes(trainer, pl_module)
         layers = find_layers(network, self.layers, self.mode)
-        # a layer that is not trained may move once more after the last step
+        # a layer that is not trained may be a running average, which is updated once more after the last step
         self._averaged |= not check_trained(trainer, network, layers, self.every)
         self._check_samples(trainer, pl_module, network, num_classes)
 
     def _check_samples(
         self, trainer: L.Trainer, pl_module: L.LightningModule, network: nn.Module, num_classes: int | None
     ) -> None:
-        """Raise now what the draw of samples would raise after hours."""
+        """Raise errors of the draw of samples at the start of the fit, not hours later."""
         source, given_loss = sample_source(trainer), type(self).loss is OptimumShifting.loss
         last, few = max((trainer.max_epochs or 0) - 1, 0), trainer.world_size
         with same_random_state(pl_module.device):
@@ -200,7 +202,7 @@ class OptimumShifting(L.Callback):
             return None
 
     def _done(self, trainer: L.Trainer) -> bool:
-        """Whether the weights of this step were shifted, or could not be."""
+        """Whether a shift of the weights of this step was made or tried."""
         return trainer.global_step in (self._tried, *(shift["step"] for shift in self.shifts[-1:]))
 
     def _due(self, epochs: int | None) -> bool:
@@ -214,7 +216,7 @@ class OptimumShifting(L.Callback):
         if report is None:
             return
         self._average_shifted = self._averaged
-        for logger in trainer.loggers:  # a module can log no more
+        for logger in trainer.loggers:  # self.log is not allowed in on_train_end
             logger.log_metrics({**report.metrics(), "epoch": self._epoch}, step=trainer.global_step - 1)
         run, savers = run_folder_of(trainer), trainer.checkpoint_callbacks
         if run is not None and any(isinstance(c, RunCheckpoint) for c in savers):
@@ -223,12 +225,12 @@ class OptimumShifting(L.Callback):
         if others:
             rank_zero_warn(
                 f"the files of {others[0]} were written before the shift at the end and lack it: save the module by "
-                "trainer.save_checkpoint, or let EarlyStopping decide earlier, by check_on_train_epoch_end=False"
+                "trainer.save_checkpoint, or let EarlyStopping stop earlier, by check_on_train_epoch_end=False"
             )
 
     def on_save_checkpoint(self, trainer: L.Trainer, pl_module: L.LightningModule, checkpoint: dict[str, Any]) -> None:
         if self._average_shifted and "current_model_state" in checkpoint:
-            # by WeightAveraging, whose own copy of the average is not shifted
+            # WeightAveraging stored its own copy of the average, which is not shifted
             checkpoint["state_dict"] = checkpoint["current_model_state"]
 
     def state_dict(self) -> dict[str, Any]:
@@ -240,7 +242,7 @@ class OptimumShifting(L.Callback):
     # -- what --------------------------------------------------------------------------------------------------------
 
     def shift(self, trainer: L.Trainer, pl_module: L.LightningModule) -> ShiftReport:
-        """Shift now, between two steps of a fit, and note it; collective."""
+        """Shift now, between two steps of a fit, and record it in ``shifts``; all processes must call it."""
         network, num_classes = network_and_classes(trainer, pl_module)
         with same_random_state(pl_module.device):
             chosen, others = self._draw(trainer, network, num_classes, self._epoch, self.held_out)

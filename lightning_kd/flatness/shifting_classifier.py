@@ -1,4 +1,4 @@
-"""The setting of optimum shifting's paper as one LightningModule."""
+"""Supervised training with optimum shifting, as in the paper's experiments, as one LightningModule."""
 
 from __future__ import annotations
 
@@ -15,10 +15,13 @@ __all__ = ["OptimumShiftingClassifier"]
 
 
 class OptimumShiftingClassifier(Classification):
-    """Plain supervised training with optimum shifting (Zhou et al., AAAI 2025, arXiv 2405.14111), the paper's setting.
+    """Supervised training with optimum shifting (Zhou et al., AAAI 2025, arXiv 2405.14111), as in the paper.
 
-    ``Classification`` with the callback ``OptimumShifting``, which it adds itself; the paper's full-batch form is
-    ``selection="all"``, its stochastic form the default.
+    On given samples, many weights of a layer give the same outputs. Optimum shifting replaces the weight of a layer by
+    the smallest of these, which leaves the loss on the samples unchanged but makes the minimum flatter.
+
+    This class is ``Classification`` with the callback ``OptimumShifting``, which it adds itself. The default is the
+    paper's stochastic form, on a class-balanced sample; ``selection="all"`` is its full-batch form.
 
     Several processes: see ``OptimumShifting``.
 
@@ -26,24 +29,25 @@ class OptimumShiftingClassifier(Classification):
         network: see ``Classification``.
         num_classes: see ``Task``.
         input_shape: see ``Task``.
-        layers: see ``OptimumShifting``, as are all that follow.
+        layers: module paths of the layers to shift; see ``OptimumShifting``, as for all that follow. Default: the
+            classifier.
         samples: number of samples to shift on.
         selection: ``"class_balanced"``, ``"random"``, ``"class_means"`` or ``"all"``.
-        mode: ``"fixed"``, ``"joint"`` or ``"free"``.
-        start: share of ``max_epochs`` from which ``every`` counts.
-        every: shift after so many epochs. Default: at the end alone.
+        mode: what happens to the bias: ``"fixed"``, ``"joint"`` or ``"free"``.
+        start: share of ``max_epochs`` after which ``every`` begins to count.
+        every: shift every so many epochs. Default: only at the end.
         at_end: shift at the end.
         momentum: ``"project"``, ``"keep"`` or ``"zero"``.
-        guard: undo a shift where the held-out loss rises by more than this share.
-        held_out: number of other training samples that the guard looks at.
-        rtol: singular values up to this share of the largest count as 0.
-        seed: of the draws.
-        force: shift without samples of all classes.
+        guard: undo a shift if the held-out loss rises by more than this share; ``None``: never.
+        held_out: number of other training samples on which the guard measures the loss.
+        rtol: singular values up to this share of the largest count as 0. Default: see ``shift_linear``.
+        seed: seed of the draws of samples.
+        force: shift although samples of some classes are missing.
         kwargs: ``weights``, ``label_smoothing`` of ``Classification``, and the arguments of ``FineTunedTask`` and
             ``Task``.
 
     Raises:
-        ValueError: see ``OptimumShifting``; at the start of a fit with another one among its callbacks.
+        ValueError: see ``OptimumShifting``; also if the callbacks hold another ``OptimumShifting``.
     """
 
     def __init__(
@@ -76,7 +80,7 @@ class OptimumShiftingClassifier(Classification):
         known = [c for c in self.trainer.callbacks if isinstance(c, OptimumShifting)]  # type: ignore[attr-defined]
         if self.trainer.state.fn == "fit" and any(c is not self.shifting for c in known):
             raise ValueError(
-                "OptimumShiftingClassifier brings its own OptimumShifting, got another in callbacks: leave that out, "
+                "OptimumShiftingClassifier adds its own OptimumShifting, got another in callbacks: leave that out, "
                 "or train a Classification with it"
             )
         return [*super().configure_callbacks(), *([] if known else [self.shifting])]

@@ -112,7 +112,7 @@ def test_it_comes_after_clipping_and_to_the_last_gradient_alone(optimizer, monke
 
 
 def test_two_of_them_are_refused():
-    with pytest.raises(RuntimeError, match="two GradientNoise callbacks"):
+    with pytest.raises(RuntimeError, match="several GradientNoise callbacks"):
         fit([GradientNoise(eta=0.01), GradientNoise(eta=0.01, seed=1)])
 
 
@@ -136,7 +136,7 @@ class Manual(Classification):
 
 
 def test_it_says_that_manual_optimization_is_not_for_it():
-    with pytest.raises(RuntimeError, match="got Manual with its own: call add_gradient_noise"):
+    with pytest.raises(RuntimeError, match="got Manual with manual optimization: call add_gradient_noise"):
         fit([GradientNoise()], task=Manual)
 
 

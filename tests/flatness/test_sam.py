@@ -220,7 +220,7 @@ def test_what_it_refuses():
     with pytest.raises(ValueError, match=r"step\(\) without a closure.*bf16-mixed or 32"):
         SAM([w], SGD).step()
     optimizer = ASAM([w], SGD)
-    with pytest.raises(ValueError, match=r"parameters without: give it model\.named_parameters"):
+    with pytest.raises(ValueError, match=r"parameters without names: give it model\.named_parameters"):
         optimizer.step(closure_of(optimizer, lambda: w.sum()))
     table = nn.Embedding(3, 2, sparse=True)
     optimizer = SAM(table.parameters(), SGD)
@@ -381,7 +381,7 @@ def test_bf16_and_the_clear_refusal_of_16_mixed():
     trainer(precision="bf16-mixed").fit(task, loader())
     assert task.network.body[1].num_batches_tracked == 4
     plugin = MixedPrecision("16-mixed", "cpu", torch.amp.GradScaler("cpu", init_scale=1.0))
-    with pytest.raises(ValueError, match="use precision bf16-mixed or 32, as 16-mixed passes none"):
+    with pytest.raises(ValueError, match="use precision bf16-mixed or 32, since 16-mixed passes none"):
         trainer(plugins=[plugin]).fit(Plain(), loader())
 
 

@@ -312,7 +312,7 @@ def test_samples_of_a_shift() -> None:
     assert len(shift_samples(digits, net, selection="random", held_out=0)[0].indices) == 47
     with pytest.raises(ValueError, match=r"^selection 'class_balanced' needs the number of classes"):
         shift_samples(digits, net)
-    with pytest.raises(ValueError, match=r"^layer '1' has 48 inputs for 48 classes, so that no set of samples"):
+    with pytest.raises(ValueError, match=r"^layer '1' has 48 inputs for 48 classes, so samples of all classes"):
         shift_samples(digits, net, num_classes=48)
     with pytest.raises(ValueError, match=r"^selection 'all' takes the whole training set"):
         shift_samples(digits, net, samples=9, selection="all", **common)
@@ -366,15 +366,19 @@ def narrow() -> Classification:
         ([OptimumShifting(["2"])], {}, "there is no layer '2' in Sequential"),
         ([OptimumShifting(["0.2"])], {}, "layer '0.2' is a BatchNorm1d"),
         ([OptimumShifting(samples=9)], {}, "samples=9 are fewer than the 10 classes"),
-        ([OptimumShifting()], {"model": narrow}, "layer '3' has 10 inputs for 10 classes, so that no set of samples"),
+        ([OptimumShifting()], {"model": narrow}, "layer '3' has 10 inputs for 10 classes, so samples of all classes"),
         ([OptimumShifting(samples=11, selection="random")], {}, "the 11 samples to shift on lack class"),
         ([OptimumShifting(samples=9000)], {}, "there is no training sample left"),
-        ([OptimumShifting(every=1)], {"model": Average}, "every=1 would make layer '1' of Sequential, which no optim"),
+        (
+            [OptimumShifting(every=1)],
+            {"model": Average},
+            "every=1 needs trained layers, but no optimizer trains '1' of Seq",
+        ),
         ([OptimumShifting(["1"]), OptimumShifting(["0.1"])], {}, "callbacks hold several OptimumShifting"),
         (
             [OptimumShifting()],
             {"model": lambda: OptimumShiftingClassifier("mlp_32", 10, input_shape=(1, 8, 8))},
-            "OptimumShiftingClassifier brings its own OptimumShifting, got another",
+            "OptimumShiftingClassifier adds its own OptimumShifting, got another",
         ),
     ],
 )
