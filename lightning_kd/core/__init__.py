@@ -1,4 +1,4 @@
-"""What every method stands on. Nothing here knows a method."""
+"""The parts that all methods share: tasks, problems, batches, teachers, run folders. No method is in here."""
 
 from lightning_kd.core.batch import Batch, as_batch
 from lightning_kd.core.feature_hooks import Tap, find_classifier, penultimate_tap

@@ -1,4 +1,4 @@
-"""How well the confidence of predictions matches their accuracy."""
+"""Calibration: how well the confidence of predictions matches their accuracy."""
 
 from __future__ import annotations
 
@@ -12,13 +12,13 @@ from lightning_kd.argument_checks import check_numbers
 
 
 class Reliability(NamedTuple):
-    """Calibration by bins of equal width; ``confidence`` and ``accuracy`` of an empty bin are NaN.
+    """Confidence and accuracy in bins of equal width of the confidence; NaN in an empty bin.
 
     Attributes:
-        share: float64 ``[bins]``, samples in the bin, sum 1.
-        confidence: float64 ``[bins]``, their mean largest probability.
-        accuracy: float64 ``[bins]``, the share of them that is predicted rightly.
-        ece: the expected calibration error, the mean of ``|accuracy - confidence|`` over samples.
+        share: float64 ``[bins]``, share of all samples in each bin; sums to 1.
+        confidence: float64 ``[bins]``, mean largest probability of its samples.
+        accuracy: float64 ``[bins]``, share of its samples that are predicted correctly.
+        ece: expected calibration error, the mean of ``|accuracy - confidence|`` over bins, weighted by ``share``.
     """
 
     share: Tensor
@@ -28,24 +28,23 @@ class Reliability(NamedTuple):
 
     @classmethod
     def from_sums(cls, sums: Tensor) -> Reliability:
-        """From the :func:`reliability_sums` of any number of batches and processes, added up.
+        """From ``reliability_sums`` ``[3, bins]``, added up over any number of batches and processes.
 
         Raises:
-            ValueError: where they are of no sample.
+            ValueError: if they have no sample.
         """
         count, confidence, correct = sums.detach().to("cpu", torch.float64)
         if not count.sum() > 0:
-            raise ValueError("reliability of no sample is not defined: give at least one prediction")
+            raise ValueError("reliability needs at least one sample, got none: give predictions")
         ece = float((correct - confidence).abs().sum() / count.sum())
         return cls(count / count.sum(), confidence / count, correct / count, ece)
 
 
 def reliability(probabilities: Tensor, target: Tensor, bins: int = 15) -> Reliability:
-    """The reliability diagram of predictions and its expected calibration error.
+    """The reliability diagram of predictions and their expected calibration error.
 
-    Guo et al., arXiv:1706.04599, section 2. A bin holds the samples whose largest probability is in
-    ``(lo, hi]``; torchmetrics' ``MulticlassCalibrationError(norm="l1")`` takes ``[lo, hi)``, which differs only for
-    values on a border, such as 1.
+    A bin holds the samples whose largest probability is in ``(lo, hi]``; torchmetrics'
+    ``MulticlassCalibrationError(norm="l1")`` takes ``[lo, hi)``, which differs only for values on a border, such as 1.
 
     Args:
         probabilities: ``[N, C]``, rows sum to 1.
@@ -53,13 +52,17 @@ def reliability(probabilities: Tensor, target: Tensor, bins: int = 15) -> Reliab
         bins: number of bins, at least 1.
 
     Raises:
-        ValueError: for other shapes, no sample, or ``bins`` below 1.
+        ValueError: for wrong shapes, no sample, or ``bins`` below 1.
+
+    Source: Guo et al., ICML 2017, arXiv 1706.04599, section 2.
     """
     return Reliability.from_sums(reliability_sums(probabilities, target, bins))
 
 
 def reliability_sums(probabilities: Tensor, target: Tensor, bins: int = 15) -> Tensor:
-    """Count, summed confidence and number of right predictions of each bin: what batches and processes add up.
+    """Sums over the samples in each bin: their number, their confidence, the number of correct predictions.
+
+    Sums of several batches and processes can be added; ``Reliability.from_sums`` turns them into means.
 
     Args:
         probabilities: ``[N, C]``.
@@ -70,7 +73,7 @@ def reliability_sums(probabilities: Tensor, target: Tensor, bins: int = 15) -> T
         float64 (float32 on devices without it) ``[3, bins]`` on the device of ``probabilities``.
 
     Raises:
-        ValueError: for other shapes, or ``bins`` below 1.
+        ValueError: for wrong shapes, or ``bins`` below 1.
     """
     if probabilities.ndim != 2 or target.shape != probabilities.shape[:1]:
         raise ValueError(
@@ -86,10 +89,10 @@ def reliability_sums(probabilities: Tensor, target: Tensor, bins: int = 15) -> T
 
 
 class CalibrationMetric(Metric):
-    """Accuracy ``acc`` and expected calibration error ``ece`` (15 bins), from one set of sums over all processes.
+    """Accuracy ``acc`` and expected calibration error ``ece`` (15 bins) over all batches and processes, in [0, 1].
 
     Attributes:
-        reliability: what the last ``compute`` found.
+        reliability: the bins of the last ``compute``.
     """
 
     full_state_update = False
@@ -103,12 +106,18 @@ class CalibrationMetric(Metric):
         self.add_state("sums", torch.zeros(3, 15), dist_reduce_fx="sum")
 
     def update(self, scores: Tensor, probabilities: Tensor, target: Tensor) -> None:
-        """Take a batch: the prediction is the largest of ``scores`` ``[B, C]``, its confidence of ``probabilities``."""
+        """Add a batch.
+
+        Args:
+            scores: ``[B, C]``; the largest is the prediction.
+            probabilities: ``[B, C]``; the largest is its confidence.
+            target: int64 ``[B]``.
+        """
         self.correct += (scores.argmax(1) == target).sum()
         self.sums = self.sums + reliability_sums(probabilities, target)
 
     def sync(self, *args: Any, **kwargs: Any) -> None:
-        """torchmetrics', after giving a process without a batch the precision that the others' sums have."""
+        """torchmetrics' ``sync``, after converting the sums of a process without batches to the others' dtype."""
         if self.sums.device.type != "mps":
             self.sums = self.sums.double()
         super().sync(*args, **kwargs)

@@ -1,4 +1,4 @@
-"""How well each class is recognised: the table of classes and predictions, its picture, and the sizes of classes."""
+"""The accuracy of each class: the confusion matrix, its picture, and the sizes of the classes."""
 
 from __future__ import annotations
 
@@ -20,25 +20,24 @@ if TYPE_CHECKING:
 
 __all__ = ["MOST_CLASSES", "ConfusionMetric", "class_sizes", "confusion_figure", "write_confusion"]
 
-#: with more there is no table
+#: with more classes there is no confusion matrix
 MOST_CLASSES = 1000
-#: sizes of classes that differ by more are told by ``acc_macro``
+#: ``acc_macro`` is logged if the sizes of the classes differ by more than this factor
 UNEQUAL = 3
 
 
 class ConfusionMetric(Metric):
-    """How often samples of each class were taken for each class, over all batches and processes.
+    """The confusion matrix over all batches and processes.
 
-    Gives ``acc_macro``, the mean over the classes that occur of their accuracies, where ``tells_macro`` is set, else no
-    number at all.
+    With ``tells_macro`` it gives ``acc_macro``, the mean accuracy over the classes that occur; otherwise no number.
 
     Args:
         num_classes: ``C``.
 
     Attributes:
         counts: int64 ``[C, C]``, samples by class and predicted class.
-        table: the counts of all processes, on the CPU, once computed.
-        tells_macro: see above.
+        table: the counts of all processes, on the CPU; ``None`` before ``compute``.
+        tells_macro: see above; False by default.
     """
 
     full_state_update = False
@@ -52,7 +51,7 @@ class ConfusionMetric(Metric):
         self.add_state("counts", torch.zeros(num_classes, num_classes, dtype=torch.int64), dist_reduce_fx="sum")
 
     def update(self, scores: Tensor, target: Tensor) -> None:
-        """Take a batch: logits or probabilities ``[B, C]`` and classes, int64 ``[B]``."""
+        """Add a batch: logits or probabilities ``[B, C]`` and classes, int64 ``[B]``."""
         cell = target * self.num_classes + scores.argmax(1)
         self.counts = self.counts + torch.bincount(cell, minlength=self.num_classes**2).view_as(self.counts)
 
@@ -65,15 +64,15 @@ class ConfusionMetric(Metric):
 
 
 def class_accuracy(table: Tensor) -> Tensor:
-    """The share of each class that was recognised, float64 ``[C]``; NaN for those that do not occur."""
+    """The accuracy of each class, float64 ``[C]``, from its confusion matrix; NaN for classes that do not occur."""
     return table.diagonal().double() / table.sum(1)
 
 
 def class_sizes(data: Any, num_classes: int) -> Tensor | None:
-    """The training samples in use of each class, int64 ``[C]``, by the labels given; ``None`` where nobody knows.
+    """The number of training samples of each class by the given labels, int64 ``[C]``; ``None`` if it is not known.
 
     Args:
-        data: a data module, or what else a Trainer was given.
+        data: a data module, or anything else that a Trainer was given.
         num_classes: ``C``.
     """
     problem = getattr(data, "problem", None)
@@ -84,20 +83,20 @@ def class_sizes(data: Any, num_classes: int) -> Tensor | None:
 
 
 def are_unequal(sizes: Tensor | None) -> bool:
-    """Whether sizes of classes differ by more than 3 to 1."""
+    """Whether the largest class is more than 3 times the smallest."""
     return sizes is not None and int(sizes.max()) > UNEQUAL * int(sizes.min())
 
 
 def write_confusion(folder: Path, table: Tensor, class_names: Sequence[str]) -> list[Path]:
-    """Write ``confusion.csv`` and ``confusion.png``, and return what was written.
+    """Write ``confusion.csv`` and ``confusion.png``, and return the paths of the written files.
 
-    The file has a row for each class: its name, the number of its samples, the share that was recognised, and how many
-    were taken for each class. A picture that cannot be drawn is a warning.
+    The CSV has a row for each class: its name, the number of its samples, its accuracy, and how many of them were
+    predicted as each class. A picture that cannot be drawn gives a warning.
 
     Args:
-        folder: of the run.
+        folder: the run folder.
         table: int64 ``[C, C]``, see ``ConfusionMetric``.
-        class_names: ``C`` names; numbers are taken where there is another number of them.
+        class_names: ``C`` names; with another number of names, the numbers of the classes are written.
     """
     names = list(class_names) if len(class_names) == len(table) else [str(k) for k in range(len(table))]
     accuracies = [None if value != value else value for value in class_accuracy(table).tolist()]
@@ -110,17 +109,17 @@ def write_confusion(folder: Path, table: Tensor, class_names: Sequence[str]) -> 
     try:
         figure = confusion_figure(table, names)
         with written_whole(folder / "confusion.png") as part, warnings.catch_warnings():
-            warnings.filterwarnings("ignore", "Glyph .* missing from font")  # boxes in the picture; the table has all
+            warnings.filterwarnings("ignore", "Glyph .* missing from font")  # the names are in the CSV
             figure.savefig(part, format="png", metadata={"Software": None})
         written.append(folder / "confusion.png")
-    except Exception as error:  # a picture must not cost a test
-        (folder / "confusion.png").unlink(missing_ok=True)  # it would be of another test
+    except Exception as error:  # a test must not fail because of a picture
+        (folder / "confusion.png").unlink(missing_ok=True)  # that of an earlier test
         rank_zero_warn(f"no picture confusion.png ({type(error).__name__}: {error}); confusion.csv has the numbers")
     return written
 
 
 def confusion_figure(table: Tensor, names: Sequence[str]) -> Figure:
-    """The shares of each class that were taken for each class, as a picture, with numbers up to 15 classes."""
+    """A picture of the confusion matrix, each row as shares of its class, with counts for up to 15 classes."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 

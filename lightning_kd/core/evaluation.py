@@ -1,4 +1,4 @@
-"""What a network says, measured and kept: validation, test and predict of any kind of problem."""
+"""Validation, test and prediction of a network, for any kind of problem."""
 
 from __future__ import annotations
 
@@ -20,24 +20,24 @@ __all__ = ["EvaluatedModule", "loss_metric"]
 
 
 class EvaluatedModule(L.LightningModule):
-    """A LightningModule whose ``main_network`` answers its ``problem``; everything but the training of a task.
+    """A LightningModule that can validate, test and predict with its ``main_network``; ``Task`` adds the training.
 
-    ``val/`` and ``test/`` metrics are ``loss`` and those of the problem, of all processes together.
+    The metrics ``val/`` and ``test/`` are ``loss`` and those of the ``problem``, over all processes.
     """
 
     problem_class: type[Problem] = SingleLabel
     problem: Problem
-    #: which of the outputs of ``predict_step`` are written to disk. Default: all
+    #: names of the outputs of ``predict_step`` that are written to disk. Default: all
     written_outputs: tuple[str, ...] | None = None
-    #: epoch and steps of the checkpoint that was loaded
+    #: ``(epoch, global_step)`` of the checkpoint that was loaded
     loaded_progress: tuple[int, int] | None = None
 
     def make_problem(self, num_classes: int) -> Problem:
-        """What is asked of the network."""
+        """The problem that the network solves, an instance of ``problem_class``."""
         return self.problem_class(num_classes)
 
     def set_problem(self, problem: Problem) -> None:
-        """Say what is asked of the network, once, in ``__init__``."""
+        """Set the problem and make its metrics; call it once, in ``__init__``."""
         self.problem = problem
         self.num_classes = problem.num_classes
         self.val_metrics = self._evaluation_metrics("val/")
@@ -45,21 +45,21 @@ class EvaluatedModule(L.LightningModule):
 
     @property
     def main_network(self) -> nn.Module:
-        """The network that is tested, used for predictions and exported."""
-        raise AttributeError(f"{type(self).__name__} names no main_network: return the network that answers")
+        """The network that is validated, tested, used for predictions and exported."""
+        raise AttributeError(f"{type(self).__name__} has no main_network: return the network that predicts")
 
     def format_image(self, image: Tensor) -> Tensor:
-        """The image as the networks want it."""
+        """The images in the form that the networks take, such as a memory format."""
         return image
 
     @property
     def monitor(self) -> str:
-        """The metric that ``best.ckpt`` is chosen by."""
+        """Name of the metric by which ``best.ckpt`` is chosen."""
         return self.problem.monitor
 
     @property
     def monitor_mode(self) -> str:
-        """``"max"`` or ``"min"``."""
+        """``"max"`` if a larger value of ``monitor`` is better, else ``"min"``."""
         return self.problem.monitor_mode
 
     def _evaluation_metrics(self, prefix: str) -> MetricCollection:
@@ -67,51 +67,52 @@ class EvaluatedModule(L.LightningModule):
         return MetricCollection(metrics, prefix=prefix, compute_groups=False)
 
     def check_data(self, data: Any, has_targets: bool = True) -> None:
-        """Refuse data of another kind than the task is for, and of more classes than it has.
+        """Raise if the data are for another kind of problem, or have more classes than the task.
 
         Args:
-            data: a data module; one without ``problem`` is not looked at.
-            has_targets: whether its targets are looked at, so that their number of classes matters.
+            data: a data module; one without ``problem`` is not checked.
+            has_targets: whether targets are used; if not, the number of classes is not checked.
 
         Raises:
-            ValueError: naming both.
+            ValueError: naming the task and the data module.
         """
         given = getattr(data, "problem", None)
         if not isinstance(given, Problem):
             return
         if not isinstance(given, type(self.problem)) and not isinstance(self.problem, type(given)):
             raise ValueError(
-                f"{type(self).__name__} is for {self.problem.kind}, but {type(data).__name__} has {given.kind}: take "
+                f"{type(self).__name__} is for {self.problem.kind}, but {type(data).__name__} has {given.kind}: use "
                 "a task for that, or other data"
             )
-        if has_targets and given.num_classes > self.problem.num_classes:  # a network may know more
+        if has_targets and given.num_classes > self.problem.num_classes:  # a network may have more classes
             raise ValueError(
                 f"num_classes={self.problem.num_classes} is less than the {given.num_classes} classes of "
                 f"{type(data).__name__}: give num_classes={given.num_classes}"
             )
 
     def check_target(self, target: Tensor, first: bool) -> None:
-        """Let the problem look at the targets of a batch: of each on a CPU, else of the ``first``: a GPU waits.
+        """Check the targets of a batch: each on a CPU, on a GPU the ``first`` alone, since a check makes it wait.
 
         Raises:
-            ValueError: where they are not what the problem wants.
+            ValueError: if dtype, shape or values are wrong for the problem.
         """
         if first or target.device.type == "cpu":
             self.problem.check_target(target)
 
     def forward(self, image: Tensor) -> Tensor:
-        """Logits of the main network, as the problem wants them.
+        """Logits of the main network, in the shape that the problem needs.
 
         Raises:
-            ValueError: if the network gives anything else.
+            ValueError: if the network returns another shape.
         """
         network = self.main_network
         return self.problem.logits(network(self.format_image(image)), image, network)
 
     def scores_and_probabilities(self, image: Tensor) -> tuple[Tensor, Tensor]:
-        """What is evaluated: the scores that decide the prediction, and probabilities, both float32.
+        """The scores that decide the prediction, and the probabilities, both float32, in the shape of the logits.
 
-        By default the logits and what the problem makes of them. A method whose networks answer together overrides it.
+        By default the logits and the problem's probabilities of them. A method that predicts with several networks
+        overrides this.
         """
         logits = self(image).float()
         return logits, self.problem.probabilities(logits)
@@ -126,7 +127,7 @@ class EvaluatedModule(L.LightningModule):
         return type(self).scores_and_probabilities is EvaluatedModule.scores_and_probabilities
 
     def update_metrics(self, metrics: MetricCollection, batch: Batch) -> None:
-        """Take one batch into the ``loss``, where it is among the metrics, and those of the problem."""
+        """Update ``metrics``, the problem's and, if it is among them, ``loss``, with one batch."""
         scores, probabilities = self._answer(batch.image)
         found: dict[str, Any] = dict(metrics.items(keep_base=True))
         if (mean := found.pop("loss", None)) is not None:
@@ -150,7 +151,7 @@ class EvaluatedModule(L.LightningModule):
         self._evaluate(batch, batch_idx, self.test_metrics)
 
     def on_validation_epoch_start(self) -> None:
-        # here, not at the end: what validate() resets in inference mode, a later fit could not update
+        # here, not at the end: states that are reset in inference mode, by validate(), cannot be updated by a later fit
         self._begin(self.val_metrics)
 
     def on_test_epoch_start(self) -> None:
@@ -165,7 +166,7 @@ class EvaluatedModule(L.LightningModule):
 
     @property
     def confusion(self) -> Tensor | None:
-        """What the latest test found, int64 ``[C, C]``, samples by class and predicted class, where it is known."""
+        """The confusion matrix of the latest test, int64 ``[C, C]``, samples by class and predicted class, or None."""
         return getattr(dict(self.test_metrics.items(keep_base=True)).get("confusion"), "table", None)
 
     def on_validation_epoch_end(self) -> None:
@@ -176,13 +177,13 @@ class EvaluatedModule(L.LightningModule):
 
     def _log_metrics(self, metrics: MetricCollection) -> None:
         values = metrics.compute()
-        # metrics are synchronised already; one is worth a place in the bar
+        # metrics are synchronised already; the monitored one is shown in the progress bar
         shown = f"/{self.problem.monitored}"
         self.log_dict({k: v for k, v in values.items() if not k.endswith(shown)})
         self.log_dict({k: v for k, v in values.items() if k.endswith(shown)}, prog_bar=True)
 
     def predict_step(self, batch: Any, batch_idx: int) -> dict[str, Tensor]:
-        """What the problem keeps of a prediction (``prediction``, ``probabilities``) and the ``index``, if known."""
+        """The problem's outputs (``prediction``, ``probabilities``) and the samples' ``index``, if the batch has it."""
         batch = as_batch(batch)
         index = {} if batch.index is None else {"index": batch.index}
         return {**index, **self.problem.predict(*self._answer(batch.image))}
@@ -191,10 +192,10 @@ class EvaluatedModule(L.LightningModule):
 
     @classmethod
     def load_from_checkpoint(cls, checkpoint_path: Any, *args: Any, **kwargs: Any) -> Self:
-        """Lightning's, with ``weights_only=True`` unless said otherwise: nothing but tensors and plain values is read.
+        """Lightning's ``load_from_checkpoint``, but with ``weights_only=True`` by default, which runs no pickled code.
 
-        A network that was given as a module is not in the checkpoint's hyperparameters: give it again. The weights that
-        the training started from are not looked for.
+        A network that was given as a module is not in the checkpoint's hyperparameters: give it again. The file of
+        weights that the training started from need not exist.
         """
         kwargs.setdefault("weights_only", True)
         with weights_from_checkpoint():
@@ -202,11 +203,11 @@ class EvaluatedModule(L.LightningModule):
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         data: Any = getattr(self._trainer, "datamodule", None)
-        if hasattr(data, "check_classes"):  # before the weights, whose shapes would only say that something is wrong
+        if hasattr(data, "check_classes"):  # a clearer error than that of weights with other shapes
             data.check_classes(checkpoint.get("class_names", data.class_names))
         self.loaded_progress = (checkpoint["epoch"], checkpoint["global_step"])
 
 
 def loss_metric() -> MeanMetric:
-    """The mean of a loss over all labels; NaN where a batch's is: by default torchmetrics would leave that one out."""
+    """The mean of a loss over all labels; NaN if a batch's loss is NaN, which torchmetrics by default would skip."""
     return MeanMetric(nan_strategy=float("nan"))

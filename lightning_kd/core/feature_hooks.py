@@ -1,4 +1,4 @@
-"""Features of any network, by forward hooks on module paths."""
+"""Reading features of any network by forward hooks on module paths."""
 
 from __future__ import annotations
 
@@ -9,21 +9,21 @@ from torch import Tensor, nn
 
 
 def find_classifier(network: nn.Module, path: str | None = None) -> tuple[str, nn.Linear]:
-    """The path and module of the layer that turns the pooled feature into logits.
+    """The path and module of the classifier: the layer that turns the pooled feature into logits.
 
     Args:
         network: any network.
-        path: the classifier's module path where it is not the last ``nn.Linear`` in definition order.
+        path: module path of the classifier. Default: the last ``nn.Linear`` in the order of definition.
 
     Raises:
-        ValueError: if ``path`` names no ``nn.Linear``, or no ``nn.Linear`` is found.
+        ValueError: if ``path`` is not that of an ``nn.Linear``, or the network has none.
     """
     modules = dict(network.named_modules())
     if path is not None:
         module = modules.get(path)
         if not isinstance(module, nn.Linear):
             got = "nothing" if module is None else type(module).__name__
-            raise ValueError(f"classifier path {path!r} is {got} in {type(network).__name__}: name an nn.Linear of it")
+            raise ValueError(f"classifier path {path!r} is {got} in {type(network).__name__}: name an nn.Linear in it")
         return path, module
     for name, module in reversed(modules.items()):
         if isinstance(module, nn.Linear):
@@ -32,29 +32,33 @@ def find_classifier(network: nn.Module, path: str | None = None) -> tuple[str, n
 
 
 def check_not_compiled(network: nn.Module, what: str) -> None:
-    """Refuse to listen to a network that is compiled already.
+    """Raise if the network is compiled, because hooks added after that never fire.
+
+    Args:
+        network: the network that gets a hook.
+        what: name of the hooked module, for the message.
 
     Raises:
-        RuntimeError: if it is: hooks added later never fire.
+        RuntimeError: if it is compiled.
     """
     if getattr(network, "_compiled_call_impl", None) is not None:
         raise RuntimeError(f"a tap on {what} after compile() would never fire: tap the network first")
 
 
 class Tap:
-    """Keeps what passes through one module of a network in the latest forward pass, with its graph.
+    """Keeps the input or output of one module in the latest forward pass of a network, with its autograd graph.
 
-    A tap must be set before the network is compiled: hooks added later never fire, so they are refused.
+    A tap must be made before the network is compiled, because hooks added later never fire.
 
     Args:
-        network: the network to listen to.
-        path: module path inside it, as in ``network.named_modules()``.
+        network: the network.
+        path: path of the module, as in ``network.named_modules()``.
         side: ``"output"`` of the module or its first ``"input"``.
-        copy: keep a copy, where the network overwrites the tensor later on.
+        copy: keep a copy, for a tensor that the network overwrites later.
 
     Raises:
-        ValueError: for an unknown path, with the known ones of the same depth.
-        RuntimeError: if the network is compiled already.
+        ValueError: for an unknown path, naming known ones of the same depth.
+        RuntimeError: if the network is compiled.
     """
 
     def __init__(self, network: nn.Module, path: str, side: str = "output", copy: bool = False) -> None:
@@ -79,11 +83,15 @@ class Tap:
         self._value = output.clone() if self.copy else output
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Tap:
-        # A copied module keeps hooks that report to this tap; a graph tensor cannot be copied anyway.
+        # the hooks of a copied module report to this tap, and a tensor with a graph cannot be copied
         return self
 
     def pop(self) -> Tensor:
-        """The tensor of the latest forward pass; the tap lets go of it, so that its graph can be freed."""
+        """The tensor of the latest forward pass, once: the tap then drops it, so that its graph can be freed.
+
+        Raises:
+            RuntimeError: if there was no forward pass since the last call, or the module gave no tensor.
+        """
         value, self._value = self._value, None
         if not isinstance(value, torch.Tensor):
             raise RuntimeError(f"the tap on {self.path!r} has seen no tensor: run the network's forward first")
@@ -91,18 +99,18 @@ class Tap:
 
 
 def penultimate_tap(network: nn.Module, classifier: str | None = None) -> tuple[Tap, nn.Linear]:
-    """A tap on the feature ``[B, D]`` that enters the classifier, and the classifier itself (found or named)."""
+    """A tap on the feature ``[B, D]`` that enters the classifier, and the classifier, see ``find_classifier``."""
     path, module = find_classifier(network, classifier)
     return Tap(network, path, side="input"), module
 
 
 class PooledFeature:
-    """The feature ``[B, D]`` of each image in the latest forward pass of a network, with its graph.
+    """The feature ``[B, D]`` of each image in the latest forward pass of a network, with its autograd graph.
 
-    It is what enters the classifier; of a network with a query a label, the mean over its map.
+    It is the input of the classifier; for a network with an ML-Decoder head, the mean over the feature map.
 
     Args:
-        network: to listen to, before it is compiled.
+        network: the network, not compiled yet.
     """
 
     def __init__(self, network: nn.Module) -> None:
@@ -110,7 +118,7 @@ class PooledFeature:
         self.tap = penultimate_tap(network)[0] if path is None else Tap(network, f"network.{path}")
 
     def pop(self) -> Tensor:
-        """The feature; the tap lets go of it."""
+        """The feature ``[B, D]``, once: it is dropped here, see ``Tap.pop``."""
         value = self.tap.pop()
         if value.ndim == 3:  # tokens
             return value.mean(1)

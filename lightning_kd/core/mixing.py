@@ -1,4 +1,4 @@
-"""Mixtures of two images of a batch: all of both (MixUp), or a box of one in the other (CutMix)."""
+"""Mixing pairs of images of a batch: a weighted sum (MixUp), or a box of one in the other (CutMix)."""
 
 from __future__ import annotations
 
@@ -15,22 +15,31 @@ __all__ = ["Box", "cut_mix", "draw_box", "draw_mix", "mix"]
 def draw_mix(
     generator: np.random.Generator, alpha: float, count: int, device: torch.device | str = "cpu"
 ) -> tuple[float, Tensor]:
-    """One mixing weight from Beta(alpha, alpha), taken to be at least 1/2, and a permutation of ``count`` partners.
+    """Draw a mixing weight from Beta(alpha, alpha) and a random permutation of ``count`` partners.
 
-    To replace a weight by its complement swaps the two images of every pair, whose order is random anyway: a sum over
-    the batch has the same distribution, and the first image is always the dominant one.
+    A weight below 1/2 is replaced by its complement, so that the first image of a pair always has the larger weight.
+    This swaps the two images of every pair; as the pairs are random, sums over the batch keep their distribution.
+
+    Args:
+        generator: source of random numbers.
+        alpha: parameter of the Beta distribution, above 0.
+        count: size of the batch.
+        device: device of the permutation.
+
+    Returns:
+        ``(weight, partner)``: a float in [1/2, 1] and int64 ``[count]``.
     """
     weight = float(generator.beta(alpha, alpha))
     return max(weight, 1 - weight), torch.from_numpy(generator.permutation(count)).to(device)
 
 
 def mix(tensor: Tensor, partner: Tensor, weight: float) -> Tensor:
-    """``weight * tensor + (1 - weight) * tensor[partner]``, for the first ``len(partner)`` rows."""
+    """``weight * tensor + (1 - weight) * tensor[partner]``, of the first ``len(partner)`` rows of ``tensor``."""
     return torch.lerp(tensor[partner], tensor[: len(partner)], weight)
 
 
 class Box(NamedTuple):
-    """Pixels of an image: rows ``top`` to ``bottom - 1`` and columns ``left`` to ``right - 1``."""
+    """A box in an image: rows ``top`` to ``bottom - 1`` and columns ``left`` to ``right - 1``, in pixels."""
 
     top: int
     bottom: int
@@ -39,14 +48,15 @@ class Box(NamedTuple):
 
     @property
     def area(self) -> int:
-        """How many pixels."""
+        """Number of pixels."""
         return (self.bottom - self.top) * (self.right - self.left)
 
 
 def draw_box(generator: np.random.Generator, alpha: float, height: int, width: int) -> Box:
-    """The box of CutMix (Yun et al., ICCV 2019, arXiv 1905.04899): a share ``1 - Beta(alpha, alpha)`` of the area.
+    """Draw the box of CutMix (Yun et al., ICCV 2019, arXiv 1905.04899).
 
-    Its sides are in the proportion of the image, its centre is anywhere, and what sticks out is cut off.
+    Its area is the share ``1 - Beta(alpha, alpha)`` of the image, its sides are in the image's proportion, and its
+    centre is uniform over the image; parts outside of the image are cut off.
     """
     side = math.sqrt(1 - float(generator.beta(alpha, alpha)))
     half_height, half_width = int(height * side) // 2, int(width * side) // 2
@@ -60,7 +70,7 @@ def draw_box(generator: np.random.Generator, alpha: float, height: int, width: i
 
 
 def cut_mix(image: Tensor, partner: Tensor, box: Box) -> Tensor:
-    """``image`` ``[B, C, H, W]`` with the pixels of ``image[partner]`` in the box, a new tensor."""
+    """A copy of ``image`` ``[B, C, H, W]`` with the pixels of ``image[partner]`` in the box."""
     mixed = image.clone()
     rows, columns = slice(box.top, box.bottom), slice(box.left, box.right)
     mixed[:, :, rows, columns] = image[partner][:, :, rows, columns]

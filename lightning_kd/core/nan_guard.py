@@ -1,4 +1,4 @@
-"""Stopping a training whose loss is no number any more."""
+"""Stopping a training whose loss is NaN or infinite."""
 
 from __future__ import annotations
 
@@ -10,30 +10,30 @@ from torch import Tensor
 
 
 class FiniteGuard:
-    """Notes each step's loss terms and raises once they are not finite, without making a GPU wait.
+    """Checks the loss terms of each step and raises if they are not finite, without making a GPU wait.
 
-    On a CPU ``record`` checks at once. On a CUDA device the values are copied to the host behind the running work, and
-    each ``record`` checks the earlier steps whose copies have arrived.
+    On a CPU ``record`` checks at once. On a CUDA device it starts an asynchronous copy to the host, and checks earlier
+    steps whose copies have arrived.
     """
 
     def __init__(self) -> None:
         self._pending: deque[tuple[Any, ...]] = deque()
 
     def __deepcopy__(self, memo: dict[int, Any]) -> FiniteGuard:
-        return FiniteGuard()  # events cannot be copied, and a copied task has steps of its own
+        return FiniteGuard()  # CUDA events cannot be copied, and a copied task starts with no steps
 
     def record(self, names: tuple[str, ...], values: Tensor, logits: Tensor, step: int, epoch: int) -> None:
-        """Take the terms of one step, the sum of them first.
+        """Add the loss terms of one step, their sum first, and check what has arrived.
 
         Args:
-            names: of the terms.
-            values: ``[len(names)]``.
-            logits: of the step; their largest size is told when it breaks.
+            names: names of the terms.
+            values: ``[len(names)]``, the terms.
+            logits: logits of the step, for the message.
             step: number of the optimizer step.
             epoch: number of the epoch.
 
         Raises:
-            RuntimeError: naming step, epoch, terms and the largest logit.
+            RuntimeError: if the sum is not finite, naming step, epoch, terms and the largest absolute logit.
         """
         event = None
         on_host = values
@@ -45,7 +45,7 @@ class FiniteGuard:
         self.check()
 
     def check(self, wait: bool = False) -> None:
-        """Raise for the first noted step that was not finite; ``wait`` for those still on their way."""
+        """Raise for the first recorded step that was not finite; with ``wait``, wait for copies not yet arrived."""
         while self._pending:
             values, event, names, logits, step, epoch = self._pending[0]
             if event is not None and not event.query():

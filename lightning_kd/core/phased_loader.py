@@ -1,4 +1,4 @@
-"""An epoch of several phases: each network in turn, on its own labelled and unlabelled streams."""
+"""A loader whose epoch has several phases, each of which trains one network on its own batches."""
 
 from __future__ import annotations
 
@@ -10,13 +10,13 @@ from lightning_kd.core.batch import Batch
 
 
 class PhaseBatch(NamedTuple):
-    """One step of a phase.
+    """The batches of one step of a phase.
 
     Attributes:
         network: number of the network that is trained.
-        labelled: the batch whose targets count.
-        unlabelled: the batch whose targets do not; ``None`` in a phase without.
-        progress: share of the phase that was done before this step, in [0, 1).
+        labelled: the batch whose targets are used.
+        unlabelled: the batch whose targets are not used; ``None`` in a phase without unlabelled batches.
+        progress: share of the phase's steps before this one, in [0, 1).
     """
 
     network: int
@@ -26,9 +26,13 @@ class PhaseBatch(NamedTuple):
 
 
 class Phase(NamedTuple):
-    """One network's pass over ``labelled``; ``unlabelled`` starts anew as often as it ends.
+    """The part of an epoch in which one network is trained.
 
-    With ``by_unlabelled`` it is the other way round.
+    Attributes:
+        network: number of the network.
+        labelled: loader of labelled batches; the phase is one pass over it.
+        unlabelled: loader of unlabelled batches, repeated as often as needed; ``None`` for none.
+        by_unlabelled: make the phase one pass over ``unlabelled`` instead, and repeat ``labelled``.
     """
 
     network: int
@@ -45,11 +49,12 @@ class Phase(NamedTuple):
 class PhasedLoader:
     """The phases of one epoch, one after the other, as one loader of ``PhaseBatch``.
 
-    Lightning finds ``set_epoch`` through ``sampler``; the loaders inside shard themselves.
+    Lightning finds ``set_epoch`` through ``sampler``; the loaders inside divide the samples over processes themselves.
 
     Args:
         phases: at least one; their loaders have a length and ``set_epoch``.
-        alternate: take a step of each in turn, as far as all go, so that a few steps reach all of them.
+        alternate: take one step of each phase in turn until the shortest ends, so that the first few steps train all
+            networks.
     """
 
     def __init__(self, phases: Sequence[Phase], alternate: bool = False) -> None:

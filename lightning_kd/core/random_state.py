@@ -1,4 +1,4 @@
-"""Global random generators that are afterwards where they were."""
+"""Saving and restoring the state of the global random generators."""
 
 from __future__ import annotations
 
@@ -15,11 +15,11 @@ __all__ = ["same_random_state", "set_torch_random_state", "torch_random_state"]
 
 @contextmanager
 def same_random_state(device: torch.device, seed: int | None = None) -> Iterator[None]:
-    """A pass leaves the global generators as it found them, so that each pass sees the same ones.
+    """A context that restores the global generators of torch, NumPy and Python at its end.
 
     Args:
-        device: whose generator counts, beside those of the CPU.
-        seed: of all of them inside. Default: they go on from where they are.
+        device: the device whose generator is restored, besides those of the CPU.
+        seed: seed of all generators inside. Default: they continue from their present state.
     """
     python, numpy = random.getstate(), np.random.get_state()  # noqa: NPY002  (what users draw from)
     try:
@@ -38,13 +38,13 @@ def same_random_state(device: torch.device, seed: int | None = None) -> Iterator
 
 
 def torch_random_state(device: torch.device) -> tuple[Tensor, Tensor | None]:
-    """Where torch's generators are: that of the CPU, and that of a CUDA ``device``."""
-    # torch's alone: reading that of NumPy takes longer than a step of a small network
+    """The states of torch's generators: that of the CPU, and that of ``device`` if it is a CUDA device, else None."""
+    # not NumPy's: reading its state takes longer than a step of a small network
     return torch.get_rng_state(), torch.cuda.get_rng_state(device) if device.type == "cuda" else None
 
 
 def set_torch_random_state(state: tuple[Tensor, Tensor | None], device: torch.device) -> None:
-    """Put them back there."""
+    """Restore the states that ``torch_random_state`` returned."""
     on_host, on_device = state
     torch.set_rng_state(on_host)
     if on_device is not None:

@@ -1,4 +1,4 @@
-"""The callbacks that keep the folder of a run true: its checkpoints, and the recorder of all else."""
+"""The callbacks that write a run folder: its checkpoints, and the recorder of everything else."""
 
 from __future__ import annotations
 
@@ -24,22 +24,22 @@ from lightning_kd.file_writing import written_whole
 __all__ = ["RunCheckpoint", "RunRecorder", "run_callbacks", "run_folder_of"]
 
 
-# where checkpoints hold the rows of metrics.csv
+# key of the rows of metrics.csv in checkpoints
 _ROWS = "lightning_kd_metrics"
 
 
 class RunRecorder(L.Callback):
-    """Keeps the run folder true while the Trainer works: resume, exports, predictions.
+    """Writes the run folder while the Trainer works: metrics on resume, exported networks, predictions.
 
-    Checkpoints, those of other callbacks too, are written by ``RunCheckpointIO`` and hold the rows of ``metrics.csv``.
-    A fit that has nothing left to train, but was stopped before it had written its results, writes them.
+    Checkpoints, also those of other callbacks, are written by ``RunCheckpointIO`` and hold the rows of
+    ``metrics.csv``. A resumed fit with no epochs left that was stopped before writing its results writes them.
 
     Args:
         run: the run folder.
-        sort: the order of the predictions in their table, see ``PredictionTable``.
+        sort: order of the rows of ``predictions.csv``, see ``PredictionTable``.
 
     Attributes:
-        predictions: whether to write what is predicted; a pass that is made for something else turns it off.
+        predictions: whether ``trainer.predict`` writes predictions; set to False for passes with another purpose.
     """
 
     def __init__(self, run: RunFolder, sort: str = "index") -> None:
@@ -56,12 +56,12 @@ class RunRecorder(L.Callback):
         problem: Any = getattr(pl_module, "problem", None)
         if self.sort != "index" and problem is not None and not hasattr(problem.prediction_writer(), "sort"):
             raise ValueError(f"sort must be 'index' for {problem.kind}, got {self.sort!r}: leave it out")
-        if type(trainer.strategy.checkpoint_io) is TorchCheckpointIO:  # a user's own stays
+        if type(trainer.strategy.checkpoint_io) is TorchCheckpointIO:  # a user's own is not replaced
             trainer.strategy.checkpoint_io = RunCheckpointIO()
 
     def on_save_checkpoint(self, trainer: L.Trainer, pl_module: L.LightningModule, checkpoint: dict[str, Any]) -> None:
         connector = trainer._logger_connector
-        # at the end of an epoch Lightning logs what training has gathered after the checkpoint is written
+        # at the end of an epoch Lightning logs the training metrics only after the checkpoint is written
         pending = connector.metrics["log"] if trainer._results and connector._first_loop_iter is None else {}
         values = {name: float(value) for name, value in pending.items()}  # type: ignore[arg-type]
         for logger in trainer.loggers:
@@ -79,9 +79,9 @@ class RunRecorder(L.Callback):
             if isinstance(logger, RunLogger):
                 logger.begin(trainer.current_epoch, self._rows)
         saving = any(isinstance(c, RunCheckpoint) for c in trainer.checkpoint_callbacks)
-        # one answer for all: saving is a collective call, and the file may appear while a rank looks
+        # process 0 decides for all: saving is a collective call, and the file may appear while another one looks
         if trainer.strategy.broadcast(saving and not self.run.last.is_file()):
-            # whatever breaks in the first epoch, there is something to go on from
+            # a run that is interrupted in its first epoch can be resumed from here
             trainer.save_checkpoint(self.run.last)
 
     def on_train_epoch_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
@@ -106,12 +106,12 @@ class RunRecorder(L.Callback):
         table = getattr(pl_module, "confusion", None)
         if table is None or not trainer.is_global_zero or getattr(trainer, "fast_dev_run", False):
             return
-        if self.run.can_be_written():  # a run may be tested in a folder that may only be read
+        if self.run.can_be_written():  # testing works in a read-only folder too
             names = getattr(trainer.datamodule, "class_names", None) or []  # type: ignore[attr-defined]
             write_confusion(self.run.path, table, names)
 
     def on_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        # not on_fit_end: by then the module has left the device
+        # not in on_fit_end: there the module is no longer on its device
         if isinstance(pl_module, Task) and not getattr(trainer, "fast_dev_run", 0):
             pl_module.write_results(self.run.path)
 
@@ -121,8 +121,8 @@ class RunRecorder(L.Callback):
         if not self._trained and trainer.ckpt_path is not None:
             exported = all((self.run.path / f"{name}.pt").is_file() for name in pl_module.exports())
             if trainer.strategy.broadcast(exported and self._ended):
-                return  # what is there was made of the weights at the end, which an average may differ from
-            self._end_anew(trainer, pl_module)
+                return  # the files are those of the finished fit; writing them again could lose an average
+            self._finish_stopped_fit(trainer, pl_module)
         if trainer.is_global_zero:
             for name, network in pl_module.exports().items():
                 with written_whole(self.run.path / f"{name}.pt") as path:
@@ -134,19 +134,20 @@ class RunRecorder(L.Callback):
         self._note_checkpoints(trainer)
 
     def _note_checkpoints(self, trainer: L.Trainer) -> None:
-        """Those of a user's own callbacks, too."""
+        """Record all checkpoint files in ``run.json``, also those of a user's own callbacks."""
         for callback in trainer.checkpoint_callbacks:
             if isinstance(callback, ModelCheckpoint):
                 paths = {callback.best_model_path, callback.last_model_path, *callback.best_k_models}
                 self.run.note_files(path for path in paths if path)
 
-    def _end_anew(self, trainer: L.Trainer, task: Task) -> None:
-        """What the end of a training does, for one that was stopped after its last checkpoint."""
+    def _finish_stopped_fit(self, trainer: L.Trainer, task: Task) -> None:
+        """Do what the end of a fit does, for a fit that was stopped after its last checkpoint."""
         for logger in trainer.loggers:
             if isinstance(logger, RunLogger):
                 logger.begin(trainer.current_epoch, self._rows)
         task.on_load_checkpoint(self._loaded)
-        task.load_state_dict(self._loaded["state_dict"], strict=task.strict_loading)  # the average, where there is one
+        # a checkpoint of a run with an average holds the average here
+        task.load_state_dict(self._loaded["state_dict"], strict=task.strict_loading)
         self._loaded = {}
         task.to(trainer.strategy.root_device)
         for callback in trainer.callbacks:  # type: ignore[attr-defined]
@@ -159,7 +160,7 @@ class RunRecorder(L.Callback):
         writing = problem is not None and self.predictions and not getattr(trainer, "fast_dev_run", 0)
         self._writer = problem.prediction_writer() if writing else None
         if self._writer is not None and self.sort != "index":
-            self._writer.sort = self.sort  # type: ignore[attr-defined]  # looked at in setup
+            self._writer.sort = self.sort  # type: ignore[attr-defined]  # setup has checked that it exists
 
     def on_predict_batch_end(
         self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, batch: Any, *args: Any
@@ -167,7 +168,9 @@ class RunRecorder(L.Callback):
         if self._writer is None:
             return
         if not isinstance(outputs, Mapping) or "index" not in outputs:
-            raise ValueError("predictions on disk need a dict with each sample's index: use a lightning_kd data module")
+            raise ValueError(
+                "predictions are written by each sample's index, got outputs without: use a lightning_kd data module"
+            )
         names = getattr(pl_module, "written_outputs", None) or tuple(outputs)
         tensors = {name: value for name, value in outputs.items() if isinstance(value, torch.Tensor)}
         written = {name: value for name, value in tensors.items() if name in ("index", *names)}
@@ -181,7 +184,7 @@ class RunRecorder(L.Callback):
 
     @staticmethod
     def _note_part(trainer: L.Trainer) -> None:
-        """Say where the files hold predictions for a part of the samples alone."""
+        """Tell the user if the predictions are of a part of the samples only."""
         done, loader = sum(trainer.num_predict_batches), trainer.predict_dataloaders
         loaders: list[Any] = list(loader) if isinstance(loader, list | tuple) else [loader]
         whole = sum(len(each) if hasattr(each, "__len__") else 0 for each in loaders)
@@ -193,13 +196,13 @@ class RunRecorder(L.Callback):
 
 
 def run_folder_of(trainer: L.Trainer | None) -> RunFolder | None:
-    """The run folder that ``trainer`` works in; ``None`` where it has none."""
+    """The run folder that ``trainer`` works in, or ``None``."""
     callbacks = getattr(trainer, "callbacks", [])
     return next((callback.run for callback in callbacks if isinstance(callback, RunRecorder)), None)
 
 
 class RunCheckpoint(ModelCheckpoint):
-    """One file of the run folder, overwritten; it tolerates a user's own and moves with the folder."""
+    """A checkpoint of the run folder, always in the same file; it works beside a user's own and in a moved folder."""
 
     @property
     def state_key(self) -> str:
@@ -209,14 +212,21 @@ class RunCheckpoint(ModelCheckpoint):
         moved = {**state_dict}
         here = str(Path(str(self.dirpath)) / f"{self.filename}.ckpt")
         if Path(here).is_file() and state_dict["best_model_path"]:
-            # Lightning would forget the best score of a folder that was moved, and overwrite it with a worse
+            # for a moved folder Lightning would drop the best score, and overwrite best.ckpt by a worse one
             moved.update(dirpath=self.dirpath, best_model_path=here, kth_best_model_path=here)
             moved["best_k_models"] = dict.fromkeys([here], *state_dict["best_k_models"].values())
         super().load_state_dict(moved)
 
 
 def run_callbacks(run: RunFolder, monitor: str = "val/acc", mode: str = "max", sort: str = "index") -> list[L.Callback]:
-    """Checkpoints ``best.ckpt`` (by ``monitor``) and ``last.ckpt`` at each epoch's end, and the recorder."""
+    """The callbacks of a run: ``best.ckpt`` (by ``monitor``), ``last.ckpt`` (at each epoch's end), and the recorder.
+
+    Args:
+        run: the run folder.
+        monitor: the metric of the best checkpoint.
+        mode: ``"max"`` or ``"min"``.
+        sort: see ``RunRecorder``.
+    """
     shared: dict[str, Any] = {
         "dirpath": str(run.last.parent.absolute()),
         "save_top_k": 1,

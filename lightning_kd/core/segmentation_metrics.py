@@ -1,4 +1,4 @@
-"""Metrics of a class for each pixel, from one table of counts."""
+"""Metrics of semantic segmentation, from one confusion matrix of the pixels."""
 
 from __future__ import annotations
 
@@ -10,9 +10,10 @@ __all__ = ["SegmentationMetric"]
 
 
 class SegmentationMetric(Metric):
-    """``miou`` and ``pixel_acc`` over all pixels of all batches and processes that are not ignored.
+    """``miou`` and ``pixel_acc`` over all pixels that are not ignored, of all batches and processes.
 
-    ``miou`` is the mean intersection over union of the classes that occur, in the targets or in the predictions.
+    ``miou`` is the mean intersection over union of the classes that occur in the targets or in the predictions;
+    ``pixel_acc`` is the share of pixels predicted correctly. Both are in [0, 1].
 
     Args:
         num_classes: ``C``.
@@ -30,14 +31,14 @@ class SegmentationMetric(Metric):
         self.add_state("counts", torch.zeros(num_classes, num_classes, dtype=torch.int64), dist_reduce_fx="sum")
 
     def update(self, prediction: Tensor, target: Tensor) -> None:
-        """Take a batch: both int64 ``[B, H, W]``; where ``target`` is -1 the pixel is left out."""
-        # ignored pixels are counted behind the table
+        """Add a batch: both int64 ``[B, H, W]``; pixels with the target -1 are ignored."""
+        # ignored pixels go to one more cell after the matrix
         cell = torch.where(target >= 0, target * self.num_classes + prediction, self.num_classes**2)
         counted = torch.bincount(cell.flatten(), minlength=self.num_classes**2 + 1)[:-1]
         self.counts = self.counts + counted.view_as(self.counts)
 
     def compute(self) -> dict[str, float]:
-        counts = self.counts.cpu().double()  # a Mac's GPU has no float64
+        counts = self.counts.cpu().double()  # MPS has no float64
         right = counts.diagonal()
         union = counts.sum(0) + counts.sum(1) - right
         occurs = union > 0

@@ -1,4 +1,4 @@
-"""The network that a training starts from: as it is built, with the weights of a file, or with published ones."""
+"""The network that a training starts from: with random weights, those of a file, or published ones."""
 
 from __future__ import annotations
 
@@ -36,19 +36,19 @@ def network_with_weights(
     """The network that a training starts from.
 
     Args:
-        network: its name or the module.
+        network: a network's name or a module.
         weights: a checkpoint or ``state_dict`` file; ``"default"`` for the published weights of a ``timm/`` or
-            ``torchvision/`` network, with a new classifier where they are for another number of classes (below a head
-            such as ``+ml_decoder``, which is new, too); ``None`` for
-            the network as it is built.
-        num_classes: of its logits.
-        build: makes the network of a name, as ``Task.build``.
-        new_classifier: take all but the classifier from ``weights``.
-        input_shape: of one image; published weights for another number of channels are adapted by timm.
-        argument: what a message calls ``weights``.
+            ``torchvision/`` network, with a new classifier if they are for another number of classes (a head such as
+            ``+ml_decoder`` is always new); ``None`` for random weights, or those of a module.
+        num_classes: number of logits.
+        build: makes the network from a name, as ``Task.build``.
+        new_classifier: take all weights but those of the classifier from ``weights``.
+        input_shape: shape of one image; timm adapts published weights to another number of channels.
+        argument: name of the argument ``weights`` in messages.
 
     Raises:
-        ValueError: for ``"default"`` with a module or for features, and as ``load_weights`` and ``pretrained_network``.
+        ValueError: for ``"default"`` with a module or with feature rows, and as ``load_weights`` and
+            ``pretrained_network``.
     """
     if weights == "default" and not _come_from_checkpoint:
         if not isinstance(network, str):
@@ -64,7 +64,7 @@ def network_with_weights(
         return build(_published(network, num_classes, new_classifier, input_shape))
     built = build(network)
     if weights == "default" and hasattr(built, "transform_input"):
-        built.transform_input = True  # type: ignore[assignment]  # as torchvision has it with published weights
+        built.transform_input = True  # type: ignore[assignment]  # torchvision sets it with published weights
     elif weights is not None and not _come_from_checkpoint:
         load_weights(built, weights, num_classes, new_classifier)
     return built
@@ -78,12 +78,12 @@ def _published(name: str, num_classes: int, new_classifier: bool, input_shape: S
 
 @contextmanager
 def weights_from_checkpoint(given: bool = True) -> Iterator[None]:
-    """While it lasts, networks are built without the weights that they once started from, as a checkpoint follows.
+    """A context in which networks are built without their starting weights, because a checkpoint is loaded afterwards.
 
-    So a checkpoint needs neither the file nor the download that its training began with.
+    Loading a checkpoint then needs neither the weights file nor the download that its training started from.
 
     Args:
-        given: whether one follows.
+        given: whether a checkpoint is loaded; False makes the context do nothing.
     """
     global _come_from_checkpoint
     before, _come_from_checkpoint = _come_from_checkpoint, given
@@ -94,9 +94,9 @@ def weights_from_checkpoint(given: bool = True) -> Iterator[None]:
 
 
 def leave_teacher_out(arguments: MutableMapping[str, Any]) -> None:
-    """Let the arguments of a task ask for no weights of a teacher, which is in no checkpoint.
+    """Set ``teacher_weights`` in the arguments of a task to ``"random"``, in place.
 
-    For predictions, in which a teacher has no say, so that its file need not be there.
+    Predictions do not use the teacher, so its file need not exist.
     """
     if arguments.get("teacher_weights") is not None:
         arguments["teacher_weights"] = "random"
@@ -105,23 +105,23 @@ def leave_teacher_out(arguments: MutableMapping[str, Any]) -> None:
 def pretrained_network(
     name: str, num_classes: int, new_classifier: bool | None = None, in_channels: int = 3
 ) -> nn.Module:
-    """``timm/NAME`` or ``torchvision/NAME`` with its published weights, which may be downloaded.
+    """``timm/NAME`` or ``torchvision/NAME`` with its published weights, which are downloaded if needed.
 
     Published weights expect images normalised as the library says, mostly by the mean and the standard deviation of
     ImageNet.
 
     Args:
-        name: the network, with its library.
-        num_classes: classes of the data.
-        new_classifier: whether the network gets a new classifier: ``True`` always, ``False`` where the published one
-            has another number of classes, ``None`` never, which is then refused.
-        in_channels: of the images. Other than 3 for a ``timm/`` network alone, which adapts its first layer.
+        name: name of the network, with its library.
+        num_classes: number of classes of the data.
+        new_classifier: ``True``: always give the network a new classifier; ``False``: only if the published one has
+            another number of classes; ``None``: never, another number of classes is an error.
+        in_channels: channels of the images. Only ``timm/`` networks, whose first layer is adapted, take other than 3.
 
     Raises:
-        ValueError: where the name has no library in front or is unknown to it, no weights are published, they are for
+        ValueError: if the name has no library in front or is unknown to it, no weights are published, they are for
             another number of classes, or the library cannot take so many channels.
-        ImportError: where ``timm/NAME`` is asked for and timm is not installed.
-        OSError: where the weights cannot be downloaded.
+        ImportError: for ``timm/NAME`` if timm is not installed.
+        OSError: if the weights cannot be downloaded.
     """
     if split_head(name)[1] is not None:
         raise ValueError(f"network {name!r} has a head without published weights: train it, and give its file")
@@ -153,7 +153,7 @@ def pretrained_network(
             if replaced and published == num_classes:
                 network.reset_classifier(num_classes)
             return network
-        # the layers that depend on the number of classes, and a refusal of other channels, before any download
+        # a network with new classification layers; built before the download, so that wrong channels raise at once
         fresh = torchvision_network(name, num_classes, in_channels) if replaced or in_channels != 3 else None
         network = torchvision.models.get_model(short, weights="DEFAULT")
     except OSError as error:

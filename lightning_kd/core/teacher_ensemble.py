@@ -1,4 +1,4 @@
-"""Several trained networks that answer together: the mean of their probabilities."""
+"""An ensemble of teachers: the mean of their probabilities."""
 
 from __future__ import annotations
 
@@ -19,10 +19,10 @@ __all__ = ["TeacherEnsemble", "teacher_settings"]
 
 
 class TeacherEnsemble(nn.Module):
-    """Frozen teachers of one class an image, each with its own input size and normalisation.
+    """Several frozen teachers for single-label classification, each with its own input size and normalisation.
 
     Args:
-        teachers: one or more.
+        teachers: one or more teachers.
     """
 
     def __init__(self, teachers: Sequence[FrozenTeacher]) -> None:
@@ -34,11 +34,11 @@ class TeacherEnsemble(nn.Module):
         return super().train(False)
 
     def each(self, image: Tensor) -> list[Tensor]:
-        """The logits ``[B, C]`` of each teacher, without gradient."""
+        """The logits ``[B, C]`` of each teacher, without gradient, in their order."""
         return [teacher(image) for teacher in self.teachers]
 
     def forward(self, image: Tensor) -> Tensor:
-        """The logarithm of the mean probabilities ``[B, C]``, at least float32: logits whose softmax is that mean."""
+        """The logarithm of the teachers' mean probabilities, ``[B, C]``, float32 or wider; its softmax is that mean."""
         logs = torch.stack([logits.log_softmax(1) for logits in at_least_float32(*self.each(image))])
         return logs.logsumexp(0) - math.log(len(logs))
 
@@ -47,17 +47,18 @@ def teacher_settings(teacher: Any, channels: int, **values: Any) -> list[dict[st
     """The settings of each teacher, from the arguments of a distillation.
 
     Args:
-        teacher: a name or module, or a list of them.
-        channels: of its images.
-        values: ``weights``, ``mean``, ``std`` and ``size``. For a list of teachers each is one value for all, or a list
-            with one a teacher; for all are texts, paths, ``None``, one number, and a list of numbers of ``mean`` and
-            ``std``, the values of the channels.
+        teacher: a network's name or a module, or a list of them.
+        channels: number of channels of the images.
+        values: ``weights``, ``mean``, ``std`` and ``size``. With a list of teachers, each is either one value for all
+            teachers (a text, a path, ``None``, a number; for ``mean`` and ``std`` also a list of numbers, one for each
+            channel) or a list with one value for each teacher.
 
     Returns:
-        For each teacher the values by name, and its ``name``, where it has one; ``size`` as height and width.
+        A dict for each teacher: the values by name, and ``name``, the network's name or ``None``; ``size`` is
+        ``(height, width)``.
 
     Raises:
-        ValueError: for a list of another length, and for values that are none.
+        ValueError: for a list of wrong length, and for wrong values.
     """
     several = isinstance(teacher, list | tuple)
     found: list[dict[str, Any]] = [
@@ -70,7 +71,7 @@ def teacher_settings(teacher: Any, channels: int, **values: Any) -> list[dict[st
         if not for_all and len(value) != len(found):
             raise ValueError(
                 f"teacher_{name} must be one for all {len(found)} teachers or a list of {len(found)}, got "
-                f"{list(value)}: give one a teacher, in their order"
+                f"{list(value)}: give one for each teacher, in their order"
             )
         for k, settings in enumerate(found):
             settings[name] = _checked(name, value if for_all else value[k], channels)
@@ -86,7 +87,7 @@ def _checked(name: str, value: Any, channels: int) -> Any:
         )
     if name in ("mean", "std") and value is not None:
         if len(value) != channels:
-            raise ValueError(f"teacher_{name} needs {channels} values, one a channel, got {len(value)}")
+            raise ValueError(f"teacher_{name} needs {channels} values, one for each channel, got {len(value)}")
         for one in value:
             check_numbers({f"teacher_{name}": one}, above=0 if name == "std" else None)
     return value

@@ -1,4 +1,4 @@
-"""Training samples as they are, for what looks at a network from outside: weight shifts, sharpness."""
+"""Drawing training samples without augmentation, to measure or change a network: weight shifts, sharpness."""
 
 from __future__ import annotations
 
@@ -28,9 +28,9 @@ class Samples(NamedTuple):
     """Some training samples.
 
     Attributes:
-        indices: int64 ``[n]``, ascending: positions in the full training array, those of all processes.
-        loader: the ``Batch`` es of this process's share (of a user's dataset, what else it may give), without
-            augmentation, the same in every pass; no sample comes twice over all processes.
+        indices: int64 ``[n]``, ascending: positions in the full training array, over all processes.
+        loader: batches of this process's share, without augmentation, equal in every pass; ``Batch`` objects, or what a
+            user's dataset gives. No sample is in the shares of two processes.
     """
 
     indices: np.ndarray
@@ -38,10 +38,10 @@ class Samples(NamedTuple):
 
 
 def sample_source(trainer: L.Trainer) -> Any:
-    """Where the training samples of a fit come from: its data module if it is one of ours, else its training loader.
+    """The source of a fit's training samples: its data module if it is one of lightning_kd, else its training loader.
 
     Raises:
-        ValueError: where it has neither.
+        ValueError: if the fit has neither.
     """
     data = getattr(trainer, "datamodule", None)
     if hasattr(data, "loader") and hasattr(data, "train_target"):
@@ -50,17 +50,17 @@ def sample_source(trainer: L.Trainer) -> Any:
     if isinstance(loader, DataLoader):
         return loader
     raise ValueError(
-        f"training samples are drawn from a data module of this package or a torch DataLoader, got "
+        f"training samples are drawn from a data module of lightning_kd or a torch DataLoader, got "
         f"{type(loader).__name__}: give the fit one of them"
     )
 
 
 class OnDevice:
-    """Batches of a loader as a Trainer hands them to a step: on its device, in its precision.
+    """The batches of a loader, moved to a Trainer's device and converted to its precision.
 
     Args:
-        trainer: with or without a fit.
-        loader: may be iterated again and again.
+        trainer: the Trainer.
+        loader: a loader that can be iterated repeatedly.
     """
 
     def __init__(self, trainer: L.Trainer, loader: Iterable[Any]) -> None:
@@ -81,25 +81,26 @@ def training_samples(
     num_classes: int | None = None,
     exclude: np.ndarray | None = None,
 ) -> Samples:
-    """Draw training samples, the same for every process and every call with the same arguments.
+    """Draw training samples: the same ones on every process and in every call with the same arguments.
 
-    From a data module of this package they come without augmentation. From a user's ``DataLoader`` they come as its
-    dataset gives them, read once and kept, so that random transforms are at least the same in each pass; a
-    ``SubsetRandomSampler`` is heeded.
+    Samples of a data module of lightning_kd come without augmentation. Samples of a user's ``DataLoader`` are read from
+    its dataset once and kept in memory, so that random transforms are the same in each pass; only the samples of a
+    ``SubsetRandomSampler`` are drawn.
 
     Args:
-        source: from ``sample_source``, or a data module that is set up, or a ``DataLoader`` over a map-style dataset.
-        count: how many; all where there are fewer. Default: all.
-        seed: with ``stream``, fixes the draw.
-        stream: a name; each gives another draw.
-        balanced: as many of each class as there are, up to a difference of one.
-        num_classes: with ``balanced``, needed for a ``DataLoader`` alone.
+        source: the result of ``sample_source``: a data module after ``setup``, or a ``DataLoader`` with a map-style
+            dataset.
+        count: number of samples; if there are fewer, all. Default: all.
+        seed: seed of the draw, together with ``stream``.
+        stream: a name; different names give different draws.
+        balanced: draw equally many of each class, up to a difference of one, as far as there are enough.
+        num_classes: number of classes; needed with ``balanced`` for a ``DataLoader``.
         exclude: positions that are not drawn.
 
     Raises:
-        ValueError: where no sample is left, or a ``DataLoader`` has no map-style dataset or a sampler of another kind;
-            with ``balanced``, for a label out of range.
-        TypeError: with ``balanced``, where its items are no ``(image, target)``.
+        ValueError: if no sample is left, or a ``DataLoader`` has no map-style dataset or an unknown sampler; with
+            ``balanced``, for a label out of range.
+        TypeError: with ``balanced``, if the dataset's items are not ``(image, target)``.
     """
     check_numbers(least=1, whole=True, optional=True, count=count)
     generator = numpy_generator(seed, stream)
@@ -118,13 +119,13 @@ def _without(indices: np.ndarray, exclude: np.ndarray | None) -> np.ndarray:
     left = indices if exclude is None else np.setdiff1d(indices, exclude)
     if not len(left):
         raise ValueError(
-            f"there is no training sample left beside the {len(indices)} already taken: take fewer, or give more data"
+            f"no training sample is left besides the {len(indices)} that are taken: take fewer, or give more data"
         )
     return left
 
 
 def _in_turn(target: np.ndarray, num_classes: int) -> np.ndarray:
-    """Positions in ``target``, one of each class in turn, within a class in their order; what has none comes last."""
+    """Positions in ``target``, one of each class in turn, within a class in their order; unlabelled ones (-1) last."""
     rank = np.full(len(target), len(target), dtype=np.int64)
     for c in range(num_classes):
         of_class = target == c
@@ -133,7 +134,7 @@ def _in_turn(target: np.ndarray, num_classes: int) -> np.ndarray:
 
 
 class _Kept:
-    """Batches of items that were read once."""
+    """Batches of dataset items that are kept in memory."""
 
     def __init__(self, items: list[Any], indices: np.ndarray, batch_size: int, collate: Any) -> None:
         self.items, self.indices, self.batch_size, self.collate = items, indices, batch_size, collate
@@ -167,7 +168,7 @@ def _from_dataset(
     if balanced and count is not None:
         if num_classes is None:
             raise ValueError("num_classes is needed to draw balanced samples from a DataLoader: give it")
-        # labels are known only by reading: until each class has its share, or all is read
+        # reading an item is the only way to its label: read until each class has its share, or all is read
         share, room = -(-count // num_classes), np.full(num_classes, -(-count // num_classes))
         taken: list[int] = []
         labels: list[int] = []
@@ -197,12 +198,12 @@ def _from_dataset(
 def _positions(loader: DataLoader, count: int) -> np.ndarray:
     """The samples of a dataset that a loader trains on."""
     sampler: Any = loader.sampler
-    sampler = getattr(getattr(sampler, "dataset", None), "_sampler", sampler)  # under Lightning's for several processes
+    sampler = getattr(getattr(sampler, "dataset", None), "_sampler", sampler)  # inside Lightning's distributed wrapper
     if isinstance(sampler, SubsetRandomSampler):
         return np.unique(np.asarray(sampler.indices, dtype=np.int64))
     if isinstance(sampler, RandomSampler | SequentialSampler | DistributedSampler | WeightedRandomSampler):
         return np.arange(count)
     raise ValueError(
-        f"training samples cannot be told from a loader with a {type(sampler).__name__}: give it a Subset of the "
-        "dataset and a common sampler"
+        f"training samples of a loader with a {type(sampler).__name__} are not known: give it a Subset of the dataset "
+        "and a random or sequential sampler"
     )

@@ -1,4 +1,4 @@
-"""What the modules of a network do with one image."""
+"""A trial forward pass of one image that records the calls of all modules of a network."""
 
 from __future__ import annotations
 
@@ -17,9 +17,18 @@ __all__ = ["Call", "trial_pass"]
 
 @dataclass
 class Call:
-    """A module's call in the trial pass, in the order in which they end.
+    """The call of a module in the trial pass.
 
-    Tensors are told apart by identity; what is overwritten later has a newer version at the end than here.
+    Tensors are compared by identity. A tensor that was overwritten in place after the call has a higher version
+    (``tensor._version``) at the end of the pass than the one recorded here.
+
+    Attributes:
+        path: module path.
+        module: the module.
+        given: its first input, if that is a tensor.
+        given_version: version of ``given`` at the call.
+        output: its output, if that is a tensor.
+        output_version: version of ``output`` at the end of the call.
     """
 
     path: str
@@ -28,7 +37,7 @@ class Call:
     given_version: int
     output: Tensor | None
     output_version: int
-    #: whether these have their channels in the last dimension, as in networks of ``nn.LayerNorm`` and ``nn.Linear``
+    #: whether input and output have their channels in the last dimension, as between ``nn.LayerNorm`` and ``nn.Linear``
     given_last: bool = False
     output_last: bool = False
 
@@ -47,21 +56,23 @@ class Call:
 
     @property
     def given_size(self) -> torch.Size | None:
-        """Height and width of a map that it is given."""
+        """Height and width of the input, if it is a map."""
         return _size(self.given, self.given_last)
 
     @property
     def size(self) -> torch.Size | None:
-        """Height and width of its map."""
+        """Height and width of the output, if it is a map."""
         return _size(self.output, self.output_last)
 
 
 def trial_pass(network: nn.Module, input_shape: Sequence[int]) -> list[Call]:
-    """All calls of modules on one image, in eval mode, which leaves the network and the random generators as they are.
+    """The calls of all modules in a forward pass of one random image, in the order in which they end.
+
+    The pass is in eval mode and without gradient; the network and the random generators do not change.
 
     Args:
-        network: on any device.
-        input_shape: of one image ``(C, H, W)``, or of one row ``(D,)``.
+        network: a network on any device.
+        input_shape: shape of one image ``(C, H, W)`` or of one feature row ``(D,)``.
     """
     calls: list[Call] = []
     under_way: list[tuple[Tensor | None, int]] = []
@@ -92,8 +103,11 @@ def trial_pass(network: nn.Module, input_shape: Sequence[int]) -> list[Call]:
 
 
 def _find_layouts(calls: list[Call], height: int, width: int) -> None:
-    """Say which maps have their channels in the last dimension: there they are as a layer of that dimension makes them,
-    and the two before it are in the proportion of the image, while the last two are not."""
+    """Set ``given_last`` and ``output_last`` of the calls.
+
+    A map ``[1, a, b, c]`` has its channels last if a layer that works on the last dimension made a map of ``c``
+    channels, and ``a`` to ``b`` is the proportion of the image while ``b`` to ``c`` is not.
+    """
     kinds = (nn.Linear, nn.LayerNorm)
     made = [call.output for call in calls if call.is_map and isinstance(call.module, kinds)]
     widths = {output.shape[3] for output in made if output is not None}

@@ -1,7 +1,7 @@
-"""A learning rate that rises linearly over the first steps, and then falls as half a cosine.
+"""A learning rate schedule: a linear warm-up, then half a cosine.
 
-torch's own way, ``SequentialLR`` of a ``LinearLR`` and another schedule, can be built in Python alone: its parts need
-the optimizer, which a configuration file cannot name.
+torch's ``SequentialLR`` of a ``LinearLR`` and another schedule does the same, but cannot be written in a configuration
+file: its parts need the optimizer as an argument.
 """
 
 from __future__ import annotations
@@ -19,21 +19,21 @@ __all__ = ["WarmupCosine"]
 
 
 class WarmupCosine(TiedSchedule):
-    """A linear warm-up by steps, then half a cosine down to ``eta_min``, which then stays. For ``lr_interval: step``.
+    """A linear warm-up, then half a cosine down to ``eta_min``. For ``lr_interval: step``.
 
-    With ``lr_interval: epoch`` both lengths are epochs. Each group of an optimizer begins at a share of its own rate;
-    all end at ``eta_min``.
+    With ``lr_interval: epoch`` both lengths are epochs. After the end the rate stays at ``eta_min``. Each parameter
+    group starts at ``start_factor`` of its own rate; all end at ``eta_min``.
 
     Args:
         optimizer: wrapped optimizer.
-        warmup_steps: steps until the full rate; 0 is none.
-        total_steps: steps until the end of the cosine, the warm-up included. Default: those of the training, see
+        warmup_steps: steps until the full rate; 0: no warm-up.
+        total_steps: steps until the end of the cosine, including the warm-up. Default: those of the training, see
             ``TiedSchedule``.
-        start_factor: the share of the full rate that the first step has, above 0 to 1.
+        start_factor: the rate of the first step as a share of the full rate, in (0, 1].
         eta_min: the rate at the end.
 
     Raises:
-        ValueError: for a number out of its range, and ``total_steps`` that leave no step after the warm-up.
+        ValueError: for a number out of range, and for ``total_steps`` not above ``warmup_steps``.
     """
 
     length_name = "total_steps"
@@ -64,8 +64,8 @@ class WarmupCosine(TiedSchedule):
         super().set_length(length)
         if self.to_the_end and length <= self.warmup_steps:
             rank_zero_warn(
-                f"warmup_steps={self.warmup_steps} is not less than the length of the training, {length}, so that the "
-                "full learning rate is never reached: give fewer, and lr_interval: step to count in steps"
+                f"warmup_steps={self.warmup_steps} is not less than the length of the training, {length}, so the full "
+                "learning rate is never reached: give fewer, and lr_interval: step to count in steps"
             )
 
     def rates(self, epoch: int, length: int) -> list[Any]:

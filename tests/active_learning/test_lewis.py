@@ -164,7 +164,7 @@ def test_the_certificate_of_what_is_no_weight():
     ("features", "arguments", "message"),
     [
         (torch.ones(3), {}, r"features must be \[n, d\] real numbers, got \[3\]"),
-        (torch.ones(0, 3), {}, r"features must be \[n, d\] real numbers, got \[0, 3\]: give one row a sample"),
+        (torch.ones(0, 3), {}, r"features must be \[n, d\] real numbers, got \[0, 3\]: give one row for each sample"),
         (torch.ones(3, 0), {}, r"features must be \[n, d\] real numbers, got \[3, 0\]"),
         (torch.tensor([[1.0], [math.nan]]), {}, "features must be finite"),
         (torch.tensor([[1.0], [math.inf]]), {"p": 1}, "features must be finite"),

@@ -61,7 +61,7 @@ def test_a_small_class_gives_all_it_has():
 
 def test_errors():
     source = DataLoader(dataset(), batch_size=8)
-    with pytest.raises(ValueError, match="no training sample left"):
+    with pytest.raises(ValueError, match="no training sample is left"):
         training_samples(source, 5, exclude=np.arange(90))
     with pytest.raises(ValueError, match="count must be at least 1, got 0"):
         training_samples(source, 0)

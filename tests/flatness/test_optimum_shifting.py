@@ -283,7 +283,7 @@ def test_leaves_no_trace_in_autograd_or_autocast() -> None:
         ({"inputs": torch.ones(2, 4)}, r"inputs must be \[n, d\]"),
         ({"weight": torch.full((2, 3), torch.inf)}, "weight must be finite"),
         ({"bias": torch.ones(3)}, r"bias must be \[2\]"),
-        ({"bias": None, "mode": "joint"}, "mode 'joint' moves the bias"),
+        ({"bias": None, "mode": "joint"}, "mode 'joint' changes the bias"),
         ({"mode": "none"}, "mode must be one of"),
         ({"rtol": 2.0}, "rtol must be"),
     ],

@@ -327,7 +327,7 @@ def test_samples_of_a_shift() -> None:
         ({"start": 2.0}, "start must be at least 0 and at most 1"),
         ({"every": 0}, "every must be at least 1"),
         ({"at_end": False}, "every=None with at_end=False never shifts"),
-        ({"held_out": 0}, "guard=0.05 compares"),
+        ({"held_out": 0}, "guard=0.05 needs held-out"),
     ],
 )
 def test_wrong_arguments(options: dict, message: str) -> None:
@@ -368,7 +368,7 @@ def narrow() -> Classification:
         ([OptimumShifting(samples=9)], {}, "samples=9 are fewer than the 10 classes"),
         ([OptimumShifting()], {"model": narrow}, "layer '3' has 10 inputs for 10 classes, so samples of all classes"),
         ([OptimumShifting(samples=11, selection="random")], {}, "the 11 samples to shift on lack class"),
-        ([OptimumShifting(samples=9000)], {}, "there is no training sample left"),
+        ([OptimumShifting(samples=9000)], {}, "no training sample is left"),
         (
             [OptimumShifting(every=1)],
             {"model": Average},

@@ -58,5 +58,5 @@ def test_wrong_arguments() -> None:
         reliability(torch.zeros(4), torch.zeros(4).long())
     with pytest.raises(ValueError, match=r"^bins must be at least 1, got 0"):
         reliability(torch.eye(2), torch.arange(2), bins=0)
-    with pytest.raises(ValueError, match="of no sample"):
+    with pytest.raises(ValueError, match="at least one sample"):
         reliability(torch.zeros(0, 3), torch.zeros(0).long())
