@@ -810,7 +810,7 @@ MUTANTS = [
     Mutant(
         "the end of a fit is not made up for",
         "core/run_callbacks.py",
-        "            self._end_anew(trainer, pl_module)\n",
+        "            self._finish_stopped_fit(trainer, pl_module)\n",
         "            return\n",
         ("tests/test_nothing_lost.py",),
     ),
@@ -937,7 +937,7 @@ MUTANTS = [
     Mutant(
         "the teacher is found by those who walk through its holder",
         "core/teacher.py",
-        "if memo is None:  # asked directly",
+        "if memo is None:  # called on the teacher itself",
         "if True:",
         ("tests/core/test_teacher.py",),
     ),

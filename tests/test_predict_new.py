@@ -394,7 +394,7 @@ def test_a_page_that_cannot_be_made_costs_no_predictions(run, capsys, monkeypatc
     monkeypatch.setattr(prediction_page, "picture_uri", lambda *given: 1 / 0)
     main([*PREDICT, "--data.predict", "new/0.png"])
     assert [row["path"] for row in rows()] == ["new/0.png"]
-    assert "no predictions.html to look at (division by zero)" in capsys.readouterr().err
+    assert "predictions.html could not be written (division by zero)" in capsys.readouterr().err
     assert not Path("r/predictions.html").exists()  # that of earlier predictions
 
 

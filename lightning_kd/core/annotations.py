@@ -1,4 +1,4 @@
-"""Labels by several annotators: what is checked of them, and their majority."""
+"""Labels by several annotators: checking them, and their majority vote."""
 
 from __future__ import annotations
 
@@ -13,22 +13,22 @@ __all__ = ["check_annotations", "majority_vote", "observed_cells"]
 
 
 def check_annotations(annotations: Any, num_classes: int) -> Tensor:
-    """Annotations as a tensor ``[N, R]``, after checking them; of the integers that they are, as there may be many.
+    """Check annotations and return them as a tensor ``[N, R]``, of their own integer dtype to save memory.
 
     Args:
         annotations: integers ``[N, R]``, a tensor or an array: the class that each of ``R`` annotators gave to each of
-            ``N`` items, -1 where there is none.
+            ``N`` items, -1 for none.
         num_classes: C.
 
     Raises:
-        ValueError: for another shape or dtype, and for a class below -1 or from ``num_classes`` on.
+        ValueError: for a wrong shape or dtype, and for a class below -1 or above C - 1.
     """
     check_numbers(least=2, whole=True, num_classes=num_classes)
     given = torch.as_tensor(annotations)
     if given.ndim != 2 or given.dtype not in (torch.int64, torch.int32, torch.int16, torch.int8):
         raise ValueError(
-            f"annotations must be integers [N, R], one column an annotator, got {given.dtype} {list(given.shape)}: "
-            "give -1 where there is none"
+            f"annotations must be integers [N, R], a column for each annotator, got {given.dtype} {list(given.shape)}: "
+            "give -1 for none"
         )
     if given.numel():
         low, high = (int(value) for value in given.aminmax())
@@ -41,23 +41,23 @@ def check_annotations(annotations: Any, num_classes: int) -> Tensor:
 
 
 def observed_cells(annotations: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Item, annotator and class (int64) of every annotation in ``[N, R]`` that there is, in the order of the cells."""
+    """Item, annotator and class, int64 each, of all annotations in ``[N, R]`` that are not -1, item by item."""
     item, annotator = (annotations >= 0).nonzero(as_tuple=True)
     return item, annotator, annotations[item, annotator].long()
 
 
 def majority_vote(annotations: Any, num_classes: int) -> Tensor:
-    """The shares of the votes for each class; its ``argmax(1)`` is the majority, of equal ones the smallest class.
+    """The share of the votes for each class. ``argmax(1)`` gives the majority; in a tie, the smallest class.
 
     Args:
-        annotations: integers ``[N, R]``, -1 where there is none.
+        annotations: integers ``[N, R]``, -1 for none.
         num_classes: C.
 
     Returns:
-        float64 ``[N, C]``, rows that sum to 1; uniform for an item without an annotation.
+        float64 ``[N, C]``, rows that sum to 1; uniform for an item without annotations.
 
     Raises:
-        ValueError: as ``check_annotations``.
+        ValueError: see ``check_annotations``.
     """
     given = check_annotations(annotations, num_classes)
     item, _, label = observed_cells(given)

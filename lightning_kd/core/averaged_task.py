@@ -1,4 +1,4 @@
-"""The base of methods that keep a moving average of their network, and may answer with it."""
+"""The base class of methods that keep a moving average of their network's weights and may predict with it."""
 
 from __future__ import annotations
 
@@ -21,26 +21,27 @@ __all__ = ["AveragedTask"]
 
 
 class AveragedTask(SupervisedTask):
-    """One network that is trained, ``network``, and a moving average of its weights, ``average``.
+    """One trained network, ``network`` (the live one), and a moving average of its weights, ``average``.
 
-    After every step ``average = average_decay * average + (1 - average_decay) * network``, running statistics of batch
-    normalisation too; it is always in eval mode and is part of checkpoints. The one that answers is validated, tested,
-    used for predictions and written as ``network.pt``. With ``answer_with="better"`` both are validated; ``val/`` shows
-    the one whose monitored metric is better, which answers from then on (before that, and without a validation set,
-    the live one), and ``val/live_map`` and ``val/average_map`` show both.
+    After every step ``average = average_decay * average + (1 - average_decay) * network``, also for the running
+    statistics of batch normalisation. The average is always in eval mode and part of checkpoints. ``answer_with``
+    chooses the network that is validated, tested, used for predictions and written as ``network.pt``. With
+    ``"better"`` both are validated; the one with the better monitored metric is used from then on, and logged as
+    ``val/...``. Before the first validation, or without one, it is the live network. ``val/live_map`` and
+    ``val/average_map`` (or the monitored metric of another problem) show both.
 
     Several processes: all average the same weights.
 
     Args:
         network: see ``SupervisedTask``.
         num_classes: see ``Task``.
-        average_decay: what stays of the average in a step, in [0, 1). It remembers about ``1 / (1 - average_decay)``
-            steps: lower it for a short training.
+        average_decay: the weight of the old average in a step, in [0, 1). The average is over about the last
+            ``1 / (1 - average_decay)`` steps: lower it for a short training.
         answer_with: ``"average"``, ``"live"`` or ``"better"``.
         kwargs: ``input_shape``, ``weights`` of ``SupervisedTask``, and the arguments of ``FineTunedTask`` and ``Task``.
     """
 
-    #: keep an average even where the live network answers
+    #: keep an average even if the live network is used for predictions
     needs_average = False
 
     def __init__(
@@ -65,7 +66,7 @@ class AveragedTask(SupervisedTask):
         self.start_average()
 
     def start_average(self) -> None:
-        """Let the average begin at the network as it is: for a method that changes it in ``__init__``."""
+        """Set the average to a copy of the network; call it after changing the network in ``__init__``."""
         if self.needs_average or self.answer_with != "live":
             self.average = averaged_copy(self.network).eval()
 
@@ -77,7 +78,7 @@ class AveragedTask(SupervisedTask):
 
     def train(self, mode: bool = True) -> Self:
         super().train(mode)
-        average = getattr(self, "average", None)  # not there yet while a frozen network is built
+        average = getattr(self, "average", None)  # __init__ may call this before it is set
         if average is not None:
             average.eval()
         return self
@@ -100,11 +101,11 @@ class AveragedTask(SupervisedTask):
             self._averaged_at = self.trainer.global_step
             update_average(self.average, self.network, self.average_decay, buffers="average")
 
-    # -- which of the two answers ------------------------------------------------------------------------------------
+    # -- evaluation of the live network or the average ---------------------------------------------------------------
 
     @contextmanager
     def answering(self, by_average: bool) -> Iterator[None]:
-        """Inside, ``main_network`` is the average or the live network."""
+        """A context in which ``main_network`` is the average, or else the live network."""
         before, self._average_answers = self._average_answers, by_average
         try:
             yield
@@ -141,7 +142,7 @@ class AveragedTask(SupervisedTask):
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         super().on_save_checkpoint(checkpoint)
-        if self.average is not None:  # for those that take the network out of it, too
+        if self.average is not None:  # load_weights reads it too
             checkpoint["average_answers"] = self._average_answers
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:

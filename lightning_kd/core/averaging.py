@@ -1,7 +1,7 @@
 """A moving average of a network's weights.
 
-Unlike ``torch.optim.swa_utils.AveragedModel`` it keeps no counter that a GPU must be waited for, takes any decay at
-each update, is out of the optimizer and can leave buffers to the copy itself.
+Unlike ``torch.optim.swa_utils.AveragedModel`` it has no counter on the device, takes another decay at each update if
+needed, has no parameters with gradient, and can leave buffers to the copy itself.
 """
 
 from __future__ import annotations
@@ -18,9 +18,9 @@ Network = TypeVar("Network", bound=nn.Module)
 
 
 def averaged_copy(network: Network) -> Network:
-    """A copy of ``network``, its present weights and mode included, that no optimizer trains.
+    """A copy of ``network`` with its present weights and mode, whose parameters need no gradient.
 
-    As an attribute of a task it is saved and loaded with it.
+    As an attribute of a task it is part of its checkpoints.
     """
     average = copy.deepcopy(network)
     average.requires_grad_(False)
@@ -39,13 +39,13 @@ def update_average(
     Args:
         average: from ``averaged_copy``.
         network: the trained network.
-        decay: what stays of the average, in [0, 1]; 0 copies.
-        buffers: what becomes of buffers such as the running statistics of batch normalisation: ``"copy"`` takes those
-            of the network, ``"average"`` treats them as parameters, ``"keep"`` leaves the average its own, as it
-            gathers them where it runs in training mode itself. Counters (integer buffers) are copied by the first two.
+        decay: weight of the old average, in [0, 1]; 0 copies the network.
+        buffers: how to treat buffers such as the running statistics of batch normalisation: ``"copy"`` copies those of
+            the network, ``"average"`` averages them like parameters, ``"keep"`` does not change them, for an average
+            that runs in training mode itself. Integer buffers (counters) are copied by the first two.
 
     Raises:
-        ValueError: for another ``decay`` or ``buffers``, or networks that differ in their tensors.
+        ValueError: for a ``decay`` out of range, an unknown ``buffers``, or networks with different tensors.
     """
     check_numbers(least=0, most=1, decay=decay)
     if buffers not in ("copy", "average", "keep"):

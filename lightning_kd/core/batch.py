@@ -9,26 +9,27 @@ from torch import Tensor
 
 
 class Batch(NamedTuple):
-    """What every data module yields and every task takes.
+    """The batch that every data module yields and every task takes.
 
     Attributes:
-        image: float ``[B, C, H, W]`` (or ``[B, D]`` features); a tuple of them where several views are asked for.
-        target: int64 ``[B]``; float32 ``[B, C]`` for several labels, int64 ``[B, H, W]`` for masks. -1 is no label: a
-            tag that is not known, an ignored pixel, an unlabelled sample of a pool (a plain training refuses those).
-        index: int64 ``[B]``, the position of each sample in the split's full array. It survives shuffling, subsets,
-            workers and processes, so that per-sample memories can be kept. ``None`` only for a user's own loader.
-        extras: further tensors of the batch by name (views' ids, clean targets, cached teacher logits), first
+        image: float ``[B, C, H, W]`` (or ``[B, D]`` features); a tuple of these if several views are given.
+        target: int64 ``[B]``; float32 ``[B, C]`` for several labels, int64 ``[B, H, W]`` for masks. -1 means no label:
+            a label that is not known, an ignored pixel, an unlabelled sample of a pool (supervised training refuses the
+            latter).
+        index: int64 ``[B]``, the position of each sample in the split's full array, whatever the shuffling, subset,
+            worker and process, so that a method can store things for each sample. ``None`` only from a user's loader.
+        extras: further tensors of the batch by name (keys of views, clean targets, stored teacher logits), first
             dimension ``B``.
     """
 
     image: Any
     target: Tensor
-    index: Tensor | None = None  # type: ignore[assignment]  # tuple.index gives way
+    index: Tensor | None = None  # type: ignore[assignment]  # hides the method tuple.index
     extras: dict[str, Tensor] = {}
 
 
 def as_batch(batch: Any) -> Batch:
-    """Take a ``Batch``, or ``(image, target)`` from a user's own loader, perhaps with ``index`` and ``extras``.
+    """A ``Batch`` from itself, or from a user's ``(image, target)``, ``(..., index)`` or ``(..., index, extras)``.
 
     Raises:
         TypeError: for anything else, naming what was received.
@@ -43,10 +44,10 @@ def as_batch(batch: Any) -> Batch:
 
 
 def batch_size(batch: Any) -> int:
-    """How many samples a batch of any kind holds: the length of its targets ``batch[1]``, or of its first tensor.
+    """The number of samples in a batch of any form: the length of its targets ``batch[1]``, or of its first tensor.
 
     Raises:
-        TypeError: where there is no tensor.
+        TypeError: if it holds no tensor.
     """
     if isinstance(batch, Sequence) and len(batch) > 1 and isinstance(batch[1], Tensor):
         return len(batch[1])

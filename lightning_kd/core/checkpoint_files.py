@@ -1,4 +1,4 @@
-"""Checkpoints on disk: written whole or not at all, and checked when they are read."""
+"""Checkpoint files: replaced only when completely written, and checked when they are read."""
 
 from __future__ import annotations
 
@@ -16,18 +16,18 @@ __all__ = ["RunCheckpointIO", "check_checksums", "read_checkpoint"]
 
 
 class RunCheckpointIO(TorchCheckpointIO):
-    """Writes a checkpoint beside its place and then puts it there, so that a kill or a full disk leaves the old one.
+    """Writes a checkpoint into a temporary file in the same folder and then renames it.
 
-    Lightning's own writes into ``$TMPDIR`` and moves, which is a copy over the old file where that is another file
-    system. Checkpoints are read with ``weights_only=True`` unless told otherwise, after a look at their checksums.
-    Addresses such as ``s3://`` are left to Lightning.
+    If the process is killed or the disk is full, the old checkpoint is still there. (Lightning writes into ``$TMPDIR``;
+    if that is on another file system, moving the file copies it over the old one.) Checkpoints are read with
+    ``weights_only=True`` by default, after checking their checksums. URLs such as ``s3://`` are left to Lightning.
     """
 
     def save_checkpoint(self, checkpoint: dict[str, Any], path: Any, storage_options: Any | None = None) -> None:
         if storage_options is not None or "://" in str(path):
             super().save_checkpoint(checkpoint, path, storage_options)
             return
-        # into an open file: given a name, torch would put it into the content
+        # into an open file: given a path, torch stores the name of the temporary file in it
         with written_whole(Path(path), durable=True) as part, part.open("wb") as file:
             torch.save(checkpoint, file)
 
@@ -38,13 +38,13 @@ class RunCheckpointIO(TorchCheckpointIO):
 
 
 def check_checksums(path: Path) -> None:
-    """Read a file of ``torch.save`` through once: torch itself does not look at the checksums in it.
+    """Verify the checksums in a file of ``torch.save``, which torch itself does not.
 
     Raises:
-        ValueError: where one is wrong.
-        zipfile.BadZipFile: where the file is damaged elsewhere.
+        ValueError: if one is wrong.
+        zipfile.BadZipFile: if the file is damaged in another way.
     """
-    if zipfile.is_zipfile(path):  # files of torch before 1.6 are none, and have no checksums
+    if zipfile.is_zipfile(path):  # files of torch before 1.6 are no zip files and have no checksums
         with zipfile.ZipFile(path) as archive:
             damaged = archive.testzip()
         if damaged is not None:
@@ -52,16 +52,16 @@ def check_checksums(path: Path) -> None:
 
 
 def read_checkpoint(path: str | Path, map_location: Any = "cpu", weights_only: bool = True) -> dict[str, Any]:
-    """The content of a checkpoint. Nothing but tensors and plain values is unpickled.
+    """The content of a checkpoint; by default nothing but tensors and plain values is unpickled.
 
     Args:
         path: the file.
-        map_location: where its tensors go, see ``torch.load``.
-        weights_only: turned off, whatever the file says is run: only for one that you have made yourself.
+        map_location: device of its tensors, see ``torch.load``.
+        weights_only: False also unpickles other objects, which can run any code: only for files that you trust.
 
     Raises:
-        FileNotFoundError: where there is no such file.
-        ValueError: where it is damaged (each part of it has a checksum), no checkpoint, or holds other objects.
+        FileNotFoundError: if there is no such file.
+        ValueError: if it is damaged (its checksums are verified), is no checkpoint, or holds other objects.
     """
     path = Path(path)
     if not path.is_file():

@@ -1,4 +1,4 @@
-"""Logits as evidence: ``alpha = exp(logits) / gamma + 1`` of a Dirichlet distribution over the classes."""
+"""Logits as evidence: parameters ``alpha = exp(logits) / gamma + 1`` of a Dirichlet distribution over the classes."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from torch import Tensor
 
 from lightning_kd.core.losses import at_least_float32, check_positive, check_shapes, check_target
 
-# From here on the series of the gamma functions is exact to 1e-11 (1e-6); below, cancellation costs less than that.
+# above this the series of the gamma functions is exact to 1e-11 (1e-6); below it, so are the functions themselves
 _SERIES_FROM = {torch.float64: 1000.0, torch.float32: 30.0}
 
 
@@ -19,7 +19,7 @@ def _log_alpha(logits: Tensor, gamma: float) -> Tensor:
 
 
 def log_calibrated_softmax(logits: Tensor, gamma: float) -> Tensor:
-    """The logarithm of ``calibrated_softmax``, computed without leaving log space."""
+    """The logarithm of ``calibrated_softmax``, ``[B, C]``, computed from the logits without overflow."""
     check_positive(gamma=gamma)
     check_shapes(logits=(logits, "BC"))
     (logits,) = at_least_float32(logits)
@@ -29,7 +29,7 @@ def log_calibrated_softmax(logits: Tensor, gamma: float) -> Tensor:
 def calibrated_softmax(logits: Tensor, gamma: float) -> Tensor:
     """``(exp(logits) + gamma) / sum_c (exp(logits_c) + gamma)``: the mean of a Dirichlet distribution.
 
-    Unlike softmax it depends on the level of the logits: where none gives evidence it is uniform.
+    Unlike softmax, adding a constant to all logits changes it: if all logits are very negative, it is uniform.
 
     Args:
         logits: ``[B, C]``; half precision is computed in float32, float64 stays.
@@ -52,7 +52,7 @@ def dirichlet_nll(logits: Tensor, target: Tensor, gamma: float) -> Tensor:
         gamma: positive.
 
     Returns:
-        ``[B]``, one value a sample.
+        ``[B]``, one value for each sample.
 
     Source: arXiv 2401.07062, evidential deep learning loss, first term.
     """
@@ -61,19 +61,20 @@ def dirichlet_nll(logits: Tensor, target: Tensor, gamma: float) -> Tensor:
 
 
 def dirichlet_kl(logits: Tensor, target: Tensor | None, gamma: float) -> Tensor:
-    """Divergence of ``Dirichlet(exp(logits) / gamma + 1)``, the target's entry set to 1, from the uniform one.
+    """KL divergence of ``Dirichlet(alpha)``, with the target's entry of alpha set to 1, from the uniform Dirichlet.
 
-    Never negative; 0 where the wrong classes have no evidence; no gradient at the target's logit. Computed in float64
-    through log alpha, with the series of the gamma functions for large alpha: as written it is wrong in float32 for
-    logits above 12 and not finite above 88. (On MPS, which has no float64, in float32: to 2e-5.)
+    ``alpha = exp(logits) / gamma + 1``. It punishes evidence for wrong classes: never negative, 0 if they have no
+    evidence, no gradient at the target's logit. It is computed in float64 from log alpha, with the series of the gamma
+    functions for large alpha, since the plain formula is wrong in float32 for logits above 12 and not finite above 88.
+    (On MPS, which has no float64, it is computed in float32 and is exact to 2e-5.)
 
     Args:
         logits: ``[B, C]``.
-        target: int64 ``[B]``; ``None`` sets no entry to 1.
+        target: int64 ``[B]``; ``None``: no entry is set to 1.
         gamma: positive.
 
     Returns:
-        ``[B]``, float32 or float64; not yet weighted (the loss takes ``beta / C`` of it).
+        ``[B]``, float32 or float64; not weighted (the loss takes ``beta / C`` of it).
 
     Source: arXiv 2401.07062, evidential deep learning loss, second term.
     """
@@ -93,13 +94,13 @@ def dirichlet_kl(logits: Tensor, target: Tensor | None, gamma: float) -> Tensor:
 
 
 def _small(log_t: Tensor) -> tuple[Tensor, Tensor]:
-    """Where the series is not used yet, and t there, capped elsewhere (an overflow would poison the gradient)."""
+    """A mask of where the series is not used, and ``t`` there; 1 elsewhere, since overflow would make gradients NaN."""
     small = log_t < math.log(_SERIES_FROM[log_t.dtype])
     return small, torch.where(small, log_t, 0.0).exp()
 
 
 def _excess(log_t: Tensor) -> Tensor:
-    """``(t - 1) digamma(t) - lgamma(t) - t``, which has no large parts that cancel."""
+    """``(t - 1) digamma(t) - lgamma(t) - t``, computed so that no large terms cancel."""
     small, t = _small(log_t)
     inverse = (-log_t).exp()
     series = -0.5 * log_t - 0.5 - 0.5 * math.log(2 * math.pi) + inverse / 3 + inverse**2 / 12

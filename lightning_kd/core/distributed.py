@@ -1,4 +1,4 @@
-"""What several processes agree on: who they are, sums, and results of samples gathered from all of them."""
+"""Helpers for several processes: their number and rank, sums and means, and gathering the results of samples."""
 
 from __future__ import annotations
 
@@ -15,26 +15,26 @@ from torch.distributed.nn.functional import all_reduce
 
 
 def process_count() -> int:
-    """How many processes work together; 1 without ``torch.distributed``."""
+    """The number of processes; 1 without ``torch.distributed``."""
     return dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
 
 
 def process_rank() -> int:
-    """The number of this process, 0 for the first or the only one."""
+    """The rank of this process; 0 without ``torch.distributed``."""
     return dist.get_rank() if dist.is_available() and dist.is_initialized() else 0
 
 
 def is_first_process() -> bool:
-    """Whether this process writes files and prints for all; before a Trainer has started the others, too."""
+    """Whether this is process 0, which writes files and prints; it works before a Trainer starts the others too."""
     started = dist.is_available() and dist.is_initialized()
     return (process_rank() if started else getattr(rank_zero_only, "rank", 0)) == 0
 
 
 def gather_by_index(index: Tensor, *values: Tensor) -> tuple[Tensor, ...]:
-    """All processes' per-sample values, sorted by index, each index once, on every process.
+    """The per-sample values of all processes, sorted by index, each index once. All processes must call it.
 
     Args:
-        index: int64 ``[n]`` of this process; ``n`` may differ between processes.
+        index: int64 ``[n]``, samples of this process; ``n`` may differ between processes.
         values: tensors ``[n, ...]`` in the same order.
 
     Returns:
@@ -44,7 +44,7 @@ def gather_by_index(index: Tensor, *values: Tensor) -> tuple[Tensor, ...]:
 
 
 def gather_columns(columns: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """The same of columns by name, one of them ``index``, whose other names a process without samples may lack."""
+    """``gather_by_index`` for columns by name, one of them ``index``; a process without samples may lack the others."""
     parts = [{name: column.detach().cpu() for name, column in columns.items()}]
     if process_count() > 1:
         gathered: list[Any] = [None] * process_count()
@@ -56,7 +56,7 @@ def gather_columns(columns: Mapping[str, Tensor]) -> dict[str, Tensor]:
 
 
 def average_gradients(parameters: Iterable[nn.Parameter]) -> None:
-    """The mean of each gradient over all processes; a parameter without gradient, on all of them, stays so."""
+    """Replace each gradient by its mean over all processes, which must have gradients of the same parameters."""
     if process_count() > 1:
         gradients = [p.grad for p in parameters if p.grad is not None]
         for gradient, mean in zip(gradients, averaged(gradients), strict=True):
@@ -64,7 +64,7 @@ def average_gradients(parameters: Iterable[nn.Parameter]) -> None:
 
 
 def averaged(tensors: Sequence[Tensor]) -> list[Tensor]:
-    """The mean of each over all processes, which have tensors of the same shapes; alone, they themselves."""
+    """The mean of each tensor over all processes, which must have tensors of the same shapes."""
     if process_count() == 1:
         return list(tensors)
     joint = torch.cat([tensor.flatten() for tensor in tensors])
@@ -75,14 +75,14 @@ def averaged(tensors: Sequence[Tensor]) -> list[Tensor]:
 
 
 def summed(values: Tensor) -> Tensor:
-    """The sum over all processes, in place."""
+    """``values`` summed over all processes, in place."""
     if process_count() > 1:
         dist.all_reduce(values)
     return values
 
 
 def share_buffers(module: nn.Module) -> None:
-    """Give all processes the buffers of the first, so that all see one network."""
+    """Copy the buffers of process 0 to all processes, so that all have the same network."""
     if process_count() > 1:
         for buffer in module.buffers():
             dist.broadcast(buffer, 0)
@@ -90,9 +90,9 @@ def share_buffers(module: nn.Module) -> None:
 
 @contextmanager
 def together(device: torch.device) -> Iterator[None]:
-    """An error of one process inside is an error of all, so that none waits for another that went elsewhere.
+    """A context in which an error of one process raises on all, so that no process waits for one that has failed.
 
-    Inside there must be nothing that processes do together, which could hang before this gets to speak.
+    Inside there must be no collective call, which could hang before the end of the context is reached.
     """
     failed: Exception | None = None
     try:
@@ -103,19 +103,19 @@ def together(device: torch.device) -> Iterator[None]:
         failures = torch.tensor(float(failed is not None), device=device)
         dist.all_reduce(failures)
         if failed is None and failures:
-            raise RuntimeError("another process could not do its share of the samples: see its message")
+            raise RuntimeError("another process failed on its share of the samples: see its error message")
     if failed is not None:
         raise failed
 
 
 def joint_batch(part: Tensor) -> Tensor:
-    """The rows ``[n, ...]`` of all processes, in the order of the processes, with a graph that leads to all of them.
+    """The rows ``[n, ...]`` of all processes, in the order of their ranks, differentiable for all of them.
 
-    The gradient of a process's rows is the sum of what the processes make of them. Collective, in the backward pass
-    too.
+    The gradient of a process's rows is the sum of the gradients that all processes compute for them. All processes must
+    call it, and its backward pass.
 
     Args:
-        part: of this process; ``n`` may differ between processes.
+        part: rows of this process; ``n`` may differ between processes.
     """
     if process_count() == 1:
         return part
@@ -128,7 +128,16 @@ def joint_batch(part: Tensor) -> Tensor:
 
 
 def sum_of_parts(part: Tensor | None, dtype: torch.dtype, device: torch.device) -> Tensor:
-    """The sum over processes; ``None`` where a process has no batch and knows no shape."""
+    """The sum of ``part`` over processes; a process without batches gives ``None``.
+
+    Args:
+        part: a tensor of the same shape on all processes that have one.
+        dtype: dtype of the zeros of a process without batches.
+        device: their device.
+
+    Raises:
+        ValueError: if no process has a batch.
+    """
     if process_count() > 1:
         shapes: list[Any] = [None] * process_count()
         dist.all_gather_object(shapes, None if part is None else tuple(part.shape))
@@ -142,7 +151,7 @@ def sum_of_parts(part: Tensor | None, dtype: torch.dtype, device: torch.device) 
 
 
 def gather_rows(rows: list[Sequence[Tensor]]) -> list[Sequence[Tensor]]:
-    """The rows of all processes."""
+    """The rows (sequences of tensors) of all processes in one list, in the order of their ranks."""
     if process_count() == 1:
         return rows
     everyone: list[list[Sequence[Tensor]]] = [[] for _ in range(process_count())]

@@ -1,4 +1,4 @@
-"""Training that starts from given weights: published ones, a new classifier, a backbone that rests or learns slowly."""
+"""Fine-tuning: training from given weights, with a new classifier, a frozen backbone or one that learns slowly."""
 
 from __future__ import annotations
 
@@ -25,33 +25,33 @@ __all__ = ["FineTunedTask", "backbone_parameters"]
 class FineTunedTask(Task):
     """A task that trains one network, from scratch or from given weights.
 
-    The backbone is all of the network but its classifier, the last ``nn.Linear``; in a segmentation network of
-    torchvision it is the part of that name, and with ``NAME+ml_decoder`` all but that head. What a method adds to the
-    network is no part of the backbone.
+    The backbone is all of the network but its classifier, the last ``nn.Linear``. In a segmentation network of
+    torchvision it is the module ``backbone``, and with ``NAME+ml_decoder`` all but that head. Modules that a method
+    adds to the network do not belong to the backbone.
 
     A subclass builds the network by ``self.build_to_train(...)``.
 
     Args:
         num_classes: see ``Task``.
-        new_classifier: take all but the classifier from the weights. Published weights get a new classifier by
-            themselves where the data has another number of classes.
-        freeze: ``"backbone"`` trains the classifier alone: the backbone gets no gradient, is not handed to the
-            optimizer, and its batch normalisation keeps the statistics that it has. Default: train all.
-        backbone_lr: what the learning rate of the backbone is multiplied by. Schedules scale both
-            alike, but for an ``eta_min`` that both end at.
-        decay_weights_only: weight decay for tensors of two dimensions or more alone, not for biases and what
-            normalises, as papers on several labels have it.
+        new_classifier: take all weights but the classifier's from the file. Published weights get a new classifier
+            automatically if the data have another number of classes.
+        freeze: ``"backbone"`` trains the classifier alone: the backbone gets no gradient, is not given to the
+            optimizer, and its batch normalisation keeps its running statistics. Default: train all.
+        backbone_lr: factor of the learning rate of the backbone. Schedules scale both rates alike, except for an
+            ``eta_min``, at which both end.
+        decay_weights_only: apply weight decay only to tensors of two or more dimensions, not to biases and
+            normalisation layers, as in papers on multi-label classification.
         kwargs: ``input_shape``, ``optimizer``, ``lr_scheduler``, ``lr_interval``, ``channels_last``, ``compile`` of
             ``Task``.
 
     Raises:
         ValueError: for ``new_classifier`` or ``freeze`` without weights, ``freeze`` or ``decay_weights_only`` with
-            ``backbone_lr``, and a network without a classifier to tell the backbone by.
+            ``backbone_lr``, and a network whose backbone is not known because it has no classifier.
     """
 
     #: whether the loss is a sum over images and labels, not a mean
     loss_is_sum = False
-    #: whether the optimizer without given weights is that of ``Task``, whatever the network
+    #: without given weights, use the default optimizer of ``Task`` for any network, not ``optimizer_for``
     plain_default = False
 
     def __init__(
@@ -77,7 +77,7 @@ class FineTunedTask(Task):
         self.freeze_part = freeze
         self.backbone_lr = backbone_lr
         self.has_given_weights = False
-        self._trained: list[nn.Module] = []  # a list, as it is already a part of the task
+        self._trained: list[nn.Module] = []  # in a list, so that it is not registered as a submodule twice
         self._resting: list[nn.Module] = []
 
     def build_to_train(
@@ -87,13 +87,13 @@ class FineTunedTask(Task):
         argument: str = "weights",
         outputs: int | None = None,
     ) -> nn.Module:
-        """The network that is trained, as ``Task.build``, with the weights that it starts from.
+        """Build the network that is trained, as ``Task.build``, load its weights and freeze its backbone if asked.
 
         Args:
-            network: its name, or the module.
+            network: a network's name, or a module.
             weights: see ``network_with_weights``.
-            argument: what a message calls ``weights``.
-            outputs: how many logits it has, where they are not those of the problem.
+            argument: name of the argument ``weights`` in messages.
+            outputs: number of logits. Default: that of the problem.
         """
         if weights is None and (self.new_classifier or (self.freeze_part and isinstance(network, str))):
             name, value = ("new_classifier", True) if self.new_classifier else ("freeze", self.freeze_part)
@@ -120,7 +120,7 @@ class FineTunedTask(Task):
             self.train(self.training)
         return built
 
-    # -- what rests --------------------------------------------------------------------------------------------------
+    # -- frozen modules ----------------------------------------------------------------------------------------------
 
     def train(self, mode: bool = True) -> Self:
         super().train(mode)
@@ -129,12 +129,12 @@ class FineTunedTask(Task):
         return self
 
     def on_train_batch_start(self, batch: Any, batch_idx: int) -> None:
-        for module in self._resting:  # somebody may have reached into the network
+        for module in self._resting:  # a callback may have called train() on the network
             if module.training:
                 module.eval()
 
     def modules_at_rest(self) -> list[nn.Module]:
-        """Those that stay in eval mode while the task is trained."""
+        """The modules that stay in eval mode while the task is trained."""
         return list(self._resting)
 
     def setup(self, stage: str) -> None:
@@ -143,12 +143,12 @@ class FineTunedTask(Task):
         if stage == "fit" and resting and {m for m in self.modules() if not m.training} == set(resting):
             warnings.filterwarnings("ignore", "Found \\d+ module\\(s\\) in eval mode")
 
-    # -- what trains -------------------------------------------------------------------------------------------------
+    # -- optimizer ---------------------------------------------------------------------------------------------------
 
     def default_optimizer(self, parameters: list[Any]) -> torch.optim.Optimizer:
         if self.plain_default and not (self.has_given_weights or self.freeze_part):
             return super().default_optimizer(parameters)
-        if self.freeze_part:  # a new layer on features that stay
+        if self.freeze_part:  # a single layer on fixed features
             return torch.optim.AdamW(parameters, lr=1e-3, weight_decay=0.01)
         return optimizer_for(self._trained[0], parameters, self.has_given_weights, self.loss_is_sum)
 
@@ -176,24 +176,24 @@ class FineTunedTask(Task):
             fast, slow = (group["lr"] for group in configured["optimizer"].param_groups)
             if abs(slow - fast * self.backbone_lr) > 1e-6 * abs(fast):
                 rank_zero_warn(
-                    f"{type(schedule).__name__} sets learning rates of its own, so that backbone_lr={self.backbone_lr} "
-                    "says nothing: give it a list of two, that of the classifier first"
+                    f"{type(schedule).__name__} sets learning rates of its own, so backbone_lr={self.backbone_lr} has "
+                    "no effect: give the schedule a list of two rates, that of the classifier first"
                 )
         return configured
 
 
 def backbone_parameters(network: nn.Module) -> list[nn.Parameter]:
-    """The parameters of all but the classifier.
+    """The parameters of the backbone: all but the classifier's, see ``FineTunedTask``.
 
     Raises:
-        ValueError: where the network has no ``nn.Linear`` and no part named ``backbone``.
+        ValueError: if the network has no ``nn.Linear`` and no module named ``backbone``.
     """
     if isinstance(network, MLDecoderNetwork):
         return list(network.network.parameters())
     try:
         classifier = find_classifier(network)[1]
     except ValueError:
-        if isinstance(getattr(network, "backbone", None), nn.Module):  # of torchvision, for a class for each pixel
+        if isinstance(getattr(network, "backbone", None), nn.Module):  # torchvision's segmentation networks
             return list(network.backbone.parameters())  # type: ignore[union-attr]
         raise ValueError(
             f"freeze and backbone_lr need a network with an nn.Linear as classifier, {type(network).__name__} has "

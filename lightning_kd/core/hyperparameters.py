@@ -1,4 +1,4 @@
-"""What of a module's arguments goes into its checkpoints."""
+"""The arguments of a module that go into its checkpoints: plain values only."""
 
 from __future__ import annotations
 
@@ -18,14 +18,14 @@ _NOT_PLAIN = object()
 
 @contextmanager
 def without_module_warning() -> Iterator[None]:
-    """Lightning's advice to leave modules out of ``save_hyperparameters`` is heeded afterwards."""
+    """A context without Lightning's warning about modules in ``save_hyperparameters``; they are removed afterwards."""
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", ".*is an instance of `nn.Module`.*")
         yield
 
 
 def keep_plain_hyperparameters(module: L.LightningModule) -> None:
-    """After ``save_hyperparameters``, drop all but names and numbers: objects would need unpickling."""
+    """Call it after ``save_hyperparameters``: it removes all but plain values, since loading objects needs pickle."""
     for key, value in list(module.hparams.items()):
         plain = _plain(value)
         for stored in (module.hparams, module._hparams_initial):
@@ -36,7 +36,7 @@ def keep_plain_hyperparameters(module: L.LightningModule) -> None:
 
 
 def _plain(value: Any) -> Any:
-    """``value`` as what ``torch.load(weights_only=True)`` reads, or ``_NOT_PLAIN``."""
+    """``value`` in a form that ``torch.load(weights_only=True)`` reads, or ``_NOT_PLAIN``."""
     if value is None or type(value) in (str, int, float, bool):
         return value
     if isinstance(value, Path):

@@ -1,4 +1,4 @@
-"""One ordered pass of a task over samples in the midst of a fit."""
+"""A pass of a task over samples during a fit, whose results are in the order of the samples."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from lightning_kd.core.module_modes import eval_mode
 
 @contextmanager
 def evaluating(task: L.LightningModule) -> Iterator[None]:
-    """Eval mode without gradient, in the run's precision; afterwards every module is in its mode again."""
+    """A context in eval mode, without gradient, in the precision of the run; it restores the mode of every module."""
     with eval_mode(task), torch.no_grad(), task.trainer.precision_plugin.val_step_context():
         yield
 
@@ -24,13 +24,13 @@ def evaluating(task: L.LightningModule) -> Iterator[None]:
 def ordered_pass(
     task: L.LightningModule, loader: Iterable[Batch], measure: Callable[[Batch], Sequence[Tensor]]
 ) -> tuple[Tensor, ...]:
-    """``measure`` on every batch of ``loader``, in eval mode; collective.
+    """Call ``measure`` on every batch of ``loader``, in eval mode; all processes must call it.
 
-    The running statistics of process 0 are given to all processes first, so that all see one network.
+    First all processes get the buffers (running statistics) of process 0, so that they use the same network.
 
     Args:
-        task: under a Trainer, on its device.
-        loader: yields this process's ``Batch`` es, with ``index``.
+        task: a task with a Trainer, on its device.
+        loader: yields batches of this process's share, with ``index``.
         measure: from a batch on the device to tensors ``[B, ...]``.
 
     Returns:

@@ -1,4 +1,4 @@
-"""Numeric parts that losses of several families share."""
+"""Losses and checks of their arguments that methods of several families share."""
 
 from __future__ import annotations
 
@@ -13,16 +13,16 @@ from lightning_kd.argument_checks import check_numbers
 
 
 def at_least_float32(*tensors: Tensor) -> tuple[Tensor, ...]:
-    """Half-precision tensors as float32, others as they are: losses keep float64 when they are given it."""
+    """Half-precision tensors converted to float32; others are returned unchanged, so float64 is kept."""
     return tuple(t.float() if t.dtype in (torch.float16, torch.bfloat16) else t for t in tensors)
 
 
 def check_shapes(**tensors: tuple[Tensor, str]) -> None:
-    """Refuse tensors that do not belong together, before they are broadcast: a look at shapes alone, no device waits.
+    """Raise if the shapes of tensors do not fit, before broadcasting hides it; values are not read.
 
     Args:
         tensors: by name, each with its shape in letters, as ``logits=(logits, "BC"), weight=(weight, "B")``; a letter
-            stands for one size in all of them.
+            is the same size in all of them.
 
     Raises:
         ValueError: naming the first tensor of another shape.
@@ -37,7 +37,7 @@ def check_shapes(**tensors: tuple[Tensor, str]) -> None:
 
 
 def check_logits(student_logits: Tensor, teacher_logits: Tensor) -> None:
-    """Raise ``ValueError`` unless both are ``[B, C]`` of one shape."""
+    """Raise ``ValueError`` unless both are ``[B, C]`` and of the same shape."""
     if student_logits.shape != teacher_logits.shape or student_logits.ndim != 2:
         raise ValueError(
             f"student_logits {tuple(student_logits.shape)} and teacher_logits {tuple(teacher_logits.shape)} must both "
@@ -46,7 +46,7 @@ def check_logits(student_logits: Tensor, teacher_logits: Tensor) -> None:
 
 
 def check_features(student_feature: Tensor, teacher_feature: Tensor) -> None:
-    """Raise ``ValueError`` unless they are ``[N, D]`` and ``[N, D']`` of two samples or more, which have a relation."""
+    """Raise ``ValueError`` unless they are ``[N, D]`` and ``[N, D']`` with ``N`` at least 2, as relations need."""
     check_shapes(student_feature=(student_feature, "ND"), teacher_feature=(teacher_feature, "NE"))
     if len(student_feature) < 2:
         raise ValueError(
@@ -55,21 +55,24 @@ def check_features(student_feature: Tensor, teacher_feature: Tensor) -> None:
 
 
 def check_target(logits: Tensor, target: Tensor, name: str = "target", num_classes: int | None = None) -> None:
-    """Raise ``ValueError`` unless ``logits`` are ``[B, C]`` of 2 classes or more and ``target`` is int64 ``[B]``.
+    """Raise ``ValueError`` unless ``logits`` are ``[B, C]`` with ``C`` at least 2 and ``target`` is int64 ``[B]``.
 
-    Whether labels are out of range is looked at on a CPU only: a GPU would have to wait.
+    The range of the classes is checked on a CPU alone, as the check would make a GPU wait.
 
     Args:
-        logits: or probabilities, ``[B, C]``.
-        target: classes.
-        name: of ``target`` in the message.
-        num_classes: how many classes ``target`` may name. Default: ``C``.
+        logits: logits or probabilities, ``[B, C]``.
+        target: classes, int64 ``[B]``.
+        name: name of ``target`` in the message.
+        num_classes: number of classes that ``target`` may have. Default: ``C``.
     """
     if logits.ndim != 2 or logits.shape[1] < 2:
-        raise ValueError(f"logits must be [B, C] with at least 2 classes, got {list(logits.shape)}: one logit a class")
+        raise ValueError(
+            f"logits must be [B, C] with at least 2 classes, got {list(logits.shape)}: give one logit for each class"
+        )
     if target.shape != logits.shape[:1] or target.dtype != torch.int64:
         raise ValueError(
-            f"{name} must be int64 [{len(logits)}], got {target.dtype} {list(target.shape)}: give one class a sample"
+            f"{name} must be int64 [{len(logits)}], got {target.dtype} {list(target.shape)}: give one class for each "
+            "sample"
         )
     _check_range(name, target, logits.shape[1] if num_classes is None else num_classes)
 
@@ -84,9 +87,9 @@ def _check_range(name: str, target: Tensor, num_classes: int) -> None:
 
 
 def check_positive(**values: float | Tensor) -> None:
-    """Raise ``ValueError`` naming the first argument that is no finite number above 0.
+    """Raise ``ValueError`` naming the first argument that is not a finite number above 0.
 
-    A tensor, such as a temperature that is learnt, is looked at on a CPU only.
+    The value of a tensor, such as a trained temperature, is checked on a CPU alone.
     """
     for name, value in values.items():
         if not isinstance(value, Tensor):
@@ -98,28 +101,31 @@ def check_positive(**values: float | Tensor) -> None:
 def negative_learning_loss(
     logits: Tensor, complementary_target: Tensor, eps: float = 0.0, weight: Tensor | None = None
 ) -> Tensor:
-    """Learning from what a sample is not: the mean of ``-log(1 - p_k)`` over samples and complementary classes ``k``.
+    """Negative learning: the mean of ``-log(1 - p_k)`` over samples and classes ``k`` that the sample does not have.
 
-    ``p`` is the softmax of ``logits``. Kim et al., "NLNL: Negative Learning for Noisy Labels", arXiv:1908.07387,
-    equation 2. With ``eps=0`` the loss is the softplus of how far ``k`` is above the log-sum-exp of the other classes:
-    finite, and its gradient at ``k`` is ``p_k``, for any finite logits.
+    ``p`` is the softmax of ``logits``. With ``eps=0`` the loss is computed as the softplus of the logit of ``k`` minus
+    the log-sum-exp of the other logits: for any finite logits it is finite, and its gradient at ``k`` is ``p_k``.
 
     Args:
         logits: ``[B, C]`` with C at least 2; half precision is computed in float32.
-        complementary_target: int64 ``[B]``, or ``[B, M]`` for several classes of each sample, repeats counted.
-        eps: 0, or the value that ``1 - p_k`` is clamped to from below, which bounds the loss by ``-log(eps)`` and
-            leaves no gradient where it acts; in [0, 1).
+        complementary_target: int64 ``[B]``, or ``[B, M]`` for several classes of each sample, where repeats count.
+        eps: ``1 - p_k`` is clamped to at least this, in [0, 1). Above 0 it bounds the loss by ``-log(eps)``, and
+            clamped samples have no gradient.
         weight: float ``[B]``, a factor for each sample; the mean still divides by their number. Default: 1.
 
     Returns:
         A scalar.
 
     Raises:
-        ValueError: for another shape or dtype, an empty batch, ``eps`` out of range, and for classes out of range
-            (which only a CPU is asked for).
+        ValueError: for a wrong shape or dtype, an empty batch, ``eps`` out of range, and (checked on a CPU alone)
+            classes out of range.
+
+    Source: Kim et al., NLNL: Negative Learning for Noisy Labels, ICCV 2019, arXiv 1908.07387, equation 2.
     """
     if logits.ndim != 2 or logits.shape[1] < 2:
-        raise ValueError(f"logits must be [B, C] with at least 2 classes, got {list(logits.shape)}")
+        raise ValueError(
+            f"logits must be [B, C] with at least 2 classes, got {list(logits.shape)}: give one logit for each class"
+        )
     target = complementary_target
     if target.dtype != torch.int64 or target.ndim not in (1, 2) or len(target) != len(logits) or not target.numel():
         raise ValueError(
@@ -143,7 +149,7 @@ def negative_learning_loss(
 
 
 def bernoulli_kl(student: Tensor, teacher: Tensor) -> Tensor:
-    """``KL(Bern(sigmoid(teacher)) || Bern(sigmoid(student)))`` of each logit, finite for any; of the shape of both."""
+    """``KL(Bern(sigmoid(teacher)) || Bern(sigmoid(student)))`` for each logit, in their shape; always finite."""
     on = teacher.sigmoid() * (F.logsigmoid(teacher) - F.logsigmoid(student))
     off = (-teacher).sigmoid() * (F.logsigmoid(-teacher) - F.logsigmoid(-student))
     return on + off
@@ -158,24 +164,23 @@ def asymmetric_loss(
     detach_focus: bool = True,
     reduction: Literal["sum", "mean", "none"] = "sum",
 ) -> Tensor:
-    """Binary cross-entropy that lets go of easy negatives: the asymmetric loss of several labels an image.
+    """The asymmetric loss of multi-label classification: binary cross-entropy in which easy negatives count little.
 
-    With ``p = sigmoid(logits)`` and ``q = min(1 - p + margin, 1)``: ``-(1 - p)^gamma_positive log p`` where the target
-    is 1, ``-(1 - q)^gamma_negative log q`` where it is 0. It is computed from the logits, so that loss and gradient are
-    finite for any of them; a negative with ``p <= margin`` has neither.
+    With ``p = sigmoid(logits)`` and ``q = min(1 - p + margin, 1)`` it is ``-(1 - p)^gamma_positive log p`` for labels
+    that are 1 and ``-(1 - q)^gamma_negative log q`` for those that are 0. It is computed from the logits, so loss and
+    gradient are finite for any logits; both are 0 for a negative with ``p <= margin``.
 
     Args:
         logits: ``[B, C]``; half precision is computed in float32, float64 stays.
-        target: ``[B, C]`` of 1, 0 and -1 (not known: counts nothing).
+        target: ``[B, C]`` of 1, 0 and -1 (not known: ignored).
         gamma_negative: exponent of negatives, 0 or more.
         gamma_positive: exponent of positives, 0 or more.
-        margin: by which probabilities of negatives are lowered, in [0, 1).
-        detach_focus: let no gradient go through the powers.
-        reduction: over all labels that are known; ``"none"`` gives ``[B, C]``.
+        margin: by how much the probabilities of negatives are lowered, in [0, 1).
+        detach_focus: no gradient flows through the powers.
+        reduction: ``"sum"`` or ``"mean"`` over all known labels, or ``"none"``, which gives ``[B, C]``.
 
     Raises:
-        ValueError: for shapes that differ, numbers out of range, and a target of other values (which only a CPU is
-            asked for).
+        ValueError: for different shapes, numbers out of range, and (checked on a CPU alone) other values in ``target``.
 
     Source: Ridnik et al., arXiv 2009.14119, equations 4 to 7.
     """
@@ -188,7 +193,7 @@ def asymmetric_loss(
     (logits,) = at_least_float32(logits)
     p, rest = logits.sigmoid(), (-logits).sigmoid()
     negative = (rest + margin).clamp(max=1).log() if margin else F.logsigmoid(-logits)
-    tiny = torch.finfo(rest.dtype).tiny  # the root of 0 has no slope
+    tiny = torch.finfo(rest.dtype).tiny  # a fractional power of 0 has an infinite gradient
     focus_positive, focus_negative = rest.clamp(min=tiny) ** gamma_positive, (p - margin).clamp(min=0) ** gamma_negative
     if detach_focus:
         focus_positive, focus_negative = focus_positive.detach(), focus_negative.detach()
@@ -200,10 +205,10 @@ def asymmetric_loss(
 
 
 def check_label_values(target: Tensor, allowed: tuple[int, ...], name: str = "target") -> None:
-    """Raise ``ValueError`` where ``target`` holds other values; a GPU, which would have to wait, is not asked."""
+    """Raise ``ValueError`` if ``target`` has other values than ``allowed``; checked on a CPU alone."""
     if target.device.type != "cpu":
         return
-    wide = target.float()  # or 255 of uint8 would equal -1
+    wide = target.float()  # in uint8, 255 == -1 is True
     if not torch.isin(wide, torch.tensor(allowed, dtype=wide.dtype)).all():
         values = " and ".join(map(str, allowed))
         raise ValueError(
@@ -213,16 +218,20 @@ def check_label_values(target: Tensor, allowed: tuple[int, ...], name: str = "ta
 
 
 def soft_cross_entropy(logits: Tensor, soft_target: Tensor) -> Tensor:
-    """``-sum_k y_k log softmax(logits)_k``, mean over the batch: cross-entropy with probabilities ``y`` as target.
+    """Cross-entropy with probabilities ``y`` as target: ``-sum_k y_k log softmax(logits)_k``, mean over the batch.
 
-    A class with ``y_k = 0`` counts 0, even where its logarithm overflows. Gradient: ``(p - y) / B`` if rows sum to 1.
+    A class with ``y_k = 0`` adds 0, even if its logarithm overflows. The gradient is ``(p - y) / B`` if rows of ``y``
+    sum to 1.
 
     Args:
         logits: ``[B, C]``; half precision is computed in float32, float64 stays.
-        soft_target: ``[B, C]``; gets no gradient.
+        soft_target: ``y``, ``[B, C]``; gets no gradient.
+
+    Returns:
+        A scalar.
 
     Raises:
-        ValueError: for shapes that differ.
+        ValueError: for different shapes.
     """
     check_shapes(logits=(logits, "BC"), soft_target=(soft_target, "BC"))
     logits, soft_target = at_least_float32(logits, soft_target.detach())
@@ -238,25 +247,24 @@ def z_loss(
     reduction: Literal["mean", "sum", "none"] = "mean",
     eps: float | None = None,
 ) -> Tensor:
-    """The Z-loss ``softplus(a (b - z_target)) / a``, which scaling and shifting a sample's logits leaves as it is.
+    """The Z-loss ``softplus(a (b - z_target)) / a``, which does not change if a sample's logits are scaled or shifted.
 
-    ``z = (logits - mean) / (s + eps)`` with the mean and the standard deviation ``s`` of the sample's own logits,
-    dividing by ``C``, both with gradient. ``z_target`` is at most ``sqrt(C - 1)``, so that the loss is bounded. Logits
-    that are all equal have ``z = 0`` and no gradient: training cannot start from them. It is not the penalty
-    ``log(Z)^2`` of language models.
+    ``z = (logits - mean) / (s + eps)``, with the mean and the (biased) standard deviation ``s`` of the sample's logits,
+    both with gradient. ``z_target`` is at most ``sqrt(C - 1)``, so the loss is bounded. If all logits are equal,
+    ``z = 0`` without gradient: training cannot start there. It is not the penalty ``log(Z)^2`` of language models.
 
     Args:
-        logits: ``[B, C]``, ``C >= 3``: with two classes there is no gradient; half precision is computed in float32,
-            float64 stays.
+        logits: ``[B, C]``, ``C >= 3``, since with two classes there is no gradient; half precision is computed in
+            float32, float64 stays.
         target: int64 ``[B]``.
-        a: sharpness, above 0; for large ones the loss approaches ``max(0, b - z_target)``.
-        b: how far ``z_target`` is still pushed.
-        reduction: ``"none"`` gives ``[B]``.
+        a: sharpness, above 0; for large ``a`` the loss approaches ``max(0, b - z_target)``.
+        b: the loss falls little once ``z_target`` is above this.
+        reduction: ``"mean"``, ``"sum"``, or ``"none"``, which gives ``[B]``.
         eps: added to ``s``. Default: 1e-12 in float64, else 1e-6.
 
     Raises:
-        ValueError: for fewer classes, another shape or dtype, numbers out of range, and logits that are not finite and
-            a target out of range (which only a CPU is asked for).
+        ValueError: for fewer than 3 classes, a wrong shape or dtype, numbers out of range, and (checked on a CPU alone)
+            logits that are not finite or a target out of range.
 
     Source: de Brebisson and Vincent, arXiv 1604.08859.
     """
@@ -273,7 +281,7 @@ def z_loss(
     (logits,) = at_least_float32(logits)
     eps = eps if eps is not None else 1e-12 if logits.dtype == torch.float64 else 1e-6
     flat = (logits == logits[:, :1]).all(1, keepdim=True)
-    centred = (logits - logits.mean(1, keepdim=True)).masked_fill(flat, 0)  # before the square, or precision is lost
-    s = centred.square().mean(1, keepdim=True).masked_fill(flat, 1).sqrt()  # the root of 0 has no slope
+    centred = (logits - logits.mean(1, keepdim=True)).masked_fill(flat, 0)  # before the square, for precision
+    s = centred.square().mean(1, keepdim=True).masked_fill(flat, 1).sqrt()  # the gradient of sqrt(0) is infinite
     each = -F.logsigmoid(a * (centred.gather(1, target[:, None]) / (s + eps) - b)).squeeze(1) / a
     return each if reduction == "none" else each.mean() if reduction == "mean" else each.sum()

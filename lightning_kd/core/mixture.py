@@ -1,4 +1,4 @@
-"""Gaussian mixtures of one variable, fitted in float64 from a start that needs no random numbers."""
+"""Gaussian mixtures of one variable, fitted by EM in float64 from a deterministic start."""
 
 from __future__ import annotations
 
@@ -15,13 +15,13 @@ from lightning_kd.core.univariate_kmeans import kmeans_partition, lower_of_two
 class Mixture(NamedTuple):
     """A fitted mixture, its components in ascending order of their means.
 
-    Not a plain value for ``torch.load(weights_only=True)``: keep ``_asdict()`` in checkpoints.
+    Store ``_asdict()`` in checkpoints: ``torch.load(weights_only=True)`` does not load this class.
 
     Attributes:
         mean: float64 ``[k]``.
-        variance: float64 ``[k]``, the floor included.
-        weight: float64 ``[k]``, sum 1.
-        iterations: EM iterations done.
+        variance: float64 ``[k]``, including the floor.
+        weight: float64 ``[k]``, sums to 1.
+        iterations: number of EM iterations.
     """
 
     mean: Tensor
@@ -40,10 +40,10 @@ class Mixture(NamedTuple):
         return self.log_joint(values).logsumexp(1)
 
     def posterior(self, values: Tensor) -> Tensor:
-        """The probability of each component, float64 ``[N, k]``, given ``values`` ``[N]``. Rows sum to 1.
+        """The posterior probability of each component, float64 ``[N, k]``, for ``values`` ``[N]``. Rows sum to 1.
 
-        Column ``k - 1`` belongs to the largest mean. It need not rise with the value: a wide lower component can win
-        again beyond a narrow upper one.
+        Column ``k - 1`` is the component with the largest mean. It need not increase with the value: far above, a wide
+        lower component can be likelier than a narrow upper one.
         """
         return self.log_joint(values).softmax(1)
 
@@ -53,31 +53,33 @@ def fit_mixture(
 ) -> Mixture:
     """Fit a mixture of Gaussians to one variable by a few EM iterations.
 
-    The start is the best k-means partition itself, found exactly, so that equal values in any order give the same
-    mixture; from three components on it is exact for up to 2048 different values and taken from groups of neighbours
-    beyond. Each iteration is an E-step, the mean log-likelihood of the parameters it used, and an M-step; the last one
-    is the first whose log-likelihood differs by less than ``tol`` from the one before. With the same start this is
-    what scikit-learn's ``GaussianMixture(reg_covar=variance_floor)`` does (used so by DivideMix, arXiv:2002.07394, DPC,
-    arXiv:2401.07062, and LfOSA, arXiv:2201.06758).
+    EM starts from the optimal k-means partition, so that the order of the values does not matter. (For three or more
+    components and over 2048 different values, the partition is of groups of neighbouring values.) Each iteration is an
+    E-step, which also gives the mean log-likelihood of the present parameters, and an M-step. The iteration ends when
+    the log-likelihood differs by less than ``tol`` from that of the iteration before. With the same start,
+    scikit-learn's ``GaussianMixture(reg_covar=variance_floor)`` does the same; DivideMix (arXiv 2002.07394), DPC (arXiv
+    2401.07062) and LfOSA (arXiv 2201.06758) use it so.
 
-    With fewer different values than components nothing can be told apart: all components are then the one Gaussian of
-    all values with equal weights, and every posterior is ``1 / components``.
+    With fewer different values than components, all components are the Gaussian of all values with equal weights, and
+    every posterior is ``1 / components``.
 
     Args:
         values: ``[N]``, any real dtype and device, finite.
         components: number of Gaussians, at least 1.
         max_iter: the most EM iterations, at least 1.
-        tol: stop when the mean log-likelihood changes by less.
+        tol: EM ends when the mean log-likelihood changes by less than this.
         variance_floor: added to each variance, above 0.
 
     Returns:
         The mixture, on the CPU.
 
     Raises:
-        ValueError: where ``values`` is empty, not one-dimensional or not finite, or another argument is out of range.
+        ValueError: if ``values`` is empty, not one-dimensional or not finite, or another argument is out of range.
     """
     if values.ndim != 1 or not len(values):
-        raise ValueError(f"values must be [N] with N at least 1, got {list(values.shape)}: give one number a sample")
+        raise ValueError(
+            f"values must be [N] with N at least 1, got {list(values.shape)}: give one number for each sample"
+        )
     check_numbers(least=1, whole=True, components=components)
     x = _checked(values, max_iter, variance_floor)
 
@@ -102,11 +104,11 @@ class Mixtures(NamedTuple):
     """Mixtures of two Gaussians, one for each group of values; the second component has the larger mean.
 
     Attributes:
-        mean: float64 ``[G, 2]``; NaN, like the others, in the rows of groups that were not fitted.
-        variance: float64 ``[G, 2]``, the floor included.
+        mean: float64 ``[G, 2]``; NaN, like variance and weight, for groups that were not fitted.
+        variance: float64 ``[G, 2]``, including the floor.
         weight: float64 ``[G, 2]``, rows sum to 1.
-        iterations: int64 ``[G]``, EM iterations done.
-        fitted: bool ``[G]``.
+        iterations: int64 ``[G]``, number of EM iterations.
+        fitted: bool ``[G]``, whether the group was fitted.
     """
 
     mean: Tensor
@@ -116,13 +118,13 @@ class Mixtures(NamedTuple):
     fitted: Tensor
 
     def log_odds(self, values: Tensor, group: Tensor) -> Tensor:
-        """The log-odds of the larger component in each value's own group, float64 ``[N]``.
+        """The log-odds of the component with the larger mean in each value's group, float64 ``[N]``.
 
-        Their sigmoid is the posterior; unlike that they still differ where both are certain.
+        Their sigmoid is the posterior. Unlike posteriors, which are rounded to 0 or 1, they always order the values.
 
         Args:
             values: ``[N]``.
-            group: int64 ``[N]``.
+            group: int64 ``[N]``, the group of each value.
         """
         parameters = torch.stack(self[:3]).transpose(1, 2)
         low, high = _group_log_joint(parameters, values.detach().to("cpu", torch.float64), group.cpu())
@@ -132,29 +134,29 @@ class Mixtures(NamedTuple):
 def fit_mixtures(
     values: Tensor, group: Tensor, num_groups: int, max_iter: int = 10, tol: float = 1e-2, variance_floor: float = 5e-4
 ) -> Mixtures:
-    """``fit_mixture`` with two components for every group of values, all groups in one EM.
+    """``fit_mixture`` with two components for every group of values, computed for all groups at once.
 
-    Each group starts and stops as if it were alone. A group of fewer than 2 values is not fitted.
+    The results are those of fitting each group by itself. A group of fewer than 2 values is not fitted.
 
     Args:
         values: ``[N]``, any real dtype and device, finite; may be empty.
-        group: int64 ``[N]``, 0 to ``num_groups - 1``.
+        group: int64 ``[N]``, the group of each value, 0 to ``num_groups - 1``.
         num_groups: ``G``.
         max_iter: the most EM iterations, at least 1.
-        tol: a group stops when its mean log-likelihood changes by less.
+        tol: EM for a group ends when its mean log-likelihood changes by less than this.
         variance_floor: added to each variance, above 0.
 
     Returns:
         The mixtures, on the CPU.
 
     Raises:
-        ValueError: where ``values`` is not one-dimensional or not finite, ``group`` does not belong to it, or another
+        ValueError: if ``values`` is not one-dimensional or not finite, ``group`` has another shape or dtype, or another
             argument is out of range.
     """
     if values.ndim != 1 or group.shape != values.shape or group.dtype != torch.int64:
         raise ValueError(
             f"values must be [N] and group int64 [N], got {list(values.shape)} and {group.dtype} {list(group.shape)}: "
-            "give one number and one group a sample"
+            "give one number and one group for each sample"
         )
     x, group = _checked(values, max_iter, variance_floor), group.cpu()
     if len(group) and not 0 <= int(group.min()) <= int(group.max()) < num_groups:
@@ -206,12 +208,14 @@ def _fit_sorted(
 
 
 def _checked(values: Tensor, max_iter: int, variance_floor: float) -> Tensor:
-    """``values`` in float64 on the CPU, if all is as it must be."""
+    """``values`` in float64 on the CPU, after checking the arguments."""
     check_numbers(least=1, whole=True, max_iter=max_iter)
     check_numbers(above=0, remedy="equal values have no variance", variance_floor=variance_floor)
     x = values.detach().to("cpu", torch.float64)
     if not x.isfinite().all():
-        raise ValueError(f"values must be finite, got {int((~x.isfinite()).sum())} of {len(x)} that are not")
+        raise ValueError(
+            f"values must be finite, got {int((~x.isfinite()).sum())} of {len(x)} that are not: look at the training"
+        )
     return x
 
 
@@ -223,7 +227,7 @@ def _group_log_joint(parameters: Tensor, x: Tensor, group: Tensor) -> Tensor:
 
 
 def _spread(parts: Tensor, group: Tensor) -> Tensor:
-    """From ``[2, G]`` to ``[2, N]``."""
+    """The columns of ``parts`` ``[2, G]`` for each value's group, ``[2, N]``."""
     return torch.stack([part.index_select(0, group) for part in parts])  # faster than along the second dimension
 
 
@@ -240,8 +244,8 @@ def _maximise_groups(x: Tensor, group: Tensor, responsibility: Tensor, size: Ten
 
 
 def _maximise(x: Tensor, responsibility: Tensor, variance_floor: float) -> Mixture:
-    """The M-step: the components that fit ``responsibility`` ``[N, k]`` best."""
-    count = responsibility.sum(0) + 10 * torch.finfo(torch.float64).eps  # a component may have lost all its values
+    """The M-step: the maximum-likelihood components for ``responsibility`` ``[N, k]``."""
+    count = responsibility.sum(0) + 10 * torch.finfo(torch.float64).eps  # a component may have no values left
     mean = (x @ responsibility) / count
     variance = ((x[:, None] - mean).square() * responsibility).sum(0) / count + variance_floor
     return Mixture(mean, variance, count / count.sum(), 0)

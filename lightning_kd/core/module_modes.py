@@ -1,4 +1,4 @@
-"""Training and eval modes that are afterwards what they were."""
+"""Switching a network to eval mode for a while."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ __all__ = ["eval_mode"]
 
 @contextmanager
 def eval_mode(network: nn.Module) -> Iterator[None]:
-    """``network`` in eval mode; afterwards every module in it is in its own mode again."""
+    """A context in which ``network`` is in eval mode; it restores the mode of every module."""
     training = [module for module in network.modules() if module.training]
     try:
         network.eval()

@@ -1,4 +1,4 @@
-"""What the package tells its user in a line, by a logger of its own: Lightning's is silenced, see ``quiet``."""
+"""Short messages to the user, by the logger ``lightning_kd`` (Lightning's own is silenced, see ``quiet``)."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ __all__ = ["note"]
 
 
 class _Screen(logging.Handler):
-    """To what is ``sys.stderr`` at the moment, which a progress bar puts another in the place of."""
+    """Prints to the present ``sys.stderr``, which a progress bar replaces while it is shown."""
 
     def emit(self, record: logging.LogRecord) -> None:
         print(self.format(record), file=sys.stderr)
@@ -25,5 +25,5 @@ if not _LOG.handlers:
 
 @rank_zero_only
 def note(message: str) -> None:
-    """Say it, on the first process alone; ``logging.getLogger("lightning_kd")`` can be told to be silent."""
+    """Print ``message`` on process 0; ``logging.getLogger("lightning_kd").setLevel("WARNING")`` turns this off."""
     _LOG.info(message)

@@ -1,4 +1,4 @@
-"""A learning rate that rises by half a cosine, and falls by another."""
+"""The one-cycle schedule: the learning rate rises by half a cosine and falls by another."""
 
 from __future__ import annotations
 
@@ -15,27 +15,27 @@ __all__ = ["OneCycle"]
 
 
 class OneCycle(TiedSchedule):
-    """torch's ``OneCycleLR`` up to the optimizer's own rate, by default as long as the training. For ``lr_interval:
-    step``.
+    """torch's ``OneCycleLR``, by default as long as the training. For ``lr_interval: step``.
 
-    A method of two stages, such as CAP, begins a second cycle with the second one.
+    The highest rate is the optimizer's own. With a method of two stages, such as CAP, the second stage has a second
+    cycle.
 
     Args:
-        optimizer: wrapped optimizer, whose rates are the highest.
+        optimizer: wrapped optimizer; its rates are the highest ones.
         total_steps: steps (epochs, with ``lr_interval: epoch``) of all cycles together. Default: those of the training,
             see ``TiedSchedule``.
-        pct_start: share of a cycle that rises, in (0, 1).
-        div_factor: the rate at the start is that much smaller than the highest.
-        final_div_factor: the rate at the end is that much smaller than at the start.
+        pct_start: share of a cycle in which the rate rises, in (0, 1).
+        div_factor: the rate at the start is the highest divided by this.
+        final_div_factor: the rate at the end is that at the start divided by this.
         cycle_momentum: let the momentum (the first beta of Adam) fall from ``max_momentum`` to ``base_momentum`` while
             the rate rises, and rise while it falls.
-        base_momentum: the lowest.
-        max_momentum: the highest.
-        stretch: a cycle is made for so many times its stage, which ends before it: 5 for 80 epochs of which 16 are
-            trained. A list has one number for each stage.
+        base_momentum: the lowest momentum.
+        max_momentum: the highest momentum.
+        stretch: the length of a cycle in multiples of its stage; with more than 1 the stage ends before the cycle does:
+            5 for a cycle of 80 epochs of which 16 are trained. A list has one number for each stage.
 
     Raises:
-        ValueError: for a number out of its range, and where the optimizer has no momentum to cycle.
+        ValueError: for a number out of range, and for an optimizer without momentum.
     """
 
     length_name = "total_steps"
@@ -70,11 +70,11 @@ class OneCycle(TiedSchedule):
         super().__init__(optimizer)
 
     def set_second_stage(self, begin: int | None) -> None:
-        """Be told with which step (or epoch) a second cycle begins."""
+        """Set the step (or epoch) with which a second cycle begins; ``None``: one cycle."""
         self.second_stage = begin or None
 
     def place(self, epoch: int, length: int) -> tuple[float, bool]:
-        """How far ``epoch`` is on the way up or down, from 0 to 1, and whether that is up."""
+        """``(share, rises)``: how much of the rise or fall is done at ``epoch``, in [0, 1], and which it is."""
         begin, end, stage = 0, length, 0
         if self.second_stage is not None:
             later = epoch >= self.second_stage

@@ -1,4 +1,4 @@
-"""Optimizer and schedule of a task from its factories, as Lightning wants them."""
+"""Making the optimizer and the schedule of a task from its factories."""
 
 from __future__ import annotations
 
@@ -24,14 +24,14 @@ def make_optimizer(
     scheduler_factory: LRSchedulerCallable | None,
     interval: str,
 ) -> Any:
-    """What ``configure_optimizers`` returns.
+    """The return value of ``configure_optimizers``.
 
     Args:
-        task: a ``Task``; its ``schedule_length`` is told to a schedule that ends with the training, and its ``monitor``
-            is what a ``ReduceLROnPlateau`` without its own is stepped by.
-        parameters: what is trained.
+        task: a ``Task``. A schedule that ends with the training gets its ``schedule_length``; a ``ReduceLROnPlateau``
+            without a metric of its own monitors its ``monitor``.
+        parameters: the trained parameters.
         optimizer_factory: from parameters to an optimizer.
-        scheduler_factory: from the optimizer to a scheduler. Default: none.
+        scheduler_factory: from the optimizer to a scheduler; ``None`` for a constant learning rate.
         interval: ``"epoch"`` or ``"step"``.
     """
     optimizer = optimizer_factory(parameters)
@@ -53,16 +53,16 @@ def optimizer_for(
     has_given_weights: bool = False,
     summed_loss: bool = False,
 ) -> torch.optim.Optimizer:
-    """What a plain training, and a distillation, take without an ``optimizer``: something that trains.
+    """The default optimizer of supervised training and distillation, chosen so that most networks train with it.
 
-    Networks with batch normalisation that start from nothing get SGD with learning rate 0.05, momentum 0.9 and weight
-    decay 5e-4, the usual choice for them. That rate throws others off their course, so they get AdamW with weight decay
-    0.01: learning rate 3e-4 without batch normalisation, and 1e-4 with given weights, which should not be lost in the
-    first steps. A loss that is a sum over the batch is far too large for that rate too.
+    Networks with batch normalisation and random weights get SGD with learning rate 0.05, momentum 0.9 and weight decay
+    5e-4, the usual choice for them. Others diverge at that rate and get AdamW with weight decay 0.01: with learning
+    rate 1e-4 if they start from given weights, which larger first steps would destroy, else with 3e-4. A loss that is a
+    sum over the batch is also too large for SGD at 0.05 and gets AdamW.
 
     Args:
-        network: what is trained.
-        parameters: of it, and what else is trained with it.
+        network: the trained network.
+        parameters: its parameters, and others that are trained with it.
         has_given_weights: whether it starts from weights of an earlier training.
         summed_loss: whether the loss is a sum over all images and labels of a batch, not a mean.
     """
@@ -74,7 +74,7 @@ def optimizer_for(
 
 
 def is_attached(task: L.LightningModule) -> bool:
-    """Whether a Trainer works with ``task``, which alone knows how long the training is."""
+    """Whether ``task`` has a Trainer, without which the length of the training is unknown."""
     try:
         return task.trainer is not None
     except RuntimeError:
@@ -82,12 +82,17 @@ def is_attached(task: L.LightningModule) -> bool:
 
 
 def tell_length(schedule: Any, task: Any, unit: str) -> None:
-    """Tell a schedule that ends with the training how long that is, and one of cycles when a second stage begins.
+    """Set the length of a schedule that ends with the training, and the start of a second cycle of ``OneCycle``.
 
-    Nothing where no Trainer works with ``task``.
+    Without a Trainer nothing happens.
+
+    Args:
+        schedule: any scheduler, or a combination of several.
+        task: the ``Task``.
+        unit: ``"epoch"`` or ``"step"``.
 
     Raises:
-        ValueError: where that is not known in advance.
+        ValueError: if the length of the training is not known in advance.
     """
     if not is_attached(task):
         return
@@ -105,13 +110,13 @@ def tell_length(schedule: Any, task: Any, unit: str) -> None:
         remedy = f"lr_interval epoch with {remedy}" if unit == "step" else remedy
         raise ValueError(
             f"{type(tied[0]).__name__} ends with the training, and max_epochs={epochs} with max_steps={steps} does not "
-            f"say how many {unit}s {type(task).__name__} trains: give {remedy}, or a schedule of a length of its own"
+            f"say how many {unit}s {type(task).__name__} trains: give {remedy}, or give the schedule its length"
         )
     set_training_length(schedule, length)
 
 
 def epoch_steps(trainer: L.Trainer) -> int | None:
-    """Optimizer steps of an epoch of automatic optimization; ``None`` for data without a length."""
+    """Number of optimizer steps in an epoch of automatic optimization; ``None`` for data without a length."""
     if trainer.train_dataloader is None:
         trainer.fit_loop.setup_data()
     batches = trainer.num_training_batches
@@ -119,22 +124,22 @@ def epoch_steps(trainer: L.Trainer) -> int | None:
 
 
 def steps_of(trainer: L.Trainer, batches: int) -> int:
-    """Optimizer steps of an epoch whose loader has so many batches, as ``limit_train_batches`` lets it."""
+    """Number of optimizer steps in an epoch of ``batches`` batches, given the Trainer's ``limit_train_batches``."""
     limit = trainer.limit_train_batches
     batches = min(batches, limit) if isinstance(limit, int) else int(batches * limit)
     return math.ceil(batches / trainer.accumulate_grad_batches)
 
 
 def training_length(trainer: L.Trainer, unit: str, steps_of_epoch: Callable[[], int | None]) -> int | None:
-    """How many epochs or optimizer steps the whole training has, by ``max_epochs`` and ``max_steps``.
+    """The number of epochs or optimizer steps of the whole training, from ``max_epochs`` and ``max_steps``.
 
     Args:
-        trainer: of the fit.
+        trainer: the Trainer of the fit.
         unit: ``"epoch"`` or ``"step"``.
-        steps_of_epoch: gives the steps of an epoch, ``None`` where they are not known; asked only where needed.
+        steps_of_epoch: returns the steps of an epoch, or ``None`` if they are unknown; called only if needed.
 
     Returns:
-        At least 1; ``None`` where it is not known in advance.
+        At least 1; ``None`` if it is not known in advance.
     """
     epochs = -1 if trainer.max_epochs is None else trainer.max_epochs
     limited = trainer.max_steps != -1

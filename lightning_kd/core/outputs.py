@@ -1,4 +1,4 @@
-"""What networks of any library return, read as logits."""
+"""Finding the logits in what a network returns, for networks of any library."""
 
 from __future__ import annotations
 
@@ -16,10 +16,10 @@ def logits_of(output: Any) -> Tensor:
 
     They are the tensor itself; the first entry of a tuple or list; the entry ``logits`` or ``out`` of a dict
     (torchvision's segmentation networks, Hugging Face's ``ModelOutput``); or the attribute ``logits`` of any other
-    object. What else a network returned, such as the logits of an auxiliary head, is left alone.
+    object. Anything else that was returned, such as the logits of an auxiliary head, is ignored.
 
     Raises:
-        TypeError: where there are none, naming what was returned.
+        TypeError: if there are none, naming what was returned.
     """
     found = output
     if isinstance(output, Mapping):
@@ -38,16 +38,16 @@ def logits_of(output: Any) -> Tensor:
 
 
 def class_logits(network: nn.Module, output: Any, classes: int, name: str = "") -> Tensor:
-    """``logits_of(output)``, after a look at their shape.
+    """``logits_of(output)``, checked to be ``[B, classes]``.
 
     Args:
-        network: what returned ``output``, for the message.
+        network: the network that returned ``output``, for the message.
         output: see ``logits_of``.
         classes: the number of logits that each sample must have.
-        name: what the message calls the network. Default: its class.
+        name: name of the network in the message. Default: its class.
 
     Raises:
-        TypeError: where there are no logits.
+        TypeError: if there are no logits.
         ValueError: unless they are ``[B, classes]``.
     """
     logits = logits_of(output)
@@ -67,18 +67,21 @@ def pixel_logits(
     name: str = "",
     align_corners: bool = False,
 ) -> Tensor:
-    """``logits`` ``[B, classes, h, w]`` brought to ``size``, after a look at their shape.
+    """``logits``, checked to be ``[B, classes, h, w]`` and resized to ``size``.
 
     Args:
-        network: see ``class_logits``, as ``classes`` and ``name``.
-        logits: what it gives.
-        classes: how many channels they must have.
+        network: the network that gave them, for the message.
+        logits: its logits.
+        classes: the number of channels that they must have.
         size: height and width.
-        name: what the message calls the network.
+        name: name of the network in the message. Default: its class.
         align_corners: see ``resized``.
 
+    Returns:
+        ``[B, classes, *size]``.
+
     Raises:
-        ValueError: for another shape.
+        ValueError: for a wrong shape.
     """
     if logits.ndim != 4 or logits.shape[1] != classes:
         raise ValueError(
@@ -89,12 +92,12 @@ def pixel_logits(
 
 
 def resized(logits: Tensor, size: Sequence[int], align_corners: bool = False) -> Tensor:
-    """``[B, C, h, w]`` brought to ``size``, height and width (bilinear); as it is where it has that.
+    """``[B, C, h, w]`` resized to ``size`` by bilinear interpolation; unchanged if it has that size.
 
     Args:
-        logits: or what else there is for each place.
+        logits: logits, or another map.
         size: height and width.
-        align_corners: whether the centres of the pixels in the corners stay where they are, or the edges.
+        align_corners: keep the centres of the corner pixels in place; False: the edges. See ``F.interpolate``.
     """
     if logits.shape[-2:] == tuple(size):
         return logits
@@ -102,10 +105,10 @@ def resized(logits: Tensor, size: Sequence[int], align_corners: bool = False) ->
 
 
 def auxiliary_logits(output: Any) -> Tensor | None:
-    """The logits of the auxiliary head of a segmentation network; ``None`` where there is none.
+    """The logits of the auxiliary head of a segmentation network, or ``None``.
 
-    They are the entry ``aux`` of a dict, or the second of a tuple or list where that is ``[B, C, h, w]`` with as many
-    channels as the first has: with others it is a feature.
+    They are the entry ``aux`` of a dict, or the second entry of a tuple or list if that is ``[B, C, h, w]`` with as
+    many channels as the first; with another number of channels it is taken for a feature map.
     """
     if isinstance(output, tuple | list) and len(output) > 1:
         first, second = output[:2]
@@ -117,9 +120,9 @@ def auxiliary_logits(output: Any) -> Tensor | None:
 
 
 def embeddings_of(output: Any) -> Tensor | None:
-    """The embeddings ``[B, C, L]`` of each label, as an ``MLDecoder`` head gives them; ``None`` without.
+    """The embeddings ``[B, C, L]`` of the labels, as an ``MLDecoder`` head gives them, or ``None``.
 
-    They are the entry or attribute ``embeddings``, or the second of a tuple or list.
+    They are the entry or attribute ``embeddings``, or the second entry of a tuple or list.
     """
     found = output.get("embeddings") if isinstance(output, Mapping) else getattr(output, "embeddings", None)
     if found is None and isinstance(output, tuple | list) and len(output) > 1:

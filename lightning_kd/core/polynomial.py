@@ -1,4 +1,4 @@
-"""A learning rate that falls as a power of what is left of the training: that of segmentation papers."""
+"""Polynomial decay of the learning rate, as in segmentation papers."""
 
 from __future__ import annotations
 
@@ -13,19 +13,18 @@ __all__ = ["PolynomialDecay"]
 
 
 class PolynomialDecay(TiedSchedule):
-    """``lr * (1 - step / total_steps) ** power``, with steps counted from 0: the first has the full rate.
+    """Polynomial decay: the rate is ``lr * (1 - step / total_steps) ** power``, with steps counted from 0.
 
-    For ``lr_interval: step``; with ``lr_interval: epoch`` its length is epochs. Other than torch's ``PolynomialLR`` it
-    is as long as the training.
+    For ``lr_interval: step``; with ``lr_interval: epoch`` its length is in epochs. Unlike torch's ``PolynomialLR`` it
+    is by default as long as the training.
 
     Args:
         optimizer: wrapped optimizer.
-        total_steps: steps until the rate is 0, where it then stays. Default: those of the training, see
-            ``TiedSchedule``.
-        power: above 0; 1 is a line.
+        total_steps: steps until the rate is 0, where it stays. Default: those of the training, see ``TiedSchedule``.
+        power: above 0; 1 is a linear decay.
 
     Raises:
-        ValueError: for a number out of its range.
+        ValueError: for a number out of range.
     """
 
     length_name = "total_steps"

@@ -1,4 +1,4 @@
-"""Plain arithmetic in the place of faster kinds: full precision on GPUs, and attention by its operations."""
+"""Contexts that turn off faster kinds of arithmetic: TF32 on GPUs, and fused attention."""
 
 from __future__ import annotations
 
@@ -14,9 +14,9 @@ __all__ = ["no_tf32", "plain_attention"]
 
 @contextmanager
 def no_tf32() -> Iterator[None]:
-    """Float32 means float32, on GPUs too."""
+    """A context in which GPUs compute float32 in full precision, without TF32."""
     matmul, cudnn = torch.backends.cuda.matmul, cast(Any, torch.backends.cudnn)
-    if hasattr(matmul, "fp32_precision"):  # the older switches may not be read once the newer are used
+    if hasattr(matmul, "fp32_precision"):  # torch raises if both kinds of switches are used
         places, name, off = [matmul, cudnn.conv, cudnn.rnn], "fp32_precision", "ieee"
     else:
         places, name, off = [matmul, cudnn], "allow_tf32", False  # type: ignore[assignment]
@@ -32,7 +32,10 @@ def no_tf32() -> Iterator[None]:
 
 @contextmanager
 def plain_attention() -> Iterator[None]:
-    """Attention by matrix products and a softmax, also in eval mode, for what its fused kernels cannot do."""
+    """A context in which attention is computed by matrix products and softmax, not by fused kernels, also in eval mode.
+
+    Fused kernels lack some derivatives.
+    """
     fused = torch.backends.mha.get_fastpath_enabled()
     torch.backends.mha.set_fastpath_enabled(False)
     try:

@@ -1,4 +1,4 @@
-"""Predictions on disk: a table, or a folder of masks with a picture of some."""
+"""Writing predictions: as a table, or as a folder of masks with an overview picture."""
 
 from __future__ import annotations
 
@@ -21,31 +21,30 @@ __all__ = ["MaskFolder", "PredictionTable", "PredictionWriter", "colours"]
 
 
 class PredictionWriter(Protocol):
-    """Takes what ``predict_step`` gives, batch by batch, and leaves it in a run folder."""
+    """Writes the outputs of ``predict_step`` into a run folder."""
 
     def add(self, folder: Path, outputs: Mapping[str, Tensor], batch: Batch, data: Any) -> None:
-        """Take one batch of this process."""
+        """Add the outputs of one batch of this process."""
 
     def finish(self, folder: Path, data: Any) -> None:
-        """After the last batch; collective."""
+        """Finish writing after the last batch; all processes must call it."""
 
 
-# what a process without a batch has
+# the outputs of a process without batches
 _NOTHING = {"index": torch.empty(0, dtype=torch.int64)}
 
 
 class PredictionTable:
-    """``predictions.csv``: ``index``, ``path`` where samples are files, and the columns of the problem.
+    """Writes ``predictions.csv``: ``index``, ``path`` if the samples are files, and the columns of the problem.
 
-    ``predictions.html`` beside it shows the first 500 of them, where the samples are pictures.
-
-    Names that a spreadsheet would take for formulas have an apostrophe before them, see ``lightning_kd.spreadsheet``.
+    If the samples are images, ``predictions.html`` shows the first 500 of them. Names that a spreadsheet would take for
+    formulas have an apostrophe before them, see ``lightning_kd.spreadsheet``.
 
     Args:
-        columns: from the outputs of all samples and the names of the classes to columns by name.
+        columns: a function from the outputs of all samples and the class names to a dict of columns.
 
     Attributes:
-        sort: ``"index"``, or ``"confidence"`` for the highest probability first.
+        sort: order of the rows: ``"index"``, or ``"confidence"``, the highest probability first.
     """
 
     sort = "index"
@@ -83,11 +82,13 @@ def _confidence(outputs: Mapping[str, Tensor]) -> Tensor | None:
 
 
 class MaskFolder:
-    """``predictions/INDEX.png``, class ids as grey values; a table of them; and ``predictions.png``, some in colour.
+    """Writes predicted masks as ``predictions/INDEX.png`` (class ids as grey values), and two overviews.
+
+    These are ``predictions.csv``, a table of the files, and ``predictions.png``, some images and masks in colour.
 
     Args:
-        num_classes: for the colours.
-        shown: images in the overview.
+        num_classes: number of classes, for the colours.
+        shown: number of images in ``predictions.png``.
     """
 
     def __init__(self, num_classes: int, shown: int = 8) -> None:
@@ -103,7 +104,7 @@ class MaskFolder:
         masks = outputs["prediction"].cpu().numpy()
         for index, mask, image in zip(outputs["index"].tolist(), masks, batch.image, strict=True):
             with written_whole(target / _mask_name(index), tidy=False) as path:
-                # PNG knows grey values of 8 and 16 bits
+                # PNG has grey values of 8 or 16 bits
                 Image.fromarray(mask if mask.dtype == np.uint8 else mask.astype(np.uint16)).save(path, format="PNG")
             if len(self._pairs) < self.shown:
                 self._pairs.append((_shown(image, data), self.colours[mask.astype(np.int64) % len(self.colours)]))
@@ -117,7 +118,7 @@ class MaskFolder:
         for name in {path.name for path in (folder / "predictions").glob("*.png") if path.stem.isdecimal()} - set(
             names
         ):
-            (folder / "predictions" / name).unlink()  # of an earlier prediction on more samples
+            (folder / "predictions" / name).unlink()  # masks of an earlier prediction on more samples
         if self._pairs:
             with written_whole(folder / "predictions.png") as part:
                 Image.fromarray(_page(self._pairs)).save(part, format="PNG")
@@ -129,7 +130,7 @@ def _mask_name(index: int) -> str:
 
 
 def _page(pairs: Sequence[tuple[np.ndarray | None, np.ndarray]]) -> np.ndarray:
-    """Images beside their masks, two pairs in a row, uint8 ``[H, W, 3]``."""
+    """One picture of images next to their masks, two pairs in a row, uint8 ``[H, W, 3]``."""
     rows = [np.concatenate([part for part in pair if part is not None], 1) for pair in pairs]
     height = max(len(row) for row in rows)
     width = max(row.shape[1] for row in rows)
@@ -152,7 +153,7 @@ def colours(num_classes: int) -> np.ndarray:
 
 
 def _shown(image: Tensor, data: Any) -> np.ndarray | None:
-    """A normalised image as uint8 ``[H, W, 3]``; ``None`` where the normalisation is not known."""
+    """A normalised image as uint8 ``[H, W, 3]``; ``None`` if the normalisation is not known."""
     if not hasattr(data, "mean") or image.ndim != 3 or image.shape[0] not in (1, 3):
         return None
     mean, std = (torch.tensor(values).view(-1, 1, 1) for values in (data.mean, data.std))

@@ -1,4 +1,4 @@
-"""Predictions to look at: one page with small pictures, in one file that needs nothing else."""
+"""An HTML page that shows predictions with small pictures, in one file."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from lightning_kd.file_writing import write_text
 
 __all__ = ["PAGE_IMAGES", "write_page"]
 
-# more would make a page that browsers are slow with
+# browsers are slow with more
 PAGE_IMAGES = 500
 SIDE = 160
 
@@ -36,16 +36,16 @@ def write_page(
     confidence: Sequence[float] | None,
     data: Any,
 ) -> None:
-    """Write ``predictions.html`` with the first 500 predictions; remove it where the samples are no pictures.
+    """Write ``predictions.html`` with the first 500 predictions; remove it if the samples are not images.
 
-    Where that is not possible it is said, whatever the reason, and nothing else is lost.
+    If it cannot be written, the user is told, and the run goes on.
 
     Args:
         folder: the run folder.
-        index: the samples, in the order of the page.
-        answers: what was predicted for each.
-        confidence: the probability of each; ``None`` for none.
-        data: says by ``picture_of`` and ``path_of`` what a sample looks like and where it is from.
+        index: indices of the samples, in the order of the page.
+        answers: the prediction for each, as text.
+        confidence: the probability of each prediction; ``None`` for none.
+        data: the data module, whose ``picture_of`` and ``path_of`` give the picture and the path of a sample.
     """
     page = folder / "predictions.html"
     try:
@@ -53,10 +53,10 @@ def write_page(
         if text is not None:
             write_text(page, text)
             return
-    except Exception as error:  # a page must not cost the predictions
-        note(f"no predictions.html to look at ({error}); predictions.csv has all")
+    except Exception as error:  # predictions must not fail because of a page
+        note(f"predictions.html could not be written ({error}); predictions.csv has all predictions")
     with suppress(OSError):
-        page.unlink(missing_ok=True)  # it would show other predictions than the table
+        page.unlink(missing_ok=True)  # an old page shows other predictions than the table
 
 
 def _page_text(

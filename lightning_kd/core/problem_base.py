@@ -1,4 +1,4 @@
-"""What a kind of problem has to say: outputs, targets, loss, metrics and predictions on disk."""
+"""The interface of a kind of problem: outputs, targets, loss, metrics and predictions on disk."""
 
 from __future__ import annotations
 
@@ -17,30 +17,31 @@ __all__ = ["Problem"]
 
 
 class Problem(ABC):
-    """A kind of question. A new kind is one subclass and one data module that has it as ``problem``.
+    """What a network predicts: one class for an image, several labels, a class for each pixel, or a kind of your own.
 
-    A subclass says what outputs and targets look like, the loss, the metrics and which one is monitored. Everything
-    else has a default: outputs are their own scores and prediction, and a prediction is a row of ``predictions.csv``.
+    A new kind of problem is one subclass, and one data module with an instance as ``problem``. The subclass defines
+    the form of outputs and targets, the loss, the metrics and which one is monitored. Everything else has a default:
+    logits are scores, probabilities and prediction at once, and a prediction is a row of ``predictions.csv``.
 
     Args:
-        num_classes: number of classes, or of whatever else the outputs have one number for.
+        num_classes: number of classes, or of other quantities with one output each.
 
     Raises:
-        ValueError: where that is no whole number, or too small.
+        ValueError: for a number that is not whole, or too small.
     """
 
-    #: in words, for messages
+    #: the kind in words, for messages
     kind = "a problem of its own"
-    #: the metric that ``best.ckpt`` is chosen by, without ``val/``
+    #: the metric by which ``best.ckpt`` is chosen, without ``val/``
     monitored = "loss"
     monitor_mode = "min"
-    #: what ``training_values`` are the mean of, without ``train/``
+    #: name of the mean of ``training_values``, without ``train/``
     training_metric = "score"
-    #: the fewest classes
+    #: smallest number of classes
     least = 1
     #: whether each sample has one class, an integer, so that samples can be drawn and split by class
     one_class = False
-    #: whether ``update_metrics`` and ``predict`` look at probabilities; else they get ``None``, and none are made
+    #: whether ``update_metrics`` and ``predict`` use probabilities; if not, they get ``None``
     needs_probabilities = True
 
     def __init__(self, num_classes: int) -> None:
@@ -54,12 +55,12 @@ class Problem(ABC):
 
     @property
     def chance(self) -> float | None:
-        """What guessing reaches in ``training_metric``; ``None`` where that says nothing."""
+        """The ``training_metric`` of random guesses; ``None`` if it is not meaningful."""
         return None
 
     @property
     def chance_loss(self) -> float | None:
-        """The loss of guessing, above which a training has failed; ``None`` where there is no such thing."""
+        """The loss of a uniform guess, above which a training has failed; ``None`` if there is none."""
         return None
 
     # -- outputs and targets -----------------------------------------------------------------------------------------
@@ -70,78 +71,78 @@ class Problem(ABC):
 
         Args:
             output: see ``logits_of``.
-            image: what it was given.
-            network: for the message.
-            name: what the message calls it. Default: its class.
+            image: the images that it was given.
+            network: the network, for the message.
+            name: name of the network in the message. Default: its class.
 
         Raises:
-            TypeError: where there are no logits.
-            ValueError: where they have the wrong shape.
+            TypeError: if there are no logits.
+            ValueError: if they have a wrong shape.
         """
 
     @abstractmethod
     def check_target(self, target: Tensor) -> None:
-        """Look at the targets of one batch: of each on a CPU, of the first of a fit on a GPU, which would wait for it.
+        """Check the targets of a batch. It is called for each batch on a CPU, for the first of a fit on a GPU.
 
         Raises:
-            ValueError: where dtype, shape or range are wrong.
+            ValueError: for a wrong dtype, shape or value.
         """
 
     @abstractmethod
     def loss(self, logits: Tensor, target: Tensor, **options: Any) -> Tensor:
-        """The loss of a plain training: a scalar, the mean over all that has a label."""
+        """The loss of supervised training: a scalar, the mean over all labels that are known."""
 
     def loss_of_probabilities(self, probabilities: Tensor, target: Tensor) -> Tensor:
-        """The same of ``probabilities``, where several networks answer together; by default these are the outputs."""
+        """The same loss from ``probabilities``, for methods that predict with several networks."""
         return self.loss(probabilities, target)
 
     def count(self, target: Tensor) -> int | Tensor:
-        """How many labels the loss is the mean over."""
+        """The number of labels that the loss is the mean of."""
         return len(target)
 
-    # -- answers -----------------------------------------------------------------------------------------------------
+    # -- predictions -------------------------------------------------------------------------------------------------
 
     def probabilities(self, logits: Tensor) -> Tensor:
-        """Of each class, of the shape of ``logits``."""
+        """The probabilities, in the shape of ``logits``."""
         return logits
 
     def prediction(self, scores: Tensor) -> Tensor:
-        """The answer itself, from logits or other scores."""
+        """The prediction, from logits or other scores."""
         return scores
 
     def predict(self, scores: Tensor, probabilities: Tensor) -> dict[str, Tensor]:
-        """What ``predict`` keeps of each batch: tensors by name, first dimension ``B``."""
+        """The outputs of ``predict_step`` for a batch: a dict of tensors whose first dimension is ``B``."""
         return {"prediction": self.prediction(scores), "probabilities": probabilities}
 
     # -- metrics -----------------------------------------------------------------------------------------------------
 
     def training_values(self, logits: Tensor, target: Tensor) -> tuple[Tensor, Tensor | None]:
-        """A cheap measure of a training batch: a value for each label, and which count (bool; ``None``: all)."""
+        """A cheap metric of a training batch: a value for each label, and a bool mask of those that count or None."""
         return self.loss(logits, target).expand(len(target)), None
 
     @abstractmethod
     def metrics(self) -> dict[str, Metric]:
-        """New evaluation metrics by name; the loss comes by itself."""
+        """New evaluation metrics by name, without the loss, which is added."""
 
     def class_metrics(self) -> dict[str, Metric]:
-        """New metrics that tell of single classes, updated like those of ``metrics()``; none by default."""
+        """New metrics of single classes, updated like those of ``metrics()``. Default: none."""
         return {}
 
     def curve_metrics(self) -> dict[str, Metric]:
-        """New metrics for a curve over the epochs."""
+        """New metrics for ``AccuracyCurve``, which plots them over the epochs. Default: ``metrics()``."""
         return self.metrics()
 
     def update_metrics(
         self, metrics: MetricCollection | Mapping[str, Metric], scores: Tensor, probabilities: Tensor, target: Tensor
     ) -> None:
-        """Take one batch in. ``metrics`` are some of ``metrics()``, ``class_metrics()`` or ``curve_metrics()``."""
+        """Update ``metrics``, some of ``metrics()``, ``class_metrics()`` and ``curve_metrics()``, with a batch."""
         for metric in metrics.values():
             metric.update(scores, target)
 
     # -- on disk -----------------------------------------------------------------------------------------------------
 
     def columns(self, outputs: Mapping[str, Tensor], class_names: Sequence[str]) -> dict[str, list[Any]]:
-        """The columns of ``predictions.csv`` after ``index`` and ``path``, from what ``predict`` gave."""
+        """The columns of ``predictions.csv`` after ``index`` and ``path``, from the outputs of ``predict``."""
         found: dict[str, list[Any]] = {}
         for name, values in outputs.items():
             if values.ndim == 1:
@@ -151,10 +152,10 @@ class Problem(ABC):
         return found
 
     def prediction_writer(self) -> PredictionWriter:
-        """What writes predictions into a run folder."""
+        """A new writer of predictions into a run folder."""
         return PredictionTable(self.columns)
 
 
 def log_of(probabilities: Tensor) -> Tensor:
-    """Their logarithm, finite where they are 0."""
+    """The logarithm of probabilities, finite where they are 0."""
     return probabilities.clamp_min(torch.finfo(probabilities.dtype).tiny).log()

@@ -1,4 +1,4 @@
-"""What a network is asked: one class an image, several labels, or a class for each pixel, and all that follows."""
+"""The kinds of problems: single-label and multi-label classification, and semantic segmentation."""
 
 from __future__ import annotations
 
@@ -25,11 +25,11 @@ __all__ = ["MultiLabel", "Problem", "Segmentation", "SingleLabel"]
 
 
 class SingleLabel(Problem):
-    """One class an image (or row of features). Targets are int64 ``[B]``, outputs ``[B, C]``.
+    """One class for each image (or feature row). Targets are int64 ``[B]``, logits ``[B, C]``.
 
-    A sample without a label (-1) is refused: nothing here can learn from it or be measured on it, so data modules leave
-    it out. Metrics: ``acc``, ``ece`` (15 bins) and, with more than 10 classes, ``acc5``; where the classes of the
-    training set differ by more than 3 to 1 in size, ``acc_macro``, the mean of the accuracies of all classes.
+    A sample without a label (-1) is an error; data modules leave such samples out of labelled training and evaluation.
+    Metrics: ``acc``, ``ece`` (15 bins) and, with more than 10 classes, ``acc5``; if the largest class of the training
+    set is more than 3 times the smallest, ``acc_macro``, the mean of the classes' accuracies.
     """
 
     kind = "one class an image (SingleLabel)"
@@ -53,8 +53,8 @@ class SingleLabel(Problem):
         if target.ndim != 1 or target.dtype != torch.int64:
             column = target.ndim == 2 and target.shape[1] == 1
             remedy = (
-                "give one class an image, or take a task for another kind; a method with batches of its own says what "
-                "to look at in training_target"
+                "give one class for each image, or take a task for another kind; a method with batches of its own "
+                "returns the targets to check from training_target"
             )
             if (column or target.ndim == 1) and bool((target.float() % 1 == 0).all()):
                 remedy = "take target" + ".squeeze(1)" * column + ".long()"
@@ -80,7 +80,7 @@ class SingleLabel(Problem):
 
     def metrics(self) -> dict[str, Metric]:
         found: dict[str, Metric] = {
-            # without their own look at each batch, for which a GPU waits: check_target has looked
+            # their own checks of each batch would make a GPU wait; check_target has done them
             "acc": MulticlassAccuracy(self.num_classes, average="micro", validate_args=False),
             "ece": MulticlassCalibrationError(self.num_classes, n_bins=15, validate_args=False),
         }
@@ -105,7 +105,7 @@ class SingleLabel(Problem):
 
     def columns(self, outputs: Mapping[str, Tensor], class_names: Sequence[str]) -> dict[str, list[Any]]:
         predicted = outputs["prediction"].tolist()
-        known = len(class_names) == self.num_classes  # a network may have classes that the data has not
+        known = len(class_names) == self.num_classes  # a network may have more classes than the data
         names = {"class_name": [class_names[k] for k in predicted]} if known else {}
         others = {name: value for name, value in outputs.items() if name not in ("prediction", "probabilities")}
         rest = super().columns({"probability": outputs["probabilities"], **others}, class_names)
@@ -113,12 +113,13 @@ class SingleLabel(Problem):
 
 
 class MultiLabel(Problem):
-    """Several labels an image. Targets are float32 ``[B, C]`` of 1, 0 and -1 (not known), outputs ``[B, C]``.
+    """Several labels for each image. Targets are float32 ``[B, C]`` of 1, 0 and -1 (not known), logits ``[B, C]``.
 
     The loss is binary cross-entropy, the mean over all labels that are known. Metrics: ``map``, the mean over classes
-    of the average precision (scikit-learn's definition), without classes that have no positive, which
-    ``absent_classes`` counts; ``cf1`` and ``of1``, the F1 of mean precision and recall over classes and over all
-    labels, of what has a probability of 0.5 or more. Logits are compared, as probabilities near 1 would be equal.
+    of the average precision (scikit-learn's definition), without classes that have no positive, whose number is
+    ``absent_classes``; ``cf1`` and ``of1``, F1 of the mean precision and recall over classes and F1 over all labels,
+    for labels with a probability of at least 0.5. Metrics are computed from logits, since probabilities near 1 are
+    rounded to equal values.
     """
 
     kind = "several labels an image (MultiLabel)"
@@ -135,10 +136,10 @@ class MultiLabel(Problem):
     def check_target(self, target: Tensor) -> None:
         if target.ndim != 2 or target.shape[1] != self.num_classes:
             raise ValueError(
-                f"target must be [B, {self.num_classes}] of 1, 0 and -1 (not known), got {list(target.shape)}: one "
-                "column a class"
+                f"target must be [B, {self.num_classes}] of 1, 0 and -1 (not known), got {list(target.shape)}: give "
+                "one column for each class"
             )
-        wide = target.float()  # or 255 of uint8 would equal -1
+        wide = target.float()  # in uint8, 255 == -1 is True
         if not ((wide == 0) | (wide == 1) | (wide == -1)).all():
             raise ValueError(
                 f"target must hold 1, 0 and -1 (not known), got values from {float(target.min())} to "
@@ -147,7 +148,7 @@ class MultiLabel(Problem):
 
     def loss(self, logits: Tensor, target: Tensor, **options: Any) -> Tensor:
         if options:
-            raise TypeError(f"the loss of several labels has no {', '.join(options)}: leave it out")
+            raise TypeError(f"the loss of several labels takes no {', '.join(options)}: leave it out")
         known = target >= 0
         each = F.binary_cross_entropy_with_logits(logits, target.clamp(min=0).to(logits.dtype), reduction="none")
         return (each * known).sum() / known.sum().clamp(min=1)
@@ -162,7 +163,7 @@ class MultiLabel(Problem):
         return logits.sigmoid()
 
     def prediction(self, scores: Tensor) -> Tensor:
-        """Bool ``[B, C]``, from logits: the labels with a probability of 0.5 or more."""
+        """The predicted labels, bool ``[B, C]``, from logits: those with a probability of at least 0.5."""
         return scores >= 0
 
     def training_values(self, logits: Tensor, target: Tensor) -> tuple[Tensor, Tensor | None]:
@@ -178,7 +179,7 @@ class MultiLabel(Problem):
             metric.update(scores, target)
 
     def columns(self, outputs: Mapping[str, Tensor], class_names: Sequence[str]) -> dict[str, list[Any]]:
-        """``labels``, the names of those predicted joined by ``|`` (``\\|`` inside a name), and probabilities."""
+        """``labels``, the names of the predicted labels joined by ``|`` (``\\|`` in a name), and the probabilities."""
         known = len(class_names) == self.num_classes
         names = (
             [name.replace("\\", r"\\").replace("|", r"\|") for name in class_names]
@@ -191,15 +192,15 @@ class MultiLabel(Problem):
 
 
 class Segmentation(Problem):
-    """A class for each pixel. Targets are int64 ``[B, H, W]``, -1 for ignored pixels, outputs ``[B, C, h, w]``.
+    """A class for each pixel. Targets are int64 ``[B, H, W]``, -1 for ignored pixels, logits ``[B, C, h, w]``.
 
-    Outputs of another size are brought to that of the image (bilinear). The loss is cross-entropy, the mean over all
+    Logits of another size are resized to that of the image (bilinear). The loss is cross-entropy, the mean over all
     pixels that are not ignored. Metrics: ``miou``, the mean intersection over union of the classes that occur in the
-    targets or the predictions, and ``pixel_acc``.
+    targets or the predictions, and ``pixel_acc``, the share of pixels predicted correctly.
 
     Args:
         num_classes: ``C``.
-        align_corners: how outputs are brought to the size of the image, see ``resized``.
+        align_corners: how logits are resized, see ``resized``.
     """
 
     kind = "a class for each pixel (Segmentation)"
@@ -247,7 +248,7 @@ class Segmentation(Problem):
         return scores.argmax(1)
 
     def predict(self, scores: Tensor, probabilities: Tensor) -> dict[str, Tensor]:
-        """``prediction`` alone, uint8 ``[B, H, W]`` (int32 with more than 256 classes): probabilities are large."""
+        """``prediction`` alone, uint8 ``[B, H, W]`` (int32 with more than 256 classes), without the probabilities."""
         return {"prediction": self.prediction(scores).to(torch.uint8 if self.num_classes <= 256 else torch.int32)}
 
     def training_values(self, logits: Tensor, target: Tensor) -> tuple[Tensor, Tensor | None]:
@@ -267,7 +268,7 @@ class Segmentation(Problem):
         return MaskFolder(self.num_classes)
 
     def _resized(self, logits: Tensor, target: Tensor) -> Tensor:
-        """``logits`` ``[B, C, h, w]`` of the size of ``target`` ``[B, H, W]``."""
+        """``logits`` ``[B, C, h, w]`` resized to the size of ``target`` ``[B, H, W]``."""
         return resized(logits, target.shape[-2:], self.align_corners)
 
 

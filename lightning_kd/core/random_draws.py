@@ -1,4 +1,4 @@
-"""How many numbers something drew from torch's generator, so that they can be drawn again without doing it."""
+"""Counting the numbers drawn from torch's generator, so that a skipped computation can draw as many."""
 
 from __future__ import annotations
 
@@ -7,22 +7,22 @@ from torch import Tensor
 
 __all__ = ["count_draws", "skip_draws"]
 
-# what a Mersenne twister makes at once, and where torch's state has its place among them and their words
+# words that a Mersenne twister makes at once, and where torch's state holds the position and the words
 _BLOCK = 624
 _LEFT, _NEXT, _WORDS = slice(8, 12), slice(16, 24), slice(24, 24 + 8 * _BLOCK)
-# of more draws the count is not looked for: it takes a second for 50 million
+# larger counts are not searched for: 50 million take a second
 MOST = 2**28
 
 
 def count_draws(before: Tensor, after: Tensor) -> int | None:
-    """How many draws of 32 bits lie between two states of torch's generator on the CPU.
+    """The number of 32-bit draws between two states of torch's CPU generator.
 
     Args:
-        before: what ``torch.get_rng_state`` gave first.
-        after: and later.
+        before: result of ``torch.get_rng_state`` before the draws.
+        after: result of ``torch.get_rng_state`` after them.
 
     Returns:
-        The count; ``None`` where none up to ``MOST`` leads from one to the other.
+        The count; ``None`` if no count up to ``MOST`` leads from one state to the other.
     """
     generator = torch.Generator()
     generator.set_state(before)
@@ -37,7 +37,7 @@ def count_draws(before: Tensor, after: Tensor) -> int | None:
 
 
 def skip_draws(count: int, generator: torch.Generator | None = None) -> None:
-    """Draw so many numbers of 32 bits and forget them; from torch's own generator where none is given."""
+    """Draw ``count`` 32-bit numbers and discard them. Default generator: torch's global one."""
     while count > 0:
         some = min(count, 2**20)
         torch.empty(some, dtype=torch.int32).random_(generator=generator)
@@ -45,6 +45,6 @@ def skip_draws(count: int, generator: torch.Generator | None = None) -> None:
 
 
 def _place(state: Tensor) -> int:
-    """How many words of its block a state has given away; all, where the next draw makes new ones."""
+    """The number of words of the present block that are used; all of them if the next draw makes a new block."""
     left = int(state[_LEFT].view(torch.int32))
     return _BLOCK if left == 1 else int(state[_NEXT].view(torch.int64))

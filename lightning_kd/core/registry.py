@@ -1,4 +1,4 @@
-"""Finding methods and data modules in the package, so that a new file is all that a new method needs."""
+"""Finding methods and data modules in the package, so that a new method needs no entry in any list."""
 
 from __future__ import annotations
 
@@ -12,11 +12,15 @@ FAMILIES = ("distillation", "active_learning", "noisy_labels", "flatness", "mult
 
 
 def export_modules(package: str, namespace: dict[str, Any]) -> list[str]:
-    """Import every module of ``package`` and put what their ``__all__`` names into ``namespace``; returns the names.
+    """Import every module of ``package`` and put the names in its ``__all__`` into ``namespace``.
 
-    Called from a package's ``__init__`` as ``__all__ = export_modules(__name__, globals())``.
+    Call it in a package's ``__init__`` as ``__all__ = export_modules(__name__, globals())``. Modules whose names begin
+    with an underscore are left out.
+
+    Returns:
+        The names, sorted.
     """
-    names: set[str] = set()  # a module may hand on what another has
+    names: set[str] = set()  # two modules may export the same name
     for info in pkgutil.iter_modules(namespace["__path__"]):
         if not info.name.startswith("_"):
             module = importlib.import_module(f"{package}.{info.name}")
@@ -26,9 +30,9 @@ def export_modules(package: str, namespace: dict[str, Any]) -> list[str]:
     return sorted(names)
 
 
-@functools.cache  # asked for at every name that lightning_kd itself does not have
+@functools.cache  # called for every name that is looked up in lightning_kd
 def family_packages() -> list[ModuleType]:
-    """The packages of all families that exist, imported."""
+    """The packages of all families of methods, imported."""
     import lightning_kd
 
     present = {info.name for info in pkgutil.iter_modules(lightning_kd.__path__)}

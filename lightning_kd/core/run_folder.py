@@ -1,4 +1,4 @@
-"""The run folder: everything a command leaves behind, in one place without version numbers.
+"""The run folder: everything that a command writes, in one folder without version numbers.
 
 ``config.yaml``, ``run.json``, ``metrics.csv``, ``checkpoints/last.ckpt`` and ``best.ckpt``, exported networks,
 ``predictions.csv``, and what a family adds.
@@ -20,7 +20,7 @@ from lightning_kd.file_writing import alone, remove_leftovers, write_text
 
 __all__ = ["RunFolder", "remove_files"]
 
-# what runs write and a fit begins without, beside what their run.json lists as files
+# files of earlier runs that a new fit removes, besides those that run.json lists
 _WRITTEN = [
     *("checkpoints/last.ckpt", "checkpoints/best.ckpt", "checkpoints/shifted.ckpt", "network.pt", "student.pt"),
     *("exported.onnx", "exported.torchscript", "exported.pt"),
@@ -36,7 +36,10 @@ class RunFolder:
     """Paths of one run and its ``run.json``.
 
     Args:
-        path: the folder; made when something is written.
+        path: the folder; it is created when something is written.
+
+    Attributes:
+        record: the content of ``run.json`` as this command writes it; empty before ``begin``.
     """
 
     def __init__(self, path: str | Path) -> None:
@@ -50,10 +53,10 @@ class RunFolder:
         self.record: dict[str, Any] = {}
 
     def checkpoint(self, name: str) -> Path:
-        """The path of ``last`` or ``best``.
+        """The path of the checkpoint ``"last"`` or ``"best"``.
 
         Raises:
-            FileNotFoundError: where it does not exist yet.
+            FileNotFoundError: if it does not exist.
         """
         path = {"last": self.last, "best": self.best}[name]
         if not path.is_file():
@@ -64,87 +67,88 @@ class RunFolder:
         return path
 
     def fit_is_finished(self) -> bool:
-        """Whether ``run.json`` says that the latest fit in the folder came to its end."""
+        """Whether the latest fit in the folder is recorded as finished in ``run.json``."""
         try:
             record = json.loads(self.record_file.read_text(encoding="utf-8"))
             fits = [entry for entry in [*record["history"], record] if entry["verb"] in ("fit", "active")]
             return bool(fits) and fits[-1]["outcome"] == "finished"
-        except (OSError, ValueError, KeyError, TypeError):  # there is none, or it is damaged
+        except (OSError, ValueError, KeyError, TypeError):  # no run.json, or a damaged one
             return False
 
     def alone(self) -> AbstractContextManager[None]:
-        """Keep other commands out of the folder.
+        """A lock on the folder against other commands.
 
         Raises:
-            ValueError: where another one works in it.
-            OSError: where it may not be written.
+            ValueError: if another command holds it.
+            OSError: if the folder cannot be written.
         """
         refusal = f"another command works in {self.path}: wait until it has ended, or name another --run folder"
         return alone(self.path / ".run.lock", refusal)
 
     def can_be_written(self) -> bool:
-        """Whether files can be made in it, or itself where it is missing."""
+        """Whether files can be created in the folder, or the folder itself if it does not exist."""
         there = next(path for path in (self.path, *self.path.absolute().parents) if path.exists())
         return os.access(there, os.W_OK | os.X_OK)
 
     def written(self) -> list[Path]:
-        """What an earlier fit left: checkpoints, exported networks, metrics, predictions, reports; nobody else's files.
+        """The files of an earlier run: checkpoints, exported networks, metrics, predictions, reports; no other files.
 
         Raises:
-            ValueError: where ``run.json`` is none of ours, or damaged.
+            ValueError: if ``run.json`` is damaged, or not of lightning-kd.
         """
         found = [path for pattern in _WRITTEN for path in self.path.glob(pattern)]
-        found = [path for path in found if path.parent.name != "predictions" or path.stem.isdecimal()]  # masks
+        # predicted masks have a number as their name
+        found = [path for path in found if path.parent.name != "predictions" or path.stem.isdecimal()]
         listed = [Path(name) for name in (self.read_record() or {}).get("files", [])]
         found += [self.path / name for name in listed if not name.is_absolute() and ".." not in name.parts]
         return [path for path in dict.fromkeys(found) if path.is_file() or path.is_symlink()]
 
     def check_is_run(self) -> None:
-        """Before an earlier fit is removed.
+        """Check, before its files are removed, that this is a run folder.
 
         Raises:
-            FileExistsError: where no ``run.json`` tells that what would be removed is of a run.
-            ValueError: as ``written``.
+            FileExistsError: if it holds files that would be removed, but no ``run.json``.
+            ValueError: see ``written``.
         """
         found = [str(path.relative_to(self.path)) for path in self.written() if path != self.noise]
         if found and self.read_record() is None:
             raise FileExistsError(
-                f"{self.path} holds {', '.join(found)} but no run.json, so that they may be somebody's own: "
+                f"{self.path} holds {', '.join(found)} but no run.json, so no run may have written them: "
                 "--overwrite removes only what a run wrote; move them elsewhere, or name another --run folder"
             )
 
     def clear(self) -> None:
-        """Remove what an earlier fit left, see ``written``."""
+        """Remove the files of an earlier run, see ``written``."""
         remove_files(self.path, self.written())
 
     def read_record(self) -> dict[str, Any] | None:
-        """What ``run.json`` holds; ``None`` where there is none.
+        """The content of ``run.json``, or ``None`` if there is no such file.
 
         Raises:
-            ValueError: where it is damaged, or none of ours.
+            ValueError: if it is damaged, or not of lightning-kd.
         """
         if not self.record_file.is_file():
             return None
         try:
             found = json.loads(self.record_file.read_text(encoding="utf-8"))
         except ValueError as error:
-            raise ValueError(f"{self.record_file} is damaged ({error}): remove it, the run needs it no more") from error
+            raise ValueError(f"{self.record_file} is damaged ({error}): remove it, the run works without") from error
         if not isinstance(found, dict) or not {"verb", "outcome"} <= found.keys():
-            raise ValueError(f"{self.record_file} is of no run of lightning-kd: name another --run folder")
+            raise ValueError(f"{self.record_file} is not of a run of lightning-kd: name another --run folder")
         return found
 
     def begin(self, verb: str, command: str, seed: int | None, class_names: list[str] | None = None) -> None:
         """Write ``run.json`` with outcome ``running``; earlier commands move to its ``history``.
 
         Args:
-            verb: what the command does.
-            command: the command line.
-            seed: of ``seed_everything``.
-            class_names: of the data, in the order of their numbers; ``None`` where it has none.
+            verb: the command, such as ``"fit"``.
+            command: the whole command line.
+            seed: the seed of ``seed_everything``.
+            class_names: names of the data's classes, in the order of their numbers; ``None`` if they have none.
 
         Raises:
-            NotADirectoryError: where the folder is a file.
-            ValueError: where an earlier ``run.json`` is damaged.
+            NotADirectoryError: if the folder is a file.
+            ValueError: if an earlier ``run.json`` is damaged.
         """
         if self.path.exists() and not self.path.is_dir():
             raise NotADirectoryError(f"--run {str(self.path)!r} is a file: name a folder")
@@ -168,19 +172,19 @@ class RunFolder:
         self.record = record
 
     def note_files(self, paths: Iterable[str | Path]) -> None:
-        """List further files that the run wrote in ``run.json``, so that a later fit can remove them."""
-        if not self.record or not self.record_file.is_file():  # no command's, or removed by somebody
+        """Add files that the run wrote to the list in ``run.json``, so that a later fit can remove them."""
+        if not self.record or not self.record_file.is_file():  # not run by a command, or the file was removed
             return
         home = self.path.absolute()
         names = [str(path.relative_to(home)) for path in map(Path.absolute, map(Path, paths)) if home in path.parents]
         files = sorted({*self.record["files"], *names})
         if files != self.record["files"]:
             self.record["files"] = files
-            with suppress(OSError):  # the end of the command tries again
+            with suppress(OSError):  # end() writes it again
                 self._write_record(self.record)
 
     def end(self, outcome: str, **details: Any) -> None:
-        """Note the outcome (``finished``, ``failed`` or ``interrupted``) and what was reached."""
+        """Write the outcome (``finished``, ``failed`` or ``interrupted``), the time and ``details`` to ``run.json``."""
         self.record.update(end=_now(), outcome=outcome, **details)
         self._write_record(self.record)
 
@@ -189,14 +193,14 @@ class RunFolder:
 
 
 def remove_files(folder: Path, paths: Iterable[Path]) -> None:
-    """Remove files below ``folder``, and the folders between that are empty then."""
+    """Remove files below ``folder``, and the folders below it that are empty afterwards."""
     paths = list(paths)
     for path in paths:
         path.unlink(missing_ok=True)
     parents = {parent for path in paths for parent in path.parents if folder in parent.parents}
     for parent in sorted(parents, key=lambda parent: len(parent.parts), reverse=True):
         remove_leftovers(parent)
-        with suppress(OSError):  # it holds somebody's own files
+        with suppress(OSError):  # it holds other files
             parent.rmdir()
 
 

@@ -1,4 +1,4 @@
-"""The metrics of a run in one CSV file, a row an epoch."""
+"""A logger that writes the metrics of a run into one CSV file, a row for each epoch."""
 
 from __future__ import annotations
 
@@ -16,18 +16,18 @@ __all__ = ["RunLogger"]
 
 
 class RunLogger(Logger):
-    """Metrics of a run in ``metrics.csv``: columns ``epoch``, ``step`` and the metrics, one row per epoch.
+    """Writes ``metrics.csv``: columns ``epoch``, ``step`` and the metrics, one row for each epoch.
 
-    Unlike Lightning's CSVLogger it keeps the rows of earlier commands in the same folder; a resumed fit drops those
+    Unlike Lightning's CSVLogger it keeps the rows of earlier commands in the same folder; a resumed fit removes those
     of the epoch that it repeats, and of later ones.
 
     Args:
         path: the run folder.
 
     Attributes:
-        evaluated: epoch and number of steps of the checkpoint that is evaluated, outside of a fit; a Trainer that only
-            evaluates counts from 0.
-        epoch: of the fit, for callbacks that log without it.
+        evaluated: ``(epoch, steps)`` of the evaluated checkpoint in validate and test, for which a Trainer counts from
+            0; ``None`` in a fit.
+        epoch: the present epoch of the fit, for callbacks that log without it.
     """
 
     def __init__(self, path: str | Path) -> None:
@@ -61,12 +61,12 @@ class RunLogger(Logger):
     @property
     def rows(self) -> list[dict[str, Any]]:
         if self._rows is None:
-            self._rows = _read(self.file) if self.file.is_file() else []  # or it raises, each time
+            self._rows = _read(self.file) if self.file.is_file() else []
         return self._rows
 
     @rank_zero_only
     def log_hyperparams(self, *args: Any, **kwargs: Any) -> None:
-        """The configuration is in ``config.yaml``."""
+        """Do nothing: the configuration is in ``config.yaml``."""
 
     @rank_zero_only
     def log_metrics(self, metrics: Mapping[str, float], step: int | None = None) -> None:
@@ -77,7 +77,7 @@ class RunLogger(Logger):
         last = self.rows[-1] if self.rows else {}
         if self.evaluated is not None:
             epoch, steps = self.evaluated
-            # Lightning counts batches in a fit, but steps in its checkpoints: two networks may take two a batch
+            # a fit logs the number of batches, a checkpoint holds optimizer steps: two networks make two in a batch
             same_epoch = str(last.get("epoch")) == str(epoch)
             row = {"epoch": epoch, "step": int(float(last["step"])) if same_epoch else steps - 1}
         same = all(str(last.get(k)) == str(v) for k, v in row.items()) and not values.keys() & last.keys()
@@ -85,11 +85,11 @@ class RunLogger(Logger):
             last.update(values)
         else:
             self.rows.append({**row, **values})
-        # one row per epoch: rewriting the file whole is cheap, and never leaves it torn
+        # with one row for each epoch, rewriting the whole file is cheap, and it is never left incomplete
         self._write()
 
     def rows_with(self, values: Mapping[str, float], epoch: int, step: int) -> list[dict[str, Any]]:
-        """The rows as they are once ``values`` are logged, for a checkpoint."""
+        """The rows including ``values`` that are not logged yet, for a checkpoint."""
         if not values:
             return [dict(row) for row in self.rows]
         rows = [dict(row) for row in self.rows]
@@ -99,12 +99,12 @@ class RunLogger(Logger):
 
     @rank_zero_only
     def begin(self, epoch: int, saved: Sequence[Mapping[str, Any]] = ()) -> None:
-        """Forget the rows of ``epoch`` and later ones, as a fit begins there, and take in those of its checkpoint.
+        """Remove the rows of ``epoch`` and later ones at the start of a fit, and add those of its checkpoint.
 
         Args:
-            epoch: the first one that is trained now.
-            saved: the rows in the checkpoint. The file may lack the last one, or be damaged; it may also hold what
-                tests have added to them.
+            epoch: the first epoch that is trained now.
+            saved: the rows in the checkpoint. The file may lack the last one, or be damaged; it may also have metrics
+                that later tests have added.
         """
         self.epoch = epoch
         try:
@@ -113,7 +113,7 @@ class RunLogger(Logger):
             if not saved:
                 raise
             kept = self.file.with_name(f"{self.file.name}.damaged")
-            rank_zero_warn(f"{error}; it is kept as {kept.name}, and written anew from the checkpoint")
+            rank_zero_warn(f"{error}; it is renamed to {kept.name}, and a new one is written from the checkpoint")
             self.file.replace(kept)
             before = []
         rows = [row for row in before if _place(row)[0] < epoch]
@@ -140,10 +140,10 @@ def _place(row: Mapping[str, Any]) -> tuple[int, int]:
 
 
 def _read(file: Path) -> list[dict[str, Any]]:
-    """The rows without empty fields.
+    """The rows of ``metrics.csv`` as dicts, without empty fields.
 
     Raises:
-        ValueError: where the file is damaged.
+        ValueError: if the file is damaged.
     """
     text = file.read_text(encoding="utf-8", errors="replace")
     remedy = "move it away, or put a copy in its place"

@@ -1,4 +1,4 @@
-"""What a task needs that remembers something of every training sample."""
+"""A base class for methods that store values for every training sample."""
 
 from __future__ import annotations
 
@@ -14,9 +14,9 @@ __all__ = ["SampleMemories"]
 
 
 class SampleMemories(Task):
-    """A ``Task`` with memories of the training samples, found by their index and kept in checkpoints.
+    """A ``Task`` that stores values for every training sample, by its index, also in checkpoints.
 
-    Each is allocated when training starts. What processes wrote is shared at the end of every epoch.
+    Memories are allocated when training starts. At the end of every epoch processes exchange the rows they wrote.
     """
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
@@ -33,16 +33,16 @@ class SampleMemories(Task):
         data = getattr(self.trainer, "datamodule", None)
         if not hasattr(data, "train_indices") or not hasattr(data, "loader"):
             raise ValueError(
-                f"{type(self).__name__} reads the training set in its own order, got a plain loader: hand your data to "
-                "it in a data module, for example ArrayDataModule or ImageFolderDataModule"
+                f"{type(self).__name__} chooses which training samples it reads, got a plain loader: give your data in "
+                "a data module, for example ArrayDataModule or ImageFolderDataModule"
             )
         return data
 
     def sample_count(self) -> int:
-        """Size of the full training array, which the indices of batches count in.
+        """Size of the full training array, in which the indices of batches are positions.
 
         Raises:
-            ValueError: if neither a data module nor a data set tells.
+            ValueError: if neither the data module nor the loader's dataset has a length.
         """
         data: Any = getattr(self.trainer, "datamodule", None)
         if hasattr(data, "train_target"):
@@ -51,27 +51,35 @@ class SampleMemories(Task):
         if hasattr(loader, "dataset") and hasattr(loader.dataset, "__len__"):
             return len(loader.dataset)
         raise ValueError(
-            f"{type(self).__name__} remembers every sample and must know their number, got {type(loader).__name__}: "
-            "use one of our data modules, or a DataLoader that yields (image, target, index)"
+            f"{type(self).__name__} stores values for every sample and needs their number, got "
+            f"{type(loader).__name__}: use a data module of lightning_kd, or a DataLoader that yields (image, target, "
+            "index)"
         )
 
     def add_sample_memory(
         self, name: str, shape: tuple[int, ...] = (), fill: float = 0.0, **kwargs: Any
     ) -> SampleMemory:
-        """Add a memory of every sample, kept in checkpoints under ``name``. To be called in ``__init__``."""
+        """Add a memory with a row for every sample, stored in checkpoints under ``name``; call it in ``__init__``.
+
+        Args:
+            name: name of the memory.
+            shape: see ``SampleMemory``, as the others.
+            fill: likewise.
+            kwargs: likewise.
+        """
         self.memories[name] = SampleMemory(shape, fill, **kwargs)
         return self.memories[name]
 
     def index_of(self, batch: Batch) -> Tensor:
-        """The batch's indices.
+        """The indices of the batch, int64 ``[B]``.
 
         Raises:
-            ValueError: if there are none, or one is out of range (which only a CPU is asked for).
+            ValueError: if it has none, or (checked on a CPU alone) one is out of range.
         """
         if batch.index is None:
             raise ValueError(
-                f"{type(self).__name__} remembers every sample, but the batch has no index: use one of our data "
-                "modules, or let your DataLoader yield (image, target, index)"
+                f"{type(self).__name__} stores values for every sample, but the batch has no index: use a data module "
+                "of lightning_kd, or let your DataLoader yield (image, target, index)"
             )
         count = min((len(memory.rows) for memory in self.memories.values()), default=0)
         if count and batch.index.device.type == "cpu" and int(batch.index.max()) >= count:
@@ -83,7 +91,7 @@ class SampleMemories(Task):
 
     def on_train_start(self) -> None:
         super().on_train_start()
-        for memory in self.memories.values():  # a checkpoint's rows are here already
+        for memory in self.memories.values():  # does not change rows that a checkpoint has restored
             memory.allocate(self.sample_count(), self.device)
 
     def on_train_epoch_end(self) -> None:

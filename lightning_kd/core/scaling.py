@@ -9,7 +9,7 @@ __all__ = ["min_max"]
 
 
 def min_max(values: Tensor, equal: float = 0.0) -> Tensor:
-    """``values`` ``[N]`` scaled to [0, 1]; all are ``equal`` where none differs."""
+    """``values`` ``[N]`` scaled linearly to [0, 1]; if all values are equal, all become ``equal``."""
     if not len(values):
         return values
     low, high = values.min(), values.max()

@@ -1,4 +1,4 @@
-"""Learning rate schedules as long as the training, which torch cannot build from a configuration file."""
+"""Learning rate schedules that are as long as the training, without giving the length in a configuration file."""
 
 from __future__ import annotations
 
@@ -14,44 +14,46 @@ from lightning_kd.argument_checks import check_numbers
 
 
 class TiedSchedule(LRScheduler):
-    """A schedule that ends with the training unless it is given a length: a task tells it how long that is.
+    """The base class of schedules that end with the training unless a length is given; the task sets the length.
 
-    A resumed training of another length goes on at the rate that a whole training of the new length has there.
+    If a training is resumed with another number of epochs, the rate is from then on that of a whole training with the
+    new number.
 
     Attributes:
         to_the_end: whether it ends with the training.
-        raised: the rates of the last epoch trained and of the next one, where such a resume raises the rate.
+        raised: rates of the last trained and of the next epoch, if a resume with another length raises the rate; else
+            ``None``.
     """
 
-    #: the attribute that holds its length, ``None`` as long as that is not known
+    #: name of the attribute with its length, which is ``None`` until it is known
     length_name = "T_max"
     to_the_end: bool
     raised: tuple[float, float] | None = None
 
     def rates(self, epoch: int, length: int) -> list[Any]:
-        """The rate of each parameter group in ``epoch``, counted from 0, where ``length_name`` is ``length``."""
-        raise NotImplementedError(f"{type(self).__name__} does not say its rates")
+        """The rate of each parameter group in ``epoch``, counted from 0, for a schedule of length ``length``."""
+        raise NotImplementedError(f"{type(self).__name__} must implement rates(epoch, length)")
 
     def length_in(self, training: int) -> int:
-        """What ``length_name`` is in a training of ``training`` epochs (or steps)."""
+        """The length of the schedule in a training of ``training`` epochs (or steps)."""
         return training
 
     def set_length(self, length: int) -> None:
-        """Be told how long the training is, in epochs (or steps)."""
+        """Set the length of the training, in epochs (or steps)."""
         if self.to_the_end:
             setattr(self, self.length_name, self.length_in(length))
 
     def known_length(self) -> int:
-        """Its length.
+        """The length of the schedule.
 
         Raises:
-            ValueError: where it was never told.
+            ValueError: if it was not set.
         """
         length: int | None = getattr(self, self.length_name)
         if length is None:
             name = type(self).__name__
             raise ValueError(
-                f"{name} ends with the training, and was not told when that is: give it to a task as lr_scheduler, "
+                f"{name} ends with the training, whose length is not set: give it to a task as lr_scheduler, "
                 f"alone or in SequentialLR or ChainedScheduler, or set {self.length_name}"
             )
         return length
@@ -64,37 +66,37 @@ class TiedSchedule(LRScheduler):
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         now, before = getattr(self, self.length_name), state_dict.get(self.length_name)
-        own = {self.length_name: now} if self.to_the_end and now is not None else {}  # of this training
+        own = {self.length_name: now} if self.to_the_end and now is not None else {}  # keep this training's length
         super().load_state_dict({**state_dict, "to_the_end": self.to_the_end, **own})
         self.raised = None
         if own and before is not None and before != now and self.last_epoch > 0:
             self._stretch(before, now)
 
     def _stretch(self, before: int, now: int) -> None:
-        """Set the rate of this epoch to that of the length ``now``, after epochs that had the length ``before``."""
+        """Set the rate of this epoch to that of a schedule of length ``now``, after one of length ``before``."""
         old, new = self.rates(self.last_epoch, before), self.rates(self.last_epoch, now)
         for group, was, rate in zip(self.optimizer.param_groups, old, new, strict=True):
             if was > 0:
-                rate *= float(group["lr"]) / was  # other schedules of a chain have their share in it
+                rate *= float(group["lr"]) / was  # keeps the factor of other schedules in a chain
             if isinstance(group["lr"], torch.Tensor):
                 group["lr"].fill_(rate)
             else:
                 group["lr"] = rate
         self._last_lr = [group["lr"] for group in self.optimizer.param_groups]
         trained, next_ = max(self.rates(self.last_epoch - 1, before)), max(new)
-        if next_ > max(trained, *old):  # a warm-up rises by itself
+        if next_ > max(trained, *old):  # not the ordinary rise of a warm-up
             self.raised = trained, next_
 
 
 class ConstantThenCosine(TiedSchedule):
-    """A constant learning rate, then half a cosine down to ``eta_min``, which then stays.
+    """A constant learning rate, then half a cosine down to ``eta_min``, where it stays.
 
     Args:
         optimizer: wrapped optimizer.
-        constant_epochs: epochs (steps, where it steps once a step) at the full rate before the cosine begins; the
-            first epoch of the cosine is at the full rate too.
-        cosine_epochs: length of the cosine. Default: what is left of the training, see ``TiedSchedule``.
-        eta_min: the rate at its end.
+        constant_epochs: epochs (steps, with ``lr_interval: step``) at the full rate before the cosine begins; the first
+            epoch of the cosine is at the full rate too.
+        cosine_epochs: length of the cosine. Default: the rest of the training, see ``TiedSchedule``.
+        eta_min: the rate at the end.
 
     Raises:
         ValueError: for ``constant_epochs`` or ``eta_min`` below 0 or ``cosine_epochs`` below 1.
@@ -124,13 +126,13 @@ class ConstantThenCosine(TiedSchedule):
 
 
 class CosineAnnealing(TiedSchedule, CosineAnnealingLR):
-    """torch's ``CosineAnnealingLR``, by default as long as the training: one number for both.
+    """torch's ``CosineAnnealingLR``, by default as long as the training.
 
     Args:
         optimizer: wrapped optimizer.
-        T_max: epochs (steps, where it steps once a step) of the descent. Default: those of the training, see
+        T_max: epochs (steps, with ``lr_interval: step``) until ``eta_min``. Default: those of the training, see
             ``TiedSchedule``.
-        eta_min: the rate at its end.
+        eta_min: the rate at the end.
 
     Raises:
         ValueError: for ``T_max`` below 1 or ``eta_min`` below 0.
@@ -140,7 +142,7 @@ class CosineAnnealing(TiedSchedule, CosineAnnealingLR):
         check_numbers(least=1, whole=True, optional=True, T_max=T_max)
         check_numbers(least=0, eta_min=eta_min)
         self.to_the_end = T_max is None
-        CosineAnnealingLR.__init__(self, optimizer, T_max, eta_min)  # type: ignore[arg-type]  # None until it is told
+        CosineAnnealingLR.__init__(self, optimizer, T_max, eta_min)  # type: ignore[arg-type]  # None until it is set
 
     def rates(self, epoch: int, length: int) -> list[Any]:
         share = (1 + math.cos(math.pi * min(epoch / length, 1.0))) / 2
@@ -149,19 +151,19 @@ class CosineAnnealing(TiedSchedule, CosineAnnealingLR):
     def get_lr(self) -> list[Any]:
         if self.last_epoch > 0:
             self.known_length()
-        return CosineAnnealingLR.get_lr(self)  # from the rate before, so that schedules chain
+        return CosineAnnealingLR.get_lr(self)  # computed from the rate before, so it works in a ChainedScheduler
 
 
 def schedule_parts(schedule: Any, begin: int = 0, end: int | None = None) -> Iterator[tuple[Any, int, int | None]]:
-    """What a schedule is made of: those inside torch's ``SequentialLR`` and ``ChainedScheduler``, else itself.
+    """The parts of torch's ``SequentialLR`` and ``ChainedScheduler``; any other schedule is its own only part.
 
     Args:
-        schedule: any.
-        begin: the epoch (or step) that it begins with.
-        end: the one that it ends before. Default: the end of the training.
+        schedule: any scheduler.
+        begin: the epoch (or step) with which it begins.
+        end: the epoch (or step) before which it ends. Default: the end of the training.
 
     Returns:
-        ``(schedule, begin, end)`` of each.
+        ``(part, begin, end)`` for each part; ``end`` is ``None`` for the end of the training.
     """
     if isinstance(schedule, SequentialLR):
         marks = [begin, *(begin + milestone for milestone in schedule._milestones)]
@@ -175,19 +177,19 @@ def schedule_parts(schedule: Any, begin: int = 0, end: int | None = None) -> Ite
 
 
 def set_training_length(schedule: Any, length: int) -> None:
-    """Tell each part of a schedule that ends with the training how long it is: ``length`` epochs (or steps) in all."""
+    """Set the length of each part of a schedule that ends with the training of ``length`` epochs (or steps)."""
     for part, begin, end in schedule_parts(schedule):
         if getattr(part, "to_the_end", False):
             part.set_length(max(1, (length if end is None else end) - begin))
 
 
-def told_of_length(schedule: Any, length: int, training: str, unit: str = "epoch") -> list[str]:
-    """A sentence where a cosine does not end with the training: it would stop at a high rate, or rise again.
+def length_warnings(schedule: Any, length: int, training: str, unit: str = "epoch") -> list[str]:
+    """A warning for each cosine that does not end with the training: it stops at a high rate, or rises again.
 
     Args:
-        schedule: any; only a cosine has an end.
+        schedule: any scheduler; only parts that are cosines are checked.
         length: epochs (or steps) of the training.
-        training: what they are the epochs of.
+        training: the name of the training or stage, for the warning.
         unit: ``"epoch"`` or ``"step"``.
     """
     found = []
@@ -199,11 +201,11 @@ def told_of_length(schedule: Any, length: int, training: str, unit: str = "epoch
             own, names = part.T_max, "T_max"
         elif isinstance(part, ConstantThenCosine) and part.cosine_epochs is not None:
             own, names = part.constant_epochs + part.cosine_epochs, "constant_epochs + cosine_epochs"
-            if own < left:  # stays at its end
+            if own < left:  # then it stays at eta_min
                 continue
         elif getattr(part, "length_name", None) == "total_steps":
             own, names = part.total_steps, "total_steps"
-            if own < left:  # likewise
+            if own < left:  # then it stays at the last rate
                 continue
         else:
             continue
@@ -217,8 +219,8 @@ def told_of_length(schedule: Any, length: int, training: str, unit: str = "epoch
     return found
 
 
-def told_of_rise(schedule: Any, interval: str) -> list[str]:
-    """A sentence where a resume with another length raises the rate; ``interval`` is ``"epoch"`` or ``"step"``."""
+def rise_warnings(schedule: Any, interval: str) -> list[str]:
+    """A warning for each part whose rate rises because a resumed training is longer; ``interval`` names its unit."""
     return [
         f"the training is longer than before, and {type(part).__name__} with it: the learning rate goes from "
         f"{part.raised[0]:.3g} in the last {interval} trained up to {part.raised[1]:.3g}"

@@ -1,4 +1,4 @@
-"""Random streams that are derived, never continued, so that a resumed run draws what the undisturbed one drew."""
+"""Random generators whose seeds are derived from names and numbers, so that a resumed run draws the same numbers."""
 
 from __future__ import annotations
 
@@ -13,33 +13,41 @@ import torch
 
 
 def derive_seed(seed: int, stream: str, epoch: int = 0, pass_: int = 0, rank: int = 0) -> int:
-    """One 63-bit seed for the stream ``(seed, stream name, epoch, pass, rank)``.
+    """A 63-bit seed for the random stream ``(seed, stream name, epoch, pass, rank)``.
 
     Different tuples give independent streams (``numpy.random.SeedSequence``); the same tuple gives the same seed on
     every machine and in every process.
+
+    Args:
+        seed: seed of the run.
+        stream: name of the purpose, such as ``"shuffle"``.
+        epoch: number of the epoch.
+        pass_: number of the pass within the epoch.
+        rank: number of the process; leave it 0 for numbers that all processes share.
     """
     entropy = [seed, zlib.crc32(stream.encode()), epoch, pass_, rank]
     return int(np.random.SeedSequence(entropy).generate_state(1, np.uint64)[0] >> np.uint64(1))
 
 
 def numpy_generator(seed: int, stream: str, epoch: int = 0, pass_: int = 0, rank: int = 0) -> np.random.Generator:
-    """A NumPy generator of the stream ``(seed, stream name, epoch, pass, rank)``."""
+    """A NumPy generator for the stream ``(seed, stream name, epoch, pass, rank)``, see ``derive_seed``."""
     return np.random.default_rng(derive_seed(seed, stream, epoch, pass_, rank))
 
 
 def torch_generator(
     seed: int, stream: str, epoch: int = 0, pass_: int = 0, rank: int = 0, device: str | torch.device = "cpu"
 ) -> torch.Generator:
-    """A torch generator on ``device`` of the stream ``(seed, stream name, epoch, pass, rank)``."""
+    """A torch generator on ``device`` for the stream ``(seed, stream, epoch, pass, rank)``, see ``derive_seed``."""
     return torch.Generator(device).manual_seed(derive_seed(seed, stream, epoch, pass_, rank))
 
 
 class EpochSeeding(L.Callback):
     """Reseed the global generators of torch, NumPy and Python at the start of each training epoch.
 
-    Dropout and whatever else draws from a global generator then depends on (seed, epoch, rank) alone, and a run
-    resumed at the end of an epoch goes on as if it had never stopped. Every task adds this callback itself. The seed
-    is the one of ``seed_everything``; without one, it is drawn once, shared by all processes and kept in checkpoints.
+    Dropout and everything else that draws from a global generator then depends on (seed, epoch, rank) alone, and a run
+    resumed at the end of an epoch draws the same numbers as an uninterrupted one. Every task adds this callback itself.
+    The seed is that of ``seed_everything``; without one it is drawn once, shared by all processes and kept in
+    checkpoints.
     """
 
     def __init__(self) -> None:
@@ -64,15 +72,15 @@ class EpochSeeding(L.Callback):
 
 
 def global_seed() -> int:
-    """The seed given to ``seed_everything``, or else the state of torch's generator as it is now."""
+    """The seed given to ``seed_everything``; without one, the initial seed of torch's generator."""
     return int(os.environ.get("PL_GLOBAL_SEED", torch.initial_seed() % 2**32))
 
 
 def stream_seed(seed: int) -> int:
-    """The seed of a data module's order and augmentation: its own, and that of ``seed_everything`` where there is one.
+    """The seed of order and augmentation, derived from a data module's seed and that of ``seed_everything``, if given.
 
-    Runs that differ in ``seed_everything`` then see other batches, while splits depend on the module's seed alone. All
-    processes of a run get the same.
+    Runs with different ``seed_everything`` thus have different batches, while splits depend on the module's seed alone.
+    It is the same on all processes of a run.
     """
     given = os.environ.get("PL_GLOBAL_SEED")
     return seed if given is None else derive_seed(int(given), "data", seed)

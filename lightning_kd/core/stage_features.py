@@ -1,4 +1,4 @@
-"""The feature maps of any network, stage by stage, for methods that compare two networks inside."""
+"""The feature maps of any network, stage by stage, for methods that compare the features of two networks."""
 
 from __future__ import annotations
 
@@ -19,20 +19,20 @@ _NUMBERED = re.compile(r"(.*\.)?(layer|stage|block|denseblock|s|stages\.)(\d+)")
 
 
 class StageMaps(NamedTuple):
-    """What the stages of a network gave for the latest batch."""
+    """The features of a network for the latest batch."""
 
-    #: of each stage after its last activation, ``[B, C, H, W]``
+    #: the map of each stage after its last activation, ``[B, C, H, W]``
     maps: tuple[Tensor, ...]
-    #: the same before that activation; empty unless it is asked for
+    #: the maps before that activation; empty with ``before=False``
     before: tuple[Tensor, ...]
-    #: what the first stage gets, or the stem that the network names; ``None`` where that is the image, or not known
+    #: the input of the first stage, or the output of the network's stem; ``None`` if that is the image, or not known
     stem: Tensor | None
-    #: what the classifier gets, ``[B, D]``; ``None`` without a linear classifier
+    #: the input of the classifier, ``[B, D]``; ``None`` without a linear classifier
     pooled: Tensor | None
 
 
 class StageShapes(NamedTuple):
-    """The shapes of ``StageMaps``, without the batch."""
+    """The shapes of ``StageMaps``, without the batch dimension."""
 
     maps: tuple[tuple[int, ...], ...]
     before: tuple[tuple[int, ...], ...]
@@ -42,7 +42,7 @@ class StageShapes(NamedTuple):
 
 @dataclass
 class _Place:
-    """Where a map is seen in every pass: on one side of a module."""
+    """The place where a map is read in every pass: the input or the output of a module."""
 
     call: Call
     side: str
@@ -68,7 +68,7 @@ class _Place:
 
 
 class _MapTap(NamedTuple):
-    """A tap whose maps are ``[B, C, H, W]``."""
+    """A tap that gives maps as ``[B, C, H, W]``."""
 
     tap: Tap
     channels_last: bool
@@ -82,37 +82,37 @@ def _channels_first(value: Tensor, channels_last: bool) -> Tensor:
 
 
 class StageFeatures:
-    """Listens to the stages of a network: their maps in the latest forward pass, with its graph.
+    """The feature maps of a network's stages in the latest forward pass, with the autograd graph.
 
-    The stages are those that are given; else those that the network names, by an attribute ``feature_stages`` of module
-    paths, the stem first; else two or more modules side by side called ``layer1``, ``layer2`` ... (``stage``,
-    ``block``, ``denseblock``, ``s``, ``stages.0``); else the last module at each height and width, but for pooling.
+    The stages are the given ones; else those in the network's attribute ``feature_stages``, a list of module paths with
+    the stem first; else two or more modules of one parent called ``layer1``, ``layer2`` ... (or ``stage``, ``block``,
+    ``denseblock``, ``s``, ``stages.0``); else the last module at each height and width, except pooling.
 
-    A map is taken after the activation that ends the stage, or that follows it at once. Where none does, as in networks
-    that activate first and after linear bottlenecks, it is the stage's output. Before: what went into that activation;
-    without one what a batch normalisation makes of the output that follows at once, else the output itself. That is
-    where the usual benchmark of distillation takes them. A block that does more after its activation, such as to
-    shuffle channels, may name it by an attribute ``feature_activation``. Maps of networks that have the channels in the
-    last dimension, as Swin has, are seen as ``[B, C, H, W]``, too.
+    A map is read after the activation that ends the stage or directly follows it; if there is none, as in
+    pre-activation networks and after linear bottlenecks, it is the output of the stage. The map before the activation
+    is the input of that activation; without one it is the output of a batch normalisation that directly follows the
+    stage, else the output of the stage. These are the places of the usual distillation benchmark. A block that does
+    more after its activation, such as shuffling channels, may name the activation in an attribute
+    ``feature_activation``. Maps with the channels in the last dimension, as in Swin, are given as ``[B, C, H, W]``.
 
-    One pass in eval mode over one image, on the network's device, finds all that, and leaves statistics, modes and
-    random generators as they were. Taps go where the network is compiled or distributed later; it may run with gradient
-    or without.
+    All this is found by one forward pass of one image in eval mode, on the network's device, which does not change
+    statistics, modes and random generators. The network may be compiled or distributed later, and run with or without
+    gradient.
 
     Args:
-        network: to listen to, before it is compiled. Of a ``FrozenTeacher`` it is ``teacher.network``.
-        input_shape: of one image that this network gets, ``(C, H, W)``, or of one row ``(D,)``.
-        stages: module paths, as in ``network.named_modules()``, from shallow to deep. Default: found, see above. An
-            empty list for the pooled feature alone, which networks of rows have, too.
-        before: whether the maps before the activation are wanted, too.
+        network: the network, not compiled yet. For a ``FrozenTeacher`` give ``teacher.network``.
+        input_shape: shape of one image of this network, ``(C, H, W)``, or of one feature row ``(D,)``.
+        stages: module paths, as in ``network.named_modules()``, from shallow to deep. Default: found as above. An empty
+            list gives the pooled feature alone, which networks of feature rows have too.
+        before: whether to read the maps before the activation too.
 
     Raises:
-        ValueError: for a path that names no module, or one that gives no map ``[B, C, H, W]``; where no stages are
-            found; with ``before`` for a stage that ends in an activation that is no module.
-        RuntimeError: if the network is compiled already.
+        ValueError: for an unknown path, or one whose output is no map ``[B, C, H, W]``; if no stages are found; with
+            ``before``, for a stage that ends in an activation that is not a module.
+        RuntimeError: if the network is compiled.
     """
 
-    #: the shapes of what ``pop`` gives
+    #: the shapes of the result of ``pop``
     shapes: StageShapes
 
     def __init__(
@@ -132,8 +132,8 @@ class StageFeatures:
         hidden = [path for path, pair in zip(self.paths, pairs, strict=True) if pair[1] is None]
         if before and hidden:
             raise ValueError(
-                f"stage {hidden[0]!r} of {self.name} ends in an activation that is no module, so that what is before "
-                "it cannot be seen: make it an nn.ReLU, or name other stages"
+                f"stage {hidden[0]!r} of {self.name} ends in an activation that is no module, so the map before it "
+                "cannot be read: make it an nn.ReLU, or name other stages"
             )
         places = [pair[0] for pair in pairs]
         befores = [pair[1] for pair in pairs if before and pair[1] is not None]
@@ -144,16 +144,16 @@ class StageFeatures:
         if self._pooled is not None:
             try:
                 shape = tuple(self._pooled.pop().shape[1:])
-            except RuntimeError:  # no layer that the image passes through
+            except RuntimeError:  # the forward pass does not use that layer
                 self._pooled = None
         shapes = [tuple(place.shape for place in some) for some in (places, befores)]
         self.shapes = StageShapes(shapes[0], shapes[1], None if stem is None else stem.shape, shape)
 
     def pop(self) -> StageMaps:
-        """The maps of the latest forward pass; the taps let go of them, so that the graph can be freed.
+        """The features of the latest forward pass, once: they are then dropped, so that the graph can be freed.
 
         Raises:
-            RuntimeError: if there was none since the last time.
+            RuntimeError: if there was no forward pass since the last call.
         """
         maps, before = (tuple(tap.pop() for tap in taps) for taps in (self._maps, self._before))
         stem, pooled = (None if tap is None else tap.pop() for tap in (self._stem, self._pooled))
@@ -163,7 +163,7 @@ class StageFeatures:
 def _find_stages(
     name: str, calls: list[Call], network: nn.Module, stages: Sequence[str] | None
 ) -> tuple[list[str], _Place | None]:
-    """The paths of the stages, and where the stem is seen."""
+    """The paths of the stages, and the place of the stem's output."""
     if stages is not None:
         return list(stages), None
     for path, module in network.named_modules():
@@ -186,7 +186,8 @@ def _find_stages(
 
 
 def _numbered(calls: list[Call]) -> list[str]:
-    """Paths of modules with maps that have one name but for their number; of several such, the outermost."""
+    """The paths of modules whose names differ in a number alone and that give maps; of several such groups, the
+    outermost."""
     groups: dict[tuple[str, str], dict[int, str]] = {}
     for call in calls:
         match = _NUMBERED.fullmatch(call.path)
@@ -200,7 +201,7 @@ def _numbered(calls: list[Call]) -> list[str]:
 
 
 def _last_of_each_size(calls: list[Call]) -> list[str]:
-    """The last module at each height and width, the outermost of those that give the same; no pooling, no vectors."""
+    """The last module at each height and width, the outermost of those with the same output; no pooling, no vectors."""
     pooled = {id(call.output) for call in calls if call.leaf and "Pool" in type(call.module).__name__}
     halving = {call.path: call.given_size for call in calls if _halves(call)}
     last: dict[torch.Size, str] = {}
@@ -208,7 +209,7 @@ def _last_of_each_size(calls: list[Call]) -> list[str]:
         size = call.size
         if not call.path or size is None or id(call.output) in pooled:
             continue
-        # what a block of the next stage does first, such as to expand, is no end of this one
+        # modules in the first block of the next stage that still have the old size do not belong to this stage
         begun = any(call.path.startswith(f"{path}.") and size == before for path, before in halving.items())
         if size.numel() > 1 and not begun:
             last[size] = call.path
@@ -216,7 +217,7 @@ def _last_of_each_size(calls: list[Call]) -> list[str]:
 
 
 def _halves(call: Call) -> bool:
-    """Whether a block makes its map about half as high; a whole trunk makes it less."""
+    """Whether a block (not a whole backbone, which reduces further) about halves the height of its map."""
     given, size = call.given_size, call.size
     return not call.leaf and given is not None and size is not None and size[0] < given[0] <= 2 * size[0]
 
@@ -229,15 +230,15 @@ def _called(name: str, calls: list[Call], path: str, network: nn.Module) -> Call
                 got = "no tensor" if call.output is None else list(call.output.shape)
                 raise ValueError(f"stage {path!r} of {name} must give a map [B, C, H, W], got {got}: name another")
             return call
-    Tap(network, path).handle.remove()  # says so where there is no such module
+    Tap(network, path).handle.remove()  # raises if there is no such module
     raise ValueError(f"stage {path!r} of {name} is never called: name another module")
 
 
 def _sides(name: str, calls: list[Call], path: str, network: nn.Module) -> tuple[_Place, _Place | None]:
-    """Where the stage's map is seen, and where what is before its activation; ``None`` where that cannot be seen."""
+    """The places of the stage's map, and of the map before its activation; ``None`` if that cannot be read."""
     stage = _called(name, calls, path, network)
     end, plain = calls.index(stage), _Place(stage, "output")
-    final = {call.path: call for call in calls}  # of modules that are called more than once, taps see the last call
+    final = {call.path: call for call in calls}  # taps give the last call of a module that is called more than once
     for call in reversed(calls[: end + 1]):
         if call.output is stage.output:
             own = getattr(call.module, "feature_activation", None)

@@ -1,4 +1,4 @@
-"""Plain supervised training for each kind of problem: of a teacher, or of the baseline that a method must beat."""
+"""Supervised training for each kind of problem: for teachers, and for the baselines of methods."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ __all__ = ["Classification", "MultiLabelClassification", "SemanticSegmentation",
 
 
 class Supervised(SupervisedTask):
-    """Train one network with the loss of the data's problem, of any kind, also one of your own.
+    """Train one network with the loss of the data's problem, also one of a kind of your own.
 
     For the kinds of this package there are ``Classification``, ``MultiLabelClassification`` and
     ``SemanticSegmentation``.
@@ -31,12 +31,12 @@ class Supervised(SupervisedTask):
     Args:
         network: a network's name (``lightning-kd list``) or any ``nn.Module`` that gives the logits of the problem.
         num_classes: see ``Task``.
-        problem: what the network is asked. From the command line it comes from the data module; like a network that is
-            given as a module it is not in the checkpoint's hyperparameters.
+        problem: the problem. From the command line it comes from the data module. Like a network that is given as a
+            module it is not in the checkpoint's hyperparameters.
         kwargs: ``input_shape``, ``weights`` of ``SupervisedTask``, and the arguments of ``FineTunedTask`` and ``Task``.
 
     Raises:
-        ValueError: without a problem.
+        ValueError: without a problem, or for ``num_classes`` other than the problem's.
     """
 
     def __init__(
@@ -47,7 +47,7 @@ class Supervised(SupervisedTask):
 
     def make_problem(self, num_classes: int) -> Problem:
         if self._given_problem is None:
-            raise ValueError("problem must say what the network is asked, got None: give data.problem")
+            raise ValueError("problem must be a Problem, got None: give data.problem")
         if self._given_problem.num_classes != num_classes:
             raise ValueError(
                 f"num_classes must be that of the problem, {self._given_problem.num_classes}, got {num_classes!r}: "
@@ -57,10 +57,10 @@ class Supervised(SupervisedTask):
 
 
 class Classification(SupervisedTask):
-    """Train one network with cross-entropy, or the Z-loss, on one class an image.
+    """Train one network for single-label classification, with cross-entropy or the Z-loss.
 
-    After ``fit`` the run folder holds ``network.pt``, a plain ``state_dict``; a distillation task takes it (or the
-    checkpoint) as ``teacher_weights``.
+    Use it for teachers and baselines. After ``fit`` the run folder holds ``network.pt``, a plain ``state_dict``; a
+    distillation task takes it, or the checkpoint, as ``teacher_weights``.
 
     Args:
         network: a network's name (``lightning-kd list``) or any ``nn.Module`` that gives logits ``[B, C]``.
@@ -68,18 +68,17 @@ class Classification(SupervisedTask):
         input_shape: see ``Task``.
         weights: checkpoint or ``state_dict`` file to start from; ``"default"`` for the published weights of a ``timm/``
             or ``torchvision/`` network. Default: train from scratch.
-        label_smoothing: of the cross-entropy, in [0, 1).
-        class_weights: weights of the classes in the cross-entropy of training, which is then torch's weighted mean: a
-            number above 0 for each, or ``"balanced"`` for ``n / (C n_c)`` with the ``n_c`` training
-            samples of class ``c`` (1 for a class without any). Validation and test are not weighted. Several processes:
-            the mean of each process's batch by itself.
-        use_sampling_weights: let the loss of each sample count by ``sampling_weight`` of its batch, which a pool has
-            after a query by the strategy ``lewis``: the mean is 1 over the query, and initial labels count 1. The loss
-            is the sum of the weighted ones by the size of the batch, so that several processes train as one does.
-            Validation and test are not weighted.
-        loss: ``"ce"`` or ``"z"``: ``z_loss``, to which scaling and shifting the logits of an image is nothing. Pair it
-            with weight decay, as nothing else holds the size of the logits; the probabilities that are evaluated are
-            still their softmax. It needs three classes or more, and takes no ``label_smoothing`` and no weights.
+        label_smoothing: label smoothing of the cross-entropy, in [0, 1).
+        class_weights: weights of the classes in the training's cross-entropy, which is then torch's weighted mean: a
+            number above 0 for each class, or ``"balanced"`` for ``n / (C n_c)`` with ``n_c`` training samples of class
+            ``c`` (1 for a class without samples). Validation and test are not weighted. Several processes: the weighted
+            mean is over each process's batch.
+        use_sampling_weights: multiply the loss of each sample by ``sampling_weight`` in the batch's extras, which a
+            pool has after a query by the strategy ``lewis``; its mean over the query is 1, and initial labels have 1.
+            The loss is the sum divided by the batch size. Validation and test are not weighted.
+        loss: ``"ce"``, or ``"z"`` for ``z_loss``, which does not change when the logits of an image are scaled or
+            shifted. Use weight decay with it, since nothing else limits the size of the logits; evaluation still takes
+            their softmax. It needs three classes or more, and no ``label_smoothing`` or weights.
         z_a: ``a`` of ``z_loss``, above 0.
         z_b: ``b`` of ``z_loss``.
         kwargs: ``new_classifier``, ``freeze``, ``backbone_lr`` of ``FineTunedTask``; ``optimizer``, ``lr_scheduler``,
@@ -112,7 +111,7 @@ class Classification(SupervisedTask):
             others = (label_smoothing, class_weights, use_sampling_weights)
             for name, value in zip(("label_smoothing", "class_weights", "use_sampling_weights"), others, strict=True):
                 if value:
-                    raise ValueError(f"{name} is of the cross-entropy, got {value!r} with loss='z': leave one out")
+                    raise ValueError(f"{name} is for loss='ce' only, got {value!r} with loss='z': leave one out")
         self.loss_name, self.z_a, self.z_b = loss, z_a, z_b
         self.loss_is_plain = loss == "ce"
         self._first_logits = True
@@ -124,11 +123,11 @@ class Classification(SupervisedTask):
         for weight in given or []:
             check_numbers(above=0, class_weights=weight)
         if given is not None and len(given) != num_classes:
-            raise ValueError(f"class_weights needs {num_classes} numbers, one a class, got {len(given)}")
+            raise ValueError(f"class_weights needs {num_classes} numbers, one for each class, got {len(given)}")
         self._weight = None if given is None else torch.tensor(given)
         if use_sampling_weights and class_weights is not None:
             raise ValueError(
-                "use_sampling_weights and class_weights both say what a sample counts, got class_weights="
+                "use_sampling_weights and class_weights cannot be combined, got class_weights="
                 f"{class_weights!r}: leave one of them out"
             )
         self.use_sampling_weights = use_sampling_weights
@@ -153,7 +152,7 @@ class Classification(SupervisedTask):
             )
         if getattr(data, "balance", False):
             raise ValueError(
-                "class_weights='balanced' and balance=True of the data both make up for the sizes of the classes: "
+                "class_weights='balanced' and balance=True of the data both correct for the sizes of the classes: "
                 "leave one of them out"
             )
         weight = sizes.sum() / (self.num_classes * sizes.clamp(min=1))
@@ -165,12 +164,12 @@ class Classification(SupervisedTask):
 
     def loss(self, output: Any, logits: Tensor, target: Tensor) -> dict[str, Tensor]:
         if self.loss_name == "z":
-            if self._first_logits:  # of a fit alone: a GPU waits
+            if self._first_logits:  # only once in a fit, as the check makes a GPU wait
                 self._first_logits = False
                 warn_of_equal_logits(logits)
             return {"z": z_loss(logits, target, self.z_a, self.z_b)}
         if self._weight is not None:
-            self._weight = self._weight.to(logits)  # once, to its device
+            self._weight = self._weight.to(logits)
         if self._sampling_weight is not None:
             each = self.problem.loss(logits, target, label_smoothing=self.label_smoothing, reduction="none")
             return {"ce": (self._sampling_weight * each).mean()}
@@ -182,7 +181,7 @@ def sampling_weight_of(batch: Batch) -> Tensor:
     """``sampling_weight`` in the extras of a batch, float32 ``[B]``.
 
     Raises:
-        ValueError: where it has none.
+        ValueError: if there is none.
     """
     weight = batch.extras.get("sampling_weight")
     if weight is None:
@@ -194,29 +193,29 @@ def sampling_weight_of(batch: Batch) -> Tensor:
 
 
 def warn_of_equal_logits(logits: Tensor) -> None:
-    """Say that the Z-loss learns nothing where the logits ``[B, C]`` of each sample are all equal."""
+    """Warn if the logits ``[B, C]`` of each sample are all equal, because the Z-loss then has no gradient."""
     if bool((logits == logits[:, :1]).all()):
         rank_zero_warn(
-            "the logits of the first batch are all equal, as those of a classifier that starts from zero: the Z-loss "
-            "has no gradient there, so that nothing is learnt; start the last layer from random weights"
+            "the logits of the first batch are all equal, as those of a classifier with zero weights: the Z-loss has "
+            "no gradient there, so nothing is learnt; start the last layer from random weights"
         )
 
 
 class MultiLabelClassification(AveragedTask):
-    """Train one network with binary cross-entropy on several labels an image, or with the asymmetric loss.
+    """Train one network for multi-label classification, with binary cross-entropy or the asymmetric loss.
 
-    Labels that are not known count nothing. The asymmetric loss (Ridnik et al., ICCV 2021, arXiv 2009.14119) is the sum
-    over all labels of a batch, with several processes of the joint batch, as learning rates of its papers want it.
+    Labels that are not known (-1) are ignored. The asymmetric loss (Ridnik et al., ICCV 2021, arXiv 2009.14119) is the
+    sum over all labels of the batch (of the joint batch of several processes), as in the papers that use it.
 
     Args:
         network: a network's name (``lightning-kd list``) or any ``nn.Module`` that gives logits ``[B, C]``.
         num_classes: see ``Task``.
         loss: ``"bce"``, the mean over all labels, or ``"asymmetric"``.
-        gamma_negative: exponent of negatives in the asymmetric loss.
-        gamma_positive: likewise of positives.
-        margin: by which it lowers the probabilities of negatives, in [0, 1).
+        gamma_negative: exponent of negatives in the asymmetric loss, 0 or more.
+        gamma_positive: exponent of positives, 0 or more.
+        margin: by how much the asymmetric loss lowers the probabilities of negatives, in [0, 1).
         answer_with: ``"live"``, ``"average"`` or ``"better"``, see ``AveragedTask``.
-        view: what is trained on: ``"weak"`` or ``"strong"``.
+        view: augmentation of the training images, ``"weak"`` or ``"strong"``.
         kwargs: ``average_decay`` of ``AveragedTask``; ``input_shape``, ``weights`` of ``SupervisedTask``, and the
             arguments of ``FineTunedTask`` and ``Task``.
     """
@@ -249,11 +248,11 @@ class MultiLabelClassification(AveragedTask):
         if self.loss_name == "bce":
             return super().loss(output, logits, target)
         loss = asymmetric_loss(logits, target, self.gamma_negative, self.gamma_positive, self.margin)
-        return {"asymmetric": process_count() * loss}  # gradients are averaged over the processes
+        return {"asymmetric": process_count() * loss}  # DDP averages gradients over processes
 
 
 class SemanticSegmentation(SupervisedTask):
-    """Train one network with cross-entropy on a class for each pixel.
+    """Train one network for semantic segmentation, with cross-entropy over the pixels.
 
     Args:
         network: ``fcn_tiny``, ``torchvision/deeplabv3_resnet50`` and the like, or any ``nn.Module`` that gives logits
@@ -262,9 +261,9 @@ class SemanticSegmentation(SupervisedTask):
         input_shape: see ``Task``.
         weights: checkpoint or ``state_dict`` file to start from; ``"default"`` for the published weights of a ``timm/``
             or ``torchvision/`` network. Default: train from scratch.
-        auxiliary_weight: weight of the same loss of the auxiliary head (the entry ``aux`` of what the network returns,
-            or second logits in a tuple or list), where the network has one; 0 leaves it out.
-        aux_weight: the older name of ``auxiliary_weight``, which it replaces where it is given.
+        auxiliary_weight: weight of the same loss for the auxiliary head (``aux`` in the network's output, or second
+            logits in a tuple or list), if there is one; 0 turns it off.
+        aux_weight: the old name of ``auxiliary_weight``; if given, it counts.
         kwargs: ``new_classifier``, ``freeze``, ``backbone_lr`` of ``FineTunedTask``; ``optimizer``, ``lr_scheduler``,
             ``lr_interval``, ``channels_last``, ``compile`` of ``Task``.
     """
@@ -293,6 +292,6 @@ class SemanticSegmentation(SupervisedTask):
         if self.auxiliary_weight and auxiliary is not None:
             (auxiliary,) = at_least_float32(auxiliary)
             terms["aux"] = self.auxiliary_weight * self.problem.loss(auxiliary, target)
-        elif auxiliary is not None and process_count() > 1:  # they wait for the gradient of every parameter
+        elif auxiliary is not None and process_count() > 1:  # DDP waits for the gradient of every parameter
             terms["ce"] = terms["ce"] + 0.0 * auxiliary.sum()
         return terms

@@ -1,4 +1,4 @@
-"""The base of plain supervised training: one network and the loss of its problem."""
+"""The base class of supervised training: one network and the loss of its problem."""
 
 from __future__ import annotations
 
@@ -15,10 +15,10 @@ __all__ = ["SupervisedTask"]
 
 
 class SupervisedTask(FineTunedTask):
-    """One network, trained with the loss of the problem. A subclass names its ``problem_class``.
+    """One network, trained with the loss of the problem. A subclass sets ``problem_class``.
 
-    After ``fit`` the run folder holds ``network.pt``, a plain ``state_dict``; a distillation task takes it (or the
-    checkpoint) as ``teacher_weights``.
+    After ``fit`` the run folder holds ``network.pt``, a plain ``state_dict``; a distillation task takes it, or the
+    checkpoint, as ``teacher_weights``.
 
     Args:
         network: a network's name (``lightning-kd list``) or any ``nn.Module`` that gives the logits of the problem.
@@ -49,12 +49,12 @@ class SupervisedTask(FineTunedTask):
         return self.network
 
     def loss(self, output: Any, logits: Tensor, target: Tensor) -> dict[str, Tensor]:
-        """The terms of the loss by name.
+        """The terms of the loss by name; their sum is the loss.
 
         Args:
-            output: what the network returned.
-            logits: in it, float32.
-            target: of the batch.
+            output: everything that the network returned.
+            logits: the logits in it, float32 or float64.
+            target: targets of the batch.
         """
         return {"supervised": self.problem.loss(logits, target)}
 

@@ -30,38 +30,37 @@ __all__ = ["Task"]
 
 
 class Task(EvaluatedModule):
-    """A training method: networks, optimizer, metrics, checkpoints. A subclass adds its ``training_step``.
+    """The base class of all methods: networks, optimizer, metrics, checkpoints. A subclass adds ``training_step``.
 
-    What is asked of the network (one class an image, several labels, a class for each pixel) is its ``problem``, of
-    the kind ``problem_class``.
+    The kind of problem (one class for an image, several labels, a class for each pixel) is ``problem_class``.
 
-    A subclass builds its networks in ``__init__`` by ``self.build(...)``, names the one that answers in
-    ``main_network`` and returns ``self.step_loss(terms, logits, target)`` from ``training_step``.
+    A subclass builds its networks in ``__init__`` by ``self.build(...)``, returns the one to evaluate from
+    ``main_network``, and returns ``self.step_loss(terms, logits, target)`` from ``training_step``.
 
-    Metrics: ``train/loss``, each loss term and a cheap metric of the problem per epoch, accumulated
-    on the device; ``val/`` and ``test/`` ``loss`` and the metrics of the problem.
+    Logged per epoch: ``train/loss``, each loss term and a cheap metric of the problem, accumulated on the device;
+    ``val/loss``, ``test/loss`` and the problem's metrics.
 
-    Several processes: metrics are sums over all processes; the loss is the mean over each process's batch, gradients
-    are averaged by DDP.
+    Several processes: metrics are over all processes; the loss is the mean over each process's batch, and DDP averages
+    the gradients.
 
     Args:
-        num_classes: number of classes ``C``, for the problem. From the command line it comes from the data module.
-        input_shape: shape of one image ``(C, H, W)`` or of one feature row ``(D,)``; likewise.
+        num_classes: number of classes ``C``. From the command line it comes from the data module.
+        input_shape: shape of one image ``(C, H, W)`` or feature row ``(D,)``. Likewise from the data module.
         optimizer: factory from parameters to an optimizer. Default: SGD, learning rate 0.05, momentum 0.9, weight
             decay 5e-4; in plain training and distillation see ``optimizer_for``.
-        lr_scheduler: factory from the optimizer to a scheduler. Default: constant learning rate. Not
-            ``ReduceLROnPlateau`` if a resumed run must equal an undisturbed one: Lightning steps it after the
-            checkpoint is written.
+        lr_scheduler: factory from the optimizer to a scheduler. Default: constant learning rate. With
+            ``ReduceLROnPlateau``, which Lightning steps after writing the checkpoint, a resumed run differs from an
+            uninterrupted one.
         lr_interval: ``"epoch"`` or ``"step"``: when the scheduler steps.
         channels_last: memory format of networks and images. Default: on for networks with 2-D convolutions.
-        compile: compile the networks in place with ``torch.compile``; worth it only for long runs.
+        compile: compile the networks in place with ``torch.compile``; worthwhile only for long runs.
     """
 
-    #: whether ``train/loss``, or ``train/loss_ce``, is the loss of the problem, to be compared with that of guessing
+    #: whether ``train/loss`` (or ``train/loss_ce``) is the problem's loss, comparable with that of a random guess
     loss_is_plain = False
-    #: what a schedule is to last as long as, in words
+    #: the part of the training that a schedule spans, for messages
     scheduled_part = "training"
-    #: what the training sees of an image, see ``SplitLoaders.loader``. Default: the weak view
+    #: the view of an image that is trained on, see ``SplitLoaders.loader``. Default: the weak view
     view: str | None = None
 
     def __init__(
@@ -101,12 +100,12 @@ class Task(EvaluatedModule):
     def build(
         self, network: str | nn.Module, input_shape: Sequence[int] | None = None, outputs: int | None = None
     ) -> nn.Module:
-        """A network by name (see ``lightning-kd list``) for this task's problem and input, or the given one itself.
+        """Build a network by name for this task's problem and input, or prepare a given module.
 
         Args:
-            network: its name, or the module.
-            input_shape: of its images, where they are not those of the task.
-            outputs: how many logits it has, where they are not those of the problem.
+            network: a network's name (``lightning-kd list``), or a module.
+            input_shape: shape of its images. Default: that of the task.
+            outputs: number of logits. Default: that of the problem.
         """
         if isinstance(network, str):
             if "." in network and "/" not in network:
@@ -123,25 +122,25 @@ class Task(EvaluatedModule):
         return network
 
     def exports(self) -> dict[str, nn.Module]:
-        """Plain networks to write as ``NAME.pt`` into the run folder after ``fit``."""
+        """Networks whose ``state_dict`` is written as ``NAME.pt`` into the run folder after ``fit``."""
         return {"network": self.main_network}
 
     def train_loader(self, data: Any) -> Any:
-        """What our data modules feed this task in training: by default every training sample once, augmented.
+        """The training loader, made by a data module of lightning_kd: by default each sample once, augmented.
 
-        A method that needs other views, other streams or several of them overrides it.
+        A method that needs other views, or several loaders, overrides it.
         """
-        # Trainer(overfit_batches=...) promises the same batches each epoch, but cannot change this loader itself
+        # Trainer(overfit_batches=...) promises the same batches each epoch, but cannot turn off this loader's shuffling
         overfit = self.trainer.overfit_batches > 0  # type: ignore[attr-defined]
-        options = self.view_options() if isinstance(self, Task) else {}  # modules of users come here, too
+        options = self.view_options() if isinstance(self, Task) else {}  # also called with users' modules
         return data.loader("train", shuffle=not overfit, augment=True, batch_size=data.batch_size, **options)
 
     def view_options(self) -> dict[str, Any]:
-        """What ``train_loader`` asks of the views of an image beside its augmentation, see ``SplitLoaders.loader``."""
+        """Further arguments of ``SplitLoaders.loader`` in ``train_loader``: which views of an image to give."""
         return {} if self.view is None else {"views": self.view}
 
     def write_results(self, folder: Path) -> None:
-        """Called on every process at the end of training, to leave further files in ``folder``; by default none."""
+        """Write further files into ``folder`` at the end of training; called on every process. Default: none."""
 
     @property
     def run_seed(self) -> int:
@@ -150,43 +149,43 @@ class Task(EvaluatedModule):
         return seeds[0] if seeds and seeds[0] is not None else global_seed()
 
     def generator(self, stream: str, pass_: int = 0) -> np.random.Generator:
-        """The random stream ``(seed, stream, current epoch, pass, rank)`` of this run."""
+        """A random generator for ``(seed, stream, current epoch, pass, rank)``, see ``derive_seed``."""
         return numpy_generator(self.run_seed, stream, self.current_epoch, pass_, self.global_rank)
 
     def setup(self, stage: str) -> None:
         self.check_data(getattr(self.trainer, "datamodule", None), has_targets=stage != "predict")
         if self.compile_networks:
-            # or a tapped network would reuse the code of an untapped one of its class, and the tap never fire
+            # else a network with a tap may run code compiled for one without, and the tap never fires
             torch._dynamo.config.skip_nnmodule_hook_guards = False
             for network in self._built:
                 if network._compiled_call_impl is None:
                     network.compile()
 
     def on_fit_start(self) -> None:
-        if self.trainer.ckpt_path is not None:  # its weights have taken the place of those given
+        if self.trainer.ckpt_path is not None:  # the checkpoint has replaced the given weights
             return
         data = getattr(self.trainer, "datamodule", None)
         trained = [network for network in self._built if any(p.requires_grad for p in network.parameters())]
         for what in {other_classes(network, data) for network in trained} - {None}:
             rank_zero_warn(
-                f"the given weights were trained on other classes, or in another order ({what}): good to start from, "
-                "but what the network answers before it is trained is wrong"
+                f"the given weights were trained on other classes, or in another order ({what}): training from them is "
+                "fine, but predictions before it are wrong"
             )
 
     def format_image(self, image: Tensor) -> Tensor:
-        """The image in the memory format of the networks."""
+        """The images in the memory format of the networks."""
         return image.contiguous(memory_format=torch.channels_last) if self.channels_last and image.ndim == 4 else image
 
     # -- training ----------------------------------------------------------------------------------------------------
 
     def training_target(self, batch: Any) -> Tensor | None:
-        """The targets in a training batch, as the problem has them, to be checked; ``None`` where there are none."""
+        """The targets in a training batch that ``check_target`` is to check, or ``None``."""
         labelled = getattr(batch, "labelled", batch)
         if not isinstance(labelled, tuple | list) or len(labelled) < 2 or not isinstance(labelled[1], Tensor):
             return None
         image, target = labelled[0], labelled[1]
         views = isinstance(image, Tensor) and image.is_floating_point() and image.shape == target.shape
-        return None if views and target.ndim > 2 else target  # of two views, for a method of your own
+        return None if views and target.ndim > 2 else target  # a pair of views without targets
 
     def configure_callbacks(self) -> list[L.Callback]:
         known: list[L.Callback] = self.trainer.callbacks  # type: ignore[attr-defined]
@@ -197,35 +196,35 @@ class Task(EvaluatedModule):
         return self.optimizer_and_scheduler([p for p in self.parameters() if p.requires_grad])
 
     def default_optimizer(self, parameters: list[nn.Parameter]) -> torch.optim.Optimizer:
-        """What trains where no ``optimizer`` is given."""
+        """The optimizer if none is given."""
         return torch.optim.SGD(parameters, lr=0.05, momentum=0.9, weight_decay=5e-4)
 
     def optimizer_and_scheduler(self, parameters: list[nn.Parameter]) -> Any:
-        """What ``configure_optimizers`` returns for these parameters, from the factories."""
+        """The result of ``configure_optimizers`` for these parameters, from the factories."""
         return make_optimizer(self, parameters, self.build_optimizer, self.lr_scheduler_factory, self.lr_interval)
 
     def build_optimizer(self, parameters: Iterable[Any]) -> torch.optim.Optimizer:
-        """The optimizer of these parameters, or groups of them, without a schedule."""
+        """The optimizer for these parameters or parameter groups, without a schedule."""
         factory: Any = self.optimizer_factory or self.default_optimizer
         return factory(parameters)
 
     def steps_of_epoch(self) -> int | None:
-        """Optimizer steps of an epoch, of all networks together; ``None`` where that is not known in advance."""
+        """Number of optimizer steps in an epoch, of all networks together; ``None`` if unknown in advance."""
         return epoch_steps(self.trainer)
 
     def schedule_length(self, unit: str) -> int | None:
-        """How long a schedule is that ends with the training: how many times a scheduler steps.
+        """The length of a schedule that ends with the training, in epochs or steps.
 
         Args:
             unit: ``"epoch"`` or ``"step"``, as ``lr_interval``.
 
         Returns:
-            At least 1; ``None`` where that is not known in advance.
+            At least 1; ``None`` if it is not known in advance.
         """
         return training_length(self.trainer, unit, self.steps_of_epoch)
 
     def second_stage_begin(self, unit: str) -> int | None:
-        """After how many epochs or steps (``unit``) a second stage begins, for schedules of cycles; ``None``: none."""
+        """The epoch or step (``unit``) with which a second stage begins, for ``OneCycle``; ``None``: no such stage."""
         return None
 
     def step_loss(
@@ -236,18 +235,20 @@ class Task(EvaluatedModule):
         prefix: str = "",
         counted: Tensor | None = None,
     ) -> Tensor:
-        """The sum of the loss terms, after noting them, the problem's training metric and whether all is finite.
+        """Sum the loss terms, and log them and the problem's training metric.
 
         Args:
-            terms: scalar losses by name, weighted as they enter the sum; logged as ``train/loss_NAME``.
-            logits: of the main network.
-            target: the targets, as the problem has them.
-            prefix: put before the names, as in ``train/detector_loss``, where another network is trained.
-            counted: bool ``[B]``, the samples that the training metric is of. Default: all.
+            terms: scalar losses by name, with their weights applied; logged as ``train/loss_NAME``.
+            logits: logits of the trained network.
+            target: the targets, in the form of the problem.
+            prefix: put before the logged names, as in ``train/detector_loss``, for a further network.
+            counted: bool ``[B]``, the samples that the training metric counts. Default: all.
+
+        Returns:
+            The sum, a scalar.
 
         Raises:
-            RuntimeError: if the sum is not finite. On a GPU one or two steps later: the values are fetched while it
-                works on, and no step waits for them.
+            RuntimeError: if the sum is not finite. On a GPU one or two steps later, so that no step waits for it.
         """
         parts = list(terms.values())
         loss = parts[0] if len(parts) == 1 else torch.stack(parts).sum()
@@ -271,14 +272,14 @@ class Task(EvaluatedModule):
                 self.accumulate((name,), ((found * counted).sum() / count.clamp(min=1))[None], count)
         every = self.trainer.log_every_n_steps  # type: ignore[attr-defined]  # 0 with barebones
         if every and step % every == 0 and not prefix:
-            # on the CPU: the bar reads it again in every step
+            # on the CPU, since the progress bar reads it in every step
             self.log("loss", loss.detach().cpu(), prog_bar=True, logger=False)
         return loss
 
     def accumulate(self, names: tuple[str, ...], values: Tensor, weight: int | Tensor) -> None:
-        """Add ``values`` ``[len(names)]`` to the epoch's means, logged as ``train/NAME``; nothing leaves the device.
+        """Add ``values`` ``[len(names)]`` to the means of the epoch, logged as ``train/NAME``, without a GPU wait.
 
-        An optimizer that evaluates the batch twice counts once.
+        The second evaluation of a batch by an optimizer such as SAM does not count.
         """
         if not second_pass():
             self._means.add(names, values, weight)

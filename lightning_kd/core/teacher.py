@@ -1,4 +1,4 @@
-"""A trained network that only answers: the teacher of any distillation."""
+"""The frozen teacher of a distillation."""
 
 from __future__ import annotations
 
@@ -18,27 +18,27 @@ __all__ = ["FrozenTeacher", "teacher_network"]
 
 
 class FrozenTeacher(nn.Module):
-    """A network in eval mode, whatever ``train()`` says, without gradient and without a place in checkpoints.
+    """A trained network that is never trained further: always in eval mode, without gradient, not in checkpoints.
 
-    Its parameters ask for no gradient, so that no optimizer takes them. What a module that holds it saves is without
-    it, and loading keeps what it has: under ``WeightAveraging``, DDP and ``compile`` too. Its own weights are
-    ``teacher.network.state_dict()``.
+    Its parameters have ``requires_grad=False``, so that no optimizer takes them. The ``state_dict`` of a module that
+    holds it does not contain it, and loading one leaves it unchanged, also under ``WeightAveraging``, DDP and
+    ``compile``. Its own weights are ``teacher.network.state_dict()``.
 
-    ``modules()``, ``parameters()`` and ``buffers()`` of a module that holds it end at the teacher, so that callbacks
-    that train, average or reset what they find there leave it alone; its own give all that it has.
+    ``modules()``, ``parameters()`` and ``buffers()`` of a module that holds it do not go into the teacher, so callbacks
+    that train, average or reset what they find do not touch it. Called on the teacher itself they give everything.
 
     Args:
         network: the trained network; it is frozen in place.
-        problem: what it is asked, which says what its logits look like.
-        mean: per-channel mean that its images were normalised with, where it differs from that of the images that it
-            is given; with ``std``. ``set_data_normalisation`` then says what those were normalised with.
-        std: likewise the standard deviation.
-        size: height and width that images are brought to (bilinear, antialiased) before it sees them, or one number
-            for both. Default: as they are.
-        channels_last: whether it takes images in that memory format.
+        problem: the problem that it solves, which gives the shape of its logits.
+        mean: per-channel mean of the teacher's own normalisation, if it differs from that of the images that it is
+            given; together with ``std``. Call ``set_data_normalisation`` with that of the images then.
+        std: per-channel standard deviation, likewise.
+        size: height and width to which images are resized (bilinear, antialiased) for the teacher, or one number for
+            both. Default: not resized.
+        channels_last: convert images to the channels_last memory format.
 
     Raises:
-        ValueError: for another number of classes, or for only one of ``mean`` and ``std``.
+        ValueError: for a wrong number of classes, or for only one of ``mean`` and ``std``.
     """
 
     scale: Tensor
@@ -59,12 +59,12 @@ class FrozenTeacher(nn.Module):
             raise ValueError("give teacher_mean and teacher_std together, or neither")
         outputs = [module.out_features for module in network.modules() if isinstance(module, nn.Linear)]
         classes = _classes_of(network) if problem.one_class and problem.num_classes not in outputs else None
-        if classes is not None:  # else another layer may be the head, and the first batch tells
+        if classes is not None:  # otherwise the head is another layer, and the first batch shows a wrong shape
             raise ValueError(
                 f"the teacher has {classes} classes, the data {problem.num_classes}: train or name another"
             )
         self.network = network.requires_grad_(False)
-        self._parts = list(network.modules())  # to look at in each step without walking through the network
+        self._parts = list(network.modules())  # checked in each step
         self.problem = problem
         self.mean, self.std = mean, std
         self.size = checked_size(size)
@@ -82,18 +82,18 @@ class FrozenTeacher(nn.Module):
     def named_modules(
         self, memo: set[nn.Module] | None = None, prefix: str = "", remove_duplicate: bool = True
     ) -> Iterator[tuple[str, nn.Module]]:
-        if memo is None:  # asked directly
+        if memo is None:  # called on the teacher itself
             yield from super().named_modules(None, prefix, remove_duplicate)
-        elif self not in memo:  # a walk through a module that holds it
+        elif self not in memo:  # called on a module that holds it
             if remove_duplicate:
                 memo.add(self)
             yield prefix, self
 
     def check_classes(self, data: Any) -> None:
-        """Refuse data of other classes than those that the weights were trained on, as far as both are known by name.
+        """Raise if the data have other classes than the weights were trained on; unnamed classes are not checked.
 
         Raises:
-            ValueError: where they differ, or stand in another order.
+            ValueError: if the classes differ, or have another order.
         """
         if (what := other_classes(self.network, data)) is not None:
             raise ValueError(
@@ -102,17 +102,22 @@ class FrozenTeacher(nn.Module):
             )
 
     def fingerprint(self) -> bytes:
-        """The sha256, 32 bytes, of all that its answers hang on: weights, statistics, input size and normalisation."""
+        """The sha256 (32 bytes) of all that determines its outputs: weights, buffers, input size, normalisation."""
         found = hashlib.sha256(repr((self.mean, self.std, self.size)).encode())
         for name, value in self.network.state_dict().items():
             value = value.detach().cpu()
-            value = value.float() if value.is_floating_point() else value  # whatever precision a run has
+            value = value.float() if value.is_floating_point() else value  # the same in runs of any precision
             found.update(f"{name}{list(value.shape)}".encode())
             found.update(value.contiguous().numpy().tobytes())
         return found.digest()
 
     def set_data_normalisation(self, mean: Sequence[float], std: Sequence[float]) -> None:
-        """Say what the images were normalised with: they are given the teacher's own normalisation instead."""
+        """Tell the teacher the images' normalisation, from which they are converted to its own.
+
+        Args:
+            mean: per-channel mean of the data.
+            std: per-channel standard deviation of the data.
+        """
         data_mean, data_std, own_mean, own_std = (
             torch.tensor(values, dtype=torch.float32, device=self.scale.device).view_as(self.scale)
             for values in (mean, std, self.mean, self.std)
@@ -121,17 +126,17 @@ class FrozenTeacher(nn.Module):
         self.shift.copy_((data_mean - own_mean) / own_std)
 
     def forward(self, image: Tensor) -> Tensor:
-        """Logits as the problem has them, without gradient, of images ``[B, C', H, W]`` or rows ``[B, D]``."""
+        """Logits in the shape of the problem, without gradient, for images ``[B, C', H, W]`` or rows ``[B, D]``."""
         return self.logits(self.output(image), image)
 
     def logits(self, output: Any, image: Tensor) -> Tensor:
-        """The logits in what ``output`` gave for ``image``."""
+        """The logits in the result of ``output(image)``."""
         return self.problem.logits(output, image, self.network, "the teacher")
 
     @torch.no_grad()
     def output(self, image: Tensor) -> Any:
-        """What the network returns for images, without gradient: more than logits, where a method looks at that."""
-        if any(module.training for module in self._parts):  # somebody reached into it
+        """Everything that the network returns for images, without gradient, for methods that need more than logits."""
+        if any(module.training for module in self._parts):  # set by someone, past train() of this class
             self.eval()
         if self.mean is not None:
             shape = (-1, *[1] * (image.ndim - 2))
@@ -151,13 +156,13 @@ def teacher_network(
     Args:
         teacher: network name or module. A module without ``weights`` is taken as trained.
         weights: a checkpoint or ``state_dict`` file; ``"default"`` for the published weights of a ``timm/`` or
-            ``torchvision/`` network; ``"random"`` for none.
-        num_classes: of its logits.
-        build: makes the network of a name, as ``Task.build``.
+            ``torchvision/`` network; ``"random"`` for random weights.
+        num_classes: number of logits.
+        build: makes the network from a name, as ``Task.build``.
 
     Raises:
         ValueError: for a name without weights, or a module with ``"default"``.
-        FileNotFoundError: where there is no file ``weights``.
+        FileNotFoundError: if there is no file ``weights``.
     """
     if isinstance(teacher, str) and weights is None:
         raise ValueError(
@@ -166,7 +171,7 @@ def teacher_network(
         )
     if weights == "default":
         if not isinstance(teacher, str):
-            raise ValueError("teacher_weights 'default' needs the teacher by name, got a module")
+            raise ValueError("teacher_weights 'default' needs the teacher by name, got a module: give its name")
         teacher = pretrained_network(teacher, num_classes)
     network = build(teacher)
     if weights not in (None, "default", "random"):
@@ -181,7 +186,7 @@ def teacher_network(
 
 
 def checked_size(size: int | Sequence[int] | None) -> tuple[int, int] | None:
-    """``(height, width)``, or None.
+    """``size`` as ``(height, width)``; ``None`` stays.
 
     Raises:
         ValueError: unless it is one whole number above 0, or two.
@@ -190,12 +195,12 @@ def checked_size(size: int | Sequence[int] | None) -> tuple[int, int] | None:
         return None
     both = (size, size) if isinstance(size, int) else tuple(size)
     if len(both) != 2 or not all(isinstance(side, int) and side > 0 for side in both):
-        raise ValueError(f"teacher_size must be a whole number above 0 or height and width, got {size}")
+        raise ValueError(f"teacher_size must be a whole number above 0, or [height, width], got {size}: give such")
     return both[0], both[1]
 
 
 def _classes_of(network: nn.Module) -> int | None:
-    """The outputs of a linear layer that comes last; ``None`` where another comes last, and the first batch tells."""
+    """The number of outputs of the last layer with weights if it is linear, else ``None``."""
     with_weights = [module for module in network.modules() if any(True for _ in module.parameters(recurse=False))]
     last = with_weights[-1] if with_weights else None
     return last.out_features if isinstance(last, nn.Linear) else None

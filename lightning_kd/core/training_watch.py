@@ -1,4 +1,4 @@
-"""What a training is watched for: wrong targets, a schedule of another length, and a loss that runs away."""
+"""A callback that warns of wrong targets, schedules of another length than the training, and a loss that diverges."""
 
 from __future__ import annotations
 
@@ -8,32 +8,32 @@ import lightning as L
 from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor
 
-from lightning_kd.core.schedules import told_of_length, told_of_rise
+from lightning_kd.core.schedules import length_warnings, rise_warnings
 
 __all__ = ["TrainingWatch", "warn_of_schedules"]
 
-# A loss this many times that of guessing is no matter of a slow start: a network that knows nothing reaches 1. With
-# inputs of another scale it begins there all the same, but comes down.
+# in units of the loss of a uniform guess, which an untrained network reaches: a loss above this is not a slow start
+# (inputs of an unusual scale may give it at first, but then it falls)
 TRAIN_LIMIT = 1.3
 VAL_LIMIT = 10.0
-# and this many times is where a network stays that lost all it had
+# a network that has diverged and predicts uniformly stays below this
 LOST_LIMIT = 1.1
-# how many epochs are a beginning, and how many rises of the loss in a row are no accident
+# number of first epochs that are watched, and number of successive rises of the loss that give a warning
 EPOCHS = 3
 
 
 class TrainingWatch(L.Callback):
-    """Added by every task. It changes nothing, and speaks only where something is wrong.
+    """Watches the training for errors and warns; every task adds it itself, and it does not change the training.
 
-    - Targets are looked at by the problem: those of every batch on a CPU, else of the first of a fit.
-    - A cosine that does not end with the training is told at its start, and so is a learning rate that goes up because
-      a resumed training is longer than it was.
-    - Checkpoints hold the names of the classes, so that they are never loaded for others, and what a prediction has to
-      know of the data.
-    - Once in a fit it warns where the training diverges: where, in one of the first epochs, the loss of a plain
-      training is far above that of guessing and no lower than in the epoch before, or the validation loss very far and
-      no lower than ever; where the training loss came down from very far above to that of guessing, and stays there; or
-      where it has risen from epoch to epoch for three in a row, to more than that of guessing.
+    - The problem checks the targets: of every batch on a CPU, of the first batch of a fit on a GPU.
+    - At the start it warns of a cosine that does not end with the training, and of a learning rate that rises because a
+      resumed training is longer than before.
+    - It stores the class names in checkpoints, so that they are not loaded for other classes, and what a prediction
+      needs to know of the data.
+    - Once in a fit it warns of divergence, which is one of: in the first epochs, a training loss far above that of a
+      uniform guess and not lower than in the epoch before, or a validation loss very far above it and higher than ever;
+      a training loss that fell from very far above to that of a uniform guess and stays there; a training loss above
+      that of a uniform guess that has risen in three successive epochs.
     """
 
     def __init__(self) -> None:
@@ -67,12 +67,12 @@ class TrainingWatch(L.Callback):
         self._validated = True
 
     def on_train_epoch_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        self._look(trainer, pl_module)  # the metrics of the epoch before are here now
+        self._check_losses(trainer, pl_module)  # the metrics of the epoch before are logged now
 
     def on_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        self._look(trainer, pl_module)
+        self._check_losses(trainer, pl_module)
 
-    def _look(self, trainer: L.Trainer, task: Any) -> None:
+    def _check_losses(self, trainer: L.Trainer, task: Any) -> None:
         guessing, values = task.problem.chance_loss, trainer.callback_metrics
         groups = [group for optimizer in trainer.optimizers for group in optimizer.param_groups]
         rate = max((group.get("initial_lr", group["lr"]) for group in groups), default=0.0)
@@ -91,7 +91,12 @@ class TrainingWatch(L.Callback):
             )
 
     def _divergence(self, guessing: float, plain: bool) -> str | None:
-        """What speaks for one; ``guessing`` is the loss of that, ``plain`` whether the training's compares with it."""
+        """The sign of divergence in words, or ``None``.
+
+        Args:
+            guessing: the loss of a uniform guess.
+            plain: whether the training loss can be compared with it.
+        """
         losses, now = self._losses, self._losses[-1]
         if 1 < len(losses) <= EPOCHS + 1:
             if plain and now > TRAIN_LIMIT * guessing and now >= losses[-2]:
@@ -109,7 +114,7 @@ class TrainingWatch(L.Callback):
 
 
 def _remedy(trainer: L.Trainer, task: Any, rate: float) -> str:
-    """Options of the command line, other than what is in use."""
+    """Options of the command line that may help: a tenth of the learning rate, or AdamW."""
     kind = type(trainer.optimizers[0]).__name__
     same = f"--model.optimizer {kind} " if task.optimizer_factory is None else ""
     other = "" if "Adam" in kind else ", or --model.optimizer AdamW --model.optimizer.lr 3e-4"
@@ -117,14 +122,14 @@ def _remedy(trainer: L.Trainer, task: Any, rate: float) -> str:
 
 
 def warn_of_schedules(trainer: L.Trainer, task: Any) -> None:
-    """Say where a schedule does not end with the training, or raises the rate of a resumed one."""
+    """Warn of schedules that do not end with the training, or that raise the rate of a resumed one."""
     found: list[str] = []
     if getattr(trainer, "fast_dev_run", 0):
         return
     for config in trainer.lr_scheduler_configs:
         length = task.schedule_length(config.interval)
         if length is not None:
-            found += told_of_length(config.scheduler, length, task.scheduled_part, config.interval)
-        found += told_of_rise(config.scheduler, config.interval)
+            found += length_warnings(config.scheduler, length, task.scheduled_part, config.interval)
+        found += rise_warnings(config.scheduler, config.interval)
     for sentence in dict.fromkeys(found):  # once for two networks
         rank_zero_warn(sentence)

@@ -1,4 +1,4 @@
-"""Optimizers that evaluate a batch twice a step: what must happen once all the same."""
+"""Support for optimizers that evaluate a batch twice in a step, such as SAM: side effects must happen once."""
 
 from __future__ import annotations
 
@@ -18,9 +18,9 @@ _second = False
 
 
 def second_pass() -> bool:
-    """Whether an optimizer such as ``SAM`` is making its second evaluation of the batch.
+    """Whether an optimizer such as ``SAM`` is in its second evaluation of the batch.
 
-    Whatever a ``training_step`` or a hook counts, remembers or reports belongs to the first evaluation alone::
+    A ``training_step`` or a hook should count, store or log things in the first evaluation only::
 
         if not second_pass():
             self.seen += len(batch)
@@ -29,15 +29,15 @@ def second_pass() -> bool:
 
 
 class FirstPass:
-    """What generators and metrics were before the first evaluation of a batch, so that it can be repeated.
+    """The state of generators and metrics before the first evaluation of a batch, so that it can be repeated.
 
-    Made before the first evaluation; the second one runs inside ``repeated()``.
+    Make it before the first evaluation; run the second one inside ``repeated()``.
 
     Args:
-        module: what is trained, if it is known. Its buffers (running statistics of normalisation), the ``torchmetrics``
-            in it and, for a LightningModule, what it logs are then those of the first evaluation alone. Its NumPy
-            generators, attributes or lists of them, are repeated.
-        device: of the parameters.
+        module: the trained module, if it is known. Its buffers (running statistics of normalisation), the
+            ``torchmetrics`` in it and, for a LightningModule, its logged values are then those of the first evaluation
+            alone. Its NumPy generators (attributes, or in lists) draw the same numbers again.
+        device: device of the parameters.
     """
 
     def __init__(self, module: nn.Module | None, device: torch.device) -> None:
@@ -50,9 +50,10 @@ class FirstPass:
 
     @contextmanager
     def repeated(self) -> Iterator[None]:
-        """The second evaluation: the same numbers are drawn, ``second_pass()`` true, nothing counted or logged.
+        """A context for the second evaluation.
 
-        Afterwards the generators are where the first evaluation left them, also if the second one raised.
+        Inside, the same random numbers are drawn, ``second_pass()`` is True, and metrics, buffers and logs are not
+        changed. Afterwards the generators have the state after the first evaluation, even if the second one raised.
         """
         global _second
         after = torch_random_state(self.device)
@@ -85,7 +86,7 @@ class FirstPass:
             with torch.no_grad():
                 _copy([value for *_, value in buffers], kept)
             for table, name, value in buffers:
-                table[name] = value  # a forward may have put another tensor there
+                table[name] = value  # a forward may have replaced the tensor
             for metric, count, state in metrics:
                 for name, value in state.items():
                     setattr(metric, name, value)
@@ -93,7 +94,7 @@ class FirstPass:
 
 
 def _states(module: nn.Module) -> list[tuple[np.random.Generator, Any]]:
-    """The NumPy generators that a module holds, such as those that mix images, and where they are."""
+    """The NumPy generators among a module's attributes, such as those that mix images, and their states."""
     held = [one for value in vars(module).values() for one in (value if isinstance(value, list) else [value])]
     return [(one, one.bit_generator.state) for one in held if isinstance(one, np.random.Generator)]
 
@@ -104,7 +105,7 @@ def _set_states(states: list[tuple[np.random.Generator, Any]]) -> None:
 
 
 def _log_nothing(*args: Any, **kwargs: Any) -> None:
-    """In the place of ``log`` during the second evaluation."""
+    """Replaces ``log`` during the second evaluation."""
 
 
 def _copied_state(metric: Metric) -> dict[str, Any]:
@@ -119,7 +120,7 @@ def _copies(tensors: list[Tensor]) -> list[Tensor]:
 
 
 def _copy(targets: list[Tensor], sources: list[Tensor]) -> None:
-    """Fused for each data type: running statistics come with integer counters."""
+    """Copy in one fused call for each dtype and device: running statistics are beside integer counters."""
     by_kind: dict[Any, tuple[list[Tensor], list[Tensor]]] = {}
     for target, source in zip(targets, sources, strict=True):
         mine, theirs = by_kind.setdefault((target.dtype, target.device), ([], []))

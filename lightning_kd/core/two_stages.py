@@ -1,4 +1,4 @@
-"""What methods share that train a second stage from the network of a warm-up, with an optimizer that begins anew."""
+"""A base class for methods with a warm-up and a second stage, for which the optimizer is reset."""
 
 from __future__ import annotations
 
@@ -8,9 +8,9 @@ __all__ = ["TwoStages"]
 
 
 class TwoStages(Task):
-    """A ``Task`` whose second stage begins after ``warmup_epochs``, as if it were a training of its own.
+    """A ``Task`` whose second stage begins after ``warmup_epochs``, like a new training from the network so far.
 
-    The optimizer forgets what it has gathered, and a schedule of cycles begins another one.
+    The state of the optimizer (such as momentum) is cleared, and ``OneCycle`` begins a second cycle.
     """
 
     warmup_epochs: int
@@ -21,7 +21,7 @@ class TwoStages(Task):
             self.begin_second_stage()
 
     def begin_second_stage(self) -> None:
-        """Called before the first epoch of the second stage, where there is a first one."""
+        """Clear the optimizers' state; called before the first epoch of the second stage if there was a warm-up."""
         for optimizer in self.trainer.optimizers:
             optimizer.state.clear()
 
@@ -32,5 +32,5 @@ class TwoStages(Task):
         return None if steps is None else self.warmup_epochs * steps
 
     def warmup_steps(self) -> int | None:
-        """Optimizer steps of an epoch of the warm-up."""
+        """Number of optimizer steps in an epoch of the warm-up; ``None`` if unknown in advance."""
         return self.steps_of_epoch()

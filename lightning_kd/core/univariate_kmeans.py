@@ -1,4 +1,4 @@
-"""K-means of one variable, found exactly and without random numbers: what mixtures start from."""
+"""Exact k-means of one variable, without random numbers, as the start of mixture fits."""
 
 from __future__ import annotations
 
@@ -6,12 +6,15 @@ import numpy as np
 import torch
 from torch import Tensor
 
-# More different values than this are put in as many groups before the start for three or more clusters.
+# for three or more clusters, more different values than this are first put into so many groups of neighbours
 _MOST_GROUPS = 2048
 
 
 def kmeans_partition(x: Tensor, clusters: int) -> Tensor:
-    """One-hot ``[N, clusters]`` of the k-means partition; uniform with too few different values."""
+    """The k-means partition of ``x`` ``[N]`` as one-hot rows, float64 ``[N, clusters]``.
+
+    With fewer different values than clusters all entries are ``1 / clusters``.
+    """
     distinct, inverse, count = x.unique(return_inverse=True, return_counts=True)
     if len(distinct) < clusters:
         return torch.full((len(x), clusters), 1 / clusters, dtype=torch.float64)
@@ -23,20 +26,23 @@ def kmeans_partition(x: Tensor, clusters: int) -> Tensor:
 
 
 def _best_split(x: Tensor, weight: Tensor) -> Tensor:
-    """Where the second of two clusters starts in the sorted ``x``: int64 ``[1]``."""
+    """The position in the sorted ``x`` at which the second of two clusters starts, int64 ``[1]``."""
     w, s = weight.cumsum(0), (weight * x).cumsum(0)
     left, right = s[:-1].square() / w[:-1], (s[-1] - s[:-1]).square() / (w[-1] - w[:-1])
-    between = left + right  # the largest sum between is the smallest sum within
+    between = left + right  # the largest between-cluster sum of squares is the smallest within-cluster one
     return (between >= _all_but(between.max())).byte().argmax()[None] + 1
 
 
 def _best_partition(x: Tensor, weight: Tensor, clusters: int) -> Tensor:
-    """Where all clusters but the first start in the sorted ``x``, int64 ``[clusters - 1]``: dynamic programming."""
+    """The positions in the sorted ``x`` at which all clusters but the first start, int64 ``[clusters - 1]``.
+
+    Found by dynamic programming.
+    """
     n = min(len(x), _MOST_GROUPS)
     first = torch.arange(n + 1) * len(x) // n  # the first value of each group, and the end
     sums = torch.stack([weight, weight * x, weight * x.square()]).cumsum(1)
     w, s, q = torch.cat([torch.zeros(3, 1, dtype=x.dtype), sums], 1)[:, first]
-    # within[i, j]: the squares within one cluster of groups i .. j - 1
+    # within[i, j]: sum of squares in one cluster of the groups i to j - 1
     within = (q - q[:, None]) - (s - s[:, None]).square() / (w - w[:, None])
     within = within.where(torch.ones(n + 1, n + 1, dtype=torch.bool).triu(1), torch.inf)
     best, choices = within[0], []
@@ -50,12 +56,12 @@ def _best_partition(x: Tensor, weight: Tensor, clusters: int) -> Tensor:
 
 
 def lower_of_two(x: Tensor, group: Tensor, size: Tensor) -> Tensor:
-    """The first column of ``kmeans_partition`` for two clusters in every group of values.
+    """The first column of ``kmeans_partition`` for two clusters, within every group of values.
 
     Args:
         x: float64 ``[N]``, sorted by group, then by value.
-        group: int64 ``[N]``.
-        size: int64 ``[G]``, how many values each group has.
+        group: int64 ``[N]``, the group of each value.
+        size: int64 ``[G]``, the number of values in each group.
 
     Returns:
         float64 ``[N]``.
@@ -64,7 +70,7 @@ def lower_of_two(x: Tensor, group: Tensor, size: Tensor) -> Tensor:
     first = end - size
     rises = torch.cat([x[1:] > x[:-1], torch.tensor([False])])
     x = x - (group.bincount(x) / size)[group]
-    # groups of any scale share one running sum: each is brought to 1 first
+    # all groups share one running sum, so each is scaled to a largest absolute value of 1
     x = x / x[first].abs().maximum(x[end - 1].abs()).clamp_min(torch.finfo(x.dtype).tiny)[group]
     position = torch.arange(len(x))
     count, rest = position - first[group] + 1, end[group] - position - 1
@@ -79,5 +85,5 @@ def lower_of_two(x: Tensor, group: Tensor, size: Tensor) -> Tensor:
 
 
 def _all_but(best: Tensor) -> Tensor:
-    """The least score that counts as ``best``: of equal splits the first is taken, however sums were rounded."""
+    """The smallest score that counts as equal to ``best``, so that rounding does not decide between equal splits."""
     return best - 1e-12 * best.abs()

@@ -1,4 +1,4 @@
-"""Which views of its training samples a loader is to give, where it tells which one each image is."""
+"""Keys of the augmented views of training samples, for loaders that say which view of a sample each image is."""
 
 from __future__ import annotations
 
@@ -12,36 +12,38 @@ from lightning_kd.core.seeding import numpy_generator
 
 __all__ = ["VIEW", "StoredCrops", "ViewKeys"]
 
-#: what ``Batch.extras`` calls the key of each image's view, int64 ``[B]``
+#: name in ``Batch.extras`` of the key of each image's view, int64 ``[B]``
 VIEW = "view"
 
-# rows of the table that are drawn at once
+# rows of the table that are drawn in one call
 _ROWS = 4096
 
 
 class StoredCrops(Protocol):
-    """Where in its image each stored crop is."""
+    """The positions of stored crops in their images."""
 
     def of(self, index: int) -> tuple[np.ndarray, np.ndarray]:
-        """Top, left, height and width as shares of the upright image, float32 ``[K, 4]``, and flips, bool ``[K]``."""
+        """The crops of sample ``index``: top, left, height and width as shares of the upright image, float32
+        ``[K, 4]``, and whether each is flipped, bool ``[K]``."""
 
 
 @dataclass(frozen=True)
 class ViewKeys:
-    """All views that a sample can have, or some of them that are drawn once and for all.
+    """The views of a sample that a loader may give: all, or a fixed number of them.
 
-    With all of them the keys are those of ``CropFlip``, and training sees what it would see without keys. With
-    ``fixed`` they are 0 to ``fixed - 1``, one as likely as another, and training sees fewer different images.
+    A view is one crop and flip of an image, and its key is an integer. With all views, the keys are those of
+    ``CropFlip`` and training sees the same images as without keys. With ``fixed``, the keys are 0 to ``fixed - 1``,
+    equally likely, and training sees fewer different images.
 
     Args:
-        fixed: so many different views of each sample. Default: all there are.
-        seed: of their draw.
-        per_visit: how many different views of a sample stand beside each other in a batch, which has so many times
-            its samples then, and their indices and targets as often.
-        crops: of image files, the views behind the keys, where they were stored.
+        fixed: number of different views of each sample, drawn once. Default: all views.
+        seed: seed of that draw.
+        per_visit: number of different views of a sample that are next to each other in a batch. The batch then has so
+            many rows for each sample, with the same index and target.
+        crops: for image files, the stored crops that the keys stand for. Default: none are stored.
 
     Raises:
-        ValueError: for a number that is none.
+        ValueError: for a number out of range.
     """
 
     fixed: int | None = None
@@ -55,22 +57,24 @@ class ViewKeys:
         check_numbers(least=1, whole=True, per_visit=self.per_visit)
 
     def visits(self, index: np.ndarray, key_count: int, seed: int, epoch: int, pass_: int | np.ndarray) -> np.ndarray:
-        """The keys of a visit, int64 ``[B, per_visit]``, different ones of each sample.
+        """The keys of the views in a batch, int64 ``[B, per_visit]``, all different within a sample.
 
-        They hang on the sample alone, not on its batch or process.
+        They depend on the sample, epoch and pass, not on its batch or process.
 
         Args:
             index: int64 ``[B]``, positions in the full array.
-            key_count: keys of a sample.
-            seed: of the order and the views of the loader.
-            epoch: of the pass.
-            pass_: of the epoch; ``[B]`` where a sample that comes again in it is to have other keys.
+            key_count: number of keys of a sample.
+            seed: seed of order and views of the loader.
+            epoch: number of the epoch.
+            pass_: number of the pass within the epoch, or ``[B]``, one for each sample.
 
         Raises:
-            ValueError: where a sample has fewer keys.
+            ValueError: if a sample has fewer than ``per_visit`` keys.
         """
         if self.per_visit > key_count:
-            raise ValueError(f"per_visit must be {key_count} or fewer, the views of a sample, got {self.per_visit}")
+            raise ValueError(
+                f"per_visit must be {key_count} or fewer, the views of a sample, got {self.per_visit}: give fewer"
+            )
         drawn = [
             numpy_generator(seed, "visits", epoch, p, i).choice(key_count, self.per_visit, replace=False)
             for p, i in zip(np.broadcast_to(pass_, index.shape).tolist(), index.tolist(), strict=True)
@@ -78,21 +82,19 @@ class ViewKeys:
         return np.stack(drawn).astype(np.int64)
 
     def table(self, samples: int, views: int) -> np.ndarray | None:
-        """The view behind each key, int64 ``[samples, fixed]``; ``None`` where keys are views.
+        """The view of each key, int64 ``[samples, fixed]``; ``None`` if all views are given, whose keys are the views.
 
         Args:
-            samples: of the full array.
-            views: how many a sample has.
+            samples: number of samples in the full array.
+            views: number of views of a sample.
 
         Raises:
-            ValueError: where there are fewer than ``fixed``.
+            ValueError: if there are fewer than ``fixed`` views.
         """
         if self.fixed is None:
             return None
         if self.fixed > views:
-            raise ValueError(
-                f"fixed views must be {views} or fewer, which a sample has, got {self.fixed}: ask for less"
-            )
+            raise ValueError(f"fixed must be {views} or fewer, the views of a sample, got {self.fixed}: give fewer")
         generator = numpy_generator(self.seed, "fixed_views")
         parts = [
             generator.permuted(np.tile(np.arange(views), (min(_ROWS, samples - start), 1)), axis=1)[:, : self.fixed]

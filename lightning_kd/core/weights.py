@@ -1,4 +1,4 @@
-"""Weights from a file into a network."""
+"""Loading weights from a file into a network."""
 
 from __future__ import annotations
 
@@ -15,39 +15,39 @@ from lightning_kd.core.checkpoint_files import check_checksums
 from lightning_kd.core.feature_hooks import find_classifier
 from lightning_kd.nets.ml_decoder import MLDecoderNetwork
 
-# Where training programs keep the weights inside what they save.
+# keys under which training programs save the weights
 _NESTS = ("state_dict", "model", "net", "network", "model_state_dict")
-# Ours are saved as part of a task, under the name that the network has in it.
+# names of the network in the checkpoints of tasks
 _PREFIXES = ("network.", "student.", "")
-# Under which a network keeps the names of the classes that its weights were trained on.
+# attribute of a network with the names of the classes that its weights were trained on
 _CLASSES = "classes_of_weights"
 
 
 def load_weights(
     network: nn.Module, source: str | Path, num_classes: int | None = None, new_classifier: bool | None = None
 ) -> None:
-    """Load the weights in a file into ``network``, in place; after an error the network is as it was.
+    """Load the weights in a file into ``network``, in place; after an error the network is unchanged.
 
-    The file is a checkpoint of a task here (the network under ``network.`` or ``student.``, or its averaged copy where
-    that answers; other parts are ignored), a plain state_dict, or what the public distillation programs save (the
-    state_dict inside ``model``, ``state_dict`` or ``net``, the names perhaps after ``module.``). A ``.safetensors``
-    file needs that package. Nothing but tensors and plain values is ever unpickled. The classes that a checkpoint was
-    trained on are kept with the network, for ``other_classes``.
+    The file is a checkpoint of a task of lightning_kd (the network under ``network.`` or ``student.``, or its average
+    if the task predicts with that; other parts are ignored), a plain state_dict, or a file of the public distillation
+    programs (a state_dict under ``model``, ``state_dict`` or ``net``, with or without the prefix ``module.``). A
+    ``.safetensors`` file needs the package safetensors. Nothing but tensors and plain values is unpickled. The names of
+    the classes that a checkpoint was trained on are stored with the network, for ``other_classes``.
 
     Args:
         network: the network to load into; names and shapes must match exactly. Only ``num_batches_tracked``, which old
             files lack, may be missing.
         source: the file.
-        num_classes: where given, the outputs that the classifier (the last ``nn.Linear``) must have.
-        new_classifier: load all but the classifier (the last ``nn.Linear``, of an ``MLDecoderNetwork`` what its head
-            has of each class, and what differs in its number of outputs alone), which stays as it is. With ``False`` a
-            message about other classes names this argument; ``None`` is for callers that have none.
+        num_classes: number of outputs that the classifier (the last ``nn.Linear``) must have. Default: not checked.
+        new_classifier: load all weights but those of the classifier: the last ``nn.Linear``, or the parts of an
+            ``MLDecoderNetwork``'s head that depend on the classes, and other layers that differ in the number of
+            outputs alone. ``False``: an error about other classes names this argument; ``None``: it does not.
 
     Raises:
-        FileNotFoundError: where there is no such file.
-        ValueError: where the file cannot be read safely, holds no state_dict, does not fit the network, has another
-            number of classes, or has a value that is not finite.
-        ImportError: where a ``.safetensors`` file is given and safetensors is not installed.
+        FileNotFoundError: if there is no such file.
+        ValueError: if the file cannot be read safely, holds no state_dict, does not fit the network, has another number
+            of classes, or values that are not finite.
+        ImportError: for a ``.safetensors`` file if safetensors is not installed.
     """
     path = Path(source).expanduser()
     own = network.state_dict()
@@ -63,25 +63,25 @@ def load_weights(
     _check(weights, own, path, type(network).__name__, remedy=new_classifier is not None)
     if num_classes is not None:
         _check_classes(network, num_classes, path)
-    network.load_state_dict(weights, strict=False)  # checked above; strict would ask for num_batches_tracked
-    network.__dict__[_CLASSES] = None if new_classifier else content.get("class_names")  # a new one knows none
+    network.load_state_dict(weights, strict=False)  # checked above; strict=True would need num_batches_tracked
+    network.__dict__[_CLASSES] = None if new_classifier else content.get("class_names")
 
 
 def other_classes(network: nn.Module, data: Any) -> str | None:
-    """Where the weights loaded into ``network`` were trained on other classes than those of ``data``: which one.
+    """How the classes of ``data`` differ from those that the weights of ``network`` were trained on.
 
     Args:
-        network: what ``load_weights`` loaded into.
-        data: a data module; one without ``class_names`` is not looked at.
+        network: a network that ``load_weights`` loaded into.
+        data: a data module; one without ``class_names`` is not compared.
 
     Returns:
-        What differs, such as ``class 0 was 'ant', here it is 'bee'``; ``None`` where nothing does, where the file did
-        not say, and where the classes of either are called by plain numbers, which may mean anything.
+        The first difference, such as ``class 0 was 'ant', here it is 'bee'``; ``None`` if there is none, if the file
+        had no class names, or if the names of either are plain numbers.
     """
     stored, names = network.__dict__.get(_CLASSES), getattr(data, "class_names", None)
     if not stored or not names or any(all(name.isdecimal() for name in both) for both in (stored, names)):
         return None
-    pairs = enumerate(zip_longest(stored[: len(names)], names))  # a data set may lack the last ones
+    pairs = enumerate(zip_longest(stored[: len(names)], names))  # a data set may lack the last classes
     return next((f"class {k} was {was!r}, here it is {name!r}" for k, (was, name) in pairs if was != name), None)
 
 
@@ -97,7 +97,7 @@ def _read(path: Path) -> Any:
         if path.suffix == ".safetensors":
             return load_file(path)
         check_checksums(path)
-        # Public programs save their command line beside the weights; a Namespace runs no code.
+        # public programs save their command line with the weights as a Namespace, which is safe to unpickle
         with torch.serialization.safe_globals([argparse.Namespace]):
             return torch.load(path, map_location="cpu", weights_only=True)
     except PermissionError:
@@ -110,7 +110,7 @@ def _read(path: Path) -> Any:
 
 
 def _state_dict(content: Any, path: Path) -> dict[str, Any]:
-    """What a file holds, out of its nesting and without the ``module.`` of parallel training."""
+    """The state_dict in the content of a file, without the prefix ``module.`` of parallel training."""
     while isinstance(content, Mapping):
         inner = next((content[nest] for nest in _NESTS if isinstance(content.get(nest), Mapping)), None)
         if inner is None:
@@ -128,12 +128,12 @@ def _state_dict(content: Any, path: Path) -> dict[str, Any]:
 
 
 def _matching(content: dict[str, Any], own: Mapping[str, Tensor], prefixes: Sequence[str]) -> dict[str, Any]:
-    """The part of ``content`` that has most names in common with the network, under the network's own names."""
+    """The part of ``content`` under one of ``prefixes`` that has most names in common with the network."""
     parts = [
         {key.removeprefix(prefix): value for key, value in content.items() if key.startswith(prefix)}
         for prefix in prefixes
     ]
-    # Among equals the first that is there, so that a task of another network is still recognised as a task.
+    # in a tie the first one, so that the error for a task with another network lists the network's names
     part = max((part for part in parts if part), key=lambda part: len(part.keys() & own.keys()))
     for name in ("weight", "bias"):  # the public mobilenetv2 has its classifier in a Sequential
         if f"classifier.{name}" in own and f"classifier.{name}" not in part and f"classifier.0.{name}" in part:
@@ -181,7 +181,7 @@ def _layer(key: str) -> str:
 
 
 def differing_classifiers(weights: Mapping[str, Any], own: Mapping[str, Tensor]) -> list[str]:
-    """The layers that both have, and that differ in the number of their outputs only: those of other classes."""
+    """The layers in both that differ in the number of outputs only, that is, in the number of classes."""
     shared = [key for key, value in weights.items() if key in own and isinstance(value, Tensor)]
     different = [key for key in shared if weights[key].shape != own[key].shape]
     strange = {
@@ -193,20 +193,20 @@ def differing_classifiers(weights: Mapping[str, Any], own: Mapping[str, Tensor])
 
 
 def last_linear(network: nn.Module) -> list[str]:
-    """The path of the classifier, where there is one."""
+    """The path of the classifier in a list, which is empty if there is none."""
     if isinstance(network, MLDecoderNetwork):
-        return ["head"]  # whose own queries, weights and biases are those of the classes
+        return ["head"]  # its own queries, weights and biases depend on the classes
     try:
         return [find_classifier(network)[0]]
-    except ValueError:  # a convolution, or a network of its own kind
+    except ValueError:  # no linear layer
         return []
 
 
 def _check_classes(network: nn.Module, num_classes: int, path: Path) -> None:
     try:
-        with_decoder = isinstance(network, MLDecoderNetwork)  # whose last linear layer is none of classes
+        with_decoder = isinstance(network, MLDecoderNetwork)  # its last linear layer is not the classifier
         classes = network.num_classes if with_decoder else find_classifier(network)[1].out_features
-    except ValueError:  # no linear layer to ask
+    except ValueError:  # no linear layer
         return
     if classes != num_classes:
         raise ValueError(

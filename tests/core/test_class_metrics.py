@@ -160,5 +160,5 @@ def test_balanced_needs_data_that_can_be_counted(tmp_path):
     rows = torch.utils.data.TensorDataset(torch.randn(8, 4), torch.zeros(8, dtype=torch.int64))
     with pytest.raises(ValueError, match=r"^class_weights='balanced' counts the classes of a data module"):
         trainer(tmp_path).fit(task, torch.utils.data.DataLoader(rows, batch_size=4))
-    with pytest.raises(ValueError, match="both make up for the sizes of the classes"):
+    with pytest.raises(ValueError, match="both correct for the sizes of the classes"):
         trainer(tmp_path).fit(task, ArrayDataModule(arrays(tmp_path), balance=True))

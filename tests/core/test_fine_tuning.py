@@ -294,9 +294,7 @@ def test_schedules_scale_both(tmp_path):
 
     assert rates_after(2, lambda o: CosineAnnealing(o, T_max=4)) == pytest.approx([0.1, 0.01])
     assert rates_after(1, CosineAnnealing) == pytest.approx([0.0, 0.0])
-    with pytest.warns(
-        UserWarning, match="OneCycleLR sets learning rates of its own, so that backbone_lr=0.1 says noth"
-    ):
+    with pytest.warns(UserWarning, match="OneCycleLR sets learning rates of its own, so backbone_lr=0.1 has no"):
         rates_after(1, lambda o: torch.optim.lr_scheduler.OneCycleLR(o, max_lr=0.1, total_steps=10))
 
 

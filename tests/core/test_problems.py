@@ -182,7 +182,7 @@ def test_segmentation_brings_outputs_to_the_size_of_the_image():
         (SingleLabel(3), torch.tensor([0, 3]), "between 0 and 2, got 0 to 3"),
         (SingleLabel(3), torch.zeros(2, 3), r"int64 \[B\].*one class an image"),
         (SingleLabel(3), torch.zeros(2, 1), r"take target.squeeze\(1\).long\(\)"),
-        (SingleLabel(3), torch.tensor([0.3, 1.5]), r"in training_target"),
+        (SingleLabel(3), torch.tensor([0.3, 1.5]), r"from training_target"),
         (Segmentation(3), torch.zeros(2, 1, 4, 4), r"take target.squeeze\(1\).long\(\)"),
         (SingleLabel(3), torch.zeros(2), r"take target.long\(\)"),
         (SingleLabel(3), torch.tensor([1, 3, 2]), "got 1 to 3: count classes from 0"),

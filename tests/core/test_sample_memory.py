@@ -30,7 +30,7 @@ def test_state_survives_and_must_fit():
     other.load_state_dict(memory.state_dict())
     other.allocate(3, CPU)
     assert torch.equal(other.rows, memory.rows)
-    with pytest.raises(ValueError, match="remembers 3 training samples, the data has 5"):
+    with pytest.raises(ValueError, match="has stored values of 3 training samples, the data has 5"):
         other.allocate(5, CPU)
     with pytest.raises(ValueError, match=r"rows of shape \(2,\), expected \(7,\)"):
         SampleMemory((7,)).load_state_dict(memory.state_dict())

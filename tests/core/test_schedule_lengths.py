@@ -125,7 +125,7 @@ def test_a_schedule_that_was_told_no_length_says_so(schedule):
     optimizer = sgd()(nn.Linear(4, 3).parameters())
     alone = schedule(optimizer)
     optimizer.step()
-    with pytest.raises(ValueError, match=f"{type(alone).__name__} ends with the training, and was not told when"):
+    with pytest.raises(ValueError, match=f"{type(alone).__name__} ends with the training, whose length is not set"):
         alone.step()
 
 

@@ -6,7 +6,7 @@ from torch.optim.lr_scheduler import CosineAnnealingLR, LinearLR, SequentialLR
 
 from lightning_kd.cli import main
 from lightning_kd.core.checkpoint_files import read_checkpoint
-from lightning_kd.core.schedules import told_of_length
+from lightning_kd.core.schedules import length_warnings
 from lightning_kd.core.warmup import WarmupCosine
 
 QUIET = ["--trainer.enable_progress_bar", "false"]
@@ -95,7 +95,7 @@ def test_a_training_that_is_shorter_is_told():
 
 @pytest.mark.parametrize(("total", "told"), [(100, True), (12, False), (8, False)])
 def test_a_warm_up_that_is_longer_than_the_training_is_told(total, told):
-    found = told_of_length(WarmupCosine(torch.optim.SGD([torch.zeros(1)], 0.1), 5, total), 12, "training", "step")
+    found = length_warnings(WarmupCosine(torch.optim.SGD([torch.zeros(1)], 0.1), 5, total), 12, "training", "step")
     sentence = "WarmupCosine has total_steps 100, the training has 12 steps, so it ends at a high learning rate"
     assert [text.partition(":")[0] for text in found] == [sentence] * told
 

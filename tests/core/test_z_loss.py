@@ -158,9 +158,9 @@ def test_a_classifier_that_starts_from_zero_is_told():
         ({"loss": "zed"}, "loss must be 'ce' or 'z', got 'zed'"),
         ({"loss": "z", "z_a": 0}, "z_a must be above 0, got 0"),
         ({"loss": "z", "num_classes": 2}, "num_classes must be at least 3, got 2: the Z-loss of two classes"),
-        ({"loss": "z", "label_smoothing": 0.1}, "label_smoothing is of the cross-entropy, got 0.1 with loss='z'"),
-        ({"loss": "z", "class_weights": [1.0, 2.0, 3.0]}, "class_weights is of the cross-entropy"),
-        ({"loss": "z", "use_sampling_weights": True}, "use_sampling_weights is of the cross-entropy"),
+        ({"loss": "z", "label_smoothing": 0.1}, "label_smoothing is for loss='ce' only, got 0.1 with loss='z'"),
+        ({"loss": "z", "class_weights": [1.0, 2.0, 3.0]}, "class_weights is for loss='ce' only"),
+        ({"loss": "z", "use_sampling_weights": True}, "use_sampling_weights is for loss='ce' only"),
     ],
 )
 def test_classification_refuses(arguments, message):

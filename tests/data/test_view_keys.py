@@ -73,7 +73,7 @@ def test_fixed_views_of_a_sample_differ_and_hang_on_the_seed():
     assert 0 <= table.min() <= table.max() < 162
     assert np.array_equal(table, ViewKeys(fixed=20, seed=1).table(5000, 162))
     assert not np.array_equal(table, ViewKeys(fixed=20, seed=2).table(5000, 162))
-    with pytest.raises(ValueError, match=r"fixed views must be 162 or fewer, which a sample has, got 200"):
+    with pytest.raises(ValueError, match=r"fixed must be 162 or fewer, the views of a sample, got 200"):
         ViewKeys(fixed=200).table(3, 162)
     with pytest.raises(ValueError, match="fixed must be at least 1"):
         ViewKeys(fixed=0)

@@ -303,7 +303,7 @@ class Pairs(torch.utils.data.Dataset):
 
 
 def test_what_is_refused():
-    with pytest.raises(ValueError, match=r"^CRD remembers every sample, but the batch has no index"):
+    with pytest.raises(ValueError, match=r"^CRD stores values for every sample, but the batch has no index"):
         trainer().fit(built(), samples())
     with pytest.raises(ValueError, match=r"^CRD must find the label of each training sample by its index, got a Pairs"):
         trainer().fit(built(), DataLoader(Pairs(), 8))

@@ -225,7 +225,7 @@ def test_refuses():
     with pytest.raises(ValueError, match=r"alpha_t must be at least 0 and at most 1, got 1\.2"):
         PSKD(linear(), 10, input_shape=SHAPE, alpha_t=1.2)
     plain = DataLoader([(torch.zeros(1, 8, 8), 0)], 1)
-    with pytest.raises(ValueError, match="remembers every sample, but the batch has no index"):
+    with pytest.raises(ValueError, match="stores values for every sample, but the batch has no index"):
         trainer_of().fit(PSKD(linear(), 10, input_shape=SHAPE), plain)
     mixed = DataLoader([(torch.zeros(1, 8, 8), torch.full((10,), 0.1), 0)], 1)
     with pytest.raises(ValueError, match="target must be int64"):

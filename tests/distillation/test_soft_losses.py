@@ -148,7 +148,9 @@ def test_nkd_takes_the_largest_of_a_label_matrix():
     mixed = 0.7 * F.one_hot(target, 6).float() + 0.3 * F.one_hot(target.flip(0), 6)
     assert nkd_loss(s, t, mixed, 3.0, 3.5).item() == nkd_loss(s, t, target, 3.0, 3.5).item()
     for wrong in (2 * mixed, mixed - 0.1):
-        with pytest.raises(ValueError, match=r"rows of at least 0 that sum to 1, got values from .* sums from"):
+        with pytest.raises(
+            ValueError, match=r"values of at least 0 and rows that sum to 1, got values from .* sums from"
+        ):
             nkd_loss(s, t, wrong, 3.0, 3.5)
     with pytest.raises(ValueError, match=r"target must be \[5, 6\], got \[5, 4\]"):
         nkd_loss(s, t, mixed[:, :4], 3.0, 3.5)

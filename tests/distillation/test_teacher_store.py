@@ -453,7 +453,7 @@ def test_logits_that_half_precision_cannot_hold_are_refused(tmp_path):
     [
         ({"views": "some"}, "views must be 'all', 'plain' or a number above 0, got 'some'"),
         ({"views": "0"}, "views must be 'all', 'plain' or a number above 0, got '0'"),
-        ({"views": "30"}, "fixed views must be 9 or fewer, which a sample has, got 30"),
+        ({"views": "30"}, "fixed must be 9 or fewer, the views of a sample, got 30"),
         ({"dtype": "bfloat16"}, "dtype must be 'float16' or 'float32', got 'bfloat16'"),
         ({"compress": "marginal_renorm"}, "kind must be 'hard'"),
         ({"compress": "marginal_renorm_k10"}, "keeps 10 classes, which must be fewer than the 10"),

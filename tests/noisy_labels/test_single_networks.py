@@ -120,7 +120,7 @@ def test_before_the_first_refresh_truncation_changes_no_gradient():
 def test_truncation_without_a_data_module_is_refused_at_the_start():
     pairs = TensorDataset(torch.randn(8, 1, 8, 8), torch.arange(8), torch.arange(8))
     task = GCE("cnn_tiny", 10, input_shape=(1, 8, 8), truncation=0.5)
-    with pytest.raises(ValueError, match="hand your data to it in a data module"):
+    with pytest.raises(ValueError, match="give your data in a data module"):
         trainer_of().fit(task, DataLoader(pairs, batch_size=4))
 
 

@@ -38,8 +38,11 @@ def test_vote():
     [
         (SMALL - 1, "annotations must be classes from 0 to 2, or -1 for none, got -2 to 1"),
         (SMALL + 1, "annotations must be classes from 0 to 2, or -1 for none, got 0 to 3"),
-        (SMALL.float(), r"annotations must be integers \[N, R\], one column an annotator, got torch.float32 \[4, 3\]"),
-        (SMALL[0], r"annotations must be integers \[N, R\], one column an annotator, got torch.int64 \[3\]"),
+        (
+            SMALL.float(),
+            r"annotations must be integers \[N, R\], a column for each annotator, got torch.float32 \[4, 3\]",
+        ),
+        (SMALL[0], r"annotations must be integers \[N, R\], a column for each annotator, got torch.int64 \[3\]"),
     ],
 )
 def test_bad_annotations(annotations, message):
