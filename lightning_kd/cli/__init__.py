@@ -1,7 +1,7 @@
-"""The door: ``lightning-kd fit | validate | test | predict | export | query | label | active | ...``.
+"""The command line: ``lightning-kd fit | validate | test | predict | export | query | label | active | ...``.
 
-Only light modules are imported before the verb is known: ``compare``, ``label``, ``list`` and ``--version`` start at
-once.
+Only light modules are imported before the verb is known, so that ``compare``, ``label``, ``list`` and ``--version``
+start fast.
 """
 
 from __future__ import annotations
@@ -27,11 +27,14 @@ __all__ = ["get_cli", "main"]
 
 
 def main(args: Sequence[str] | None = None) -> None:
-    """Run one command; ``args`` default to the process's own.
+    """Run one command.
+
+    Args:
+        args: the words of the command line after ``lightning-kd``. Default: those of the process.
 
     Raises:
-        SystemExit: with status 1 (or jsonargparse's 2) where the command failed; what failed was printed. With 143
-            and 129 where SIGTERM and SIGHUP have stopped it.
+        SystemExit: with status 1 (or jsonargparse's 2) if the command failed, after printing the error; with 143 and
+            129 if SIGTERM and SIGHUP have stopped it.
     """
     argv = list(sys.argv[1:] if args is None else args)
     name = argv[0] if argv else "--help"
@@ -55,12 +58,12 @@ def main(args: Sequence[str] | None = None) -> None:
 
 
 def get_cli(args: Sequence[str] | None = None, run: bool = False, **kwargs: Any) -> RunCLI:
-    """The parsed command line as objects ``cli.model``, ``cli.datamodule`` and ``cli.trainer``, for notebooks.
+    """Build the objects of a command line: ``cli.model``, ``cli.datamodule`` and ``cli.trainer``, for notebooks.
 
     Args:
         args: options such as ``["--config", "distillation/dhkd_digits", "--trainer.max_epochs", "3"]``; with
             ``run=True`` the verb comes first.
-        run: run the verb at once.
+        run: also run the verb.
         kwargs: further arguments of ``RunCLI``.
     """
     from lightning_kd.cli.run_cli import RunCLI
@@ -74,7 +77,7 @@ def get_cli(args: Sequence[str] | None = None, run: bool = False, **kwargs: Any)
 
 def _run(argv: list[str]) -> None:
     if "" not in sys.path and os.getcwd() not in sys.path:
-        sys.path.insert(0, os.getcwd())  # a user's own classes, as with python -m
+        sys.path.insert(0, os.getcwd())  # so that users' own classes can be imported, as with python -m
     try:
         resolved, paths = with_config_paths(with_config_of_run(argv))
         from lightning_kd.cli.class_help import class_help, help_request

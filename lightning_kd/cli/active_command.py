@@ -1,4 +1,4 @@
-"""``lightning-kd active``: a whole active learning benchmark, each round with objects of its own."""
+"""``lightning-kd active``: a whole active learning benchmark, with a new Trainer, task and data module each round."""
 
 from __future__ import annotations
 
@@ -28,22 +28,22 @@ def active(
     ckpt_path: str | None = None,
     weights_only: bool | None = None,
 ) -> None:
-    """The whole active learning benchmark: train, test, query, ask the oracle, until the budget is spent.
+    """Run a whole active learning benchmark: train, test, query and label by the oracle, round by round.
 
     Raises:
-        RuntimeError: always: each round needs objects of its own, which one Trainer cannot make.
+        RuntimeError: always. Each round needs a new Trainer; the command line calls ``run_active`` instead.
     """
     raise RuntimeError(
-        "active makes a Trainer, a model and a data module for each round: call lightning_kd.active_learning."
-        "run_rounds(start, folder) from Python"
+        "active needs a new Trainer, model and data module for each round: from Python call "
+        "lightning_kd.active_learning.run_rounds(start, folder)"
     )
 
 
 def check(config: Any) -> None:
-    """Refuse settings before anything is built."""
+    """Raise for settings that ``active`` cannot work with, before anything is built."""
     check_kept("active", config)
     if config.get("ckpt_path"):
-        raise ValueError(f"active goes on by itself, got ckpt_path={config['ckpt_path']}: leave it out")
+        raise ValueError(f"active resumes by itself, got ckpt_path={config['ckpt_path']}: leave it out")
     if type(config.get("seed_everything")) is not int:
         raise ValueError(f"active needs a seed, got seed_everything={config.get('seed_everything')}: give a number")
     folder = RunFolder(config["run"])
@@ -52,12 +52,12 @@ def check(config: Any) -> None:
 
 
 def run_active(cli: Any) -> None:
-    """All rounds of the ``RunCLI``; prints a table of them at the end.
+    """Run all rounds of the ``RunCLI``, and print a table of them at the end.
 
     Raises:
-        ValueError: where the data have no oracle, or the folder holds rounds of another recipe.
+        ValueError: if the data have no oracle, or the folder holds rounds with other settings.
     """
-    check_pool("active", cli.model, cli.datamodule).oracle([])  # or there is none
+    check_pool("active", cli.model, cli.datamodule).oracle([])  # raises if there is no oracle
     whole, config = cli.run_folder, cli.config["active"]
     with alone_on_pool(whole.path):
         rows = _run_rounds(cli, whole, config)
@@ -105,7 +105,7 @@ def _run_rounds(cli: Any, whole: RunFolder, config: Any) -> list[dict[str, Any]]
 
 
 def _end_rounds(folder: Path, count: int) -> None:
-    """Say of rounds that were done when their command was killed that they are."""
+    """Mark finished rounds as finished whose ``run.json`` says otherwise because their command was killed."""
     for number in range(count):
         round_folder = RunFolder(folder / f"round_{number:02d}")
         record = round_folder.read_record()
@@ -116,5 +116,5 @@ def _end_rounds(folder: Path, count: int) -> None:
 
 
 def next_step(config: str, answer: Any) -> str:
-    """The command after it, for a run with this ``config.yaml``."""
+    """The next command for a run with this ``config.yaml``."""
     return f"lightning-kd compare {shlex.quote(str(Path(shlex.split(config)[0]).parent))}"

@@ -1,4 +1,5 @@
-"""The first trace of a command in its run folder, left when its work begins: what fails before leaves none."""
+"""Writing the first files of a command into its run folder only when its work begins, so that an early error leaves
+the folder unchanged."""
 
 from __future__ import annotations
 
@@ -20,10 +21,13 @@ __all__ = ["Beginning", "FolderBefore"]
 
 
 class FolderBefore:
-    """A run folder as it was before a command.
+    """The state of a run folder before a command, so that it can be restored.
 
     Args:
         folder: the run folder; it need not exist.
+
+    Attributes:
+        record: the content of ``run.json``, or ``None``.
     """
 
     def __init__(self, folder: RunFolder) -> None:
@@ -34,10 +38,10 @@ class FolderBefore:
         self._kept = folder.path / ".before"
 
     def set_aside(self, paths: Iterable[Path]) -> None:
-        """Keep these files for ``restore``, as the command is about to remove them."""
+        """Keep copies of these files, which the command is about to remove, for ``restore``."""
         if self._missing:
             return
-        shutil.rmtree(self._kept, ignore_errors=True)  # of a command that was killed
+        shutil.rmtree(self._kept, ignore_errors=True)  # those of a command that was killed
         for path in paths:
             place = self._kept / path.relative_to(self.folder.path)
             place.parent.mkdir(parents=True, exist_ok=True)
@@ -45,18 +49,18 @@ class FolderBefore:
                 _link(path, place)
 
     def forget(self) -> None:
-        """Remove what was set aside."""
+        """Remove the copies of ``set_aside``."""
         shutil.rmtree(self._kept, ignore_errors=True)
 
     def restore(self) -> None:
-        """Make the folder what it was."""
+        """Restore the folder to its state before the command."""
         if self._missing:
             shutil.rmtree(self.folder.path, ignore_errors=True)
-            with suppress(OSError):  # another command may have put something there
+            with suppress(OSError):  # another command may have written something there
                 for path in self._missing[1:]:
                     path.rmdir()
             return
-        if not self._has_noise:  # it would bind the next fit
+        if not self._has_noise:  # otherwise the next fit would have to use this noise
             self.folder.noise.unlink(missing_ok=True)
         for path in [path for path in self._kept.rglob("*") if path.is_file()]:
             place = self.folder.path / path.relative_to(self._kept)
@@ -66,11 +70,11 @@ class FolderBefore:
 
 
 class Beginning(L.Callback):
-    """Writes ``run.json`` and ``config.yaml`` once training, or whatever the verb does, has begun.
+    """Writes ``run.json`` and ``config.yaml`` when training, or another work of the verb, begins.
 
     Args:
-        before: the command's folder as it was.
-        command: the command line for ``run.json``.
+        before: the state of the run folder before the command.
+        command: the command line, for ``run.json``.
     """
 
     def __init__(self, before: FolderBefore, command: str) -> None:
@@ -80,12 +84,24 @@ class Beginning(L.Callback):
         self._waiting: list[tuple[RunFolder, str | None, int | None, str | None]] = []
 
     def add(self, folder: RunFolder, verb: str | None, seed: int | None, config: str | None = None) -> None:
-        """Have ``run.json`` (unless ``verb`` is ``None``) and ``config.yaml`` written into one more folder."""
-        self._waiting = [entry for entry in self._waiting if entry[1] != verb]  # a round that was done already
+        """Register a folder for ``begin``, which writes ``run.json`` (unless ``verb`` is ``None``) and ``config.yaml``.
+
+        Args:
+            folder: the run folder.
+            verb: see ``RunFolder.begin``.
+            seed: see ``RunFolder.begin``.
+            config: the text of ``config.yaml``; ``None``: it is not written.
+        """
+        self._waiting = [entry for entry in self._waiting if entry[1] != verb]  # a round that needed no training
         self._waiting.append((folder, verb, seed, config))
 
     def begin(self, only: RunFolder | None = None, class_names: list[str] | None = None) -> None:
-        """Write what waits, all or, when the command has ended, that of one folder; ``class_names`` are the data's."""
+        """Write the files of all registered folders.
+
+        Args:
+            only: at the end of a command: write those of this folder alone, with the start time of the command.
+            class_names: names of the data's classes.
+        """
         waiting, self._waiting = self._waiting, []
         for folder, verb, seed, config in waiting:
             if only is not None and folder is not only:
@@ -99,7 +115,7 @@ class Beginning(L.Callback):
         self.before.forget()
 
     def has_begun(self) -> bool:
-        """Whether the folder's record tells of this command; it may be another process that wrote it."""
+        """Whether the folder's ``run.json`` is of this command, written by this or another process."""
         folder = self.before.folder
         content = _content(folder.record_file)
         if folder.record or content is None or content == self.before.record:
@@ -119,7 +135,7 @@ class Beginning(L.Callback):
         self._note(trainer)
 
     def on_fit_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        self._note(trainer)  # of a fit with nothing left to train, which may have an end to make up for
+        self._note(trainer)  # a fit with no epochs left, which may still write its results
 
     def on_validation_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         if trainer.state.fn == "validate":
@@ -139,5 +155,5 @@ def _content(path: Path) -> bytes | None:
 def _link(source: Any, target: Any) -> None:
     try:
         os.link(source, target)
-    except OSError:  # not every file system can
+    except OSError:  # a file system without hard links
         shutil.copy2(source, target)

@@ -1,4 +1,4 @@
-"""``lightning-kd claim``: run a small experiment that could show a paper's claim, and say whether it does."""
+"""``lightning-kd claim``: run a small experiment on a paper's claim, and report whether the claim holds in it."""
 
 from __future__ import annotations
 
@@ -30,28 +30,28 @@ _PRELOAD = ["lightning_kd.cli.run_cli"]
 
 
 def main(args: Sequence[str]) -> None:
-    """The command line.
+    """Run the command with ``args``.
 
     Raises:
-        ValueError: of one sentence, where the claim or an option cannot be used, or a run failed.
-        OSError: where there is no such claim, or nothing can be written.
+        ValueError: if the claim or an option cannot be used, or a run failed.
+        OSError: if there is no such claim, or files cannot be written.
     """
     parser = argparse.ArgumentParser(
         prog="lightning-kd claim",
         usage="lightning-kd claim [NAME] [--seeds N [N ...]] [--jobs N] [--run FOLDER] [--overwrite] [further options]",
-        description="Run a small experiment that could show a paper's claim, and say whether it does. Without NAME, or "
-        "with list: the claims. Further options, such as --data.root FOLDER, go to every training command.",
+        description="Run a small experiment on a paper's claim, and report whether the claim holds in it. Without "
+        "NAME, or with list: list the claims. Further options, such as --data.root FOLDER, go to every training.",
         allow_abbrev=False,
     )
     parser.add_argument("name", nargs="?", default="list", metavar="NAME", help="a shipped claim, or a YAML file")
     parser.add_argument(
-        "--seeds", nargs="+", type=int, metavar="N", help="how many seeds, or several of them (default: the claim's)"
+        "--seeds", nargs="+", type=int, metavar="N", help="number of seeds, or a list of seeds (default: the claim's)"
     )
     parser.add_argument(
-        "--jobs", type=int, default=1, metavar="N", help="runs at once, of one thread each (default: 1)"
+        "--jobs", type=int, default=1, metavar="N", help="number of runs at once, of one thread each (default: 1)"
     )
-    parser.add_argument("--run", type=Path, metavar="FOLDER", help="where the runs go (default: runs/claims/NAME)")
-    parser.add_argument("--overwrite", action="store_true", help="make all runs anew")
+    parser.add_argument("--run", type=Path, metavar="FOLDER", help="folder of the runs (default: runs/claims/NAME)")
+    parser.add_argument("--overwrite", action="store_true", help="run everything again, also finished runs")
     given, further = parser.parse_known_args(list(args))
     if given.name == "list":
         if further:
@@ -75,7 +75,7 @@ def main(args: Sequence[str]) -> None:
 
 
 def claim_list() -> str:
-    """The shipped claims: name, sentence, minutes and where it is from."""
+    """The text of ``lightning-kd claim list``: name, minutes, sentence and source of each shipped claim."""
     lines = ["lightning-kd claim NAME runs one of these; minutes are of one CPU thread:"]
     for path in sorted((config_folder() / "claims").glob("*.yaml")):
         claim = read_claim(path)
@@ -84,10 +84,10 @@ def claim_list() -> str:
 
 
 def find_claim(name: str) -> Path:
-    """The file of a shipped claim, or of one's own given by its path.
+    """The file of a shipped claim by its name, or of your own claim by its path.
 
     Raises:
-        FileNotFoundError: with the nearest names.
+        FileNotFoundError: if there is none, with the nearest name.
     """
     if name.endswith((".yaml", ".yml")) and Path(name).is_file():
         return Path(name)
@@ -100,7 +100,7 @@ def find_claim(name: str) -> Path:
 
 
 def _make_runs(claim: Claim, folder: Path, at_once: int, anew: bool, further: Sequence[str]) -> None:
-    """What is not finished yet, after a look whether all of it can run."""
+    """Make all runs that are not finished, after checking the commands of all."""
     further = [*further, *_QUIET]
     jobs: list[Job] = []
     settings: dict[str, str] = {}
@@ -110,7 +110,7 @@ def _make_runs(claim: Claim, folder: Path, at_once: int, anew: bool, further: Se
             commands = claim.commands(setting, seed, folder, further)
             for flag, value in pairwise(commands[0]):
                 if flag == "--config":
-                    config_path(value)  # or there is none of that name
+                    config_path(value)  # raises if there is no such config
             if left := commands_left(folder / name, commands, anew):
                 after = [claim.run_name(other, seed) for other in claim.needs(setting)]
                 jobs.append(Job(name, left, folder / "logs" / f"{name}.txt", after))
@@ -132,9 +132,13 @@ def _make_runs(claim: Claim, folder: Path, at_once: int, anew: bool, further: Se
 
 
 def _check(claim: Claim, jobs: Sequence[Job], settings: dict[str, str], folder: Path, at_once: int) -> None:
-    """Parse the training command of each setting, in processes that import what this one does not."""
+    """Parse the training command of each setting, in other processes, as this one imports neither torch nor lightning.
+
+    Raises:
+        ValueError: if one cannot be parsed.
+    """
     first = {settings[job.name]: job for job in reversed(jobs) if job.commands[0][0] in ("fit", "active")}
-    looks = [
+    checks = [
         Job(
             f"the command of {setting}",
             [[*job.commands[0], "--print_config"]],
@@ -143,7 +147,7 @@ def _check(claim: Claim, jobs: Sequence[Job], settings: dict[str, str], folder: 
         for setting, job in first.items()
     ]
     try:
-        run_jobs(looks, at_once, _parse, preload=_PRELOAD)
+        run_jobs(checks, at_once, _parse, preload=_PRELOAD)
     except RuntimeError as error:
         raise ValueError(f"{claim.name}: nothing was run, as {error}") from None
 
@@ -151,7 +155,7 @@ def _check(claim: Claim, jobs: Sequence[Job], settings: dict[str, str], folder: 
 def _parse(words: list[str]) -> None:
     try:
         run_command(words)
-    except SystemExit as error:  # the parser ends the process also where all is well
+    except SystemExit as error:  # --print_config exits with 0 if all is well
         if error.code:
             raise
 

@@ -1,4 +1,4 @@
-"""What ``--model.help NAME`` and its like print: a class and its arguments on one screen."""
+"""The output of ``--model.help NAME`` and similar options: a class and its arguments on one screen."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ WIDTH, MOST_LINES = 118, 60
 
 
 def help_request(words: Sequence[str]) -> tuple[str, str] | None:
-    """The option and the class that help is asked for; the class is empty where none is named.
+    """The option and the class of a help option among ``words``, or ``None``; the class is empty if none is named.
 
     ``--model.help DHKD`` and ``--model.help=DHKD`` give ``("model", "DHKD")``.
     """
@@ -30,10 +30,10 @@ def help_request(words: Sequence[str]) -> tuple[str, str] | None:
 
 
 def class_help(key: str, name: str) -> str:
-    """The summary of the class that ``--key name`` means, and its arguments; without a name, those there are.
+    """The summary and the arguments of the class that ``--key name`` means; without a name, the names of all classes.
 
     Raises:
-        ValueError: where no such class is known.
+        ValueError: if no such class is known.
     """
     if not name:
         names = textwrap.fill(", ".join(known_classes(key)), WIDTH, initial_indent="  ", subsequent_indent="  ")
@@ -71,7 +71,7 @@ def _short(text: str, indent: int) -> str:
 
 
 def _argument(cls: type, name: str) -> tuple[str, str]:
-    """Name, type and default of an argument of ``cls`` or of the parent that it is handed on to, and its sentence."""
+    """``(title, sentence)`` of an argument of ``cls`` or of a parent that gets it: name, type and default; its doc."""
     parents = [parent for parent in inspect.getmro(cls) if "__init__" in vars(parent)]
     signatures = [inspect.signature(vars(parent)["__init__"]).parameters for parent in parents]
     parameter = next((known[name] for known in signatures if name in known), None)

@@ -1,6 +1,6 @@
-"""``lightning-kd list``: all that can be named in a config or a command.
+"""``lightning-kd list``: the names that can be used in a config or a command.
 
-It reads the package's files instead of importing them, which would take seconds.
+It parses the package's files instead of importing them, which would take seconds.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ def main(args: Sequence[str]) -> None:
 
 
 def class_list() -> str:
-    """Methods, optimizers, callbacks and data modules with a sentence each, networks and configs."""
+    """The text of ``lightning-kd list``: classes with the first line of their docstrings, networks, configs."""
     trees = {path: ast.parse(path.read_text()) for path in sorted(PACKAGE.rglob("*.py"))}
     classes = {node.name: node for tree in trees.values() for node in tree.body if isinstance(node, ast.ClassDef)}
 
@@ -67,7 +67,7 @@ def _configs() -> list[str]:
 
 
 def _exported(trees: dict[Path, ast.Module], without: str) -> list[str]:
-    """What the packages' ``__all__`` name; that of a family is put together from its modules."""
+    """The names in ``__all__`` of the packages; those of a family of methods are the names in its modules."""
     names: set[str] = set()
     for folder in {path.parent for path in trees if path.parent.parent == PACKAGE and path.stem == "__init__"}:
         if folder.name == without:
@@ -86,7 +86,7 @@ def _all_of(tree: ast.Module) -> list[str] | None:
 
 
 def _parents(name: str, classes: dict[str, ast.ClassDef]) -> Iterator[str]:
-    """The class itself, what it inherits from, and so on up to those of other packages."""
+    """The names of the class and all its bases, up to those of other packages."""
     yield name
     for base in classes[name].bases if name in classes else ():
         yield from _parents(ast.unparse(base).rpartition(".")[2], classes)
@@ -110,7 +110,7 @@ def _first_line(node: ast.ClassDef) -> str:
 
 
 def _network_names(tree: ast.Module) -> list[str]:
-    """The keys of the table of networks, whose values are of no interest here."""
+    """The names of the networks: the keys of the tables in ``nets/__init__.py``."""
     names = ["mlp"]
     for node in tree.body:
         tables = ("_NETWORKS", "_SEGMENTATION")

@@ -1,4 +1,4 @@
-"""The words of a command: the config of a run put in, the run folder that they name, the command that goes on."""
+"""Working with the words of a command: adding the config of a run, the default run folder, the command to resume."""
 
 from __future__ import annotations
 
@@ -12,10 +12,10 @@ __all__ = ["default_run_folder", "resume_command", "with_config_of_run"]
 
 
 def with_config_of_run(argv: list[str]) -> list[str]:
-    """``argv`` with the ``config.yaml`` of the run, where a verb of checkpoints is given a checkpoint alone.
+    """``argv``, with ``--config`` added for a verb that is given a checkpoint or run folder alone.
 
     Raises:
-        ValueError: where the checkpoint's run has none.
+        ValueError: if the run of the checkpoint has no ``config.yaml``.
     """
     if argv[0] not in CHECKPOINT_VERBS:
         return argv
@@ -38,7 +38,10 @@ def with_config_of_run(argv: list[str]) -> list[str]:
 
 
 def default_run_folder(config_paths: Sequence[str], fallback: str) -> str:
-    """``runs/`` and the names of the configs, overlays left out; a run's own ``config.yaml`` means that run."""
+    """The default run folder: ``runs/`` and the names of the configs, without overlays.
+
+    For the ``config.yaml`` of a run it is the folder of that run; without configs it is ``runs/`` and ``fallback``.
+    """
     paths = [Path(p) for p in config_paths if Path(p).parent.name != "_overlay"]
     if paths and paths[0].name == "config.yaml" and (paths[0].parent / "run.json").is_file():
         return str(paths[0].parent)
@@ -47,7 +50,7 @@ def default_run_folder(config_paths: Sequence[str], fallback: str) -> str:
 
 
 def resume_command(command: str, ckpt_path: str | None = "last") -> str:
-    """The command that goes on where ``command`` stopped; ``active`` knows by itself from where."""
+    """The command that resumes ``command`` from a checkpoint; ``active`` needs none, give ``None``."""
     kept: list[str] = []
     previous = ""
     for word in shlex.split(command):

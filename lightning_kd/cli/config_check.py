@@ -1,4 +1,4 @@
-"""What is wrong in a config file, told with its name before it is parsed."""
+"""Checking a config file before it is parsed, with errors that name the file and the line."""
 
 from __future__ import annotations
 
@@ -10,12 +10,12 @@ import yaml
 
 __all__ = ["YAML_LOADER", "check_config"]
 
-# the C loader is ten times faster, where yaml was built with it
+# the C loader, if there is one, is ten times faster
 YAML_LOADER: Any = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
 
 
 def check_config(path: str) -> None:
-    """Refuse a file that is no mapping in YAML, or names a key twice in one mapping: YAML would take the last of them.
+    """Raise if a file is no YAML mapping, or has a key twice in one mapping, of which YAML would take the last.
 
     Raises:
         ValueError: naming the file, the line and what is wrong there.
@@ -35,13 +35,13 @@ def check_config(path: str) -> None:
         raise ValueError(f"{path} holds no settings: give NAME: VALUE in each line")
     for name, first, second in _doubled(root, set()):
         raise ValueError(
-            f"{path} names {name} twice, in lines {first} and {second}, and YAML takes the last alone: put both into "
-            "one, or remove one"
+            f"{path} names {name} twice, in lines {first} and {second}, and YAML takes the last alone: merge them, or "
+            "remove one"
         )
 
 
 def _doubled(node: yaml.Node, seen: set[int], parents: str = "") -> Iterator[tuple[str, int, int]]:
-    """Name, first and second line of each key that comes twice in one mapping below ``node``."""
+    """``(name, first line, second line)`` of each key that is twice in one mapping below ``node``."""
     if id(node) in seen:  # an alias
         return
     seen.add(id(node))

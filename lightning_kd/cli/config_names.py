@@ -1,4 +1,4 @@
-"""Shipped configs by name: ``distillation/dhkd_digits`` for ``configs/distillation/dhkd_digits.yaml``."""
+"""Finding shipped configs by name: ``distillation/dhkd_digits`` is ``configs/distillation/dhkd_digits.yaml``."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ _CLASSES = ("--model", "--data", "--model.class_path", "--data.class_path")
 
 
 def config_folder() -> Path:
-    """Where the configs are: inside the installed package, or the repository's folder of an editable install."""
+    """The folder of the configs: in the installed package, or in the repository of an editable install."""
     package = Path(__file__).parent.parent
     inside = package / "configs"
     return inside if inside.is_dir() else package.parent / "configs"
@@ -27,10 +27,10 @@ def config_names() -> list[str]:
 
 
 def config_path(name: str) -> str:
-    """The path of a config given by path, by shipped name, or by the folder of a run that has one.
+    """The path of a config, given by its path, by its shipped name, or by a run folder.
 
     Raises:
-        FileNotFoundError: with the nearest known names.
+        FileNotFoundError: if there is none, with the nearest known names.
     """
     if Path(name).is_file():
         return name
@@ -48,10 +48,17 @@ def config_path(name: str) -> str:
 
 
 def with_config_paths(args: Sequence[str]) -> tuple[list[str], list[str]]:
-    """The arguments with every config name replaced by its path, and these paths in order.
+    """Replace config names by paths, and move configs to the front.
 
-    Configs come first, wherever they stand, so that a flag wins over each of them. A class (``--model DHKD``) that
-    stands before a config is there twice: for the settings in the config, and to win over its class.
+    Configs come first, so that an option always overrides them. A class (``--model DHKD``) that stands before a config
+    is repeated before it, so that the config's settings apply to this class, and again after it, so that it overrides
+    the config's class.
+
+    Args:
+        args: the words of the command line.
+
+    Returns:
+        ``(words, paths)``: the new words, and the paths of the configs in order.
     """
     words = list(args)
     verb = [words.pop(0)] if words and not words[0].startswith("-") else []

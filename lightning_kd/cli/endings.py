@@ -1,4 +1,4 @@
-"""What a command says at its end: what was reached, where it is, the command that goes on."""
+"""The last lines of a command: its results, its folder, and the next command."""
 
 from __future__ import annotations
 
@@ -24,27 +24,27 @@ __all__ = ["check_still_there", "report", "tell"]
 
 
 def check_still_there(cli: Any) -> None:
-    """Raise a ``FileNotFoundError`` where somebody removed the folder of the ``RunCLI`` while it worked."""
+    """Raise a ``FileNotFoundError`` if the run folder, or its ``run.json``, was removed during the command."""
     folder = cli.run_folder
     if cli.beginning.has_begun() and not folder.record_file.is_file():
         raise FileNotFoundError(
             f"{folder.path}, or its run.json, was removed while {cli.subcommand} ran: only what was written since then "
-            "is there; run the command again, with another --run folder where that is of use"
+            "is there; run the command again, if needed with another --run folder"
         )
 
 
 def report(cli: Any, error: BaseException | None) -> None:
-    """Note the outcome of the ``RunCLI`` in ``run.json`` and print the last lines.
+    """Write the outcome of the ``RunCLI`` to ``run.json`` and print the last lines.
 
-    A command that failed before its work began leaves its folder as it was. What cannot be written here is told after
-    the first error, and is an error itself where there is none.
+    If the command failed before its work began, its folder is restored. If ``run.json`` cannot be written, that is
+    reported after the first error, or is the error if there is no other.
     """
     folder, trainer = cli.run_folder, getattr(cli, "trainer", None)
     outcome = "finished" if error is None else "interrupted" if _is_stop(error) else "failed"
     begun = cli.beginning.has_begun()
     unwritten: list[str] = []
     if error is not None and not begun:
-        with _noted(unwritten):
+        with _errors_kept(unwritten):
             cli.beginning.before.restore()
     elif not begun and not cli.only_prints:
         cli.beginning.begin(folder)
@@ -62,7 +62,7 @@ def report(cli: Any, error: BaseException | None) -> None:
         inside = begun and folder.record_file.is_file()
         _print_error(error, folder.path / "traceback.txt" if inside else None)
     if begun and (error is None or folder.record_file.is_file()):
-        with _noted(unwritten):
+        with _errors_kept(unwritten):
             folder.end(outcome, **details)
     for sentence in unwritten:
         print(f"error: {sentence}", file=sys.stderr)
@@ -85,14 +85,14 @@ def report(cli: Any, error: BaseException | None) -> None:
                 print(f"to look at: {page}")
         else:
             print(f"in {folder.path}/")
-    if step := _next_step(cli) if outcome == "finished" else _way_on(cli, outcome, begun):
+    if step := _next_step(cli) if outcome == "finished" else _resume_step(cli, outcome, begun):
         print(step)
     if unwritten and error is None:
         sys.exit(1)
 
 
 def tell(cli: Any, error: BaseException) -> None:
-    """Print the last lines of a ``RunCLI`` that keeps no run and has failed or was stopped, once it was parsed."""
+    """Print the last lines of a failed or stopped ``RunCLI`` whose verb has no run folder."""
     if cli.keeps_run or not hasattr(cli, "run_folder"):
         return
     if _is_stop(error):
@@ -107,7 +107,8 @@ def _print_error(error: BaseException, trace: Path | None) -> None:
 
 
 @contextmanager
-def _noted(sentences: list[str]) -> Iterator[None]:
+def _errors_kept(sentences: list[str]) -> Iterator[None]:
+    """A context that adds the message of an ``OSError`` to ``sentences`` instead of raising it."""
     try:
         yield
     except OSError as error:
@@ -119,7 +120,7 @@ def _is_stop(error: BaseException) -> bool:
 
 
 def _cause(error: BaseException) -> BaseException:
-    """What went wrong first: jsonargparse wraps what a constructor raised."""
+    """The first error: jsonargparse wraps the error that a constructor raised."""
     while error.__cause__ is not None and str(error).startswith("Does not validate"):
         error = error.__cause__
     return error
@@ -127,14 +128,14 @@ def _cause(error: BaseException) -> BaseException:
 
 def _sentence(error: BaseException) -> str:
     cause = sentence_of(_cause(error))
-    if _cause(error) is not error and cause.startswith("Expected a "):  # what the last of several types made of it
+    if _cause(error) is not error and cause.startswith("Expected a "):  # the error of the last of several types
         tried = re.findall(r"^\s*- (?!Expected a|Does not validate)(.+)$", str(error), re.MULTILINE)
         return tried[-1] if tried else cause
     return cause
 
 
 def _write_trace(error: BaseException, path: Path | None) -> str:
-    """Write the trace, and say where; without a path only where the sentence of the error is not one of ours."""
+    """Write the traceback and return the words that say where; without ``path``, only for errors of other packages."""
     if path is None:
         ours = Path(lightning_kd.__file__).parent
         if ours in Path(traceback.extract_tb(_cause(error).__traceback__)[-1].filename).parents:
@@ -142,7 +143,7 @@ def _write_trace(error: BaseException, path: Path | None) -> str:
         path = Path(tempfile.gettempdir()) / f"lightning-kd-{uuid4().hex[:12]}.txt"
     try:
         write_text(path, "".join(traceback.format_exception(error)))
-    except OSError:  # the error itself is what matters
+    except OSError:  # the error itself is printed without the traceback
         return ""
     return f"\n(trace in {path})"
 
@@ -163,7 +164,7 @@ def _next_step(cli: Any) -> str:
 
 
 def _others_beside(folder: RunFolder) -> bool:
-    """Whether finished runs lie beside this one, which is one itself."""
+    """Whether this run is finished, and other finished runs are in the same parent folder."""
     runs = [path.parent for path in folder.path.absolute().parent.glob("*/run.json") if _is_finished_fit(path)]
     return folder.path.absolute() in runs and len(runs) > 1
 
@@ -172,8 +173,8 @@ def _is_finished_fit(record_file: Path) -> bool:
     return RunFolder(record_file.parent).fit_is_finished() and (record_file.parent / "config.yaml").is_file()
 
 
-def _way_on(cli: Any, outcome: str, begun: bool) -> str:
-    """The command that goes on; none where it would fail again."""
+def _resume_step(cli: Any, outcome: str, begun: bool) -> str:
+    """The line with the command that resumes a stopped or failed one; empty if it would fail again."""
     if cli.subcommand == "active" and (begun or outcome == "interrupted"):
         return f"go on with: {resume_command(cli.command, None)}"
     if cli.subcommand == "fit" and begun and cli.run_folder.last.is_file():

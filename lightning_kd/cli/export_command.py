@@ -1,4 +1,4 @@
-"""``lightning-kd export``: a trained run as one file for other programs."""
+"""``lightning-kd export``: write the network of a trained run as one file for other programs."""
 
 from __future__ import annotations
 
@@ -14,12 +14,12 @@ COUNT = 32
 
 
 def main(args: Sequence[str]) -> None:
-    """The command line; raises a ``ValueError``, ``OSError`` or ``ImportError`` of one message where it fails."""
+    """Run the command with ``args``; an error is a ``ValueError``, ``OSError`` or ``ImportError`` with one message."""
     parser = argparse.ArgumentParser(
         prog="lightning-kd export",
         description="Write the network of a run as one file, with the normalisation inside: from images, float32 "
         "[B, C, H, W] of 0 to 1 in the size that was trained on, to probabilities. The file is read again and its "
-        "answers are compared with those of the run.",
+        "outputs are compared with those of the run.",
     )
     parser.add_argument("run", help="a run folder (best.ckpt, else last.ckpt), or a checkpoint in one")
     parser.add_argument(
@@ -32,11 +32,11 @@ def main(args: Sequence[str]) -> None:
     parser.add_argument("--output", help="the file; default: exported.onnx, .torchscript or .pt in the run folder")
     parser.add_argument(
         "--images",
-        help="what to compare with: a folder, an image, a list, or a .npy or .npz; default: the test set of the run",
+        help="images to compare outputs on: a folder, an image, a list, or a .npy or .npz; default: the run's test set",
     )
     given = parser.parse_args(args)
     if "" not in sys.path and os.getcwd() not in sys.path:
-        sys.path.insert(0, os.getcwd())  # a user's own classes
+        sys.path.insert(0, os.getcwd())  # so that users' own classes can be imported
     from lightning_kd.core.notes import note
     from lightning_kd.deploy.exported_network import FORMATS, export
     from lightning_kd.deploy.predictor import load
@@ -51,7 +51,7 @@ def main(args: Sequence[str]) -> None:
     images, source = predictor.images_to_compare(given.images, COUNT)
     if source is None:
         source = "random noise"
-        note("the data of the run is not there: the file is compared on random noise; name some images with --images")
+        note("the data of the run were not found: the file is compared on random noise; give images with --images")
     largest = export(predictor, given.format, path, images)
     print(f"{path}: {given.format} of {predictor.checkpoint}")
     pixels = len(predictor.input_shape) == 3

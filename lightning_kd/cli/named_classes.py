@@ -1,4 +1,4 @@
-"""Classes that can be named without their module, by the option that takes them."""
+"""The classes that an option takes by name alone, without their module."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ _GIVEN_BY_US = {Optimizer: {"params"}, LRScheduler: {"optimizer"}}
 
 
 def known_classes(key: str) -> dict[str, type]:
-    """The classes that ``--key`` takes, by name: all subclasses that are imported; networks for an unknown key."""
+    """The classes that ``--key`` takes, by name: all imported subclasses of its base; ``nn.Module`` by default."""
     base = _BASES.get(key.rpartition(".")[2], nn.Module)
     found: dict[str, type] = {}
     for cls in _subclasses(base):
@@ -63,7 +63,7 @@ def find_class(key: str, name: str) -> type:
     """The class that ``--key name`` means, by its name or by its import path.
 
     Raises:
-        ValueError: where there is none, with the nearest names.
+        ValueError: if there is none, with the nearest names.
     """
     module, _, own_name = name.rpartition(".")
     if module:
@@ -73,7 +73,7 @@ def find_class(key: str, name: str) -> type:
             raise ValueError(f"--{key} {name!r} cannot be imported: {error}") from error
         if inspect.isclass(found):
             return found
-        raise ValueError(f"--{key} {name!r} is no class: name one")
+        raise ValueError(f"--{key} {name!r} is not a class: name one")
     known = known_classes(key)
     if name not in known:
         raise ValueError(f"--{key} {name!r} is not known{near_names(name, known)}")
@@ -81,14 +81,14 @@ def find_class(key: str, name: str) -> type:
 
 
 def near_names(name: str, known: Iterable[str], prefix: str = "") -> str:
-    """``: did you mean ...?`` with ``prefix`` before each name, or nothing where no known name is near."""
+    """``: did you mean ...?`` with the nearest known names, each after ``prefix``; empty if none is near."""
     by_lower = {known_name.lower(): known_name for known_name in known}
     near = difflib.get_close_matches(name.lower(), by_lower, n=3, cutoff=0.6)
     return f": did you mean {', '.join(prefix + by_lower[found] for found in near)}?" if near else ""
 
 
 def argument_names(cls: type) -> list[str]:
-    """The arguments of ``cls`` that can be given in a config, with those that it hands on to its parents."""
+    """The arguments of ``cls`` that can be given in a config, including those that ``**kwargs`` pass to parents."""
     skip = {name for base, names in _GIVEN_BY_US.items() if issubclass(cls, base) for name in names}
     added = ArgumentParser(exit_on_error=False).add_class_arguments(cls, "of", fail_untyped=False, skip=skip)
     return [name.removeprefix("of.") for name in added]

@@ -1,4 +1,4 @@
-"""What ``predict`` of new samples has from the run, so that the data trained on need not be there any more."""
+"""Predicting new samples with what a checkpoint stores of the data, so that the training data need not exist."""
 
 from __future__ import annotations
 
@@ -18,12 +18,12 @@ from lightning_kd.data.preparation import of_older_checkpoint
 __all__ = ["take_from_run", "without_predict"]
 
 _FLAGS = ("--data.predict", "--data.init_args.predict")
-# these have predict themselves, but for image files alone
+# these have an argument predict themselves, for image files only
 _OF_FILES = ("ImageFolderDataModule", "SegmentationFolderDataModule", "CamVidDataModule", "CityscapesDataModule")
 
 
 def without_predict(words: Sequence[str]) -> tuple[list[str], str | None]:
-    """The words of a command line without ``--data.predict``, which not every data module knows, and its value."""
+    """The words of a command line without ``--data.predict``, which not every data module has, and its value."""
     left: list[str] = []
     given = None
     rest = iter(words)
@@ -35,26 +35,26 @@ def without_predict(words: Sequence[str]) -> tuple[list[str], str | None]:
         words_of = [word] if equals else [word, *islice(rest, 1)]
         value = value if equals else "".join(words_of[1:])
         if value in ("", "null"):
-            left += words_of  # the parser says what is wrong with it, or takes it for none
+            left += words_of  # the parser reports it, or takes it as None
         else:
             given = value
     return left, given
 
 
 def take_from_run(config: Any, given: str | None, folder: RunFolder) -> None:
-    """Let the data module read the new samples, with what the checkpoint says of the data of the run; and leave out the
-    teacher, which has no say in a prediction.
+    """Change the settings of ``predict`` so that new samples are read as the training data were, in place.
 
-    A data module of files that has ``predict`` itself gets class names, mean and deviation, where it has no value for
-    them; in the place of others, and of arrays, stands ``DescribedSamples``. Nothing is done without new samples.
+    A data module of files with an argument ``predict`` gets the class names, mean and std of the checkpoint, unless
+    it has values for them; others, and those of arrays, are replaced by ``DescribedSamples``. Without new samples the
+    data are not changed. The teacher's weights are not loaded, as predictions do not use them.
 
     Args:
         config: the settings of ``predict``.
         given: the value of ``--data.predict``.
-        folder: of the run.
+        folder: the run folder.
 
     Raises:
-        ValueError: for a data module that cannot read new samples, where no checkpoint says what it is like.
+        ValueError: for a data module that cannot read new samples, if there is no checkpoint that describes the data.
     """
     if config.get("ckpt_path") in ("last", "best"):
         config["ckpt_path"] = str(folder.checkpoint(config["ckpt_path"]))
@@ -81,13 +81,13 @@ def take_from_run(config: Any, given: str | None, folder: RunFolder) -> None:
         config["data"] = _described(arguments, known, given)
     elif "predict" not in arguments:
         raise ValueError(
-            f"{name} cannot read predict={given!r} without a checkpoint that says what its data is like: add "
-            "--ckpt_path best or last of a run"
+            f"{name} cannot read predict={given!r} without a checkpoint that describes its data: add --ckpt_path best "
+            "or last of a run"
         )
 
 
 def _described(arguments: Any, known: dict[str, Any], given: str) -> Namespace:
-    """The settings of ``DescribedSamples``; what a user says of the data counts more than the checkpoint."""
+    """The settings of ``DescribedSamples``; a user's own settings override those of the checkpoint."""
     source = (arguments.get("source") or {}).get("init_args") or arguments
     loading = {key: source[key] for key in ("eval_batch_size", "num_workers", "on_error") if key in source}
     own = {} if source is not arguments or arguments.get("normalize") is False else arguments

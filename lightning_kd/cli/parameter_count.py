@@ -1,4 +1,4 @@
-"""One line on the size of what is trained, in place of Lightning's table."""
+"""A line with the number of trained parameters, instead of Lightning's table."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ __all__ = ["ParameterCount"]
 
 
 class ParameterCount(L.Callback):
-    """Prints how many parameters are trained and how many are frozen, before the first epoch."""
+    """Prints the number of trained and of frozen parameters before the first epoch."""
 
     @rank_zero_only
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:

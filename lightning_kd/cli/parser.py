@@ -1,4 +1,4 @@
-"""The parser whose errors are one sentence."""
+"""The argument parser, whose error messages are one sentence."""
 
 from __future__ import annotations
 
@@ -16,12 +16,12 @@ __all__ = ["RunParser"]
 
 
 class RunParser(LightningArgumentParser):
-    """LightningCLI's parser, without the usage and jsonargparse's tree of what it tried.
+    """LightningCLI's parser with short errors, without the usage and jsonargparse's list of all types that it tried.
 
     With ``JSONARGPARSE_DEBUG`` in the environment both are printed.
 
     Attributes:
-        words: of the command line; an error about anything else is said to be of the ``configs``.
+        words: the words of the command line. An error about an option that is not among them names the ``configs``.
         configs: the paths of the config files.
     """
 

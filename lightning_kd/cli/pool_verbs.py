@@ -1,4 +1,4 @@
-"""What the verbs that work on a pool of unlabelled samples ask for before they start."""
+"""Checks that the verbs for a pool (``query`` and ``active``) make before they start."""
 
 from __future__ import annotations
 
@@ -16,19 +16,19 @@ __all__ = ["add_new_classes", "alone_on_pool", "check_kept", "check_pool"]
 
 
 def check_kept(verb: str, config: Any) -> None:
-    """Raise a ``ValueError`` where nothing would be kept."""
+    """Raise a ``ValueError`` for ``fast_dev_run``, with which results would not be written."""
     if config.trainer.get("fast_dev_run"):
         raise ValueError(
-            f"{verb} keeps what it finds, got fast_dev_run={config.trainer.fast_dev_run}: try --trainer."
+            f"{verb} must write its results, got fast_dev_run={config.trainer.fast_dev_run}: try --trainer."
             "max_epochs 1 with another --run folder instead"
         )
 
 
 def check_pool(verb: str, model: Any, datamodule: Any) -> Any:
-    """The data module, set up.
+    """Check that the model is a ``PoolTask`` and the data a pool; set up and return the data module.
 
     Raises:
-        ValueError: unless this is a method for pools on a pool.
+        ValueError: if they are not, or the data has ``answers`` of another run.
     """
     if not isinstance(model, PoolTask) or not isinstance(datamodule, OpenSetDataModule):
         raise ValueError(
@@ -36,16 +36,16 @@ def check_pool(verb: str, model: Any, datamodule: Any) -> Any:
             f"on {type(datamodule).__name__}: see the configs active_learning/... of lightning-kd list"
         )
     if datamodule.answers is not None:
-        raise ValueError(f"{verb} asks for labels in its own run, got answers={datamodule.answers!r}: leave it out")
+        raise ValueError(f"{verb} uses the answers of its own run, got answers={datamodule.answers!r}: leave it out")
     datamodule.setup()
     return datamodule
 
 
 def add_new_classes(config: Any, file: Path) -> None:
-    """Give the data of a run the classes that came with answers, which ``pool.json`` tells of.
+    """Add the classes that ``pool.json`` records as new to ``new_classes`` of the data, in place.
 
     Raises:
-        ValueError: where that is damaged.
+        ValueError: if the file is damaged.
     """
     arguments = config.data.get("init_args") if config.get("data") else None
     if arguments is not None and arguments.get("answers"):
@@ -58,5 +58,5 @@ def add_new_classes(config: Any, file: Path) -> None:
 
 
 def alone_on_pool(folder: Path) -> AbstractContextManager[None]:
-    """Keep other commands off the pool of the run folder; process 0 does so for all."""
+    """A lock on the pool of the run folder against other commands; process 0 holds it for all processes."""
     return alone(folder) if is_first_process() else nullcontext()

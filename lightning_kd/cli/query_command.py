@@ -1,4 +1,4 @@
-"""``lightning-kd query``: what to label next, from a pool."""
+"""``lightning-kd query``: choose the samples of a pool to label next."""
 
 from __future__ import annotations
 
@@ -22,13 +22,15 @@ def query(
     ckpt_path: str | None = None,
     weights_only: bool | None = None,
 ) -> Path:
-    """Choose what to label next, with the weights of last.ckpt unless told otherwise: query_ROUND.csv.
+    """Choose the samples of a pool to label next, and write them to query_ROUND.csv.
+
+    The weights are those of last.ckpt by default.
 
     Returns:
         The path of that file.
 
     Raises:
-        ValueError: unless this is a method for pools on a pool, or where an earlier query waits for answers.
+        ValueError: unless this is a method for pools on a pool, and if an earlier query has no answers yet.
     """
     data = check_pool("query", model, datamodule)
     folder = Path(trainer.default_root_dir)
@@ -37,12 +39,12 @@ def query(
 
 
 def check(config: Any) -> None:
-    """Refuse settings before anything is built."""
+    """Raise for settings that ``query`` cannot work with, before anything is built."""
     check_kept("query", config)
 
 
 def next_step(config: str, path: Path) -> str:
-    """The command after it."""
+    """The next command, for the person who labels."""
     file = shlex.quote(str(path))
     page = path.with_suffix(".html")
     opened = f"open {shlex.quote(str(page))} in a browser, or " if page.is_file() else ""

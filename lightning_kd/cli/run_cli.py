@@ -1,4 +1,4 @@
-"""LightningCLI with a run folder."""
+"""LightningCLI with a run folder and the verbs of lightning_kd."""
 
 from __future__ import annotations
 
@@ -40,11 +40,11 @@ family_packages()
 
 
 class RunCLI(LightningCLI):
-    """The parser and the objects behind every verb.
+    """Parses the command line, builds Trainer, model and data module, and runs the verb in a run folder.
 
     Args:
-        config_paths: the config files among ``args``, which name the default run folder.
-        command: the command line for ``run.json``.
+        config_paths: the config files among ``args``, whose names give the default run folder.
+        command: the command line, for ``run.json``.
         kwargs: further arguments of ``LightningCLI``.
     """
 
@@ -59,7 +59,7 @@ class RunCLI(LightningCLI):
             kwargs["args"], self._new_samples = without_predict(kwargs["args"])
         self._records = self._begins = False
         self.keeps_run = VERBS[self._verb].keeps_run if self._verb in VERBS else True
-        self.only_prints = False  # in a folder that may not be written
+        self.only_prints = False  # True for test and validate in a read-only folder
         self.later_round = False
         defaults: dict[str, Any] = {
             "trainer_class": RunTrainer,
@@ -86,18 +86,18 @@ class RunCLI(LightningCLI):
                 report(self, None)
 
     def __deepcopy__(self, memo: dict[int, Any]) -> RunCLI:
-        return self  # where a callback copies the model, and with it all that it knows
+        return self  # a callback may copy the model, which refers to this object
 
     def _parse_ckpt_path(self) -> None:
-        """Take nothing from the checkpoint: the config says all, and LightningCLI's merge would undo flags."""
+        """Do not merge the checkpoint's hyperparameters into the settings, which would override options."""
 
     @property
     def is_first(self) -> bool:
-        """Whether this is process 0, also before a Trainer has started the others."""
+        """Whether this is process 0, also before the Trainer starts the others."""
         return is_first_process()
 
     def subcommands(self) -> dict[str, set[str]]:  # type: ignore[override]  # asked of the object alone
-        """The verb that is called; all where it is none: building the parsers of all takes as long as a short fit."""
+        """The called verb alone, because building the parsers of all verbs takes as long as a short fit."""
         verbs = {**LightningCLI.subcommands(), **{verb: {"model", "datamodule"} for verb in OWN_VERBS}}
         return {self._verb: verbs[self._verb]} if self._verb in verbs else verbs
 
@@ -107,7 +107,7 @@ class RunCLI(LightningCLI):
             "--run",
             type=str | None,
             default=None,
-            help="Folder for all that the command leaves behind. Default: runs/ and the name of the config.",
+            help="Folder for everything that the command writes. Default: runs/ and the name of the config.",
         )
         parser.add_argument(
             "--overwrite",
@@ -122,7 +122,7 @@ class RunCLI(LightningCLI):
                 "--sort",
                 type=Literal["index", "confidence"],
                 default="index",
-                help="Order of predictions.csv: as the samples come, or the highest probability first.",
+                help="Order of predictions.csv: by index, or the highest probability first.",
             )
         for name in ("num_classes", "input_shape", "problem"):
             parser.link_arguments(f"data.{name}", f"model.init_args.{name}", apply_on="instantiate")
@@ -139,7 +139,7 @@ class RunCLI(LightningCLI):
     def instantiate_classes(self) -> None:
         with weights_from_checkpoint(bool(self._settings.get("ckpt_path"))):
             super().instantiate_classes()
-        self.model.trainer = self.trainer  # a schedule can ask how long the training is before it begins
+        self.model.trainer = self.trainer  # so that schedules know the length of the training before it begins
 
     @property
     def _settings(self) -> Any:
@@ -201,22 +201,22 @@ class RunCLI(LightningCLI):
                 f"{folder.path} holds a last.ckpt: add --ckpt_path last to go on, --overwrite to start anew, or "
                 "another --run folder"
             )
-        folder.read_record()  # or it is none of ours
+        folder.read_record()  # raises if run.json is not of lightning-kd
         if anew and config["overwrite"] and self.is_first:
             folder.check_is_run()
 
     def before_fit(self) -> None:
-        # all is parsed and built: now an earlier fit may be thrown away
+        # everything is parsed and built without error: now an earlier fit can be removed
         config = self.config["fit"]
         if config["overwrite"] and self._records and self.is_first and self._begins:
             if isinstance(self.datamodule, OpenSetDataModule) and self.run_folder.pool.is_file():
                 self.datamodule.setup()
-                self.datamodule.set_record(PoolRecord.load(self.run_folder.pool))  # or it is another pool
+                self.datamodule.set_record(PoolRecord.load(self.run_folder.pool))  # raises if it is another pool's
             self.beginning.before.set_aside(self.run_folder.written())
             self.run_folder.clear()
 
     def active(self, model: Any, datamodule: Any, **kwargs: Any) -> None:
-        """Run all rounds, each with objects of its own."""
+        """Run all rounds, each with a new Trainer, model and data module."""
         run_active(self)
 
     def instantiate_trainer(self, **kwargs: Any) -> L.Trainer:
@@ -232,7 +232,7 @@ class RunCLI(LightningCLI):
         if given.get("barebones"):
             return super().instantiate_trainer(**kwargs, callbacks=callbacks)
         asked = given.get("enable_model_summary") is not None or any(isinstance(c, ModelSummary) for c in callbacks)
-        if not asked or self.later_round:  # once is enough
+        if not asked or self.later_round:  # printed in the first round only
             kwargs["enable_model_summary"] = False
             callbacks = [callback for callback in callbacks if not isinstance(callback, ModelSummary)]
             callbacks += [] if self.later_round else [ParameterCount()]

@@ -1,4 +1,4 @@
-"""The Trainer with the project's own verbs, for the command line and for Python."""
+"""A Trainer with methods for the verbs of lightning_kd, for the command line and for Python."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from lightning_kd.cli.usage import OWN_VERBS
 
 __all__ = ["NO_RUN", "RunTrainer", "verb_module"]
 
-# of a Trainer whose verb keeps no run
+# arguments of the Trainer for verbs without a run folder
 NO_RUN = {"logger": False, "enable_checkpointing": False, "enable_model_summary": False, "callbacks": []}
 
 
@@ -23,14 +23,14 @@ class RunTrainer(L.Trainer):
     It works in the run folder ``default_root_dir``.
 
     Attributes:
-        answer: what the last of these methods returned.
+        answer: the return value of the last of these methods.
     """
 
     answer: Any = None
 
 
 def verb_module(verb: str) -> Any:
-    """The module of one of our own verbs."""
+    """The module of one of the verbs in ``OWN_VERBS``."""
     return importlib.import_module(OWN_VERBS[verb].module)
 
 

@@ -1,4 +1,4 @@
-"""``config.yaml`` of a run, as it can be given to ``--config`` again, and whether two of them are one recipe."""
+"""The ``config.yaml`` of a run, and checking whether another command has the same settings."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ __all__ = ["check_same_recipe", "check_same_run", "config_text"]
 
 _OF_ONE_COMMAND = ("ckpt_path", "overwrite", "run", "weights_only")
 
-# what may change while a benchmark goes on: more rounds, another machine, another look
+# settings that may change when active is resumed: more rounds, another machine, other displays
 _FREE_OF_TRAINER = (
     *("accelerator", "devices", "num_nodes", "strategy", "logger", "callbacks", "profiler", "default_root_dir"),
     *(
@@ -29,7 +29,7 @@ _FREE_OF_TRAINER = (
     ),
 )
 _FREE = ("data.init_args.rounds", *_OF_ONE_COMMAND, *(f"trainer.{name}" for name in _FREE_OF_TRAINER))
-# what a fit may change besides
+# settings that may also change when a fit is resumed
 _FREE_OF_TRAINER_OF_A_FIT = (
     *("max_epochs", "max_steps", "min_epochs", "min_steps", "max_time", "limit_val", "limit_test", "limit_predict"),
     *("val_check_interval", "num_sanity_val_steps", "detect_anomaly", "barebones", "inference_mode", "model_registry"),
@@ -40,20 +40,20 @@ _FREE_OF_A_FIT = (
     *(f"data.init_args.{source}{name}" for name in _DATA_OF_A_FIT for source in ("", "source.init_args.")),
     *("model.init_args.compile", "model.init_args.channels_last"),
 )
-# what is the default, said in other words
+# values that mean the default
 _SAME = {
     **{("trainer.precision", word): None for word in ("32", "32-true")},
     **{("trainer.gradient_clip_val", word): None for word in ("0", "0.0")},
 }
-# of the schedulers of torch that end with the training
+# arguments of torch's schedulers with the length of the training
 _LENGTHS = ("T_max", "total_steps", "epochs", "steps_per_epoch")
 
 
 def config_text(parser: Any, config: Any) -> str:
-    """The text of the file, without what belongs to one command: given again, it would undo flags."""
+    """The text of ``config.yaml``, without settings of a single command, such as ``ckpt_path`` and ``run``."""
     kept, dropping = [], False
     for line in parser.dump(config, skip_none=False).splitlines(keepends=True):
-        if not line.startswith((" ", "\n")):  # or it goes on with a long value
+        if not line.startswith((" ", "\n")):  # a new key, not the continuation of a value
             dropping = line.partition(":")[0] in _OF_ONE_COMMAND
         if not dropping:
             kept.append(line)
@@ -61,22 +61,26 @@ def config_text(parser: Any, config: Any) -> str:
 
 
 def check_same_recipe(text: str, path: Path) -> None:
-    """Raise a ``ValueError`` where the rounds in the folder of ``path`` were made with other settings."""
+    """Raise a ``ValueError`` if the rounds in the folder of ``path`` were made with other settings than ``text``."""
     for key, old, new in _changes(text, path):
         if not key.startswith(_FREE):
             raise ValueError(
                 f"the rounds in {path.parent} were made with {key}={old}, got {new}: keep it, name another --run "
-                "folder, or add --overwrite to lose them"
+                "folder, or replace them by --overwrite"
             )
 
 
 def check_same_run(text: str, checkpoint: str | Path) -> None:
-    """Raise a ``ValueError`` where a fit would go on from a checkpoint with other settings than those of its run.
+    """Raise a ``ValueError`` if a fit resumes a checkpoint with other settings than those of its run.
 
-    What makes no other training may change: the machine, the loggers and callbacks, how validation is batched, and the
-    number of epochs, unless a schedule of torch's has a length of its own. A file may be elsewhere where the old path
-    leads nowhere. Settings that only one of the two has, as another version may, are not looked at. A checkpoint
-    without a ``config.yaml`` above its folder is not, either.
+    Settings that do not change the training may differ: the machine, loggers and callbacks, the batch size of
+    validation, and the number of epochs, unless a scheduler of torch has a fixed length. A path may differ if the old
+    one does not exist. Settings that only one of the two configs has, as of different versions, are not compared, and
+    neither is a checkpoint whose run has no ``config.yaml``.
+
+    Args:
+        text: the new config.
+        checkpoint: the checkpoint, in a folder of the run folder.
     """
     path = Path(checkpoint).absolute().parent.parent / "config.yaml"
     changes = list(_changes(text, path))
@@ -100,7 +104,10 @@ def check_same_run(text: str, checkpoint: str | Path) -> None:
 
 
 def _is_free(key: str) -> bool:
-    """Whether a setting is of the implementation, or of where and how data are read: the data have a digest."""
+    """Whether a setting is of the optimizer's implementation, or of where and how data are read.
+
+    Data themselves are compared by a digest.
+    """
     name = key.rpartition(".")[2]
     if key.startswith("data."):
         return re.search("dir$|root$|path$|workers|pin_memory|persistent|prefetch", name) is not None
@@ -108,7 +115,7 @@ def _is_free(key: str) -> bool:
 
 
 def _changes(text: str, path: Path) -> Iterator[tuple[str, Any, Any]]:
-    """The settings that both have, and differ in: key, the value in the file ``path``, and the one in ``text``."""
+    """``(key, old, new)`` of the settings that the file ``path`` (old) and ``text`` (new) have with other values."""
     if not path.is_file():
         return
     try:
@@ -130,7 +137,7 @@ def _differing(key: str, old: Any, new: Any) -> Iterator[tuple[str, Any, Any]]:
 
 
 def _moved(old: Any, new: Any) -> bool:
-    """Whether these are paths of one file, or the old one leads nowhere any more."""
+    """Whether these are two paths of one file, or the old path does not exist any more."""
     if not isinstance(old, str) or not isinstance(new, str) or not Path(new).exists():
         return False
     return not Path(old).exists() or Path(old).samefile(new)

@@ -1,4 +1,4 @@
-"""``lightning-kd sharpness``: how flat a finished checkpoint is."""
+"""``lightning-kd sharpness``: measure the sharpness of a finished checkpoint's minimum."""
 
 from __future__ import annotations
 
@@ -29,18 +29,18 @@ def sharpness(
     points: int | None = None,
     seed: int = 0,
 ) -> None:
-    """Measure how flat last.ckpt is, unless told otherwise: a table, sharpness.json, pictures of the loss.
+    """Measure how flat the minimum of a checkpoint is: a table, sharpness.json, pictures of the loss.
 
     Args:
-        ckpt_path: last, best or a path.
-        samples: training samples, without augmentation, that the loss is the mean over.
-        max_probes: products with the Hessian for its trace, at most; it stops at a standard error of 2 percent.
+        ckpt_path: last, best or a path. Default: last.
+        samples: number of training samples, without augmentation, over which the loss is the mean.
+        max_probes: most Hessian-vector products for the trace; it stops at a standard error of 2 percent.
         slices: pictures of the loss around the weights: 1d, 2d, both or none.
-        points: of a slice along each direction. Default: 51 in 1d, 21 in 2d.
-        seed: of the samples, the probes and the directions.
+        points: points of a slice along each direction. Default: 51 in 1d, 21 in 2d.
+        seed: seed of the samples, the probes and the directions.
 
     Raises:
-        ValueError: where ``slices`` is none of these.
+        ValueError: for an unknown ``slices``.
     """
     if slices not in KINDS:
         raise ValueError(f"slices must be one of {', '.join(KINDS)}, got {slices!r}")

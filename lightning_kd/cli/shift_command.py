@@ -39,30 +39,30 @@ def shift(
     seed: int = 0,
     output: str | None = None,
 ) -> Path | None:
-    """Shift layers of last.ckpt, unless told otherwise, and write the result beside it, with shift.json.
+    """Shift layers of a checkpoint by optimum shifting; write the new checkpoint and shift.json.
 
-    The new checkpoint is the old one with other weights, and with the report under ``optimum_shifting``. Its optimizer
-    states are those of the old one: it is meant for tests, predictions and as ``weights`` of another training.
+    The new checkpoint has shifted weights and a report under ``optimum_shifting``; everything else is as in the old
+    one, also the optimizer states. It is meant for tests, predictions and as ``weights`` of another training.
 
     Args:
-        ckpt_path: last, best or a path.
-        layers: module paths inside the network. Default: its classifier.
-        mode: fixed, joint or free: what becomes of the bias.
-        selection: the samples whose outputs stay: class_balanced, random, class_means, or all of the training set.
-            Default: class_balanced, or random where samples have no single class.
-        samples: how many. Default: 3 a class and at least 100, fewer than the layer has inputs.
-        held_out: training samples beside them, on which the loss is watched.
-        guard: undo the shift where that loss rises by more than this share; null for never.
-        rtol: singular values up to this share of the largest count as 0. Default: by the precision.
-        force: shift even if classes are missing among the samples.
-        seed: of the draw of the samples.
-        output: the new checkpoint, no file that exists. Default: shifted.ckpt beside the old one.
+        ckpt_path: last, best or a path. Default: last.
+        layers: module paths in the network. Default: its classifier.
+        mode: what happens to the bias: fixed, joint or free.
+        selection: samples whose outputs must not change: class_balanced, random, class_means, or all of the training
+            set. Default: class_balanced, or random for samples without a single class.
+        samples: number of these samples. Default: 3 for each class, at least 100, fewer than the layer's inputs.
+        held_out: number of other training samples, on which the guard measures the loss.
+        guard: undo the shift if the held-out loss rises by more than this share; null for never.
+        rtol: singular values up to this share of the largest count as 0. Default: depends on the precision.
+        force: shift even if samples of some classes are missing.
+        seed: seed of the draw of the samples.
+        output: path of the new checkpoint, which must not exist. Default: shifted.ckpt in the folder of the old one.
 
     Returns:
-        The path of the new checkpoint; ``None`` where the guard undid the shift and none is written.
+        The path of the new checkpoint; ``None`` if the guard undid the shift, so that none is written.
 
     Raises:
-        FileExistsError: where there is an ``output`` already, or the default one is the checkpoint itself.
+        FileExistsError: if ``output`` exists, or the default one is the checkpoint itself.
     """
     old = checkpoint_path(trainer, ckpt_path)
     path = Path(output) if output is not None else old.with_name("shifted.ckpt")
@@ -71,7 +71,7 @@ def shift(
     problem = model.problem
     selection = selection or ("class_balanced" if problem.one_class else "random")
     if selection in ("class_balanced", "class_means") and not problem.one_class:
-        raise ValueError(f"selection {selection!r} needs one class a sample, got {problem.kind}: take random or all")
+        raise ValueError(f"selection {selection!r} needs one class for each sample, got {problem.kind}: take random")
     checkpoint = load_checkpoint(trainer, model, datamodule, old)
     network = model.main_network
     num_classes = problem.num_classes if problem.one_class else None
@@ -120,5 +120,5 @@ def shift(
 
 
 def next_step(config: str, path: Path | None) -> str:
-    """The command after it, for a run with this ``config.yaml``; none where no checkpoint was written."""
+    """The next command for a run with this ``config.yaml``; empty if no checkpoint was written."""
     return "" if path is None else f"lightning-kd test --config {config} --ckpt_path {shlex.quote(str(path))}"

@@ -1,4 +1,4 @@
-"""Signals that ask a command to stop end it as Ctrl-C does: with its outcome, and the command that goes on."""
+"""Stopping a command by SIGTERM or SIGHUP like by Ctrl-C: its outcome is recorded, and how to resume is printed."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ _SIGNALS = tuple(getattr(signal, name) for name in ("SIGTERM", "SIGHUP") if hasa
 
 
 class Stopped(SystemExit):
-    """Raised where a signal comes in; the process ends with status 128 and its number, as a shell says."""
+    """Raised when a signal arrives; the process exits with status 128 + the signal's number, as shells expect."""
 
     def __init__(self, number: int) -> None:
         super().__init__(128 + number)
@@ -24,9 +24,9 @@ class Stopped(SystemExit):
 
 @contextmanager
 def stopped_by_signals() -> Iterator[None]:
-    """Raise ``Stopped`` inside on SIGTERM (of ``kill`` and cluster schedulers) and SIGHUP (of a terminal that closes).
+    """A context in which SIGTERM (``kill``, cluster schedulers) and SIGHUP (a closed terminal) raise ``Stopped``.
 
-    A signal that is ignored, as under ``nohup``, or that has a handler already is left alone.
+    Signals that are ignored, as under ``nohup``, or that have a handler already are not changed.
     """
     if threading.current_thread() is not threading.main_thread():
         yield
@@ -34,11 +34,11 @@ def stopped_by_signals() -> Iterator[None]:
     ours, process = [number for number in _SIGNALS if signal.getsignal(number) == signal.SIG_DFL], os.getpid()
 
     def stop(number: int, frame: FrameType | None) -> Any:
-        if os.getpid() != process:  # a worker of a loader, which inherits this
+        if os.getpid() != process:  # a worker process of a loader, which inherits this handler
             signal.signal(number, signal.SIG_DFL)
             os.kill(os.getpid(), number)
             return
-        for other in ours:  # once is enough: what is being written is to be left in order
+        for other in ours:  # a second signal must not interrupt the writing of the outcome
             signal.signal(other, signal.SIG_IGN)
         raise Stopped(number)
 

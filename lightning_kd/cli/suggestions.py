@@ -1,4 +1,4 @@
-"""One sentence in place of jsonargparse's report: what is wrong, and what was probably meant."""
+"""Turning jsonargparse's error reports into one sentence: what is wrong, and what was probably meant."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from lightning_kd.cli.named_classes import argument_names, find_class, known_cla
 
 __all__ = ["one_sentence"]
 
-# what only says how the parser went about it
+# lines of the report about how the parser works
 _NOISE = re.compile(
     r"Errors:|Subtypes:.*|Given value.*|Does not validate against any of the Union subtypes|"
     r"Problem with given class_path.*|Parser key \"[^\"]*\":|"
@@ -24,8 +24,8 @@ def one_sentence(message: str, options: Sequence[str] = ()) -> str:
     """The parser's error ``message`` in one sentence.
 
     Args:
-        message: as jsonargparse gives it.
-        options: those of the verb, such as ``--trainer.max_epochs``, for suggestions.
+        message: the message of jsonargparse.
+        options: the options of the verb, such as ``--trainer.max_epochs``, for suggestions.
     """
     keys = ".".join(re.findall(r'Parser key "([^"]*)"', message))
     if match := re.search(r"Option '([^']+)' is not accepted", message):
@@ -36,7 +36,7 @@ def one_sentence(message: str, options: Sequence[str] = ()) -> str:
         return f"--{keys} must be of type {match[1] or match[2]}, got {match[3]}"
     if match := re.match(r"unrecognized arguments: (.*)", message):
         return _unknown_option(match[1], options)
-    if match := re.search(r"does not accept option '([^']+)'", message):  # as a config names it
+    if match := re.search(r"does not accept option '([^']+)'", message):  # an option in a config file
         return _unknown_option(f"--{match[1]}", options)
     if match := re.search(r"arguments are required: (.*)", message):
         return _missing(match[1].replace(" ", "").split(","), message)

@@ -1,4 +1,4 @@
-"""``lightning-kd teach``: a teacher's answers to every view of the training images, for many students."""
+"""``lightning-kd teach``: store a teacher's logits for every view of the training images, for many students."""
 
 from __future__ import annotations
 
@@ -36,24 +36,24 @@ def teach(
 ) -> Path:
     """Store the teacher's logits for every view of the training images; fit then takes --model.teacher_store FILE.
 
-    Stopped or killed, the same command goes on. Started several times, on several GPUs, they share the work.
+    After an interruption the same command resumes. Started several times, on several GPUs, the processes share the
+    work.
 
     Args:
-        ckpt_path: of no use here; the teacher is that of the config.
-        out: the file; FILE.json beside it says what it is of. Default: beside the teacher's weights, with the ending
-            .store.
-        views: all: every crop and flip that training can draw, 162 on CIFAR, so that training with the store is
-            training with the teacher; plain: the images as they are, for training without augmentation; a number: so
-            many views of each image, drawn once. Training then sees these alone: less to store, but another, poorer
-            distribution of images.
-        dtype: of what is stored.
-        compress: hard, smoothing, marginal_smoothing_k5 or marginal_renorm_k5 (or another number): the most probable
-            classes instead of all logits.
-        temperature: of the softmax before that; with compress alone.
+        ckpt_path: not used; the teacher is that of the config.
+        out: the file; FILE.json in the same folder describes it. Default: the path of the teacher's weights with the
+            suffix .store.
+        views: all: every crop and flip that training can draw (162 on CIFAR), so that training with the store equals
+            training with the teacher; plain: the images without augmentation; a number: so many views of each image,
+            drawn once. Training then sees only these: a smaller file, but fewer different images.
+        dtype: dtype of the stored logits.
+        compress: store the most probable classes instead of all logits: hard, smoothing, marginal_smoothing_k5 or
+            marginal_renorm_k5 (or another number than 5).
+        temperature: temperature of the softmax before compress; only with compress.
         samples: used: the training samples of this config; all: the whole training array, for other splits and subsets.
-        seed: of the views that are drawn.
-        batch_size: views that the teacher sees at once.
-        restart: throw away what is in the file.
+        seed: seed of the draw of views.
+        batch_size: number of views in a batch of the teacher.
+        restart: discard the content of an existing file.
 
     Returns:
         The path of the file.
@@ -62,12 +62,12 @@ def teach(
         ValueError: unless this is a distillation by logits on data whose views can be counted.
     """
     weights = model.teacher_arguments["weights"] if isinstance(model, Distillation) else None
-    if weights in (None, "default", "random") or isinstance(weights, list):  # of several teachers
+    if weights in (None, "default", "random") or isinstance(weights, list):  # a list: several teachers
         beside = Path(trainer.default_root_dir) / "teacher.store"
     else:
         beside = Path(weights).with_suffix(".store")
     path = (beside if out is None else Path(out)).expanduser()
-    trainer.validate(model, datamodule, verbose=False)  # sets all of it up, and judges the teacher
+    trainer.validate(model, datamodule, verbose=False)  # sets everything up, and evaluates the teacher
     reached = {
         name.removeprefix("val/teacher_"): float(value)
         for name, value in trainer.callback_metrics.items()
@@ -97,7 +97,7 @@ def teach(
 
 
 def check(config: Any) -> None:
-    """Let the teacher be built, also where the config trains from a store."""
+    """Remove ``teacher_store`` from the settings, so that the teacher itself is built."""
     arguments = config.model.get("init_args")
     if arguments is not None and arguments.get("teacher_store") is not None:
         arguments["teacher_store"] = None

@@ -1,6 +1,6 @@
 """The verbs of ``lightning-kd``, and the overview that it prints without one.
 
-This file and ``config_names.py`` are all that is imported before the verb is known, so that light verbs start at once.
+Only this file and ``config_names.py`` are imported before the verb is known, so that light verbs start fast.
 """
 
 from __future__ import annotations
@@ -12,17 +12,17 @@ __all__ = ["CHECKPOINT_VERBS", "OWN_VERBS", "VERBS", "Verb", "usage"]
 
 @dataclass(frozen=True)
 class Verb:
-    """One verb.
+    """A verb of the command line.
 
     Attributes:
-        sentence: what the overview says it does.
-        module: where its function is, of the same name as the verb: ``(trainer, model, datamodule, ...)``, whose
-            further arguments are the options. A light verb's module has ``main(args)`` instead. Lightning's own have
-            none.
-        light: needs neither torch nor lightning.
-        standalone: reads its options itself: its module has ``main(args)``, as that of a light verb.
-        of_checkpoint: knows its config from the checkpoint or run folder that it is given.
-        keeps_run: works in a run folder, and leaves its record there.
+        sentence: its description in the overview.
+        module: the module with its function, which has the name of the verb and the arguments ``(trainer, model,
+            datamodule, ...)``; the further ones are the options. The module of a light or standalone verb has
+            ``main(args)`` instead. Empty for Lightning's own verbs.
+        light: whether it imports neither torch nor lightning.
+        standalone: whether it parses its options itself, in ``main(args)``.
+        of_checkpoint: whether it takes the config from the run of the given checkpoint or run folder.
+        keeps_run: whether it works in a run folder and writes its record there.
     """
 
     sentence: str

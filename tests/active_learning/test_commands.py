@@ -231,7 +231,7 @@ def test_a_project_without_labels(capsys, tmp_path):
 @pytest.mark.parametrize(
     ("extra", "message"),
     [
-        (["--ckpt_path", "last"], "active goes on by itself"),
+        (["--ckpt_path", "last"], "active resumes by itself"),
         (["--seed_everything", "false"], "active needs a seed"),
         (["--data.budget", "0"], "budget must be at least 1"),
         (["--data.known_classes", "1"], "known_classes must be at least 2"),

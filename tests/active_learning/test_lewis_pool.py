@@ -427,4 +427,4 @@ def test_the_commands_from_networks_to_weighted_training(capsys):
     for verb in ("query", "active"):
         with pytest.raises(SystemExit):
             main([verb, *CONFIG, *QUIET, "--data.answers", "first", "--run", "again"])
-    assert "asks for labels in its own run" in capsys.readouterr().err
+    assert "uses the answers of its own run" in capsys.readouterr().err
