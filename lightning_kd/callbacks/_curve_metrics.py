@@ -1,4 +1,4 @@
-"""One pass of a task over a loader, in the middle of a fit."""
+"""Evaluating a task on a loader during a fit."""
 
 from __future__ import annotations
 
@@ -14,21 +14,21 @@ from lightning_kd.core.inference_pass import evaluating
 
 
 def evaluate(trainer: L.Trainer, task: Any, loader: Any, limit: int | float = 1.0) -> MetricCollection:
-    """The problem's ``curve_metrics`` of ``task`` on ``loader``, in eval mode; collective over processes.
+    """Evaluate the problem's ``curve_metrics`` on ``loader``, in eval mode; all processes must call it.
 
-    The ``loss`` is among them where that is monitored.
+    The ``loss`` is added if the problem monitors it.
 
     Args:
-        trainer: of the fit.
-        task: a ``Task``; all its modules are afterwards in the mode they were in.
-        loader: of this process's share of the samples.
-        limit: the most batches, or the share of them, as in ``Trainer(limit_test_batches=...)``.
+        trainer: the Trainer of the fit.
+        task: a ``Task``; the modes of its modules are restored afterwards.
+        loader: the loader of this process's share of the samples.
+        limit: largest number of batches, or share of them, as in ``Trainer(limit_test_batches=...)``.
 
     Returns:
-        The metrics, whose ``compute()`` is of all processes together.
+        The metrics; ``compute()`` is over all processes.
 
     Raises:
-        ValueError: where there is no sample.
+        ValueError: if there is no sample.
     """
     most = int(limit * len(loader)) if isinstance(limit, float) else limit
     strategy, convert = trainer.strategy, trainer.precision_plugin.convert_input

@@ -1,4 +1,4 @@
-"""The test accuracy of every epoch."""
+"""A callback that logs the test accuracy of every epoch."""
 
 from __future__ import annotations
 
@@ -13,19 +13,20 @@ from lightning_kd.callbacks._curve_metrics import evaluate
 class TestCurve(L.Callback):
     """Evaluate the test set after each training epoch, for reports of "the last" and "the mean of the last ten" epochs.
 
-    Logs ``curve/acc``, ``curve/ece`` (15 bins) and ``curve/acc_last``, the mean accuracy of the last epochs so far;
-    for another kind of problem its metrics, such as ``curve/map`` and ``curve/map_last``.
-    It only watches: nothing may be selected on these numbers, neither a checkpoint nor an epoch nor a setting. The
-    accuracies it averages are in checkpoints, so that a resumed run logs what the undisturbed one would have. With
+    Papers on noisy labels report such numbers. Do not select a checkpoint, an epoch or a setting by them.
+
+    Logged: ``curve/acc``, ``curve/ece`` (15 bins) and ``curve/acc_last``, the mean accuracy of the last epochs so far;
+    for another kind of problem its metrics, such as ``curve/map`` and ``curve/map_last``. The last accuracies are in
+    checkpoints, so that a resumed run logs the same values as an uninterrupted one. With
     ``Trainer(limit_test_batches=0)`` it does nothing.
 
-    Several processes: each evaluates its share of the test set, and the sums are added up.
+    Several processes: each evaluates its share of the test set, and the sums are added.
 
     Args:
-        last: how many epochs ``curve/acc_last`` averages over.
+        last: number of epochs that ``curve/acc_last`` is the mean over, 1 or more.
 
     Raises:
-        ValueError: where ``last`` is below 1, or a fit has no data module with a test set.
+        ValueError: for ``last`` below 1, and in a fit without a data module.
     """
 
     def __init__(self, last: int = 10) -> None:
@@ -41,7 +42,7 @@ class TestCurve(L.Callback):
         self._accuracies = list(state_dict["accuracies"])[-self.last :]
 
     def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
-        if stage == "fit" and trainer.current_epoch == 0:  # before a checkpoint brings its own
+        if stage == "fit" and trainer.current_epoch == 0:  # a resumed fit loads those of its checkpoint
             self._accuracies = []
 
     def on_fit_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
@@ -52,7 +53,7 @@ class TestCurve(L.Callback):
             raise ValueError(
                 "TestCurve takes the test set from a data module, got a fit without one: give datamodule=..."
             )
-        data.setup("test")  # Lightning has set a user's own module up for the fit alone
+        data.setup("test")  # Lightning called setup("fit") only
         self._loader = data.test_dataloader()
 
     def on_fit_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:

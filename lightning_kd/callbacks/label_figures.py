@@ -1,4 +1,4 @@
-"""Pictures of a method for noisy labels, as matplotlib figures without any global state."""
+"""Figures about label noise and calibration, made with matplotlib without its global state."""
 
 from __future__ import annotations
 
@@ -15,16 +15,17 @@ _BLUE, _RED, _GREY, _DARK = "#4477AA", "#EE6677", "#BBBBBB", "#222222"
 
 
 def label_score_figure(scores: Any, title: str = "Scores of the given labels", bins: int = 60) -> Figure:
-    """The histogram of the scores of all training labels, and the mixture that they are judged by.
+    """The histogram of the scores of all training labels, and the mixture that separates clean from wrong labels.
 
-    Where the clean labels are known, right and wrong labels have two colours. Dotted lines are where the mixture
-    changes between "clean" and "wrong".
+    If the true labels are known, clean and wrong labels have different colours. Dotted lines mark the scores at which
+    the probability of a clean label is 1/2.
 
     Args:
-        scores: with ``score`` ``[N]`` (larger for cleaner), ``given`` int64 ``[N]``, ``clean`` (int64 ``[N]`` or
-            ``None``), ``mixture`` (over the scores, or ``None``), ``clean_probability`` ``[N]`` and ``threshold``.
-        title: above the picture.
-        bins: of the histogram.
+        scores: the result of a task's ``label_scores()``: ``score`` ``[N]`` (larger for cleaner), ``given`` int64
+            ``[N]``, ``clean`` (int64 ``[N]`` or ``None``), ``mixture`` (over the scores, or ``None``),
+            ``clean_probability`` ``[N]`` and ``threshold``.
+        title: title of the figure.
+        bins: number of bins of the histogram.
     """
     score = scores.score.detach().cpu().double()
     low, high = float(score.min()), float(score.max())
@@ -70,11 +71,11 @@ def label_score_figure(scores: Any, title: str = "Scores of the given labels", b
 
 
 def reliability_figure(found: Reliability, title: str = "Reliability") -> Figure:
-    """The reliability diagram: accuracy over confidence in each bin, and below it the share of samples in the bin.
+    """The reliability diagram: accuracy against confidence in each bin, and below it the share of samples in each bin.
 
     Args:
-        found: from ``lightning_kd.metrics.reliability``.
-        title: above the picture.
+        found: the result of ``lightning_kd.metrics.reliability``.
+        title: title of the figure.
     """
     figure, (axes, below) = _new_figure(rows=2, height_ratios=(4, 1), sharex=True)
     count = len(found.share)

@@ -1,4 +1,4 @@
-"""Pictures of what a method thinks of its labels, drawn while it trains."""
+"""A callback that draws the scores of the training labels and the reliability diagram during training."""
 
 from __future__ import annotations
 
@@ -22,20 +22,20 @@ if TYPE_CHECKING:
 class LabelPictures(L.Callback):
     """Draw the scores of the training labels with their mixture, and the reliability diagram.
 
-    PNG files in ``pictures`` of the run folder, ``label_scores.png`` and ``reliability.png`` at the end of the fit and
-    with ``_epoch010`` and the like before ``.png`` in between, and figures for loggers that take them (TensorBoard). A
-    task without ``label_scores()`` gets the reliability diagram alone. A picture that cannot be drawn is a warning,
-    never the end of a training.
+    It writes ``label_scores.png`` and ``reliability.png`` into ``pictures`` of the run folder at the end of the fit,
+    files such as ``label_scores_epoch010.png`` in between, and figures for loggers that take them (TensorBoard). A task
+    without ``label_scores()`` gets the reliability diagram alone. A picture that cannot be drawn gives a warning and
+    does not stop the training.
 
-    Several processes: all evaluate, the first one draws.
+    Several processes: all evaluate, process 0 draws.
 
     Args:
-        every: draw after every so many epochs, too. Default: only at the end.
-        split: ``"test"`` or ``"val"``, the set of the reliability diagram. A validation set that was taken from a
-            training set with wrong labels has wrong labels itself.
+        every: also draw every so many epochs. Default: only at the end.
+        split: the split of the reliability diagram, ``"test"`` or ``"val"``. A validation split of a training set with
+            wrong labels has wrong labels too.
 
     Raises:
-        ValueError: where an argument is out of range.
+        ValueError: for an argument out of range.
     """
 
     def __init__(self, every: int | None = None, split: Literal["test", "val"] = "test") -> None:
@@ -51,7 +51,7 @@ class LabelPictures(L.Callback):
             self._draw(trainer, pl_module, epochs, f"_epoch{epochs:03d}")
 
     def on_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        # not on_fit_end: by then the module has left the device
+        # not in on_fit_end: there the module is no longer on its device
         self._draw(trainer, pl_module, trainer.current_epoch, "")
 
     def _draw(self, trainer: L.Trainer, pl_module: Any, epochs: int, suffix: str) -> None:
@@ -75,15 +75,15 @@ class LabelPictures(L.Callback):
             )
         for name, measure, draw in pictures:
             try:
-                measured = measure()  # all processes together; what can fail on one alone comes after
+                measured = measure()  # collective; process 0 alone may fail afterwards
                 if trainer.is_global_zero:
                     _keep(trainer, name, suffix, draw(measured))
-            except Exception as error:  # a picture must not cost a training
-                rank_zero_warn(f"no picture {name} {when} ({type(error).__name__}: {error}); the training is unharmed")
+            except Exception as error:  # a training must not fail because of a picture
+                rank_zero_warn(f"no picture {name} {when} ({type(error).__name__}: {error}); the training goes on")
 
 
 def _keep(trainer: L.Trainer, name: str, suffix: str, figure: Figure) -> None:
-    """Write the file whole or not at all, and hand the figure to loggers."""
+    """Write the figure as a PNG file, and give it to loggers that take figures."""
     path = Path(trainer.default_root_dir) / "pictures" / f"{name}{suffix}.png"
     with written_whole(path) as part:
         figure.savefig(part, format="png", metadata={"Software": None})

@@ -1,4 +1,4 @@
-"""Pictures of what a network for pixels sees, drawn while it trains."""
+"""A callback that draws the predictions of a segmentation network during training."""
 
 from __future__ import annotations
 
@@ -22,23 +22,23 @@ if TYPE_CHECKING:
 
 
 class SegmentationPictures(L.Callback):
-    """Draw some images, their true classes, the predicted ones, and what else a method says of each pixel.
+    """Draw some images with their true classes, their predicted classes and further maps of a method.
 
-    ``pictures/pixels.png`` in the run folder at the end of the fit, and ``pixels_epoch010.png`` and the like in
-    between. A task with ``pixel_maps(image, target)``, such as ``RDD``, has further columns: the difficulty weight of
-    its first stage and the disputed pixels of its second. Ignored pixels are white. A picture that cannot be drawn is a
-    warning, never the end of a training.
+    It writes ``pictures/pixels.png`` in the run folder at the end of the fit, and files such as
+    ``pixels_epoch010.png`` in between. A task with ``pixel_maps(image, target)`` adds columns; ``RDD`` shows the
+    difficulty weight of its first stage and the disputed pixels of its second. Ignored pixels are white. A picture that
+    cannot be drawn gives a warning and does not stop the training.
 
-    Several processes: the first one draws, of its own images.
+    Several processes: process 0 draws images of its own share.
 
     Args:
-        count: how many images, evenly spaced in the split; with data that is not of this package the first ones, and
-            without its ``mean`` and ``std`` the pixels as the network gets them, 0 to 1.
-        every: draw after every so many epochs, too. Default: only at the end.
+        count: number of images, evenly spaced in the split (the first ones, if the data module is not of
+            lightning_kd). Without ``mean`` and ``std`` of the data, images are shown as the network gets them.
+        every: also draw every so many epochs. Default: only at the end.
         split: ``"val"`` or ``"test"``.
 
     Raises:
-        ValueError: where an argument is out of range.
+        ValueError: for an argument out of range.
     """
 
     def __init__(self, count: int = 4, every: int | None = None, split: Literal["val", "test"] = "val") -> None:
@@ -56,7 +56,7 @@ class SegmentationPictures(L.Callback):
             self._draw(trainer, pl_module, epochs, f"_epoch{epochs:03d}")
 
     def on_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        # not on_fit_end: by then the module has left the device
+        # not in on_fit_end: there the module is no longer on its device
         self._draw(trainer, pl_module, trainer.current_epoch, "")
 
     def _draw(self, trainer: L.Trainer, task: Any, epochs: int, suffix: str) -> None:
@@ -67,12 +67,12 @@ class SegmentationPictures(L.Callback):
             image, columns = self._columns(trainer, task)
             figure = pixel_figure(image, columns, task.num_classes, f"{type(task).__name__} {when} ({self.split} set)")
             _keep(trainer, "pixels", suffix, figure)
-        except Exception as error:  # a picture must not cost a training
-            rank_zero_warn(f"no picture of pixels {when} ({type(error).__name__}: {error}); the training is unharmed")
+        except Exception as error:  # a training must not fail because of a picture
+            rank_zero_warn(f"no picture of pixels {when} ({type(error).__name__}: {error}); the training goes on")
 
     def _loader(self, trainer: L.Trainer, data: Any) -> Any:
         indices = getattr(data, f"{self.split}_indices", None)
-        if data is None:  # loaders alone
+        if data is None:  # a fit with loaders
             loader = trainer.val_dataloaders if self.split == "val" else trainer.test_dataloaders
             if loader is None:
                 raise ValueError(f"there is no loader of the {self.split} set: give a data module, or another split")
@@ -83,7 +83,7 @@ class SegmentationPictures(L.Callback):
         return data.loader(self.split, indices[np.linspace(0, len(indices) - 1, count).round().astype(int)])
 
     def _columns(self, trainer: L.Trainer, task: Any) -> tuple[list[np.ndarray], dict[str, list[Tensor]]]:
-        """The images, 0 to 1 ``[H, W, 3]``, and what there is to show of the pixels of each by name, ``[H, W]``."""
+        """The images, ``[H, W, 3]`` of 0 to 1, and by name the maps of each image, ``[H, W]``."""
         data: Any = trainer.datamodule  # type: ignore[attr-defined]
         strategy, convert = trainer.strategy, trainer.precision_plugin.convert_input
         columns: dict[str, list[Tensor]] = {}  # images may differ in size
@@ -107,14 +107,14 @@ class SegmentationPictures(L.Callback):
 def pixel_figure(
     image: Sequence[np.ndarray], columns: Mapping[str, Sequence[Tensor]], num_classes: int, title: str
 ) -> Figure:
-    """Images beside what is said of their pixels, a row each.
+    """A figure with a row for each image: the image and its maps.
 
     Args:
         image: ``[H, W, 3]`` each, of 0 to 1.
-        columns: by name, ``[H, W]`` for each image: integers are classes, -1 for none; bools and numbers of 0 to 1 are
-            shown from dark to light.
-        num_classes: of the classes.
-        title: above the picture.
+        columns: by name, a map ``[H, W]`` for each image: integers are classes, with -1 for none; bools and numbers
+            from 0 to 1 are shown from dark to light.
+        num_classes: number of classes.
+        title: title of the figure.
     """
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure

@@ -1,4 +1,4 @@
-"""How flat the minimum is, while a network trains and at the end."""
+"""A callback that measures the sharpness of the minimum, during training and at its end."""
 
 from __future__ import annotations
 
@@ -32,43 +32,43 @@ from lightning_kd.metrics.sharpness import PARTS, RHOS
 
 
 class SharpnessReport(L.Callback):
-    """Measure how flat the minimum is, on training samples that stay the same, with the loss on them beside it.
+    """Measure how flat the minimum is, by the curvature of the loss on fixed training samples.
 
-    It logs ``sharpness/loss``, ``acc``, ``top_eigenvalue``, ``smallest_eigenvalue``, ``trace``, ``kappa``,
-    ``feature_trace``, ``nc1``, ``weight_norm`` and ``rise_RHO``, writes them with the traces of layers to
-    ``sharpness.json`` of the run folder, one entry an epoch, and prints them as a table; see
-    ``lightning_kd.metrics.Sharpness``. With slices it writes the picture and the numbers (``.npz``: ``position`` and
-    ``loss``) as ``pictures/loss_slice_epoch010`` and the like. The training goes on to the bit as without it. What
-    cannot be measured is a warning, never the end of a training.
+    Logged: ``sharpness/loss``, ``acc``, ``top_eigenvalue``, ``smallest_eigenvalue``, ``trace``, ``kappa``,
+    ``feature_trace``, ``nc1``, ``weight_norm`` and ``rise_RHO``; see ``lightning_kd.metrics.Sharpness``. They are also
+    printed as a table and written to ``sharpness.json`` of the run folder with the traces of single layers, one entry
+    for each epoch. With slices, the picture and its numbers (``.npz``: ``position`` and ``loss``) are written as
+    ``pictures/loss_slice_epoch010`` and so on. The weights of the training are exactly those without this callback. A
+    part that cannot be measured gives a warning and does not stop the training.
 
-    Compare runs at equal samples and loss, and mind that eigenvalues, traces and rises change when weights are rescaled
-    so that the function stays (more weight decay makes them larger), and shrink with the loss. ``kappa`` stays under
-    such rescaling.
+    Compare runs at equal samples and loss. Eigenvalues, traces and rises shrink with the loss, and change when weights
+    are rescaled without changing the function (more weight decay makes them larger); ``kappa`` does not.
 
-    In the list of callbacks it comes after those that change the weights at the end, as averages of weights and
-    ``OptimumShifting``. With ``WeightAveraging``, ``EMAWeightAveraging`` or ``StochasticWeightAveraging`` the report at
-    the end is of the average and comes after all epochs, as where training stops before ``max_epochs``; its numbers go
-    to the loggers, too late for ``callback_metrics``. ``every`` reports of the weights that are being trained.
+    In the list of callbacks it must stand after those that change the weights at the end, such as averages of weights
+    and ``OptimumShifting``. With ``WeightAveraging``, ``EMAWeightAveraging`` or ``StochasticWeightAveraging`` the
+    report at the end is of the average and comes after all epochs, as it does if training stops before ``max_epochs``;
+    its numbers go to the loggers, but too late for ``callback_metrics``. Reports by ``every`` are of the trained
+    weights.
 
-    Several processes: each measures its share of the samples, the sums are added up, and the first one writes. Where
-    one cannot measure its share, none reports.
+    Several processes: each measures its share of the samples, the sums are added, and process 0 writes. If one process
+    cannot measure its share, there is no report.
 
     Args:
-        every: measure after every so many epochs. Default: only at the end.
-        at_end: measure after the last epoch, too.
-        samples: how many training samples, without augmentation.
+        every: measure every so many epochs. Default: only at the end.
+        at_end: also measure after the last epoch.
+        samples: number of training samples, without augmentation.
         which: parts to measure: ``"eigenvalues"``, ``"trace"``, ``"epsilon"`` (rises of the loss), ``"head"``
-            (``kappa``, ``feature_trace`` and ``nc1``, where the output is that of the last linear layer).
-        rhos: lengths of the steps of ascent.
-        steps: Hessian-vector products for the eigenvalues; each costs as much as 4 or so gradients of the samples.
-        max_probes: Hessian-vector products for the trace, at most; it stops at a standard error of 2 %.
+            (``kappa``, ``feature_trace`` and ``nc1``, if the network ends in its last linear layer).
+        rhos: lengths of the ascent steps of ``"epsilon"``.
+        steps: Hessian-vector products for the eigenvalues; each costs about as much as 4 gradients of the samples.
+        max_probes: most Hessian-vector products for the trace; it stops at a standard error of 2 %.
         slices: draw the loss along ``"1d"`` or ``"2d"`` random directions, or ``"none"``.
-        points: of a slice along each direction. Default: 51, for ``"2d"`` 21 (441 passes over the samples).
-        seed: of the choice of samples, probes and directions; runs that are compared share it.
+        points: points of a slice along each direction. Default: 51, for ``"2d"`` 21 (441 passes over the samples).
+        seed: seed of the samples, probes and directions; use the same one for runs that are compared.
 
     Raises:
-        ValueError: where an argument is out of range, and at the start of a fit where an average of weights comes after
-            this callback.
+        ValueError: for an argument out of range, and at the start of a fit if an average of weights stands after this
+            callback.
     """
 
     def __init__(
@@ -111,7 +111,7 @@ class SharpnessReport(L.Callback):
         self._averaged = False
 
     def loss(self, pl_module: nn.Module, batch: Batch) -> Tensor:
-        """The mean loss of a batch whose flatness is measured: that of the problem, or cross-entropy; override it."""
+        """The mean loss of a batch whose curvature is measured: the problem's, or cross-entropy. May be overridden."""
         problem = getattr(pl_module, "problem", None)
         loss = F.cross_entropy if problem is None else problem.loss
         return loss(pl_module(batch.image), batch.target)
@@ -124,7 +124,7 @@ class SharpnessReport(L.Callback):
         self._averaged = bool(averaging)
         if averaging and self.at_end and callbacks.index(self) < callbacks.index(averaging[-1]):
             raise ValueError(
-                f"SharpnessReport would measure before {type(averaging[-1]).__name__} puts its average in: put it "
+                f"SharpnessReport would measure before {type(averaging[-1]).__name__} has set the average: put it "
                 "after that in callbacks"
             )
 
@@ -145,7 +145,7 @@ class SharpnessReport(L.Callback):
         self._epochs = epochs = trainer.current_epoch + 1
         last = self.at_end and epochs == trainer.max_epochs
         if last and self._averaged:
-            return  # the average is not yet in its place
+            return  # the average is not yet set
         if last or (self.every is not None and epochs % self.every == 0):
             found = self._report(trainer, pl_module, epochs)
             if found is not None:
@@ -159,7 +159,7 @@ class SharpnessReport(L.Callback):
             return
         found = self._report(trainer, pl_module, epochs)
         if found is not None:
-            for logger in trainer.loggers:  # a module can log no more
+            for logger in trainer.loggers:  # self.log is not allowed in on_train_end
                 logger.log_metrics({**_logged(found), "epoch": epochs - 1}, step=trainer.global_step - 1)
 
     def _report(self, trainer: L.Trainer, pl_module: L.LightningModule, epochs: int) -> Sharpness | None:
@@ -176,20 +176,20 @@ class SharpnessReport(L.Callback):
                 add_entry(_folder(trainer), {"epoch": epochs}, found)
                 if drawn is not None:
                     keep_slice(trainer, f"_epoch{epochs:03d}", drawn, f"Loss around the weights {when}")
-        except Exception as error:  # a report must not cost a training
+        except Exception as error:  # a training must not fail because of a report
             what = "sharpness" if found is None else "file of sharpness"
-            rank_zero_warn(f"no {what} {when} ({type(error).__name__}: {error}); the training is unharmed")
-        return found  # by all processes or none, whatever became of the files of the first
+            rank_zero_warn(f"no {what} {when} ({type(error).__name__}: {error}); the training goes on")
+        return found  # the same on all processes, even if process 0 could not write its files
 
     def measure(self, pl_module: nn.Module, source: Any) -> tuple[Sharpness, LossSlice | None]:
-        """What this callback reports, of a network and training samples anywhere; nothing is written.
+        """Measure a network without writing anything; it can be called without a fit.
 
         Args:
-            pl_module: a LightningModule, or any network for the default ``loss``.
-            source: of the samples, see ``lightning_kd.core.training_samples``.
+            pl_module: a LightningModule, or with the default ``loss`` any network.
+            source: source of the samples, see ``lightning_kd.core.training_samples``.
 
         Returns:
-            The measures, and the loss along random directions where slices are asked for.
+            The measures, and the loss along random directions, or ``None`` with ``slices="none"``.
         """
         device = next((p.device for p in pl_module.parameters()), torch.device("cpu"))
         with together(device):
@@ -227,14 +227,14 @@ class SharpnessReport(L.Callback):
 
 
 def add_entry(folder: Path, entry: dict[str, Any], found: Sharpness) -> None:
-    """Add what was found to the list in ``sharpness.json`` of a folder, with what ``entry`` says about it."""
+    """Append the measures, together with the values in ``entry``, to the list in ``sharpness.json`` of ``folder``."""
     path = folder / "sharpness.json"
     entries = _entries(path)
     write_text(path, json.dumps([*entries, {**entry, **found.to_dict()}], indent=2) + "\n")
 
 
 def keep_slice(trainer: L.Trainer, suffix: str, drawn: LossSlice, title: str) -> Path:
-    """Write picture and numbers of a slice into ``pictures``; returns the path of the picture."""
+    """Write the picture and the numbers of a slice into ``pictures``; returns the path of the picture."""
     _keep(trainer, "loss_slice", suffix, slice_figure(drawn, title))
     path = Path(trainer.default_root_dir) / "pictures" / f"loss_slice{suffix}.png"
     with written_whole(path.with_suffix(".npz")) as part, part.open("wb") as file:
@@ -243,7 +243,7 @@ def keep_slice(trainer: L.Trainer, suffix: str, drawn: LossSlice, title: str) ->
 
 
 def _entries(path: Path) -> list[dict[str, Any]]:
-    """What ``sharpness.json`` holds; a damaged one is put aside."""
+    """The list in ``sharpness.json``; a damaged file is renamed, with a warning."""
     if not path.is_file():
         return []
     try:
@@ -254,14 +254,14 @@ def _entries(path: Path) -> list[dict[str, Any]]:
     except ValueError as error:
         reason = str(error)
     aside = path.with_suffix(".damaged.json")
-    rank_zero_warn(f"{path} is damaged ({reason}): it is kept as {aside.name}, and a new one begins")
+    rank_zero_warn(f"{path} is damaged ({reason}): it is renamed to {aside.name}, and a new one is written")
     os.replace(path, aside)
     return []
 
 
 @contextmanager
 def _contiguous(pl_module: nn.Module) -> Iterator[None]:
-    """A task gives its images to the network as they are: second derivatives are slower in channels_last."""
+    """A context in which a task does not use channels_last, in which second derivatives are slower."""
     before = getattr(pl_module, "channels_last", None)
     if before is not True:
         yield
@@ -279,7 +279,7 @@ def _folder(trainer: L.Trainer) -> Path:
 
 
 def _parameters(pl_module: nn.Module, network: nn.Module) -> list[str] | None:
-    """The trainable parameters of the network that answers, or all of one that is a frozen average."""
+    """Names of the trainable parameters of ``network``; of all its parameters if none is trainable (an average)."""
     own = {id(p) for p in network.parameters()}
     found = {name: p.requires_grad for name, p in pl_module.named_parameters() if id(p) in own}
     return [name for name, trained in found.items() if trained] or list(found) or None

@@ -1,4 +1,4 @@
-"""Pictures of loss slices."""
+"""Figures of the loss along random directions around the weights."""
 
 from __future__ import annotations
 
@@ -15,21 +15,23 @@ if TYPE_CHECKING:
 
 
 def slice_figure(slices: LossSlice | Mapping[str, LossSlice], title: str = "Loss around the weights") -> Figure:
-    """Curves of slices along one direction, or the contours of one slice along two.
+    """Curves of slices along one direction, or contours of one slice along two directions.
 
-    The axis of the loss is logarithmic where it spans more than a factor of 20.
+    The axis of the loss is logarithmic if the largest loss is more than 20 times the smallest.
 
     Args:
-        slices: from ``lightning_kd.metrics.loss_slice``; several along one direction by their labels.
-        title: above the picture.
+        slices: a result of ``lightning_kd.metrics.loss_slice``, or several along one direction by their labels.
+        title: title of the figure.
 
     Raises:
-        ValueError: for no slice, or several where one is along two directions.
+        ValueError: for no slice, or for several if one is along two directions.
     """
     named = {"": slices} if isinstance(slices, LossSlice) else dict(slices)
     flat = all(part.loss.ndim == 1 for part in named.values())
     if not named or (len(named) > 1 and not flat):
-        raise ValueError(f"slices must be one slice, or several along one direction, got {len(named)}: draw them apart")
+        raise ValueError(
+            f"slices must be one slice, or several along one direction, got {len(named)}: make a figure for each"
+        )
     losses = np.concatenate([part.loss.numpy().ravel() for part in named.values()])
     losses = losses[np.isfinite(losses)]
     low, high = (losses.min(), losses.max()) if len(losses) else (1.0, 1.0)

@@ -179,7 +179,7 @@ def test_entries_of_other_checkpoints_stay_and_damage_is_a_warning(tmp_path: Pat
     assert kept == {"checkpoint": "last.ckpt", "loss": 1}
     assert new["epoch"] == 1
     path.write_text('[{"epo')
-    with pytest.warns(UserWarning, match="is damaged .* a new one begins"):
+    with pytest.warns(UserWarning, match="is damaged .* a new one is written"):
         trainer(tmp_path, report(which=["head"]), max_epochs=1).fit(Method(), data())
     assert len(json.loads(path.read_text())) == 1
     assert (tmp_path / "sharpness.damaged.json").read_text() == '[{"epo'
