@@ -1,21 +1,21 @@
 """Compare run folders: group the runs that differ only in seed, and write mean, std, n, last and best.
 
-``lightning-kd compare RUN...`` prints one table per metric and writes ``compare.csv``, ``compare.md`` and
-``compare.png``. Neither torch nor lightning is imported here, so that a comparison starts at once.
+``lightning-kd compare RUN...`` prints one table for each metric and writes ``compare.csv``, ``compare.md`` and
+``compare.png``. Neither torch nor lightning is imported here, so that the command starts fast.
 
-What the columns mean, for one group and one metric:
+The columns, for one group and one metric:
 
 - ``n``: the number of runs that recorded the metric,
-- ``last``: each run's value at the last epoch that has it, in the order of the seeds; for ``test/...`` the value
+- ``last``: each run's value at the last epoch with a value, in the order of the seeds; for ``test/...`` the value
   recorded last,
 - ``mean``, ``std``: over the ``last`` values; the sample standard deviation (n - 1), blank for one run,
-- ``best``, ``best_std``: the same over each run's best epoch. Blank for ``test/...``: choosing an epoch by its test
-  value is no result.
+- ``best``, ``best_std``: the same over each run's best epoch. Blank for ``test/...``, since an epoch must not be chosen
+  by its test value.
 
-The best epoch is the smallest value where a word of the name is loss, ece, err, nll ... (``runs.LOWER``), the largest
-where one is acc, auc, precision, recall, f1 ... (``runs.HIGHER``); other names have no best. Words are what ``/``,
-``_`` and ``-`` separate, without trailing digits (``acc5`` is acc). Metrics of ``HIGHER`` that lie in [0, 1] are shown
-in percent, and are fractions in the CSV.
+The best value is the smallest if a word of the metric's name is loss, ece, err, nll ... (``runs.LOWER``), and the
+largest if one is acc, auc, precision, recall, f1 ... (``runs.HIGHER``); other names have no best. Words are separated
+by ``/``, ``_`` and ``-``, and trailing digits do not count (``acc5`` is acc). Metrics of ``HIGHER`` with values in
+[0, 1] are shown in percent; the CSV has fractions.
 """
 
 from __future__ import annotations
@@ -40,10 +40,10 @@ class _Parser(argparse.ArgumentParser):
 
 
 def main(argv: Sequence[str]) -> None:
-    """The command: print the tables, write ``compare.csv``, ``compare.md`` and ``compare.png``, print where they are.
+    """Run the command: print the tables, write ``compare.csv``, ``compare.md`` and ``compare.png``, print their paths.
 
     Raises:
-        ValueError: of one sentence, where the arguments or the run folders cannot be used.
+        ValueError: if the arguments or the run folders cannot be used, or the files cannot be written.
     """
     parser = _Parser(
         prog="lightning-kd compare",
@@ -60,7 +60,7 @@ def main(argv: Sequence[str]) -> None:
         "--output",
         metavar="DIR",
         type=Path,
-        help="where the three files go (default: the folder `compare` in the folder that holds all the runs)",
+        help="folder for the three files (default: the folder `compare` in the folder that holds all the runs)",
     )
     args = parser.parse_args(list(argv))
 
@@ -76,7 +76,7 @@ def main(argv: Sequence[str]) -> None:
                 part.write_bytes(content)
     except OSError as error:
         reason = os.strerror(error.errno or 0)
-        raise ValueError(f"{output} cannot be written ({reason}); name another with --output.") from None
+        raise ValueError(f"{output} cannot be written ({reason}); name another folder with --output.") from None
     for suffix in files:
         print(output / f"compare.{suffix}")
 

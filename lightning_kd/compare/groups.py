@@ -1,4 +1,4 @@
-"""Group runs that differ only in seed, name the groups and summarise their metrics."""
+"""Grouping runs that differ only in seed, naming the groups and summarising their metrics."""
 
 from __future__ import annotations
 
@@ -17,19 +17,35 @@ from lightning_kd.compare.runs import MONITORED, Run, expand, read_run
 
 @dataclass
 class Summary:
-    """One metric over the runs of one group."""
+    """One metric over the runs of one group.
+
+    Attributes:
+        n: number of runs with the metric.
+        mean: mean of their last values; ``None`` without any.
+        std: sample standard deviation of the last values; ``None`` with fewer than 2.
+        last: the last value of each run of the group; ``None`` for a run without the metric.
+        best: mean of the best values; ``None`` for ``test/...`` and metrics without a known direction.
+        best_std: sample standard deviation of the best values, likewise.
+    """
 
     n: int
     mean: float | None
     std: float | None
-    last: list[float | None]  # one for each run of the group
+    last: list[float | None]
     best: float | None
     best_std: float | None
 
 
 @dataclass
 class Group:
-    """Runs that differ only in seed, ordered by it."""
+    """Runs that differ only in seed.
+
+    Attributes:
+        label: a short unique name.
+        runs: the runs, ordered by seed.
+        metrics: a summary for each metric by name.
+        notes: sentences about unusual things, such as a seed that occurs twice.
+    """
 
     label: str
     runs: list[Run]
@@ -42,15 +58,20 @@ class Group:
 
 
 def compare_runs(runs: Sequence[str | Path], metrics: Sequence[str] | None = None) -> list[Group]:
-    """Group run folders that differ only in seed, in the order in which they are named, and summarise each metric.
+    """Group run folders that differ only in seed, in the given order, and summarise each metric.
 
-    Two runs belong together when their ``config.yaml`` are equal without ``seed_everything``, ``run``, ``overwrite``,
+    Two runs are in one group if their ``config.yaml`` are equal except for ``seed_everything``, ``run``, ``overwrite``,
     ``ckpt_path``, ``trainer.default_root_dir``, ``trainer.logger`` and every ``seed`` and ``split_seed`` under
-    ``data``. A ``teacher_weights``, or one of a list, that lies in a run folder counts as that run's config without its
-    seeds, so that students with a teacher of their own seed are one group; any other path counts as it is written.
+    ``data``. If ``teacher_weights`` (or one of a list) is in a run folder, that run's config without its seeds is
+    compared instead of the path, so that students whose teachers differ in seed are one group.
 
-    Without ``metrics``: ``test/acc`` and ``val/acc``, those of them that a run has (or the same of ``map``, or
-    ``miou``); else the first ``val/...``, else the first ``test/...``.
+    Args:
+        runs: run folders, or folders of run folders.
+        metrics: names of metrics. Default: ``test/acc`` and ``val/acc``, as far as a run has them (or the same of
+            ``map`` or ``miou``); else the first ``val/...``, else the first ``test/...``.
+
+    Raises:
+        ValueError: for folders that are no runs, damaged files, and metrics that no run has.
     """
     read = [read_run(path) for path in expand(runs)[0]]
     names = _choose_metrics(read, list(metrics or ()))
@@ -88,7 +109,7 @@ def _summary(runs: list[Run], metric: str) -> Summary:
 def _mean_std(values: Sequence[float]) -> tuple[float | None, float | None]:
     if not values:
         return None, None
-    with np.errstate(invalid="ignore", over="ignore"):  # a diverged run makes them nan, and a note says which
+    with np.errstate(invalid="ignore", over="ignore"):  # nan for a diverged run, which a note names
         return float(np.mean(values)), float(np.std(values, ddof=1)) if len(values) > 1 else None
 
 
@@ -111,8 +132,8 @@ def _notes(runs: list[Run], metrics: list[str]) -> list[str]:
 def _labels(groups: list[list[Run]]) -> list[str]:
     """A short and unique name for each group.
 
-    The runs' folder name without the seed, where they share one, else the method. Groups of equal name get the
-    settings in which they differ.
+    It is the folder name of the runs without the seed if it is the same for all, else the name of the method. To groups
+    with equal names, the settings in which they differ are added.
     """
     settings = [group[0].settings for group in groups]
     names = []
@@ -131,7 +152,7 @@ def _labels(groups: list[list[Run]]) -> list[str]:
 
 
 def _differences(own: dict[str, Any], peers: list[dict[str, Any]]) -> list[str]:
-    """``key=value`` for three settings that differ, those of the model first, and for more where it takes more."""
+    """``key=value`` for three differing settings, those of the model first; more if needed to tell the groups apart."""
 
     def split(keys: Sequence[str]) -> int:
         return len({tuple(repr(peer.get(key, "-")) for key in keys) for peer in peers})

@@ -1,4 +1,4 @@
-"""Show groups of runs as CSV, as Markdown (which is also what is printed) and as a picture."""
+"""Rendering groups of runs as CSV, as Markdown (which is also printed) and as a picture."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from lightning_kd.compare.groups import Group
 from lightning_kd.compare.runs import direction
 from lightning_kd.spreadsheet import csv_text
 
-# blue, vermilion, green, purple, orange, sky blue, black, grey: after Okabe and Ito, for colour-blind eyes too
+# blue, vermilion, green, purple, orange, sky blue, black, grey: Okabe and Ito's colours, also for colour-blind readers
 _COLORS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000", "#999999")
 _LINES = ("-", "--", ":", "-.")
 _COLUMNS = "group metric n mean std best best_std last seeds epochs runs unfinished"
@@ -24,7 +24,7 @@ _FOOT = (
 
 
 def to_csv(groups: Sequence[Group]) -> str:
-    """One line per group and metric, fractions as they were recorded, seven digits; lists are joined by ``;``."""
+    """The CSV: one line for each group and metric, fractions (not percent) with seven digits, lists joined by ``;``."""
 
     def digits(values: Sequence[float | None]) -> list[str]:
         return ["" if value is None else f"{value:.7g}" for value in values]
@@ -46,7 +46,12 @@ def to_csv(groups: Sequence[Group]) -> str:
 
 
 def to_markdown(groups: Sequence[Group], left_out: Sequence[str] = ()) -> str:
-    """One table per metric, its columns aligned, then the notes."""
+    """The Markdown: one table for each metric, then the notes.
+
+    Args:
+        groups: the groups.
+        left_out: further notes, about folders that were left out.
+    """
     parts = [f"### {metric}\n\n{_table(groups, metric)}" for metric in groups[0].metrics]
     unfinished = [f"{run.name} ({run.outcome})" for group in groups for run in group.runs if not run.finished]
     notes = ["unfinished (marked *): " + ", ".join(unfinished)] if unfinished else []
@@ -56,7 +61,7 @@ def to_markdown(groups: Sequence[Group], left_out: Sequence[str] = ()) -> str:
 
 
 def to_png(groups: Sequence[Group]) -> bytes:
-    """A panel per metric: mean and one std over the runs that have the epoch; of a ``test/...`` the one value."""
+    """The picture as PNG: a panel for each metric, with mean and std over the runs by epoch, a point for ``test/``."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
@@ -106,7 +111,7 @@ def _percent(groups: Sequence[Group], metric: str) -> bool:
 
 
 def _table(groups: Sequence[Group], metric: str) -> str:
-    """An unfinished run's seed carries a star; no best, no column."""
+    """The table of one metric. Seeds of unfinished runs are marked by ``*``; without best values there is no column."""
     percent = _percent(groups, metric)
     has_best = any(group.metrics[metric].best is not None for group in groups)
 

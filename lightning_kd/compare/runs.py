@@ -1,4 +1,4 @@
-"""Read run folders: the configuration without what differs between seeds, and the metrics by epoch."""
+"""Reading run folders: the configuration without seeds, and the metrics by epoch."""
 
 from __future__ import annotations
 
@@ -16,25 +16,35 @@ import yaml
 HIGHER = frozenset(
     ["acc", "accuracy", "ap", "auc", "auroc", "cf", "f1", "iou", "map", "miou", "of", "precision", "recall", "top"]
 )
-#: what tasks choose ``best.ckpt`` by, by kind of problem
+#: the metrics by which tasks choose ``best.ckpt``, for each kind of problem
 MONITORED = ("acc", "map", "miou")
 LOWER = frozenset(["brier", "ece", "err", "error", "loss", "mae", "mse", "nll", "rmse"])
 
 _NOT_COMPARED = ("seed_everything", "run", "overwrite", "ckpt_path", "trainer.default_root_dir", "trainer.logger")
-# the C loader is ten times faster, where yaml was built with it
+# the C loader, if there is one, is ten times faster
 _LOADER = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
 
 
 @dataclass
 class Run:
-    """One run folder, read."""
+    """The content of one run folder.
+
+    Attributes:
+        path: the folder.
+        seed: ``seed_everything``; ``None`` if there is none.
+        outcome: outcome of the last ``fit`` or ``active``, such as ``finished``.
+        settings: the config without its seeds, flat: ``model.init_args.heads`` -> 2.
+        seeds: all seeds of the config; runs of one group with equal seeds are repetitions of the same run.
+        series: metric -> epoch -> value; for ``test/...`` only the value recorded last.
+        epochs: number of epochs with metrics.
+    """
 
     path: Path
     seed: int | None
-    outcome: str  # of the last fit, or active
-    settings: dict[str, Any]  # the config without its seeds, flat: "model.init_args.heads" -> 2
-    seeds: tuple[str, ...]  # everything that was dropped as a seed; equal means the same run again
-    series: dict[str, dict[int, float]]  # metric -> epoch -> value; of a test/... only the value recorded last
+    outcome: str
+    settings: dict[str, Any]
+    seeds: tuple[str, ...]
+    series: dict[str, dict[int, float]]
     epochs: int
 
     @property
@@ -43,9 +53,9 @@ class Run:
 
     @property
     def stem(self) -> str:
-        """The folder's name without the seed at its end; the parent's where it is nothing but a seed."""
+        """The folder's name without the seed at its end; the parent's name if it is nothing but a seed."""
         path = self.path.absolute()
-        # only the run's own seed: resnet_56 keeps its depth
+        # only a number that is the run's seed: resnet_56 keeps its depth
         return re.sub(rf"(^|[-_]+)((seed|s)[-_=]?)?0*{self.seed}$", "", path.name, flags=re.I) or path.parent.name
 
     @property
@@ -66,16 +76,19 @@ class Run:
 
 
 def direction(metric: str) -> int:
-    """1 where larger is better, -1 where smaller is, 0 where the name does not tell."""
+    """1 if larger values of the metric are better, -1 if smaller ones are, 0 if the name does not tell."""
     words = re.split(r"[^a-z0-9]+", metric.lower())
     words += [word.rstrip("0123456789") for word in words]
     return -1 if LOWER.intersection(words) else 1 if HIGHER.intersection(words) else 0
 
 
 def expand(paths: Iterable[str | Path]) -> tuple[list[Path], list[str]]:
-    """The run folders that ``paths`` mean, and a line for each child that was left out.
+    """The run folders among ``paths``, and a line for each folder that was left out.
 
-    A folder that is no run folder itself stands for its children that are. A folder named twice counts once.
+    A folder that is no run folder itself stands for the run folders directly in it. A folder named twice counts once.
+
+    Raises:
+        ValueError: for a path that is no folder, or without any run folder.
     """
     found: dict[Path, Path] = {}
     left_out: list[str] = []
@@ -99,7 +112,11 @@ def expand(paths: Iterable[str | Path]) -> tuple[list[Path], list[str]]:
 
 
 def read_run(path: Path) -> Run:
-    """Read a run folder; a missing or damaged file is a ValueError of one sentence."""
+    """Read a run folder.
+
+    Raises:
+        ValueError: if a file is missing or damaged.
+    """
     if missing := _missing(path):
         raise ValueError(f"{path} has no {missing}, so it cannot be compared; leave it out, or run it first.")
     config = _load(path / "config.yaml", _yaml)
@@ -139,7 +156,7 @@ def _load(path: Path, parse: Callable[[str], Any]) -> dict[str, Any]:
 
 
 def _read_metrics(path: Path) -> dict[str, dict[int, float]]:
-    """Metric -> epoch -> the last value recorded in it. Blank cells are skipped."""
+    """Metric -> epoch -> the last value recorded in that epoch, from ``metrics.csv``."""
     series: dict[str, dict[int, float]] = {}
     with path.open(newline="", encoding="utf-8") as file:
         reader = csv.DictReader(file)
@@ -155,7 +172,10 @@ def _read_metrics(path: Path) -> dict[str, dict[int, float]]:
 
 
 def _settings(config: dict[str, Any], path: Path, students: tuple[Path, ...]) -> tuple[dict[str, Any], list[str]]:
-    """The config of the run folder ``path`` without what may differ between seeds, and the data's seeds."""
+    """The flat config of the run folder ``path`` without settings that may differ between seeds, and the data's seeds.
+
+    ``students`` are the runs whose teacher this one is, so that a circle of runs ends.
+    """
     kept: dict[str, Any] = {}
     seeds: list[str] = []
     for key, value in flat(config).items():
@@ -171,15 +191,15 @@ def _settings(config: dict[str, Any], path: Path, students: tuple[Path, ...]) ->
                 kept |= {f"{own}.{name}" if name else own: v for name, v in found.items()}
         elif not isinstance(value, str):
             kept[key] = value
-        else:  # a callback may write into the run's own folder
+        else:  # paths in the run's own folder, such as those of callbacks, are compared without it
             kept[key] = value.removeprefix(f"{config.get('run')}/")
     return kept, seeds
 
 
 def _teacher(weights: str, path: Path, students: tuple[Path, ...]) -> dict[str, Any]:
-    """The settings of the run in whose folder ``weights`` lie; else the path as it is written."""
+    """The settings of the run in whose folder the file ``weights`` is; the path itself if it is in none."""
     students = (*students, path.resolve())
-    # a relative path was written where the command ran: here, or in a folder above the run
+    # a relative path is relative to the folder of the command: this one, or a folder above the run
     for base in (Path.cwd(), *path.resolve().parents):
         file = base / weights
         for folder in file.parents[:2]:  # RUN/network.pt or RUN/checkpoints/best.ckpt
@@ -190,7 +210,7 @@ def _teacher(weights: str, path: Path, students: tuple[Path, ...]) -> dict[str, 
 
 
 def flat(node: Any, prefix: str = "") -> dict[str, Any]:
-    """Nested settings as dotted key -> value; a list of plain values is one value."""
+    """Nested settings as a flat dict with dotted keys; a list of plain values is one value."""
     plain = isinstance(node, list) and not any(isinstance(value, dict | list) for value in node)
     if not node or plain or not isinstance(node, dict | list):
         return {prefix: node}
