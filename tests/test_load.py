@@ -226,11 +226,11 @@ def test_what_cannot_be_read_is_told(run):
     with pytest.raises(FileNotFoundError, match="holds no checkpoint"):
         lightning_kd.load("new")
     shutil.copy("r/checkpoints/last.ckpt", "last.ckpt")
-    with pytest.raises(FileNotFoundError, match="says what network it is"):
+    with pytest.raises(FileNotFoundError, match="names the network"):
         lightning_kd.load("last.ckpt")
     text = Path("r/config.yaml").read_text()
     Path("r/config.yaml").write_text(text.replace("network: cnn_tiny", "network: resnet8"))
-    with pytest.raises(ValueError, match="does not go with the config"):
+    with pytest.raises(ValueError, match="does not fit the config"):
         lightning_kd.load("r")
 
 

@@ -1,4 +1,4 @@
-"""A trained run put to use: predictions from Python, and files that other programs run."""
+"""Using a trained run: predictions from Python, and network files for other programs."""
 
 from lightning_kd.deploy.predictor import Predictions, Predictor, load
 

@@ -1,4 +1,4 @@
-"""Predictions from Python, of images in any form, by a run that was trained."""
+"""Predicting images in any form with a trained run, from Python."""
 
 from __future__ import annotations
 
@@ -23,13 +23,13 @@ __all__ = ["Predictions", "Predictor", "load"]
 
 @dataclass
 class Predictions:
-    """What was predicted for ``N`` samples, on the CPU.
+    """The predictions for ``N`` samples, on the CPU.
 
     Attributes:
-        prediction: the class, int64 ``[N]``; of several labels bool ``[N, C]``, of masks ``[N, H, W]``.
-        names: the name of each class; of several labels a list of them; ``None`` for masks.
+        prediction: the class of each sample, int64 ``[N]``; for several labels bool ``[N, C]``; masks ``[N, H, W]``.
+        names: the class name of each sample; for several labels a list of names each; ``None`` for masks.
         probabilities: float32 ``[N, C]``; ``None`` for masks.
-        paths: the image files; ``None`` where something else was given.
+        paths: the image files; ``None`` if the samples were not all given as files.
     """
 
     prediction: Tensor
@@ -42,15 +42,15 @@ class Predictions:
 
 
 class Predictor:
-    """A trained method that answers; made by ``load``.
+    """A trained run that predicts; made by ``load``.
 
     Attributes:
         task: the method, in eval mode.
-        class_names: of the data that it was trained on.
-        input_shape: of an image ``(C, H, W)``, or of a row of features ``(D,)``.
-        mean: subtracted from each channel (0 to 1) or feature.
-        std: divides it.
-        checkpoint: the file that the weights are from.
+        class_names: names of the classes that it was trained on.
+        input_shape: shape of an image ``(C, H, W)``, or of a feature row ``(D,)``.
+        mean: mean of each channel (of values from 0 to 1) or feature, which is subtracted.
+        std: standard deviation of each channel or feature, by which it is divided.
+        checkpoint: the file of the weights.
     """
 
     def __init__(self, task: Task, description: dict[str, Any], checkpoint: Path) -> None:
@@ -65,7 +65,7 @@ class Predictor:
 
     @property
     def network(self) -> nn.Module:
-        """The plain network that answers: from normalised images, see ``prepare``, to logits."""
+        """The plain network, from normalised images (see ``prepare``) to logits."""
         return self.task.main_network
 
     @property
@@ -73,28 +73,28 @@ class Predictor:
         return next((p.device for p in self.task.parameters()), torch.device("cpu"))
 
     def to(self, device: str | torch.device) -> Predictor:
-        """Move it, in place."""
+        """Move the networks to ``device``, in place; returns the predictor itself."""
         self.task.to(device)
         return self
 
     def predict(self, images: Any, batch_size: int = 64) -> Predictions:
-        """What the method says of one image or several.
+        """Predict one image or several.
 
         Args:
             images: one of these, or a list of them:
 
-                - a path: of an image; given alone also of a folder, of a list (see ``files_to_predict``), or of a
+                - a path of an image; given alone, also of a folder, of a list (see ``files_to_predict``), or of a
                   ``.npy`` or ``.npz`` (see ``read_unlabelled``);
                 - a PIL image;
-                - an array ``[H, W, C]`` or ``[H, W]``, uint8 or float from 0 to 1; given alone also ``[N, H, W, C]``,
-                  and ``[N, H, W]`` for a run of grey images. These three are brought to the size of the network as the
-                  images of an evaluation are;
+                - an array ``[H, W, C]`` or ``[H, W]``, uint8 or float from 0 to 1; given alone, also ``[N, H, W, C]``,
+                  and ``[N, H, W]`` for a run of grey images. Images of these three forms are resized as in evaluation;
                 - a tensor ``[C, H, W]`` of the size of the network, uint8 or float from 0 to 1, not normalised; given
-                  alone also ``[N, C, H, W]``. Features are floats ``[D]`` or ``[N, D]``, as tensor or array.
-            batch_size: how many go through the network at once.
+                  alone, also ``[N, C, H, W]``. Features are floats ``[D]`` or ``[N, D]``, as tensor or array.
+            batch_size: number of images in a forward pass.
 
         Raises:
-            ValueError: where a file cannot be read, and for images of another shape or dtype.
+            ValueError: if a file cannot be read, and for images of another shape or dtype.
+            TypeError: for anything else.
         """
         check_numbers(least=1, whole=True, batch_size=batch_size)
         samples, paths = self._samples(images)
@@ -110,16 +110,18 @@ class Predictor:
         return Predictions(prediction, self._names(prediction), columns.get("probabilities"), paths)
 
     def prepare(self, images: Any) -> Tensor:
-        """Images of ``predict`` as the network wants them: normalised float32 ``[N, C, H, W]``, on the CPU."""
+        """The input of ``network`` for the images of ``predict``: normalised float32 ``[N, C, H, W]``, on the CPU."""
         return torch.stack([self._prepared(one) for one in self._samples(images)[0]])
 
     def images_to_compare(self, images: Any, count: int) -> tuple[Tensor, str | None]:
-        """At most ``count`` samples as ``prepare`` has them before they are normalised, and what they are.
+        """At most ``count`` samples in the form of ``prepare``, but not normalised, and a description of them.
 
         Args:
-            images: see ``predict``. ``None`` for the test set of the run; where that is not there, noise is given, and
-                no name.
-            count: how many.
+            images: see ``predict``. ``None``: the test set of the run, or random noise if its files do not exist.
+            count: largest number of samples.
+
+        Returns:
+            ``(samples, description)``; the description is ``None`` for noise.
         """
         if images is not None:
             samples, _ = self._samples(images)
@@ -137,7 +139,7 @@ class Predictor:
         return None
 
     def _in_array(self, images: np.ndarray | Tensor) -> Sequence[Any]:
-        """The samples in one array."""
+        """The samples in one array or tensor."""
         if not images.ndim or not len(images):
             raise ValueError(f"images is empty, got an array of shape {tuple(images.shape)}: give one image at least")
         grey = self.input_shape[0] == 1 and isinstance(images, np.ndarray) and len(self.input_shape) == 3
@@ -146,7 +148,7 @@ class Predictor:
         return images if images.ndim == len(self.input_shape) + 1 else [images]  # type: ignore[return-value]
 
     def _samples(self, images: Any) -> tuple[Sequence[Any], list[str] | None]:
-        """One by one, and the files among them where all are files."""
+        """``(samples, paths)``: the single samples, and their paths if all are files, else ``None``."""
         if isinstance(images, str | Path):
             if is_array_file(str(images)):
                 found = read_unlabelled(str(images), "images")
@@ -170,7 +172,7 @@ class Predictor:
 
 
 def load(run: str | Path, device: str | torch.device | None = None) -> Predictor:
-    """A trained run, to predict with. The data trained on need not be there.
+    """Load a trained run for predictions. The training data need not exist.
 
     ::
 
@@ -179,13 +181,13 @@ def load(run: str | Path, device: str | torch.device | None = None) -> Predictor
         print(found.names, found.probabilities.max(1).values)
 
     Args:
-        run: a run folder, of which ``best.ckpt`` is taken, or ``last.ckpt`` where there is no best; or a checkpoint in
-            a run folder.
-        device: where to compute, such as ``"cpu"`` or ``"cuda:1"``. Default: a GPU where there is one.
+        run: a run folder, of which ``best.ckpt`` is loaded, or ``last.ckpt`` if there is no best; or a checkpoint in a
+            run folder.
+        device: a device such as ``"cpu"`` or ``"cuda:1"``. Default: a GPU if there is one.
 
     Raises:
-        FileNotFoundError: where there is no checkpoint, or no ``config.yaml`` of its run.
-        ValueError: where one is damaged, or does not go with the other.
+        FileNotFoundError: if there is no checkpoint, or no ``config.yaml`` of its run.
+        ValueError: if one is damaged, or the two do not fit.
     """
     predictor = Predictor(*load_trained(run))
     return predictor.to(device or ("cuda" if torch.cuda.is_available() else "cpu"))

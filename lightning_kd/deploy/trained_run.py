@@ -1,4 +1,4 @@
-"""The task of a finished run with its weights, without the data trained on and without a Trainer."""
+"""Building the task of a finished run with its weights, without the training data and without a Trainer."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ __all__ = ["load_trained", "test_images"]
 
 
 class _Described:
-    """What a task has from its data module."""
+    """Stands for the data module, from which a task gets problem, number of classes and input shape."""
 
     def __init__(self, problem: str, num_classes: int, input_shape: list[int]) -> None:
         self.problem = getattr(problems, problem)(num_classes)
@@ -34,15 +34,19 @@ class _Described:
 
 
 def load_trained(run: str | Path) -> tuple[Task, dict[str, Any], Path]:
-    """The task of a run on the CPU, in eval mode; what it has to know of the data; and the checkpoint it is from.
+    """Load the task of a run.
 
     Args:
-        run: a run folder, of which ``best.ckpt`` is taken, or ``last.ckpt`` where there is no best; or a checkpoint in
-            a run folder.
+        run: a run folder, of which ``best.ckpt`` is loaded, or ``last.ckpt`` if there is no best; or a checkpoint in a
+            run folder.
+
+    Returns:
+        ``(task, description, checkpoint)``: the task on the CPU, in eval mode; the description of its data (class
+        names, normalisation and so on); and the path of the checkpoint.
 
     Raises:
-        FileNotFoundError: where there is no checkpoint, or no ``config.yaml`` of its run.
-        ValueError: where one is damaged, or does not go with the other.
+        FileNotFoundError: if there is no checkpoint, or no ``config.yaml`` of its run.
+        ValueError: if one is damaged, or the two do not fit.
     """
     path = Path(run)
     if path.is_dir():
@@ -54,28 +58,32 @@ def load_trained(run: str | Path) -> tuple[Task, dict[str, Any], Path]:
         raise FileNotFoundError(f"{str(run)!r} does not exist: name the folder of a run, or a checkpoint in one")
     checkpoint = read_checkpoint(path)
     config = _settings(path.absolute().parent.parent / "config.yaml")
-    family_packages()  # their classes are known by name then
+    family_packages()  # so that their classes are found by name
     description = checkpoint.get("data_description") or {}
-    if not hasattr(problems, str(description.get("problem"))):  # written before there was such a thing, or a kind of
-        task, description = _with_data(config)  # problem that is not ours
+    if not hasattr(problems, str(description.get("problem"))):  # an old checkpoint, or a user's own kind of problem
+        task, description = _with_data(config)
         description["class_names"] = checkpoint.get("class_names") or description["class_names"]
     else:
         task = _without_data(config, description)
         description = of_older_checkpoint(description, (config.get("data") or {}).get("init_args") or {})
-    task.on_load_checkpoint(checkpoint)  # first, as Lightning does: it may put in what the file leaves out
+    task.on_load_checkpoint(checkpoint)  # first, as in Lightning: it may add entries to the state_dict
     try:
         task.load_state_dict(checkpoint["state_dict"], strict=task.strict_loading)
     except RuntimeError as error:
-        raise ValueError(
-            f"{path} does not go with the config.yaml of its run ({error}): give those of one run"
-        ) from error
+        raise ValueError(f"{path} does not fit the config.yaml of its run ({error}): give those of one run") from error
     return task.eval(), description, path
 
 
 def test_images(checkpoint: Path, count: int) -> tuple[Tensor, str] | None:
-    """Some of what the run of a checkpoint predicts, float32 ``[N, C, H, W]`` of 0 to 1, and what it is.
+    """Some images of the prediction split of a checkpoint's run, and a description of them.
 
-    ``None`` where that is not there. Nothing is downloaded.
+    Args:
+        checkpoint: the checkpoint in a run folder.
+        count: largest number of images.
+
+    Returns:
+        ``(images, description)``, images float32 ``[N, C, H, W]`` of 0 to 1; ``None`` if the data do not exist. Nothing
+        is downloaded.
     """
     settings = _settings(checkpoint.absolute().parent.parent / "config.yaml").get("data")
     parser = LightningArgumentParser(exit_on_error=False)
@@ -84,7 +92,7 @@ def test_images(checkpoint: Path, count: int) -> tuple[Tensor, str] | None:
         data = parser.instantiate_classes(parser.parse_object({"data": settings})).data
         data.setup("predict")
         batch = as_batch(next(iter(data.predict_dataloader())))
-    except (OSError, ValueError, TypeError, ArgumentError, StopIteration):  # the files are gone, or elsewhere
+    except (OSError, ValueError, TypeError, ArgumentError, StopIteration):  # the files do not exist any more
         return None
     shape = (-1, *[1] * (batch.image.ndim - 2))
     mean, std = (torch.tensor(values).view(shape) for values in (data.mean, data.std))
@@ -97,15 +105,13 @@ def test_images(checkpoint: Path, count: int) -> tuple[Tensor, str] | None:
 
 def _settings(path: Path) -> dict[str, Any]:
     if not path.is_file():
-        raise FileNotFoundError(
-            f"there is no {path}, which says what network it is: give a checkpoint in its run folder"
-        )
+        raise FileNotFoundError(f"there is no {path}, which names the network: give a checkpoint in its run folder")
     try:
         found = yaml.safe_load(path.read_text(encoding="utf-8"))
     except (yaml.YAMLError, UnicodeDecodeError) as error:
         raise ValueError(f"{path} is damaged ({' '.join(str(error).split())}): put back a copy") from error
     if not isinstance(found, dict) or not isinstance(found.get("model"), dict):
-        raise ValueError(f"{path} is no config of a run, it has no model: put back a copy")
+        raise ValueError(f"{path} is no config of a run, as it has no model: put back a copy")
     leave_teacher_out(found["model"].setdefault("init_args", {}))
     return found
 
@@ -119,7 +125,7 @@ def _parser() -> LightningArgumentParser:
 def _instantiate(parser: LightningArgumentParser, settings: dict[str, Any]) -> Any:
     for name in ("num_classes", "input_shape", "problem"):
         parser.link_arguments(f"data.{name}", f"model.init_args.{name}", apply_on="instantiate")
-    with torch.random.fork_rng(devices=[]), weights_from_checkpoint():  # weights are drawn, and thrown away
+    with torch.random.fork_rng(devices=[]), weights_from_checkpoint():  # the initial weights are replaced afterwards
         return parser.instantiate_classes(parser.parse_object(settings))
 
 
