@@ -1,5 +1,4 @@
-"""Claims of papers as small experiments: what is run, and whether the claim shows in it.
+"""Claims of papers as small experiments: running them, and judging whether the claim holds.
 
-``lightning-kd claim NAME`` is made of this. Neither torch nor lightning is imported here: the runs are processes of
-their own.
+``lightning-kd claim NAME`` uses this. Neither torch nor lightning is imported here: each run is a process of its own.
 """

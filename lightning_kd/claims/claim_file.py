@@ -1,4 +1,4 @@
-"""Read ``configs/claims/NAME.yaml``: what a paper claims, the commands of each setting, and what is expected."""
+"""Reading ``configs/claims/NAME.yaml``: the claim of a paper, the commands of each setting, and the expectations."""
 
 from __future__ import annotations
 
@@ -18,14 +18,14 @@ __all__ = ["Claim", "Expectation", "read_claim"]
 _NEEDED = ("claim", "source", "minutes", "seeds", "metric", "settings", "expected")
 _OPTIONAL = ("shared", "tried")
 _OWN_WORDS = ("--run", "--seed_everything", "--overwrite")
-#: the verbs that begin a run folder
+#: the verbs that create a run folder
 TRAINING = ("fit", "active")
 VERBS = (*TRAINING, "validate", "test", "shift", "sharpness")
 
 
 @dataclass(frozen=True)
 class Expectation:
-    """That ``first`` is above (``>``) or below (``<``) ``second``."""
+    """The expectation that the metric of setting ``first`` is above (``>``) or below (``<``) that of ``second``."""
 
     first: str
     sign: str
@@ -41,15 +41,15 @@ class Claim:
 
     Attributes:
         name: the name of its file.
-        sentence: what is claimed.
+        sentence: the claim in one sentence.
         source: the paper.
-        minutes: of one CPU thread, for all runs.
-        seeds: each is run in every setting.
-        metric: a column of ``metrics.csv``; its last value counts.
-        settings: the commands of each, in order, as they are written in the file: ``{seed}`` stands for the seed,
-            ``{run}`` for the run's own folder, and the name of an earlier setting in braces for its run of that seed.
-        expected: of the settings' metric.
-        tried: what was tried before this, or is worth knowing; may be empty.
+        minutes: time of all runs on one CPU thread.
+        seeds: the seeds; every setting is run with each.
+        metric: the column of ``metrics.csv`` whose last value is compared.
+        settings: for each setting its commands, in order, as written in the file: ``{seed}`` is replaced by the seed,
+            ``{run}`` by the folder of the run, and an earlier setting's name in braces by its run with the same seed.
+        expected: the expectations about the metric.
+        tried: remarks, such as what was tried before; may be empty.
     """
 
     name: str
@@ -63,16 +63,23 @@ class Claim:
     tried: str = ""
 
     def run_name(self, setting: str, seed: int) -> str:
-        """The folder of a run, below that of the claim."""
+        """The name of a run's folder, below that of the claim."""
         return f"{setting}_seed{seed}"
 
     def needs(self, setting: str) -> list[str]:
-        """The settings whose runs it uses, such as its teacher's."""
+        """The settings whose runs ``setting`` uses, such as that of its teacher."""
         named = {name for command in self.settings[setting] for name in _named(command)}
         return [name for name in self.settings if name in named]
 
     def commands(self, setting: str, seed: int, folder: Path, further: Sequence[str] = ()) -> list[list[str]]:
-        """The words of each command of a run; ``further`` words go to the one that trains."""
+        """The words of each command of a run.
+
+        Args:
+            setting: name of the setting.
+            seed: seed of the run.
+            folder: folder of the claim.
+            further: words that are added to the training command.
+        """
         run = folder / self.run_name(setting, seed)
         values = {name: str(folder / self.run_name(name, seed)) for name in self.settings}
         values |= {"seed": str(seed), "run": str(run)}
@@ -89,8 +96,8 @@ def read_claim(path: Path) -> Claim:
     """The claim in a file.
 
     Raises:
-        ValueError: of one sentence, where something is wrong in it.
-        FileNotFoundError: where there is none.
+        ValueError: if something is wrong in it.
+        FileNotFoundError: if there is no such file.
     """
     try:
         content = yaml.safe_load(path.read_text(encoding="utf-8-sig"))
@@ -109,7 +116,7 @@ def _claim(name: str, content: dict[str, Any]) -> Claim:
     if missing := [key for key in _NEEDED if key not in content]:
         raise ValueError(f"there is no {missing[0]}: a claim has {', '.join(_NEEDED)}")
     if unknown := [key for key in content if key not in known]:
-        raise ValueError(f"{unknown[0]!r} is nothing that a claim has: it has {', '.join(known)}")
+        raise ValueError(f"{unknown[0]!r} is not a key of a claim: give only {', '.join(known)}")
     for key in ("claim", "source", "metric", *(key for key in _OPTIONAL if key in content)):
         if not isinstance(content[key], str) or not content[key].strip():
             raise ValueError(f"{key} must be a text, got {content[key]!r}: write it in words")
@@ -123,10 +130,10 @@ def _claim(name: str, content: dict[str, Any]) -> Claim:
 
 
 def seeds_of(value: Any) -> tuple[int, ...]:
-    """The seeds that a number of them, or a list, means.
+    """The seeds from a list of them, or from their number ``n`` (then 0 to n - 1).
 
     Raises:
-        ValueError: where it is neither.
+        ValueError: if ``value`` is neither.
     """
     if not isinstance(value, list):
         check_numbers(least=1, whole=True, seeds=value, remedy="say how many, or name several in a list")
@@ -144,7 +151,8 @@ def _settings(given: Any, shared: str) -> dict[str, tuple[str, ...]]:
     for name, commands in given.items():
         if not isinstance(name, str) or not re.fullmatch(r"[A-Za-z]\w*", name) or name in ("seed", "run", "logs"):
             raise ValueError(
-                f"settings: {name!r} cannot be the name of one: take letters, digits and _, and not seed, run or logs"
+                f"settings: {name!r} cannot be the name of a setting: take letters, digits and _, and not seed, run or "
+                "logs"
             )
         commands = [commands] if isinstance(commands, str) else commands
         if not isinstance(commands, list) or not commands or not all(isinstance(text, str) for text in commands):
@@ -169,11 +177,11 @@ def _check_command(setting: str, command: str, first: bool, before: dict[str, An
     if first and "--config" not in words:
         raise ValueError(f"settings: {setting} names no --config: add --config NAME")
     if own := [word for word in words if word.partition("=")[0] in _OWN_WORDS]:
-        raise ValueError(f"settings: {setting} says {own[0]}, which is set for each run: leave it out")
+        raise ValueError(f"settings: {setting} gives {own[0]}, which is set for each run: leave it out")
     for name in _named(command):
         if name not in (*before, "seed", "run"):
             raise ValueError(
-                f"settings: {setting} names {{{name}}}, which is no setting before it: take {', '.join(before)}"
+                f"settings: {setting} names {{{name}}}, which is no earlier setting: take {', '.join(before)}"
                 f"{', ' if before else ''}seed or run"
             )
 

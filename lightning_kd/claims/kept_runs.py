@@ -1,4 +1,4 @@
-"""What of a claim's runs is done, and how the rest goes on."""
+"""Which commands of a claim's runs are finished, and how to resume the others."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ __all__ = ["commands_left", "record_of"]
 
 
 def record_of(run: Path) -> dict[str, Any]:
-    """What ``run.json`` holds; nothing where there is none, or it is damaged."""
+    """The content of ``run.json``; empty if there is none, or it is damaged."""
     try:
         found = json.loads((run / "run.json").read_text(encoding="utf-8"))
     except (OSError, ValueError):
@@ -23,18 +23,18 @@ def record_of(run: Path) -> dict[str, Any]:
 
 
 def commands_left(run: Path, commands: Sequence[list[str]], anew: bool = False) -> list[list[str]]:
-    """The commands that are not done yet, as they have to be given now.
+    """The commands of a run that are not finished, with the options to resume.
 
-    A training that was broken goes on from its ``last.ckpt`` (``active`` by itself); one that left nothing of use
-    begins again, and so does all with ``anew``.
+    An interrupted training resumes from its ``last.ckpt`` (``active`` does so by itself). Without a checkpoint, or with
+    ``anew``, it starts again.
 
     Args:
         run: the folder of the run.
-        commands: all commands of the run, the one that trains first.
-        anew: throw away what is there.
+        commands: all commands of the run, the training first.
+        anew: run all commands again.
 
     Raises:
-        ValueError: where the folder holds a training by another command.
+        ValueError: if the folder holds a training by another command.
     """
     (verb, *words), *further = commands
     record = record_of(run)
@@ -59,7 +59,7 @@ def commands_left(run: Path, commands: Sequence[list[str]], anew: bool = False) 
 
 
 def _settings_of(command: str) -> list[str]:
-    """The words of a command, without the program and what only says how it begins."""
+    """The words of a command, without the program's name, ``--overwrite`` and ``--ckpt_path last``."""
     words = shlex.split(command)[1:]
     if words[-2:] == ["--ckpt_path", "last"]:
         del words[-2:]

@@ -1,4 +1,4 @@
-"""A bar over the runs of a claim, with the time that is left."""
+"""A progress bar over the runs of a claim, with the time left."""
 
 from __future__ import annotations
 
@@ -14,13 +14,13 @@ __all__ = ["Progress", "seconds_left"]
 
 
 class Progress:
-    """The bar; entered while the runs go.
+    """The progress bar, a context manager.
 
     Args:
-        title: before the bar.
-        settings: the setting of each run that is to be made.
-        at_once: how many runs go at the same time.
-        guess: seconds of a run, while none is known.
+        title: text before the bar.
+        settings: the setting of each run to be made.
+        at_once: number of runs at the same time.
+        guess: assumed seconds of a run, until one has ended.
     """
 
     def __init__(self, title: str, settings: Sequence[str], at_once: int, guess: float) -> None:
@@ -45,31 +45,33 @@ class Progress:
         self._bar.stop()
 
     def ended(self, setting: str, seconds: float, line: str) -> None:
-        """One run of ``setting`` is done; ``line`` is said of it."""
+        """Record that a run of ``setting`` has ended after ``seconds``, and print ``line``."""
         self._left.remove(setting)
         self._spent.setdefault(setting, []).append(seconds)
         self._bar.console.print(line, highlight=False, markup=False)
         self._bar.update(self._task, advance=1, left=self._text())
 
     def _text(self) -> str:
-        return told(seconds_left(self._left, self._spent, self._at_once, self._guess))
+        return in_words(seconds_left(self._left, self._spent, self._at_once, self._guess))
 
 
 def seconds_left(left: Sequence[str], spent: dict[str, list[float]], at_once: int, guess: float) -> float:
-    """How long the runs of the settings ``left`` will take: each as those of its setting did, or as all did.
+    """The expected seconds until all runs have ended.
+
+    A run is expected to take the mean time of its setting's runs, or of all runs if its setting has none yet.
 
     Args:
-        left: the setting of each run to come.
-        spent: the seconds of those that are done.
-        at_once: how many go at the same time.
-        guess: seconds of a run, where none is done.
+        left: the setting of each run that has not ended.
+        spent: for each setting the seconds of its runs that have ended.
+        at_once: number of runs at the same time.
+        guess: assumed seconds of a run if none has ended.
     """
     every = [seconds for of_one in spent.values() for seconds in of_one]
     usual = sum(every) / len(every) if every else guess
     return sum(sum(spent[name]) / len(spent[name]) if name in spent else usual for name in left) / at_once
 
 
-def told(seconds: float) -> str:
+def in_words(seconds: float) -> str:
     """The time left in words."""
     if seconds < 90:
         return f"{seconds:.0f} s left"

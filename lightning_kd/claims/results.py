@@ -1,4 +1,4 @@
-"""What came out of a claim's runs, as JSON, as Markdown and as a picture."""
+"""The results of a claim's runs, as JSON, as Markdown and as a picture."""
 
 from __future__ import annotations
 
@@ -26,15 +26,15 @@ _COLOR, _GREY = "#0072B2", "#666666"
 
 @dataclass(frozen=True)
 class Results:
-    """The finished runs of a claim.
+    """The results of a claim's finished runs.
 
     Attributes:
-        claim: what was run.
-        seeds: of the runs.
-        values: the metric of each setting that is compared, one a seed.
+        claim: the claim.
+        seeds: seeds of the runs.
+        values: for each compared setting its metric, one value for each seed.
         verdicts: one for each expectation.
-        versions: of the packages that the runs were made with; several of one where they differ.
-        machine: what the table was made on.
+        versions: versions of the packages, by name; joined by "and" if runs differ.
+        machine: the kind of machine.
     """
 
     claim: Claim
@@ -46,16 +46,16 @@ class Results:
 
     @property
     def percent(self) -> bool:
-        """Whether the metric is a share, to be shown in percent."""
+        """Whether the metric is shown in percent: larger is better, and all values are in [0, 1]."""
         values = [value for of_one in self.values.values() for value in of_one if math.isfinite(value)]
         return direction(self.claim.metric) > 0 and all(0 <= value <= 1 for value in values)
 
 
 def read_results(claim: Claim, seeds: Sequence[int], folder: Path) -> Results:
-    """Read the runs below ``folder``.
+    """Read the results of the runs below ``folder``.
 
     Raises:
-        ValueError: where a run that is compared has not recorded the metric.
+        ValueError: if a compared run has not recorded the metric.
     """
     compared = dict.fromkeys(name for one in claim.expected for name in (one.first, one.second))
     versions: dict[str, set[str]] = {"python": {platform.python_version()}}
@@ -88,7 +88,7 @@ def machine() -> str:
 
 
 def to_json(results: Results) -> dict[str, Any]:
-    """All of it, for ``claim.json``; numbers that are none are ``None``."""
+    """The content of ``claim.json``; numbers that are not finite are ``None``."""
     claim = results.claim
     settings = {
         name: {
@@ -125,7 +125,7 @@ def to_json(results: Results) -> dict[str, Any]:
 
 
 def to_markdown(results: Results) -> str:
-    """The table of settings and that of expectations, as ``claim.md`` has them."""
+    """The content of ``claim.md``: a table of the settings and one of the expectations."""
     claim = results.claim
     unit = " %" if results.percent else ""
     scale = 100 if results.percent else 1
@@ -147,7 +147,7 @@ def to_markdown(results: Results) -> str:
 
 
 def to_png(results: Results) -> bytes:
-    """One row for each expectation: the paired difference of each seed, their mean and its interval."""
+    """The picture as PNG: a row for each expectation, with the paired differences, their mean and its interval."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 

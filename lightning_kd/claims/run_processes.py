@@ -1,4 +1,4 @@
-"""Run commands in processes of their own, several at once, each with one thread."""
+"""Running commands in separate processes, several at once, each with one thread."""
 
 from __future__ import annotations
 
@@ -23,13 +23,13 @@ _THREADS = ("OMP_NUM_THREADS", "MKL_NUM_THREADS")
 
 @dataclass
 class Job:
-    """The commands of one run, which are called one after another.
+    """The commands of one run, which are called one after another in one process.
 
     Attributes:
-        name: of the run.
-        commands: the words of each.
-        log: the file that takes what they print.
-        after: the names of the jobs that must be done before.
+        name: name of the run.
+        commands: the words of each command.
+        log: the file for everything that they print.
+        after: names of the jobs that must have ended before this one starts.
     """
 
     name: str
@@ -48,17 +48,17 @@ def run_jobs(
     """Run all jobs, ``at_once`` of them at the same time.
 
     Args:
-        jobs: in the order in which they are begun; what one comes ``after`` stands before it.
-        at_once: how many.
-        call: is given the words of a command, in a process of the job; importable by its name.
-        ended: is told of each job that is done, and its seconds.
-        preload: modules that are imported once and not by each job.
+        jobs: the jobs, in the order in which they start; a job stands after those named in its ``after``.
+        at_once: number of jobs at the same time.
+        call: runs a command from its words, in the process of the job; it must be importable by its name.
+        ended: called with each job that has ended and its seconds.
+        preload: modules that are imported once, not in each job.
 
     Raises:
-        RuntimeError: where a job failed, with its error and its log; those that run are waited for, no other is begun.
+        RuntimeError: if a job failed, with its error and its log. Running jobs are waited for, no further ones start.
     """
     waiting, done, failed = list(jobs), set[str](), list[Job]()
-    running: dict[Any, tuple[Any, Job, float]] = {}  # by what becomes ready when the process ends
+    running: dict[Any, tuple[Any, Job, float]] = {}  # by the sentinel of the process
     names = {job.name for job in jobs}
     with _one_thread():
         context = _context(preload)
@@ -79,7 +79,7 @@ def run_jobs(
                     else:
                         done.add(job.name)
                         ended(job, time.monotonic() - start)
-        finally:  # stopped: let each note how far it came
+        finally:  # after an interruption, let each process record its outcome
             for process, _, _ in running.values():
                 process.terminate()
             for process, _, _ in running.values():
@@ -90,14 +90,14 @@ def run_jobs(
 
 
 def error_in(log: Path) -> str:
-    """The last error that a log tells, without its ``error:``; its last line where there is none."""
+    """The last error message in a log, without ``error:``; the last line if there is none."""
     lines = [line for line in log.read_text(encoding="utf-8", errors="replace").splitlines() if line.strip()]
     told = [line.removeprefix("error: ") for line in lines if line.startswith("error: ")]
     return (told or lines or ["it was killed"])[-1]
 
 
 def _context(preload: Sequence[str]) -> Any:
-    """Processes forked from one that has imported everything, where the system has such."""
+    """The multiprocessing context: processes forked from a server that has imported everything, if possible."""
     if "forkserver" not in multiprocessing.get_all_start_methods():
         return multiprocessing.get_context("spawn")
     context = multiprocessing.get_context("forkserver")
@@ -108,7 +108,7 @@ def _context(preload: Sequence[str]) -> Any:
 
 @contextmanager
 def _one_thread() -> Iterator[None]:
-    """For the processes that are started inside."""
+    """A context in which started processes use one thread."""
     before = {name: os.environ.get(name) for name in _THREADS}
     os.environ.update(dict.fromkeys(_THREADS, "1"))
     try:
@@ -123,7 +123,7 @@ def _work(call: Callable[[list[str]], None], commands: list[list[str]], log: str
     descriptor = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o666)
     for number in (1, 2):
         os.dup2(descriptor, number)
-    os.environ.update(dict.fromkeys(_THREADS, "1"))  # the server that forks may be older
+    os.environ.update(dict.fromkeys(_THREADS, "1"))  # the fork server may have been started before
     signal.signal(signal.SIGINT, signal.default_int_handler)
     if "torch" in sys.modules:
         sys.modules["torch"].set_num_threads(1)
@@ -133,7 +133,7 @@ def _work(call: Callable[[list[str]], None], commands: list[list[str]], log: str
 
 
 def _end_with_parent() -> None:
-    """A run whose claim was killed must not go on: it would keep its folder from the next one."""
+    """End this process when its parent ends, even if it is killed: a run going on would lock its folder."""
     parent = multiprocessing.process.parent_process()
     if parent is not None:
         parent.join()

@@ -1,4 +1,4 @@
-"""The table of verdicts in ``README.md``, made of ``docs/claims/*.json``: ``make verdicts`` puts it there."""
+"""The table of verdicts in ``README.md``, made from ``docs/claims/*.json`` by ``make verdicts``."""
 
 from __future__ import annotations
 
@@ -17,10 +17,10 @@ BEGIN, END = "<!-- verdicts: make verdicts -->", "<!-- end of verdicts -->"
 
 
 def verdict_table(results: Sequence[Mapping[str, Any]]) -> str:
-    """A row for each expectation of each ``claim.json``.
+    """The table, with a row for each expectation of each claim.
 
     Args:
-        results: their contents.
+        results: the contents of the ``claim.json`` files.
     """
     rows = ["| claim | expected of | difference, 95 % interval | verdict |", "| --- | --- | --- | --- |"]
     for result in results:
@@ -34,10 +34,10 @@ def verdict_table(results: Sequence[Mapping[str, Any]]) -> str:
 
 
 def with_table(text: str, table: str) -> str:
-    """The text with the table between the two marks.
+    """``text`` with ``table`` between the two marks.
 
     Raises:
-        ValueError: where it has no such marks.
+        ValueError: unless it has both marks once.
     """
     if len(re.findall(re.escape(BEGIN), text)) != 1 or END not in text.partition(BEGIN)[2]:
         raise ValueError(f"the text needs the lines {BEGIN} and {END}, once each: put them where the table belongs")

@@ -1,4 +1,4 @@
-"""Whether an expectation shows: paired differences over seeds, with an interval."""
+"""Judging an expectation by paired differences over seeds and their confidence interval."""
 
 from __future__ import annotations
 
@@ -17,16 +17,16 @@ HOLDS, NOT, UNDECIDED = "holds", "does not hold", "undecided"
 
 @dataclass(frozen=True)
 class Verdict:
-    """One expectation, judged.
+    """The verdict on one expectation.
 
     Attributes:
-        expectation: what was expected.
+        expectation: the expectation.
         differences: ``first - second`` for each seed.
-        mean: of them.
-        low: lower end of the 95 % interval of the mean, by Student's t; ``nan`` with one seed.
-        high: its upper end.
-        verdict: ``holds`` where the whole interval lies on the expected side of 0, ``does not hold`` where it lies on
-            the other, else ``undecided``.
+        mean: mean of the differences.
+        low: lower end of the 95 % confidence interval of the mean (Student's t); ``nan`` with one seed.
+        high: upper end of the interval.
+        verdict: ``holds`` if the whole interval is on the expected side of 0, ``does not hold`` if it is on the other
+            side, else ``undecided``.
     """
 
     expectation: Expectation
@@ -38,7 +38,12 @@ class Verdict:
 
 
 def judge(expectation: Expectation, values: Mapping[str, Sequence[float]]) -> Verdict:
-    """Judge by the values of each setting, one a seed and in the same order of seeds in all settings."""
+    """Judge an expectation.
+
+    Args:
+        expectation: the expectation.
+        values: for each setting one value for each seed, in the same order of seeds.
+    """
     pairs = zip(values[expectation.first], values[expectation.second], strict=True)
     differences = tuple(first - second for first, second in pairs)
     mean, half = float(np.mean(differences)), _half_width(differences)

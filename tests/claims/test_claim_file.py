@@ -42,7 +42,7 @@ FIT = "fit --config distillation/student_digits"
     ("changes", "words"),
     [
         ({"metric": None}, "there is no metric"),
-        ({"metrics": "test/acc"}, "'metrics' is nothing that a claim has"),
+        ({"metrics": "test/acc"}, "'metrics' is not a key of a claim"),
         ({"claim": ""}, "claim must be a text, got ''"),
         ({"minutes": -1}, "minutes must be above 0, got -1"),
         ({"seeds": 0}, "seeds must be at least 1, got 0"),

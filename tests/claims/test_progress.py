@@ -2,7 +2,7 @@
 
 import pytest
 
-from lightning_kd.claims.progress import Progress, seconds_left, told
+from lightning_kd.claims.progress import Progress, in_words, seconds_left
 
 
 def test_each_run_takes_as_long_as_those_of_its_setting():
@@ -11,7 +11,7 @@ def test_each_run_takes_as_long_as_those_of_its_setting():
     assert seconds_left(["teacher", "student", "student"], spent, 2, 60) == pytest.approx(10.5)
     assert seconds_left(["other"], spent, 1, 60) == pytest.approx(11)  # the mean of all
     assert seconds_left(["other", "other"], {}, 1, 60) == pytest.approx(120)  # nothing is known yet
-    assert (told(89.4), told(150.4)) == ("89 s left", "3 min left")
+    assert (in_words(89.4), in_words(150.4)) == ("89 s left", "3 min left")
 
 
 def test_each_run_is_told(capsys):
