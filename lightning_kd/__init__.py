@@ -1,7 +1,7 @@
 """Research methods that train better classifiers, as PyTorch Lightning modules.
 
-``from lightning_kd import DHKD, CIFAR100DataModule`` works for every method and data module, and ``lightning_kd.load``
-for a trained run; they are imported when asked for, so that light commands start fast.
+``from lightning_kd import DHKD, CIFAR100DataModule`` works for every method and data module; ``lightning_kd.load``
+loads a trained run. They are imported at first use, so that light commands start fast.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Checks of the numbers that constructors and functions are given. Imports nothing, so that every part can use it."""
+"""Checking the numbers that constructors and functions are given. Imports nothing, so that every part can use it."""
 
 from __future__ import annotations
 
@@ -23,21 +23,21 @@ def check_numbers(
     remedy: str = "",
     **values: Any,
 ) -> None:
-    """Refuse values that are no finite numbers, or out of range: ``check_numbers(above=0, temperature=temperature)``.
+    """Raise for arguments that are not finite numbers in a range: ``check_numbers(above=0, temperature=temperature)``.
 
     Args:
-        named: further arguments, whose names are known only when it runs.
-        least: the smallest number allowed.
-        above: what the numbers must be above.
-        most: the largest number allowed.
-        below: what the numbers must be below.
-        whole: refuse what is no integer.
-        optional: let ``None`` pass.
-        remedy: ends the message. Default: to give such a number.
-        values: the arguments by their names. Booleans are no numbers.
+        named: further arguments by name, for names that are no keywords.
+        least: the smallest allowed number. Default: no limit.
+        above: numbers must be larger than this. Default: no limit.
+        most: the largest allowed number. Default: no limit.
+        below: numbers must be smaller than this. Default: no limit.
+        whole: allow integers only.
+        optional: allow ``None``.
+        remedy: end of the message. Default: to give such a number.
+        values: the arguments by name. Booleans are not numbers.
 
     Raises:
-        ValueError: naming the first argument that is refused, its value and the range.
+        ValueError: naming the first wrong argument, its value and the range.
     """
     for name, value in {**(named or {}), **values}.items():
         if optional and value is None:

@@ -1,4 +1,4 @@
-"""Files that are there whole or not at all, and what is said where they cannot be written."""
+"""Writing files so that they are never incomplete, locking folders, and clear errors if they cannot be written."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from uuid import uuid4
 
 try:
     import fcntl
-except ImportError:  # there is no such thing on Windows
+except ImportError:  # on Windows
     fcntl = None  # type: ignore[assignment]
 
 __all__ = ["alone", "open_lock", "remove_leftovers", "sentence_of", "told_of", "write_text", "written_whole"]
@@ -33,15 +33,17 @@ _REASONS = {
 
 @contextmanager
 def written_whole(path: Path, durable: bool = False, tidy: bool = True) -> Iterator[Path]:
-    """A temporary file beside ``path`` to write to, which then takes its place; after an error nothing is left of it.
+    """A context that gives a temporary file in the folder of ``path``, and renames it to ``path`` at its end.
+
+    After an error the temporary file is removed and ``path`` is unchanged.
 
     Args:
-        path: the file; folders above it are made.
-        durable: wait until the disk has it, so that it survives a power cut too.
-        tidy: first remove what processes that were killed have left there; turned off where many files follow.
+        path: the file; folders above it are created.
+        durable: wait until the data are on the disk, so that the file survives a power cut.
+        tidy: first remove temporary files of killed processes in the folder; turn it off for many files in a row.
 
     Raises:
-        OSError: naming ``path`` and what to do, where the disk is full or the folder may not be written.
+        OSError: naming ``path`` and the remedy if the disk is full or the folder cannot be written.
     """
     with told_of(path):
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -53,10 +55,10 @@ def written_whole(path: Path, durable: bool = False, tidy: bool = True) -> Itera
             if durable:
                 _sync(part)
             os.replace(part, path)
-            if durable and hasattr(os, "O_DIRECTORY"):  # the new name, too
+            if durable and hasattr(os, "O_DIRECTORY"):  # also the folder's entry with the new name
                 _sync(path.parent)
         except BaseException:
-            with suppress(OSError):  # the first error is the one to tell
+            with suppress(OSError):  # only the first error is reported
                 part.unlink(missing_ok=True)
             raise
         finally:
@@ -65,31 +67,31 @@ def written_whole(path: Path, durable: bool = False, tidy: bool = True) -> Itera
 
 
 def write_text(path: Path, text: str, durable: bool = False) -> None:
-    r"""Write all or nothing: a reader never sees half a file.
+    r"""Write a text file by ``written_whole``, so that a reader never sees an incomplete file.
 
-    The text is UTF-8; bytes in the names of files that are none are written as ``\udce9``, which JSON reads back.
+    The encoding is UTF-8; bytes in file names that are not UTF-8 are written as ``\udce9``, which JSON reads back.
     """
     with written_whole(path, durable) as part:
         part.write_text(text, encoding="utf-8", errors="backslashreplace")
 
 
 def remove_leftovers(folder: Path) -> None:
-    """Remove the temporary files of ``written_whole`` in ``folder`` whose process was killed; others are left alone."""
+    """Remove temporary files of ``written_whole`` in ``folder`` whose process was killed, and no others."""
     if fcntl is None:
         return
     with suppress(OSError), os.scandir(folder) as entries:
         for entry in entries:
             if _PART.fullmatch(entry.name):
-                with suppress(OSError):  # of a process that lives, a link, or somebody else's
+                with suppress(OSError):  # its process still runs, it is a link, or another user's file
                     _remove_unheld(entry.path)
 
 
 def open_lock(path: Path) -> int:
-    """The descriptor of a file to lock, made where it is missing; what it holds is never touched.
+    """Open a lock file, created if missing, and return its descriptor; its content is not changed.
 
     Raises:
-        ValueError: where it is a symbolic link.
-        OSError: as ``written_whole``.
+        ValueError: if it is a symbolic link.
+        OSError: see ``written_whole``.
     """
     try:
         with told_of(path):
@@ -102,15 +104,18 @@ def open_lock(path: Path) -> int:
 
 @contextmanager
 def alone(lock: Path, refusal: str) -> Iterator[None]:
-    """Hold the file ``lock``, which is removed at the end; a process that dies lets go of it.
+    """A context that holds the lock file ``lock``, which is removed at its end.
+
+    The operating system releases the lock of a process that dies. Without file locks (Windows, some file systems) it
+    does nothing.
 
     Args:
-        lock: made where it is missing, and its folder.
-        refusal: what is said where another process holds it.
+        lock: the lock file; it and its folder are created if missing.
+        refusal: the message if another process holds the lock.
 
     Raises:
-        ValueError: ``refusal``, and where ``lock`` is a symbolic link.
-        OSError: where the folder may not be written.
+        ValueError: with ``refusal`` if another process holds the lock; also if ``lock`` is a symbolic link.
+        OSError: if the folder cannot be written.
     """
     if fcntl is None:
         yield
@@ -124,36 +129,36 @@ def alone(lock: Path, refusal: str) -> Iterator[None]:
         except BlockingIOError:
             os.close(held)
             raise ValueError(refusal) from None
-        except OSError:  # a file system without locks: better alone by luck than not at all
+        except OSError:  # a file system without locks: go on without
             break
         if os.fstat(held).st_nlink:
             break
-        os.close(held)  # the process that held it has just removed it
+        os.close(held)  # another process has just removed this file: try again with a new one
     _HELD.add(held)
     try:
         yield
     finally:
-        if held in _HELD:  # else this is a child, which has let go
+        if held in _HELD:  # not in a forked child, which has closed it
             _HELD.discard(held)
-            with suppress(OSError):  # the folder may be gone
+            with suppress(OSError):  # the folder may have been removed
                 lock.unlink(missing_ok=True)
             os.close(held)
 
 
-def _let_go() -> None:
-    """In a child, such as a worker of a loader: a lock must not outlive the process that took it."""
+def _close_inherited_locks() -> None:
+    """Close the locks in a forked child, such as a loader's worker: they end with the process that took them."""
     while _HELD:
         os.close(_HELD.pop())
 
 
 _HELD: set[int] = set()
 if hasattr(os, "register_at_fork"):
-    os.register_at_fork(after_in_child=_let_go)
+    os.register_at_fork(after_in_child=_close_inherited_locks)
 
 
 @contextmanager
 def told_of(path: Path) -> Iterator[None]:
-    """Say of errors inside, where the disk is full or nothing may be written, that ``path`` is not, and what to do."""
+    """A context that turns errors about a full or read-only disk into ones that name ``path`` and the remedy."""
     try:
         yield
     except OSError as error:
@@ -171,11 +176,11 @@ def told_of(path: Path) -> Iterator[None]:
         if "PytorchStreamWriter" not in str(error) and "inline_container" not in str(error):
             raise
         told = OSError(f"{str(path)!r} could not be written ({str(error).splitlines()[0]}): is the disk full?")
-        raise told from error  # all that torch.save says of a full disk
+        raise told from error  # torch.save reports a full disk only so
 
 
 def sentence_of(error: BaseException) -> str:
-    """What an error says; of a full or read-only disk, whoever was writing there, the path and what to do."""
+    """The message of an error; for a full or read-only disk, the path and the remedy."""
     if isinstance(error, OSError) and error.strerror and error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EROFS):
         path = error.filename2 or error.filename
         return f"{'a file' if path is None else repr(os.fsdecode(path))} could not be written, {_REASONS[error.errno]}"
@@ -183,19 +188,19 @@ def sentence_of(error: BaseException) -> str:
 
 
 def _new_part(path: Path) -> tuple[Path, int | None]:
-    """A new file, no link, and a descriptor that holds it as long as this process lives."""
+    """Create a temporary file for ``path``; returns it, and a descriptor that locks it while this process lives."""
     while True:
         part = path.with_name(f".{path.name}.{uuid4().hex}.part")
         held = os.open(part, os.O_RDWR | os.O_CREAT | os.O_EXCL | _NOFOLLOW, 0o666)
-        if fcntl is None:  # Windows moves no file that is open
+        if fcntl is None:  # Windows cannot rename an open file
             os.close(held)
             return part, None
         try:
             fcntl.flock(held, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:  # somebody takes it for a leftover just now
+        except BlockingIOError:  # another process is removing it as a leftover
             os.close(held)
             continue
-        except OSError:  # a file system without locks: nobody can take it for one
+        except OSError:  # a file system without locks, on which no process removes leftovers
             return part, held
         if os.fstat(held).st_nlink:
             return part, held

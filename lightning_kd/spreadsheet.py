@@ -1,7 +1,7 @@
-"""Tables of text as spreadsheets read and write them. Imports nothing, so that light commands can use it.
+"""Reading and writing CSV files that may be opened in a spreadsheet. Imports neither numpy nor torch.
 
-A spreadsheet takes a cell that begins with ``=``, ``+``, ``-``, ``@`` or a control character for a formula, whoever
-named a class or a file so. Such a text (never a number) is written with an apostrophe before it, and read without.
+A spreadsheet takes a cell that begins with ``=``, ``+``, ``-``, ``@`` or a control character for a formula. A class or
+file of such a name (never a number) is written with an apostrophe before it, which is removed when it is read.
 """
 
 from __future__ import annotations
@@ -19,18 +19,18 @@ __all__ = ["Table", "as_written", "column_name", "csv_text", "read_rows", "read_
 
 _FORMULA = re.compile(r"'*[=+\-@\t\r\n]")
 _NUMBER = r"(?:[+-]?(?:[\d.]+(?:e[+-]?\d+)?|inf|nan))?"
-_NUMBERS = re.compile(f"{_NUMBER}(?:;{_NUMBER})*")  # a list of them too
+_NUMBERS = re.compile(f"{_NUMBER}(?:;{_NUMBER})*")  # a number, or a list of numbers
 
 
 def csv_text(rows: Iterable[Sequence[Any]]) -> str:
-    """The rows as the text of a ``.csv``, separated by commas.
+    """The text of a CSV file, separated by commas.
 
     Args:
-        rows: of numbers, texts and ``None`` for an empty cell. Texts that a spreadsheet would take for a formula get
-            an apostrophe, which ``read_rows`` takes away again.
+        rows: rows of numbers, texts and ``None`` for an empty cell. A text that a spreadsheet would take for a formula
+            gets an apostrophe, which ``read_rows`` removes.
     """
     lines: list[str] = []
-    # the usual \r\n while it writes: so cells that hold either are quoted
+    # written with \r\n, so that cells with either character are quoted; then reduced to \n
     writer = csv.writer(SimpleNamespace(write=lines.append), lineterminator="\r\n")
     writer.writerows([_marked(cell) if isinstance(cell, str) else cell for cell in row] for row in rows)
     return "".join(f"{line[:-2]}\n" for line in lines)
@@ -45,11 +45,11 @@ def _unmarked(text: str) -> str:
 
 
 class Table(NamedTuple):
-    """What ``read_table`` read.
+    """The content of a CSV file.
 
     Attributes:
         rows: line number and cells of each line.
-        form: in words, what is not as ``csv_text`` would have written it; mostly nothing.
+        form: how the file's form differs from that of ``csv_text``, in words; mostly empty.
     """
 
     rows: list[tuple[int, list[str]]]
@@ -57,20 +57,21 @@ class Table(NamedTuple):
 
 
 def read_rows(path: Path) -> list[tuple[int, list[str]]]:
-    """The ``rows`` of ``read_table``."""
+    """The ``rows`` of ``read_table(path)``."""
     return read_table(path).rows
 
 
 def read_table(path: Path) -> Table:
-    """Line number and cells of each line that has more than empty cells, without blanks around the cells and
-    ``csv_text``'s marks.
+    """Read a CSV file, also one that a spreadsheet has written.
 
-    The cells are separated by commas, semicolons or tabs, whichever the first line has most of (or as a first line
-    ``sep=;`` says). The text is UTF-8, with or without a mark at its beginning, or UTF-16 with one.
+    Cells are separated by commas, semicolons or tabs, whichever the first line has most of, or as a first line
+    ``sep=;`` says. The encoding is UTF-8, with or without a byte order mark, or UTF-16 with one. Spaces around cells,
+    the apostrophes of ``csv_text`` and lines with empty cells only are removed.
 
     Raises:
-        FileNotFoundError, PermissionError: where there is no such file, or it may not be read.
-        ValueError: where it is no such table.
+        FileNotFoundError: if there is no such file.
+        PermissionError: if it cannot be read.
+        ValueError: if it is no CSV file.
     """
     try:
         content = path.read_bytes()
@@ -99,16 +100,16 @@ def read_table(path: Path) -> Table:
 
 
 def column_name(cell: str) -> str:
-    """The name of a column as it is compared: in lower case, blanks as underscores."""
+    """The name of a column in the form in which it is compared: in lower case, spaces as underscores."""
     return "_".join(cell.lower().split())
 
 
 def as_written(name: str) -> str:
-    """A name as it comes out of a file of ``csv_text`` and ``write_text``: without blanks around it, and bytes that are
-    no UTF-8 written out."""
+    """A name as it is read from a file of ``csv_text`` and ``write_text``: without spaces around it, and with bytes
+    that are not UTF-8 escaped."""
     return name.encode("utf-8", "backslashreplace").decode().strip()
 
 
 def without_zeros(text: str) -> str:
-    """``2`` for ``2.0``, as programs write whole numbers beside empty cells."""
+    """``2`` for ``2.0``: programs write integers so in columns with empty cells."""
     return re.sub(r"(?<=\d)\.0+$", "", text)
