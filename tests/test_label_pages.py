@@ -146,7 +146,10 @@ def test_features_have_no_page_and_that_is_told(tmp_path, capsys):
     np.savez("f.npz", **features, train_target=np.arange(20) % 2, test_target=np.arange(20) % 2)
     data = ["--data", "ArrayDataModule", "--data.path", "f.npz", "--data.val_fraction", "0"]
     main(["fit", "--model", "CrossEntropy", "--model.network", "mlp_8", *data, *SHORT])
-    assert "no noisy_labels.html to label on (the samples of ArrayDataModule are no images)" in capsys.readouterr().err
+    assert (
+        "the page noisy_labels.html could not be written (the samples of ArrayDataModule are no images)"
+        in capsys.readouterr().err
+    )
     assert not Path("r/noisy_labels.html").exists()
     assert Path("r/noisy_labels.csv").is_file()
 

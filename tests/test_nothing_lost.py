@@ -274,7 +274,7 @@ def test_rows_that_a_kill_or_a_cut_lost_come_back(run, capsys):
     main(more)
     assert rows(run)[:2] == whole
     (run / "metrics.csv").write_text("".join(lines)[:-20])  # in the midst of a row
-    with pytest.warns(UserWarning, match=r"damaged .* kept as metrics.csv.damaged, and written anew from the chec"):
+    with pytest.warns(UserWarning, match=r"damaged .* renamed to metrics.csv.damaged, and a new one is written"):
         main([*more[:-1], "4"])
     assert (run / "metrics.csv.damaged").read_text() == "".join(lines)[:-20]
     assert rows(run)[:2] == whole

@@ -36,7 +36,7 @@ def complementary_labels(target: Tensor, num_known: int, generator: np.random.Ge
     """
     check_numbers(least=2, whole=True, remedy="with one class no label is complementary", num_known=num_known)
     if target.ndim != 1 or target.dtype != torch.int64:
-        raise ValueError(f"target must be int64 [B], got {target.dtype} {list(target.shape)}: give one class a sample")
+        raise ValueError(f"target must be int64 [B], got {target.dtype} {list(target.shape)}: give one class for each")
     given = target.cpu().numpy()
     if len(given) and not -1 <= given.min() <= given.max() < num_known:
         raise ValueError(
@@ -147,7 +147,7 @@ def bidirectional_score(
     if unknown_probability is not None and unknown_probability.shape != negative_probs.shape[:1]:
         raise ValueError(
             f"unknown_probability must be [{len(negative_probs)}], got {list(unknown_probability.shape)}: give one "
-            "number a sample"
+            "number for each sample"
         )
     check_numbers(least=0, most=1, remedy="give the share of known classes in the answers", balance=balance)
     if combine not in ("code", "paper"):

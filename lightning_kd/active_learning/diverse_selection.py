@@ -277,7 +277,7 @@ def _square_norms(rows: Tensor) -> Tensor:
 def _rows(name: str, rows: Tensor) -> Tensor:
     """``rows`` on the CPU as float32 or wider."""
     if rows.ndim != 2:
-        raise ValueError(f"{name} must be [N, D], got {list(rows.shape)}: give one row a sample")
+        raise ValueError(f"{name} must be [N, D], got {list(rows.shape)}: give one row for each")
     rows = rows.detach().cpu()
     rows = rows if rows.dtype == torch.float64 else rows.double() if not rows.is_floating_point() else rows.float()
     if not bool(_square_norms(rows).isfinite().all()):

@@ -224,6 +224,9 @@ def draw_until(
         uniforms: numbers in [0, 1), one for each draw, turned into rows by the cumulative sum of the probabilities; or
             a generator, from which numbers are taken in blocks, so that the last ones may be unused.
 
+    Returns:
+        ``Draw``.
+
     Raises:
         ValueError: for a budget below 1 or above the number of rows with a probability above 0, probabilities that are
             negative, not finite or all 0, and too few ``uniforms``.

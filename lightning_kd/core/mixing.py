@@ -34,7 +34,16 @@ def draw_mix(
 
 
 def mix(tensor: Tensor, partner: Tensor, weight: float) -> Tensor:
-    """``weight * tensor + (1 - weight) * tensor[partner]``, of the first ``len(partner)`` rows of ``tensor``."""
+    """``weight * tensor + (1 - weight) * tensor[partner]``, of the first ``len(partner)`` rows of ``tensor``.
+
+    Args:
+        tensor: ``[B, ...]``.
+        partner: int64 ``[n]`` with ``n`` at most ``B``, see ``draw_mix``.
+        weight: the weight of the first image of each pair.
+
+    Returns:
+        ``[n, ...]``.
+    """
     return torch.lerp(tensor[partner], tensor[: len(partner)], weight)
 
 
@@ -57,6 +66,12 @@ def draw_box(generator: np.random.Generator, alpha: float, height: int, width: i
 
     Its area is the share ``1 - Beta(alpha, alpha)`` of the image, its sides are in the image's proportion, and its
     centre is uniform over the image; parts outside of the image are cut off.
+
+    Args:
+        generator: source of random numbers.
+        alpha: parameter of the Beta distribution, above 0.
+        height: height of the image in pixels.
+        width: width of the image in pixels.
     """
     side = math.sqrt(1 - float(generator.beta(alpha, alpha)))
     half_height, half_width = int(height * side) // 2, int(width * side) // 2
@@ -70,7 +85,13 @@ def draw_box(generator: np.random.Generator, alpha: float, height: int, width: i
 
 
 def cut_mix(image: Tensor, partner: Tensor, box: Box) -> Tensor:
-    """A copy of ``image`` ``[B, C, H, W]`` with the pixels of ``image[partner]`` in the box."""
+    """A copy of ``image`` ``[B, C, H, W]`` with the pixels of ``image[partner]`` in the box.
+
+    Args:
+        image: ``[B, C, H, W]``.
+        partner: int64 ``[B]``, the other image of each pair.
+        box: the box, see ``draw_box``.
+    """
     mixed = image.clone()
     rows, columns = slice(box.top, box.bottom), slice(box.left, box.right)
     mixed[:, :, rows, columns] = image[partner][:, :, rows, columns]

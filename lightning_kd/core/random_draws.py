@@ -37,7 +37,12 @@ def count_draws(before: Tensor, after: Tensor) -> int | None:
 
 
 def skip_draws(count: int, generator: torch.Generator | None = None) -> None:
-    """Draw ``count`` 32-bit numbers and discard them. Default generator: torch's global one."""
+    """Draw ``count`` 32-bit numbers and discard them.
+
+    Args:
+        count: how many.
+        generator: default: torch's global one.
+    """
     while count > 0:
         some = min(count, 2**20)
         torch.empty(some, dtype=torch.int32).random_(generator=generator)

@@ -48,7 +48,7 @@ FIT = "fit --config distillation/student_digits"
         ({"seeds": 0}, "seeds must be at least 1, got 0"),
         ({"seeds": [1, 1]}, r"seeds must be different numbers, got \[1, 1\]"),
         ({"settings": {}}, "settings must be names with commands"),
-        ({"settings": {"a-b": FIT}}, "'a-b' cannot be the name of one"),
+        ({"settings": {"a-b": FIT}}, "'a-b' cannot be the name of a setting"),
         ({"settings": {"a": []}}, r"a must be a command or a list of them, got \[\]"),
         ({"settings": {"a": "test --ckpt_path last"}}, "a begins with 'test': take fit, active"),
         ({"settings": {"a": [FIT, FIT]}}, "a goes on with 'fit'"),

@@ -145,7 +145,7 @@ def test_balanced_counts_the_training_samples_in_use(tmp_path):
 @pytest.mark.parametrize(
     ("weights", "message"),
     [
-        ([1.0, 2.0], "^class_weights needs 3 numbers, one a class, got 2"),
+        ([1.0, 2.0], "^class_weights needs 3 numbers, one for each class, got 2"),
         ([1.0, 0.0, 2.0], "^class_weights must be above 0, got 0.0"),
         ("equal", "^class_weights must be 'balanced' or a list of numbers, got 'equal'"),
     ],

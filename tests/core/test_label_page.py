@@ -66,7 +66,7 @@ def test_a_page_that_cannot_be_made_is_told(tmp_path, capsys):
         raise RuntimeError("no idea")
 
     write_page(tmp_path / "x.html", fails)
-    assert "no x.html to label on (no idea)" in capsys.readouterr().err
+    assert "the page x.html could not be written (no idea)" in capsys.readouterr().err
     assert not list(tmp_path.iterdir())
 
 

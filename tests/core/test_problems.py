@@ -95,7 +95,7 @@ def test_sure_labels_are_ranked_by_their_logits():
     found = metrics["labels"].compute()
     assert found["map"] == pytest.approx(1.0)
     assert found["of1"] == pytest.approx(0.8)  # what is predicted stays: 3 with 2 hits
-    with pytest.raises(TypeError, match="has no label_smoothing"):
+    with pytest.raises(TypeError, match="takes no label_smoothing"):
         problem.loss(logits, target, label_smoothing=0.1)
 
 
@@ -180,7 +180,7 @@ def test_segmentation_brings_outputs_to_the_size_of_the_image():
     ("problem", "target", "message"),
     [
         (SingleLabel(3), torch.tensor([0, 3]), "between 0 and 2, got 0 to 3"),
-        (SingleLabel(3), torch.zeros(2, 3), r"int64 \[B\].*one class an image"),
+        (SingleLabel(3), torch.zeros(2, 3), r"int64 \[B\].*one class for each image"),
         (SingleLabel(3), torch.zeros(2, 1), r"take target.squeeze\(1\).long\(\)"),
         (SingleLabel(3), torch.tensor([0.3, 1.5]), r"from training_target"),
         (Segmentation(3), torch.zeros(2, 1, 4, 4), r"take target.squeeze\(1\).long\(\)"),
