@@ -156,7 +156,7 @@ class BUAL(SequentialTrainingTask):
             return
         check_fit(trainer, self.negative_epochs)
         self.stage = NegativeStage(self.num_classes, auxiliary_trained=len(self.pool.unknown_indices) > 0)
-        trainer.reload_dataloaders_every_n_epochs = 1  # the stages have different streams
+        trainer.reload_dataloaders_every_n_epochs = 1  # the two stages have different loaders
 
     def phases(self, data: Any) -> list[Phase]:
         known = data.known_indices
@@ -171,7 +171,7 @@ class BUAL(SequentialTrainingTask):
         return phases
 
     def _labels_of_epoch(self) -> Tensor:
-        """Complementary labels int64 ``[N]``."""
+        """The complementary labels of this epoch, int64 ``[N]``, by index."""
         stream = self._stream("complementary", self.current_epoch)
         known = self.pool.known_indices
         return self.stage.labels(self.current_epoch, self.pool.train_target, known, stream, self.device)

@@ -17,8 +17,8 @@ from lightning_kd.argument_checks import check_numbers
 
 __all__ = ["badge_select", "k_center_greedy"]
 
-BLOCK = 1024  # candidates that are kept up to date after each pick
-CHUNK = 2**22  # distances that are held at once
+BLOCK = 1024  # candidates whose distances are updated after each pick
+CHUNK = 2**22  # most distances in memory at once
 
 
 class Picks(NamedTuple):
@@ -271,7 +271,7 @@ def _draw(weight: Tensor, left: Tensor, generator: np.random.Generator) -> int:
 
 
 def _square_norms(rows: Tensor) -> Tensor:
-    return torch.cat([part.square().sum(1) for part in rows.split(BLOCK)])  # einsum would round ten times as much
+    return torch.cat([part.square().sum(1) for part in rows.split(BLOCK)])  # einsum has ten times the rounding error
 
 
 def _rows(name: str, rows: Tensor) -> Tensor:

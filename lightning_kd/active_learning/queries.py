@@ -215,7 +215,7 @@ def _page(file_name: str, names: list[str], cells: list[list[Any]], data: Any) -
     facts = [[(name, str(value)) for name, value in zip(names, row, strict=True)] for row in cells]
     if "path" in names:
         facts = [[row[1], row[0], *row[2:]] for row in facts]
-        place = {data.path_of(i): i for i in data.unlabelled_indices.tolist()}  # files may have come or gone
+        place = {data.path_of(i): i for i in data.unlabelled_indices.tolist()}  # files may have been added or removed
         indices = [place[row[1]] for row in cells]
     else:
         indices = [row[0] for row in cells]

@@ -94,7 +94,7 @@ class StoredFeatures:
         self.row[torch.from_numpy(index.astype(np.int64))] = torch.arange(len(index))
 
     def __call__(self, image: Tensor, index: Tensor | None) -> Tensor:
-        """The rows ``[B, D]`` of the samples ``index``."""
+        """The features ``[B, D]`` of the samples ``index``, in the dtype of the file; ``image`` is not used."""
         if index is None:
             raise ValueError(
                 f"feature_networks: {self.path!r} needs batches with an index, got one without: use a data module of "

@@ -106,8 +106,8 @@ class SharpnessReport(L.Callback):
         self.slices = slices
         self.points = points or (21 if slices == "2d" else 51)
         self.seed = seed
-        self._epochs = 0  # trained in this fit, and the last of them that was measured
-        self._measured = 0
+        self._epochs = 0  # number of epochs trained so far
+        self._measured = 0  # number of epochs at the latest report
         self._averaged = False
 
     def loss(self, pl_module: nn.Module, batch: Batch) -> Tensor:
@@ -133,7 +133,7 @@ class SharpnessReport(L.Callback):
         if getattr(trainer, "fast_dev_run", 0):
             return
         path = _folder(trainer) / "sharpness.json"
-        if trainer.is_global_zero and path.is_file():  # a resumed fit repeats what came after its checkpoint
+        if trainer.is_global_zero and path.is_file():  # drop entries of epochs that a resumed fit repeats
             entries = _entries(path)
             kept = [entry for entry in entries if entry.get("epoch", 0) <= trainer.current_epoch]
             if kept:

@@ -76,7 +76,7 @@ def read_results(claim: Claim, seeds: Sequence[int], folder: Path) -> Results:
 
 
 def machine() -> str:
-    """The kind of machine, in a few words."""
+    """The operating system, the processor and the number of cores, in a few words."""
     model = platform.machine()
     try:
         lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()

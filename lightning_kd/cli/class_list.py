@@ -19,11 +19,11 @@ PACKAGE = Path(__file__).parent.parent
 
 
 def main(args: Sequence[str]) -> None:
-    """The command line: all that there is, or the config of the given names.
+    """Print the list of classes and configs, or the config of the given names.
 
     Raises:
-        FileNotFoundError: where there is no config of that name.
-        ValueError: where it is given an option, or a config that is none.
+        FileNotFoundError: if there is no config of a given name.
+        ValueError: if an option is given, or a config that cannot be read.
     """
     if options := [word for word in args if word.startswith("-")]:
         raise ValueError(f"list takes names of configs alone, got {' '.join(options)}: leave it out")

@@ -20,7 +20,7 @@ def config_folder() -> Path:
 
 
 def config_names() -> list[str]:
-    """All shipped configs, such as ``distillation/dhkd_digits``; claims are none, see ``lightning-kd claim list``."""
+    """The names of all shipped configs, such as ``distillation/dhkd_digits``, without those of claims."""
     folder = config_folder()
     names = (path.relative_to(folder).with_suffix("").as_posix() for path in folder.rglob("*.yaml"))
     return sorted(name for name in names if not name.startswith("claims/"))

@@ -52,7 +52,7 @@ def report(cli: Any, error: BaseException | None) -> None:
     metrics = {} if trainer is None else {k: float(v) for k, v in trainer.callback_metrics.items()}
     epochs = 0 if trainer is None else trainer.current_epoch
     details: dict[str, Any] = {"metrics": metrics}
-    if cli.subcommand == "active":  # each round has its own
+    if cli.subcommand == "active":  # the epochs are those of each round
         details["rounds"] = len(list(folder.path.glob("round_[0-9]*")))
     else:
         details["epochs"] = epochs

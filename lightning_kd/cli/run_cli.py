@@ -128,7 +128,7 @@ class RunCLI(LightningCLI):
             parser.link_arguments(f"data.{name}", f"model.init_args.{name}", apply_on="instantiate")
 
     def saved_config(self) -> str:
-        """The text of ``config.yaml``, as it can be given to ``--config`` again."""
+        """The text of ``config.yaml``, see ``config_text``."""
         return config_text(self._parser(self.subcommand), self._settings)
 
     def parse_arguments(self, parser: LightningArgumentParser, args: Any) -> None:
@@ -171,7 +171,8 @@ class RunCLI(LightningCLI):
             if verb == "predict":
                 take_from_run(config, self._new_samples, folder)
             self._records = True
-            if verb != "active" and self.is_first and not self.only_prints:  # whose settings change from round to round
+            # active writes its own, as settings differ by round
+            if verb != "active" and self.is_first and not self.only_prints:
                 text = self.saved_config() if verb == "fit" else None
                 self.beginning.add(folder, verb, config.get("seed_everything"), text)
         elif verb == "predict":
@@ -237,7 +238,7 @@ class RunCLI(LightningCLI):
             callbacks = [callback for callback in callbacks if not isinstance(callback, ModelSummary)]
             callbacks += [] if self.later_round else [ParameterCount()]
         if given.get("enable_progress_bar") is not False and not any(isinstance(c, ProgressBar) for c in callbacks):
-            callbacks.append(RichProgressBar(refresh_rate=4))  # redraws a second
+            callbacks.append(RichProgressBar(refresh_rate=4))  # redraws per second
         ours = run_callbacks(self.run_folder, self.model.monitor, self.model.monitor_mode, config.get("sort", "index"))
         if given.get("enable_checkpointing") is False or given.get("fast_dev_run"):
             ours = [callback for callback in ours if not isinstance(callback, ModelCheckpoint)]

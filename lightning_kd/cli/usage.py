@@ -54,15 +54,15 @@ VERBS = {
         of_checkpoint=True,
     ),
     "sharpness": Verb(
-        "how flat it is: table and pictures:         lightning-kd sharpness --ckpt_path RUN/checkpoints/last.ckpt",
+        "measure how flat its minimum is:            lightning-kd sharpness --ckpt_path RUN/checkpoints/last.ckpt",
         "lightning_kd.cli.sharpness_command",
         of_checkpoint=True,
     ),
     "query": Verb(
-        "what to label next, from a pool: query_ROUND.csv in the run folder", "lightning_kd.cli.query_command"
+        "choose what to label next from a pool: query_ROUND.csv in the run folder", "lightning_kd.cli.query_command"
     ),
     "label": Verb(
-        "take the answers in:     lightning-kd label FOLDER/query_00.csv", "lightning_kd.pool.label_command", light=True
+        "add a person's answers:  lightning-kd label FOLDER/query_00.csv", "lightning_kd.pool.label_command", light=True
     ),
     "active": Verb(
         "a whole active learning benchmark with an oracle: lightning-kd active --config active_learning/lfosa_digits",
@@ -77,7 +77,7 @@ VERBS = {
         "mean and std over seeds of finished runs: lightning-kd compare RUN...", "lightning_kd.compare", light=True
     ),
     "claim": Verb(
-        "does a paper's claim show in a small setting? lightning-kd claim list, then lightning-kd claim NAME",
+        "does a paper's claim hold in a small setting? lightning-kd claim list, then lightning-kd claim NAME",
         "lightning_kd.cli.claim_command",
         light=True,
     ),
@@ -87,7 +87,7 @@ CHECKPOINT_VERBS = [name for name, verb in VERBS.items() if verb.of_checkpoint]
 
 
 def usage() -> str:
-    """The overview of all verbs."""
+    """The text of the overview of all verbs."""
     lines = ["usage: lightning-kd VERB [--config NAME_OR_PATH ...] [--run FOLDER] [options]", ""]
     lines += [f"  {name:<9} {verb.sentence}".rstrip() for name, verb in VERBS.items()]
     return "\n".join(

@@ -96,7 +96,7 @@ class AveragedTask(SupervisedTask):
         self._averaged_at = self.trainer.global_step
 
     def on_train_batch_end(self, outputs: Any, batch: Any, batch_idx: int) -> None:
-        # with accumulated gradients not every batch is a step
+        # average after optimizer steps only: with accumulate_grad_batches not every batch makes one
         if self.average is not None and self.trainer.global_step != self._averaged_at:
             self._averaged_at = self.trainer.global_step
             update_average(self.average, self.network, self.average_decay, buffers="average")

@@ -1,4 +1,4 @@
-"""The one batch format of the project."""
+"""The batch format of the package, and reading batches of other forms."""
 
 from __future__ import annotations
 

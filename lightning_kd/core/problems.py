@@ -207,7 +207,7 @@ class Segmentation(Problem):
     monitored, monitor_mode = "miou", "max"
     training_metric = "pixel_acc"
     least = 2
-    needs_probabilities = False  # as large as the logits
+    needs_probabilities = False  # they would need as much memory as the logits
 
     def __init__(self, num_classes: int, align_corners: bool = False) -> None:
         super().__init__(num_classes)

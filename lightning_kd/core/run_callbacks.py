@@ -66,7 +66,7 @@ class RunRecorder(L.Callback):
         values = {name: float(value) for name, value in pending.items()}  # type: ignore[arg-type]
         for logger in trainer.loggers:
             if isinstance(logger, RunLogger):
-                step = trainer.fit_loop.epoch_loop._batches_that_stepped - 1  # as Lightning counts in rows
+                step = trainer.fit_loop.epoch_loop._batches_that_stepped - 1  # as Lightning counts steps when it logs
                 checkpoint[_ROWS] = logger.rows_with(values, trainer.current_epoch, step)
 
     def on_load_checkpoint(self, trainer: L.Trainer, pl_module: L.LightningModule, checkpoint: dict[str, Any]) -> None:
@@ -234,6 +234,6 @@ def run_callbacks(run: RunFolder, monitor: str = "val/acc", mode: str = "max", s
         "enable_version_counter": False,
         "auto_insert_metric_name": False,
     }
-    # last comes second, so that it holds the first one's latest score
+    # last.ckpt is written second, so that it stores the latest state of the first
     best = RunCheckpoint(filename="best", monitor=monitor, mode=mode, **shared)
     return [best, RunCheckpoint(filename="last", **shared), RunRecorder(run, sort)]

@@ -25,10 +25,10 @@ class SampleMemories(Task):
 
     @property
     def data(self) -> Any:
-        """The data module of this package that the task trains on.
+        """The data module of lightning_kd that the task trains on.
 
         Raises:
-            ValueError: if there is none.
+            ValueError: if the Trainer has another data module, or none.
         """
         data = getattr(self.trainer, "datamodule", None)
         if not hasattr(data, "train_indices") or not hasattr(data, "loader"):

@@ -131,5 +131,5 @@ def warn_of_schedules(trainer: L.Trainer, task: Any) -> None:
         if length is not None:
             found += length_warnings(config.scheduler, length, task.scheduled_part, config.interval)
         found += rise_warnings(config.scheduler, config.interval)
-    for sentence in dict.fromkeys(found):  # once for two networks
+    for sentence in dict.fromkeys(found):  # the schedules of two networks give the same warning
         rank_zero_warn(sentence)

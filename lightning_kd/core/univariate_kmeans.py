@@ -18,7 +18,7 @@ def kmeans_partition(x: Tensor, clusters: int) -> Tensor:
     distinct, inverse, count = x.unique(return_inverse=True, return_counts=True)
     if len(distinct) < clusters:
         return torch.full((len(x), clusters), 1 / clusters, dtype=torch.float64)
-    centred = distinct - x.mean()  # prefix sums of squares lose digits far from 0
+    centred = distinct - x.mean()  # prefix sums of squares are imprecise far from 0
     weight = count.double()
     starts = _best_split(centred, weight) if clusters == 2 else _best_partition(centred, weight, clusters)
     cluster = torch.bucketize(torch.arange(len(distinct)), starts, right=True)

@@ -216,5 +216,5 @@ def _check_classes(network: nn.Module, num_classes: int, path: Path) -> None:
 
 
 def _some(keys: list[str]) -> str:
-    """``3 (a, b, c)``: the count and the first three."""
+    """``3 (a, b, c)``: the number of keys and the first three of them."""
     return f"{len(keys)} ({', '.join(keys[:3])}{', ...' if len(keys) > 3 else ''})" if keys else "0"

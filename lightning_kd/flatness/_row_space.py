@@ -1,4 +1,4 @@
-"""The space that the inputs of a layer span, and the projection of its weights onto it, in float64."""
+"""The space spanned by the inputs of a layer, and the projection of its weights onto it, in float64."""
 
 from __future__ import annotations
 

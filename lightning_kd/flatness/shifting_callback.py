@@ -196,7 +196,7 @@ class OptimumShifting(L.Callback):
         try:
             return self.shift(trainer, pl_module)
         except ValueError as error:
-            if trainer.world_size > 1:  # one process alone must not go on
+            if trainer.world_size > 1:  # the processes must not continue with different weights
                 raise
             rank_zero_warn(f"no shift after epoch {self._epoch} ({error}); the training goes on")
             return None

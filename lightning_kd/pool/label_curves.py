@@ -1,4 +1,4 @@
-"""What was reached with how many labels."""
+"""The results of the rounds of ``lightning-kd active`` against the number of labels."""
 
 from __future__ import annotations
 
@@ -63,7 +63,7 @@ def write_metrics(record: PoolRecord, path: Path) -> None:
 
 
 def table(rows: list[dict[str, Any]]) -> str:
-    """The curves as lines of text."""
+    """The results of ``curves`` as a table of text."""
     heads = ["round", "labels", "known", "unknown", "accuracy", "precision", "recall"]
     names = ["round", "labels", "known", "unknown", "test/acc", "query/precision", "query/recall"]
     cells = [heads]

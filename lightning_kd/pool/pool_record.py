@@ -17,7 +17,7 @@ from lightning_kd.file_writing import write_text
 
 __all__ = ["UNKNOWN", "PoolRecord", "PoolView", "Query", "alone", "missing_rows", "pool_file"]
 
-UNKNOWN = "unknown"  # the answer for a sample of none of the known classes
+UNKNOWN = "unknown"  # the answer for a sample of no known class
 VERSION = 1
 
 
