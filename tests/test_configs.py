@@ -66,6 +66,9 @@ def arguments(name):
     if "tiny_imagenet" in name:  # an image folder is looked at for its classes when it is made
         for k in range(200):
             Path(f"data/tiny-imagenet-200/train/n{k:03d}").mkdir(parents=True, exist_ok=True)
+    if name == "active_learning/margin_folder":
+        for part in ("photos/cats", "photos/dogs", "unlabelled"):
+            Path(part).mkdir(parents=True, exist_ok=True)
     stages = ["--model.negative_epochs", "1", "--model.snapshot_interval", "1"] if method_of(name) == "BUAL" else []
     return ["--config", name, "--config", "_overlay/smoke", *QUIET, *stages]
 
@@ -227,7 +230,7 @@ def test_cycles_of_the_papers_of_several_labels(name):
 
 
 def test_recipes_of_the_pool_papers():
-    ours = ("digits", "fashion")  # small settings that no paper has
+    ours = ("digits", "fashion", "folder")  # settings that no paper has
     for name in [n for n in COMPLETE if n.startswith("active_learning/") and not n.endswith(ours)]:
         data, model = content(name)["data"]["init_args"], content(name)["model"]["init_args"]
         lfosa = "lfosa" in name
