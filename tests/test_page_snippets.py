@@ -22,7 +22,7 @@ WITH_PYTHON = [page for page in PAGES if BLOCK.search((ROOT / page).read_text())
 def files(tmp_path):
     """What the pages assume: a teacher, predictions to choose from."""
     Path("runs/teacher_digits").mkdir(parents=True)
-    torch.save(build_network("cnn", 10, (1, 8, 8)).state_dict(), "runs/teacher_digits/network.pt")
+    torch.save(build_network("cnn", 10, in_channels=1).state_dict(), "runs/teacher_digits/network.pt")
     Path("runs/strong").mkdir()
     rows = [f'"a, {k}.png",{name}' for name in ("cat", "dog") for k in range(1100)]
     Path("runs/strong/predictions.csv").write_text("\n".join(["path,class_name", *rows]))
