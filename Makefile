@@ -4,7 +4,7 @@ PYTHON ?= python3
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 
-.PHONY: help quickstart test test-all lint mutants bench notebooks verdicts clean
+.PHONY: help quickstart test test-all lint mutants bench notebooks verdicts docs clean
 
 help:
 	@echo "make quickstart   train a teacher and students on scikit-learn's digits, print the comparison (a minute)"
@@ -12,6 +12,7 @@ help:
 	@echo "make lint         ruff and types          make bench      speed ratios"
 	@echo "make notebooks    run the notebooks       make mutants    faults that the tests must catch (15 minutes)"
 	@echo "make verdicts     the README's table of claims, from docs/claims"
+	@echo "make docs         the documentation site, into site/"
 
 # installed again only when pyproject.toml changed
 $(STAMP): pyproject.toml
@@ -47,5 +48,9 @@ notebooks: $(STAMP)
 verdicts: $(STAMP)
 	@$(BIN)/python -m lightning_kd.claims.verdict_table
 
+docs: $(STAMP)
+	@NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs --quiet build --strict
+	@echo "the site is in site/: open site/index.html; to search in it, $(BIN)/python -m http.server -d site"
+
 clean:
-	rm -rf .pytest_cache .mypy_cache .ruff_cache dist build
+	rm -rf .pytest_cache .mypy_cache .ruff_cache dist build site
