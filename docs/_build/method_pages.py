@@ -86,8 +86,8 @@ def method_index(methods: Sequence[Method]) -> str:
     parts = ["# Methods", "Each page has the docstring, the configs, the command and, where there is one, the claim."]
     for family, members in methods_by_family(methods).items():
         parts.append(f"## {family}")
-        rows = [f"| [{one.name}](docs/methods/{one.page}) | {_rest(one)} | {one.paper} |" for one in members]
-        parts.append("\n".join(["| method | | paper |", "| --- | --- | --- |", *rows]))
+        rows = [f"| {_linked(one)} | {one.paper} |" for one in members]
+        parts.append("\n".join(["| method | paper |", "| --- | --- |", *rows]))
     return "\n\n".join(parts) + "\n"
 
 
@@ -185,6 +185,12 @@ def _path_of(word: str) -> str | None:
 
 def _slug(name: str) -> str:
     return re.sub(r"\W+", "_", name.lower()).strip("_")
+
+
+def _linked(one: Method) -> str:
+    """The first column, its name a link to the page."""
+    name = f"`{one.name}`" if f"`{one.name}`" in one.cell else one.name
+    return one.cell.replace(name, f"[{name}](docs/methods/{one.page})", 1)
 
 
 def _rest(one: Method) -> str:

@@ -1,0 +1,106 @@
+"""Every command that README, a guide or a method's page shows exists, and runs."""
+
+import re
+
+import pytest
+
+from tests.conftest import ROOT
+from tests.docs.option_check import check
+from tests.docs.pages import METHODS, WRITTEN, commands_of, run_by_bash, without_repeats
+
+# words that stand for the reader's own
+FILLED = {"TEACHER": "resnet20", "RUN": "runs/mine"}
+# what the reader is assumed to have
+FILES = ["my_pool.yaml", "runs/mine", "runs/strong", "runs/photos"]
+
+
+def filled(words):
+    return [re.sub("|".join(rf"\b{name}\b" for name in FILLED), lambda found: FILLED[found[0]], w) for w in words]
+
+
+def faults(page):
+    """The commands of a page that cannot be meant, with the reason."""
+    runs, found = {}, []
+    for command in without_repeats(commands_of(page)):
+        words = filled(command.words)
+        try:
+            if command.program == "lightning-kd":
+                check(words, runs, FILES)
+            elif command.program == "make":
+                assert re.search(rf"^{words[0]}:", (ROOT / "Makefile").read_text(), re.MULTILINE), "no such target"
+        except (ValueError, AssertionError, OSError) as error:
+            found.append(f"{command}: {error}")
+    return found
+
+
+@pytest.mark.parametrize("page", [*WRITTEN, *METHODS])
+def test_each_command_could_be_meant(page):
+    assert not faults(page)
+
+
+@pytest.mark.parametrize("word", FILLED)
+def test_each_word_that_is_filled_in_occurs(word):
+    assert any(word in part for page in WRITTEN for command in commands_of(page) for part in command.words)
+
+
+@pytest.mark.parametrize("name", FILES)
+def test_each_file_that_is_assumed_is_named(name):
+    shown = [" ".join(filled(command.words)) for page in WRITTEN for command in commands_of(page)]
+    assert any(name in words for words in shown)
+
+
+@pytest.mark.parametrize(
+    ("words", "reason"),
+    [
+        ("fitt --config distillation/kd_digits", "no verb 'fitt'"),
+        ("fit --config distillation/kd_digit", "no config 'distillation/kd_digit'"),
+        ("test --config runs/kd_digits/config.yaml --ckpt_path last", "no config 'runs/kd_digits/config.yaml'"),
+        ("fit --config distillation/kd_digits --model.temprature 4", "KD has no 'temprature'"),
+        ("fit --config distillation/kd_digits --model DHKD --model.hads 1", "DHKD has no 'hads'"),
+        ("fit --config distillation/kd_digits --model.optimizer.init_args.rate 1", "SGD has no 'rate'"),
+        ("fit --config noisy_labels/dpc_digits --data.noise.rates 0.2", "has 'rates'"),
+        ("fit --config distillation/kd_digits --model.student cnn_small", "no network 'cnn_small'"),
+        ("fit --config distillation/kd_digits --trainer.epochs 3", "Trainer has no trainer.epochs"),
+        ("fit --config distillation/kd_digits --dtype float32", "fit has no option --dtype"),
+        ("fit --model.help DHHKD", "DHHKD"),
+        ("compare runs/a --metrics test/acc", "compare"),
+        ("claim dhkdd", "no claim 'dhkdd'"),
+        ("label runs/mine/query_00.csv --corect", "label"),
+        ("list distillation/kd_digit", "distillation/kd_digit"),
+    ],
+)
+def test_what_cannot_be_meant_is_found(words, reason):
+    with pytest.raises((ValueError, OSError), match=reason):
+        check(words.split(), {}, FILES)
+
+
+def test_what_is_known_of_earlier_runs():
+    runs = {}
+    check(
+        ["fit", "--config", "distillation/kd_digits", "--model", "DHKD", "--model.heads", "1", "--run", "runs/a"],
+        runs,
+        [],
+    )
+    check(["fit", "--config", "runs/a/config.yaml", "--model.heads", "2", "--overwrite"], runs, [])
+    with pytest.raises(ValueError, match="DHKD has no 'alpha'"):
+        check(["fit", "--config", "runs/a/config.yaml", "--model.alpha", "2", "--overwrite"], runs, [])
+
+
+def test_bash_makes_the_commands(tmp_path):
+    block = """
+    small="--config a --x 1"   # two words
+    for s in 0 1; do
+      lightning-kd fit $small \\
+        --run runs/s$s --name "two words"
+    done; lightning-kd compare runs/s?  # and more
+    head -n 2 runs/s0/metrics.csv > some.csv
+    """
+    fits = [("fit", "--config", "a", "--x", "1", "--run", f"runs/s{s}", "--name", "two words") for s in "01"]
+    expected = [("lightning-kd", words) for words in [*fits, ("compare", "runs/s0", "runs/s1")]]
+    assert run_by_bash(block, tmp_path) == [*expected, ("head", ("-n", "2", "runs/s0/metrics.csv"))]
+
+
+@pytest.mark.parametrize("block", ["lightning-kd fit --run $nothing", "lightning_kd fit", "for s in 0; do"])
+def test_what_bash_cannot_run_is_found(tmp_path, block):
+    with pytest.raises(AssertionError, match=r"nothing|lightning_kd|syntax"):
+        run_by_bash(block, tmp_path)
