@@ -1,4 +1,4 @@
-"""Whether a command could be meant: its verb, its configs and its options exist, in milliseconds and without a parser."""
+"""Whether a command could be meant: its verb, configs and options are looked up, in milliseconds, without a parser."""
 
 from __future__ import annotations
 
@@ -32,13 +32,16 @@ class Parsed(Exception):
     """A light verb has read its options."""
 
 
-def check(words: Sequence[str], runs: dict[str, dict[str, Any]], files: Sequence[str]) -> None:
+def check(words: Sequence[str], runs: dict[str, dict[str, Any]], files: Sequence[str]) -> dict[str, Any]:
     """Refuse a command that cannot be meant.
 
     Args:
         words: what stands behind ``lightning-kd``.
         runs: the settings of the runs that the page has made so far, by folder; that of a fit is added.
         files: what the reader is assumed to have.
+
+    Returns:
+        The settings of its configs; none for a verb that takes no configs.
 
     Raises:
         ValueError: where something is not known.
@@ -51,7 +54,8 @@ def check(words: Sequence[str], runs: dict[str, dict[str, Any]], files: Sequence
     elif VERBS[verb].light or VERBS[verb].standalone:
         _check_light(verb, rest)
     else:
-        _check_run(verb, rest, runs, files)
+        return _check_run(verb, rest, runs, files)
+    return {}
 
 
 def _check_light(verb: str, words: Sequence[str]) -> None:
@@ -93,8 +97,10 @@ def _check_names(names: Sequence[str]) -> None:
         raise ValueError(f"there is no config {min(unknown)!r}")
 
 
-def _check_run(verb: str, words: Sequence[str], runs: dict[str, dict[str, Any]], files: Sequence[str]) -> None:
-    flags = list(_flags(words))
+def _check_run(
+    verb: str, words: Sequence[str], runs: dict[str, dict[str, Any]], files: Sequence[str]
+) -> dict[str, Any]:
+    flags = list(flags_of(words))
     paths = [value for name, value in flags if name == "config"]
     checkpoints = [value for name, value in flags if name == "ckpt_path" and "/" in value]
     if VERBS[verb].of_checkpoint and not paths:
@@ -116,9 +122,10 @@ def _check_run(verb: str, words: Sequence[str], runs: dict[str, dict[str, Any]],
         given = [value for name, value in flags if name == "run"]
         named = "-".join(path.rpartition("/")[2] for path in paths if not path.startswith("_overlay/"))
         runs[given[0] if given else f"runs/{named}"] = settings
+    return settings
 
 
-def _flags(words: Sequence[str]) -> Iterator[tuple[str, str]]:
+def flags_of(words: Sequence[str]) -> Iterator[tuple[str, str]]:
     """The options without their dashes, and their values."""
     rest = list(words)
     while rest:

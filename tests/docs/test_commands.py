@@ -7,15 +7,21 @@ import pytest
 from tests.conftest import ROOT
 from tests.docs.option_check import check
 from tests.docs.pages import METHODS, WRITTEN, commands_of, run_by_bash, without_repeats
+from tests.docs.smoke_run import make_files, run
 
 # words that stand for the reader's own
 FILLED = {"TEACHER": "resnet20", "RUN": "runs/mine"}
 # what the reader is assumed to have
 FILES = ["my_pool.yaml", "runs/mine", "runs/strong", "runs/photos"]
+MOST = [page for page in [*WRITTEN, *METHODS] if page != "README.md" and commands_of(page)]
 
 
 def filled(words):
     return [re.sub("|".join(rf"\b{name}\b" for name in FILLED), lambda found: FILLED[found[0]], w) for w in words]
+
+
+# commands that are not run here, by a part of their words, with the reason
+NOT_RUN = {}
 
 
 def faults(page):
@@ -36,6 +42,22 @@ def faults(page):
 @pytest.mark.parametrize("page", [*WRITTEN, *METHODS])
 def test_each_command_could_be_meant(page):
     assert not faults(page)
+
+
+@pytest.mark.parametrize("page", ["README.md", *(pytest.param(page, marks=pytest.mark.slow) for page in MOST)])
+def test_each_command_runs(page, tmp_path):
+    make_files(tmp_path)
+    runs = {}
+    for command in without_repeats(commands_of(page)):
+        words = filled(command.words)
+        if command.program == "lightning-kd" and not any(part in " ".join(words) for part in NOT_RUN):
+            said = run(words, check(words, runs, FILES), tmp_path)
+            assert not said, f"{command}\n{said}"
+
+
+@pytest.mark.parametrize("part", NOT_RUN)
+def test_each_exception_occurs(part):
+    assert any(part in " ".join(filled(command.words)) for page in WRITTEN for command in commands_of(page))
 
 
 @pytest.mark.parametrize("word", FILLED)

@@ -1,0 +1,144 @@
+"""A command of a page as it runs in seconds: two short epochs of the smallest network on made-up data."""
+
+from __future__ import annotations
+
+import csv
+import functools
+import re
+import shutil
+from collections.abc import Sequence
+from pathlib import Path
+from tempfile import mkdtemp
+from typing import Any
+
+import numpy as np
+from PIL import Image
+
+from lightning_kd.cli.class_help import help_request
+from lightning_kd.cli.config_names import config_names, config_path
+from lightning_kd.cli.named_classes import find_class
+from lightning_kd.cli.usage import VERBS
+from lightning_kd.data import OpenSetDataModule
+from tests.docs.option_check import flags_of
+from tests.forked import run_command
+
+QUIET = ["--trainer.enable_progress_bar", "false", "--trainer.enable_model_summary", "false"]
+ONE_PROCESS = ["--trainer.accelerator", "cpu", "--trainer.devices", "1"]
+SHORT = {  # of verbs that work on a finished run
+    "sharpness": ["--samples", "20", "--max_probes", "2", "--points", "3"],
+}
+_RUN = re.compile(r"runs/[\w.*?-]+")
+
+
+def make_files(folder: Path) -> None:
+    """What the pages take for granted: photos, masks, lists and a config of the reader's own."""
+    rng = np.random.default_rng(0)
+    for place in ("photos/cat", "photos/dog", "photos_new", "photos_more"):
+        (folder / place).mkdir(parents=True)
+        for number in range(10):
+            Image.fromarray(rng.integers(0, 256, (40, 48, 3), dtype=np.uint8)).save(folder / place / f"{number}.png")
+    image = rng.integers(0, 256, (12, 32, 32, 3), dtype=np.uint8)
+    mask = rng.integers(0, 3, (12, 32, 32), dtype=np.uint8)
+    parts = {
+        f"{part}_{kind}": array for part in ("train", "test") for kind, array in (("image", image), ("target", mask))
+    }
+    np.savez(folder / "masks.npz", **parts)
+    shutil.copy(config_path("active_learning/lfosa_digits"), folder / "my_pool.yaml")
+    for number in range(200):  # a folder of images is looked at for its classes when it is made
+        (folder / f"data/tiny-imagenet-200/train/n{number:03d}").mkdir(parents=True)
+
+
+def run(words: Sequence[str], settings: dict[str, Any], folder: Path) -> str:
+    """Run a command in ``folder``; what it wrote, where it failed, and nothing where it ended well.
+
+    Args:
+        words: behind ``lightning-kd``.
+        settings: of its configs, as ``check`` gives them.
+        folder: with what earlier commands of the page have left.
+    """
+    words = _with_runs(words, folder)
+    if words[0] == "label":
+        _answer(folder / words[1])
+    done = run_command(*smoke(words, settings, folder), folder=folder)
+    return "" if done.returncode == 0 else f"{done.stdout[-500:]}{done.stderr[-2000:]}"
+
+
+def smoke(words: Sequence[str], settings: dict[str, Any], folder: Path) -> list[str]:
+    """The words, with others behind them that make it short."""
+    verb, *rest = words
+    if help_request([*rest, ""]) or (VERBS[verb].light and verb != "claim") or VERBS[verb].standalone:
+        return [*words]
+    if verb == "claim":
+        named = [word for word in rest[:1] if word != "list"]
+        return [*words, *(["--seeds", "1", "--config", "_overlay/smoke"] if named else [])]
+    given = dict(flags_of(rest))
+    configs = [value for name, value in flags_of(rest) if name == "config"]
+    if not any(name in config_names() or name in ("my_pool.yaml",) for name in configs):
+        return [*words, *SHORT.get(verb, []), *QUIET]
+    added = ["--config", "_overlay/smoke", *QUIET, *ONE_PROCESS]
+    if "trainer.max_epochs" in given:
+        added += ["--trainer.max_epochs", "2"]
+    return [*words, *added, *_small_model(settings, given, folder), *_small_data(settings)]
+
+
+def _small_model(settings: dict[str, Any], given: dict[str, str], folder: Path) -> list[str]:
+    model = settings.get("model", {}).get("init_args", {})
+    values = {**model, **{name.removeprefix("model."): value for name, value in given.items()}}
+    pixels = "Segmentation" in str(settings) or "CamVid" in str(settings) or "Cityscapes" in str(settings)
+    words: list[str] = []
+    for key in ("network", "student", "teacher"):
+        if values.get(key) is not None:
+            head = "+ml_decoder_16" if "+ml_decoder" in str(values[key]) else ""
+            words += [f"--model.{key}", ("fcn_tiny" if pixels else "cnn_tiny") + head]
+    for key, other in (("teacher_weights", "random"), ("student_weights", "null"), ("weights", "null")):
+        value = values.get(key)
+        if value is not None and not (isinstance(value, str) and (folder / value).is_file()):
+            words += [f"--model.{key}", other]
+    for key in ("warmup_epochs", "negative_epochs", "snapshot_interval"):
+        if key in values:
+            words += [f"--model.{key}", "1"]
+    return words
+
+
+def _small_data(settings: dict[str, Any]) -> list[str]:
+    cls = find_class("data", settings["data"]["class_path"])
+    if issubclass(cls, OpenSetDataModule):
+        return ["--data.rounds", "2", "--data.source.batch_size", "8"]
+    return ["--data.batch_size", "8"]
+
+
+def _with_runs(words: Sequence[str], folder: Path) -> list[str]:
+    """Patterns filled in, and a run put where the reader is assumed to have one."""
+    verb, *rest = words
+    made = dict(flags_of(rest)).get("run") if VERBS[verb].module == "" or not VERBS[verb].light else None
+    found: list[str] = []
+    for word in words:
+        for name in {*_RUN.findall(word)} - {made}:
+            some = sorted(folder.glob(name))
+            if not some and "weights" not in (found[-1] if found else ""):
+                some = [folder / re.sub(r"[*?]", "0", name)]
+                shutil.copytree(finished_run(), some[0])
+        patterned = re.fullmatch(r"runs/[^/]*[*?][^/]*", word)
+        found += [str(path.relative_to(folder)) for path in sorted(folder.glob(word))] if patterned else [word]
+    return found
+
+
+@functools.cache
+def finished_run() -> Path:
+    """The folder of a short fit."""
+    folder = Path(mkdtemp())
+    words = ["fit", "--config", "distillation/student_digits", "--config", "_overlay/smoke", *QUIET, "--run", "run"]
+    done = run_command(*words, folder=folder)
+    assert done.returncode == 0, done.stderr
+    return folder / "run"
+
+
+def _answer(path: Path) -> None:
+    """Fill in the column ``label`` of a query, as a person does."""
+    with path.open(newline="") as file:
+        rows = list(csv.DictReader(file))
+    names = [row["predicted"] for row in rows]
+    with path.open("w", newline="") as file:
+        writer = csv.DictWriter(file, rows[0])
+        writer.writeheader()
+        writer.writerows({**row, "label": name} for row, name in zip(rows, names, strict=True))
