@@ -51,6 +51,8 @@ def check(words: Sequence[str], runs: dict[str, dict[str, Any]], files: Sequence
         raise ValueError(f"there is no verb {verb!r}")
     if request := rest and help_request(rest):
         _class(*request)
+    elif {*rest} & {"--help", "-h"}:
+        pass
     elif VERBS[verb].light or VERBS[verb].standalone:
         _check_light(verb, rest)
     else:
@@ -116,7 +118,7 @@ def _check_run(
             raise ValueError(f"{verb} has no option --{name}")
         if first == "trainer" and parts and parts[0] not in inspect.signature(L.Trainer).parameters:
             raise ValueError(f"the Trainer has no {name}")
-        if first in ("model", "data") and settings:
+        if first in ("model", "data") and settings and (verb, name) != ("predict", "data.predict"):
             _check_argument(first, parts, value, settings.setdefault(first, {}), name)
     if verb in ("fit", "active"):
         given = [value for name, value in flags if name == "run"]

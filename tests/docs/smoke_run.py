@@ -66,7 +66,12 @@ def run(words: Sequence[str], settings: dict[str, Any], folder: Path) -> str:
 def smoke(words: Sequence[str], settings: dict[str, Any], folder: Path) -> list[str]:
     """The words, with others behind them that make it short."""
     verb, *rest = words
-    if help_request([*rest, ""]) or (VERBS[verb].light and verb != "claim") or VERBS[verb].standalone:
+    if (
+        help_request([*rest, ""])
+        or "--help" in rest
+        or (VERBS[verb].light and verb != "claim")
+        or VERBS[verb].standalone
+    ):
         return [*words]
     if verb == "claim":
         named = [word for word in rest[:1] if word != "list"]

@@ -96,6 +96,13 @@ def test_what_cannot_be_meant_is_found(words, reason):
         check(words.split(), {}, FILES)
 
 
+def test_options_that_no_class_has():
+    check(["fit", "--help"], {}, [])
+    check(["predict", "--config", "distillation/kd_digits", "--data.predict", "photos", "--sort", "confidence"], {}, [])
+    with pytest.raises(ValueError, match="has no 'predict'"):
+        check(["test", "--config", "distillation/kd_digits", "--data.predict", "photos"], {}, [])
+
+
 def test_what_is_known_of_earlier_runs():
     runs = {}
     check(
