@@ -31,18 +31,23 @@ _RUN = re.compile(r"runs/[\w.*?-]+")
 
 
 def make_files(folder: Path) -> None:
-    """What the pages take for granted: photos, masks, lists and a config of the reader's own."""
+    """What the pages take for granted: photos, tables of labels and a config of the reader's own."""
     rng = np.random.default_rng(0)
-    for place in ("photos/cat", "photos/dog", "photos_new", "photos_more"):
+    for place in ("photos/cat", "photos/dog", "photos_new", "photos_more", "unlabelled"):
         (folder / place).mkdir(parents=True)
         for number in range(10):
             Image.fromarray(rng.integers(0, 256, (40, 48, 3), dtype=np.uint8)).save(folder / place / f"{number}.png")
-    image = rng.integers(0, 256, (12, 32, 32, 3), dtype=np.uint8)
-    mask = rng.integers(0, 3, (12, 32, 32), dtype=np.uint8)
-    parts = {
-        f"{part}_{kind}": array for part in ("train", "test") for kind, array in (("image", image), ("target", mask))
+    tags = [f"{name}/{number}.png,{name}" for name in ("cat", "dog") for number in range(10)]
+    given = [f"{item},{(item + more) % 2}" for item in range(20) for more in range(1 + item % 2)]
+    crowd = [f"{item},{annotator},{item % 10}" for item in range(20) for annotator in ("ann", "bob")]
+    tables = {
+        "photos/labels.csv": ["file,labels", *tags],
+        "corrections.csv": ["index,label", "0,cat", "1,dog"],
+        "candidates.csv": ["item,label", *given],
+        "crowd.csv": ["item,annotator,label", *crowd],
     }
-    np.savez(folder / "masks.npz", **parts)
+    for name, lines in tables.items():
+        (folder / name).write_text("\n".join(lines) + "\n")
     shutil.copy(config_path("active_learning/lfosa_digits"), folder / "my_pool.yaml")
     for number in range(200):  # a folder of images is looked at for its classes when it is made
         (folder / f"data/tiny-imagenet-200/train/n{number:03d}").mkdir(parents=True)
@@ -78,12 +83,15 @@ def smoke(words: Sequence[str], settings: dict[str, Any], folder: Path) -> list[
         return [*words, *(["--seeds", "1", "--config", "_overlay/smoke"] if named else [])]
     given = dict(flags_of(rest))
     configs = [value for name, value in flags_of(rest) if name == "config"]
-    if not any(name in config_names() or name in ("my_pool.yaml",) for name in configs):
-        return [*words, *SHORT.get(verb, []), *QUIET]
-    added = ["--config", "_overlay/smoke", *QUIET, *ONE_PROCESS]
+    added = [*QUIET, *SHORT.get(verb, [])]
     if "trainer.max_epochs" in given:
-        added += ["--trainer.max_epochs", "2"]
-    return [*words, *added, *_small_model(settings, given, folder), *_small_data(settings)]
+        added += ["--trainer.max_epochs", "3" if "ckpt_path" in given else "2"]
+    if verb == "fit" and not {"ckpt_path", "overwrite", "print_config"} & {*given}:
+        added += ["--overwrite", "true"]  # another block of the page may have made the run
+    if not any(name in config_names() or name == "my_pool.yaml" for name in configs):
+        return [*words, *added]
+    model = _small_model(settings, given, folder)
+    return [*words, "--config", "_overlay/smoke", *added, *ONE_PROCESS, *model, *_small_data(settings, given)]
 
 
 def _small_model(settings: dict[str, Any], given: dict[str, str], folder: Path) -> list[str]:
@@ -105,11 +113,18 @@ def _small_model(settings: dict[str, Any], given: dict[str, str], folder: Path) 
     return words
 
 
-def _small_data(settings: dict[str, Any]) -> list[str]:
-    cls = find_class("data", settings["data"]["class_path"])
-    if issubclass(cls, OpenSetDataModule):
-        return ["--data.rounds", "2", "--data.source.batch_size", "8"]
-    return ["--data.batch_size", "8"]
+def _small_data(settings: dict[str, Any], given: dict[str, str]) -> list[str]:
+    name = settings["data"]["class_path"]
+    pool = issubclass(find_class("data", name), OpenSetDataModule)
+    source = settings["data"].get("init_args", {})
+    source, words = (source.get("source", {}).get("init_args", {}), ["--data.rounds", "2"]) if pool else (source, [])
+    prefix = "--data.source." if pool else "--data."
+    words += [f"{prefix}batch_size", "8"]
+    if source.get("num_workers"):
+        words += [f"{prefix}num_workers", "0"]
+    if given.get(f"{prefix[2:]}root") == "photos" and "Segmentation" not in name:
+        words += ["--data.fake", "false"]  # they are there
+    return words
 
 
 def _with_runs(words: Sequence[str], folder: Path) -> list[str]:

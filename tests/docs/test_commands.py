@@ -13,6 +13,7 @@ from tests.docs.smoke_run import make_files, run
 FILLED = {"TEACHER": "resnet20", "RUN": "runs/mine"}
 # what the reader is assumed to have
 FILES = ["my_pool.yaml", "runs/mine", "runs/strong", "runs/photos"]
+EXTRAS = re.findall(r"^(\w+) = \[", (ROOT / "pyproject.toml").read_text(), re.MULTILINE)  # of pip, among others
 MOST = [page for page in [*WRITTEN, *METHODS] if page != "README.md" and commands_of(page)]
 
 
@@ -34,6 +35,9 @@ def faults(page):
                 check(words, runs, FILES)
             elif command.program == "make":
                 assert re.search(rf"^{words[0]}:", (ROOT / "Makefile").read_text(), re.MULTILINE), "no such target"
+            elif command.program == "pip":
+                for extra in re.findall(r"\[([\w,]+)\]", " ".join(words)):
+                    assert {*extra.split(",")} <= {*EXTRAS}, "no such extra"
         except (ValueError, AssertionError, OSError) as error:
             found.append(f"{command}: {error}")
     return found
