@@ -223,8 +223,10 @@ def _classes(cls: type, argument: str) -> Iterator[type]:
 
 
 def _over(before: dict[str, Any], own: dict[str, Any]) -> dict[str, Any]:
-    """``own`` merged over ``before``."""
+    """``own`` merged over ``before``; another class has other arguments."""
     merged = dict(before)
+    if own.get("class_path", merged.get("class_path")) != merged.get("class_path"):
+        merged.pop("init_args", None)
     for key, value in own.items():
         both = isinstance(value, dict) and isinstance(merged.get(key), dict)
         merged[key] = _over(merged[key], value) if both else _over({}, value) if isinstance(value, dict) else value

@@ -15,7 +15,7 @@ import numpy as np
 from PIL import Image
 
 from lightning_kd.cli.class_help import help_request
-from lightning_kd.cli.config_names import config_names, config_path
+from lightning_kd.cli.config_names import config_names
 from lightning_kd.cli.named_classes import find_class
 from lightning_kd.cli.usage import VERBS
 from lightning_kd.data import OpenSetDataModule
@@ -31,7 +31,7 @@ _RUN = re.compile(r"runs/[\w.*?-]+")
 
 
 def make_files(folder: Path) -> None:
-    """What the pages take for granted: photos, tables of labels and a config of the reader's own."""
+    """What the pages take for granted: photos and tables of labels."""
     rng = np.random.default_rng(0)
     for place in ("photos/cat", "photos/dog", "photos_new", "photos_more", "unlabelled"):
         (folder / place).mkdir(parents=True)
@@ -48,7 +48,6 @@ def make_files(folder: Path) -> None:
     }
     for name, lines in tables.items():
         (folder / name).write_text("\n".join(lines) + "\n")
-    shutil.copy(config_path("active_learning/lfosa_digits"), folder / "my_pool.yaml")
     for number in range(200):  # a folder of images is looked at for its classes when it is made
         (folder / f"data/tiny-imagenet-200/train/n{number:03d}").mkdir(parents=True)
 
@@ -88,7 +87,7 @@ def smoke(words: Sequence[str], settings: dict[str, Any], folder: Path) -> list[
         added += ["--trainer.max_epochs", "3" if "ckpt_path" in given else "2"]
     if verb == "fit" and not {"ckpt_path", "overwrite", "print_config"} & {*given}:
         added += ["--overwrite", "true"]  # another block of the page may have made the run
-    if not any(name in config_names() or name == "my_pool.yaml" for name in configs):
+    if not {*configs} & {*config_names()}:
         return [*words, *added]
     model = _small_model(settings, given, folder)
     return [*words, "--config", "_overlay/smoke", *added, *ONE_PROCESS, *model, *_small_data(settings, given)]
@@ -124,6 +123,7 @@ def _small_data(settings: dict[str, Any], given: dict[str, str]) -> list[str]:
         words += [f"{prefix}num_workers", "0"]
     if given.get(f"{prefix[2:]}root") == "photos" and "Segmentation" not in name:
         words += ["--data.fake", "false"]  # they are there
+        words += ["--data.budget", "4"] if pool else []  # of ten
     return words
 
 

@@ -12,7 +12,7 @@ from tests.docs.smoke_run import make_files, run
 # words that stand for the reader's own
 FILLED = {"TEACHER": "resnet20", "RUN": "runs/mine"}
 # what the reader is assumed to have
-FILES = ["my_pool.yaml", "runs/mine", "runs/strong", "runs/photos"]
+FILES = ["runs/mine", "runs/strong", "runs/photos"]
 EXTRAS = re.findall(r"^(\w+) = \[", (ROOT / "pyproject.toml").read_text(), re.MULTILINE)  # of pip, among others
 MOST = [page for page in [*WRITTEN, *METHODS] if page != "README.md" and commands_of(page)]
 
