@@ -95,7 +95,7 @@ def _stop(parsed: Any) -> Any:
 
 
 def _check_names(names: Sequence[str]) -> None:
-    if unknown := set(names) - set(config_names()):
+    if unknown := set(names) - _names():
         raise ValueError(f"there is no config {min(unknown)!r}")
 
 
@@ -142,14 +142,18 @@ def flags_of(words: Sequence[str]) -> Iterator[tuple[str, str]]:
 
 def _settings_of(path: str, runs: dict[str, dict[str, Any]], files: Sequence[str]) -> dict[str, Any]:
     """Those of a config; none where it is not known what the reader has there."""
-    if path in config_names():
-        return settings_of(path)
+    if path in _names():
+        return _shipped(path)
     run = path.removesuffix("/config.yaml")
     if run in runs:
         return runs[run]
     if path in files or (run != path and run in files):
         return {}
     raise ValueError(f"there is no config {path!r}, nor a run of that name before")
+
+
+_names = functools.cache(lambda: frozenset(config_names()))
+_shipped = functools.cache(settings_of)
 
 
 @functools.cache

@@ -59,9 +59,9 @@ def test_each_command_runs(page, tmp_path):
             assert not said, f"{command}\n{said}"
 
 
-@pytest.mark.parametrize("part", NOT_RUN)
-def test_each_exception_occurs(part):
-    assert any(part in " ".join(filled(command.words)) for page in WRITTEN for command in commands_of(page))
+def test_each_exception_occurs():
+    shown = [" ".join(filled(command.words)) for page in WRITTEN for command in commands_of(page)]
+    assert [part for part in NOT_RUN if not any(part in words for words in shown)] == []
 
 
 @pytest.mark.parametrize("word", FILLED)
@@ -84,7 +84,7 @@ def test_each_file_that_is_assumed_is_named(name):
         ("fit --config distillation/kd_digits --model.temprature 4", "KD has no 'temprature'"),
         ("fit --config distillation/kd_digits --model DHKD --model.hads 1", "DHKD has no 'hads'"),
         ("fit --config distillation/kd_digits --model.optimizer.init_args.rate 1", "SGD has no 'rate'"),
-        ("fit --config noisy_labels/dpc_digits --data.noise.rates 0.2", "has 'rates'"),
+        ("fit --config noisy_labels/dpc_digits --data.noise.rates 0.2", "'rates'"),
         ("fit --config distillation/kd_digits --model.student cnn_small", "no network 'cnn_small'"),
         ("fit --config distillation/kd_digits --trainer.epochs 3", "Trainer has no trainer.epochs"),
         ("fit --config distillation/kd_digits --dtype float32", "fit has no option --dtype"),
