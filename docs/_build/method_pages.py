@@ -98,9 +98,8 @@ def method_page(one: Method, root: Path) -> str:
         parts.append(one.cell)
     parts.append(f"Paper: {one.paper}.")
     modules = dict.fromkeys(path.rpartition(".")[0] for path in one.objects)
-    for module in modules:
-        said = inspect.getdoc(sys.modules[module]) or ""
-        parts.append("\n".join(f"> {line}".rstrip() for line in said.splitlines()))
+    if one.objects:
+        parts += _beginning(one.objects[0])
     claims = _claims(one)
     if claims:
         parts.append("## Does it do what the paper says?")
@@ -239,6 +238,13 @@ def _earlier_runs(settings: Any, name: str) -> list[str]:
     same = sorted(name for name in config_names() if name.rpartition("/")[2] == run)
     family = name.rpartition("/")[0]
     return sorted(same, key=lambda other: other.rpartition("/")[0] != family)[:1]
+
+
+def _beginning(path: str) -> list[str]:
+    """The first two paragraphs of a class's docstring: what it is, and what it does."""
+    module, _, name = path.rpartition(".")
+    said = (inspect.getdoc(getattr(sys.modules[module], name)) or "").partition("\n\nArgs:")[0]
+    return said.split("\n\n")[:2]
 
 
 def _further(module: str, one: Method) -> list[str]:
