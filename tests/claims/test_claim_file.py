@@ -53,7 +53,7 @@ FIT = "fit --config distillation/student_digits"
         ({"settings": {"a": "test --ckpt_path last"}}, "a begins with 'test': take fit, active"),
         ({"settings": {"a": [FIT, FIT]}}, "a goes on with 'fit'"),
         ({"settings": {"a": "fit --model DHKD"}}, "a names no --config"),
-        ({"settings": {"a": f"{FIT} --run r"}}, "a says --run, which is set for each run"),
+        ({"settings": {"a": f"{FIT} --run r"}}, "a gives --run, which is set for each run"),
         (
             {"settings": {"a": f"{FIT} --model.weights {{b}}/network.pt", "b": FIT}},
             r"a names \{b\}, .* take seed or run",
