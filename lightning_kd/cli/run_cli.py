@@ -51,8 +51,7 @@ class RunCLI(LightningCLI):
     def __init__(self, config_paths: Sequence[str] = (), command: str = "", **kwargs: Any) -> None:
         if config_paths:
             kwargs["args"] = composed_arguments(kwargs["args"], config_paths)
-        self.config_paths = list(config_paths)
-        self.command = command
+        self.config_paths, self.command = list(config_paths), command
         self._verb = next(iter(kwargs.get("args") or ()), None)
         self._new_samples: str | None = None
         if self._verb == "predict":

@@ -18,7 +18,7 @@ from lightning_kd.cli.named_classes import argument_names, known_classes
             [
                 "Dual-head knowledge distillation",
                 "--model.temperature: float = 2.0",
-                "of the loss (2 for the binary ones",
+                "temperature of the loss; in the paper 2 for the binary losses",
                 "--model.student: str | Module (required)",
                 "--model.student_weights: str | None = None",  # of a parent
                 "--model.lr_interval: str = 'epoch'",  # of its parent
