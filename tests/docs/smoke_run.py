@@ -106,6 +106,8 @@ def _small_model(settings: dict[str, Any], given: dict[str, str], folder: Path) 
         value = values.get(key)
         if value is not None and not (isinstance(value, str) and (folder / value).is_file()):
             words += [f"--model.{key}", other]
+            if other == "null" and values.get("freeze"):
+                words += ["--model.freeze", "null"]  # there are no weights that could stay
     for key in ("warmup_epochs", "negative_epochs", "snapshot_interval"):
         if key in values:
             words += [f"--model.{key}", "1"]
