@@ -119,7 +119,8 @@ class _Reading(NamedTuple):
 def _read(logits: Tensor, num_known: int, max_iter: int, tol: float, variance_floor: float, monotone: bool) -> _Reading:
     _check_width(logits, num_known)
     (logits,) = at_least_float32(logits.detach().cpu())
-    activation, predicted = logits[:, :num_known].max(1)
+    predicted = torch.from_numpy(logits[:, :num_known].numpy().argmax(1))  # the first of equal ones, as max(1)
+    activation = logits.gather(1, predicted[:, None])[:, 0]
     unknown = logits[:, num_known]
     if not (activation.isfinite() & unknown.isfinite()).all():
         raise ValueError("logits must be finite, got some that are not: train the detector with a lower learning rate")

@@ -5,11 +5,12 @@ from __future__ import annotations
 import math
 from typing import NamedTuple
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from lightning_kd.argument_checks import check_numbers
-from lightning_kd.core.univariate_kmeans import kmeans_partition, lower_of_two
+from lightning_kd.core.univariate_kmeans import group_sums, kmeans_partition, lower_of_two
 
 
 class Mixture(NamedTuple):
@@ -169,42 +170,36 @@ def fit_mixtures(
     iterations = torch.zeros_like(size)
     parameters = torch.full((3, num_groups, 2), math.nan, dtype=torch.float64)
     if fitted.any():
-        order = torch.from_numpy(x.numpy().argsort())
-        order = order[group[order].argsort(stable=True)]  # by group, then by value
-        order = order[fitted[group[order]]]
-        number = fitted.cumsum(0) - 1
-        found, iterations[fitted] = _fit_sorted(
-            x[order], number[group[order]], size[fitted], max_iter, tol, variance_floor
-        )
+        order = x.numpy().argsort()
+        # by group, then by value; sorting is fastest for few bits
+        order = order[group.numpy()[order].astype(np.min_scalar_type(num_groups)).argsort(kind="stable")]
+        order = torch.from_numpy(order[fitted[group].numpy()[order]])
+        found, iterations[fitted] = _fit_sorted(x[order], size[fitted], max_iter, tol, variance_floor)
         rank = found[0].argsort(dim=0, stable=True).expand(3, 2, -1)
         parameters[:, fitted] = found.gather(1, rank).transpose(1, 2)
     mean, variance, weight = parameters
     return Mixtures(mean, variance, weight, iterations, fitted)
 
 
-def _fit_sorted(
-    x: Tensor, group: Tensor, size: Tensor, max_iter: int, tol: float, variance_floor: float
-) -> tuple[Tensor, Tensor]:
+def _fit_sorted(x: Tensor, size: Tensor, max_iter: int, tol: float, variance_floor: float) -> tuple[Tensor, Tensor]:
     """Parameters ``[3, 2, G]`` and iterations ``[G]``; ``x`` is sorted by group, then by value."""
-    low = lower_of_two(x, group, size)
-    current = _maximise_groups(x, group, torch.stack([low, 1 - low]), size, variance_floor)
+    low, group = lower_of_two(x, size), torch.arange(len(size)).repeat_interleave(size)
+    found = _maximise_groups(x, group, torch.stack([low, 1 - low]), size, variance_floor)
     iterations = torch.zeros_like(size)
+    running = torch.arange(len(size))  # the groups that x and size are of
     previous = torch.full(size.shape, -math.inf, dtype=x.dtype)
-    running = torch.ones_like(size, dtype=torch.bool)
     for _ in range(max_iter):
-        joint = _group_log_joint(current, x, group)
+        group = torch.arange(len(size)).repeat_interleave(size)
+        joint = _group_log_joint(found[..., running], x, group)
         log_density = torch.logaddexp(joint[0], joint[1])
-        likelihood = group.bincount(log_density, len(size)) / size
-        updated = _maximise_groups(x, group, (joint - log_density).exp_(), size, variance_floor)
-        current = torch.where(running, updated, current)
-        iterations += running
-        running = running & ~((likelihood - previous).abs() < tol)
-        previous = likelihood
-        left = running[group]
-        x, group = x[left], group[left]
-        if not len(x):
+        likelihood = group_sums(log_density, size) / size
+        found[..., running] = _maximise_groups(x, group, (joint - log_density).exp_(), size, variance_floor)
+        iterations[running] += 1
+        left = ~((likelihood - previous).abs() < tol)
+        if not left.any():
             break
-    return current, iterations
+        x, size, running, previous = x[left[group]], size[left], running[left], likelihood[left]
+    return found, iterations
 
 
 def _checked(values: Tensor, max_iter: int, variance_floor: float) -> Tensor:
@@ -233,13 +228,9 @@ def _spread(parts: Tensor, group: Tensor) -> Tensor:
 
 def _maximise_groups(x: Tensor, group: Tensor, responsibility: Tensor, size: Tensor, variance_floor: float) -> Tensor:
     """The M-step of every group, from ``responsibility`` ``[2, N]``: ``[3, 2, G]``, mean, variance and weight."""
-
-    def sums(parts: Tensor) -> Tensor:
-        return torch.stack([group.bincount(part, len(size)) for part in parts])
-
-    count = sums(responsibility) + 10 * torch.finfo(torch.float64).eps
-    mean = sums(x * responsibility) / count
-    variance = sums((x - _spread(mean, group)).square_() * responsibility) / count + variance_floor
+    count = group_sums(responsibility, size) + 10 * torch.finfo(torch.float64).eps
+    mean = group_sums(x * responsibility, size) / count
+    variance = group_sums((x - _spread(mean, group)).square_() * responsibility, size) / count + variance_floor
     return torch.stack([mean, variance, count / count.sum(0)])
 
 

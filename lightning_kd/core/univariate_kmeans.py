@@ -55,33 +55,47 @@ def _best_partition(x: Tensor, weight: Tensor, clusters: int) -> Tensor:
     return first[torch.tensor(ends[:0:-1], dtype=torch.int64)]
 
 
-def lower_of_two(x: Tensor, group: Tensor, size: Tensor) -> Tensor:
+def lower_of_two(x: Tensor, size: Tensor) -> Tensor:
     """The first column of ``kmeans_partition`` for two clusters, within every group of values.
 
     Args:
         x: float64 ``[N]``, sorted by group, then by value.
-        group: int64 ``[N]``, the group of each value.
-        size: int64 ``[G]``, the number of values in each group.
+        size: int64 ``[G]``, the number of values in each group, at least 1.
 
     Returns:
         float64 ``[N]``.
     """
+
+    def spread(parts: Tensor) -> Tensor:
+        return parts.repeat_interleave(size)
+
     end = size.cumsum(0)
     first = end - size
     rises = torch.cat([x[1:] > x[:-1], torch.tensor([False])])
-    x = x - (group.bincount(x) / size)[group]
+    x = x - spread(group_sums(x, size) / size)
     # all groups share one running sum, so each is scaled to a largest absolute value of 1
-    x = x / x[first].abs().maximum(x[end - 1].abs()).clamp_min(torch.finfo(x.dtype).tiny)[group]
+    x = x / spread(x[first].abs().maximum(x[end - 1].abs()).clamp_min(torch.finfo(x.dtype).tiny))
     position = torch.arange(len(x))
-    count, rest = position - first[group] + 1, end[group] - position - 1
+    count, rest = position - spread(first - 1), spread(end - 1) - position
     total = x.cumsum(0)
-    left = total - (total - x)[first][group]
-    right = left[end - 1][group] - left
+    left = total - spread((total - x)[first])
+    right = spread(left[end - 1]) - left
     score = torch.where(rises & (rest > 0), left.square() / count + right.square() / rest, -1.0)
     best = torch.from_numpy(np.maximum.reduceat(score.numpy(), first.numpy()))
-    chosen = torch.where(score >= _all_but(best)[group], position, len(x))
+    chosen = torch.where(score >= spread(_all_but(best)), position, len(x))
     split = torch.from_numpy(np.minimum.reduceat(chosen.numpy(), first.numpy()))
-    return torch.where((best < 0)[group], 0.5, (position <= split[group]).double())
+    return torch.where(spread(best < 0), 0.5, (position <= spread(split)).double())
+
+
+def group_sums(values: Tensor, size: Tensor) -> Tensor:
+    """The sums of neighbours, ``[..., G]``.
+
+    Args:
+        values: ``[..., N]``, on the CPU.
+        size: int64 ``[G]``, how many of them each sum is of, at least 1; together ``N``.
+    """
+    first = (size.cumsum(0) - size).numpy()
+    return torch.from_numpy(np.add.reduceat(values.numpy(), first, axis=-1))
 
 
 def _all_but(best: Tensor) -> Tensor:
