@@ -503,6 +503,20 @@ MUTANTS = [
         (f"{POOL}/test_diverse_selection.py",),
     ),
     Mutant(
+        "all rows count as measured where a block was",
+        "active_learning/diverse_selection.py",
+        "        self.met[row] = end\n",
+        "        self.met[:] = end\n",
+        (f"{POOL}/test_diverse_selection.py",),
+    ),
+    Mutant(
+        "rows that may still be picked are let go",
+        "active_learning/diverse_selection.py",
+        "kept = near + slack > outside",
+        "kept = near > near.mean()",
+        (f"{POOL}/test_diverse_selection.py",),
+    ),
+    Mutant(
         "complementary label of BUAL may be the label",
         "active_learning/bual_score.py",
         "(given + 1 + draw) % num_known",

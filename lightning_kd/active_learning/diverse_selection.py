@@ -84,8 +84,9 @@ def k_center_picks(pool: Tensor, labelled: Tensor, budget: int) -> Picks:
 class _FarthestFirst:
     """The state of one run of k-center greedy.
 
-    ``moved`` are the rows minus their mean; ``near`` are squared distances to the nearest centre, from their inner
-    products. ``pool`` and ``centre`` are the rows as given, for exact differences.
+    ``moved`` are the rows minus their mean. ``near`` are squared distances, from inner products, of each row to the
+    nearest of the first ``met`` centres: an upper bound of the distance to the nearest of all. ``pool`` and ``centre``
+    are the rows as given, for exact differences.
     """
 
     def __init__(self, pool: Tensor, labelled: Tensor, budget: int) -> None:
@@ -93,11 +94,12 @@ class _FarthestFirst:
         shift = pool.mean(0) if len(pool) else pool.new_zeros(pool.shape[1])
         self.pool, self.moved = pool, pool - shift
         self.norm = _square_norms(self.moved)
-        self.budget, self.known, self.seen = budget, len(labelled), 0
+        self.budget, self.known = budget, len(labelled)
         self.centre = torch.cat([labelled, pool.new_empty(budget, pool.shape[1])])
         self.moved_centre = self.centre - shift
         self.centre_norm = _square_norms(self.moved_centre)
         self.near = torch.full_like(self.norm, torch.inf)
+        self.met = torch.zeros(len(pool), dtype=torch.int64)
         # bound of the rounding error of a product, relative to the norms; grows about as the root of the width
         self.slack = (16 + pool.shape[1] ** 0.5) * torch.finfo(pool.dtype).eps
         self.index: list[int] = []
@@ -106,12 +108,13 @@ class _FarthestFirst:
     def run(self) -> Picks:
         if self.budget and not self.known:
             self.pick(0, torch.inf)
-        size = BLOCK
-        while len(self.index) < self.budget:
-            self.refresh()
-            before = len(self.index)
+        size, picks = BLOCK, 0
+        while (before := len(self.index)) < self.budget:
+            if picks < size // 8:  # the upper bounds have become too loose
+                self.meet(torch.arange(len(self.pool)))
             self.pick_within(min(size, len(self.pool)))
-            size *= 2 if len(self.index) == before else 1  # no pick: too many rows are equally far
+            picks = len(self.index) - before
+            size *= 2 if picks == 0 else 1  # no pick: too many rows are equally far
         return Picks(torch.tensor(self.index, dtype=torch.int64), torch.tensor(self.score, dtype=torch.float64))
 
     def pick(self, row: int, score: float) -> None:
@@ -122,29 +125,32 @@ class _FarthestFirst:
         self.index.append(row)
         self.score.append(score)
 
-    def refresh(self) -> None:
-        """Update ``near`` of all rows with the centres added since the last call."""
+    def meet(self, row: Tensor) -> None:
+        """Update ``near`` of the given rows with the centres that they were not compared with yet."""
         end = self.known + len(self.index)
-        centre, norm = self.moved_centre[self.seen : end], self.centre_norm[self.seen : end]
-        step = max(1, CHUNK // max(1, len(centre)))
-        for start in range(0, len(self.pool) if len(centre) else 0, step):
-            part = slice(start, start + step)
-            value = torch.addmm(norm, self.moved[part], centre.T, alpha=-2).amin(1)
-            self.near[part] = torch.minimum(self.near[part], value.add_(self.norm[part]).clamp_min_(0))
-        self.seen = end
+        met = self.met[row]
+        for seen in met.unique().tolist():
+            centre, norm = self.moved_centre[seen:end], self.centre_norm[seen:end]
+            for part in row[met == seen].split(max(1, CHUNK // max(1, len(centre), self.pool.shape[1]))):
+                if len(centre):
+                    value = torch.addmm(norm, self.moved[part], centre.T, alpha=-2).amin(1)
+                    self.near[part] = torch.minimum(self.near[part], value.add_(self.norm[part]).clamp_min_(0))
+        self.met[row] = end
 
     def pick_within(self, size: int) -> None:
         """Pick as long as the farthest of all rows must be among the ``size`` rows that are farthest now."""
-        slack = self.slack * (self.near.clamp_min(0) + self.norm)
-        values, block = (self.near + slack).topk(min(size + 1, len(slack)))
-        outside = values[size].item() if size < len(slack) else -torch.inf
-        if (self.near - slack).max().item() <= outside:
-            return
+        values, block = (self.near + self.rounding(self.near, self.norm)).topk(min(size + 1, len(self.near)))
+        outside = values[size].item() if size < len(self.near) else -torch.inf
         block = block[:size].sort().values
-        rows, norm, near = self.moved[block], self.norm[block], self.near[block]
-        exact = self.nearest(block)
-        while len(self.index) < self.budget:
-            slack = self.slack * (near.clamp_min(0) + norm)
+        self.meet(block)
+        near, norm = self.near[block], self.norm[block]
+        slack = self.rounding(near, norm)
+        if not len(block) or (near - slack).max().item() <= outside:
+            return
+        block = block[near + slack > outside]  # other rows cannot be picked in this call
+        near, norm, rows, exact = self.near[block], self.norm[block], self.moved[block], self.nearest(block)
+        while len(block) and len(self.index) < self.budget:
+            slack = self.rounding(near, norm)
             least = (near - slack).max()
             if least.item() <= outside:
                 return
@@ -155,14 +161,21 @@ class _FarthestFirst:
                 self.index += rest
                 self.score += [0.0] * len(rest)
                 return
-            number = self.known + len(self.index)
             self.pick(int(block[spot]), float(exact[spot]) ** 0.5)
             value = torch.addmv(norm + norm[spot], rows, rows[spot], alpha=-2).clamp_min_(0)
             torch.minimum(near, value, out=near)
             near[spot] = -torch.inf
-            closer = (value - self.slack * (value + norm) < exact).nonzero()[:, 0]  # may be nearest to the new centre
-            apart = self.apart(block[closer], torch.full_like(closer, number))
+            # rows that may be nearest to the new centre
+            closer = (value - self.rounding(value, norm) < exact).nonzero()[:, 0]
+            apart = (self.pool[block[closer]].double() - self.pool[block[spot]].double()).square_().sum(1)
             exact[closer] = torch.minimum(exact[closer], apart)
+            if len(self.index) % 32 == 0:
+                kept = near + slack > outside
+                block, near, norm, rows, exact = (part[kept] for part in (block, near, norm, rows, exact))
+
+    def rounding(self, near: Tensor, norm: Tensor) -> Tensor:
+        """Bound of the rounding error of squared distances."""
+        return (near.clamp_min(0) + norm).mul_(self.slack)
 
     def nearest(self, row: Tensor) -> Tensor:
         """Exact squared distances of rows to their nearest centres, tried for all centres that products cannot tell
