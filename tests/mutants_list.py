@@ -496,6 +496,20 @@ MUTANTS = [
         (f"{POOL}/test_diverse_selection.py",),
     ),
     Mutant(
+        "second derivatives of normalisation forget the mean",
+        "metrics/_second_derivatives.py",
+        "bias - weight * mean * scale",
+        "bias",
+        ("tests/metrics/test_curvature.py",),
+    ),
+    Mutant(
+        "second derivatives of layers forget how the weight moves",
+        "metrics/_second_derivatives.py",
+        "parts += [] if of_weight is None else [ctx.layer.forward(x, of_weight, None)]",
+        "parts += []",
+        ("tests/metrics/test_curvature.py",),
+    ),
+    Mutant(
         "distances are to the farthest centre",
         "active_learning/diverse_selection.py",
         "torch.minimum(self.near[part], value.add_",

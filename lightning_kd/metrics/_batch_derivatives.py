@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from typing import Any
 
 import torch
@@ -14,6 +14,7 @@ from lightning_kd.core.batch import batch_size
 from lightning_kd.core.outputs import logits_of
 from lightning_kd.core.random_state import same_random_state
 from lightning_kd.metrics._functional_network import Copies
+from lightning_kd.metrics._second_derivatives import FastSecondDerivatives
 
 LossFn = Callable[[nn.Module, Any], Tensor]
 
@@ -55,7 +56,8 @@ class BatchDerivatives(Copies):
 
         Parameters that the loss does not depend on are left out.
         """
-        loss = self.checked_loss(self.run(self.loss_fn, self.leaves, number, batch))
+        with FastSecondDerivatives() if create_graph else nullcontext():
+            loss = self.checked_loss(self.run(self.loss_fn, self.leaves, number, batch))
         if not loss.requires_grad:
             raise ValueError("the loss does not depend on the parameters: give a loss_fn that is computed from them")
         found = torch.autograd.grad(loss, self.leaves, create_graph=create_graph, allow_unused=True)

@@ -30,6 +30,7 @@ from lightning_kd.metrics import (
     power_iteration,
     relative_flatness,
 )
+from lightning_kd.metrics._second_derivatives import FastSecondDerivatives
 from tests.two_processes import on_two_ranks
 
 
@@ -92,6 +93,38 @@ def test_products_equal_the_dense_hessian() -> None:
     some = dense(model, ["2.weight", "4.weight", "4.bias"])
     found = hessian_vector_product(model, None, samples(), vector[: len(some)], parameters=part, l2=0.5)
     torch.testing.assert_close(found, some @ vector[: len(some)] + 0.5 * vector[: len(some)], rtol=1e-10, atol=1e-12)
+
+
+def test_products_of_layers_with_fast_second_derivatives_are_those_of_pytorch() -> None:
+    torch.manual_seed(0)
+    model = nn.Sequential(
+        nn.Conv2d(2, 4, 3, 2, 1),
+        nn.BatchNorm2d(4),
+        nn.Tanh(),
+        nn.Conv2d(4, 6, 3, groups=2, bias=False),
+        nn.BatchNorm2d(6),
+        nn.Tanh(),
+        nn.Flatten(2),
+        nn.Conv1d(6, 3, 2, dilation=2),
+        nn.Flatten(),
+        nn.LazyLinear(3),
+    ).double()
+    batch = torch.randn(5, 2, 9, 8, dtype=torch.float64), torch.arange(5) % 3
+    model(batch[0])  # for the statistics
+    model.eval()
+    with torch.no_grad():
+        for layer in (model[1], model[4]):
+            layer.weight.uniform_(0.5, 2)
+            layer.bias.normal_()
+    parameters = list(model.parameters())
+    vector = torch.randn(sum(p.numel() for p in parameters), dtype=torch.float64)
+    gradients = torch.autograd.grad(F.cross_entropy(model(batch[0]), batch[1]), parameters, create_graph=True)
+    expected = torch.autograd.grad(torch.cat([g.reshape(-1) for g in gradients]) @ vector, parameters)
+    found = hessian_vector_product(model, None, batch, vector)
+    torch.testing.assert_close(found, torch.cat([g.reshape(-1) for g in expected]), rtol=1e-10, atol=1e-12)
+    with FastSecondDerivatives():
+        for layers in (model[:1], model[:2]):
+            assert type(layers(batch[0]).grad_fn).__name__ == "_OutputBackward"
 
 
 def test_eigenvalues_trace_and_blocks_equal_the_dense_hessian() -> None:
