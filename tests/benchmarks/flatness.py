@@ -154,7 +154,7 @@ def curvature(settings: Settings) -> None:
 
     variants = [
         Variant("two gradients", gradients),
-        Variant("a product in hessian_eigenvalues", eigenvalues, ">= 0.77"),
-        Variant("a product in hessian_trace", trace, ">= 0.77"),
+        Variant("a product in hessian_eigenvalues", eigenvalues, ">= 0.85"),
+        Variant("a product in hessian_trace", trace, ">= 0.85"),
     ]
     compare("curvature: a Hessian-vector product, batch 128", variants, settings.rounds)

@@ -158,7 +158,7 @@ def posterior(settings: Settings) -> None:
 
     variants = [
         Variant("a loop over samples, sklearn mixtures", plain),
-        Variant("known_posterior", ours, ">= 25"),
+        Variant("known_posterior", ours, ">= 20"),
     ]
     compare(f"posterior: {count:,} samples, {CLASSES} classes", variants, settings.rounds)
 
