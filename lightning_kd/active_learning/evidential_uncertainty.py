@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from lightning_kd.core.dirichlet import dirichlet_kl, dirichlet_nll
-from lightning_kd.core.losses import check_positive, check_shapes
+from lightning_kd.core.losses import at_least_float32, check_positive, check_shapes
 
 Discrepancy = Literal["l1", "js"]
 LOGIT_LIMIT = 10.0
@@ -115,8 +115,8 @@ def head_discrepancy(first: Tensor, second: Tensor, measure: Discrepancy = "l1")
     """The distance between the predictions of two heads.
 
     Args:
-        first: probabilities ``[B, K]`` of one head.
-        second: probabilities ``[B, K]`` of the other.
+        first: probabilities ``[B, K]``; half precision is computed in float32.
+        second: likewise.
         measure: ``"l1"``: the mean over classes of the absolute difference, at most ``2 / K``; ``"js"``: the
             Jensen-Shannon divergence, at most ``log 2``.
 
@@ -131,6 +131,7 @@ def head_discrepancy(first: Tensor, second: Tensor, measure: Discrepancy = "l1")
             f"measure must be one of {', '.join(get_args(Discrepancy))}, got {measure!r}: give one of them"
         )
     check_shapes(first=(first, "BK"), second=(second, "BK"))
+    first, second = at_least_float32(first, second)
     if measure == "l1":
         return (first - second).abs().mean(1)
     mean = (first + second) / 2

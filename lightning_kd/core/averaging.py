@@ -7,7 +7,7 @@ needed, has no parameters with gradient, and can leave buffers to the copy itsel
 from __future__ import annotations
 
 import copy
-from typing import Literal, TypeVar
+from typing import Any, Literal, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -20,11 +20,19 @@ Network = TypeVar("Network", bound=nn.Module)
 def averaged_copy(network: Network) -> Network:
     """A copy of ``network`` with its present weights and mode, whose parameters need no gradient.
 
-    As an attribute of a task it is part of its checkpoints.
+    As an attribute of a task it is saved and loaded with it. Steps of an average are too small for half
+    precision: where the task is cast to that, ``keep_precise`` names it, and it takes images in either.
     """
     average = copy.deepcopy(network)
     average.requires_grad_(False)
+    for part in average.children() if isinstance(average, nn.ModuleDict | nn.ModuleList) else [average]:
+        part.register_forward_pre_hook(_in_own_precision)
     return average
+
+
+def _in_own_precision(module: nn.Module, inputs: tuple[Any, ...]) -> tuple[Any, ...]:
+    own = next((p.dtype for p in module.parameters() if p.is_floating_point()), None)
+    return tuple(x.to(own) if isinstance(x, Tensor) and x.is_floating_point() and own else x for x in inputs)
 
 
 @torch.no_grad()
@@ -57,6 +65,7 @@ def update_average(
         buffer_pairs = [pair for pair in buffer_pairs if not pair[0].is_floating_point()]
     if pairs:
         mine, theirs = (list(tensors) for tensors in zip(*pairs, strict=True))
+        theirs = [new.to(old.dtype) for old, new in zip(mine, theirs, strict=True)]
         torch._foreach_lerp_(mine, theirs, 1 - decay)
     if buffers != "keep":
         for old, new in buffer_pairs:

@@ -81,7 +81,7 @@ def reliability_sums(probabilities: Tensor, target: Tensor, bins: int = 15) -> T
         )
     check_numbers(least=1, whole=True, bins=bins)
     confidence, predicted = probabilities.detach().float().max(1)
-    borders = torch.linspace(0, 1, bins + 1, device=confidence.device)
+    borders = torch.linspace(0, 1, bins + 1, dtype=confidence.dtype, device=confidence.device)
     where = (torch.bucketize(confidence, borders) - 1).clamp(0, bins - 1)
     rows = torch.stack([torch.ones_like(confidence), confidence, (predicted == target).float()])
     sums = rows.new_zeros(3, bins, dtype=torch.float32 if rows.device.type == "mps" else torch.float64)

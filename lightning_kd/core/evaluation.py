@@ -10,6 +10,7 @@ from torchmetrics import MeanMetric, MetricCollection
 
 from lightning_kd.core.batch import Batch, as_batch
 from lightning_kd.core.class_metrics import ConfusionMetric, are_unequal, class_sizes
+from lightning_kd.core.kept_precision import KeptPrecision
 from lightning_kd.core.problems import Problem, SingleLabel
 from lightning_kd.core.starting_weights import weights_from_checkpoint
 
@@ -19,10 +20,11 @@ if TYPE_CHECKING:
 __all__ = ["EvaluatedModule", "loss_metric"]
 
 
-class EvaluatedModule(L.LightningModule):
-    """A LightningModule that can validate, test and predict with its ``main_network``; ``Task`` adds the training.
+class EvaluatedModule(KeptPrecision, L.LightningModule):
+    """A LightningModule whose ``main_network`` answers its ``problem``; everything but the training of a task.
 
-    The metrics ``val/`` and ``test/`` are ``loss`` and those of the ``problem``, over all processes.
+    ``val/`` and ``test/`` metrics are ``loss`` and those of the problem, of all processes together, in float32 whatever
+    the precision of the Trainer.
     """
 
     problem_class: type[Problem] = SingleLabel
@@ -42,6 +44,7 @@ class EvaluatedModule(L.LightningModule):
         self.num_classes = problem.num_classes
         self.val_metrics = self._evaluation_metrics("val/")
         self.test_metrics = self._evaluation_metrics("test/")
+        self.keep_precise("val_metrics", "test_metrics")
 
     @property
     def main_network(self) -> nn.Module:

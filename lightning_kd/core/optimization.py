@@ -73,6 +73,29 @@ def optimizer_for(
     return torch.optim.AdamW(parameters, lr=3e-4, weight_decay=0.01)
 
 
+def fit_to_float16(optimizer: torch.optim.Optimizer, by_default: bool) -> None:
+    """See that ``eps`` of an optimizer such as Adam, which keeps it from dividing by 0, is above 0 in float16 too.
+
+    Args:
+        optimizer: as it was made, of parameters in the precision that they are trained in.
+        by_default: whether nobody asked for this one, so that its ``eps`` may become 1e-4.
+
+    Raises:
+        ValueError: for one that was asked for with another.
+    """
+    for group in optimizer.param_groups:
+        eps = group.get("eps")
+        if not isinstance(eps, float) or eps == 0 or torch.tensor(eps, dtype=torch.float16) > 0:
+            continue
+        if any(parameter.dtype == torch.float16 for parameter in group["params"]):
+            if not by_default:
+                raise ValueError(
+                    f"eps={eps:g} of {type(optimizer).__name__} is 0 in float16, which it would divide by: give "
+                    "eps=1e-4, or trainer.precision bf16-true or 16-mixed"
+                )
+            group["eps"] = optimizer.defaults["eps"] = 1e-4
+
+
 def is_attached(task: L.LightningModule) -> bool:
     """Whether ``task`` has a Trainer, without which the length of the training is unknown."""
     try:

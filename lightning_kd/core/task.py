@@ -18,7 +18,7 @@ from lightning_kd.core.epoch_means import EpochMeans
 from lightning_kd.core.evaluation import EvaluatedModule
 from lightning_kd.core.hyperparameters import keep_plain_hyperparameters, without_module_warning
 from lightning_kd.core.nan_guard import FiniteGuard
-from lightning_kd.core.optimization import epoch_steps, make_optimizer, training_length
+from lightning_kd.core.optimization import epoch_steps, fit_to_float16, make_optimizer, training_length
 from lightning_kd.core.quiet import quiet
 from lightning_kd.core.seeding import EpochSeeding, global_seed, numpy_generator
 from lightning_kd.core.training_watch import TrainingWatch
@@ -206,7 +206,9 @@ class Task(EvaluatedModule):
     def build_optimizer(self, parameters: Iterable[Any]) -> torch.optim.Optimizer:
         """The optimizer for these parameters or parameter groups, without a schedule."""
         factory: Any = self.optimizer_factory or self.default_optimizer
-        return factory(parameters)
+        optimizer = factory(parameters)
+        fit_to_float16(optimizer, by_default=self.optimizer_factory is None)
+        return optimizer
 
     def steps_of_epoch(self) -> int | None:
         """Number of optimizer steps in an epoch, of all networks together; ``None`` if unknown in advance."""

@@ -10,6 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from lightning_kd.core.kept_precision import KeptPrecision
 from lightning_kd.core.problems import Problem
 from lightning_kd.core.starting_weights import pretrained_network
 from lightning_kd.core.weights import load_weights, other_classes
@@ -17,8 +18,8 @@ from lightning_kd.core.weights import load_weights, other_classes
 __all__ = ["FrozenTeacher", "teacher_network"]
 
 
-class FrozenTeacher(nn.Module):
-    """A trained network that is never trained further: always in eval mode, without gradient, not in checkpoints.
+class FrozenTeacher(KeptPrecision):
+    """A network in eval mode, whatever ``train()`` says, without gradient and without a place in checkpoints.
 
     Its parameters have ``requires_grad=False``, so that no optimizer takes them. The ``state_dict`` of a module that
     holds it does not contain it, and loading one leaves it unchanged, also under ``WeightAveraging``, DDP and
@@ -69,6 +70,7 @@ class FrozenTeacher(nn.Module):
         self.mean, self.std = mean, std
         self.size = checked_size(size)
         self.channels_last = channels_last
+        self.keep_precise("scale", "shift")
         if mean is not None:
             for name in ("scale", "shift"):
                 self.register_buffer(name, torch.ones(len(mean)).view(-1, 1, 1), persistent=False)
@@ -140,7 +142,7 @@ class FrozenTeacher(nn.Module):
             self.eval()
         if self.mean is not None:
             shape = (-1, *[1] * (image.ndim - 2))
-            image = image * self.scale.view(shape) + self.shift.view(shape)
+            image = (image * self.scale.view(shape) + self.shift.view(shape)).to(image.dtype)
         if self.size is not None and image.shape[-2:] != self.size:
             image = F.interpolate(image, self.size, mode="bilinear", antialias=True)
         if self.channels_last and image.ndim == 4:

@@ -49,7 +49,7 @@ class NegativeImages:
         size = max(1, AT_ONCE // width)
 
         def numbers(rows: int) -> Tensor:
-            return torch.rand(rows, width, generator=generator, device=target.device)
+            return torch.rand(rows, width, generator=generator, dtype=torch.float32, device=target.device)
 
         for begin in range(0, skip, size):
             numbers(min(size, skip - begin))

@@ -6,7 +6,6 @@ Yonglong Tian, Dilip Krishnan, Phillip Isola. Contrastive Representation Distill
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -17,6 +16,7 @@ from lightning_kd.argument_checks import check_numbers
 from lightning_kd.core.batch import Batch, as_batch
 from lightning_kd.core.distributed import joint_batch, process_rank, summed
 from lightning_kd.core.feature_hooks import penultimate_tap
+from lightning_kd.core.kept_precision import KeptPrecision
 from lightning_kd.core.losses import at_least_float32
 from lightning_kd.core.sample_memories import SampleMemories
 from lightning_kd.core.sample_memory import SampleMemory
@@ -58,8 +58,8 @@ def contrast_loss(score: Tensor, count: int) -> Tensor:
     return -total / len(score)
 
 
-class ContrastBanks(nn.Module):
-    """Two memory banks with the latest embedding of every training image, one of the student and one of the teacher.
+class ContrastBanks(KeptPrecision):
+    """The latest embedding of every training image, by the student and by the teacher, and what is learnt from them.
 
     The student's embedding is scored against the teacher's bank, and vice versa. A score is
     ``exp(<row, embedding> / temperature) / z``, where ``z`` is the mean over the first batch times the number of rows.
@@ -88,14 +88,9 @@ class ContrastBanks(nn.Module):
         self.dim, self.temperature, self.momentum = dim, temperature, momentum
         self.student, self.teacher = SampleMemory((dim,)), SampleMemory((dim,))
         self.register_buffer("z", torch.full((2,), -1.0))
-        self._has_z = False  # kept here, as reading it from a GPU in each step is slow
+        self.keep_precise("z")  # as large as the number of rows: float16 has no such numbers
+        self._has_z = False  # known here, or a GPU would be asked in each step
         self.register_load_state_dict_post_hook(_look_for_z)
-
-    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> ContrastBanks:
-        z = self.z
-        super()._apply(fn, recurse)
-        self.z = z.to(self.z.device)  # as large as the number of rows: float16 has no such numbers
-        return self
 
     def allocate(self, count: int, generator: torch.Generator) -> None:
         """Create ``count`` rows, uniform in +-1 / sqrt(dim / 3), unless rows exist.

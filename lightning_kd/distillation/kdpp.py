@@ -169,6 +169,7 @@ class KDPlusPlus(Distillation):
             if self.channels_last:
                 self.review.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
         self.register_buffer("class_mean", torch.zeros(num_classes, length))
+        self.keep_precise("class_mean")
         self.register_buffer("class_mean_teacher", torch.zeros(32, dtype=torch.uint8))  # all 0: there are no means
 
     # -- the means ---------------------------------------------------------------------------------------------------

@@ -118,7 +118,7 @@ def recover(stored: SoftLabels, kind: str, num_classes: int) -> Tensor:
             "the num_classes that it was stored with"
         )
     if probability is None:
-        return torch.zeros(len(index), num_classes, device=index.device).scatter_(1, index, 1.0)
+        return torch.zeros(len(index), num_classes, dtype=torch.float32, device=index.device).scatter_(1, index, 1.0)
     check_shapes(index=(index, "BK"), probability=(probability, "BK"))
     (top,) = at_least_float32(probability)
     total = top.sum(1, keepdim=True)

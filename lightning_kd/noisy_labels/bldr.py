@@ -156,6 +156,7 @@ class BLDR(NoisyLabelTask, FineTunedTask):
         if self.channels_last:
             self.exits.to(memory_format=torch.channels_last)
         self.register_buffer("rho", torch.tensor(0.1))
+        self.keep_precise("average", "rho")
         for name in ("u", "v"):
             self.add_sample_memory(name, (num_classes,))
         self.add_sample_memory("weight", fill=1.0)

@@ -42,8 +42,9 @@ __all__ = [
 _FLOOR = 1e-4
 
 
-def _noise_terms(u: Tensor, v: Tensor, target: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """One-hot targets, ``u^2`` at the given label and ``v^2`` at the other classes, each ``[B, C]``."""
+def _noise(u: Tensor, v: Tensor, target: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """One-hot targets, and what ``u`` says of the given label and ``v`` of the others, ``[B, C]`` each."""
+    u, v = at_least_float32(u, v)
     own = F.one_hot(target, u.shape[1]).to(u.dtype)
     return own, (u.square() * own).clamp(0, 1 - _FLOOR), (v.square() * (1 - own)).clamp(0, 1 - _FLOOR)
 
@@ -91,6 +92,7 @@ def corrected_cross_entropy(probabilities: Tensor, target: Tensor, weight: Tenso
     """
     check_target(probabilities, target)
     check_shapes(target=(target, "B"), weight=(weight, "B"))
+    probabilities, weight = at_least_float32(probabilities, weight)
     return (weight * -probabilities.gather(1, target[:, None]).squeeze(1).log()).mean()
 
 
@@ -124,6 +126,7 @@ def balance_loss(probabilities: Tensor) -> Tensor:
         ValueError: see the module.
     """
     check_shapes(probabilities=(probabilities, "BC"))
+    (probabilities,) = at_least_float32(probabilities)
     return -probabilities.mean(0).clamp(_FLOOR, 1).log().mean()
 
 

@@ -14,8 +14,8 @@ def sharpen(probabilities: Tensor, temperature: float) -> Tensor:
     """Sharpen probabilities: ``p^(1 / temperature)``, normalised over the classes.
 
     Args:
-        probabilities: ``[B, C]``, non-negative.
-        temperature: above 0; below 1 the distribution becomes sharper.
+        probabilities: ``[B, C]``, non-negative; half precision is computed in float32.
+        temperature: positive; below 1 it sharpens.
 
     Returns:
         ``[B, C]``, sum 1 over the classes.
@@ -27,6 +27,7 @@ def sharpen(probabilities: Tensor, temperature: float) -> Tensor:
     """
     check_positive(temperature=temperature)
     check_shapes(probabilities=(probabilities, "BC"))
+    (probabilities,) = at_least_float32(probabilities)
     powered = (probabilities / probabilities.amax(1, keepdim=True)) ** (1 / temperature)
     return powered / powered.sum(1, keepdim=True)
 

@@ -122,6 +122,7 @@ class NetworkEM(CrowdTask):
         check_numbers(above=0, smoothing=smoothing)
         self.smoothing = smoothing
         self.register_buffer("confusions", torch.empty(0, num_classes, num_classes, dtype=torch.float64))
+        self.keep_precise("confusions")
         self.posteriors = self.add_sample_memory("posteriors", (num_classes,))
 
     def allocate(self, annotators: int) -> None:

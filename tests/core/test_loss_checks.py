@@ -128,6 +128,38 @@ def test_good_arguments_pass(function):
     assert all(part.isfinite().all() for part in (out if isinstance(out, tuple) else (out,)))
 
 
+SIZES = {"logits": 15, "feature": 50, "map": 50, "embedding": 50}  # as far as networks go
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("function", CASES, ids=lambda f: f.__name__)
+def test_half_precision_is_computed_in_float32(function, dtype):
+    def outcome(wide):
+        leaves = []
+        for name, value in zip(inspect.signature(function).parameters, CASES[function], strict=False):
+            if isinstance(value, torch.Tensor) and value.is_floating_point():
+                factor = max(factor if word in name else 1 for word, factor in SIZES.items())
+                value = (factor * value).to(dtype)
+                value = (value.float() if wide else value).requires_grad_()
+            leaves.append(value)
+        torch.set_default_dtype(torch.float32 if wide else dtype)  # as the Trainer does around a step
+        try:
+            out = function(*leaves)
+        finally:
+            torch.set_default_dtype(torch.float32)
+        parts = [part for part in (out if isinstance(out, tuple) else (out,)) if part.is_floating_point()]
+        if parts and parts[0].requires_grad:
+            sum(part.sum() for part in parts).backward()
+        return parts, [value.grad for value in leaves if isinstance(value, torch.Tensor) and value.grad is not None]
+
+    (expected, slopes), (found, gradients) = outcome(wide=True), outcome(wide=False)
+    torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-6)  # also of dtype float32
+    assert len(gradients) == len(slopes)
+    for gradient, slope in zip(gradients, slopes, strict=True):
+        worst = (gradient.float() - slope).abs().max()
+        assert worst <= 0.01 * slope.abs().max() + 1e-6
+
+
 @pytest.mark.parametrize(("function", "k"), TENSORS)
 def test_a_tensor_of_another_shape_is_refused_and_not_broadcast(function, k):
     value = CASES[function][k]

@@ -1,0 +1,62 @@
+"""Modules that keep some of their numbers exact where a Trainer casts the rest to half precision."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor, nn
+
+if TYPE_CHECKING:
+    from typing_extensions import Self
+
+__all__ = ["KeptPrecision"]
+
+
+class KeptPrecision(nn.Module):
+    """A module of which some buffers and submodules are not cast to half precision with it.
+
+    Sums, means, counts and moving averages are lost in half precision: in bfloat16 ``256 + 1`` is 256, and float16 ends
+    at 65504. They keep their dtype under ``half()``, ``to(torch.bfloat16)`` and the Trainer's ``16-true`` and
+    ``bf16-true``; devices and wider dtypes are followed.
+    """
+
+    #: names of these buffers and submodules
+    kept_precise: tuple[str, ...] = ()
+
+    def keep_precise(self, *names: str) -> None:
+        """Name buffers and submodules, there already or not yet, to be kept."""
+        self.kept_precise = (*self.kept_precise, *names)
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
+        modules = {name: self._modules[name] for name in self.kept_precise if self._modules.get(name) is not None}
+        buffers = {name: self._buffers[name] for name in self.kept_precise if self._buffers.get(name) is not None}
+        places: tuple[dict[str, nn.Module | None], dict[str, Tensor | None]] = self._modules, self._buffers
+        for place, kept in zip(places, (modules, buffers), strict=True):
+            place.update(dict.fromkeys(kept))  # type: ignore[call-overload]  # their order stays
+        try:
+            super()._apply(fn, recurse)
+        finally:
+            self._modules.update(modules)
+            self._buffers.update(buffers)
+        precise = _Precise(fn)
+        for module in modules.values():
+            if recurse and module is not None:
+                module._apply(precise)
+        for name, buffer in buffers.items():
+            if buffer is not None:
+                self._buffers[name] = precise(buffer)
+        return self
+
+
+class _Precise:
+    """What ``fn`` makes of a tensor, but in its own dtype where that is half precision."""
+
+    def __init__(self, fn: Callable[[Tensor], Tensor]) -> None:
+        self.fn = fn
+
+    def __call__(self, tensor: Tensor) -> Tensor:
+        found = self.fn(tensor)
+        lost = found.dtype in (torch.float16, torch.bfloat16) and found.dtype != tensor.dtype
+        return tensor.to(found.device) if lost else found
