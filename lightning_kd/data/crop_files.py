@@ -13,10 +13,9 @@ from torchvision.transforms import v2
 from torchvision.transforms.v2 import functional as tv
 
 from lightning_kd.core.view_keys import ViewKeys
-from lightning_kd.data.image_files import read_image
-from lightning_kd.data.streaming import ImageFiles, Key, KeyedFiles, sample_generator
+from lightning_kd.data.streaming import ImageFiles, KeyedFiles, sample_generator
 
-__all__ = ["CropFiles", "CropRecipe"]
+__all__ = ["CropFiles", "CropRecipe", "PlainFiles"]
 
 
 @dataclass(frozen=True)
@@ -74,28 +73,25 @@ class CropRecipe:
 
 
 class CropFiles(KeyedFiles):
-    """Image files of which each visit returns some of a fixed number of crops; one visit reads the file once.
-
-    ``[epoch, pass, index]`` gives ``(images [n, 3, S, S], target, index, keys [n])``; a key is the number of a crop.
+    """Image files of which a visit gives some of the crops that were drawn once.
 
     Args:
-        files: the image files.
-        recipe: draws and cuts the crops.
-        keys: the number of crops of each image, and which of them each visit returns.
+        files: the images.
+        recipe: of the crops.
+        keys: how many there are, and of a visit.
 
     Raises:
-        ValueError: where ``keys`` has no fixed number of crops.
+        ValueError: unless their number is given.
     """
 
     def __init__(self, files: ImageFiles, recipe: CropRecipe, keys: ViewKeys) -> None:
-        self.__dict__.update(files.__dict__)
         if keys.fixed is None:
-            raise ValueError("there are infinitely many random crops of image files: give a number, as --views 200")
-        self.recipe, self.keys, self.count = recipe, keys, keys.fixed
-
-    def read(self, index: int) -> Image.Image:
-        """The image that crops are cut out of: RGB, upright."""
-        return read_image(self.paths[index], self.background, self.image_range)
+            raise ValueError(
+                "the random crops of image files are without end: teach a number of them, as --views 200, or teach "
+                "--views plain and train with data.augment false"
+            )
+        super().__init__(files, keys, keys.fixed)
+        self.recipe = recipe
 
     def crops(self, index: int, image: Image.Image | None = None) -> tuple[np.ndarray, np.ndarray]:
         """Boxes and flips of all crops of an image: the stored ones, else drawn by the recipe."""
@@ -109,14 +105,44 @@ class CropFiles(KeyedFiles):
         boxes, flips = self.crops(index, image)
         return torch.stack([self.recipe.cut(image, boxes[key], bool(flips[key])) for key in keys.tolist()])
 
-    def __getitem__(self, key: Key) -> tuple[Any, ...]:  # type: ignore[override]  # with the keys of its views
-        epoch, pass_, index = key
-        (keys,) = self.keys.visits(np.array([index]), self.count, self.seed, epoch, pass_)
-        return self.cut(index, keys), self.target[index], index, torch.from_numpy(keys)
-
     def describe(self) -> dict[str, Any]:
         """Everything that the crops depend on, as plain values."""
         recipe = self.recipe
         found: dict[str, Any] = {"size": recipe.size, "scale": list(recipe.scale), "ratio": list(recipe.ratio)}
         found |= {"background": list(self.background), "image_range": self.image_range and list(self.image_range)}
         return found | {"fixed": self.count, "seed": self.keys.seed, "crops": True}
+
+
+class PlainFiles(KeyedFiles):
+    """Image files as an evaluation sees them, one view each.
+
+    Args:
+        files: the images, with the transform of an evaluation.
+        resize: short side that it brings them to.
+        size: height and width that it cuts out of their centre.
+        keys: with no more than that view.
+
+    Raises:
+        ValueError: for more.
+    """
+
+    def __init__(self, files: ImageFiles, resize: int, size: int, keys: ViewKeys) -> None:
+        if keys.fixed not in (None, 1):
+            raise ValueError(
+                f"without augmentation an image has 1 view, got {keys.fixed}: teach --views plain, or give "
+                "data.augment true"
+            )
+        super().__init__(files, keys, 1)
+        self.resize, self.size = resize, size
+
+    def crops(self, index: int) -> None:
+        return None
+
+    def cut(self, index: int, keys: np.ndarray) -> Tensor:
+        return self.transform(self.read(index))[None].repeat(len(keys), 1, 1, 1)  # type: ignore[operator]
+
+    def describe(self) -> dict[str, Any]:
+        """What the images hang on, in plain values."""
+        found: dict[str, Any] = {"size": self.size, "resize": self.resize}
+        found |= {"background": list(self.background), "image_range": self.image_range and list(self.image_range)}
+        return found | {"fixed": self.keys.fixed, "seed": self.keys.seed, "crops": False}

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
@@ -13,11 +13,12 @@ from torchvision.transforms import AutoAugmentPolicy, v2
 from lightning_kd.argument_checks import check_numbers
 from lightning_kd.core.notes import note
 from lightning_kd.core.seeding import numpy_generator
+from lightning_kd.core.view_keys import ViewKeys
 from lightning_kd.data.arguments import names_of
 from lightning_kd.data.array_files import Arrays
 from lightning_kd.data.augment import CropFlip, RandomCutout
 from lightning_kd.data.candidate_sets import CandidateSets
-from lightning_kd.data.crop_files import CropFiles, CropRecipe
+from lightning_kd.data.crop_files import CropFiles, CropRecipe, PlainFiles
 from lightning_kd.data.crowd_labels import CrowdLabels
 from lightning_kd.data.image_files import class_folders, find_images, read_image
 from lightning_kd.data.label_noise import LabelNoise
@@ -25,7 +26,7 @@ from lightning_kd.data.new_samples import files_to_predict
 from lightning_kd.data.sampling import BatchLoader, ShardedSampler
 from lightning_kd.data.split_files import SplitFiles
 from lightning_kd.data.splits import take_fraction, without
-from lightning_kd.data.streaming import ImageFiles, StreamingLoader
+from lightning_kd.data.streaming import ImageFiles, KeyedFiles, StreamingLoader
 
 
 class ImageFolderDataModule(SplitFiles):
@@ -237,19 +238,32 @@ class ImageFolderDataModule(SplitFiles):
         transform = self.transform(views) if isinstance(views, str) else [self.transform(view) for view in views]
         paths, target = getattr(self, f"{source}_image"), getattr(self, f"{source}_target")
         files = ImageFiles(paths, target, transform, sampler.seed, self.background, self.image_range)
-        recipe = CropRecipe(self.image_size, self.scale, self.ratio, tuple(self.mean), tuple(self.std))
         return StreamingLoader(
             files,
             sampler,
             num_workers=self.num_workers,
             pin_memory=self._process()[2].type == "cuda",
             extras=self._extras(source),
-            keyed=(lambda keys: CropFiles(files, recipe, keys)) if views == "weak" and self._only_crops else None,
+            keyed=self._keyed(files, views),
         )
 
-    @property
-    def _only_crops(self) -> bool:
-        return self.augment and not self.cutout
+    def _keyed(self, files: ImageFiles, views: str | Sequence[str]) -> Callable[[ViewKeys], KeyedFiles] | None:
+        """Views that can be told by keys: crops alone, or the images as they are."""
+        if views not in ("plain", "weak"):
+            return None
+        if views == "weak" and self.cutout:
+            cutout = self.cutout
+
+            def refuse(keys: ViewKeys) -> KeyedFiles:
+                raise ValueError(
+                    f"keys are for one view by crop and flip alone, got cutout={cutout}: give data.cutout 0"
+                )
+
+            return refuse
+        if views == "plain" or not self.augment:
+            return lambda keys: PlainFiles(files, self.resize, self.image_size, keys)
+        recipe = CropRecipe(self.image_size, self.scale, self.ratio, tuple(self.mean), tuple(self.std))
+        return lambda keys: CropFiles(files, recipe, keys)
 
     def transform(self, view: str) -> v2.Compose:
         """The transform of a view, from a PIL image in RGB to a normalised float32 ``[3, S, S]``.

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import numpy as np
@@ -225,6 +225,11 @@ class BatchLoader(ABC):
             key: int64 ``[B]``, the key of the view of each.
         """
         raise NotImplementedError
+
+    def images_of(self, batches: Sequence[tuple[Tensor, Tensor]]) -> Iterator[Tensor]:
+        """The same of several batches one after the other, made by workers where the loader has any."""
+        for index, key in batches:
+            yield self.images(index, key)
 
     def crops_of(self, index: Tensor) -> dict[str, Tensor]:
         """The crop behind each key, to be stored; empty where the key alone determines it.

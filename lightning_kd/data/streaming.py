@@ -72,10 +72,14 @@ class ImageFiles(Dataset[tuple[Any, Tensor, int]]):
     def __len__(self) -> int:
         return len(self.paths)
 
+    def read(self, index: int) -> Image.Image:
+        """An image before it is transformed: RGB, upright."""
+        with truncated_allowed(self.truncated):
+            return read_image(self.paths[index], self.background, self.image_range)
+
     def __getitem__(self, key: Key) -> tuple[Any, Tensor, int]:
         epoch, pass_, index = key
-        with truncated_allowed(self.truncated):
-            image = read_image(self.paths[index], self.background, self.image_range)
+        image = self.read(index)
         transforms = self.transform if isinstance(self.transform, Sequence) else [self.transform]
         views = []
         for k, transform in enumerate(transforms):
@@ -116,21 +120,56 @@ def collate(samples: list[tuple[Any, ...]]) -> Batch:
 
 
 class KeyedFiles(ImageFiles):
-    """Image files whose views have keys, see ``CropFiles``."""
+    """Image files of which each view has a key, see ``CropFiles`` and ``PlainFiles``.
 
-    count: int
+    ``[epoch, pass, index]`` gives ``(images [n, 3, S, S], target, index, keys [n])``, the views of a visit.
+
+    Args:
+        files: the images.
+        keys: of a visit.
+        count: how many an image has.
+    """
+
+    def __init__(self, files: ImageFiles, keys: ViewKeys, count: int) -> None:
+        self.__dict__.update(files.__dict__)
+        self.keys, self.count = keys, count
 
     def cut(self, index: int, keys: np.ndarray) -> Tensor:
-        """The views ``keys`` of an image, ``[n, ...]``."""
+        """Some views of an image, ``[n, 3, S, S]``; its file is read once for them."""
         raise NotImplementedError
 
-    def crops(self, index: int) -> tuple[np.ndarray, np.ndarray]:
-        """Boxes and flips of all views of an image, see ``StoredCrops.of``."""
+    def crops(self, index: int) -> tuple[np.ndarray, np.ndarray] | None:
+        """Where they are, see ``StoredCrops.of``; ``None`` where they are no crops."""
         raise NotImplementedError
+
+    def __getitem__(self, key: Key) -> tuple[Any, ...]:  # type: ignore[override]  # with the keys of its views
+        epoch, pass_, index = key
+        (keys,) = self.keys.visits(np.array([index]), self.count, self.seed, epoch, pass_)
+        return self.cut(index, keys), self.target[index], index, torch.from_numpy(keys)
 
     def describe(self) -> dict[str, Any]:
         """Everything that the views depend on, as plain values."""
         raise NotImplementedError
+
+
+#: an image, and which of its views to cut out; ``None`` to tell where all of them are
+Job = tuple[int, np.ndarray | None]
+
+
+class _Jobs(Dataset[Any]):
+    """What ``KeyedFiles`` give for a job."""
+
+    def __init__(self, files: KeyedFiles) -> None:
+        self.files = files
+
+    def __getitem__(self, job: Job) -> Any:
+        index, keys = job
+        return self.files.crops(index) if keys is None else self.files.cut(index, keys)
+
+
+def _alone(results: list[Any]) -> Any:
+    (result,) = results
+    return result
 
 
 class StreamingLoader(BatchLoader):
@@ -163,6 +202,8 @@ class StreamingLoader(BatchLoader):
         self._num_workers, self._pin_memory = num_workers, pin_memory
         self._keyed = keyed
         self._files: KeyedFiles | None = None
+        self._jobs: list[list[Job]] = []
+        self._workers: DataLoader[Any] | None = None
         self._loader = self._load(dataset)
 
     def _load(self, dataset: Dataset[Any]) -> DataLoader[tuple[Any, Tensor, int]]:
@@ -180,7 +221,7 @@ class StreamingLoader(BatchLoader):
         if self._keyed is None:
             super().give_keys(keys)
             return
-        self._files = self._keyed(keys)
+        self._files, self._workers = self._keyed(keys), None
         self._loader = self._load(self._files)
 
     @property
@@ -191,15 +232,44 @@ class StreamingLoader(BatchLoader):
         return self._with_keys.describe()
 
     def images(self, index: Tensor, key: Tensor) -> Tensor:
-        parts, begin = [], 0
-        for image, count in zip(*(part.tolist() for part in index.unique_consecutive(return_counts=True)), strict=True):
-            parts.append(self._with_keys.cut(image, key[begin : begin + count].numpy()))  # a file is read once
-            begin += count
-        return torch.cat(parts)
+        return torch.cat([self._with_keys.cut(image, keys) for image, keys in _by_image(index, key)])
+
+    def images_of(self, batches: Sequence[tuple[Tensor, Tensor]]) -> Iterator[Tensor]:
+        jobs = [_by_image(*batch) for batch in batches]
+        results = self._results([job for some in jobs for job in some])
+        for (index, _), some in zip(batches, jobs, strict=True):
+            image, begin = torch.empty(0), 0
+            for _ in some:  # copied at once: what workers send holds a file open
+                part = next(results)
+                image = part.new_empty(len(index), *part.shape[1:]) if begin == 0 else image
+                image[begin : begin + len(part)] = part
+                begin += len(part)
+            yield image
 
     def crops_of(self, index: Tensor) -> dict[str, Tensor]:
-        boxes, flips = zip(*(self._with_keys.crops(each) for each in index.tolist()), strict=True)
+        found = [crops for crops in self._results([(each, None) for each in index.tolist()]) if crops is not None]
+        if not found:
+            return {}
+        boxes, flips = zip(*found, strict=True)
         return {"box": torch.from_numpy(np.concatenate(boxes)), "flip": torch.from_numpy(np.concatenate(flips))}
+
+    def _results(self, jobs: list[Job]) -> Iterator[Any]:
+        """What each job gives, in their order, by the workers where there are any."""
+        work = _Jobs(self._with_keys)
+        if self._num_workers == 0:
+            yield from map(work.__getitem__, jobs)
+            return
+        if self._workers is None:  # kept from one call to the next
+            self._workers = DataLoader(
+                work,
+                batch_sampler=self._jobs,
+                num_workers=self._num_workers,
+                collate_fn=_alone,
+                persistent_workers=True,
+                generator=torch_generator(self.sampler.seed, "workers"),
+            )
+        self._jobs[:] = [[job] for job in jobs]
+        yield from self._workers
 
     @property
     def _with_keys(self) -> KeyedFiles:
@@ -219,3 +289,9 @@ class StreamingLoader(BatchLoader):
         for batch in self._loader:
             known = {name: wide(value[batch.index]) for name, value in self._extras.items()}
             yield batch._replace(extras=known | batch.extras)
+
+
+def _by_image(index: Tensor, key: Tensor) -> list[tuple[int, np.ndarray]]:
+    """Views ``[B]`` of images ``[B]``, those of an image that stand beside each other together."""
+    images, counts = index.unique_consecutive(return_counts=True)
+    return [(int(image), part.numpy()) for image, part in zip(images, key.split(counts.tolist()), strict=True)]

@@ -7,7 +7,7 @@ import json
 import os
 import shutil
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
@@ -33,7 +33,9 @@ except ImportError:  # not available on Windows
 
 __all__ = ["begin_store", "fill_store", "remove_store", "weights_digest"]
 
-# seconds between two checks for pieces of other processes
+Views = tuple[Tensor, Tensor]
+
+# how long to wait for the piece of another process before looking again
 PAUSE = 0.1
 
 
@@ -166,8 +168,9 @@ class _Writer:
 def fill_store(
     path: Path,
     header: Mapping[str, Any],
-    logits: Callable[[Tensor, Tensor], Tensor],
+    logits: Callable[..., Tensor],
     *,
+    images: Callable[[list[Views]], Iterable[Tensor]] | None = None,
     batch_size: int = 256,
     first: float = 0.0,
     progress: Callable[[int, int], None] | None = None,
@@ -178,15 +181,16 @@ def fill_store(
     If a process is killed, its unfinished piece is computed by another process or by the next run.
 
     Args:
-        path: a store for which ``begin_store`` was called.
-        header: see ``begin_store``.
-        logits: function from samples ``[B]`` and views ``[B]`` (both int64) to the teacher's logits ``[B, C]``.
-        batch_size: number of views per call of ``logits``.
-        first: where this process starts among the pieces, from 0 to below 1; with different values processes rarely
-            meet.
-        progress: called with the number of finished pieces and the number of all.
-        beside: function from samples ``[B]`` to further values that are stored for all their views, by name, see
-            ``StoreLayout``.
+        path: a store that ``begin_store`` was called for.
+        header: see there.
+        logits: the teacher's logits ``[B, C]`` of samples ``[B]`` in views ``[B]`` (int64 both); with ``images``, of
+            what these give for them.
+        images: from batches of samples and views to the images of each, in their order, so that workers can make those
+            that come next.
+        batch_size: views that it is asked for at once.
+        first: where among the pieces this process begins, 0 to below 1, so that several seldom meet.
+        progress: told how many pieces are done, and how many there are.
+        beside: what else is stored of all views of samples ``[B]``, by name, see ``StoreLayout``.
 
     Returns:
         The number of pieces that this process has computed.
@@ -204,7 +208,7 @@ def fill_store(
             for piece in order[~done[order]].tolist():
                 with writer.claimed(piece) as mine:
                     if mine:
-                        answers = _outputs_of_piece(layout, header, piece, logits, batch_size)
+                        answers = _answers(layout, header, piece, logits, images, batch_size)
                         samples = torch.from_numpy(layout.samples[layout.samples_of(piece)])
                         writer.write(piece, {**answers, **(beside(samples) if beside is not None else {})})
                         made += 1
@@ -223,15 +227,15 @@ def _outputs_of_piece(
     layout: StoreLayout,
     header: Mapping[str, Any],
     piece: int,
-    logits: Callable[[Tensor, Tensor], Tensor],
+    logits: Callable[..., Tensor],
+    images: Callable[[list[Views]], Iterable[Tensor]] | None,
     batch_size: int,
 ) -> dict[str, Tensor]:
     samples = torch.from_numpy(layout.samples[layout.samples_of(piece)])
     index, key = samples.repeat_interleave(layout.keys), torch.arange(layout.keys).repeat(len(samples))
-    parts = [
-        _stored_values(logits(*both), header)
-        for both in zip(index.split(batch_size), key.split(batch_size), strict=True)
-    ]
+    batches: list[Views] = list(zip(index.split(batch_size), key.split(batch_size), strict=True))
+    asked = batches if images is None else ((image,) for image in images(batches))
+    parts = [_stored(logits(*what), header) for what in asked]
     return {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
 
 

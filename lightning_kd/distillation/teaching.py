@@ -123,14 +123,16 @@ def teach_store(
         trainer.strategy.barrier("restart")
     begin_store(path, header)
 
-    def logits(index: Tensor, key: Tensor) -> Tensor:
-        with torch.inference_mode(), task.trainer.precision_plugin.val_step_context():
-            return task.teacher_logits(loader.images(index, key).to(task.device))
+    def logits(image: Tensor) -> Tensor:
+        precision = task.trainer.precision_plugin
+        with torch.inference_mode(), precision.val_step_context():
+            return task.teacher_logits(precision.convert_input(image.to(task.device)))
 
     fill_store(
         path,
         header,
         logits,
+        images=loader.images_of,
         batch_size=batch_size,
         first=first,
         progress=progress,

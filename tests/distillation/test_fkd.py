@@ -1,5 +1,7 @@
 """FKD and FerKD: stored crops are cut out again bit for bit, and their labels learnt."""
 
+import os
+
 import numpy as np
 import pytest
 import torch
@@ -8,6 +10,7 @@ from PIL import Image
 
 from lightning_kd.core.view_keys import ViewKeys
 from lightning_kd.data import DigitsDataModule, ImageFolderDataModule
+from lightning_kd.data.crop_files import CropFiles
 from lightning_kd.data.image_files import read_image
 from lightning_kd.data.streaming import sample_generator
 from lightning_kd.distillation import FKD, FerKD, TeacherStore, adapt_labels, compress, recover, teach_store
@@ -122,6 +125,58 @@ def test_the_loss_is_that_of_the_stored_labels(cls, root, tmp_path):
     assert float(found[0].detach()) == pytest.approx(float(expected.detach()), rel=1e-5)
 
 
+def test_workers_cut_the_crops_and_the_store_is_the_same(root, tmp_path, monkeypatch):
+    cut = CropFiles.cut
+
+    def told(files, index, keys):
+        with open(tmp_path / "processes.txt", "a") as file:
+            file.write(f"{os.getpid()} {index}\n")
+        return cut(files, index, keys)
+
+    monkeypatch.setattr(CropFiles, "cut", told)
+    stores = []
+    for workers in (0, 2):
+        path = tmp_path / f"{workers}.store"
+        model, data = task(), folder(root, num_workers=workers)
+        trainer().validate(model, data, verbose=False)
+        monkeypatch.setattr("lightning_kd.distillation.teaching.ROWS_OF_PIECE", 21)  # pieces of 3 images
+        teach_store(model, data, path, views="7", dtype="float32", batch_size=5)
+        stores.append(path.read_bytes())
+    assert stores[0] == stores[1]
+    lines = [line.split() for line in (tmp_path / "processes.txt").read_text().splitlines()]
+    processes = [process for process, _ in lines]
+    assert len(set(processes)) == 3
+    assert processes[: len(processes) // 2] == [str(os.getpid())] * (len(processes) // 2)
+    assert {image for process, image in lines if process != str(os.getpid())} == set(map(str, data.train_indices))
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_images_as_they_are(workers, root, tmp_path):
+    path = tmp_path / "plain.store"
+    model, data = task(), folder(root, num_workers=workers)
+    trainer().validate(model, data, verbose=False)
+    header = teach_store(model, data, path, views="plain", dtype="float32")
+    assert (header["keys"], header["views"]["resize"]) == (1, 18)
+    store = TeacherStore(path)
+    index = torch.from_numpy(data.train_indices)
+    images = torch.stack([data.transform("plain")(read_image(data.train_image[k])) for k in data.train_indices])
+    torch.testing.assert_close(store.logits(index, torch.zeros_like(index)), model.teacher_logits(images))
+    sizes = []
+
+    class Sized(FKD):
+        def training_step(self, batch, batch_idx):
+            sizes.append(len(batch.image))
+            return super().training_step(batch, batch_idx)
+
+    trained = task(Sized, teacher_store=str(path), crops=1)
+    trainer(max_epochs=1).fit(trained, folder(root, augment=False, num_workers=workers))
+    assert sum(sizes) == len(index)
+    with pytest.raises(ValueError, match=r"random crops of image files are without end: .* train with data.augment fa"):
+        trainer(max_epochs=1).fit(task(teacher_store=str(path), crops=1), folder(root))
+    with pytest.raises(ValueError, match=r"does not fit, views.resize was 18, here it is 17: train with what it was"):
+        trainer(max_epochs=1).fit(task(teacher_store=str(path), crops=1), folder(root, augment=False, resize=17))
+
+
 def test_worked_labels():
     q = torch.tensor([[0.9, 0.1, 0.0], [0.4, 0.35, 0.25], [0.5, 0.25, 0.25]], dtype=torch.float64)
     target = torch.tensor([1, 2, 1])
@@ -201,14 +256,15 @@ def test_what_cannot_be_is_refused(root, tmp_path):
         task(FerKD, crops=1, self_mix=0.5)
     with pytest.raises(ValueError, match="ce_weight must be 0"):
         task(ce_weight=0.5)
-    with pytest.raises(ValueError, match="there are infinitely many random crops of image files: give a number"):
+    with pytest.raises(ValueError, match="the random crops of image files are without end: teach a number of them"):
         taught(root, tmp_path / "a.store", views="all")
     path = tmp_path / "b.store"
     taught(root, path)
     for options, message in (
         ({"scale": (0.5, 1.0)}, r"views.scale was \[0.08, 1.0\], here it is \[0.5, 1.0\]"),
         ({"image_size": 20}, "data.input_shape was"),
-        ({"cutout": 4}, "StreamingLoader draws views without keys"),
+        ({"cutout": 4}, "keys are for one view by crop and flip alone, got cutout=4: give data.cutout 0"),
+        ({"augment": False}, "without augmentation an image has 1 view, got 7: teach --views plain, or give data.aug"),
     ):
         data = folder(root, **options)
         with pytest.raises(ValueError, match=message):
