@@ -79,7 +79,9 @@ class Distillation(FineTunedTask, ABC):
     looks_into_teacher = False
     #: whether ``teacher`` may be a list, whose mean probabilities are used
     several_teachers = False
-    #: a ``FrozenTeacher``, or a ``TeacherEnsemble`` for a list of teachers
+    #: whether the teacher is asked anything; else it is not built
+    needs_teacher = True
+    #: a ``FrozenTeacher``, or a ``TeacherEnsemble`` of several; ``None`` where none is needed
     teacher: Any
 
     def __init__(
@@ -126,7 +128,9 @@ class Distillation(FineTunedTask, ABC):
             each[0] if one else {key: [own[key] for own in each] for key in each[0]}
         )
         self.teacher_draws: tuple[Tensor, Tensor] | None = None
-        if teacher_store is None:
+        if not self.needs_teacher:
+            self.teacher = None
+        elif teacher_store is None:
             before = torch.get_rng_state()
             teachers = [self._build_teacher(network, own) for network, own in zip(networks, each, strict=True)]
             self.teacher = teachers[0] if one else TeacherEnsemble(teachers)
@@ -138,7 +142,7 @@ class Distillation(FineTunedTask, ABC):
         self.ce_weight = ce_weight
         self.kd_weight = kd_weight
         self._teacher_sums: Tensor | None = None
-        self._teacher_judged = False
+        self._teacher_judged = not self.needs_teacher
 
     def _build_teacher(self, network: str | nn.Module, own: dict[str, Any]) -> FrozenTeacher:
         size = own["size"]
@@ -204,14 +208,13 @@ class Distillation(FineTunedTask, ABC):
 
     def setup(self, stage: str) -> None:
         super().setup(stage)
-        data: Any
+        data: Any = getattr(self.trainer, "datamodule", None)
         if self.teacher_store is not None:
             if stage == "fit":
-                self._store, data = TeacherStore(self.teacher_store), getattr(self.trainer, "datamodule", None)
+                self._store = TeacherStore(self.teacher_store)
                 self._store.check(data, self.teacher_arguments, self.training_indices(data))
                 self._store.to(self.trainer.strategy.root_device)
             return
-        data = getattr(self.trainer, "datamodule", None)
         for teacher in self.teachers:
             if stage in ("fit", "validate"):  # the teacher is not used in other stages
                 teacher.check_classes(data)
@@ -222,8 +225,9 @@ class Distillation(FineTunedTask, ABC):
 
     @property
     def teachers(self) -> list[FrozenTeacher]:
-        """All teachers, one or more."""
-        return list(self.teacher.teachers) if isinstance(self.teacher, TeacherEnsemble) else [self.teacher]
+        """All of them; none where none is needed."""
+        several = isinstance(self.teacher, TeacherEnsemble)
+        return list(self.teacher.teachers) if several else [t for t in (self.teacher,) if t is not None]
 
     def teacher_logits_for(self, batch: Batch) -> Tensor:
         """The teacher's logits ``[B, C]`` for a training batch, without gradient.

@@ -97,8 +97,9 @@ class SegmentationDistillation(Distillation):
             auxiliary head, a dict with ``out`` and ``aux``, or a tuple or list of two.
         teacher: name of a network or ``nn.Module``, likewise.
         num_classes: see ``Task``.
-        loss: ``"kd"`` (``pixel_kd_loss``), ``"cwd"`` (``cwd_loss``), or ``"none"`` to train the student alone.
-        temperature: temperature of that loss. Default: 1 for ``"kd"``, 4 for ``"cwd"``.
+        loss: ``"kd"`` (``pixel_kd_loss``), ``"cwd"`` (``cwd_loss``), or ``"none"``, the student alone: the teacher is
+            neither built nor run then, unless the method learns more of it.
+        temperature: of that loss. Default: 1 for ``"kd"``, 4 for ``"cwd"``.
         auxiliary_weight: weight of the loss of the student's auxiliary head.
         ce_weight: weight of the loss on labels.
         kd_weight: weight of the loss on the teacher's outputs. Default: 1 for ``"kd"``, 3 for ``"cwd"``.
@@ -128,13 +129,20 @@ class SegmentationDistillation(Distillation):
             raise ValueError(f"loss must be 'kd', 'cwd' or 'none', got {loss!r}: give one of them")
         usual_temperature, usual_weight = _USUAL[loss]
         weight = usual_weight if kd_weight is None else kd_weight
+        own = any(
+            getattr(type(self), name) is not getattr(SegmentationDistillation, name)
+            for name in ("task_loss", "training_step")
+        )
+        self.needs_teacher = loss != "none" or own
         super().__init__(student, teacher, num_classes, ce_weight=ce_weight, kd_weight=weight, **kwargs)
         check_numbers(above=0, optional=True, temperature=temperature)
         check_numbers(least=0, auxiliary_weight=auxiliary_weight)
         self.loss = loss
         self.temperature = usual_temperature if temperature is None else temperature
         self.auxiliary_weight = auxiliary_weight
-        self._taps = {"student": _coarse_taps(self.student), "teacher": _coarse_taps(self.teacher.network)}
+        self._taps = {"student": _coarse_taps(self.student)}
+        if self.needs_teacher:
+            self._taps["teacher"] = _coarse_taps(self.teacher.network)
 
     def make_problem(self, num_classes: int) -> Segmentation:
         return Segmentation(num_classes, align_corners=True)
@@ -185,7 +193,8 @@ class SegmentationDistillation(Distillation):
     def training_step(self, batch: Any, batch_idx: int) -> Tensor:
         batch = as_batch(batch)
         image, target = batch.image, batch.target
-        student, teacher = self.student_heads(image), self.teacher_heads(image)
+        student = self.student_heads(image)
+        teacher = self.teacher_heads(image) if self.needs_teacher else student  # whom nobody looks at then
         terms = {"task": self.ce_weight * self.task_loss(student, teacher, target)}
         if self.loss != "none":
             size: Sequence[int] = student.coarse[0].shape[-2:]

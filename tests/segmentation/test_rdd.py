@@ -32,7 +32,7 @@ def terms_of(one, step=1, total=40_000):
     one._trainer = FakeTrainer(step, total)
     image, target = plain_batch()
     one.training_step(Batch(image, target), 0)
-    return found, one.student(image), one.teacher.network(image), target
+    return found, one.student(image), one.teacher and one.teacher.network(image), target
 
 
 def task(**options):
@@ -165,10 +165,23 @@ def test_the_baselines(kind):
     large = [F.interpolate(z, SHAPE[1:], mode="bilinear", align_corners=True) for z in student]
     ce = [F.cross_entropy(z, target, ignore_index=-1) for z in large]
     torch.testing.assert_close(found.pop("task"), ce[0] + 0.4 * ce[1])
+    assert [*found] == ([kind] if kind != "none" else [])
+    if kind == "none":
+        assert teacher is None
+        return
     expected = {"kd": pixel_kd_loss(student[0], teacher[0], 1.0), "cwd": 3 * cwd_loss(student[0], teacher[0], 4.0)}
-    assert [*found] == ([kind] if kind in expected else [])
-    for name, value in found.items():
-        torch.testing.assert_close(value, expected[name])
+    torch.testing.assert_close(found[kind], expected[kind])
+
+
+def test_a_student_alone_needs_no_teacher_and_a_method_that_asks_one_does():
+    alone = SegmentationDistillation(
+        "fcn_tiny", "fcn_tiny", CLASSES, input_shape=SHAPE, teacher_weights="nowhere.pt", loss="none"
+    )
+    trainer = trainer_of(max_epochs=1, limit_train_batches=1, limit_val_batches=1)
+    trainer.fit(alone, Pixels())
+    assert float(trainer.callback_metrics["train/loss"]) > 0
+    assert "val/teacher_pixel_acc" not in trainer.callback_metrics
+    assert task(loss="none").teacher is not None
 
 
 def poly_sgd():
