@@ -16,10 +16,9 @@ from lightning_kd.argument_checks import check_numbers
 from lightning_kd.core.feature_hooks import Tap
 from lightning_kd.core.label_matrix import check_target_or_matrix, main_class
 from lightning_kd.core.losses import at_least_float32, check_shapes, soft_cross_entropy
-from lightning_kd.core.module_modes import eval_mode
-from lightning_kd.core.random_state import same_random_state
 from lightning_kd.core.stage_features import StageFeatures
 from lightning_kd.core.supervised_task import SupervisedTask
+from lightning_kd.core.trial_pass import trial_pass
 
 __all__ = ["USKD", "uskd_loss"]
 
@@ -140,9 +139,10 @@ class USKD(SupervisedTask):
         beta: weight of ``L_non``, the soft labels of the other classes: 0.1.
         mu: weight of ``L_weak``, the loss of the weak head: 0.1 on CIFAR-100, 0.005 on ImageNet.
         ranking: see ``uskd_loss``.
-        feature_layer: module path whose output is the input of the weak head: a map ``[B, D, H, W]``, which is averaged
-            over positions; tokens ``[B, T, D]``, of which the first is used (``blocks.2`` of a ViT with a class token);
-            or ``[B, D]``. Default: the second-to-last stage, see ``StageFeatures``.
+        feature_layer: module path of what the weak head sees: a map ``[B, D, H, W]``, which is averaged (also one with
+            its channels in the last dimension, as of Swin), tokens ``[B, T, D]``, of which the first is taken
+            (``blocks.2`` of a ViT with a class token), or ``[B, D]``. Default: the second-to-last stage, as
+            ``StageFeatures`` finds it.
         ce_weight: weight of the cross-entropy.
         kwargs: ``input_shape``, ``weights`` of ``SupervisedTask``, and the arguments of ``FineTunedTask`` and ``Task``.
 
@@ -173,6 +173,7 @@ class USKD(SupervisedTask):
         self._feature_layer = feature_layer
         self._tap = None if feature_layer is None else Tap(self.network, feature_layer)
         self._stages = self._found_stages() if feature_layer is None else None
+        self._channels_last_map = False
         self.weak_head = nn.Linear(self._feature_width(), num_classes)
 
     def training_target(self, batch: Any) -> Tensor | None:
@@ -209,13 +210,12 @@ class USKD(SupervisedTask):
                 f"feature_layer {self._feature_layer!r} must give [B, D], [B, T, D] or [B, D, H, W], got "
                 f"{list(value.shape)}: name another module"
             )
-        return value if value.ndim == 2 else value[:, 0] if value.ndim == 3 else value.mean((2, 3))
+        places = (1, 2) if self._channels_last_map else (2, 3)
+        return value if value.ndim == 2 else value[:, 0] if value.ndim == 3 else value.mean(places)
 
     def _feature_width(self) -> int:
         if self._stages is not None:
             return self._stages.shapes.maps[-2][0]
-        example = next(self.network.parameters())
-        image = torch.zeros(1, *self.input_shape).to(example)
-        with eval_mode(self.network), torch.no_grad(), same_random_state(example.device):
-            self.network(image)
+        calls = [call for call in trial_pass(self.network, self.input_shape) if call.path == self._feature_layer]
+        self._channels_last_map = bool(calls) and calls[-1].output_last
         return self._pooled().shape[1]

@@ -228,3 +228,23 @@ def test_it_trains_on_mixed_images():
     assert float(trainer.callback_metrics["train/loss_ce"]) == pytest.approx(
         -(mixed() * logits.log_softmax(1)).sum(1).mean().item(), rel=1e-5
     )
+
+
+class ChannelsLast(nn.Module):
+    """As Swin: a block whose map has its channels in the last dimension."""
+
+    def __init__(self):
+        super().__init__()
+        self.block, self.head = nn.Sequential(nn.Linear(1, 6), nn.ReLU(), nn.Linear(6, 6)), nn.Linear(6, 10)
+
+    def forward(self, image):
+        return self.head(self.block(image.permute(0, 2, 3, 1)).mean((1, 2)))
+
+
+def test_a_map_with_its_channels_last_is_averaged_over_its_places():
+    network = ChannelsLast()
+    task = USKD(network, 10, input_shape=SHAPE, feature_layer="block", channels_last=False)
+    assert task.weak_head.in_features == 6
+    image = torch.rand(3, *SHAPE)
+    task(image)
+    torch.testing.assert_close(task._pooled(), network.block(image.permute(0, 2, 3, 1)).mean((1, 2)))
