@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from lightning_kd.core.batch import Batch
-from lightning_kd.core.distributed import gather_by_index, share_buffers
+from lightning_kd.core.distributed import gather_columns, share_buffers
 from lightning_kd.core.module_modes import eval_mode
 
 
@@ -43,4 +43,6 @@ def ordered_pass(
             batch = task.trainer.precision_plugin.convert_input(task.trainer.strategy.batch_to_device(batch))
             assert batch.index is not None
             parts.append((batch.index, *measure(batch)))
-    return gather_by_index(*(torch.cat(column) for column in zip(*parts, strict=True)))
+    columns = {str(k): torch.cat(column) for k, column in enumerate(zip(*parts, strict=True))}
+    index = columns.pop("0", torch.empty(0, dtype=torch.int64))  # fewer samples than processes
+    return tuple(gather_columns({"index": index, **columns}).values())

@@ -1,12 +1,16 @@
 """What several processes agree on."""
 
 import os
+from types import SimpleNamespace
 
 import torch
 import torch.distributed as dist
+from lightning.pytorch.plugins.precision import Precision
 from torch import nn
 
+from lightning_kd.core.batch import Batch
 from lightning_kd.core.distributed import average_gradients, gather_by_index
+from lightning_kd.core.inference_pass import ordered_pass
 from tests.two_processes import on_two_ranks
 
 
@@ -28,6 +32,12 @@ def _two():
     weights[0].grad = torch.arange(6.0).view(2, 3) * (1 + 2 * rank)
     weights[1].grad = torch.full((4,), float(rank))
     average_gradients(weights)
+    batches = [] if rank else [Batch(torch.ones(1, 2), torch.tensor([0]), torch.tensor([7]))]  # one sample in all
+    task = nn.Linear(2, 1)
+    strategy = SimpleNamespace(batch_to_device=lambda batch: batch)
+    task.trainer = SimpleNamespace(precision_plugin=Precision(), strategy=strategy)
+    found, value = ordered_pass(task, batches, lambda batch: (batch.image.sum(1),))
+    assert (found.tolist(), value.tolist()) == ([7], [2.0])
     dist.destroy_process_group()
     return [part.tolist() for part in gathered], weights[0].grad.tolist(), weights[1].grad.tolist(), weights[2].grad
 
