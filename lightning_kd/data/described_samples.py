@@ -10,6 +10,7 @@ from torch import Tensor
 
 from lightning_kd.core import problems
 from lightning_kd.data.array_files import Arrays
+from lightning_kd.data.image_files import truncated_allowed
 from lightning_kd.data.new_samples import files_to_predict, is_array_file, read_unlabelled
 from lightning_kd.data.preparation import Preparation
 from lightning_kd.data.sampling import BatchLoader, ShardedSampler
@@ -67,7 +68,8 @@ class DescribedSamples(SplitFiles):
         )
         self.num_workers = num_workers
         self.on_error = on_error
-        self.root = str(predict)
+        self.truncated = self.preparation.truncated
+        self.root = f"{predict}/truncated allowed" if self.truncated else str(predict)  # what is known of files differs
         self.background = self.preparation.background
         self.image_range = self.preparation.image_range
         self._checked = set()
@@ -96,7 +98,8 @@ class DescribedSamples(SplitFiles):
         return found
 
     def _check(self, splits: Sequence[str]) -> None:
-        super()._check([split for split in splits if not isinstance(self._of(split, "image"), Tensor)])
+        with truncated_allowed(self.truncated):
+            super()._check([split for split in splits if not isinstance(self._of(split, "image"), Tensor)])
 
     def _make_loader(self, source: str, sampler: ShardedSampler, views: str | Sequence[str]) -> BatchLoader:
         if isinstance(self.predict_image, Tensor):
@@ -108,6 +111,7 @@ class DescribedSamples(SplitFiles):
             sampler.seed,
             self.background,
             self.image_range,
+            self.truncated,
         )
         pinned = self._process()[2].type == "cuda"
         return StreamingLoader(files, sampler, num_workers=self.num_workers, pin_memory=pinned)

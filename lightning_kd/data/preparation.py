@@ -12,7 +12,7 @@ from PIL import Image, ImageOps
 from torch import Tensor
 from torchvision.transforms import v2
 
-from lightning_kd.data.image_files import as_rgb, read_image, upright, without_range
+from lightning_kd.data.image_files import as_rgb, read_image, truncated_allowed, upright, without_range
 
 __all__ = ["Preparation", "of_older_checkpoint"]
 
@@ -39,6 +39,7 @@ class Preparation:
         self.stretch = bool(description.get("stretch"))
         self.background = tuple(description.get("background") or (255, 255, 255))
         self.image_range = description.get("image_range")
+        self.truncated = bool(description.get("truncated"))
 
     @property
     def by_file(self) -> bool:
@@ -90,7 +91,8 @@ class Preparation:
                 f"this run takes rows of {self.input_shape[0]} features, got {type(sample).__name__}: give float arrays"
             )
         if isinstance(sample, str | Path):
-            picture = read_image(sample, self.background, self.image_range)
+            with truncated_allowed(self.truncated):
+                picture = read_image(sample, self.background, self.image_range)
         elif isinstance(sample, Image.Image):
             picture = as_rgb(upright(sample), "given", self.background, self.image_range, without_range(sample))
         elif isinstance(sample, np.ndarray):

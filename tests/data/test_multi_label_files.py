@@ -16,7 +16,9 @@ from lightning_kd.data import (
     NUSWIDEDataModule,
     VOCDataModule,
 )
+from lightning_kd.data.described_samples import DescribedSamples
 from lightning_kd.data.label_tables import split_names
+from lightning_kd.data.preparation import Preparation
 from lightning_kd.data.voc import VOC_CLASSES
 
 
@@ -320,6 +322,23 @@ def test_truncated_photographs(tmp_path):
     with pytest.warns(UserWarning, match=r"left out, as 1 of 4 images cannot be read"):
         strict.setup()
     assert (strict.train_size, strict.test_size) == (1, 1)
+
+
+@pytest.mark.parametrize("truncated", [True, False])
+def test_new_photographs_may_be_cut_off_where_those_of_the_run_may(tmp_path, truncated):
+    described = nus_wide(tmp_path, truncated=truncated).describe()
+    photo = tmp_path / "Flickr" / "sky" / "a.jpg"
+    photo.write_bytes(photo.read_bytes()[:-40])
+    data = DescribedSamples(described, str(photo.parent))
+    if truncated:
+        (batch,) = data.loader("predict")
+        assert batch.image.shape == (2, 3, 8, 8)
+        assert Preparation(described, (3, 8, 8))(photo).shape == (3, 8, 8)
+        return
+    with pytest.raises(ValueError, match="cannot be read"):
+        list(data.loader("predict"))
+    with pytest.raises(ValueError, match="cannot be read"):
+        Preparation(described, (3, 8, 8))(photo)
 
 
 def test_missing_photographs(tmp_path, capsys):
