@@ -17,7 +17,10 @@ from torch import Tensor, nn
 from lightning_kd.argument_checks import check_numbers
 from lightning_kd.core.batch import Batch, as_batch
 from lightning_kd.core.losses import at_least_float32, check_target, soft_cross_entropy
+from lightning_kd.core.mixing import cut_mix, draw_box, mix
+from lightning_kd.core.seeding import numpy_generator
 from lightning_kd.core.view_keys import VIEW
+from lightning_kd.distillation._fine_epochs import FineEpochs
 from lightning_kd.distillation.distillation_task import Distillation
 from lightning_kd.distillation.label_free_distillation import check_no_labels
 
@@ -61,9 +64,13 @@ class FKD(Distillation):
     batch is ``crops`` times larger. Only the soft labels are learnt, at the temperature of ``teach --temperature``;
     given labels are not used.
 
-    A pass over the data shows each image ``crops`` times and counts as that many epochs: for a schedule of 300 epochs
-    with 4 crops set ``--trainer.max_epochs 75``. Images in memory work likewise, with stored crops and flips. Without a
-    store the teacher runs during training, on one random crop of each image.
+    A pass over the data shows each image ``crops`` times and so counts as that many epochs: give a schedule of 300
+    epochs ``--trainer.max_epochs 75`` with 4 crops. In the last ``fine_epochs`` of these a visit is of one crop, and a
+    batch of ``crops`` times as many images: each is then ``crops`` passes over the images, of as many steps as the
+    others have, between which ``--trainer.val_check_interval 0.25`` can evaluate. Images in memory work likewise, by
+    crop and flip. Without a store the teacher is asked beside the student, for one random crop of each image.
+
+    ``mixup`` and ``cutmix`` mix the crops of a batch in pairs, and their labels by the same share.
 
     Several processes: losses are means over the process's batch.
 
@@ -71,10 +78,13 @@ class FKD(Distillation):
         student: see ``Distillation``.
         teacher: see ``Distillation``.
         num_classes: see ``Task``.
-        crops: number of stored crops of an image per visit, at least 1.
-        temperature: temperature of the student's softmax, above 0.
-        ce_weight: must be 0, as labels are not used.
-        kd_weight: weight of the loss on soft labels.
+        crops: of an image in a visit, from a store.
+        fine_epochs: so many of the Trainer's epochs at the end have one crop a visit; needs a store and ``max_epochs``.
+        mixup: ``alpha`` of Mixup, whose share is of ``Beta(alpha, alpha)``: 0.8 in the paper; 0 for none.
+        cutmix: likewise of CutMix, whose box takes that share of the area: 1 in the paper; 0 for none.
+        temperature: of the student.
+        ce_weight: 0, and nothing else.
+        kd_weight: weight of the loss.
         kwargs: the further arguments of ``Distillation`` and ``Task``.
 
     Raises:
@@ -88,6 +98,9 @@ class FKD(Distillation):
         num_classes: int,
         *,
         crops: int = 4,
+        fine_epochs: int = 0,
+        mixup: float = 0.0,
+        cutmix: float = 0.0,
         temperature: float = 1.0,
         ce_weight: float = 0.0,
         kd_weight: float = 1.0,
@@ -97,7 +110,16 @@ class FKD(Distillation):
         super().__init__(student, teacher, num_classes, ce_weight=ce_weight, kd_weight=kd_weight, **kwargs)
         check_numbers(least=1, whole=True, crops=crops)
         check_numbers(above=0, temperature=temperature)
+        check_numbers(least=0, whole=True, fine_epochs=fine_epochs)
+        check_numbers(least=0, mixup=mixup, cutmix=cutmix)
+        if fine_epochs and self.teacher_store is None:
+            raise ValueError(
+                f"fine_epochs={fine_epochs} are of one stored crop a visit, got no teacher_store: give one, or 0"
+            )
+        if cutmix and len(self.input_shape) != 3:
+            raise ValueError(f"cutmix={cutmix} needs images, got input_shape {self.input_shape}: give 0")
         self.crops, self.temperature = crops, temperature
+        self.fine_epochs, self.mixup, self.cutmix = fine_epochs, mixup, cutmix
 
     def setup(self, stage: str) -> None:
         super().setup(stage)
@@ -107,11 +129,41 @@ class FKD(Distillation):
                 f"{self.crops}: give fewer, or store more by lightning-kd teach --views"
             )
 
+    def crops_of(self, epoch: int) -> int:
+        """Crops of an image in a visit.
+
+        Raises:
+            ValueError: for ``fine_epochs`` where nobody knows which epochs are the last.
+        """
+        if not self.fine_epochs:
+            return self.crops
+        epochs = self.trainer.max_epochs
+        if epochs is None or epochs < 0:
+            raise ValueError(f"fine_epochs={self.fine_epochs} are the last of max_epochs, got {epochs}: give that")
+        return 1 if epoch >= epochs - self.fine_epochs else self.crops
+
     def view_options(self) -> dict[str, Any]:
         options = super().view_options()
         if "view_keys" in options:
             options["view_keys"] = replace(options["view_keys"], per_visit=self.crops)
         return options
+
+    def train_loader(self, data: Any) -> Any:
+        if not self.fine_epochs:
+            return super().train_loader(data)
+        self.crops_of(0)  # says what is missing
+        options, overfit = self.view_options(), self.trainer.overfit_batches > 0  # type: ignore[attr-defined]
+        coarse, fine = (
+            data.loader(
+                "train",
+                shuffle=not overfit,
+                augment=True,
+                batch_size=data.batch_size * self.crops // crops,
+                **options | {"view_keys": replace(options["view_keys"], per_visit=crops)},
+            )
+            for crops in (self.crops, 1)
+        )
+        return FineEpochs(coarse, fine, lambda epoch: self.crops_of(epoch) == 1)
 
     def soft_labels_for(self, batch: Batch) -> Tensor:
         """The soft labels of a batch, probabilities ``[B, C]``."""
@@ -124,7 +176,21 @@ class FKD(Distillation):
 
     def training_step(self, batch: Any, batch_idx: int) -> Tensor:
         batch = as_batch(batch)
-        return self._learn(batch.image, self.soft_labels_for(batch), batch.target)
+        return self._learn(*self._mixed(batch.image, self.soft_labels_for(batch)), batch.target)
+
+    def _mixed(self, image: Tensor, soft_target: Tensor) -> tuple[Tensor, Tensor]:
+        """The batch by Mixup or CutMix, each in half of the steps where both are asked for; one draw for all of it."""
+        if not (self.mixup or self.cutmix):
+            return image, soft_target
+        draw = numpy_generator(self.run_seed, "mixed_crops", self.trainer.global_step, self.global_rank)
+        by_box = bool(self.cutmix) and (not self.mixup or draw.random() < 0.5)
+        partner = torch.from_numpy(draw.permutation(len(image))).to(image.device)
+        if not by_box:
+            share = float(draw.beta(self.mixup, self.mixup))
+            return mix(image, partner, share), mix(soft_target, partner, share)
+        height, width = image.shape[-2:]
+        box = draw_box(draw, self.cutmix, height, width)
+        return cut_mix(image, partner, box), mix(soft_target, partner, 1 - box.area / (height * width))
 
     def _learn(self, image: Tensor, soft_target: Tensor, target: Tensor) -> Tensor:
         (logits,) = at_least_float32(self(image))
@@ -147,14 +213,12 @@ class FerKD(FKD):
         student: see ``Distillation``.
         teacher: see ``Distillation``.
         num_classes: see ``Task``.
-        adapt_below: soft labels whose largest probability is below this are replaced, in [0, 1]; 0 for none.
-        smoothing: label smoothing of the replacements, in [0, 1).
-        self_mix: probability that a batch is mixed by SelfMix, in [0, 1]; needs ``crops`` of at least 2.
-        kwargs: ``crops``, ``temperature``, ``kd_weight`` of ``FKD``, and the further arguments of ``Distillation`` and
-            ``Task``.
-
-    Raises:
-        ValueError: if an argument is out of range, and see ``FKD``.
+        adapt_below: crops whose largest stored probability is below it are mended; 0 for none.
+        smoothing: of their labels, in [0, 1).
+        self_mix: probability that a batch is mixed; needs ``crops`` of 2 or more. Others are by ``mixup`` and
+            ``cutmix``, and those of one crop a visit.
+        kwargs: ``crops``, ``fine_epochs``, ``mixup``, ``cutmix``, ``temperature``, ``kd_weight`` of ``FKD``, and the
+            further arguments of ``Distillation`` and ``Task``.
     """
 
     def __init__(
@@ -181,9 +245,10 @@ class FerKD(FKD):
     def training_step(self, batch: Any, batch_idx: int) -> Tensor:
         batch = as_batch(batch)
         image, soft_target = batch.image, self.soft_labels_for(batch)
-        if self._store is not None and self.self_mix and float(torch.rand(())) < self.self_mix:
-            image, soft_target = mix_crops(image, soft_target, self.crops)
-        return self._learn(image, soft_target, batch.target)
+        crops = self.crops_of(self.current_epoch)
+        if self._store is not None and self.self_mix and crops > 1 and float(torch.rand(())) < self.self_mix:
+            return self._learn(*mix_crops(image, soft_target, crops), batch.target)
+        return self._learn(*self._mixed(image, soft_target), batch.target)
 
 
 def mix_crops(image: Tensor, soft_target: Tensor, crops: int) -> tuple[Tensor, Tensor]:

@@ -1,6 +1,7 @@
 """FKD and FerKD: stored crops are cut out again bit for bit, and their labels learnt."""
 
 import os
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -8,6 +9,8 @@ import torch
 import torch.nn.functional as F
 from PIL import Image
 
+from lightning_kd.core.run_callbacks import run_callbacks
+from lightning_kd.core.run_folder import RunFolder
 from lightning_kd.core.view_keys import ViewKeys
 from lightning_kd.data import DigitsDataModule, ImageFolderDataModule
 from lightning_kd.data.crop_files import CropFiles
@@ -16,6 +19,8 @@ from lightning_kd.data.streaming import sample_generator
 from lightning_kd.distillation import FKD, FerKD, TeacherStore, adapt_labels, compress, recover, teach_store
 from lightning_kd.distillation.fkd import mix_crops
 from tests.distillation.test_teacher_store import trainer
+
+DIGITS = {"input_shape": (1, 8, 8), "classes": 10}
 
 
 @pytest.fixture
@@ -233,6 +238,77 @@ def test_images_in_memory_and_no_store(tmp_path):
         ValueError, match=r"crops must be 4 or fewer, the views of an image in teacher_store '.*d.store', got 5"
     ):
         trainer(max_epochs=1).fit(task(teacher_store=str(tmp_path / "d.store"), crops=5, **digits), data)
+
+
+@pytest.fixture
+def digits_store(tmp_path):
+    model = task(**DIGITS)
+    trainer().validate(model, DigitsDataModule(fake=True, augment=True), verbose=False)
+    teach_store(model, DigitsDataModule(fake=True, augment=True), tmp_path / "d.store", views="4")
+    return str(tmp_path / "d.store")
+
+
+class Told(FKD):
+    """Remembers of each step how many images there are, how many of them differ, and which, in which views."""
+
+    def __init__(self, *args, **kwargs):
+        super().__init__(*args, **kwargs)
+        self.told = []
+
+    def training_step(self, batch, batch_idx):
+        index, key = batch.index.tolist(), batch.extras["view"].tolist()
+        self.told.append((self.current_epoch, len(index), len(set(index)), tuple(zip(index, key, strict=True))))
+        return super().training_step(batch, batch_idx)
+
+
+def fitted(store, folder, epochs=3, ckpt_path=None, **options):
+    model = task(Told, teacher_store=store, crops=2, **DIGITS, **options)
+    run = trainer(max_epochs=epochs, enable_checkpointing=True, callbacks=run_callbacks(RunFolder(folder)))
+    run.fit(model, DigitsDataModule(fake=True, augment=True, batch_size=16), ckpt_path=ckpt_path, weights_only=True)
+    return model
+
+
+def test_the_last_epochs_are_of_one_crop_and_all_resumes_to_the_bit(digits_store, tmp_path):
+    options = {"fine_epochs": 2, "mixup": 0.8, "cutmix": 1.0}
+    whole = fitted(digits_store, tmp_path / "whole", **options)
+    steps = len(whole.told) // 3
+    assert [step[0] for step in whole.told] == [0] * steps + [1] * steps + [2] * steps
+    assert {step[1:3] for step in whole.told[: steps - 1]} == {(32, 16)}
+    fine = whole.told[steps : steps + steps // 2]  # a pass, and then another one
+    assert {step[1:3] for step in fine[:-1]} == {(32, 32)}
+    seen = [index for step in fine for index, _ in step[3]]
+    assert len(set(seen)) == len(seen)
+    assert whole.told[steps][3] != whole.told[2 * steps - steps // 2][3]
+    fitted(digits_store, tmp_path / "parts", **options | {"fine_epochs": 0}, epochs=1)  # of the first epoch alike
+    resumed = fitted(digits_store, tmp_path / "parts", 3, tmp_path / "parts/checkpoints/last.ckpt", **options)
+    assert resumed.told == whole.told[steps:]
+    assert all(torch.equal(*both) for both in zip(whole.parameters(), resumed.parameters(), strict=True))
+
+
+@pytest.mark.parametrize("kind", ["mixup", "cutmix"])
+def test_crops_are_mixed_with_their_labels_by_the_same_share(kind):
+    model = task(**{kind: 1.0}, input_shape=(1, 10, 10), classes=6)
+    model.trainer = SimpleNamespace(global_step=0, callbacks=[], global_rank=0)
+    image, q = torch.arange(6.0).view(6, 1, 1, 1).expand(6, 1, 10, 10).contiguous(), torch.eye(6)
+    shares = set()
+    for step in range(8):
+        model.trainer.global_step = step
+        mixed, soft = model._mixed(image, q)
+        assert torch.equal(soft, model._mixed(image, q)[1])  # by the step alone
+        torch.testing.assert_close(soft.sum(1), torch.ones(6))
+        torch.testing.assert_close(mixed.mean((1, 2, 3)), soft @ torch.arange(6.0))
+        shares.add(round(float(soft.max()), 6))
+    assert len(shares) > 2
+
+
+def test_fine_epochs_need_a_store_and_an_end(digits_store):
+    with pytest.raises(ValueError, match="fine_epochs=1 are of one stored crop a visit, got no teacher_store"):
+        task(fine_epochs=1)
+    model = task(teacher_store=digits_store, fine_epochs=1, crops=2, **DIGITS)
+    with pytest.raises(ValueError, match="fine_epochs=1 are the last of max_epochs, got -1: give that"):
+        trainer(max_epochs=-1, max_steps=2).fit(model, DigitsDataModule(fake=True, augment=True))
+    with pytest.raises(ValueError, match="mixup must be at least 0, got -1"):
+        task(mixup=-1)
 
 
 def test_a_file_of_other_content_is_refused(root, tmp_path):
