@@ -47,8 +47,8 @@ def network_with_weights(
         argument: name of the argument ``weights`` in messages.
 
     Raises:
-        ValueError: for ``"default"`` with a module or with feature rows, and as ``load_weights`` and
-            ``pretrained_network``.
+        FileNotFoundError: where there is no file ``weights``, naming the ``argument``.
+        ValueError: for ``"default"`` with a module or for features, and as ``load_weights`` and ``pretrained_network``.
     """
     if weights == "default" and not _come_from_checkpoint:
         if not isinstance(network, str):
@@ -66,7 +66,13 @@ def network_with_weights(
     if weights == "default" and hasattr(built, "transform_input"):
         built.transform_input = True  # type: ignore[assignment]  # torchvision sets it with published weights
     elif weights is not None and not _come_from_checkpoint:
-        load_weights(built, weights, num_classes, new_classifier)
+        try:
+            load_weights(built, weights, num_classes, new_classifier)
+        except FileNotFoundError as error:
+            raise FileNotFoundError(
+                f"{argument}: {error}. Where a config names a run of its own, fit that first, or set null to start "
+                "from scratch"
+            ) from error
     return built
 
 

@@ -259,3 +259,9 @@ def test_what_is_refused(tmp_path):
             call()
     with pytest.raises(ValueError, match="the teacher has 7 classes, the data 10"):
         MEALV2(linear(0), [linear(1), nn.Sequential(nn.Flatten(), nn.Linear(64, 7))], 10, input_shape=SHAPE)
+
+
+def test_a_student_that_was_not_trained_yet_is_missed_by_its_argument():
+    message = r"^student_weights: weights 'runs/none/network.pt': there is no such file; .* fit that first, or set null"
+    with pytest.raises(FileNotFoundError, match=message):
+        MEALV2("mlp_4", "mlp_4", 3, input_shape=(2,), teacher_weights="random", student_weights="runs/none/network.pt")
