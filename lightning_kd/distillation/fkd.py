@@ -213,8 +213,8 @@ class FerKD(FKD):
         student: see ``Distillation``.
         teacher: see ``Distillation``.
         num_classes: see ``Task``.
-        adapt_below: crops whose largest stored probability is below it are mended; 0 for none.
-        smoothing: of their labels, in [0, 1).
+        adapt_below: soft labels whose largest probability is below this are replaced, in [0, 1]; 0 for none.
+        smoothing: label smoothing of the replacements, in [0, 1).
         self_mix: probability that a batch is mixed; needs ``crops`` of 2 or more. Others are by ``mixup`` and
             ``cutmix``, and those of one crop a visit.
         kwargs: ``crops``, ``fine_epochs``, ``mixup``, ``cutmix``, ``temperature``, ``kd_weight`` of ``FKD``, and the

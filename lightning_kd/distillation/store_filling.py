@@ -208,7 +208,7 @@ def fill_store(
             for piece in order[~done[order]].tolist():
                 with writer.claimed(piece) as mine:
                     if mine:
-                        answers = _answers(layout, header, piece, logits, images, batch_size)
+                        answers = _outputs_of_piece(layout, header, piece, logits, images, batch_size)
                         samples = torch.from_numpy(layout.samples[layout.samples_of(piece)])
                         writer.write(piece, {**answers, **(beside(samples) if beside is not None else {})})
                         made += 1
@@ -235,7 +235,7 @@ def _outputs_of_piece(
     index, key = samples.repeat_interleave(layout.keys), torch.arange(layout.keys).repeat(len(samples))
     batches: list[Views] = list(zip(index.split(batch_size), key.split(batch_size), strict=True))
     asked = batches if images is None else ((image,) for image in images(batches))
-    parts = [_stored(logits(*what), header) for what in asked]
+    parts = [_stored_values(logits(*what), header) for what in asked]
     return {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
 
 

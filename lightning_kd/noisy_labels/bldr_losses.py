@@ -42,8 +42,8 @@ __all__ = [
 _FLOOR = 1e-4
 
 
-def _noise(u: Tensor, v: Tensor, target: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """One-hot targets, and what ``u`` says of the given label and ``v`` of the others, ``[B, C]`` each."""
+def _noise_terms(u: Tensor, v: Tensor, target: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """One-hot targets, ``u^2`` at the given label and ``v^2`` at the other classes, each ``[B, C]``."""
     u, v = at_least_float32(u, v)
     own = F.one_hot(target, u.shape[1]).to(u.dtype)
     return own, (u.square() * own).clamp(0, 1 - _FLOOR), (v.square() * (1 - own)).clamp(0, 1 - _FLOOR)
