@@ -151,8 +151,7 @@ class _FarthestFirst:
         near, norm, rows, exact = self.near[block], self.norm[block], self.moved[block], self.nearest(block)
         while len(block) and len(self.index) < self.budget:
             slack = self.rounding(near, norm)
-            least = (near - slack).max()
-            if least.item() <= outside:
+            if (least := (near - slack).max()).item() <= outside:
                 return
             close = (near + slack >= least).nonzero()[:, 0]
             spot = int(close[int(exact[close].numpy().argmax())])  # the first of equal ones
@@ -165,8 +164,7 @@ class _FarthestFirst:
             value = torch.addmv(norm + norm[spot], rows, rows[spot], alpha=-2).clamp_min_(0)
             torch.minimum(near, value, out=near)
             near[spot] = -torch.inf
-            # rows that may be nearest to the new centre
-            closer = (value - self.rounding(value, norm) < exact).nonzero()[:, 0]
+            closer = (value - self.rounding(value, norm) < exact).nonzero()[:, 0]  # now perhaps nearest to this pick
             apart = (self.pool[block[closer]].double() - self.pool[block[spot]].double()).square_().sum(1)
             exact[closer] = torch.minimum(exact[closer], apart)
             if len(self.index) % 32 == 0:
@@ -178,8 +176,7 @@ class _FarthestFirst:
         return (near.clamp_min(0) + norm).mul_(self.slack)
 
     def nearest(self, row: Tensor) -> Tensor:
-        """Exact squared distances of rows to their nearest centres, tried for all centres that products cannot tell
-        apart."""
+        """Exact squared distances of rows to their nearest centres, where products leave it open which those are."""
         end = self.known + len(self.index)
         exact = []
         for part in row.split(max(1, CHUNK // end)):

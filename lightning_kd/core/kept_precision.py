@@ -30,23 +30,20 @@ class KeptPrecision(nn.Module):
         self.kept_precise = (*self.kept_precise, *names)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
-        modules = {name: self._modules[name] for name in self.kept_precise if self._modules.get(name) is not None}
-        buffers = {name: self._buffers[name] for name in self.kept_precise if self._buffers.get(name) is not None}
-        places: tuple[dict[str, nn.Module | None], dict[str, Tensor | None]] = self._modules, self._buffers
-        for place, kept in zip(places, (modules, buffers), strict=True):
-            place.update(dict.fromkeys(kept))  # type: ignore[call-overload]  # their order stays
+        modules = {name: module for name in self.kept_precise if (module := self._modules.get(name)) is not None}
+        buffers = {name: buffer for name in self.kept_precise if (buffer := self._buffers.get(name)) is not None}
+        self._modules.update(dict.fromkeys(modules))  # set to None, not removed: their order stays
+        self._buffers.update(dict.fromkeys(buffers))
         try:
             super()._apply(fn, recurse)
         finally:
             self._modules.update(modules)
             self._buffers.update(buffers)
         precise = _Precise(fn)
-        for module in modules.values():
-            if recurse and module is not None:
+        if recurse:
+            for module in modules.values():
                 module._apply(precise)
-        for name, buffer in buffers.items():
-            if buffer is not None:
-                self._buffers[name] = precise(buffer)
+        self._buffers.update({name: precise(buffer) for name, buffer in buffers.items()})
         return self
 
 

@@ -170,10 +170,11 @@ def fit_mixtures(
     iterations = torch.zeros_like(size)
     parameters = torch.full((3, num_groups, 2), math.nan, dtype=torch.float64)
     if fitted.any():
-        order = x.numpy().argsort()
+        by_value = x.numpy().argsort()
         # by group, then by value; sorting is fastest for few bits
-        order = order[group.numpy()[order].astype(np.min_scalar_type(num_groups)).argsort(kind="stable")]
-        order = torch.from_numpy(order[fitted[group].numpy()[order]])
+        by_group = group.numpy()[by_value].astype(np.min_scalar_type(num_groups)).argsort(kind="stable")
+        order = torch.from_numpy(by_value[by_group])
+        order = order[fitted[group][order]]
         found, iterations[fitted] = _fit_sorted(x[order], size[fitted], max_iter, tol, variance_floor)
         rank = found[0].argsort(dim=0, stable=True).expand(3, 2, -1)
         parameters[:, fitted] = found.gather(1, rank).transpose(1, 2)

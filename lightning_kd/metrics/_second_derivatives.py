@@ -80,9 +80,10 @@ class FastSecondDerivatives(TorchFunctionMode):
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
         if func in (torch.conv1d, torch.conv2d, torch.conv3d) and len(args) == 7 and not kwargs:
-            x, weight, bias, *_ = args
-            if x.ndim == weight.ndim and not isinstance(args[4], str):
-                return _Output.apply(_convolution(*args[3:], biased=bias is not None, ndim=x.ndim), x, weight, bias)
+            x, weight, bias, stride, padding, dilation, groups = args
+            if x.ndim == weight.ndim and not isinstance(padding, str):
+                layer = _convolution(stride, padding, dilation, groups, bias is not None, x.ndim)
+                return _Output.apply(layer, x, weight, bias)
         if func is F.batch_norm:
             return _batch_norm(*args, **kwargs)
         return func(*args, **kwargs)

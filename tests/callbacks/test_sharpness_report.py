@@ -155,7 +155,7 @@ def test_an_average_is_measured_once_it_is_in_its_place(tmp_path: Path, every: i
     assert entries[-1]["loss"] == pytest.approx(np.log(10), rel=1e-6)
     assert entries[-1]["weight_norm"] == 0
     assert "sharpness/loss" in next(tmp_path.rglob("metrics.csv")).read_text()
-    with pytest.raises(ValueError, match=r"before Moving puts .* put it after that in callbacks"):
+    with pytest.raises(ValueError, match=r"before Moving has set .* put it after that in callbacks"):
         trainer(tmp_path, *reversed(parts)).fit(Method(), data())
 
 
