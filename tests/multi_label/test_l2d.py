@@ -106,7 +106,7 @@ def test_distillers_of_features_fit_with_a_last_batch_of_one():
 
 def test_embeddings_are_asked_for():
     trainer = trainer_of(max_epochs=1)
-    with pytest.raises(ValueError, match=r"^the student must give an embedding of each label .*set lambda_le 0"):
+    with pytest.raises(ValueError, match=r"^the student must give an embedding of each label .*set lambda_le to 0"):
         trainer.fit(task(student="cnn_tiny"), datamodule=Labels())
     with pytest.raises(ValueError, match=r"^the teacher must give an embedding of each label"):
         trainer_of(max_epochs=1).fit(task(teacher="cnn_tiny"), datamodule=Labels())
