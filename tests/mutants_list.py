@@ -1731,7 +1731,7 @@ MUTANTS = [
     Mutant(
         "a part forgets the arguments of a class that stays",
         "cli/composition.py",
-        'if before.get("class_path", own.get("class_path")) != own.get("class_path", before.get("class_path")):',
+        'if not _same_class(before.get("class_path"), own.get("class_path")):',
         'if "class_path" in own:',
         COMPOSED,
     ),

@@ -17,9 +17,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import yaml
-
-from lightning_kd.cli.config_check import YAML_LOADER, check_config
+from lightning_kd.cli.config_check import check_config, yaml_text
 from lightning_kd.cli.config_names import config_folder, config_names, config_path
 
 __all__ = ["can_run", "composed_arguments", "composed_settings", "first_line", "own_files", "printed_config"]
@@ -48,7 +46,7 @@ def composed_arguments(args: Sequence[str], paths: Sequence[str]) -> list[str]:
     texts: dict[str, str] = {}
     for path in paths:
         settings, files = _merged([Path(path)])
-        texts[path] = _yaml_text(settings) if len(files) > 1 else path
+        texts[path] = yaml_text(settings) if len(files) > 1 else path
     before = ["", *args]
     return [texts.get(word, word) if before[i] == "--config" else word for i, word in enumerate(args)]
 
@@ -90,7 +88,7 @@ def printed_config(names: Sequence[str]) -> str:
     lines += [
         f"  {_name(file):<{width}}  {first_line(file) if [file] != paths else 'its own'}".rstrip() for file in files
     ]
-    return "\n".join([*(f"# {line}" for line in lines), _yaml_text(settings).rstrip("\n")])
+    return "\n".join([*(f"# {line}" for line in lines), yaml_text(settings).rstrip("\n")])
 
 
 def _merged(paths: Sequence[Path], above: Sequence[Path] = ()) -> tuple[dict[str, Any], list[Path]]:
@@ -101,13 +99,18 @@ def _merged(paths: Sequence[Path], above: Sequence[Path] = ()) -> tuple[dict[str
         if path.resolve() in [file.resolve() for file in above]:
             way = " -> ".join(_name(file) for file in [*above, path])
             raise ValueError(f"{path} is a part of itself ({way}): take one of them out of its compose")
-        check_config(str(path))
-        own = yaml.load(path.read_text(encoding="utf-8-sig"), Loader=YAML_LOADER)
+        own = _with_paths(check_config(str(path)), path.parent)
         parts = [_part(name, path) for name in _part_names(own.pop("compose"), path)] if "compose" in own else []
         below, further = _merged(parts, [*above, path])
         settings = _over(_over(settings, below), own)
         files += [*further, path]
     return {key: settings[key] for key in sorted(settings, key=_place)}, files
+
+
+def _with_paths(settings: dict[str, Any], folder: Path) -> dict[str, Any]:
+    """The settings with whole paths to the files beside them that hold a section, as in ``data: mine.yaml``."""
+    beside = {key: folder / value for key, value in settings.items() if str(value).endswith((".yaml", ".yml"))}
+    return {**settings, **{key: str(path.absolute()) for key, path in beside.items() if path.is_file()}}
 
 
 def _part_names(value: Any, path: Path) -> list[str]:
@@ -138,7 +141,7 @@ def _over(before: Any, own: Any) -> Any:
     if not isinstance(before, dict) or not isinstance(own, dict):
         return own
     result = dict(before)
-    if before.get("class_path", own.get("class_path")) != own.get("class_path", before.get("class_path")):
+    if not _same_class(before.get("class_path"), own.get("class_path")):
         result.pop("init_args", None)
     for key, value in own.items():
         plain = key[:-1] if isinstance(key, str) and key.endswith("+") else None
@@ -149,6 +152,17 @@ def _over(before: Any, own: Any) -> Any:
             there = plain if plain in result else key
             result[there] = [*_as_list(result.get(there)), *_as_list(value)]
     return {**({"class_path": result["class_path"]} if "class_path" in result else {}), **result}
+
+
+def _same_class(before: Any, own: Any) -> bool:
+    """Whether two values of ``class_path`` name one class, as ``SAM``, ``lightning_kd.SAM`` and its full path do.
+
+    ``None`` stands for the class of the other.
+    """
+    if before == own or not isinstance(before, str) or not isinstance(own, str):
+        return True
+    first, second = before.split("."), own.split(".")
+    return first[-1] == second[-1] and (1 in (len(first), len(second)) or first[0] == second[0])
 
 
 def _as_list(value: Any) -> list[Any]:
@@ -165,7 +179,3 @@ def _name(path: Path) -> str:
 
 def _is_shipped(path: Path) -> bool:
     return path.is_relative_to(config_folder())
-
-
-def _yaml_text(settings: dict[str, Any]) -> str:
-    return yaml.safe_dump(settings, sort_keys=False, default_flow_style=None, width=110, allow_unicode=True)

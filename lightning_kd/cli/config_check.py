@@ -2,26 +2,44 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import yaml
 
-__all__ = ["YAML_LOADER", "check_config"]
+__all__ = ["check_config", "yaml_text"]
+
+
+def _as_commands_read(base: Any) -> Any:
+    """A loader or dumper of PyYAML for which ``1e-4`` is a number and ``2026-01-01`` text, as for jsonargparse."""
+    resolvers = {
+        first: [(tag, pattern) for tag, pattern in pairs if not tag.endswith(":timestamp")]
+        for first, pairs in base.yaml_implicit_resolvers.items()
+    }
+    kind: Any = type(base.__name__, (base,), {"yaml_implicit_resolvers": resolvers})
+    number = re.compile(r"[-+]?[0-9][0-9_]*(\.[0-9_]*)?[eE][-+]?[0-9]+$")
+    kind.add_implicit_resolver("tag:yaml.org,2002:float", number, list("-+0123456789"))
+    return kind
+
 
 # the C loader, if there is one, is ten times faster
-YAML_LOADER: Any = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
+_LOADER = _as_commands_read(getattr(yaml, "CSafeLoader", yaml.SafeLoader))
+_DUMPER = _as_commands_read(yaml.SafeDumper)
 
 
-def check_config(path: str) -> None:
-    """Raise if a file is no YAML mapping, or has a key twice in one mapping, of which YAML would take the last.
+def check_config(path: str) -> dict[str, Any]:
+    """The settings of a config file.
 
     Raises:
-        ValueError: naming the file, the line and what is wrong there.
+        ValueError: if the file is no YAML mapping, or has a key twice in one mapping, of which YAML would take the
+            last. It names the file, the line and what is wrong there.
     """
     try:
-        root = yaml.compose(Path(path).read_text(encoding="utf-8-sig"), Loader=YAML_LOADER)
+        text = Path(path).read_text(encoding="utf-8-sig")
+        root = yaml.compose(text, Loader=_LOADER)
+        settings: dict[str, Any] = yaml.load(text, Loader=_LOADER)
     except UnicodeDecodeError as error:
         raise ValueError(f"{path} is no text in UTF-8 ({error}): save it as UTF-8") from error
     except yaml.MarkedYAMLError as error:
@@ -38,6 +56,12 @@ def check_config(path: str) -> None:
             f"{path} names {name} twice, in lines {first} and {second}, and YAML takes the last alone: merge them, or "
             "remove one"
         )
+    return settings
+
+
+def yaml_text(settings: dict[str, Any]) -> str:
+    """Settings as a text, which is read as ``check_config`` reads a file."""
+    return yaml.dump(settings, Dumper=_DUMPER, sort_keys=False, default_flow_style=None, width=110, allow_unicode=True)
 
 
 def _doubled(node: yaml.Node, seen: set[int], parents: str = "") -> Iterator[tuple[str, int, int]]:

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 import yaml
+from jsonargparse import get_loader
 
 import lightning_kd
 from lightning_kd.cli import get_cli, main
@@ -51,6 +52,22 @@ def merged(folder, first, second):
         ({"model": SAM}, {"model": {"class_path": "SGD"}}, {"model": {"class_path": "SGD"}}),
         ({"model": {"init_args": {"lr": 1}}}, {"model": {"class_path": "SGD"}}, {"model": SGD}),
         ({"model": SAM}, {"model": "SGD"}, {"model": "SGD"}),
+        # one class has several names
+        (
+            {"model": {**SAM, "class_path": "lightning_kd.flatness.SAM"}},
+            {"model": {"class_path": "SAM", "init_args": {"rho": 1}}},
+            {"model": {"class_path": "SAM", "init_args": {"rho": 1, "eta": 1}}},
+        ),
+        (
+            {"model": {**SAM, "class_path": "lightning_kd.flatness.SAM"}},
+            {"model": {"class_path": "lightning_kd.SAM"}},
+            {"model": {**SAM, "class_path": "lightning_kd.SAM"}},
+        ),
+        (
+            {"model": {**SGD, "class_path": "torch.optim.SGD"}},
+            {"model": {"class_path": "mine.SGD"}},
+            {"model": {"class_path": "mine.SGD"}},
+        ),
     ],
 )
 def test_what_two_are_together(first, second, expected, tmp_path):
@@ -94,6 +111,7 @@ ROUND = r"b.yaml is a part of itself \(.*b.yaml -> .*a.yaml -> .*b.yaml\): take 
         ({"b": "compose: [{a: 1}]\n"}, "must be a list of configs"),
         ({"b": "compose:\n"}, "must be a list of configs, got None"),
         ({"a": "a: 1\na: 2\n", "b": "compose: [a.yaml]\n"}, "a.yaml names a twice"),
+        ({"a": "a: !mine 1\n", "b": "compose: [a.yaml]\n"}, "a.yaml is no YAML, in line 1: could not determine a"),
     ],
 )
 def test_what_is_wrong_is_one_sentence(files, message, tmp_path, capsys):
@@ -120,6 +138,15 @@ def test_a_fault_in_a_part_names_the_part(tmp_path, capsys):
     error = capsys.readouterr().err
     assert error.startswith("error: --trainer.max_epoch does not exist: did you mean --trainer.max_epochs,")
     assert error.endswith(f"(in {tmp_path / 'a.yaml'}, {tmp_path / 'b.yaml'})\n")
+
+
+def test_a_fault_in_an_argument_of_a_class_names_the_config(tmp_path, capsys):
+    own = write(tmp_path, own={"compose": ["flatness/sgd", "data/digits"], "data": {"init_args": {"batch": 3}}})
+    with pytest.raises(SystemExit):
+        main(["fit", "--config", str(own)])
+    error = capsys.readouterr().err
+    assert error.startswith("error: --data.batch does not exist")
+    assert error.endswith(f"(in {own})\n")
 
 
 def test_own_configs_are_composed_as_the_shipped_are(tmp_path):
@@ -156,6 +183,25 @@ def test_values_are_printed_as_they_are_read(tmp_path):
     text = "# é\ncompose: [a.yaml]\nmodel: {a: 1.0e-8, b: 'off', c: null, d: [1, 2.5], e: '1', f: 1e-4, g: ' ', h: é}\n"
     path = write(tmp_path, a={"seed_everything": 0}, b=text)
     assert yaml.safe_load(printed_config([str(path)])) == composed_settings(path)
+
+
+def test_numbers_and_dates_are_read_as_commands_read_them(tmp_path):
+    text = "compose: [a.yaml]\nmodel: {a: 1e-4, b: '1e-4', c: 2026-13-01, d: '2026-01-01', e: 12}\n"
+    path = write(tmp_path, a={"seed_everything": 0}, b=text)
+    expected = {"a": 1e-4, "b": "1e-4", "c": "2026-13-01", "d": "2026-01-01", "e": 12}
+    assert composed_settings(path)["model"] == expected
+    copy = write(tmp_path, copy=printed_config([str(path)]))
+    assert composed_settings(copy)["model"] == expected
+    assert get_loader("yaml")(copy.read_text(encoding="utf-8"))["model"] == expected
+
+
+def test_a_file_that_holds_a_section_is_found_beside_the_config(tmp_path, monkeypatch):
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "elsewhere").mkdir()
+    write(tmp_path / "mine", digits={"class_path": "lightning_kd.data.DigitsDataModule"})
+    write(tmp_path / "mine", own={"compose": ["flatness/sgd"], "data": "digits.yaml", "model": {}})
+    monkeypatch.chdir(tmp_path / "elsewhere")
+    assert composed_settings("../mine/own.yaml")["data"] == str(tmp_path / "elsewhere/../mine/digits.yaml")
 
 
 def test_an_installed_package_has_the_configs_inside(tmp_path):
