@@ -57,8 +57,8 @@ class BUAL(SequentialTrainingTask):
 
     The query: samples that the auxiliary network predicts as unknown are left out; of the others those with the
     smallest ``bidirectional_score`` (largest with ``combine="paper"``) are taken, ties by the lowest confidence of the
-    positive network. Too few are filled up by the smallest probability of being unknown (score NaN); if none is left,
-    the whole pool is ordered by that probability, then by score. Labels of the pool are never read.
+    positive network. If these are too few, samples with the smallest probability of being unknown follow (score NaN);
+    if there are none, the whole pool is ordered by that probability, then by score. Labels of the pool are not read.
 
     Logged: ``train/loss`` and ``train/acc`` of the positive network, ``train/auxiliary_loss``, ``auxiliary_acc`` and
     ``negative_loss``. Several processes: see ``SequentialTrainingTask``; all use the same subset and complementary

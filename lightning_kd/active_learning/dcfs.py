@@ -91,7 +91,7 @@ def _shares(*parts: Tensor) -> Tensor:
 
 
 class DCFS(PoolTask, FineTunedTask):
-    """DCFS (Wang et al., 2024, arXiv 2409.17607), reconstructed: first samples that look known, then telling ones.
+    """DCFS (Wang et al., 2024, arXiv 2409.17607), reconstructed: what looks known, then where two heads differ.
 
     The network has two evidential heads. They are trained to agree on known samples and to disagree on unknown ones.
     A query has two steps: keep the samples with little uncertainty, which are probably of known classes, and of these
@@ -100,10 +100,10 @@ class DCFS(PoolTask, FineTunedTask):
     Both heads are linear layers on the input of the network's classifier; the classifier is the first head. A head's
     logits give the Dirichlet parameters ``alpha = exp(logits) / gamma + 1``. The loss of known samples is the
     evidential loss of both heads (negative log-likelihood and divergence) plus ``discrepancy_weight`` times the
-    discrepancy of the heads; that of unknown samples is minus the discrepancy. The query keeps the
-    ``coarse_factor * budget`` samples with the smallest sum of data and distribution uncertainty, and takes the
-    ``budget`` largest discrepancies among them. Predictions are the mean of both heads' expected probabilities, whose
-    logarithm ``forward`` returns.
+    discrepancy of the heads; that of unknown samples is ``-discrepancy_weight`` times their discrepancy. The query
+    keeps the ``coarse_factor * budget`` samples with the smallest sum of data and distribution uncertainty, and takes
+    the ``budget`` largest discrepancies among them. Predictions are the mean of both heads' expected probabilities,
+    whose logarithm ``forward`` returns.
 
     **What is from the paper.** From the abstract: evidence in place of softmax, data and distribution uncertainty
     together, two heads whose discrepancy is increased for unknown and reduced for known classes, a coarse and then a
