@@ -1,13 +1,13 @@
-"""Configs that are composed of others: the key ``compose`` names the parts, and what else the file holds is its own.
+"""Composing a config from others: the key ``compose`` lists its parts, and the other keys are the file's own settings.
 
 .. code-block:: yaml
 
     compose: [flatness/sam, data/cifar100]
     model: {init_args: {optimizer: {init_args: {rho: 0.1}}}}
 
-Parts are merged from left to right, and the file's own settings over them. A mapping is merged key by key; everything
-else, lists too, is replaced. A ``class_path`` that differs takes the ``init_args`` of the class before away, and
-``callbacks+`` adds to the ``callbacks`` there are.
+Parts are merged from left to right, and then the file's own settings over them. Mappings are merged key by key; other
+values, also lists, are replaced. If a ``class_path`` names another class, the ``init_args`` of the earlier class are
+dropped. ``callbacks+`` appends to ``callbacks``.
 """
 
 from __future__ import annotations
@@ -26,22 +26,22 @@ _ORDER = ("seed_everything", "trainer", "data", "model")
 
 
 def composed_settings(path: str | Path) -> dict[str, Any]:
-    """The settings of a config, those of its parts merged in.
+    """The settings of a config, merged with those of its parts.
 
     Args:
-        path: its file.
+        path: the file of the config.
 
     Raises:
-        ValueError: where one of the files is no config, names an unknown part or is a part of itself.
+        ValueError: if one of the files is not a config, names an unknown part or is a part of itself.
     """
     return _merged([Path(path)])[0]
 
 
 def composed_arguments(args: Sequence[str], paths: Sequence[str]) -> list[str]:
-    """``args`` with the merged YAML of each config in ``paths`` that is composed in the place of its path.
+    """``args`` in which the path of each composed config in ``paths`` is replaced by the merged YAML text.
 
     Raises:
-        ValueError: as ``composed_settings``; the files that are not composed are checked, too.
+        ValueError: as ``composed_settings``; files without ``compose`` are checked too.
     """
     texts: dict[str, str] = {}
     for path in paths:
@@ -52,30 +52,30 @@ def composed_arguments(args: Sequence[str], paths: Sequence[str]) -> list[str]:
 
 
 def own_files(paths: Sequence[str]) -> list[str]:
-    """The configs of these paths and those of their parts that are not shipped, where a fault may be."""
+    """The files in which a user's fault may be: these configs, and those of their parts that are not shipped."""
     _, files = _merged([Path(path) for path in paths])
     return list(dict.fromkeys(str(file) for file in files if str(file) in paths or not _is_shipped(file)))
 
 
 def can_run(settings: dict[str, Any]) -> bool:
-    """Whether the settings name a method and data; other configs are parts, to be added to one that does."""
+    """Whether the settings name a method and data. A config without one of them is a part of others."""
     return all("class_path" in (settings.get(key) or {}) for key in ("model", "data"))
 
 
 def first_line(path: str | Path) -> str:
-    """What the comment in the first line of a config says; nothing where there is none."""
+    """The comment in the first line of a config, without ``#``; empty if the line is no comment."""
     line = Path(path).read_text(encoding="utf-8-sig").partition("\n")[0]
     return line.lstrip("# ") if line.startswith("#") else ""
 
 
 def printed_config(names: Sequence[str]) -> str:
-    """A config that can be copied: what several are together, the parts in comments above it.
+    """The text of a complete config: one or several configs merged, with a comment that lists the files.
 
     Args:
-        names: names or paths, as ``--config`` takes them; one that is composed of nothing is printed as it is.
+        names: names or paths, as for ``--config``. The file of a single config without ``compose`` is returned as is.
 
     Raises:
-        FileNotFoundError: where there is none of that name.
+        FileNotFoundError: if a name is unknown.
         ValueError: as ``composed_settings``.
     """
     paths = [Path(config_path(name)) for name in names]
@@ -84,7 +84,7 @@ def printed_config(names: Sequence[str]) -> str:
         return files[0].read_text(encoding="utf-8-sig").rstrip("\n")
     width = max(len(_name(file)) for file in files)
     lines = [first_line(paths[0])] if len(paths) == 1 else []
-    lines += [f"{' and '.join(names)}: the settings of these, each over those before it"]
+    lines += [f"{' and '.join(names)}: merged from these files, later ones over earlier ones"]
     lines += [
         f"  {_name(file):<{width}}  {first_line(file) if [file] != paths else 'its own'}".rstrip() for file in files
     ]
@@ -92,7 +92,10 @@ def printed_config(names: Sequence[str]) -> str:
 
 
 def _merged(paths: Sequence[Path], above: Sequence[Path] = ()) -> tuple[dict[str, Any], list[Path]]:
-    """The settings of all, and the files that they are from, in their order."""
+    """The merged settings of ``paths`` and their parts, and all files in the order of merging.
+
+    ``above`` are the configs that have these as parts, to find one that is a part of itself.
+    """
     settings: dict[str, Any] = {}
     files: list[Path] = []
     for path in paths:
@@ -108,7 +111,7 @@ def _merged(paths: Sequence[Path], above: Sequence[Path] = ()) -> tuple[dict[str
 
 
 def _with_paths(settings: dict[str, Any], folder: Path) -> dict[str, Any]:
-    """The settings with whole paths to the files beside them that hold a section, as in ``data: mine.yaml``."""
+    """Settings in which a section in a file of its own, as ``data: mine.yaml``, has the absolute path of this file."""
     beside = {key: folder / value for key, value in settings.items() if str(value).endswith((".yaml", ".yml"))}
     return {**settings, **{key: str(path.absolute()) for key, path in beside.items() if path.is_file()}}
 
@@ -122,7 +125,7 @@ def _part_names(value: Any, path: Path) -> list[str]:
 
 
 def _part(name: str, path: Path) -> Path:
-    """The file of a part: a shipped name, or a file ending in .yaml, seen from the one that names it."""
+    """The file of a part: of a shipped config by its name, or a ``.yaml`` file relative to the config that lists it."""
     shipped = config_folder() / f"{name}.yaml"
     beside = path.parent / name
     if shipped.is_file():
