@@ -86,7 +86,8 @@ def printed_config(names: Sequence[str]) -> str:
     lines = [first_line(paths[0])] if len(paths) == 1 else []
     lines += [f"{' and '.join(names)}: merged from these files, later ones over earlier ones"]
     lines += [
-        f"  {_name(file):<{width}}  {first_line(file) if [file] != paths else 'its own'}".rstrip() for file in files
+        f"  {_name(file):<{width}}  {first_line(file) if [file] != paths else 'its own settings'}".rstrip()
+        for file in files
     ]
     return "\n".join([*(f"# {line}" for line in lines), yaml_text(settings).rstrip("\n")])
 

@@ -140,15 +140,6 @@ def test_a_fault_in_a_part_names_the_part(tmp_path, capsys):
     assert error.endswith(f"(in {tmp_path / 'a.yaml'}, {tmp_path / 'b.yaml'})\n")
 
 
-def test_a_fault_in_an_argument_of_a_class_names_the_config(tmp_path, capsys):
-    own = write(tmp_path, own={"compose": ["flatness/sgd", "data/digits"], "data": {"init_args": {"batch": 3}}})
-    with pytest.raises(SystemExit):
-        main(["fit", "--config", str(own)])
-    error = capsys.readouterr().err
-    assert error.startswith("error: --data.batch does not exist")
-    assert error.endswith(f"(in {own})\n")
-
-
 def test_own_configs_are_composed_as_the_shipped_are(tmp_path):
     own = write(
         tmp_path, own={"compose": ["flatness/sam", "data/digits"], "model": {"init_args": {"network": "mlp_8"}}}
