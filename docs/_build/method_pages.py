@@ -11,10 +11,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from config_commands import commands  # beside this file
+from config_texts import first_line, yaml_of
+
 import lightning_kd
-from config_texts import first_line, is_complete, settings_of, yaml_of  # beside this file
 from lightning_kd.active_learning.baselines import STRATEGIES
-from lightning_kd.active_learning.pool_task import PoolTask
 from lightning_kd.claims.claim_file import Claim, read_claim
 from lightning_kd.claims.verdict_table import verdict_table
 from lightning_kd.cli.config_names import config_folder, config_names
@@ -83,7 +84,11 @@ def methods_by_family(methods: Sequence[Method]) -> dict[str, list[Method]]:
 
 def method_index(methods: Sequence[Method]) -> str:
     """The page with all methods in tables, one a family."""
-    parts = ["# Methods", "Each page has the docstring, the configs, the command and, where there is one, the claim."]
+    parts = [
+        "# Methods",
+        "Each page says what the method does, and has its configs, the commands, all arguments and, where there is "
+        "one, the claim.",
+    ]
     for family, members in methods_by_family(methods).items():
         parts.append(f"## {family}")
         rows = [f"| {_linked(one)} | {one.paper} |" for one in members]
@@ -95,11 +100,11 @@ def method_page(one: Method, root: Path) -> str:
     """The page of a method; its links start from ``README.md``."""
     parts = [f"# {one.name}"]
     if _rest(one):
-        parts.append(one.cell)
-    parts.append(f"Paper: {one.paper}.")
+        parts.append(f"{one.cell}.")
+    parts.append(_source(one.paper))
     modules = dict.fromkeys(path.rpartition(".")[0] for path in one.objects)
     if one.objects:
-        parts += _beginning(one.objects[0])
+        parts += _option(one) or _beginning(one.objects[0])
     claims = _claims(one)
     if claims:
         parts.append("## Does it do what the paper says?")
@@ -140,18 +145,6 @@ def stored_results(root: Path) -> dict[str, dict[str, Any]]:
     """The contents of ``docs/claims``, by claim."""
     paths = sorted((root / "docs" / "claims").glob("*.json"))
     return {path.stem: json.loads(path.read_text(encoding="utf-8")) for path in paths}
-
-
-def commands(name: str, one: Method) -> list[str]:
-    """What is typed for a config of the method: first the trainings whose weights it starts from."""
-    if not is_complete(name):
-        whole = next((other for other in one.configs if is_complete(other)), None)
-        return [f"lightning-kd fit --config {whole or 'CONFIG'} --config {name}"]
-    settings = settings_of(name)
-    first = [other for other in _earlier_runs(settings["model"], name) if other != name]
-    method = getattr(lightning_kd, settings["model"]["class_path"].rpartition(".")[2])
-    verb = "active" if issubclass(method, PoolTask) else "fit"
-    return [*(f"lightning-kd fit --config {other}" for other in first), f"lightning-kd {verb} --config {name}"]
 
 
 def _method(row: str) -> Method:
@@ -218,7 +211,7 @@ def _claim(claim: Claim, root: Path) -> str:
 
 
 def _config(name: str, one: Method) -> str:
-    shown = "\n".join(commands(name, one))
+    shown = "\n".join(commands(name, one.configs))
     text = "\n".join(f"    {line}".rstrip() for line in yaml_of(name).splitlines())
     return (
         f"### `{name}`\n\n{first_line(name)}\n\n```bash\n{shown}\n```\n\n"
@@ -226,25 +219,33 @@ def _config(name: str, one: Method) -> str:
     )
 
 
-def _earlier_runs(settings: Any, name: str) -> list[str]:
-    """The shipped configs whose run folders the settings of ``name`` want, of its own family where several have one."""
-    if isinstance(settings, dict):
-        settings = list(settings.values())
-    if isinstance(settings, list):
-        return list(dict.fromkeys(found for value in settings for found in _earlier_runs(value, name)))
-    if not isinstance(settings, str) or not settings.startswith("runs/"):
+def _source(paper: str) -> str:
+    """The second column as a sentence: a paper, what is reconstructed of one, or what it says in place of one."""
+    if paper.startswith("a reconstruction"):
+        return f"This is {paper}."
+    published = re.search(r"\b\d{4}, \[", paper)
+    return f"Paper: {paper}." if published else f"{paper[0].upper()}{paper[1:]}."
+
+
+def _option(one: Method) -> list[str]:
+    """What the option does that makes a method of another class's, as in ``LSKD: `KD` with `standardize: true```."""
+    found = re.search(r"with `(\w+): ", one.cell)
+    if not found:
         return []
-    run = settings.split("/")[1]
-    same = sorted(name for name in config_names() if name.rpartition("/")[2] == run)
-    family = name.rpartition("/")[0]
-    return sorted(same, key=lambda other: other.rpartition("/")[0] != family)[:1]
+    said = re.search(rf"^    {found[1]}: (.*?)(?=^    \w|\n\n)", _docstring(one.objects[0]), re.MULTILINE | re.DOTALL)
+    if said is None:
+        raise ValueError(f"README.md's table names the option {found[1]}, which {one.objects[0]} does not explain")
+    return [f"`{found[1]}`: {' '.join(said[1].split())}"]
+
+
+def _docstring(path: str) -> str:
+    module, _, name = path.rpartition(".")
+    return inspect.getdoc(getattr(sys.modules[module], name)) or ""
 
 
 def _beginning(path: str) -> list[str]:
     """The first two paragraphs of a class's docstring: what it is, and what it does."""
-    module, _, name = path.rpartition(".")
-    said = (inspect.getdoc(getattr(sys.modules[module], name)) or "").partition("\n\nArgs:")[0]
-    return said.split("\n\n")[:2]
+    return _docstring(path).partition("\n\nArgs:")[0].split("\n\n")[:2]
 
 
 def _further(module: str, one: Method) -> list[str]:

@@ -10,9 +10,10 @@ from urllib.parse import unquote, urlsplit
 import method_pages
 import pytest
 import yaml
+from config_commands import commands
 from hooks import generated_pages
 from links import linked_files, rewritten
-from method_pages import commands, method_index, method_page, methods_by_family, read_methods
+from method_pages import method_index, method_page, methods_by_family, read_methods
 from reference_pages import public_packages, reference_page
 
 import lightning_kd
@@ -112,7 +113,7 @@ def is_method(found):
 def test_the_page_of_a_method():
     page = method_page(METHODS["DHKD"], ROOT)
     assert page.startswith("# DHKD\n\nPaper: Yang et al., KDD 2025, [2411.08937](https://arxiv.org/abs/2411.08937).")
-    assert "Penghui Yang, Chen-Chen Zong" in page  # the module's docstring
+    assert "\n\nDual-head knowledge distillation (Yang et al." in page  # the class's docstring
     assert "| two_heads > alone, test/acc, n = 8 | +4.77 [+3.01, +6.53] % | holds |" in page
     assert "::: lightning_kd.distillation.dhkd.DHKD\n" in page
     assert "[`binary_kl_norm_loss`][lightning_kd.distillation.dhkd.binary_kl_norm_loss]" in page
@@ -122,19 +123,63 @@ def test_the_page_of_a_method():
 
 def test_commands_of_a_config():
     def of(name, method):
-        return [command.removeprefix("lightning-kd ") for command in commands(name, METHODS[method])]
+        return [command.removeprefix("lightning-kd ") for command in commands(name, METHODS[method].configs)]
 
     teacher, student = (f"fit --config distillation/{name}_digits" for name in ("teacher", "student"))
     assert of("distillation/kd_digits", "KD") == [teacher, "fit --config distillation/kd_digits"]
-    *first, last = of("distillation/meal_v2_digits", "MEALV2")
-    assert (sorted(first), last) == ([student, teacher], "fit --config distillation/meal_v2_digits")
+    second = f"{teacher} --seed_everything 1 --run runs/teacher_digits_seed1"
+    assert of("distillation/meal_v2_digits", "MEALV2") == [
+        teacher,
+        student,
+        second,
+        "fit --config distillation/meal_v2_digits",
+    ]
+    alone = "fit --config distillation/classification_cifar100 --model.network"
+    assert of("distillation/kd_cifar100", "KD") == [
+        f"{alone} resnet56 --run runs/teacher_resnet56",
+        "fit --config distillation/kd_cifar100",
+    ]
+    assert of("distillation/meal_v2_cifar100", "MEALV2")[:-1] == [
+        f"{alone} resnet20 --run runs/student_resnet20",
+        f"{alone} resnet56 --run runs/teacher_resnet56",
+        f"{alone} resnet110 --run runs/teacher_resnet110",
+    ]
     own = "fit --config segmentation/baseline_arrays"  # there is one of several labels, too
     assert of("segmentation/rdd_arrays", "RDD") == [own, "fit --config segmentation/rdd_arrays"]
     assert of("active_learning/lfosa_digits", "LfOSA") == ["active --config active_learning/lfosa_digits"]
     assert of("active_learning/plain_digits", "lewis") == ["fit --config active_learning/plain_digits"]
     assert of("distillation/ssld_second_stage", "SSLD") == [
-        "fit --config distillation/ssld_digits --config distillation/ssld_second_stage"
+        teacher,
+        "fit --config distillation/ssld_digits",
+        "fit --config distillation/ssld_digits --config distillation/ssld_second_stage "
+        "--model.student_weights runs/ssld_digits/student.pt",
     ]
+    assert of("flatness/with_shift", "OptimumShiftingClassifier") == [
+        "fit --config flatness/sgd_digits --config flatness/with_shift"
+    ]
+
+
+def test_stored_answers_are_made_first():
+    photos = "--config distillation/fkd_folder --data.root photos"
+    assert commands("distillation/fkd_folder", METHODS["FKD"].configs) == [
+        "lightning-kd fit --config distillation/finetune_folder --data.root photos",
+        f"lightning-kd teach {photos} --views 200 --compress marginal_smoothing_k5",
+        f"lightning-kd fit {photos} --model.teacher_store runs/finetune_folder/checkpoints/best.store",
+    ]
+    assert commands("distillation/ferkd_digits", METHODS["FerKD"].configs)[1:] == [
+        "lightning-kd teach --config distillation/ferkd_digits",
+        "lightning-kd fit --config distillation/ferkd_digits --model.teacher_store runs/teacher_digits/network.store",
+    ]
+
+
+def test_a_page_begins_with_what_its_own_method_does():
+    assert "Paper:" not in method_page(METHODS["PoolClassifier"], ROOT)
+    assert "\n\nRandom, least confidence, margin" in method_page(METHODS["PoolClassifier"], ROOT)
+    assert "\n\nThis is a reconstruction of Wang et al." in method_page(METHODS["DCFS"], ROOT)
+    lskd = method_page(METHODS["LSKD"], ROOT)
+    assert "\n\n`standardize`: standardize the logits of both networks first" in lskd
+    assert "Knowledge distillation (Hinton" not in lskd  # KD's own page has it
+    assert '\n\n`loss`: ``"ce"``, or ``"z"`` for ``z_loss``' in method_page(METHODS["Z-loss"], ROOT)
 
 
 def test_a_claim_without_a_verdict(monkeypatch):
