@@ -5,6 +5,7 @@ import re
 import pytest
 
 from tests.conftest import ROOT
+from tests.docs.command_order import Typed
 from tests.docs.option_check import check
 from tests.docs.pages import METHODS, WRITTEN, commands_of, run_by_bash, without_repeats
 from tests.docs.smoke_run import make_files, run
@@ -12,7 +13,7 @@ from tests.docs.smoke_run import make_files, run
 # words that stand for the reader's own
 FILLED = {"TEACHER": "resnet20", "RUN": "runs/mine"}
 # what the reader is assumed to have
-FILES = ["runs/mine", "runs/strong", "runs/photos"]
+FILES = ["runs/mine", "runs/strong"]
 EXTRAS = re.findall(r"^(\w+) = \[", (ROOT / "pyproject.toml").read_text(), re.MULTILINE)  # of pip, among others
 MOST = [page for page in [*WRITTEN, *METHODS] if page != "README.md" and commands_of(page)]
 
@@ -27,12 +28,12 @@ NOT_RUN = {}
 
 def faults(page):
     """The commands of a page that cannot be meant, with the reason."""
-    runs, found = {}, []
+    typed, found = Typed(FILES), []
     for command in without_repeats(commands_of(page)):
         words = filled(command.words)
         try:
             if command.program == "lightning-kd":
-                check(words, runs, FILES)
+                typed.add(words)
             elif command.program == "make":
                 assert re.search(rf"^{words[0]}:", (ROOT / "Makefile").read_text(), re.MULTILINE), "no such target"
             elif command.program == "pip":
@@ -73,6 +74,22 @@ def test_each_word_that_is_filled_in_occurs(word):
 def test_each_file_that_is_assumed_is_named(name):
     shown = [" ".join(filled(command.words)) for page in WRITTEN for command in commands_of(page)]
     assert any(name in words for words in shown)
+
+
+def test_commands_that_cannot_follow_one_another():
+    typed, kd = Typed(FILES), "fit --config distillation/kd_digits"
+    with pytest.raises(ValueError, match="no earlier command of the page makes runs/teacher_digits"):
+        typed.add(f"{kd} --run runs/early".split())
+    typed.add("fit --config distillation/teacher_digits".split())
+    typed.add(kd.split())
+    with pytest.raises(ValueError, match="trained in this folder"):
+        typed.add([*kd.split(), "--model.temperature", "2"])
+    typed.add([*kd.split(), "--overwrite"])
+    stored = [*kd.split(), "--model.teacher_store", "runs/teacher_digits/network.store", "--run"]
+    with pytest.raises(ValueError, match="no teach of the page makes runs/teacher_digits/network.store"):
+        typed.add([*stored, "runs/a"])
+    typed.add("teach --config distillation/kd_digits".split())
+    typed.add([*stored, "runs/b"])
 
 
 @pytest.mark.parametrize(
