@@ -44,25 +44,33 @@ def class_list() -> str:
                     lines.append(f"  {name:<26} {_first_line(classes[name])}")
         return lines
 
-    lines = ["methods:", *listed("Task")]
-    lines += ["optimizers:", *listed("Optimizer")]
-    lines += ["callbacks:", *listed("Callback")]
-    lines += ["data modules:", *listed("LightningDataModule")]
     networks = _network_names(trees[PACKAGE / "nets" / "__init__.py"])
-    lines += ["networks:", f"  {', '.join(networks)}", "  timm/NAME, torchvision/NAME, NAME+ml_decoder", *_configs()]
-    return "\n".join(lines)
+    sections = [
+        ["methods:", *listed("Task")],
+        ["optimizers:", *listed("Optimizer")],
+        ["callbacks:", *listed("Callback")],
+        ["data modules:", *listed("LightningDataModule")],
+        ["networks:", f"  {', '.join(networks)}", "  timm/NAME, torchvision/NAME, NAME+ml_decoder"],
+        *_configs(),
+        [
+            "all arguments of a class:    lightning-kd fit --model.help NAME, --data.help NAME",
+            "what a config holds:         lightning-kd list NAME",
+        ],
+    ]
+    return "\n\n".join("\n".join(lines) for lines in sections)
 
 
-def _configs() -> list[str]:
+def _configs() -> list[list[str]]:
     """Those that name a method and data, and the parts that are added to them."""
     paths = {name: config_folder() / f"{name}.yaml" for name in config_names()}
     whole = {name for name, path in paths.items() if can_run(composed_settings(path))}
     lines = {name: f"  {name:<48} {first_line(path)}" for name, path in paths.items()}
     return [
-        "configs:",
-        *(lines[name] for name in paths if name in whole),
-        "parts of configs, which need a method or data from another --config:",
-        *(lines[name] for name in paths if name not in whole),
+        ["configs:", *(lines[name] for name in paths if name in whole)],
+        [
+            "parts of configs, which need a method or data from another --config:",
+            *(lines[name] for name in paths if name not in whole),
+        ],
     ]
 
 

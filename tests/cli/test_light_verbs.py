@@ -66,5 +66,20 @@ def test_the_list_is_what_importing_finds(title, packages, base):
         assert line.endswith(inspect.getdoc(named[line.split()[0]]).partition("\n")[0])
 
 
+def test_the_sections_stand_apart_and_the_end_says_what_to_do_with_a_name():
+    *sections, end = class_list().split("\n\n")
+    assert [one.partition(":\n")[0].split(",")[0] for one in sections] == [
+        "methods",
+        "optimizers",
+        "callbacks",
+        "data modules",
+        "networks",
+        "configs",
+        "parts of configs",
+    ]
+    assert "lightning-kd list NAME" in end
+    assert "lightning-kd fit --model.help NAME" in end
+
+
 def test_the_networks_are_listed():
     assert f"networks:\n  {', '.join(sorted([*network_names(), *segmentation_network_names()]))}\n" in class_list()
