@@ -41,10 +41,7 @@ def on_config(config: MkDocsConfig) -> MkDocsConfig:
     lists: dict[str, list[Any]] = {
         "methods/": [
             "methods/index.md",
-            *(
-                {family: [{one.name: f"methods/{one.page}"} for one in methods]}
-                for family, methods in families.items()
-            ),
+            *({family: [{one.name: f"methods/{one.page}"} for one in methods]} for family, methods in families.items()),
         ],
         "reference/": ["reference/index.md", *({name: f"reference/{name}.md"} for name in public_packages())],
     }

@@ -126,10 +126,10 @@ def claims_page(root: Path) -> str:
     results = stored_results(root)
     parts = [
         "# Claims",
-        "A claim is a small experiment that could show what a paper claims: `configs/claims/NAME.yaml` has the sentence, "
-        "the commands of each setting and what is expected. An expectation holds where the 95 % interval of the "
-        "difference, paired over seeds, lies on its side of 0, does not hold where it lies on the other, and is undecided "
-        "otherwise: in this small setting, which is not the paper's.",
+        "A claim is a small experiment that could show what a paper claims: `configs/claims/NAME.yaml` has the "
+        "sentence, the commands of each setting and what is expected. An expectation holds where the 95 % interval of "
+        "the difference, paired over seeds, lies on its side of 0, does not hold where it lies on the other, and is "
+        "undecided otherwise: in this small setting, which is not the paper's.",
         "```bash\nlightning-kd claim\nlightning-kd claim dhkd --jobs 2\n```",
         "## Verdicts",
         verdict_table(list(results.values())),
