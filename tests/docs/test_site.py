@@ -130,8 +130,8 @@ def test_commands_of_a_config():
     second = f"{teacher} --seed_everything 1 --run runs/teacher_digits_seed1"
     assert of("distillation/meal_v2_digits", "MEALV2") == [
         teacher,
-        student,
         second,
+        student,
         "fit --config distillation/meal_v2_digits",
     ]
     alone = "fit --config distillation/classification_cifar100 --model.network"
@@ -140,9 +140,9 @@ def test_commands_of_a_config():
         "fit --config distillation/kd_cifar100",
     ]
     assert of("distillation/meal_v2_cifar100", "MEALV2")[:-1] == [
-        f"{alone} resnet20 --run runs/student_resnet20",
         f"{alone} resnet56 --run runs/teacher_resnet56",
         f"{alone} resnet110 --run runs/teacher_resnet110",
+        f"{alone} resnet20 --run runs/student_resnet20",
     ]
     own = "fit --config segmentation/baseline_arrays"  # there is one of several labels, too
     assert of("segmentation/rdd_arrays", "RDD") == [own, "fit --config segmentation/rdd_arrays"]
