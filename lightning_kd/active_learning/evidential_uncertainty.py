@@ -115,8 +115,8 @@ def head_discrepancy(first: Tensor, second: Tensor, measure: Discrepancy = "l1")
     """The distance between the predictions of two heads.
 
     Args:
-        first: probabilities ``[B, K]``; half precision is computed in float32.
-        second: likewise.
+        first: probabilities ``[B, K]`` of one head; half precision is converted to float32.
+        second: probabilities ``[B, K]`` of the other; converted likewise.
         measure: ``"l1"``: the mean over classes of the absolute difference, at most ``2 / K``; ``"js"``: the
             Jensen-Shannon divergence, at most ``log 2``.
 

@@ -36,8 +36,8 @@ def teach(
 ) -> Path:
     """Store the teacher's logits for every view of the training images; fit then takes --model.teacher_store FILE.
 
-    Stopped or killed, the same command goes on. Started several times, on several GPUs, they share the work. Image
-    files are decoded by the data's num_workers processes.
+    After an interruption the same command resumes. Started several times, on several GPUs, the processes share the
+    work. data.num_workers processes decode image files.
 
     Args:
         ckpt_path: not used; the teacher is that of the config.

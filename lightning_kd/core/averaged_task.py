@@ -23,11 +23,12 @@ __all__ = ["AveragedTask"]
 class AveragedTask(SupervisedTask):
     """One trained network, ``network`` (the live one), and a moving average of its weights, ``average``.
 
-    After every step ``average = average_decay * average + (1 - average_decay) * network``, running statistics of batch
-    normalisation too; it is always in eval mode and float32, and is part of checkpoints. The one that answers is
-    validated, tested, used for predictions and written as ``network.pt``. With ``answer_with="better"`` both are
-    validated; ``val/`` shows the one whose monitored metric is better, which answers from then on (before that, and
-    without a validation set, the live one), and ``val/live_map`` and ``val/average_map`` show both.
+    After every step ``average = average_decay * average + (1 - average_decay) * network``, also for the running
+    statistics of batch normalisation. The average is always in eval mode, part of checkpoints, and float32 at every
+    precision of the Trainer. ``answer_with`` chooses the network that is validated, tested, used for predictions and
+    written as ``network.pt``. With ``"better"`` both are validated; the one with the better monitored metric is used
+    from then on, and logged as ``val/...``. Before the first validation, or without one, it is the live network.
+    ``val/live_map`` and ``val/average_map`` (or the monitored metric of another problem) show both.
 
     Several processes: all average the same weights.
 

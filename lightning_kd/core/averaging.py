@@ -20,8 +20,8 @@ Network = TypeVar("Network", bound=nn.Module)
 def averaged_copy(network: Network) -> Network:
     """A copy of ``network`` with its present weights and mode, whose parameters need no gradient.
 
-    As an attribute of a task it is saved and loaded with it. Steps of an average are too small for half
-    precision: where the task is cast to that, ``keep_precise`` names it, and it takes images in either.
+    As an attribute of a task it is part of its checkpoints. The steps of an average are too small for half precision:
+    a task names it in ``keep_precise``, so that it stays float32, and the average converts its inputs to its own dtype.
     """
     average = copy.deepcopy(network)
     average.requires_grad_(False)

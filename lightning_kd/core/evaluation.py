@@ -21,10 +21,10 @@ __all__ = ["EvaluatedModule", "loss_metric"]
 
 
 class EvaluatedModule(KeptPrecision, L.LightningModule):
-    """A LightningModule whose ``main_network`` answers its ``problem``; everything but the training of a task.
+    """A LightningModule that can validate, test and predict with its ``main_network``; ``Task`` adds the training.
 
-    ``val/`` and ``test/`` metrics are ``loss`` and those of the problem, of all processes together, in float32 whatever
-    the precision of the Trainer.
+    The metrics ``val/`` and ``test/`` are ``loss`` and those of the ``problem``, over all processes. They stay float32
+    at every precision of the Trainer.
     """
 
     problem_class: type[Problem] = SingleLabel

@@ -44,5 +44,5 @@ def ordered_pass(
             assert batch.index is not None
             parts.append((batch.index, *measure(batch)))
     columns = {str(k): torch.cat(column) for k, column in enumerate(zip(*parts, strict=True))}
-    index = columns.pop("0", torch.empty(0, dtype=torch.int64))  # fewer samples than processes
+    index = columns.pop("0", torch.empty(0, dtype=torch.int64))  # no sample in this process
     return tuple(gather_columns({"index": index, **columns}).values())

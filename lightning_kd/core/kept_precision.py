@@ -1,4 +1,4 @@
-"""Modules that keep some of their numbers exact where a Trainer casts the rest to half precision."""
+"""Modules of which some parts stay float32 when a Trainer casts the rest to half precision."""
 
 from __future__ import annotations
 
@@ -17,16 +17,16 @@ __all__ = ["KeptPrecision"]
 class KeptPrecision(nn.Module):
     """A module of which some buffers and submodules are not cast to half precision with it.
 
-    Sums, means, counts and moving averages are lost in half precision: in bfloat16 ``256 + 1`` is 256, and float16 ends
-    at 65504. They keep their dtype under ``half()``, ``to(torch.bfloat16)`` and the Trainer's ``16-true`` and
-    ``bf16-true``; devices and wider dtypes are followed.
+    Half precision makes sums, means, counts and moving averages wrong: in bfloat16 ``256 + 1`` is 256, and the largest
+    float16 number is 65504. The named parts keep their dtype under ``half()``, ``to(torch.bfloat16)`` and the Trainer's
+    ``16-true`` and ``bf16-true``. They still move to other devices and are cast to wider dtypes.
     """
 
-    #: names of these buffers and submodules
+    #: names of the buffers and submodules that keep their dtype
     kept_precise: tuple[str, ...] = ()
 
     def keep_precise(self, *names: str) -> None:
-        """Name buffers and submodules, there already or not yet, to be kept."""
+        """Add names of buffers and submodules that keep their dtype; they may be registered later."""
         self.kept_precise = (*self.kept_precise, *names)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
@@ -48,7 +48,7 @@ class KeptPrecision(nn.Module):
 
 
 class _Precise:
-    """What ``fn`` makes of a tensor, but in its own dtype where that is half precision."""
+    """``fn`` of a tensor, but the tensor keeps its dtype if ``fn`` would cast it to half precision."""
 
     def __init__(self, fn: Callable[[Tensor], Tensor]) -> None:
         self.fn = fn

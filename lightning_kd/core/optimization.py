@@ -74,14 +74,15 @@ def optimizer_for(
 
 
 def fit_to_float16(optimizer: torch.optim.Optimizer, by_default: bool) -> None:
-    """See that ``eps`` of an optimizer such as Adam, which keeps it from dividing by 0, is above 0 in float16 too.
+    """Check that ``eps`` of an optimizer such as Adam, by which it avoids a division by 0, is above 0 in float16 too.
 
     Args:
-        optimizer: as it was made, of parameters in the precision that they are trained in.
-        by_default: whether nobody asked for this one, so that its ``eps`` may become 1e-4.
+        optimizer: a new optimizer; its parameters have the dtype of the training.
+        by_default: True for the default optimizer of a task, whose ``eps`` is then set to 1e-4; False for one that the
+            user chose.
 
     Raises:
-        ValueError: for one that was asked for with another.
+        ValueError: if ``eps`` of an optimizer that the user chose is 0 in float16.
     """
     for group in optimizer.param_groups:
         eps = group.get("eps")
@@ -90,8 +91,8 @@ def fit_to_float16(optimizer: torch.optim.Optimizer, by_default: bool) -> None:
         if any(parameter.dtype == torch.float16 for parameter in group["params"]):
             if not by_default:
                 raise ValueError(
-                    f"eps={eps:g} of {type(optimizer).__name__} is 0 in float16, which it would divide by: give "
-                    "eps=1e-4, or trainer.precision bf16-true or 16-mixed"
+                    f"eps={eps:g} of {type(optimizer).__name__} is 0 in float16, and the optimizer would divide by it: "
+                    "set eps=1e-4, or trainer.precision to bf16-true or 16-mixed"
                 )
             group["eps"] = optimizer.defaults["eps"] = 1e-4
 

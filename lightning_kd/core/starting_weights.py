@@ -47,8 +47,9 @@ def network_with_weights(
         argument: name of the argument ``weights`` in messages.
 
     Raises:
-        FileNotFoundError: where there is no file ``weights``, naming the ``argument``.
-        ValueError: for ``"default"`` with a module or for features, and as ``load_weights`` and ``pretrained_network``.
+        FileNotFoundError: if the file ``weights`` does not exist; the message names the ``argument``.
+        ValueError: for ``"default"`` with a module or with feature rows, and as ``load_weights`` and
+            ``pretrained_network``.
     """
     if weights == "default" and not _come_from_checkpoint:
         if not isinstance(network, str):
@@ -70,8 +71,8 @@ def network_with_weights(
             load_weights(built, weights, num_classes, new_classifier)
         except FileNotFoundError as error:
             raise FileNotFoundError(
-                f"{argument}: {error}. Where a config names a run of its own, fit that first, or set null to start "
-                "from scratch"
+                f"{argument}: {error}. If a config names the file of another run, fit that run first; null starts from "
+                "scratch"
             ) from error
     return built
 

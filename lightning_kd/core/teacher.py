@@ -19,7 +19,7 @@ __all__ = ["FrozenTeacher", "teacher_network"]
 
 
 class FrozenTeacher(KeptPrecision):
-    """A network in eval mode, whatever ``train()`` says, without gradient and without a place in checkpoints.
+    """A trained network that is never trained further: always in eval mode, without gradient, not in checkpoints.
 
     Its parameters have ``requires_grad=False``, so that no optimizer takes them. The ``state_dict`` of a module that
     holds it does not contain it, and loading one leaves it unchanged, also under ``WeightAveraging``, DDP and

@@ -73,21 +73,23 @@ class CropRecipe:
 
 
 class CropFiles(KeyedFiles):
-    """Image files of which a visit gives some of the crops that were drawn once.
+    """Image files of which each visit returns some of a fixed number of crops; one visit reads the file once.
+
+    ``[epoch, pass, index]`` gives ``(images [n, 3, S, S], target, index, keys [n])``; a key is the number of a crop.
 
     Args:
-        files: the images.
-        recipe: of the crops.
-        keys: how many there are, and of a visit.
+        files: the image files.
+        recipe: draws and cuts the crops.
+        keys: the number of crops of each image, and which of them each visit returns.
 
     Raises:
-        ValueError: unless their number is given.
+        ValueError: if ``keys`` has no fixed number of crops.
     """
 
     def __init__(self, files: ImageFiles, recipe: CropRecipe, keys: ViewKeys) -> None:
         if keys.fixed is None:
             raise ValueError(
-                "the random crops of image files are without end: teach a number of them, as --views 200, or teach "
+                "there are infinitely many random crops of image files: give a number, as --views 200, or teach "
                 "--views plain and train with data.augment false"
             )
         super().__init__(files, keys, keys.fixed)
@@ -114,23 +116,25 @@ class CropFiles(KeyedFiles):
 
 
 class PlainFiles(KeyedFiles):
-    """Image files as an evaluation sees them, one view each.
+    """Image files without augmentation: each image has one view, the one of an evaluation.
+
+    ``[epoch, pass, index]`` gives ``(images [1, 3, S, S], target, index, keys [1])``; the key is 0.
 
     Args:
-        files: the images, with the transform of an evaluation.
-        resize: short side that it brings them to.
-        size: height and width that it cuts out of their centre.
-        keys: with no more than that view.
+        files: the image files, with the transform of an evaluation.
+        resize: length of the short side after the transform's resize, for ``describe``.
+        size: height and width of the centre crop, for ``describe``.
+        keys: the number of views of each image: ``None`` or 1.
 
     Raises:
-        ValueError: for more.
+        ValueError: if ``keys`` has more than one view of an image.
     """
 
     def __init__(self, files: ImageFiles, resize: int, size: int, keys: ViewKeys) -> None:
         if keys.fixed not in (None, 1):
             raise ValueError(
-                f"without augmentation an image has 1 view, got {keys.fixed}: teach --views plain, or give "
-                "data.augment true"
+                f"without augmentation an image has 1 view, got {keys.fixed}: teach --views plain, or set "
+                "data.augment to true"
             )
         super().__init__(files, keys, 1)
         self.resize, self.size = resize, size
@@ -142,7 +146,7 @@ class PlainFiles(KeyedFiles):
         return self.transform(self.read(index))[None].repeat(len(keys), 1, 1, 1)  # type: ignore[operator]
 
     def describe(self) -> dict[str, Any]:
-        """What the images hang on, in plain values."""
+        """All settings that the images depend on, in plain values."""
         found: dict[str, Any] = {"size": self.size, "resize": self.resize}
         found |= {"background": list(self.background), "image_range": self.image_range and list(self.image_range)}
         return found | {"fixed": self.keys.fixed, "seed": self.keys.seed, "crops": False}

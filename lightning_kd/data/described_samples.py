@@ -69,7 +69,7 @@ class DescribedSamples(SplitFiles):
         self.num_workers = num_workers
         self.on_error = on_error
         self.truncated = self.preparation.truncated
-        self.root = f"{predict}/truncated allowed" if self.truncated else str(predict)  # what is known of files differs
+        self.root = f"{predict}/truncated allowed" if self.truncated else str(predict)  # checked separately
         self.background = self.preparation.background
         self.image_range = self.preparation.image_range
         self._checked = set()

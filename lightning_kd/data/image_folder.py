@@ -248,7 +248,7 @@ class ImageFolderDataModule(SplitFiles):
         )
 
     def _keyed(self, files: ImageFiles, views: str | Sequence[str]) -> Callable[[ViewKeys], KeyedFiles] | None:
-        """Views that can be told by keys: crops alone, or the images as they are."""
+        """Files of the views that have keys: crops, or images without augmentation; ``None`` for other views."""
         if views not in ("plain", "weak"):
             return None
         if views == "weak" and self.cutout:
@@ -256,7 +256,7 @@ class ImageFolderDataModule(SplitFiles):
 
             def refuse(keys: ViewKeys) -> KeyedFiles:
                 raise ValueError(
-                    f"keys are for one view by crop and flip alone, got cutout={cutout}: give data.cutout 0"
+                    f"a teacher store needs views by crop and flip alone, got cutout={cutout}: set data.cutout to 0"
                 )
 
             return refuse

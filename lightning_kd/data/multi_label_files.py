@@ -144,7 +144,7 @@ class MultiLabelFilesDataModule(MultiLabelDataModule):
         return fake_label_arrays(self.input_shape, self.num_classes)
 
     def describe(self) -> dict[str, Any]:
-        """See ``LabelledDataModule.describe``; and how an image is brought to its size."""
+        """As ``LabelledDataModule.describe``, with the resize, colour and truncation settings."""
         found: dict[str, Any] = {"stretch": True, "background": list(self.background), "truncated": self.truncated}
         found["image_range"] = None if self.image_range is None else list(self.image_range)
         return super().describe() | found

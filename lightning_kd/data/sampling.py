@@ -227,7 +227,7 @@ class BatchLoader(ABC):
         raise NotImplementedError
 
     def images_of(self, batches: Sequence[tuple[Tensor, Tensor]]) -> Iterator[Tensor]:
-        """The same of several batches one after the other, made by workers where the loader has any."""
+        """``images`` of several batches in their order; a loader with workers makes them there."""
         for index, key in batches:
             yield self.images(index, key)
 

@@ -73,7 +73,7 @@ class ImageFiles(Dataset[tuple[Any, Tensor, int]]):
         return len(self.paths)
 
     def read(self, index: int) -> Image.Image:
-        """An image before it is transformed: RGB, upright."""
+        """The image before its transform: RGB, upright."""
         with truncated_allowed(self.truncated):
             return read_image(self.paths[index], self.background, self.image_range)
 
@@ -120,14 +120,14 @@ def collate(samples: list[tuple[Any, ...]]) -> Batch:
 
 
 class KeyedFiles(ImageFiles):
-    """Image files of which each view has a key, see ``CropFiles`` and ``PlainFiles``.
+    """Image files whose views have keys, see ``CropFiles`` and ``PlainFiles``.
 
-    ``[epoch, pass, index]`` gives ``(images [n, 3, S, S], target, index, keys [n])``, the views of a visit.
+    ``[epoch, pass, index]`` gives ``(images [n, 3, S, S], target, index, keys [n])``, the views of one visit.
 
     Args:
-        files: the images.
-        keys: of a visit.
-        count: how many an image has.
+        files: the image files.
+        keys: chooses the views of each visit.
+        count: the number of views of each image.
     """
 
     def __init__(self, files: ImageFiles, keys: ViewKeys, count: int) -> None:
@@ -135,11 +135,11 @@ class KeyedFiles(ImageFiles):
         self.keys, self.count = keys, count
 
     def cut(self, index: int, keys: np.ndarray) -> Tensor:
-        """Some views of an image, ``[n, 3, S, S]``; its file is read once for them."""
+        """The views ``keys`` of an image, ``[n, 3, S, S]``; its file is read once."""
         raise NotImplementedError
 
     def crops(self, index: int) -> tuple[np.ndarray, np.ndarray] | None:
-        """Where they are, see ``StoredCrops.of``; ``None`` where they are no crops."""
+        """Boxes and flips of all views of an image, see ``StoredCrops.of``; ``None`` if the views are no crops."""
         raise NotImplementedError
 
     def __getitem__(self, key: Key) -> tuple[Any, ...]:  # type: ignore[override]  # with the keys of its views
@@ -152,12 +152,12 @@ class KeyedFiles(ImageFiles):
         raise NotImplementedError
 
 
-#: an image, and which of its views to cut out; ``None`` to tell where all of them are
+#: an image and the keys of the views to cut out of it; ``None`` for the boxes and flips of all its views
 Job = tuple[int, np.ndarray | None]
 
 
 class _Jobs(Dataset[Any]):
-    """What ``KeyedFiles`` give for a job."""
+    """Returns the views, or the boxes and flips, of a job."""
 
     def __init__(self, files: KeyedFiles) -> None:
         self.files = files
@@ -239,7 +239,7 @@ class StreamingLoader(BatchLoader):
         results = self._results([job for some in jobs for job in some])
         for (index, _), some in zip(batches, jobs, strict=True):
             image, begin = torch.empty(0), 0
-            for _ in some:  # copied at once: what workers send holds a file open
+            for _ in some:  # copied at once, because each tensor from a worker keeps a file open
                 part = next(results)
                 image = part.new_empty(len(index), *part.shape[1:]) if begin == 0 else image
                 image[begin : begin + len(part)] = part
@@ -254,7 +254,7 @@ class StreamingLoader(BatchLoader):
         return {"box": torch.from_numpy(np.concatenate(boxes)), "flip": torch.from_numpy(np.concatenate(flips))}
 
     def _results(self, jobs: list[Job]) -> Iterator[Any]:
-        """What each job gives, in their order, by the workers where there are any."""
+        """The result of each job, in their order; computed by the workers, if there are any."""
         work = _Jobs(self._with_keys)
         if self._num_workers == 0:
             yield from map(work.__getitem__, jobs)
@@ -292,6 +292,6 @@ class StreamingLoader(BatchLoader):
 
 
 def _by_image(index: Tensor, key: Tensor) -> list[tuple[int, np.ndarray]]:
-    """Views ``[B]`` of images ``[B]``, those of an image that stand beside each other together."""
+    """Groups the views ``[B]`` of images ``[B]``: neighbouring views of the same image are one group."""
     images, counts = index.unique_consecutive(return_counts=True)
     return [(int(image), part.numpy()) for image, part in zip(images, key.split(counts.tolist()), strict=True)]

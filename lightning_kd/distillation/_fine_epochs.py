@@ -12,14 +12,15 @@ __all__ = ["FineEpochs"]
 
 
 class FineEpochs:
-    """A loader whose last epochs are passes over another one, one after the other, of as many batches in all.
+    """A loader that uses another loader in its last epochs.
 
-    Every epoch has the same length, which a Trainer looks at once. Lightning finds ``set_epoch`` through ``sampler``.
+    A fine epoch repeats passes over ``fine`` until it has as many batches as a pass over ``coarse``, because the
+    Trainer reads the length of an epoch only once. Lightning calls ``set_epoch`` through ``sampler``.
 
     Args:
-        coarse: of most epochs.
-        fine: of the last ones.
-        is_fine: whether an epoch is one of these.
+        coarse: the loader of most epochs.
+        fine: the loader of the last epochs.
+        is_fine: function from the number of an epoch to whether it is one of the last.
     """
 
     def __init__(self, coarse: Any, fine: Any, is_fine: Callable[[int], bool]) -> None:
@@ -43,8 +44,8 @@ class FineEpochs:
         return len(self.coarse)
 
     def __iter__(self) -> Iterator[Batch]:
-        # nothing before the first batch: Lightning makes the iterator, then sets the epoch
-        if self.is_fine(self.epoch):  # each turn is a new pass, of another order and other views
+        # a generator reads the epoch at the first batch: Lightning makes the iterator, then sets the epoch
+        if self.is_fine(self.epoch):  # each repetition is a new pass with another order and other views
             yield from islice(chain.from_iterable(repeat(self.fine)), len(self))
         else:
             yield from self.coarse

@@ -59,7 +59,7 @@ def contrast_loss(score: Tensor, count: int) -> Tensor:
 
 
 class ContrastBanks(KeptPrecision):
-    """The latest embedding of every training image, by the student and by the teacher, and what is learnt from them.
+    """Two memory banks with the latest embedding of every training image, one of the student and one of the teacher.
 
     The student's embedding is scored against the teacher's bank, and vice versa. A score is
     ``exp(<row, embedding> / temperature) / z``, where ``z`` is the mean over the first batch times the number of rows.
@@ -88,8 +88,8 @@ class ContrastBanks(KeptPrecision):
         self.dim, self.temperature, self.momentum = dim, temperature, momentum
         self.student, self.teacher = SampleMemory((dim,)), SampleMemory((dim,))
         self.register_buffer("z", torch.full((2,), -1.0))
-        self.keep_precise("z")  # as large as the number of rows: float16 has no such numbers
-        self._has_z = False  # known here, or a GPU would be asked in each step
+        self.keep_precise("z")  # as large as the number of rows, which can be above the largest float16 number
+        self._has_z = False  # kept here, as reading it from a GPU in each step is slow
         self.register_load_state_dict_post_hook(_look_for_z)
 
     def allocate(self, count: int, generator: torch.Generator) -> None:

@@ -79,9 +79,9 @@ class Distillation(FineTunedTask, ABC):
     looks_into_teacher = False
     #: whether ``teacher`` may be a list, whose mean probabilities are used
     several_teachers = False
-    #: whether the teacher is asked anything; else it is not built
+    #: whether the method uses a teacher; otherwise none is built
     needs_teacher = True
-    #: a ``FrozenTeacher``, or a ``TeacherEnsemble`` of several; ``None`` where none is needed
+    #: a ``FrozenTeacher``, or a ``TeacherEnsemble`` for a list of teachers; ``None`` if ``needs_teacher`` is False
     teacher: Any
 
     def __init__(
@@ -225,7 +225,7 @@ class Distillation(FineTunedTask, ABC):
 
     @property
     def teachers(self) -> list[FrozenTeacher]:
-        """All of them; none where none is needed."""
+        """All teachers, one or more; an empty list if ``needs_teacher`` is False."""
         several = isinstance(self.teacher, TeacherEnsemble)
         return list(self.teacher.teachers) if several else [t for t in (self.teacher,) if t is not None]
 

@@ -64,13 +64,14 @@ class FKD(Distillation):
     batch is ``crops`` times larger. Only the soft labels are learnt, at the temperature of ``teach --temperature``;
     given labels are not used.
 
-    A pass over the data shows each image ``crops`` times and so counts as that many epochs: give a schedule of 300
-    epochs ``--trainer.max_epochs 75`` with 4 crops. In the last ``fine_epochs`` of these a visit is of one crop, and a
-    batch of ``crops`` times as many images: each is then ``crops`` passes over the images, of as many steps as the
-    others have, between which ``--trainer.val_check_interval 0.25`` can evaluate. Images in memory work likewise, by
-    crop and flip. Without a store the teacher is asked beside the student, for one random crop of each image.
+    A pass over the data shows each image ``crops`` times and counts as that many epochs: for a schedule of 300 epochs
+    with 4 crops set ``--trainer.max_epochs 75``. In the last ``fine_epochs`` epochs of the Trainer each visit returns
+    one crop, and a batch has ``crops`` times as many images. Such an epoch has as many steps as the others and is
+    ``crops`` passes over the images; with 4 crops ``--trainer.val_check_interval 0.25`` validates after each pass.
+    Images in memory work likewise, with stored crops and flips. Without a store the teacher runs during training, on
+    one random crop of each image.
 
-    ``mixup`` and ``cutmix`` mix the crops of a batch in pairs, and their labels by the same share.
+    ``mixup`` and ``cutmix`` mix each crop of a batch with another crop of it, and their soft labels by the same share.
 
     Several processes: losses are means over the process's batch.
 
@@ -78,13 +79,15 @@ class FKD(Distillation):
         student: see ``Distillation``.
         teacher: see ``Distillation``.
         num_classes: see ``Task``.
-        crops: of an image in a visit, from a store.
-        fine_epochs: so many of the Trainer's epochs at the end have one crop a visit; needs a store and ``max_epochs``.
-        mixup: ``alpha`` of Mixup, whose share is of ``Beta(alpha, alpha)``: 0.8 in the paper; 0 for none.
-        cutmix: likewise of CutMix, whose box takes that share of the area: 1 in the paper; 0 for none.
-        temperature: of the student.
-        ce_weight: 0, and nothing else.
-        kd_weight: weight of the loss.
+        crops: number of stored crops of an image per visit, at least 1.
+        fine_epochs: number of the Trainer's last epochs with one crop per visit, at least 0; above 0 it needs a store
+            and ``trainer.max_epochs``.
+        mixup: ``alpha`` of Mixup, which draws its share from ``Beta(alpha, alpha)``: 0.8 in the paper; 0 for no Mixup.
+        cutmix: ``alpha`` of CutMix, which draws its box's share of the area from ``Beta(alpha, alpha)``: 1 in the
+            paper; 0 for no CutMix. With both, each batch is mixed by one of them, with equal probability.
+        temperature: temperature of the student's softmax, above 0.
+        ce_weight: must be 0, as labels are not used.
+        kd_weight: weight of the loss on soft labels.
         kwargs: the further arguments of ``Distillation`` and ``Task``.
 
     Raises:
@@ -114,10 +117,10 @@ class FKD(Distillation):
         check_numbers(least=0, mixup=mixup, cutmix=cutmix)
         if fine_epochs and self.teacher_store is None:
             raise ValueError(
-                f"fine_epochs={fine_epochs} are of one stored crop a visit, got no teacher_store: give one, or 0"
+                f"fine_epochs={fine_epochs} needs a teacher_store, got none: give a store, or set fine_epochs to 0"
             )
         if cutmix and len(self.input_shape) != 3:
-            raise ValueError(f"cutmix={cutmix} needs images, got input_shape {self.input_shape}: give 0")
+            raise ValueError(f"cutmix={cutmix} needs images, got input_shape {self.input_shape}: set cutmix to 0")
         self.crops, self.temperature = crops, temperature
         self.fine_epochs, self.mixup, self.cutmix = fine_epochs, mixup, cutmix
 
@@ -130,16 +133,16 @@ class FKD(Distillation):
             )
 
     def crops_of(self, epoch: int) -> int:
-        """Crops of an image in a visit.
+        """The number of crops of an image per visit in an epoch.
 
         Raises:
-            ValueError: for ``fine_epochs`` where nobody knows which epochs are the last.
+            ValueError: with ``fine_epochs``, if the Trainer has no ``max_epochs``.
         """
         if not self.fine_epochs:
             return self.crops
         epochs = self.trainer.max_epochs
         if epochs is None or epochs < 0:
-            raise ValueError(f"fine_epochs={self.fine_epochs} are the last of max_epochs, got {epochs}: give that")
+            raise ValueError(f"fine_epochs={self.fine_epochs} needs trainer.max_epochs, got {epochs}: set it")
         return 1 if epoch >= epochs - self.fine_epochs else self.crops
 
     def view_options(self) -> dict[str, Any]:
@@ -151,7 +154,7 @@ class FKD(Distillation):
     def train_loader(self, data: Any) -> Any:
         if not self.fine_epochs:
             return super().train_loader(data)
-        self.crops_of(0)  # says what is missing
+        self.crops_of(0)  # raises if max_epochs is missing
         options, overfit = self.view_options(), self.trainer.overfit_batches > 0  # type: ignore[attr-defined]
         coarse, fine = (
             data.loader(
@@ -179,7 +182,7 @@ class FKD(Distillation):
         return self._learn(*self._mixed(batch.image, self.soft_labels_for(batch)), batch.target)
 
     def _mixed(self, image: Tensor, soft_target: Tensor) -> tuple[Tensor, Tensor]:
-        """The batch by Mixup or CutMix, each in half of the steps where both are asked for; one draw for all of it."""
+        """The batch mixed by Mixup or CutMix, with one draw per batch; with both, each in half of the steps."""
         if not (self.mixup or self.cutmix):
             return image, soft_target
         draw = numpy_generator(self.run_seed, "mixed_crops", self.trainer.global_step, self.global_rank)
@@ -215,10 +218,13 @@ class FerKD(FKD):
         num_classes: see ``Task``.
         adapt_below: soft labels whose largest probability is below this are replaced, in [0, 1]; 0 for none.
         smoothing: label smoothing of the replacements, in [0, 1).
-        self_mix: probability that a batch is mixed; needs ``crops`` of 2 or more. Others are by ``mixup`` and
-            ``cutmix``, and those of one crop a visit.
+        self_mix: probability that a batch is mixed by SelfMix, in [0, 1]; needs ``crops`` of at least 2. ``mixup`` and
+            ``cutmix`` mix the other batches, and those of the last ``fine_epochs``.
         kwargs: ``crops``, ``fine_epochs``, ``mixup``, ``cutmix``, ``temperature``, ``kd_weight`` of ``FKD``, and the
             further arguments of ``Distillation`` and ``Task``.
+
+    Raises:
+        ValueError: if an argument is out of range, and see ``FKD``.
     """
 
     def __init__(

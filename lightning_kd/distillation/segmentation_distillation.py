@@ -97,9 +97,9 @@ class SegmentationDistillation(Distillation):
             auxiliary head, a dict with ``out`` and ``aux``, or a tuple or list of two.
         teacher: name of a network or ``nn.Module``, likewise.
         num_classes: see ``Task``.
-        loss: ``"kd"`` (``pixel_kd_loss``), ``"cwd"`` (``cwd_loss``), or ``"none"``, the student alone: the teacher is
-            neither built nor run then, unless the method learns more of it.
-        temperature: of that loss. Default: 1 for ``"kd"``, 4 for ``"cwd"``.
+        loss: ``"kd"`` (``pixel_kd_loss``), ``"cwd"`` (``cwd_loss``), or ``"none"`` to train the student alone. With
+            ``"none"`` no teacher is built or run, unless a subclass uses it in a loss of its own.
+        temperature: temperature of that loss. Default: 1 for ``"kd"``, 4 for ``"cwd"``.
         auxiliary_weight: weight of the loss of the student's auxiliary head.
         ce_weight: weight of the loss on labels.
         kd_weight: weight of the loss on the teacher's outputs. Default: 1 for ``"kd"``, 3 for ``"cwd"``.
@@ -194,7 +194,7 @@ class SegmentationDistillation(Distillation):
         batch = as_batch(batch)
         image, target = batch.image, batch.target
         student = self.student_heads(image)
-        teacher = self.teacher_heads(image) if self.needs_teacher else student  # whom nobody looks at then
+        teacher = self.teacher_heads(image) if self.needs_teacher else student  # not used then
         terms = {"task": self.ce_weight * self.task_loss(student, teacher, target)}
         if self.loss != "none":
             size: Sequence[int] = student.coarse[0].shape[-2:]

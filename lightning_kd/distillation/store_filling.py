@@ -35,7 +35,7 @@ __all__ = ["begin_store", "fill_store", "remove_store", "weights_digest"]
 
 Views = tuple[Tensor, Tensor]
 
-# how long to wait for the piece of another process before looking again
+# seconds between two checks for pieces of other processes
 PAUSE = 0.1
 
 
@@ -181,16 +181,18 @@ def fill_store(
     If a process is killed, its unfinished piece is computed by another process or by the next run.
 
     Args:
-        path: a store that ``begin_store`` was called for.
-        header: see there.
-        logits: the teacher's logits ``[B, C]`` of samples ``[B]`` in views ``[B]`` (int64 both); with ``images``, of
-            what these give for them.
-        images: from batches of samples and views to the images of each, in their order, so that workers can make those
-            that come next.
-        batch_size: views that it is asked for at once.
-        first: where among the pieces this process begins, 0 to below 1, so that several seldom meet.
-        progress: told how many pieces are done, and how many there are.
-        beside: what else is stored of all views of samples ``[B]``, by name, see ``StoreLayout``.
+        path: a store for which ``begin_store`` was called.
+        header: see ``begin_store``.
+        logits: function to the teacher's logits ``[B, C]``, from samples ``[B]`` and views ``[B]`` (both int64), or
+            from the images of a batch if ``images`` is given.
+        images: function from a list of batches ``(samples [B], views [B])`` to the images of each, in their order, so
+            that workers can make the next ones. Default: ``logits`` takes samples and views.
+        batch_size: number of views per call of ``logits``.
+        first: where this process starts among the pieces, from 0 to below 1; with different values processes rarely
+            meet.
+        progress: called with the number of finished pieces and the number of all.
+        beside: function from samples ``[B]`` to further values that are stored for all their views, by name, see
+            ``StoreLayout``.
 
     Returns:
         The number of pieces that this process has computed.
@@ -234,8 +236,8 @@ def _outputs_of_piece(
     samples = torch.from_numpy(layout.samples[layout.samples_of(piece)])
     index, key = samples.repeat_interleave(layout.keys), torch.arange(layout.keys).repeat(len(samples))
     batches: list[Views] = list(zip(index.split(batch_size), key.split(batch_size), strict=True))
-    asked = batches if images is None else ((image,) for image in images(batches))
-    parts = [_stored_values(logits(*what), header) for what in asked]
+    inputs = batches if images is None else ((image,) for image in images(batches))
+    parts = [_stored_values(logits(*each), header) for each in inputs]
     return {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
 
 

@@ -139,10 +139,10 @@ class USKD(SupervisedTask):
         beta: weight of ``L_non``, the soft labels of the other classes: 0.1.
         mu: weight of ``L_weak``, the loss of the weak head: 0.1 on CIFAR-100, 0.005 on ImageNet.
         ranking: see ``uskd_loss``.
-        feature_layer: module path of what the weak head sees: a map ``[B, D, H, W]``, which is averaged (also one with
-            its channels in the last dimension, as of Swin), tokens ``[B, T, D]``, of which the first is taken
-            (``blocks.2`` of a ViT with a class token), or ``[B, D]``. Default: the second-to-last stage, as
-            ``StageFeatures`` finds it.
+        feature_layer: module path whose output is the input of the weak head: a map ``[B, D, H, W]``, or
+            ``[B, H, W, D]`` as of Swin, which is averaged over positions; tokens ``[B, T, D]``, of which the first is
+            used (``blocks.2`` of a ViT with a class token); or ``[B, D]``. Default: the second-to-last stage, see
+            ``StageFeatures``.
         ce_weight: weight of the cross-entropy.
         kwargs: ``input_shape``, ``weights`` of ``SupervisedTask``, and the arguments of ``FineTunedTask`` and ``Task``.
 

@@ -190,7 +190,7 @@ class ELRPlus(TwoNetworkTask):
         self.averages_in_train_mode = averages_in_train_mode
         self.averages = nn.ModuleList(averaged_copy(net) for net in self.networks).train(averages_in_train_mode)
         self.keep_precise("averages")
-        for k in range(2):  # not one of two columns: a sample's two passes may be on two processes
+        for k in range(2):  # two memories, not two columns of one: a sample's two passes may be on different processes
             self.add_sample_memory(f"predictions_{k + 1}", (num_classes,))
         self.steps_done = [0, 0]
 

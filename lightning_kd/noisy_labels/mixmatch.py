@@ -14,8 +14,8 @@ def sharpen(probabilities: Tensor, temperature: float) -> Tensor:
     """Sharpen probabilities: ``p^(1 / temperature)``, normalised over the classes.
 
     Args:
-        probabilities: ``[B, C]``, non-negative; half precision is computed in float32.
-        temperature: positive; below 1 it sharpens.
+        probabilities: ``[B, C]``, non-negative; half precision is converted to float32.
+        temperature: above 0; below 1 the distribution becomes sharper.
 
     Returns:
         ``[B, C]``, sum 1 over the classes.

@@ -107,7 +107,9 @@ def test_an_eps_that_is_0_in_float16_is_refused():
         if given is not torch.optim.Adam:
             trainer(1, precision="16-true").fit(task, loader())
             continue
-        with pytest.raises(ValueError, match="eps=1e-08 of Adam is 0 in float16, which it would divide by: give eps"):
+        with pytest.raises(
+            ValueError, match="eps=1e-08 of Adam is 0 in float16, and the optimizer would divide by it: set eps"
+        ):
             trainer(1, precision="16-true").fit(task, loader())
 
 

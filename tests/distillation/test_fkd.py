@@ -176,7 +176,7 @@ def test_images_as_they_are(workers, root, tmp_path):
     trained = task(Sized, teacher_store=str(path), crops=1)
     trainer(max_epochs=1).fit(trained, folder(root, augment=False, num_workers=workers))
     assert sum(sizes) == len(index)
-    with pytest.raises(ValueError, match=r"random crops of image files are without end: .* train with data.augment fa"):
+    with pytest.raises(ValueError, match=r"many random crops of image files: .* train with data.augment false"):
         trainer(max_epochs=1).fit(task(teacher_store=str(path), crops=1), folder(root))
     with pytest.raises(ValueError, match=r"does not fit, views.resize was 18, here it is 17: train with what it was"):
         trainer(max_epochs=1).fit(task(teacher_store=str(path), crops=1), folder(root, augment=False, resize=17))
@@ -302,10 +302,10 @@ def test_crops_are_mixed_with_their_labels_by_the_same_share(kind):
 
 
 def test_fine_epochs_need_a_store_and_an_end(digits_store):
-    with pytest.raises(ValueError, match="fine_epochs=1 are of one stored crop a visit, got no teacher_store"):
+    with pytest.raises(ValueError, match="fine_epochs=1 needs a teacher_store, got none: give a store"):
         task(fine_epochs=1)
     model = task(teacher_store=digits_store, fine_epochs=1, crops=2, **DIGITS)
-    with pytest.raises(ValueError, match="fine_epochs=1 are the last of max_epochs, got -1: give that"):
+    with pytest.raises(ValueError, match=r"fine_epochs=1 needs trainer\.max_epochs, got -1: set it"):
         trainer(max_epochs=-1, max_steps=2).fit(model, DigitsDataModule(fake=True, augment=True))
     with pytest.raises(ValueError, match="mixup must be at least 0, got -1"):
         task(mixup=-1)
@@ -332,15 +332,15 @@ def test_what_cannot_be_is_refused(root, tmp_path):
         task(FerKD, crops=1, self_mix=0.5)
     with pytest.raises(ValueError, match="ce_weight must be 0"):
         task(ce_weight=0.5)
-    with pytest.raises(ValueError, match="the random crops of image files are without end: teach a number of them"):
+    with pytest.raises(ValueError, match="there are infinitely many random crops of image files: give a number"):
         taught(root, tmp_path / "a.store", views="all")
     path = tmp_path / "b.store"
     taught(root, path)
     for options, message in (
         ({"scale": (0.5, 1.0)}, r"views.scale was \[0.08, 1.0\], here it is \[0.5, 1.0\]"),
         ({"image_size": 20}, "data.input_shape was"),
-        ({"cutout": 4}, "keys are for one view by crop and flip alone, got cutout=4: give data.cutout 0"),
-        ({"augment": False}, "without augmentation an image has 1 view, got 7: teach --views plain, or give data.aug"),
+        ({"cutout": 4}, "a teacher store needs views by crop and flip alone, got cutout=4: set data.cutout to 0"),
+        ({"augment": False}, "without augmentation an image has 1 view, got 7: teach --views plain, or set data.aug"),
     ):
         data = folder(root, **options)
         with pytest.raises(ValueError, match=message):
