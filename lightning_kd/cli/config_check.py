@@ -1,4 +1,4 @@
-"""Checking a config file before it is parsed, with errors that name the file and the line."""
+"""Checks of a config: its file before it is parsed, with errors that name the line, and its number of classes."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from typing import Any
 
 import yaml
 
-__all__ = ["check_config", "yaml_text"]
+__all__ = ["check_config", "check_num_classes", "yaml_text"]
 
 
 def _as_commands_read(base: Any) -> Any:
@@ -62,6 +62,21 @@ def check_config(path: str) -> dict[str, Any]:
 def yaml_text(settings: dict[str, Any]) -> str:
     """Settings as a text, which is read as ``check_config`` reads a file."""
     return yaml.dump(settings, Dumper=_DUMPER, sort_keys=False, default_flow_style=None, width=110, allow_unicode=True)
+
+
+def check_num_classes(model: Any, data: Any) -> None:
+    """Raise if the settings of a model have another ``num_classes`` than the data, whose number the model always gets.
+
+    Args:
+        model: the parsed settings, with ``init_args``.
+        data: the data module.
+
+    Raises:
+        ValueError: with both numbers.
+    """
+    given, found = (model.get("init_args") or {}).get("num_classes"), getattr(data, "num_classes", None)
+    if given is not None and found is not None and given != found:
+        raise ValueError(f"model.num_classes={given}, but the data has {found} classes: leave it out")
 
 
 def _doubled(node: yaml.Node, seen: set[int], parents: str = "") -> Iterator[tuple[str, int, int]]:

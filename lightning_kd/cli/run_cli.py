@@ -16,6 +16,7 @@ from lightning_kd.cli.active_command import run_active
 from lightning_kd.cli.beginning import Beginning, FolderBefore
 from lightning_kd.cli.command_words import default_run_folder
 from lightning_kd.cli.composition import composed_arguments, own_files
+from lightning_kd.cli.config_check import check_num_classes
 from lightning_kd.cli.endings import check_still_there, report, tell
 from lightning_kd.cli.new_samples import take_from_run, without_predict
 from lightning_kd.cli.parameter_count import ParameterCount
@@ -56,10 +57,9 @@ class RunCLI(LightningCLI):
         self._new_samples: str | None = None
         if self._verb == "predict":
             kwargs["args"], self._new_samples = without_predict(kwargs["args"])
-        self._records = self._begins = False
+        self._records = self._begins = self.later_round = False
         self.keeps_run = VERBS[self._verb].keeps_run if self._verb in VERBS else True
         self.only_prints = False  # True for test and validate in a read-only folder
-        self.later_round = False
         defaults: dict[str, Any] = {
             "trainer_class": RunTrainer,
             "model_class": Task,
@@ -138,6 +138,7 @@ class RunCLI(LightningCLI):
     def instantiate_classes(self) -> None:
         with weights_from_checkpoint(bool(self._settings.get("ckpt_path"))):
             super().instantiate_classes()
+        check_num_classes(self._settings.model, self.datamodule)
         self.model.trainer = self.trainer  # so that schedules know the length of the training before it begins
 
     @property

@@ -27,6 +27,8 @@ __all__ = [
 ]
 
 FORMAT = 2
+# what the header says of each of several teachers
+_OF_EACH = ("name", "weights", "mean", "std", "size", "weights_sha256")
 
 
 class StoreLayout:
@@ -104,6 +106,10 @@ def read_header(path: Path) -> dict[str, Any]:
         raise ValueError(f"{file} is damaged ({error}): put back a copy, or make the store anew") from None
     if header["format"] != FORMAT:
         raise ValueError(f"{file} is of format {header['format']}, this version reads {FORMAT}: make the store anew")
+    teacher = header["teacher"]
+    if isinstance(teacher.get("name"), list) and len(teacher["name"]) == 1:  # as older versions described a list of one
+        alone = {key: value[0] for key, value in teacher.items() if isinstance(value, list) and key in _OF_EACH}
+        header["teacher"] = {**teacher, **alone}
     return dict(header)
 
 

@@ -123,9 +123,9 @@ class Distillation(FineTunedTask, ABC):
             size=teacher_size,
         )
         one = not isinstance(teacher, list | tuple)
-        #: the given arguments; for several teachers each is a list
+        #: the given arguments; for two or more teachers each is a list
         self.teacher_arguments: dict[str, Any] = (
-            each[0] if one else {key: [own[key] for own in each] for key in each[0]}
+            each[0] if len(each) == 1 else {key: [own[key] for own in each] for key in each[0]}
         )
         self.teacher_draws: tuple[Tensor, Tensor] | None = None
         if not self.needs_teacher:

@@ -49,6 +49,13 @@ def test_what_is_right_passes(tmp_path):
         check_config(config_path(name))
 
 
+def test_another_number_of_classes_than_the_data_has_is_refused():
+    words = ["--config", "distillation/student_digits", "--data.fake", "true", "--model.num_classes"]
+    with pytest.raises(ValueError, match=r"model\.num_classes=7, but the data has 10 classes: leave it out"):
+        get_cli([*words, "7"])
+    assert get_cli([*words, "10"]).model.num_classes == 10
+
+
 @pytest.mark.parametrize("option", [["--config", "my.yaml"], ["--config=my.yaml"], ["-c", "my.yaml"]])
 def test_no_command_takes_it(option, tmp_path, capsys, monkeypatch):
     monkeypatch.chdir(tmp_path)

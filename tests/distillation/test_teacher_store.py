@@ -5,6 +5,7 @@ import os
 import shutil
 import signal
 from collections import namedtuple
+from pathlib import Path
 
 import lightning as L
 import numpy as np
@@ -218,6 +219,19 @@ def test_what_does_not_fit_is_refused_before_training(data, options, message, st
     model = KD("cnn_tiny", options.pop("teacher"), 10, input_shape=SHAPE, teacher_store=store, **options)
     with pytest.raises(ValueError, match=message):
         trainer().fit(model, digits(**data))
+
+
+def test_a_list_of_one_teacher_is_that_teacher(store, weights, tmp_path):
+    model = SSLD("cnn_tiny", ["cnn"], 10, input_shape=SHAPE, teacher_weights=[weights], teacher_store=store)
+    fitted(model, max_epochs=1, limit_train_batches=1, limit_val_batches=0)
+    path = tmp_path / "listed.store"
+    for end in ("", ".json"):
+        shutil.copy(store + end, str(path) + end)
+    header = json.loads(Path(f"{path}.json").read_text())
+    before, keys = dict(header["teacher"]), ("name", "weights", "mean", "std", "size", "weights_sha256")
+    header["teacher"] |= {key: [before[key]] for key in keys}  # as older versions wrote it
+    Path(f"{path}.json").write_text(json.dumps(header))
+    assert TeacherStore(path).header["teacher"] == before
 
 
 @pytest.mark.parametrize("changed", ["order", "one pixel"])
