@@ -148,8 +148,7 @@ class RunCLI(LightningCLI):
     def before_instantiate_classes(self) -> None:
         config, verb = self._settings, self.subcommand
         fallback = str(config.model.class_path).rpartition(".")[2].lower()
-        folder = RunFolder(config.get("run") or default_run_folder(self.config_paths, fallback))
-        self.run_folder = folder
+        self.run_folder = folder = RunFolder(config.get("run") or default_run_folder(self.config_paths, fallback))
         self.beginning = Beginning(FolderBefore(folder), self.command)
         config["run"] = str(folder.path)
         add_new_classes(config, folder.pool)
