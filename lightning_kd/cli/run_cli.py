@@ -184,8 +184,7 @@ class RunCLI(LightningCLI):
         given = config.get("ckpt_path")
         elsewhere = given and Path(given).absolute().parent.parent != folder.path.absolute()
         anew = self._begins = self.subcommand == "fit" and (not given or bool(elsewhere))
-        evaluates = self.subcommand not in ("fit", "active")
-        if evaluates and not config.get("ckpt_path") and folder.last.is_file():
+        if self.subcommand not in ("fit", "active") and not config.get("ckpt_path") and folder.last.is_file():
             raise ValueError(
                 f"{self.subcommand} without --ckpt_path would take untrained weights, and {folder.path} holds trained "
                 "ones: add --ckpt_path last or best, or name another --run folder"

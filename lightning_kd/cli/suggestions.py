@@ -40,6 +40,8 @@ def one_sentence(message: str, options: Sequence[str] = ()) -> str:
         return _unknown_option(f"--{match[1]}", options)
     if match := re.search(r"arguments are required: (.*)", message):
         return _missing(match[1].replace(" ", "").split(","), message)
+    if match := re.search(r"Not a valid subclass of .*?Given value: (\[[^\n]*)", message, re.DOTALL):
+        return f"--{keys} must be one name, or a class_path with init_args, got the list {match[1]}: give one"
     lines = [line.strip() for line in message.splitlines()]
     lines = [line.removeprefix("- ") for line in lines if line and not _NOISE.fullmatch(line)]
     return f"{f'--{keys}: ' if keys else ''}{'; '.join(dict.fromkeys(lines)) or message}"
@@ -94,8 +96,8 @@ def _unknown_option(words: str, options: Sequence[str]) -> str:
 
 
 def _missing(names: Sequence[str], message: str) -> str:
-    path = re.findall(r"class_path[ =]'([^']+)'", message)
-    if path:
+    path = re.findall(r"Problem with given class_path '([^']+)'", message)
+    if path := path or re.findall(r"class_path[ =]'([^']+)'", message):
         return f"{path[-1].rpartition('.')[2]} needs {', '.join(names)}: give it as --model.{names[0]}, or use a config"
     short = ", ".join(f"--{name.rpartition('.')[2]}" for name in names)
     return f"{short} missing: name a config with --config, `lightning-kd list` shows them all, or give them one by one"

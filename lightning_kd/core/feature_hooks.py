@@ -65,7 +65,9 @@ class Tap:
         modules = dict(network.named_modules())
         if path not in modules:
             known = [name for name in modules if name and name.count(".") == path.count(".")]
-            raise ValueError(f"no module {path!r} in {type(network).__name__}; at that depth there are {known[:12]}")
+            raise ValueError(
+                f"no module {path!r} in {type(network).__name__}; at that depth there are {known[:12]}: name one"
+            )
         check_not_compiled(network, repr(path))
         self.path, self.side, self.copy = path, side, copy
         self._value: Any = None

@@ -184,6 +184,8 @@ def teacher_network(
                 f"teacher_weights: {error}. Train the teacher first, or set 'random' where only the student is "
                 "evaluated"
             ) from error
+        except ValueError as error:
+            raise ValueError(f"teacher_weights: {error}") from error
     return network
 
 

@@ -87,7 +87,10 @@ def _checked(name: str, value: Any, channels: int) -> Any:
         )
     if name in ("mean", "std") and value is not None:
         if len(value) != channels:
-            raise ValueError(f"teacher_{name} needs {channels} values, one for each channel, got {len(value)}")
+            raise ValueError(
+                f"teacher_{name} needs {channels} values, as the images have {channels} channels, got {list(value)}: "
+                "give one for each channel"
+            )
         for one in value:
             check_numbers({f"teacher_{name}": one}, above=0 if name == "std" else None)
     return value

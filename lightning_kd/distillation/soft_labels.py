@@ -31,12 +31,13 @@ class SoftLabels(NamedTuple):
     probability: Tensor | None
 
 
-def kept_classes(kind: str, num_classes: int | None = None) -> int:
+def kept_classes(kind: str, num_classes: int | None = None, argument: str = "kind") -> int:
     """The number of classes per image that a kind of soft label keeps.
 
     Args:
         kind: ``"hard"``, ``"smoothing"``, ``"marginal_smoothing_kN"`` or ``"marginal_renorm_kN"`` with a number ``N``.
         num_classes: number of classes, which must be above ``N``. Default: not checked.
+        argument: name of the argument ``kind`` in messages.
 
     Returns:
         ``N``, or 1 for the first two kinds.
@@ -47,14 +48,14 @@ def kept_classes(kind: str, num_classes: int | None = None) -> int:
     found = _KINDS.fullmatch(kind) if isinstance(kind, str) else None
     if found is None:
         raise ValueError(
-            f"kind must be 'hard', 'smoothing', 'marginal_smoothing_kN' or 'marginal_renorm_kN' with N such as 5, got "
-            f"{kind!r}: give one of them"
+            f"{argument} must be 'hard', 'smoothing', 'marginal_smoothing_kN' or 'marginal_renorm_kN' with N such as 5, "
+            f"got {kind!r}: give one of them"
         )
     kept = int(found[1] or 1)
     if num_classes is not None and kept >= num_classes:
         raise ValueError(
-            f"kind {kind!r} keeps {kept} classes, which must be fewer than the {num_classes} there are: keep fewer, or "
-            "store the logits themselves"
+            f"{argument} {kind!r} keeps {kept} classes, which must be fewer than the {num_classes} there are: "
+            "keep fewer, or store the logits themselves"
         )
     return kept
 

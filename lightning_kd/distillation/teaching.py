@@ -92,7 +92,7 @@ def teach_store(
     if compress is None and temperature != 1:
         raise ValueError(f"temperature is of compress, got temperature={temperature} without it: leave it out")
     if compress is not None:
-        kept_classes(compress, task.num_classes)
+        kept_classes(compress, task.num_classes, "compress")
         if not task.problem.one_class:
             raise ValueError(f"compress is for one class a sample, the data has {task.problem.kind}: leave it out")
     if not (views in ("all", "plain") or (views.isdecimal() and int(views) > 0)):

@@ -32,6 +32,12 @@ DHKD = ["--config", "distillation/dhkd_digits"]
         (["fit", *TEACHER, "extra"], 2, "'extra' belongs to no option"),
         (["fit"], 2, "name a config with --config"),
         (["fit", "--model", "DHKD"], 2, "DHKD needs student, teacher"),
+        (["fit", "--config", "distillation/kd_digits", "--model.student", "null"], 2, "KD needs student: give it as"),
+        (
+            ["fit", "--config", "distillation/kd_digits", "--model.teacher", "[cnn,cnn]"],
+            2,
+            "--model.teacher must be one name, or a class_path with init_args, got the list ['cnn', 'cnn']: give one",
+        ),
     ],
 )
 def test_one_sentence_says_what_was_meant(words, status, expected, capsys, tmp_path):

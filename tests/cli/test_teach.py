@@ -58,7 +58,7 @@ def test_what_is_refused_is_one_sentence_and_leaves_nothing(weights, capsys):
             ["--views", "many"],
             "error: views must be 'all', 'plain' or a number above 0, got 'many': give one of them\n",
         ),
-        (["--compress", "soft"], "error: kind must be 'hard', 'smoothing', 'marginal_smoothing_kN' or"),
+        (["--compress", "soft"], "error: compress must be 'hard', 'smoothing', 'marginal_smoothing_kN' or"),
         (
             ["--data.cutout", "3"],
             "error: keys need a single view by crop and flip, got views=('weak',) and cutout=3",

@@ -469,8 +469,11 @@ def test_logits_that_half_precision_cannot_hold_are_refused(tmp_path):
         ({"views": "0"}, "views must be 'all', 'plain' or a number above 0, got '0'"),
         ({"views": "30"}, "fixed must be 9 or fewer, the views of a sample, got 30"),
         ({"dtype": "bfloat16"}, "dtype must be 'float16' or 'float32', got 'bfloat16'"),
-        ({"compress": "marginal_renorm"}, "kind must be 'hard'"),
-        ({"compress": "marginal_renorm_k10"}, "keeps 10 classes, which must be fewer than the 10"),
+        ({"compress": "marginal_renorm"}, "compress must be 'hard'"),
+        (
+            {"compress": "marginal_renorm_k10"},
+            "compress 'marginal_renorm_k10' keeps 10 classes, which must be fewer than the 10",
+        ),
         ({"samples": "some"}, "samples must be 'used' or 'all'"),
         ({"temperature": 0}, "temperature must be above 0"),
         ({"temperature": 2.0}, r"temperature is of compress, got temperature=2.0 without it"),
