@@ -48,8 +48,8 @@ def kept_classes(kind: str, num_classes: int | None = None, argument: str = "kin
     found = _KINDS.fullmatch(kind) if isinstance(kind, str) else None
     if found is None:
         raise ValueError(
-            f"{argument} must be 'hard', 'smoothing', 'marginal_smoothing_kN' or 'marginal_renorm_kN' with N such as 5, "
-            f"got {kind!r}: give one of them"
+            f"{argument} must be 'hard', 'smoothing', 'marginal_smoothing_kN' or 'marginal_renorm_kN' with N such as "
+            f"5, got {kind!r}: give one of them"
         )
     kept = int(found[1] or 1)
     if num_classes is not None and kept >= num_classes:
