@@ -195,7 +195,7 @@ def test_a_new_class_in_a_run(tmp_path, capsys):
     main(["label", "r/answers.csv", "--correct"])
     with pytest.raises(SystemExit):
         main(["fit", "--config", "r/config.yaml", "--overwrite"])
-    assert "no sample of the new class 'bird' is left" in capsys.readouterr().err
+    assert "no sample of the new class 'bird' left" in capsys.readouterr().err
 
 
 def test_images_that_come_and_go_between_query_and_answer(tmp_path, capsys):
