@@ -12,7 +12,9 @@ from typing import Any
 from tests.forked import CONTEXT, THREADS
 
 
-def _child(rank: int, port: int, function: Callable[..., Any], args: tuple[Any, ...], queue: Any) -> None:
+def _child(
+    rank: int, port: int, function: Callable[..., Any], args: tuple[Any, ...], environment: dict[str, str], queue: Any
+) -> None:
     import torch
     from lightning.pytorch.utilities import rank_zero_only
 
@@ -21,6 +23,9 @@ def _child(rank: int, port: int, function: Callable[..., Any], args: tuple[Any, 
     rank_zero_only.rank = rank
     torch.set_num_threads(int(THREADS))
     warnings.simplefilter("ignore")
+    # not that of the test in which the processes' server was started, which may have set a seed
+    os.environ.clear()
+    os.environ.update(environment)
     os.environ.update(
         LOCAL_RANK=str(rank), NODE_RANK="0", WORLD_SIZE="2", MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port)
     )
@@ -39,7 +44,8 @@ def on_two_ranks(function: Callable[..., Any], *args: Any) -> list[Any]:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
     queue = CONTEXT.Queue()
-    children = [CONTEXT.Process(target=_child, args=(rank, port, function, args, queue)) for rank in range(2)]
+    shared = (port, function, args, {**os.environ}, queue)
+    children = [CONTEXT.Process(target=_child, args=(rank, *shared)) for rank in range(2)]
     for child in children:
         child.start()
     try:

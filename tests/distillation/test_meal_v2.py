@@ -262,6 +262,6 @@ def test_what_is_refused(tmp_path):
 
 
 def test_a_student_that_was_not_trained_yet_is_missed_by_its_argument():
-    message = r"^student_weights: weights 'runs/none/network.pt': there is no such file; .* fit that first, or set null"
+    message = r"^student_weights: weights 'runs/none/network.pt': there is no such file; .* fit that run first; null"
     with pytest.raises(FileNotFoundError, match=message):
         MEALV2("mlp_4", "mlp_4", 3, input_shape=(2,), teacher_weights="random", student_weights="runs/none/network.pt")

@@ -34,12 +34,14 @@ _RUN = re.compile(r"runs/[\w.*?-]+")
 def make_files(folder: Path) -> None:
     """What the pages take for granted: photos and tables of labels."""
     rng = np.random.default_rng(0)
-    for place in ("photos/cat", "photos/dog", "photos_new", "photos_more", "unlabelled"):
+    classes = ("cat", "cow", "dog", "fox", "hen", "owl")  # more than the five that a store of soft labels keeps
+    for place in (*(f"photos/{name}" for name in classes), "photos_new", "photos_more", "unlabelled"):
         (folder / place).mkdir(parents=True)
         for number in range(10):
             Image.fromarray(rng.integers(0, 256, (40, 48, 3), dtype=np.uint8)).save(folder / place / f"{number}.png")
-    tags = [f"{name}/{number}.png,{name}" for name in ("cat", "dog") for number in range(10)]
-    given = [f"{item},{(item + more) % 2}" for item in range(16) for more in range(1 + item % 2)]
+    tags = [f"{name}/{number}.png,{name}" for name in classes for number in range(10)]
+    # eight of each ten are trained on; their own class is among the candidates
+    given = [f"{item},{(item // 8 + more) % 6}" for item in range(48) for more in range(1 + item % 2)]
     crowd = [f"{item},{annotator},{item % 10}" for item in range(20) for annotator in ("ann", "bob")]
     tables = {
         "photos/labels.csv": ["file,labels", *tags],
@@ -132,8 +134,7 @@ def _small_data(settings: dict[str, Any], given: dict[str, str]) -> list[str]:
 
 def _with_runs(words: Sequence[str], folder: Path) -> list[str]:
     """Patterns filled in, and a run put where the reader is assumed to have one."""
-    verb, *rest = words
-    made = dict(flags_of(rest)).get("run") if VERBS[verb].module == "" or not VERBS[verb].light else None
+    made = words[words.index("--run") + 1] if "--run" in words else None
     found: list[str] = []
     for word in words:
         for name in {*_RUN.findall(word)} - {made}:

@@ -208,7 +208,7 @@ def test_what_is_refused():
         built(MoGD, meta_layer="last")
     with pytest.raises(ValueError, match=r"^weight_step must be above 0, got 0"):
         built(MoGD, weight_step=0)
-    with pytest.raises(ValueError, match=r"^MoGD learns from candidates, and DigitsDataModule has none: set data.candidates"):
+    with pytest.raises(ValueError, match=r"^MoGD learns from candidates, and DigitsDataModule has none: set data"):
         fitted(MoGD, DigitsDataModule(fake=True, meta_per_class=2))
     with pytest.raises(ValueError, match=r"^MoGD needs a few samples with true labels, got meta_per_class=None"):
         fitted(MoGD, data_module(meta_per_class=None))
