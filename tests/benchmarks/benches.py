@@ -252,12 +252,12 @@ def dual_heads(student: str, teacher: str, **kwargs: Any) -> DHKD:
 
 def step(settings: Settings) -> None:
     """A training step of dual-head distillation without gradient alignment."""
-    _steps(settings, align=False, target=">= 1.15")
+    _steps(settings, align=False, target=">= 1.1")
 
 
 def align(settings: Settings) -> None:
     """A training step of dual-head distillation with gradient alignment."""
-    _steps(settings, align=True, target=">= 1.15")
+    _steps(settings, align=True, target=">= 1.1")
 
 
 def _steps(settings: Settings, align: bool, target: str) -> None:
