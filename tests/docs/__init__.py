@@ -1,4 +1,4 @@
-"""The site and the commands that it shows; the modules of ``docs/_build`` can be imported here."""
+"""Tests of the site and of the commands that it shows; they import the modules of ``docs/_build``."""
 
 import sys
 

@@ -1,4 +1,4 @@
-"""Whether the commands of a page can be typed one after the other: what each wants, an earlier one has made."""
+"""Whether the commands of a page can be typed in order: what each one needs, an earlier one has made."""
 
 from __future__ import annotations
 
@@ -10,11 +10,11 @@ from typing import Any
 from tests.docs.option_check import check, flags_of
 
 
-class Typed:
-    """The commands of a page that were typed so far.
+class TypedCommands:
+    """The commands of a page so far.
 
     Args:
-        files: what the reader is assumed to have.
+        files: paths that the reader is assumed to have.
     """
 
     def __init__(self, files: Sequence[str]) -> None:
@@ -23,10 +23,10 @@ class Typed:
         self.stores: set[str] = set()
 
     def add(self, words: Sequence[str]) -> None:
-        """Type one more; ``words`` stand behind ``lightning-kd``.
+        """Add the command ``lightning-kd WORDS``.
 
         Raises:
-            ValueError: where it cannot be meant, would train over an earlier run, or starts from one that there is not.
+            ValueError: if it is not valid, would train over an earlier run, or needs a run or store that none has made.
         """
         before = {*self.runs}
         settings = check(words, self.runs, self.files)
@@ -40,8 +40,8 @@ class Typed:
             raise ValueError("an earlier command of the page has trained in this folder: give another --run")
         model = settings.get("model", {}).get("init_args", {})
         model = {**model, **{name.removeprefix("model."): given[name] for name in given if name.startswith("model.")}}
-        there = {_plain(run) for run in [*before, *self.files]}
-        if lacking := [run for run in _found(r"\bruns/[\w-]+", model) if _plain(run) not in there]:
+        there = {_without_numbers(run) for run in [*before, *self.files]}
+        if lacking := [run for run in _matches(r"\bruns/[\w-]+", model) if _without_numbers(run) not in there]:
             raise ValueError(f"no earlier command of the page makes {lacking[0]}")
         if words[0] == "teach":
             self.stores.add(given.get("out") or str(Path(model["teacher_weights"]).with_suffix(".store")))
@@ -49,14 +49,14 @@ class Typed:
             raise ValueError(f"no teach of the page makes {store}")
 
 
-def _plain(run: str) -> str:
-    return re.sub(r"\d+", "#", run)  # of commands that differ in numbers one is looked at
+def _without_numbers(run: str) -> str:
+    return re.sub(r"\d+", "#", run)  # of commands that differ in numbers alone, one is checked
 
 
-def _found(pattern: str, value: Any) -> Iterator[str]:
+def _matches(pattern: str, value: Any) -> Iterator[str]:
     if isinstance(value, str):
         yield from re.findall(pattern, value)
     elif isinstance(value, dict | list):
         parts: Iterable[Any] = value.values() if isinstance(value, dict) else value
         for part in parts:
-            yield from _found(pattern, part)
+            yield from _matches(pattern, part)

@@ -1,4 +1,4 @@
-"""Whether a command could be meant: its verb, configs and options are looked up, in milliseconds, without a parser."""
+"""Whether a command is valid: its verb, configs and options are looked up in milliseconds, without its parser."""
 
 from __future__ import annotations
 
@@ -25,20 +25,20 @@ from lightning_kd.nets import network_names, segmentation_network_names
 
 OF_EVERY_VERB = {"config", "run", "overwrite", "seed_everything", "trainer", "model", "data", "print_config"}
 NETWORKS = ("network", "student", "teacher")
-_BRACES = re.compile(r"^\[.*\]$")
+_BRACKETS = re.compile(r"^\[.*\]$")
 
 
-class Parsed(Exception):
-    """A light verb has read its options."""
+class ParsingDone(Exception):
+    """Raised when a light verb has read its options, so that it does no work."""
 
 
 def check(words: Sequence[str], runs: dict[str, dict[str, Any]], files: Sequence[str]) -> dict[str, Any]:
-    """Refuse a command that cannot be meant.
+    """Raise if a command names a verb, config, class or option that does not exist.
 
     Args:
-        words: what stands behind ``lightning-kd``.
-        runs: the settings of the runs that the page has made so far, by folder; that of a fit is added.
-        files: what the reader is assumed to have.
+        words: those after ``lightning-kd``.
+        runs: the settings of the runs that the page has made so far, by folder; those of a fit are added.
+        files: paths that the reader is assumed to have.
 
     Returns:
         The settings of its configs; none for a verb that takes no configs.
@@ -50,7 +50,7 @@ def check(words: Sequence[str], runs: dict[str, dict[str, Any]], files: Sequence
     if verb not in VERBS:
         raise ValueError(f"there is no verb {verb!r}")
     if request := rest and help_request(rest):
-        _class(*request)
+        _named_class(*request)
     elif {*rest} & {"--help", "-h"}:
         pass
     elif VERBS[verb].light or VERBS[verb].standalone:
@@ -61,13 +61,13 @@ def check(words: Sequence[str], runs: dict[str, dict[str, Any]], files: Sequence
 
 
 def _check_light(verb: str, words: Sequence[str]) -> None:
-    """Let the verb's own parser read them, and go no further."""
+    """Check the options by the verb's own parser, and stop before its work."""
     if verb == "list":
         return _check_names(words)
 
     def parse_args(parser: argparse.ArgumentParser, args: Sequence[str]) -> argparse.Namespace:
         given, further = parser.parse_known_args(args)
-        raise Parsed(given, further)
+        raise ParsingDone(given, further)
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(argparse.ArgumentParser, "parse_args", parse_args)
@@ -76,10 +76,10 @@ def _check_light(verb: str, words: Sequence[str]) -> None:
             for name in names:
                 find_claim(name)
             known = argparse.ArgumentParser.parse_known_args
-            patch.setattr(argparse.ArgumentParser, "parse_known_args", lambda *args: _stop(known(*args)))
+            patch.setattr(argparse.ArgumentParser, "parse_known_args", lambda *args: _raise_parsed(known(*args)))
         try:
             importlib.import_module(VERBS[verb].module).main(list(words))
-        except Parsed as parsed:
+        except ParsingDone as parsed:
             further = parsed.args[1]
             if further and verb != "claim":
                 raise ValueError(f"{verb} has no {further[0]}") from None
@@ -90,8 +90,8 @@ def _check_light(verb: str, words: Sequence[str]) -> None:
     return None
 
 
-def _stop(parsed: Any) -> Any:
-    raise Parsed(*parsed)
+def _raise_parsed(parsed: Any) -> Any:
+    raise ParsingDone(*parsed)
 
 
 def _check_names(names: Sequence[str]) -> None:
@@ -111,7 +111,7 @@ def _check_run(
         raise ValueError("no --config says what is run")
     settings: dict[str, Any] = {}
     for path in paths:
-        settings = _over(settings, _settings_of(path, runs, files))
+        settings = _merge(settings, _settings_of(path, runs, files))
     for name, value in flags:
         first, *parts = name.split(".")
         if first not in OF_EVERY_VERB | _options(verb):
@@ -141,7 +141,7 @@ def flags_of(words: Sequence[str]) -> Iterator[tuple[str, str]]:
 
 
 def _settings_of(path: str, runs: dict[str, dict[str, Any]], files: Sequence[str]) -> dict[str, Any]:
-    """Those of a config; none where it is not known what the reader has there."""
+    """The settings of a config; none for a file of the reader, which is not known."""
     if path in _names():
         return _shipped(path)
     run = path.removesuffix("/config.yaml")
@@ -175,7 +175,7 @@ def _check_argument(key: str, parts: Sequence[str], value: str, settings: dict[s
     """Whether the class at ``--key`` has an argument ``parts``; a class that is named becomes that of ``settings``."""
     parts = [part for part in parts if part != "init_args"]
     if not parts or parts == ["class_path"]:
-        cls = _class(key, value)
+        cls = _named_class(key, value)
         settings.update(class_path=f"{cls.__module__}.{cls.__qualname__}", init_args={})
         return
     cls = find_class(key, settings["class_path"])
@@ -190,19 +190,19 @@ def _check_argument(key: str, parts: Sequence[str], value: str, settings: dict[s
     inner[parts[0]] = dict(inner[parts[0]]) if isinstance(inner.get(parts[0]), dict) else {}
     inner = inner[parts[0]]
     if len(parts) == 1 and value[:1].isupper():
-        if not _BRACES.match(value):
+        if not _BRACKETS.match(value):
             _check_argument(parts[0], [], value, inner, name)
     elif len(parts) > 1:
         if "class_path" not in inner:
-            choices = [one for one in _classes(cls, parts[0]) if parts[-1] in _arguments(one)]
+            choices = [one for one in _accepted_classes(cls, parts[0]) if parts[-1] in _arguments(one)]
             if not choices:
                 raise ValueError(f"no class that {cls.__name__} takes as {parts[0]} has {parts[-1]!r} (--{name})")
             inner["class_path"] = f"{choices[0].__module__}.{choices[0].__qualname__}"
         _check_argument(parts[0], parts[1:], value, inner, name)
 
 
-def _class(key: str, name: str) -> type:
-    """The class that ``--key name`` means; what it could be named for is not asked."""
+def _named_class(key: str, name: str) -> type:
+    """The class that ``--key name`` means."""
     if not name:
         return object
     return getattr(lightning_kd, name, None) or find_class(key, name)
@@ -216,8 +216,8 @@ def _check_network(key: str, parts: Sequence[str], value: str) -> None:
         raise ValueError(f"there is no network {value!r}")
 
 
-def _classes(cls: type, argument: str) -> Iterator[type]:
-    """The classes that the annotation of an argument names."""
+def _accepted_classes(cls: type, argument: str) -> Iterator[type]:
+    """The package's classes in the annotation of an argument."""
     for base in cls.__mro__:
         if argument in inspect.signature(base.__init__).parameters:
             hint = get_type_hints(base.__init__).get(argument)
@@ -226,12 +226,12 @@ def _classes(cls: type, argument: str) -> Iterator[type]:
                     yield one
 
 
-def _over(before: dict[str, Any], own: dict[str, Any]) -> dict[str, Any]:
-    """``own`` merged over ``before``; another class has other arguments."""
+def _merge(before: dict[str, Any], own: dict[str, Any]) -> dict[str, Any]:
+    """``own`` merged over ``before``, whose arguments are dropped if the class changes."""
     merged = dict(before)
     if own.get("class_path", merged.get("class_path")) != merged.get("class_path"):
         merged.pop("init_args", None)
     for key, value in own.items():
         both = isinstance(value, dict) and isinstance(merged.get(key), dict)
-        merged[key] = _over(merged[key], value) if both else _over({}, value) if isinstance(value, dict) else value
+        merged[key] = _merge(merged[key], value) if both else _merge({}, value) if isinstance(value, dict) else value
     return merged

@@ -15,11 +15,15 @@ from method_pages import method_page, read_methods  # of docs/_build
 
 from tests.conftest import ROOT
 
-WRITTEN = ["README.md", *(f"docs/{path.name}" for path in sorted((ROOT / "docs").glob("*.md"))), "configs/README.md"]
-METHODS = {f"methods/{one.page}": one for one in read_methods(ROOT)}
-OTHER_PROGRAMS = ("make", "pip", "git", "python", "head", "awk", "cd", "cat", "ls")  # noted, but not run
+WRITTEN_PAGES = [
+    "README.md",
+    *(f"docs/{path.name}" for path in sorted((ROOT / "docs").glob("*.md"))),
+    "configs/README.md",
+]
+METHOD_PAGES = {f"methods/{one.page}": one for one in read_methods(ROOT)}
+OTHER_PROGRAMS = ("make", "pip", "git", "python", "head", "awk", "cd", "cat", "ls")  # recorded, but not run
 _BLOCK = re.compile(r"^( *)```(bash|console|sh)\n(.*?)^\1```$", re.MULTILINE | re.DOTALL)
-# every program writes its name, the number of its arguments and these into descriptor 7, each with a zero behind it
+# every program writes its name, the number of its arguments and these to descriptor 7, each ended by a zero byte
 _PRELUDE = (
     """
 lightning-kd() {
@@ -38,13 +42,13 @@ command_not_found_handle() { echo "$1 is not known to tests/docs/pages.py" >&2; 
 
 @dataclass(frozen=True)
 class Command:
-    """One that a page shows.
+    """A command that a page shows.
 
     Attributes:
         page: the file that shows it.
-        line: of that file; the block's first one where bash repeats it.
+        line: the first line of its block in that file.
         program: its first word.
-        words: the others, as bash hands them on.
+        words: the others, after bash has expanded them.
     """
 
     page: str
@@ -59,7 +63,7 @@ class Command:
 @functools.cache
 def text_of(page: str) -> str:
     """The Markdown of a page."""
-    return method_page(METHODS[page], ROOT) if page in METHODS else (ROOT / page).read_text(encoding="utf-8")
+    return method_page(METHOD_PAGES[page], ROOT) if page in METHOD_PAGES else (ROOT / page).read_text(encoding="utf-8")
 
 
 @functools.cache
@@ -67,7 +71,7 @@ def commands_of(page: str) -> tuple[Command, ...]:
     """The commands of a page, in order, loops unrolled.
 
     Raises:
-        AssertionError: where bash cannot run a block of it.
+        AssertionError: if bash cannot run one of its blocks.
     """
     text = text_of(page)
     found: list[Command] = []
@@ -85,7 +89,7 @@ def run_by_bash(block: str, folder: Path) -> list[tuple[str, tuple[str, ...]]]:
     """The programs that a block starts, and their arguments; none of them is run.
 
     Raises:
-        AssertionError: with what bash says against it.
+        AssertionError: if bash cannot run it, with bash's message.
     """
     record = folder / "record"
     done = subprocess.run(
@@ -107,7 +111,7 @@ def run_by_bash(block: str, folder: Path) -> list[tuple[str, tuple[str, ...]]]:
 
 
 def without_repeats(commands: Sequence[Command]) -> list[Command]:
-    """One of those that differ in numbers alone, such as seeds."""
+    """The first of each group of commands that differ in numbers alone, such as seeds."""
     kinds: dict[tuple[str, ...], Command] = {}
     for command in commands:
         kinds.setdefault(tuple(re.sub(r"\d+", "#", word) for word in command.words), command)

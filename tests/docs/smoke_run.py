@@ -1,4 +1,4 @@
-"""A command of a page as it runs in seconds: two short epochs of the smallest network on made-up data."""
+"""Runs a command of a page in seconds: two short epochs of the smallest network on made-up data."""
 
 from __future__ import annotations
 
@@ -25,14 +25,14 @@ from tests.forked import run_command, run_forked
 
 QUIET = ["--trainer.enable_progress_bar", "false", "--trainer.enable_model_summary", "false"]
 ONE_PROCESS = ["--trainer.accelerator", "cpu", "--trainer.devices", "1"]
-SHORT = {  # of verbs that work on a finished run
+SHORT_OPTIONS = {  # of verbs that work on a finished run
     "sharpness": ["--samples", "20", "--max_probes", "2", "--points", "3"],
 }
 _RUN = re.compile(r"runs/[\w.*?-]+")
 
 
 def make_files(folder: Path) -> None:
-    """What the pages take for granted: photos and tables of labels."""
+    """Make the files that the pages assume: photos and tables of labels."""
     rng = np.random.default_rng(0)
     classes = ("cat", "cow", "dog", "fox", "hen", "owl")  # more than the five that a store of soft labels keeps
     for place in (*(f"photos/{name}" for name in classes), "photos_new", "photos_more", "unlabelled"):
@@ -51,16 +51,16 @@ def make_files(folder: Path) -> None:
     }
     for name, lines in tables.items():
         (folder / name).write_text("\n".join(lines) + "\n")
-    for number in range(200):  # a folder of images is looked at for its classes when it is made
+    for number in range(200):  # the classes are read from the folders when the data module is built
         (folder / f"data/tiny-imagenet-200/train/n{number:03d}").mkdir(parents=True)
 
 
 def run(words: Sequence[str], settings: dict[str, Any], folder: Path) -> str:
-    """Run a command in ``folder``; what it wrote, where it failed, and nothing where it ended well.
+    """Run a command in ``folder``; returns its output if it failed, else an empty text.
 
     Args:
-        words: behind ``lightning-kd``.
-        settings: of its configs, as ``check`` gives them.
+        words: those after ``lightning-kd``.
+        settings: those of its configs, as ``check`` gives them.
         folder: with what earlier commands of the page have left.
     """
     words = _with_runs(words, folder)
@@ -71,7 +71,7 @@ def run(words: Sequence[str], settings: dict[str, Any], folder: Path) -> str:
 
 
 def smoke(words: Sequence[str], settings: dict[str, Any], folder: Path) -> list[str]:
-    """The words, with others behind them that make it short."""
+    """The words, followed by options that make the run short."""
     verb, *rest = words
     if (
         help_request([*rest, ""])
@@ -85,7 +85,7 @@ def smoke(words: Sequence[str], settings: dict[str, Any], folder: Path) -> list[
         return [*words, *(["--seeds", "1", "--config", "_overlay/smoke"] if named else [])]
     given = dict(flags_of(rest))
     configs = [value for name, value in flags_of(rest) if name == "config"]
-    added = [*QUIET, *SHORT.get(verb, [])]
+    added = [*QUIET, *SHORT_OPTIONS.get(verb, [])]
     if "trainer.max_epochs" in given:
         added += ["--trainer.max_epochs", "3" if "ckpt_path" in given else "2"]
     if verb == "fit" and not {"ckpt_path", "overwrite", "print_config"} & {*given}:
@@ -110,7 +110,7 @@ def _small_model(settings: dict[str, Any], given: dict[str, str], folder: Path) 
         if value is not None and not (isinstance(value, str) and (folder / value).is_file()):
             words += [f"--model.{key}", other]
             if other == "null" and values.get("freeze"):
-                words += ["--model.freeze", "null"]  # there are no weights that could stay
+                words += ["--model.freeze", "null"]  # no weights are loaded that could be frozen
     for key in ("warmup_epochs", "negative_epochs", "snapshot_interval"):
         if key in values:
             words += [f"--model.{key}", "1"]
@@ -127,13 +127,13 @@ def _small_data(settings: dict[str, Any], given: dict[str, str]) -> list[str]:
     if source.get("num_workers"):
         words += [f"{prefix}num_workers", "0"]
     if given.get(f"{prefix[2:]}root") == "photos" and "Segmentation" not in name:
-        words += ["--data.fake", "false"]  # they are there
-        words += ["--data.budget", "4"] if pool else []  # of ten
+        words += ["--data.fake", "false"]  # the photos exist
+        words += ["--data.budget", "4"] if pool else []  # of the ten images in the pool
     return words
 
 
 def _with_runs(words: Sequence[str], folder: Path) -> list[str]:
-    """Patterns filled in, and a run put where the reader is assumed to have one."""
+    """Expand patterns, and put a finished run where the reader is assumed to have one."""
     made = words[words.index("--run") + 1] if "--run" in words else None
     found: list[str] = []
     for word in words:

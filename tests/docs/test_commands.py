@@ -1,34 +1,34 @@
-"""Every command that README, a guide or a method's page shows exists, and runs."""
+"""Every command that README, a guide or a method's page shows is valid, and runs."""
 
 import re
 
 import pytest
 
 from tests.conftest import ROOT
-from tests.docs.command_order import Typed
+from tests.docs.command_order import TypedCommands
 from tests.docs.option_check import check
-from tests.docs.pages import METHODS, WRITTEN, commands_of, run_by_bash, without_repeats
+from tests.docs.pages import METHOD_PAGES, WRITTEN_PAGES, commands_of, run_by_bash, without_repeats
 from tests.docs.smoke_run import make_files, run
 
-# words that stand for the reader's own
-FILLED = {"TEACHER": "resnet20", "RUN": "runs/mine"}
-# what the reader is assumed to have
-FILES = ["runs/mine", "runs/strong"]
-EXTRAS = re.findall(r"^(\w+) = \[", (ROOT / "pyproject.toml").read_text(), re.MULTILINE)  # of pip, among others
-MOST = [page for page in [*WRITTEN, *METHODS] if page != "README.md" and commands_of(page)]
+# placeholders in commands, and what replaces them
+FILLED_IN = {"TEACHER": "resnet20", "RUN": "runs/mine"}
+# runs that the reader is assumed to have
+ASSUMED_RUNS = ["runs/mine", "runs/strong"]
+EXTRAS = re.findall(r"^(\w+) = \[", (ROOT / "pyproject.toml").read_text(), re.MULTILINE)  # of pip, among other lists
+OTHER_PAGES = [page for page in [*WRITTEN_PAGES, *METHOD_PAGES] if page != "README.md" and commands_of(page)]
 
 
 def filled(words):
-    return [re.sub("|".join(rf"\b{name}\b" for name in FILLED), lambda found: FILLED[found[0]], w) for w in words]
+    return [re.sub("|".join(rf"\b{name}\b" for name in FILLED_IN), lambda found: FILLED_IN[found[0]], w) for w in words]
 
 
 # commands that are not run here, by a part of their words, with the reason
 NOT_RUN = {}
 
 
-def faults(page):
-    """The commands of a page that cannot be meant, with the reason."""
-    typed, found = Typed(FILES), []
+def wrong_commands(page):
+    """The commands of a page that are wrong, with the reason."""
+    typed, found = TypedCommands(ASSUMED_RUNS), []
     for command in without_repeats(commands_of(page)):
         words = filled(command.words)
         try:
@@ -44,40 +44,40 @@ def faults(page):
     return found
 
 
-@pytest.mark.parametrize("page", [*WRITTEN, *METHODS])
-def test_each_command_could_be_meant(page):
-    assert not faults(page)
+@pytest.mark.parametrize("page", [*WRITTEN_PAGES, *METHOD_PAGES])
+def test_each_command_of_a_page_is_valid_and_has_what_it_needs(page):
+    assert not wrong_commands(page)
 
 
-@pytest.mark.parametrize("page", ["README.md", *(pytest.param(page, marks=pytest.mark.slow) for page in MOST)])
-def test_each_command_runs(page, tmp_path):
+@pytest.mark.parametrize("page", ["README.md", *(pytest.param(page, marks=pytest.mark.slow) for page in OTHER_PAGES)])
+def test_each_command_of_a_page_runs(page, tmp_path):
     make_files(tmp_path)
     runs = {}
     for command in without_repeats(commands_of(page)):
         words = filled(command.words)
         if command.program == "lightning-kd" and not any(part in " ".join(words) for part in NOT_RUN):
-            said = run(words, check(words, runs, FILES), tmp_path)
-            assert not said, f"{command}\n{said}"
+            output = run(words, check(words, runs, ASSUMED_RUNS), tmp_path)
+            assert not output, f"{command}\n{output}"
 
 
-def test_each_exception_occurs():
-    shown = [" ".join(filled(command.words)) for page in WRITTEN for command in commands_of(page)]
+def test_each_exception_in_not_run_occurs_on_a_page():
+    shown = [" ".join(filled(command.words)) for page in WRITTEN_PAGES for command in commands_of(page)]
     assert [part for part in NOT_RUN if not any(part in words for words in shown)] == []
 
 
-@pytest.mark.parametrize("word", FILLED)
-def test_each_word_that_is_filled_in_occurs(word):
-    assert any(word in part for page in WRITTEN for command in commands_of(page) for part in command.words)
+@pytest.mark.parametrize("word", FILLED_IN)
+def test_each_placeholder_occurs_on_a_page(word):
+    assert any(word in part for page in WRITTEN_PAGES for command in commands_of(page) for part in command.words)
 
 
-@pytest.mark.parametrize("name", FILES)
-def test_each_file_that_is_assumed_is_named(name):
-    shown = [" ".join(filled(command.words)) for page in WRITTEN for command in commands_of(page)]
+@pytest.mark.parametrize("name", ASSUMED_RUNS)
+def test_each_assumed_run_occurs_on_a_page(name):
+    shown = [" ".join(filled(command.words)) for page in WRITTEN_PAGES for command in commands_of(page)]
     assert any(name in words for words in shown)
 
 
-def test_commands_that_cannot_follow_one_another():
-    typed, kd = Typed(FILES), "fit --config distillation/kd_digits"
+def test_commands_without_what_they_need_or_over_an_earlier_run_raise():
+    typed, kd = TypedCommands(ASSUMED_RUNS), "fit --config distillation/kd_digits"
     with pytest.raises(ValueError, match="no earlier command of the page makes runs/teacher_digits"):
         typed.add(f"{kd} --run runs/early".split())
     typed.add(["fit", "--config", "distillation/teacher_digits"])
@@ -112,19 +112,19 @@ def test_commands_that_cannot_follow_one_another():
         ("list distillation/kd_digit", "distillation/kd_digit"),
     ],
 )
-def test_what_cannot_be_meant_is_found(words, reason):
+def test_unknown_verbs_configs_options_and_names_raise(words, reason):
     with pytest.raises((ValueError, OSError), match=reason):
-        check(words.split(), {}, FILES)
+        check(words.split(), {}, ASSUMED_RUNS)
 
 
-def test_options_that_no_class_has():
+def test_predict_takes_data_predict_and_sort_and_test_does_not():
     check(["fit", "--help"], {}, [])
     check(["predict", "--config", "distillation/kd_digits", "--data.predict", "photos", "--sort", "confidence"], {}, [])
     with pytest.raises(ValueError, match="has no 'predict'"):
         check(["test", "--config", "distillation/kd_digits", "--data.predict", "photos"], {}, [])
 
 
-def test_what_is_known_of_earlier_runs():
+def test_options_are_checked_against_the_model_of_an_earlier_run():
     runs = {}
     check(
         ["fit", "--config", "distillation/kd_digits", "--model", "DHKD", "--model.heads", "1", "--run", "runs/a"],
@@ -136,7 +136,7 @@ def test_what_is_known_of_earlier_runs():
         check(["fit", "--config", "runs/a/config.yaml", "--model.alpha", "2", "--overwrite"], runs, [])
 
 
-def test_bash_makes_the_commands(tmp_path):
+def test_bash_expands_variables_loops_and_patterns_to_commands(tmp_path):
     block = """
     small="--config a --x 1"   # two words
     for s in 0 1; do
@@ -151,6 +151,6 @@ def test_bash_makes_the_commands(tmp_path):
 
 
 @pytest.mark.parametrize("block", ["lightning-kd fit --run $nothing", "lightning_kd fit", "for s in 0; do"])
-def test_what_bash_cannot_run_is_found(tmp_path, block):
+def test_blocks_that_bash_cannot_run_raise(tmp_path, block):
     with pytest.raises(AssertionError, match=r"nothing|lightning_kd|syntax"):
         run_by_bash(block, tmp_path)

@@ -1,4 +1,4 @@
-"""The site: what its hook makes, and that it builds without a warning and without a link that leads nowhere."""
+"""The site: what its hook makes, and that it builds without warnings and broken links."""
 
 import os
 import subprocess
@@ -52,19 +52,19 @@ def table(tmp_path, *rows):
         ("README.md", "methods/kd.md", "configs/README.md", "../configs.md"),
     ],
 )
-def test_links_are_those_of_the_site(source, page, link, expected):
+def test_links_are_rewritten_for_the_site(source, page, link, expected):
     assert rewritten(f"see [it]({link}), ![it]({link})", source, page, ROOT) == (
         f"see [it]({expected}), ![it]({expected})"
     )
 
 
-def test_links_in_code_stay():
+def test_links_in_code_are_not_rewritten():
     text = "`a[0](../x.py)`\n\n```python\na[0](../x.py)\n```\n\n    [it](../README.md)\n"
     assert rewritten(text, "docs/distil.md", "distil.md", ROOT) == text.replace("../README.md", "index.md")
     assert linked_files("[a](../pyproject.toml) `[b](../Makefile)`", "docs/a.md", ROOT) == {"pyproject.toml"}
 
 
-def test_a_link_that_leads_nowhere_is_refused():
+def test_a_link_to_a_missing_file_raises():
     with pytest.raises(ValueError, match=r"docs/distil.md links to ../nothing.md, and nothing.md is no file"):
         rewritten("[it](../nothing.md)", "docs/distil.md", "distil.md", ROOT)
 
@@ -72,7 +72,7 @@ def test_a_link_that_leads_nowhere_is_refused():
 # -- methods ---------------------------------------------------------------------------------------------------------
 
 
-def test_a_row_is_read(tmp_path):
+def test_a_row_of_the_methods_table_is_read(tmp_path):
     row = "| optimizer `SAM` | Foret, [2010.01412](https://a.org/2010.01412) | `flatness/sam_digits`, `sam_cifar10` |"
     (one,) = table(tmp_path, row)
     assert (one.name, one.page, one.family) == ("SAM", "sam.md", "flatness")
@@ -88,7 +88,7 @@ def test_a_row_is_read(tmp_path):
         (["| `KD` | p | `distillation/kd_digits` |"] * 2, "two rows of README.md's table begin with KD"),
     ],
 )
-def test_a_row_that_cannot_have_a_page(tmp_path, rows, reason):
+def test_rows_without_a_config_or_of_one_name_and_a_missing_table_raise(tmp_path, rows, reason):
     with pytest.raises(ValueError, match=reason):
         table(tmp_path, *rows)
     (tmp_path / "README.md").write_text("no table")
@@ -96,8 +96,8 @@ def test_a_row_that_cannot_have_a_page(tmp_path, rows, reason):
         read_methods(tmp_path)
 
 
-def test_each_method_has_a_row():
-    """What can be trained and is no base class."""
+def test_each_method_class_has_a_row_in_readme():
+    """Methods are the public classes that can be trained, without base classes."""
     named = {path.rpartition(".")[2] for one in METHODS.values() for path in one.objects}
     offered = {name for package in family_packages() for name in package.__all__}
     classes = {name for name in offered if is_method(getattr(lightning_kd, name))}
@@ -110,7 +110,7 @@ def is_method(found):
     return concrete and not found.__name__.endswith("Task") and found.__name__ not in bases
 
 
-def test_the_page_of_a_method():
+def test_method_page_has_paper_docstring_verdicts_reference_and_config():
     page = method_page(METHODS["DHKD"], ROOT)
     assert page.startswith("# DHKD\n\nPaper: Yang et al., KDD 2025, [2411.08937](https://arxiv.org/abs/2411.08937).")
     assert "\n\nDual-head knowledge distillation (Yang et al." in page  # the class's docstring
@@ -121,7 +121,7 @@ def test_the_page_of_a_method():
     assert yaml.safe_load(shown)["model"]["class_path"] == "lightning_kd.distillation.DHKD"
 
 
-def test_commands_of_a_config():
+def test_commands_of_a_config_first_train_what_it_needs():
     def of(name, method):
         return [command.removeprefix("lightning-kd ") for command in commands(name, METHODS[method].configs)]
 
@@ -144,7 +144,7 @@ def test_commands_of_a_config():
         f"{alone} resnet110 --run runs/teacher_resnet110",
         f"{alone} resnet20 --run runs/student_resnet20",
     ]
-    own = "fit --config segmentation/baseline_arrays"  # there is one of several labels, too
+    own = "fit --config segmentation/baseline_arrays"  # there is a baseline_arrays of multi_label, too
     assert of("segmentation/rdd_arrays", "RDD") == [own, "fit --config segmentation/rdd_arrays"]
     assert of("active_learning/lfosa_digits", "LfOSA") == ["active --config active_learning/lfosa_digits"]
     assert of("active_learning/plain_digits", "lewis") == ["fit --config active_learning/plain_digits"]
@@ -159,7 +159,7 @@ def test_commands_of_a_config():
     ]
 
 
-def test_stored_answers_are_made_first():
+def test_commands_of_a_config_with_a_teacher_store_first_fill_it():
     photos = "--config distillation/fkd_folder --data.root photos"
     assert commands("distillation/fkd_folder", METHODS["FKD"].configs) == [
         "lightning-kd fit --config distillation/finetune_folder --data.root photos",
@@ -172,7 +172,7 @@ def test_stored_answers_are_made_first():
     ]
 
 
-def test_a_page_begins_with_what_its_own_method_does():
+def test_method_page_begins_with_what_its_own_method_does():
     assert "Paper:" not in method_page(METHODS["PoolClassifier"], ROOT)
     assert "\n\nRandom, least confidence, margin" in method_page(METHODS["PoolClassifier"], ROOT)
     assert "\n\nThis is a reconstruction of Wang et al." in method_page(METHODS["DCFS"], ROOT)
@@ -182,13 +182,13 @@ def test_a_page_begins_with_what_its_own_method_does():
     assert '\n\n`loss`: ``"ce"``, or ``"z"`` for ``z_loss``' in method_page(METHODS["Z-loss"], ROOT)
 
 
-def test_a_claim_without_a_verdict(monkeypatch):
+def test_method_page_of_an_unmeasured_claim_says_so(monkeypatch):
     monkeypatch.setattr(method_pages, "stored_results", lambda root: {})
     page = method_page(METHODS["SAM"], ROOT)
     assert "lightning-kd claim sam\n```\n\nNot measured yet." in page
 
 
-def test_the_index_links_to_all():
+def test_index_links_to_every_method_by_family():
     index = method_index(list(METHODS.values()))
     assert "| [LSKD](docs/methods/lskd.md): `KD` and `DKD` with" in index
     assert all(f"](docs/methods/{one.page})" in index for one in METHODS.values())
@@ -200,7 +200,7 @@ def test_the_index_links_to_all():
 # -- the reference ---------------------------------------------------------------------------------------------------
 
 
-def test_the_reference_has_what_packages_offer():
+def test_reference_has_every_public_name_of_each_package():
     assert {"core", "data", "distillation", "nets"} <= {*public_packages()}
     assert "::: lightning_kd.distillation.dkd.dkd_loss\n" in reference_page("distillation")
     assert "::: lightning_kd.pool.pool_record.UNKNOWN\n" in reference_page("pool")  # a constant knows no module
@@ -209,11 +209,11 @@ def test_the_reference_has_what_packages_offer():
         assert reference_page(name).count("\n::: ") == len(offered)
 
 
-# -- the whole -------------------------------------------------------------------------------------------------------
+# -- the whole site --------------------------------------------------------------------------------------------------
 
 
-class Targets(HTMLParser):
-    """Where a page's links and pictures lead, and the places in it."""
+class LinksAndAnchors(HTMLParser):
+    """The targets of a page's links and pictures, and the anchors in it."""
 
     def __init__(self, text):
         super().__init__()
@@ -227,12 +227,12 @@ class Targets(HTMLParser):
 
 
 @pytest.mark.slow
-def test_the_site_builds_and_its_links_lead_somewhere(tmp_path):
+def test_site_builds_without_broken_links_and_font_or_cdn_hosts(tmp_path):
     words = [sys.executable, "-m", "mkdocs", "--quiet", "build", "--strict", "--site-dir", str(tmp_path / "site")]
     environment = {**os.environ, "PYTHONPATH": str(ROOT), "NO_MKDOCS_2_WARNING": "1"}
     done = subprocess.run(words, cwd=ROOT, env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stdout + done.stderr
-    pages = {path: Targets(path.read_text()) for path in (tmp_path / "site").rglob("*.html")}
+    pages = {path: LinksAndAnchors(path.read_text()) for path in (tmp_path / "site").rglob("*.html")}
     for one in METHODS.values():
         assert (tmp_path / f"site/methods/{one.page}").with_suffix(".html") in pages
     assert {(tmp_path / "site" / uri).with_suffix(".html") for uri in generated_pages()} <= {*pages}
@@ -252,7 +252,7 @@ def test_the_site_builds_and_its_links_lead_somewhere(tmp_path):
     assert not {place for place in outside if "font" in place or "cdn" in place or "unpkg" in place}
 
 
-def test_configs_of_the_methods_are_most_of_those_there_are():
-    """What no method's page has is a part, a teacher or a setting."""
+def test_method_pages_show_more_than_100_configs_and_all_exist():
+    """Those on no page are parts, teachers and settings."""
     shown = {name for one in METHODS.values() for name in one.configs}
     assert len(shown & {*config_names()}) == len(shown) > 100
