@@ -98,7 +98,7 @@ def data(settings: Settings, device: torch.device = CPU) -> None:
 
     weak = transform.transforms
     strong = [*weak[:2], transforms.AutoAugment(transforms.AutoAugmentPolicy.CIFAR10), *weak[2:]]
-    strong.append(transforms.RandomErasing(1.0, (0.25, 0.25), (1.0, 1.0)))  # much as long as a cutout takes
+    strong.append(transforms.RandomErasing(1.0, (0.25, 0.25), (1.0, 1.0)))  # takes about as long as a cutout
     aims = {("weak", "weak"): ">= 20", ("weak", "strong"): ">= 10"}
     for views, aim in aims.items():
         steps = [transforms.Compose(strong if view == "strong" else weak) for view in views]
@@ -123,7 +123,7 @@ def data(settings: Settings, device: torch.device = CPU) -> None:
 
 
 class PlainModule(L.LightningModule):
-    """The least that Lightning trains: nothing logged."""
+    """A minimal module, which logs nothing."""
 
     def __init__(self, network: nn.Module) -> None:
         super().__init__()
@@ -137,7 +137,7 @@ class PlainModule(L.LightningModule):
 
 
 def bare_trainer(device: torch.device = CPU, **kwargs: Any) -> L.Trainer:
-    """One epoch, and nothing around it."""
+    """A Trainer of one epoch, without logger, checkpoints, bar and summary."""
     nothing: dict[str, Any] = {
         "logger": False,
         "enable_checkpointing": False,
@@ -196,7 +196,7 @@ def trainer(settings: Settings) -> None:
 
 
 class Batches:
-    """Ready batches, as a loader."""
+    """A loader of batches that are made before."""
 
     def __init__(self, batches: Sequence[Batch]) -> None:
         self.batches = batches
@@ -232,14 +232,14 @@ def random_batches(count: int, batch_size: int, device: torch.device = CPU) -> B
     )
 
 
-def module_turn(model: L.LightningModule, batches: Any, device: torch.device = CPU, **kwargs: Any) -> float:
+def module_seconds(model: L.LightningModule, batches: Any, device: torch.device = CPU, **kwargs: Any) -> float:
     """Seconds a step of a module in a Trainer's epoch, on batches or a data module."""
     timer = EpochTime()
     bare_trainer(device, callbacks=[timer], **kwargs).fit(model, batches)
     return timer.seconds / (len(batches) if isinstance(batches, Batches) else len(batches.train_dataloader()))
 
 
-def loop_turn(loop: DualHeadLoop, batches: Batches) -> float:
+def loop_seconds(loop: DualHeadLoop, batches: Batches) -> float:
     """Seconds a step of a plain loop."""
     with Clock() as clock:
         loop.run(batches)
@@ -267,8 +267,8 @@ def _steps(settings: Settings, align: bool, target: str) -> None:
         loop = DualHeadLoop(student, teacher, 100, CPU, align)
         model = dual_heads(student, teacher, gradient_alignment="all" if align else "off")
         variants = [
-            Variant("plain loop", lambda loop=loop: loop_turn(loop, batches)),
-            Variant("DHKD in a Trainer", lambda model=model: module_turn(model, batches), target),
+            Variant("plain loop", lambda loop=loop: loop_seconds(loop, batches)),
+            Variant("DHKD in a Trainer", lambda model=model: module_seconds(model, batches), target),
         ]
         name = "align" if align else "step"
         compare(f"{name}: {teacher} -> {student}, batch {batch_size}", variants, settings.rounds)
@@ -278,7 +278,7 @@ def _steps(settings: Settings, align: bool, target: str) -> None:
 
 
 def store(settings: Settings) -> None:
-    """A training step with a teacher that was asked before, and how long that takes."""
+    """A training step with stored outputs of the teacher, and how long storing them takes."""
     batch_size = settings.size(64, 32)
     for (teacher, student), target in zip(PAIRS, (">= 2.8", ">= 1.9"), strict=True):
         with tempfile.TemporaryDirectory() as folder:
@@ -300,9 +300,9 @@ def store(settings: Settings) -> None:
                 return clock.seconds / len(batches)
 
             variants = [
-                Variant("plain loop", lambda loop=loop, batches=batches: loop_turn(loop, batches)),
-                Variant("DHKD with its teacher", lambda live=live, data=data: module_turn(live, data)),
-                Variant("DHKD with a store", lambda read=read, data=data: module_turn(read, data), target),
+                Variant("plain loop", lambda loop=loop, batches=batches: loop_seconds(loop, batches)),
+                Variant("DHKD with its teacher", lambda live=live, data=data: module_seconds(live, data)),
+                Variant("DHKD with a store", lambda read=read, data=data: module_seconds(read, data), target),
             ]
             compare(f"store: {teacher} -> {student}, batch {batch_size}", variants, settings.rounds)
             views = CropFlip().views
@@ -317,7 +317,7 @@ def store(settings: Settings) -> None:
 
 
 def cuda(settings: Settings) -> None:
-    """The same on a GPU, with the data on it, and what bfloat16 and compiling add."""
+    """Data, fit and steps on a GPU that holds the data, also in bfloat16 and compiled."""
     if not torch.cuda.is_available():
         print("cuda: skipped, torch sees no CUDA device\n", flush=True)
         return
@@ -355,7 +355,7 @@ def gpu_steps(settings: Settings, device: torch.device, pairs: Sequence[tuple[st
     for teacher, student in pairs:
         for align in (False, True):
             loop = DualHeadLoop(student, teacher, 100, device, align)
-            variants = [Variant("plain loop, float32", lambda loop=loop: loop_turn(loop, batches))]
+            variants = [Variant("plain loop, float32", lambda loop=loop: loop_seconds(loop, batches))]
             for label, precision, compiled, target in (
                 ("DHKD", "32-true", False, ">= 1"),
                 ("DHKD, bf16-mixed", "bf16-mixed", False, ">= 1.5"),
@@ -365,7 +365,7 @@ def gpu_steps(settings: Settings, device: torch.device, pairs: Sequence[tuple[st
                 variants.append(
                     Variant(
                         label,
-                        lambda model=model, precision=precision: module_turn(
+                        lambda model=model, precision=precision: module_seconds(
                             model, batches, device, precision=precision
                         ),
                         target,

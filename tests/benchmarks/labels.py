@@ -11,6 +11,7 @@ from lightning_kd.distillation import class_aware_loss, instance_aware_loss
 
 
 def scaled_distances(points: Tensor) -> Tensor:
+    """Distances between the rows of ``points``, divided by the mean of those above 0."""
     product = points @ points.T
     squares = product.diagonal()
     apart = (squares[:, None] + squares[None] - 2 * product).clamp(min=1e-12).sqrt()
@@ -19,7 +20,7 @@ def scaled_distances(points: Tensor) -> Tensor:
 
 
 def plain_relation(student: Tensor, teacher: Tensor) -> Tensor:
-    """Of one class, or of one image."""
+    """The relation loss of one class, or of one image."""
     with torch.no_grad():
         target = scaled_distances(teacher)
     return F.smooth_l1_loss(scaled_distances(student), target, reduction="sum") / len(student)
@@ -29,7 +30,7 @@ def relations(settings: Settings) -> None:
     """Both losses of L2D on embeddings, forward and backward: batch 64, 80 labels, 3 an image, 768 values."""
     batch, classes, width = 64, 80, 768
     generator = torch.Generator().manual_seed(0)
-    share = torch.linspace(0, -4, classes).exp()  # the most frequent label is as that of COCO
+    share = torch.linspace(0, -4, classes).exp()  # the most frequent label is as frequent as in COCO
     share = (3.2 * share / share.sum()).clamp(max=0.45)
     target = (torch.rand(batch, classes, generator=generator) < share).float()
     student, teacher = (torch.randn(batch, classes, width, generator=generator) for _ in range(2))

@@ -40,14 +40,14 @@ class Variant:
 def clock_name() -> str:
     """Which time is taken: ``"processor"`` or ``"wall"``.
 
-    With one thread the time that the process computed: on an idle machine it is the time that passed, and where
-    neighbours take turns on the cores it still means something. With several threads, or a GPU, the time that passed.
+    With one thread the time that the process computed: on an idle machine that is the time that passed, and where other
+    programs share the cores it can still be compared. With several threads, or a GPU, the time that passed.
     """
     return "processor" if torch.get_num_threads() == 1 and not torch.cuda.is_available() else "wall"
 
 
 def now() -> float:
-    """Seconds, after all that a GPU was asked to do."""
+    """The time in seconds, taken once a GPU has done its work."""
     if torch.cuda.is_available():
         torch.cuda.synchronize()
     return time.process_time() if clock_name() == "processor" else time.perf_counter()
@@ -67,7 +67,7 @@ class Clock:
 def measure(variants: Sequence[Variant], rounds: int) -> list[list[float]]:
     """The seconds a unit of each variant in each round, after a turn of each that does not count.
 
-    All variants have their turn in a round (A B C A B C ...), so that what else the machine does meets all of them.
+    All variants have their turn in a round (A B C A B C ...), so that other work of the machine slows all alike.
     """
     for variant in variants:
         variant.turn()

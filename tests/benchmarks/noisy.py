@@ -33,8 +33,8 @@ class RandomImages(ArrayDataModule):
         return Arrays(image, target, image[:10], target[:10])
 
 
-class Times(L.Callback):
-    """Seconds of the epochs' steps and of their ends."""
+class StepTimes(L.Callback):
+    """The seconds of each training step."""
 
     def __init__(self) -> None:
         self.steps: list[float] = []
@@ -58,7 +58,7 @@ def quiet_trainer(**kwargs: Any) -> L.Trainer:
 
 
 def margins(settings: Settings) -> None:
-    """Judging a training set: both networks' margins and mixtures, against the forward passes alone."""
+    """Scoring a training set: both networks' margins and mixtures, against the forward passes alone."""
     count = settings.size(50_000, 5_000)
     data = RandomImages(count, eval_batch_size=256)
     model = DPC("cnn", 10, head_width=32, warmup_epochs=1)
@@ -163,7 +163,7 @@ def dpc(settings: Settings) -> None:
     model.train_loader = lambda data: PhasedLoader(  # type: ignore[method-assign]
         [Phase(0, Repeated(repeat(labelled, steps)), Repeated(repeat(unlabelled, steps)))]
     )
-    model.on_train_epoch_end = lambda: None  # type: ignore[method-assign]  # nothing is judged
+    model.on_train_epoch_end = lambda: None  # type: ignore[method-assign]  # no scoring of the training set
     data = RandomImages(2 * batch_size)
 
     def plain() -> float:
@@ -173,7 +173,7 @@ def dpc(settings: Settings) -> None:
         return clock.seconds / steps
 
     def ours() -> float:
-        times = Times()
+        times = StepTimes()
         quiet_trainer(max_epochs=2, callbacks=[times]).fit(model, datamodule=data)
         return sum(times.steps[steps:]) / steps
 

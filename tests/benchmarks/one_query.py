@@ -1,11 +1,11 @@
 """One query of 1,000 labels for five networks on Fashion-MNIST: Lewis weights, random, k-center, and how they do.
 
 ``python tests/benchmarks/one_query.py --root DATA [--out runs/one_query] [--seeds 0 1 2]``. About 25 minutes of one
-thread. Started again after whatever broke it goes on with the piece that it was in: each finished one is a line of
+thread. Started again after an interruption it repeats only the unfinished piece of work: each finished one is a line of
 ``OUT/results.csv``. At the end it prints the table.
 
-For each seed 500 images are labelled at random, on which each network is trained first; their features of the other
-59,500 are what is chosen by. Then each network is trained from scratch on the 1,500 labels that a strategy leads to.
+For each seed 500 images are labelled at random, on which each network is trained first; strategies query by
+their features of the other 59,500. Then each network is trained from scratch on the 1,500 labels of each strategy.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ COLUMNS = ("seed", "what", "network", "value", "seconds")
 
 
 class Pieces:
-    """What is done already, one line each."""
+    """The finished pieces of work, each a line of a CSV file."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
@@ -42,9 +42,10 @@ class Pieces:
         if not path.is_file():
             path.write_text(",".join(COLUMNS) + "\n")
         with path.open(newline="") as file:
-            self.rows = [row for row in csv.DictReader(file) if row["seconds"]]  # a torn last line is done again
+            self.rows = [row for row in csv.DictReader(file) if row["seconds"]]  # a cut last line is done again
 
     def do(self, seed: int, what: str, network: str, work: Callable[[], float]) -> None:
+        """Do the work and add its value and seconds to the file, unless they are there."""
         if any((row["seed"], row["what"], row["network"]) == (str(seed), what, network) for row in self.rows):
             return
         began = time.process_time()
@@ -57,6 +58,7 @@ class Pieces:
         print(*cells, flush=True)
 
     def values(self, what: str, network: str | None = None) -> dict[str, list[float]]:
+        """The values of a kind of work by seed, of one network or of all."""
         found: dict[str, list[float]] = {}
         for row in self.rows:
             if row["what"] == what and network in (None, row["network"]):
@@ -144,6 +146,7 @@ def table(pieces: Pieces, networks: list[str]) -> None:
 
 
 def spread(values: list[float]) -> str:
+    """Mean and standard deviation in percent."""
     if not values:
         return ""
     return f"{100 * mean(values):.2f}" + (f" ± {100 * stdev(values):.2f}" if len(values) > 1 else "")

@@ -158,7 +158,7 @@ class DualHeadLoop:
 
 
 def train_classifier(network: nn.Module, optimizer: torch.optim.Optimizer, batches: Iterable[Batch]) -> None:
-    """The barest supervised loop: nothing is measured, nothing is kept."""
+    """A minimal supervised loop without metrics, log and checkpoints."""
     network.train()
     for image, target, *_ in batches:
         optimizer.zero_grad()

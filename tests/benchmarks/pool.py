@@ -1,4 +1,4 @@
-"""The benches of choosing from a pool: 50,000 samples, 512 features, 100 classes."""
+"""The benches of querying a pool: 50,000 samples, 512 features, 100 classes."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ def clustered(count: int, generator: torch.Generator) -> tuple[Tensor, Tensor]:
 
 
 def plain_k_center(pool: np.ndarray, labelled: np.ndarray) -> Iterator[int]:
-    """Pick after pick: the distances of the whole pool to the latest one, and running minima."""
+    """Yield one pick at a time: distances of the whole pool to the latest one, and running minima."""
     nearest = pairwise_distances(pool, labelled).min(axis=1)
     while True:
         chosen = int(np.argmax(nearest))
@@ -118,7 +118,7 @@ def badge(settings: Settings) -> None:
 
 
 def plain_posterior(logits: Tensor) -> dict[int, float]:
-    """Sample after sample into lists, a mixture for each predicted class, and a dictionary of posteriors."""
+    """A loop that puts sample by sample into lists, a mixture for each predicted class, a dictionary of posteriors."""
     values: dict[int, list[float]] = {c: [] for c in range(CLASSES)}
     members: dict[int, list[int]] = {c: [] for c in range(CLASSES)}
     for start in range(0, len(logits), 128):
@@ -139,7 +139,7 @@ def plain_posterior(logits: Tensor) -> dict[int, float]:
 
 
 def posterior(settings: Settings) -> None:
-    """LfOSA: from the logits of the pool to a posterior for each sample."""
+    """LfOSA: the posterior of each sample of the pool from its logits."""
     count = settings.size(50_000, 5_000)
     generator = torch.Generator().manual_seed(0)
     logits = torch.randn(count, CLASSES + 1, generator=generator)
@@ -163,8 +163,8 @@ def posterior(settings: Settings) -> None:
     compare(f"posterior: {count:,} samples, {CLASSES} classes", variants, settings.rounds)
 
 
-class MadePool(ClassificationDataModule):
-    """Made-up images, or features that are nothing but a number."""
+class MadeUpSource(ClassificationDataModule):
+    """Random images, or random features."""
 
     def __init__(self, count: int, shape: tuple[int, ...]) -> None:
         names = [str(c) for c in range(10)]
@@ -207,7 +207,7 @@ def lewis(settings: Settings) -> None:
 
     budget, rounds, names = settings.size(500, 100), 5, ("mlp_32", "cnn_tiny", "mlp_64_32")
     data = OpenSetDataModule(
-        MadePool(settings.size(10_000, 2_000), (1, 28, 28)), 10, initial_count=200, budget=budget, rounds=rounds
+        MadeUpSource(settings.size(10_000, 2_000), (1, 28, 28)), 10, initial_count=200, budget=budget, rounds=rounds
     )
     data.setup()
 
@@ -229,8 +229,8 @@ def lewis(settings: Settings) -> None:
         return tasks
 
     @torch.no_grad()
-    def seen(task: PoolClassifier, name: str) -> Tensor:
-        """What a network says of the pool: its features or probabilities."""
+    def pool_outputs(task: PoolClassifier, name: str) -> Tensor:
+        """The features or probabilities of a network for the pool."""
         loader = data.source.loader("train", data.unlabelled_indices)
         outputs = (task.predict_step(batch, 0) for batch in loader)
         return torch.cat([output[name] for output in outputs])
@@ -239,7 +239,7 @@ def lewis(settings: Settings) -> None:
 
     def at_once() -> float:
         with Clock() as clock:
-            largest = max_lewis_weights([seen(task, "feature") for task in trained(start)])
+            largest = max_lewis_weights([pool_outputs(task, "feature") for task in trained(start)])
             drawn = draw_until(largest, budget, np.random.default_rng(0))
             trained(np.union1d(start, pool[drawn.distinct]))
         return clock.seconds
@@ -248,7 +248,9 @@ def lewis(settings: Settings) -> None:
         with Clock() as clock:
             labelled = start
             for _ in range(rounds):
-                entropy = torch.stack([predictive_entropy(seen(task, "probabilities")) for task in trained(labelled)])
+                entropy = torch.stack(
+                    [predictive_entropy(pool_outputs(task, "probabilities")) for task in trained(labelled)]
+                )
                 order = pool[entropy.mean(0).argsort(descending=True)]
                 labelled = np.union1d(labelled, order[~np.isin(order, labelled)][: budget // rounds])
             trained(labelled)
@@ -263,7 +265,7 @@ def lewis(settings: Settings) -> None:
 
 def score(settings: Settings) -> None:
     """Scoring a pool and choosing from it, an image, against a bare prediction of the same images."""
-    data = OpenSetDataModule(MadePool(settings.size(20_000, 4_000), (3, 32, 32)), 4, initial_count=400, budget=300)
+    data = OpenSetDataModule(MadeUpSource(settings.size(20_000, 4_000), (3, 32, 32)), 4, initial_count=400, budget=300)
     data.setup()
     count = len(data.unlabelled_indices)
     task = PoolClassifier("cnn", 4, strategy="entropy")
@@ -286,11 +288,11 @@ def score(settings: Settings) -> None:
 
 
 def books(settings: Settings) -> None:
-    """Taking 10,000 answers into a pool, a round: new index sets, and a view for a strategy."""
+    """Reading a record with the 10,000 answers of a round: new index sets, and a view for a strategy."""
     sizes = [settings.size(n, n // 10) for n in (50_000, 1_000_000)]
 
     def turn(count: int) -> Callable[[], float]:
-        data = OpenSetDataModule(MadePool(count, (1,)), 4, initial_count=400, budget=300)
+        data = OpenSetDataModule(MadeUpSource(count, (1,)), 4, initial_count=400, budget=300)
         data.setup()
         record = PoolRecord(Path("pool.json"))
         asked = data.unlabelled_indices[:10_000]

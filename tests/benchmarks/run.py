@@ -1,6 +1,6 @@
 """How fast the collection is against plain code: ``python tests/benchmarks/run.py [BENCH ...] [options]``.
 
-Ratios only, and never asserted: the variants of a table take turns in one process, so what else the machine does meets
+Ratios only, and never asserted: the variants of a table take turns in one process, so other work of the machine slows
 them alike. Printed are the median over rounds of the ratio within a round, and the ratio of the best times. One thread
 by default, and then processor time: with several, a neighbour that holds one core stops them all.
 """

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from measure import Settings, Variant, compare
-from noisy import RandomImages, Times, quiet_trainer
+from noisy import RandomImages, StepTimes, quiet_trainer
 
 from lightning_kd.core.supervised import Classification
 from lightning_kd.data import UniformCandidates
@@ -18,7 +18,7 @@ def mogd(settings: Settings) -> None:
     )
 
     def turn(task: Classification | MoGD) -> float:
-        times = Times()
+        times = StepTimes()
         quiet_trainer(max_epochs=1, callbacks=[times]).fit(task, datamodule=data)
         return sum(times.steps) / len(times.steps)
 
