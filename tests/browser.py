@@ -1,4 +1,4 @@
-"""Chromium without a window, told what to do through a pair of pipes: no server, no driver, no network."""
+"""Headless Chromium, controlled through a pair of pipes: no server, no driver, no network."""
 
 import json
 import os
@@ -24,9 +24,9 @@ class Browser:
         self._answers, write_end = os.pipe()
         words = [BINARY, *FLAGS, f"--user-data-dir={folder / 'profile'}", f"--window-size={size}", "about:blank"]
         # the browser reads from descriptor 3 and writes to 4
-        told = ["bash", "-c", f'exec "$@" 3<&{read_end} 4>&{write_end}', "bash", *words]
+        command = ["bash", "-c", f'exec "$@" 3<&{read_end} 4>&{write_end}', "bash", *words]
         quiet = {"stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL}
-        self._process = subprocess.Popen(told, pass_fds=(read_end, write_end), **quiet)
+        self._process = subprocess.Popen(command, pass_fds=(read_end, write_end), **quiet)
         os.close(read_end)
         os.close(write_end)
         self._number, self._rest, self._session = 0, b"", None
@@ -40,7 +40,7 @@ class Browser:
         return self
 
     def __exit__(self, *error):
-        os.close(self._commands)  # which ends it
+        os.close(self._commands)  # which ends the browser
         try:
             self._process.wait(10)
         except subprocess.TimeoutExpired:
@@ -71,11 +71,11 @@ class Browser:
         self.call("Page.navigate", url=path.absolute().as_uri())
         wait_until(lambda: self.read("document.readyState === 'complete' && location.protocol === 'file:'"))
         drawn = "new Promise(done => requestAnimationFrame(() => requestAnimationFrame(done)))"
-        self.call("Runtime.evaluate", expression=drawn, awaitPromise=True)  # before that keys may be lost
+        self.call("Runtime.evaluate", expression=drawn, awaitPromise=True)  # keys pressed before that may be lost
 
     @contextmanager
     def second(self, path):
-        """A second window that shows ``path``, on which everything is done meanwhile; the first one stays as it is."""
+        """A second window that shows ``path`` and gets all calls meanwhile; the first one stays as it is."""
         first, self._session = self._session, None
         target = self.call("Target.createTarget", url="about:blank")["targetId"]
         self._session = self.call("Target.attachToTarget", targetId=target, flatten=True)["sessionId"]
@@ -93,7 +93,7 @@ class Browser:
         return answer["result"].get("value")
 
     def press(self, *keys, control=False):
-        """Keys as a person presses them: characters, or names such as ``Backspace``."""
+        """Press and release keys: characters, or names such as ``Backspace``."""
         for key in keys:
             code = {"Enter": 13, "Backspace": 8, "ArrowLeft": 37, "ArrowRight": 39, "Delete": 46}.get(key, 0)
             text = {"text": key} if len(key) == 1 and not control else {}
@@ -102,21 +102,21 @@ class Browser:
             self.call("Input.dispatchKeyEvent", type="keyUp", **event)
 
     def click(self, selector):
-        """The mouse, in the middle of an element."""
+        """Click in the middle of an element."""
         box = self.read(f"(({{x, y, width, height}}) => [x + width / 2, y + height / 2])"
                         f"(document.querySelector({json.dumps(selector)}).getBoundingClientRect())")  # fmt: skip
         for kind in ("mousePressed", "mouseReleased"):
             self.call("Input.dispatchMouseEvent", type=kind, x=box[0], y=box[1], button="left", clickCount=1)
 
     def downloaded(self, name):
-        """The path of a file once it is there, whole."""
+        """The path of a downloaded file, once it is complete."""
         path = self.downloads / name
-        wait_until(lambda: path.is_file() and path.stat().st_size)  # it is made empty
+        wait_until(lambda: path.is_file() and path.stat().st_size)  # it is created empty
         return path
 
 
-def wait_until(is_so, seconds=20):
+def wait_until(condition, seconds=20):
     end = time.monotonic() + seconds
-    while not is_so():
+    while not condition():
         assert time.monotonic() < end, "it does not happen"
         time.sleep(0.02)

@@ -1,4 +1,4 @@
-"""Shared by all tests: few threads, no stray seeds, an empty working folder."""
+"""For every test: few threads, a fixed seed and none of the environment, an empty working folder."""
 
 from pathlib import Path
 
@@ -18,7 +18,7 @@ def _isolated(monkeypatch, tmp_path):
     monkeypatch.setenv("COLUMNS", "120")
     monkeypatch.chdir(tmp_path)
     torch.manual_seed(0)
-    # Lightning patches these while it asks for loaders, and leaves them so where that raises
+    # Lightning patches these while it builds loaders, and leaves them patched if that raises
     for cls in (DataLoader, BatchSampler):
         for name in ("__init__", "__setattr__", "__delattr__"):
             monkeypatch.setattr(cls, name, getattr(cls, name))

@@ -1,4 +1,4 @@
-"""Processes forked from one that has imported everything: what a fresh one does, without its seconds of imports."""
+"""Processes forked from one that has imported everything: like new ones, without the seconds of imports."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ def _child(
     torch.set_num_threads(int(THREADS))
     try:
         function(*args)
-    except Exception:  # as the interpreter ends a program
+    except Exception:  # end as the interpreter does
         traceback.print_exc()
         sys.exit(1)
 

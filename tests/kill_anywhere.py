@@ -1,4 +1,4 @@
-"""Commands that end by SIGKILL before a file change of choice, and what runs leave behind, to be compared."""
+"""Kills a command before a chosen file change, and compares the files that runs leave."""
 
 from __future__ import annotations
 
@@ -61,7 +61,7 @@ def killed(words: list[str], folder: Path, run: str, tmpdir: Path, kill_at: int 
 
 
 def left_behind(folder: Path, without: tuple[str, ...] = ()) -> dict[str, Any]:
-    """All that a run left, comparable: without times, and of ``run.json`` what came out of the latest command."""
+    """The content of each file of a run, without times; of ``run.json`` the result of the latest command."""
     found: dict[str, Any] = {}
     for path in sorted(folder.rglob("*")):
         name = str(path.relative_to(folder))
@@ -71,7 +71,7 @@ def left_behind(folder: Path, without: tuple[str, ...] = ()) -> dict[str, Any]:
 
 
 def differences(one: Any, other: Any, name: str = "") -> list[str]:
-    """Where two of these differ."""
+    """The places at which two such contents differ, with both values."""
     if isinstance(one, dict) and isinstance(other, dict):
         missing = [f"{name}/{key}" for key in one.keys() ^ other.keys()]
         return missing + [d for key in one if key in other for d in differences(one[key], other[key], f"{name}/{key}")]

@@ -1,4 +1,4 @@
-"""Fits by the real command that end by SIGKILL in a training pass of choice."""
+"""Fits by the real command, killed by SIGKILL in a chosen training pass."""
 
 from __future__ import annotations
 

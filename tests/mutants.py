@@ -35,7 +35,7 @@ CAUGHT, SURVIVED, BROKEN = "caught", "SURVIVED", "BROKEN"  # the last: the tool 
 
 
 def copy_repository(root: Path, folder: Path, tests: Path) -> None:
-    """A copy whose package is the one that its tests import."""
+    """Copy what the tests need; they import the package of the copy."""
     for part in PARTS:
         source = tests if part == "tests" else root / part
         if source.is_dir():
@@ -115,7 +115,7 @@ def try_mutant(folders: Queue[Path], mutant: Mutant, limit: float) -> tuple[str,
 
 
 def fail_anyway(folder: Path, tests: set[str]) -> list[str]:
-    """Those of ``tests`` that fail on sound code as well, and so tell nothing."""
+    """Those of ``tests`` that fail on sound code as well, and so prove nothing."""
     there = sorted(test for test in tests if test != "timeout")
     return failures(pytest(folder, *there, limit=3600)[1]) if there else []
 

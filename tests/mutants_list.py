@@ -1,4 +1,4 @@
-"""The faults of ``mutants.py``: what stands in a file, what is put in its place, and the tests that must notice."""
+"""The faults of ``mutants.py``: the text of a file that is replaced, its replacement, and the tests that must fail."""
 
 from __future__ import annotations
 
@@ -473,7 +473,7 @@ MUTANTS = [
         "at_least_float32(weak_logits, strong_logits)",
         (f"{NOISY}/test_bldr.py",),
     ),
-    # active learning and its books
+    # active learning and its pool records
     Mutant(
         "unknown samples at the temperature of known ones",
         "active_learning/lfosa.py",
@@ -1350,7 +1350,7 @@ MUTANTS = [
         "        if False:\n",
         (f"{POOL}/test_commands.py",),
     ),
-    # running: the pool's books
+    # running: pool records
     Mutant(
         "BUAL's checkpoint forgets its stage",
         "active_learning/negative_stage.py",
@@ -1586,7 +1586,7 @@ MUTANTS = [
         "after >= 0 and after % self.every",
         (f"{FLAT}/test_shifting_callback.py",),
     ),
-    # what a training is watched for, and kinds of problems
+    # monitored values, and kinds of problems
     Mutant(
         "targets are checked once on a CPU too",
         "core/evaluation.py",
@@ -1629,7 +1629,7 @@ MUTANTS = [
         'MeanMetric(nan_strategy="ignore")',
         ("tests/core/test_problems.py",),
     ),
-    # bad values
+    # wrong values, weak labels, composed configs
     Mutant(
         "shapes that do not match are broadcast",
         "core/losses.py",
@@ -1756,7 +1756,7 @@ MUTANTS = [
         "_as_list(value)",
         COMPOSED,
     ),
-    # pages and answers
+    # label pages, corrections and answers to a query
     Mutant(
         "corrections go by index, whatever the path",
         "data/label_rows.py",
@@ -1792,7 +1792,7 @@ MUTANTS = [
         "if number < 0:",
         ("tests/pool/test_label_command.py",),
     ),
-    # runs put to use
+    # predicting, loading, exporting, fine-tuning
     Mutant(
         "pictures of tagged images cut instead of squeezed",
         "data/preparation.py",
@@ -2033,7 +2033,7 @@ MUTANTS = [
         "torch.full(self.size, 0)",
         ("tests/data/test_segmentation.py",),
     ),
-    # several annotators
+    # several annotators of a sample
     Mutant(
         "a missing annotation is one of the last class",
         "weak_labels/crowds.py",

@@ -1,4 +1,4 @@
-"""What CONTRIBUTING.md says about a new method is true: its three files are enough."""
+"""The example of a new method in CONTRIBUTING.md works: three files are all that it takes."""
 
 import os
 import re
@@ -26,7 +26,7 @@ raise SystemExit(pytest.main([*alone, "-k", "{NAME}", "tests/distillation/test_{
 
 @pytest.fixture
 def copy(tmp_path):
-    """A copy of the repository with the example's files; the real one stays as it is."""
+    """A copy of the repository with the files of the example added."""
     for folder in ("lightning_kd", "configs", "tests"):
         shutil.copytree(ROOT / folder, tmp_path / folder, ignore=shutil.ignore_patterns("__pycache__"))
     shutil.copy(ROOT / "pyproject.toml", tmp_path)
@@ -36,7 +36,7 @@ def copy(tmp_path):
     return tmp_path
 
 
-def in_copy(copy, *args):
+def python_in_copy(copy, *args):
     return subprocess.run(
         [sys.executable, *args],
         capture_output=True,
@@ -47,7 +47,7 @@ def in_copy(copy, *args):
     )
 
 
-def test_the_example_is_short():
+def test_example_in_contributing_has_three_files_of_at_most_60_lines():
     assert list(FILES) == [
         f"lightning_kd/distillation/{NAME}.py",
         f"configs/{CONFIG}.yaml",
@@ -57,20 +57,20 @@ def test_the_example_is_short():
     assert len(lines) <= 60
 
 
-def test_three_files_are_enough(copy):
-    done = in_copy(copy, "-c", COMMANDS)
+def test_method_of_three_files_is_listed_trained_and_tested(copy):
+    done = python_in_copy(copy, "-c", COMMANDS)
     assert done.returncode == 0, done.stdout + done.stderr
     listed, _, fitted = done.stdout.partition("configs:")
     assert re.search(r"^  LogitMSE +Regression on the teacher's logits \(Ba and Caruana", listed, re.MULTILINE)
     assert re.search(rf"^  {CONFIG} +LogitMSE, regression on logits", fitted, re.MULTILINE)
     assert "fit finished after 2 epochs" in fitted
     assert (copy / f"runs/{NAME}_digits/student.pt").is_file()
-    # the example's own test, and that every shipped config says what it builds
+    # the test of the example, and those of tests/test_configs.py for its config
     assert int(re.search(r"^(\d+) passed", fitted, re.MULTILINE)[1]) >= 2, fitted
 
 
-def test_the_example_passes_lint(copy):
+def test_example_passes_lint(copy):
     paths = [path for path in FILES if path.endswith(".py")]
     for command in (["check"], ["format", "--check"]):
-        done = in_copy(copy, "-m", "ruff", *command, "--no-cache", *paths)
+        done = python_in_copy(copy, "-m", "ruff", *command, "--no-cache", *paths)
         assert done.returncode == 0, done.stdout + done.stderr

@@ -1,4 +1,4 @@
-"""Every class that is built from a config refuses numbers that are none, in one sentence that names the argument."""
+"""Every class that a config can build refuses wrong numbers, in one sentence that names the argument."""
 
 import inspect
 import math
@@ -18,8 +18,8 @@ from lightning_kd.core.registry import family_packages
 from lightning_kd.data import LabelNoise
 
 NETWORK = {"num_classes": 4, "input_shape": (1, 8, 8)}
-# what the classes cannot be built without, by the names of their arguments
-NEEDED = {
+# values of the arguments that classes require
+REQUIRED = {
     "network": "cnn_tiny",
     "student": "cnn_tiny",
     "teacher": "cnn_tiny",
@@ -35,18 +35,18 @@ NEEDED = {
     "noise_rate": 0.2,
     "problem": lightning_kd.SingleLabel(4),
 }
-OTHERS = {  # what some classes take besides
+REQUIRED_OF_CLASS = {  # further ones, of some classes only
     data.OpenSetDataModule: {"known_classes": 4, "initial_count": 2},
     data.CIFAR100DataModule: {"labels": "fine"},
     schedules.ConstantThenCosine: {"cosine_epochs": 2},
     lightning_kd.RDD: {"student": "fcn_tiny", "teacher": "fcn_tiny"},
 }
-BELOW_0 = {"kurtosis_threshold", "last_epoch", "log_zero", "z_b"}  # may be
-LIMITED = {"label_smoothing": 1.0, "rate": 1.1, "noise_rate": 1.0, "momentum": 1.0, "clip": 0.5, "late_beta1": 1.0}
+MAY_BE_NEGATIVE = {"kurtosis_threshold", "last_epoch", "log_zero", "z_b"}
+OUT_OF_RANGE = {"label_smoothing": 1.0, "rate": 1.1, "noise_rate": 1.0, "momentum": 1.0, "clip": 0.5, "late_beta1": 1.0}
 STATISTICS = ("mean", "std", "teacher_mean", "teacher_std")
 
 
-def find_classes():
+def config_classes():
     packages = [*family_packages(), core, data, callbacks, schedules]
     found = {getattr(package, name) for package in packages for name in vars(package) if not name.startswith("_")}
     kinds = (
@@ -68,29 +68,31 @@ def find_classes():
     )
 
 
-def parameters(cls):
-    """All arguments with their types, those of ``kwargs`` too."""
+def argument_types(cls):
+    """All arguments of a class with their types, those that ``kwargs`` hands to its bases too."""
     found = {}
     for base in reversed(cls.__mro__):
         if "__init__" in vars(base) and base.__module__.startswith("lightning_kd"):
             known = inspect.signature(base.__init__).parameters
             if not any(p.kind is p.VAR_KEYWORD for p in known.values()):
-                found = {}  # hands on what it likes
+                found = {}  # arguments of the bases cannot be given
             hints = typing.get_type_hints(base.__init__)
             found |= {name: hints.get(name) for name in known if name not in ("self", "kwargs")}
     return found
 
 
-def numbers(cls):
-    for name, kind in parameters(cls).items():
+def number_arguments(cls):
+    """Of each argument that is a number: its name, whether fractions are allowed, and whether None is."""
+    for name, kind in argument_types(cls).items():
         kinds = set(typing.get_args(kind)) if typing.get_origin(kind) in (types.UnionType, typing.Union) else {kind}
         if kinds <= {int, float, type(None)}:
             yield name, float in kinds, type(None) in kinds
 
 
 def build(cls, **changed):
-    known = parameters(cls)
-    arguments = {name: value for name, value in {**NEEDED, **NETWORK}.items() if name in known}
+    """An object of the class, with valid arguments except for those ``changed``."""
+    known = argument_types(cls)
+    arguments = {name: value for name, value in {**REQUIRED, **NETWORK}.items() if name in known}
     if issubclass(cls, L.LightningDataModule):
         arguments |= {"fake": True}
     if "source" in known:
@@ -102,31 +104,35 @@ def build(cls, **changed):
         arguments["optimizer"] = torch.optim.SGD([weight], lr=0.1)
     if issubclass(cls, data.CIFARN | data.LabelFile):
         arguments |= {"path": "none.npz"}
-    return cls(**{**arguments, **OTHERS.get(cls, {}), **changed})
+    return cls(**{**arguments, **REQUIRED_OF_CLASS.get(cls, {}), **changed})
 
 
-NUMBERS = [
-    pytest.param(cls, *number, id=f"{cls.__name__}-{number[0]}") for cls in find_classes() for number in numbers(cls)
+NUMBER_ARGUMENTS = [
+    pytest.param(cls, *number, id=f"{cls.__name__}-{number[0]}")
+    for cls in config_classes()
+    for number in number_arguments(cls)
 ]
 
 
-@pytest.mark.parametrize("cls", find_classes(), ids=lambda cls: cls.__name__)
-def test_all_can_be_built(cls):
+@pytest.mark.parametrize("cls", config_classes(), ids=lambda cls: cls.__name__)
+def test_every_class_can_be_built_from_its_required_arguments(cls):
     build(cls)
 
 
-def test_there_are_many():
-    assert len(NUMBERS) > 150
-    assert {"temperature", "T_max", "eta_min", "rate", "batch_size", "every", "rho"} <= {p.values[1] for p in NUMBERS}
+def test_more_than_150_number_arguments_are_found():
+    assert len(NUMBER_ARGUMENTS) > 150
+    assert {"temperature", "T_max", "eta_min", "rate", "batch_size", "every", "rho"} <= {
+        p.values[1] for p in NUMBER_ARGUMENTS
+    }
 
 
-@pytest.mark.parametrize(("cls", "name", "fractional", "optional"), NUMBERS)
-def test_what_is_no_number_is_refused(cls, name, fractional, optional):
+@pytest.mark.parametrize(("cls", "name", "fractional", "optional"), NUMBER_ARGUMENTS)
+def test_values_that_are_not_valid_numbers_raise(cls, name, fractional, optional):
     bad = [math.nan, math.inf, "1", True]
     bad += [] if optional else [None]
     bad += [] if fractional else [1.5]
-    bad += [] if name in BELOW_0 else [-1]
-    bad += [LIMITED[name]] if name in LIMITED else []
+    bad += [] if name in MAY_BE_NEGATIVE else [-1]
+    bad += [OUT_OF_RANGE[name]] if name in OUT_OF_RANGE else []
     bad += [0, 0.0] if name.endswith("temperature") or name in ("T_max", "batch_size", "every") else []
     for value in bad:
         with pytest.raises(ValueError, match=rf"^{name}\b.*, got {value!r}") as caught:
@@ -136,10 +142,10 @@ def test_what_is_no_number_is_refused(cls, name, fractional, optional):
 
 @pytest.mark.parametrize(
     ("cls", "name"),
-    [(cls, name) for cls in find_classes() for name in STATISTICS if name in parameters(cls)],
+    [(cls, name) for cls in config_classes() for name in STATISTICS if name in argument_types(cls)],
     ids=lambda value: getattr(value, "__name__", value),
 )
-def test_statistics_are_numbers(cls, name):
+def test_mean_and_std_that_are_not_finite_numbers_raise(cls, name):
     count = len(build(cls).mean) if "DataModule" in cls.__name__ else 1
     other = {"teacher_mean": "teacher_std", "teacher_std": "teacher_mean"}.get(name)
     for value in (math.nan, None, math.inf):
@@ -159,7 +165,7 @@ def test_statistics_are_numbers(cls, name):
         (lightning_kd.Classification, "input_shape", [1, 8, 8]),
     ],
 )
-def test_each_of_several_numbers_is_looked_at(cls, name, good, bad):
+def test_a_bad_number_at_any_place_of_a_list_raises(cls, name, good, bad):
     build(cls, **{name: good})
     for k in range(len(good)):
         with pytest.raises(ValueError, match=f"^{name} must be .*got {bad!r}"):
@@ -167,7 +173,7 @@ def test_each_of_several_numbers_is_looked_at(cls, name, good, bad):
 
 
 @pytest.mark.parametrize("value", [3, np.int64(3), 3.0, np.float32(3)])
-def test_numbers_of_any_make_pass(value):
+def test_int_float_and_numpy_numbers_pass(value):
     check_numbers(least=3, most=3, above=2, below=4, x=value)
 
 
@@ -181,7 +187,7 @@ def test_numbers_of_any_make_pass(value):
         ({}, math.nan, "x must be finite, got nan: give a finite number"),
     ],
 )
-def test_the_sentence(rule, value, text):
+def test_error_sentence_names_the_rule_the_value_and_the_remedy(rule, value, text):
     with pytest.raises(ValueError) as caught:
         check_numbers(x=value, **rule)
     assert str(caught.value) == text

@@ -1,4 +1,4 @@
-"""The imports between the parts of the package go one way."""
+"""Which parts of the package may import which others; no imports go in a circle."""
 
 import ast
 from pathlib import Path
@@ -23,8 +23,8 @@ MAY_IMPORT = {
     "active_learning": {"core", "nets", "metrics", "pool"},
     "cli": {"core", "nets", "metrics", "pool", "compare", "claims", "data", "callbacks", "deploy", *FAMILIES},
 }
-# which import nothing of the package themselves
-AT_THE_TOP = ("lightning_kd.argument_checks", "lightning_kd.file_writing", "lightning_kd.spreadsheet")
+# modules that every part may import, as they import nothing of the package
+FOR_EVERY_PART = ("lightning_kd.argument_checks", "lightning_kd.file_writing", "lightning_kd.spreadsheet")
 
 
 def imported_parts(path):
@@ -33,12 +33,12 @@ def imported_parts(path):
         names += [alias.name for alias in node.names] if isinstance(node, ast.Import) else []
         for name in names:
             assert not (isinstance(node, ast.ImportFrom) and node.level), f"relative import in {path}"
-            if name.startswith("lightning_kd.") and name not in AT_THE_TOP:
+            if name.startswith("lightning_kd.") and name not in FOR_EVERY_PART:
                 yield name.split(".")[1]
 
 
 @pytest.mark.parametrize("part", [p for p in MAY_IMPORT if (PACKAGE / p).is_dir()])
-def test_arrows_go_one_way(part):
+def test_each_part_imports_only_the_parts_it_may(part):
     files = list((PACKAGE / part).rglob("*.py"))
     assert files
     for path in files:
@@ -46,12 +46,12 @@ def test_arrows_go_one_way(part):
         assert found <= MAY_IMPORT[part], f"{path} imports {found - MAY_IMPORT[part]}"
 
 
-def test_every_part_is_known():
+def test_every_package_folder_has_an_import_rule():
     folders = {p.name for p in PACKAGE.iterdir() if p.is_dir() and (p / "__init__.py").is_file()}
     assert folders <= set(MAY_IMPORT)
 
 
-def test_the_command_line_has_no_circle_of_imports():
+def test_cli_files_have_no_circular_imports():
     files = {f"lightning_kd.cli.{path.stem}": path for path in (PACKAGE / "cli").glob("*.py")}
     files["lightning_kd.cli"] = files.pop("lightning_kd.cli.__init__")
     imports = {}
@@ -66,12 +66,12 @@ def test_the_command_line_has_no_circle_of_imports():
 
 
 @pytest.mark.parametrize("path", sorted((PACKAGE / "cli").glob("*.py")), ids=lambda path: path.stem)
-def test_the_files_of_the_command_line_are_short(path):
+def test_cli_files_have_at_most_250_lines(path):
     assert len(path.read_text().splitlines()) <= 250
 
 
-def test_no_circle_of_imports():
-    """Files import one another in one direction only; imports inside functions and for types alone count too."""
+def test_package_files_have_no_circular_imports():
+    """Imports inside functions and for types alone count too."""
     files = {path: ".".join(path.relative_to(PACKAGE.parent).with_suffix("").parts) for path in PACKAGE.rglob("*.py")}
     known = set(files.values())
     graph = {}

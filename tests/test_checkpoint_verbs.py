@@ -53,7 +53,7 @@ def test_a_checkpoint_is_shifted_tested_and_measured(tmp_path, capsys):
         assert saved["loss"][(1,) * len(shape)] == pytest.approx(entry["loss"], rel=1e-5)
 
 
-def test_a_checkpoint_without_its_teacher_is_shifted_and_an_undone_shift_writes_none(capsys, monkeypatch):
+def test_a_student_is_shifted_and_an_undone_shift_writes_no_checkpoint(capsys, monkeypatch):
     main(["fit", "--config", "distillation/kd_digits", *FIT[3:], "--model.teacher_weights", "random"])
     capsys.readouterr()
     with monkeypatch.context() as patch:
@@ -82,7 +82,7 @@ def test_a_checkpoint_without_its_teacher_is_shifted_and_an_undone_shift_writes_
         (["shift", "--run", "run", "--trainer.devices", "2"], "by one process, got 2: add --trainer.devices 1"),
     ],
 )
-def test_errors(words, expected, fitted, capsys):
+def test_wrong_arguments_of_shift_raise_and_write_no_checkpoint(words, expected, fitted, capsys):
     before = sorted(path.name for path in (fitted / "run/checkpoints").iterdir())
     with pytest.raises(SystemExit):
         main([*words, *QUIET])
@@ -91,7 +91,7 @@ def test_errors(words, expected, fitted, capsys):
 
 
 @pytest.fixture(scope="module")
-def once(tmp_path_factory):
+def fitted_once(tmp_path_factory):
     folder = tmp_path_factory.mktemp("fitted")
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(folder)
@@ -100,6 +100,6 @@ def once(tmp_path_factory):
 
 
 @pytest.fixture
-def fitted(once, monkeypatch):
-    monkeypatch.chdir(once)
-    return once
+def fitted(fitted_once, monkeypatch):
+    monkeypatch.chdir(fitted_once)
+    return fitted_once

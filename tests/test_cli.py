@@ -25,14 +25,14 @@ def rows(run):
         return list(csv.DictReader(stream))
 
 
-def test_changelog_and_citation_are_of_this_version():
+def test_changelog_and_citation_name_this_version():
     released = re.findall(r"^## \[(\d[\d.]*)\] - (\d{4}-\d\d-\d\d)$", (ROOT / "CHANGELOG.md").read_text(), re.M)
     citation = yaml.safe_load((ROOT / "CITATION.cff").read_text())
     assert released[0] == (lightning_kd.__version__, str(citation["date-released"]))
     assert citation["version"] == lightning_kd.__version__
 
 
-def test_help_version_and_list(capsys):
+def test_version_help_and_list_are_printed(capsys):
     main(["--version"])
     assert capsys.readouterr().out == f"lightning-kd {lightning_kd.__version__}\n"
     main([])
@@ -53,7 +53,7 @@ def test_help_version_and_list(capsys):
 
 
 @pytest.mark.parametrize("argument", [["--model.help", "DHKD"], ["--data.help", "DigitsDataModule"], ["--help"]])
-def test_option_help(argument, capsys):
+def test_help_names_the_options_of_a_verb_or_class(argument, capsys):
     with pytest.raises(SystemExit) as stop:
         main(["fit", *argument])
     assert stop.value.code == 0
@@ -63,7 +63,7 @@ def test_option_help(argument, capsys):
         assert text in out
 
 
-def test_print_config_is_a_config(capsys, tmp_path):
+def test_print_config_of_a_printed_config_is_the_same(capsys, tmp_path):
     with pytest.raises(SystemExit):
         main(["fit", *DHKD, "--print_config"])
     text = capsys.readouterr().out
@@ -83,21 +83,21 @@ def test_unknown_config_lists_near_names(capsys):
     assert error.count("\n") == 1
 
 
-def test_config_names_and_paths(tmp_path):
+def test_config_names_paths_order_of_flags_and_default_run_folder(tmp_path):
     assert "distillation/dhkd_digits" in config_names()
     own = tmp_path / "own.yaml"
     own.write_text("")
     assert config_path(str(own)) == str(own)
     args, paths = with_config_paths(["fit", "-c", str(own), "--config=distillation/kd_digits", "--x", "y"])
     assert args == ["fit", "--config", paths[0], "--config", paths[1], "--x", "y"]
-    # flags win, also over a config after them; a class is there for the settings of that, too
+    # flags win even over a config that follows them; a class also goes before the config, whose settings are for it
     args, _ = with_config_paths(["--x", "y", "--model", "KD", f"--config={own}", "--model.y=1"])
     assert args == ["--model", "KD", "--config", str(own), "--x", "y", "--model", "KD", "--model.y=1"]
     assert default_run_folder([*paths, config_path("_overlay/smoke")], "kd") == "runs/own-kd_digits"
     assert default_run_folder([], "kd") == "runs/kd"
 
 
-def test_resume_command():
+def test_resume_command_adds_ckpt_path_last_and_drops_overwrite():
     assert resume_command("lightning-kd fit --a 'b c' --overwrite") == "lightning-kd fit --a 'b c' --ckpt_path last"
     assert resume_command("lightning-kd fit --overwrite true --x 1") == "lightning-kd fit --x 1 --ckpt_path last"
     assert resume_command("lightning-kd fit --ckpt_path=last --overwrite -c 1") == (
@@ -125,7 +125,7 @@ def test_fit_test_predict_in_one_folder(tmp_path, capsys):
     plain.load_state_dict(state)
 
     main(["test", "--config", f"runs/{run.name}/config.yaml", "--ckpt_path", "last", *SMOKE])
-    assert [row["test/acc"] == "" for row in rows(run)] == [True, False]  # beside the epoch that was tested
+    assert [row["test/acc"] == "" for row in rows(run)] == [True, False]  # in the row of the epoch that was tested
     main(["validate", "--config", f"runs/{run.name}/config.yaml", "--ckpt_path", "last", *SMOKE])
     assert [row["epoch"] for row in rows(run)] == ["0", "1", "1"]
     assert rows(run)[2]["val/acc"] == rows(run)[1]["val/acc"]
@@ -141,7 +141,7 @@ def test_fit_test_predict_in_one_folder(tmp_path, capsys):
     assert record["class_names"] == record["history"][0]["class_names"] == [str(digit) for digit in range(10)]
 
 
-def test_a_finished_fit_is_not_trained_over(tmp_path, capsys):
+def test_a_finished_fit_is_replaced_only_with_overwrite(tmp_path, capsys):
     main(["fit", *TEACHER, *SMOKE])
     before = (tmp_path / "runs/teacher_digits/checkpoints/last.ckpt").read_bytes()
     with pytest.raises(SystemExit):
@@ -150,7 +150,7 @@ def test_a_finished_fit_is_not_trained_over(tmp_path, capsys):
     assert "holds a last.ckpt: add --ckpt_path last to go on, --overwrite" in error
     assert error.count("\n") == 1
     assert (tmp_path / "runs/teacher_digits/checkpoints/last.ckpt").read_bytes() == before
-    with pytest.raises(SystemExit):  # a broken option must not cost the earlier run
+    with pytest.raises(SystemExit):  # a wrong option must not delete the earlier run
         main(["fit", *TEACHER, *SMOKE, "--overwrite", "--data.batch_size", "-3"])
     assert (tmp_path / "runs/teacher_digits/checkpoints/last.ckpt").read_bytes() == before
     main(["fit", *TEACHER, *SMOKE, "--overwrite", "--seed_everything", "1"])
@@ -170,7 +170,7 @@ def test_evaluating_untrained_weights_beside_trained_ones_is_refused(tmp_path, c
 
 def test_overwrite_leaves_nothing_of_the_earlier_fit(tmp_path):
     main(["fit", *TEACHER, *SMOKE])
-    with pytest.raises(SystemExit):  # the learning rate breaks it
+    with pytest.raises(SystemExit):  # at this learning rate the loss is not finite
         main(["fit", *TEACHER, *SMOKE, "--overwrite", "--model.network", "mlp_32", "--model.optimizer.lr", "1e30"])
     folder = RunFolder("runs/teacher_digits")
     assert not (folder.path / "network.pt").exists()
@@ -178,15 +178,15 @@ def test_overwrite_leaves_nothing_of_the_earlier_fit(tmp_path):
     assert not folder.best.exists()
 
 
-def test_last_knows_the_best_score_of_its_own_epoch(tmp_path):
+def test_last_checkpoint_holds_the_best_score_including_its_own_epoch(tmp_path):
     main(["fit", *TEACHER, *SMOKE, "--run", "x"])
     state = torch.load("x/checkpoints/last.ckpt", weights_only=True)["callbacks"]["RunCheckpoint[best]"]
     scores = [float(row["val/acc"]) for row in rows(tmp_path / "x")]
     assert float(state["best_model_score"]) == pytest.approx(max(scores))
-    assert scores[-1] == pytest.approx(max(scores))  # or it would tell nothing
+    assert scores[-1] == pytest.approx(max(scores))  # else the test could not fail
 
 
-def test_fast_dev_run_touches_nothing(tmp_path):
+def test_fast_dev_run_changes_no_file_of_the_run(tmp_path):
     main(["fit", *TEACHER, *SMOKE])
     folder = tmp_path / "runs/teacher_digits"
     before = {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()}
@@ -194,7 +194,7 @@ def test_fast_dev_run_touches_nothing(tmp_path):
     assert {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()} == before
 
 
-def test_a_moved_run_acts_on_its_new_place(tmp_path):
+def test_a_moved_run_writes_to_its_new_folder(tmp_path):
     main(["fit", *TEACHER, *SMOKE, "--run", "x"])
     (tmp_path / "x").rename(tmp_path / "y")
     main(["fit", *TEACHER, *SMOKE, "--run", "x", "--seed_everything", "1"])
@@ -211,7 +211,7 @@ def test_a_moved_run_acts_on_its_new_place(tmp_path):
     assert (tmp_path / "y/checkpoints/best.ckpt").read_bytes() == best
 
 
-def test_callbacks_of_the_users_own(tmp_path):
+def test_own_callbacks_work_and_averages_save_no_teacher_weights(tmp_path):
     (tmp_path / "more.yaml").write_text(
         "trainer:\n  callbacks:\n"
         "  - class_path: lightning.pytorch.callbacks.ModelCheckpoint\n"
@@ -230,7 +230,7 @@ def test_callbacks_of_the_users_own(tmp_path):
     assert not [k for part in ("state_dict", "current_model_state") for k in state[part] if k.startswith("teacher.")]
 
 
-def test_without_checkpoints_the_results_are_written_all_the_same(tmp_path, capsys):
+def test_results_are_written_with_checkpoints_off(tmp_path, capsys):
     off = ["--trainer.enable_checkpointing", "false"]
     main(["fit", *TEACHER, *SMOKE, *off])
     assert "next: lightning-kd test" not in capsys.readouterr().out
@@ -254,19 +254,19 @@ def test_without_checkpoints_the_results_are_written_all_the_same(tmp_path, caps
     )
 
 
-def test_wrong_options_are_short(capsys):
+def test_error_of_a_wrong_option_is_short(capsys):
     with pytest.raises(SystemExit):
         main(["fit", *TEACHER, "--model.temperature", "3"])
     assert len(capsys.readouterr().err) < 800
 
 
-def test_last_where_there_is_none(capsys):
+def test_ckpt_path_last_without_a_checkpoint_gives_an_error(capsys):
     with pytest.raises(SystemExit):
         main(["fit", *TEACHER, *SMOKE, "--ckpt_path", "last"])
     assert "error: ckpt_path 'last': there is no runs/teacher_digits/checkpoints/last.ckpt" in capsys.readouterr().err
 
 
-def test_missing_teacher_is_one_sentence_and_leaves_no_folder(capsys, tmp_path):
+def test_missing_teacher_weights_give_one_sentence_and_leave_no_folder(capsys, tmp_path):
     with pytest.raises(SystemExit):
         main(["fit", "--config", "distillation/dhkd_digits", *SMOKE])
     error = capsys.readouterr().err
@@ -275,7 +275,7 @@ def test_missing_teacher_is_one_sentence_and_leaves_no_folder(capsys, tmp_path):
     assert not list(tmp_path.iterdir())
 
 
-def test_optimizer_arguments_do_not_leak():
+def test_optimizer_has_the_arguments_of_its_config_alone():
     cli = get_cli(
         [
             "--config",
@@ -300,7 +300,7 @@ def test_optimizer_arguments_do_not_leak():
     }
 
 
-def test_get_cli_for_notebooks(tmp_path):
+def test_get_cli_builds_trainer_model_and_data_that_train(tmp_path):
     cli = get_cli([*TEACHER, *SMOKE, "--run", str(tmp_path / "here")])
     cli.trainer.fit(cli.model, cli.datamodule)
     assert (tmp_path / "here" / "checkpoints" / "last.ckpt").is_file()
@@ -308,7 +308,7 @@ def test_get_cli_for_notebooks(tmp_path):
     assert cli.trainer.callback_metrics["val/acc"] >= 0
 
 
-def test_a_class_of_the_working_folder(tmp_path, monkeypatch):
+def test_a_network_class_of_the_working_folder_is_trained_and_loaded(tmp_path, monkeypatch):
     monkeypatch.syspath_prepend(str(tmp_path))
     (tmp_path / "my_nets.py").write_text(
         "from torch import nn\n"

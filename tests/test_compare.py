@@ -1,3 +1,5 @@
+"""``lightning-kd compare``: how runs are grouped and labelled, and the tables and pictures made of them."""
+
 from __future__ import annotations
 
 import csv
@@ -66,7 +68,7 @@ def labels(*runs: Path) -> list[str]:
     return [group.label for group in compare_runs(runs)]
 
 
-def test_mean_std_last_best_by_hand(tmp_path: Path) -> None:
+def test_mean_std_last_and_best_equal_values_by_hand(tmp_path: Path) -> None:
     make_run(tmp_path / "a_seed0", 0, epochs(0.5, 0.9, 0.7))
     make_run(tmp_path / "a_seed1", 1, epochs(0.6, 0.8, 0.8))
     make_run(tmp_path / "a_seed2", 2, epochs(0.95, 0.2, 0.9))
@@ -80,7 +82,7 @@ def test_mean_std_last_best_by_hand(tmp_path: Path) -> None:
     assert group.notes == []
 
 
-def test_nan_is_kept_and_named(tmp_path: Path) -> None:
+def test_nan_stays_in_the_mean_and_is_noted(tmp_path: Path) -> None:
     make_run(tmp_path / "a_0", 0, epochs(0.5, 0.6))
     make_run(tmp_path / "a_1", 1, epochs(0.4, float("nan")))
     [group] = compare_runs([tmp_path])
@@ -89,7 +91,7 @@ def test_nan_is_kept_and_named(tmp_path: Path) -> None:
     assert ",val/acc,2,nan,nan,0.5," in to_csv([group])
 
 
-def test_default_metrics(tmp_path: Path) -> None:
+def test_default_metrics_and_errors_for_unknown_or_missing_ones(tmp_path: Path) -> None:
     both = make_run(tmp_path / "both", 0, epochs(0.5, test=0.4))
     val = make_run(tmp_path / "val", 0, epochs(0.5), heads=2)
     loss = make_run(tmp_path / "loss", 0, epochs(0.5, metric="val/loss"), heads=3)
@@ -123,12 +125,12 @@ def test_runs_that_differ_only_in_seed_are_one_group(tmp_path: Path) -> None:
     ]
     groups = compare_runs([*runs, *other])
     assert [group.label for group in groups] == ["a", "b", "c", "d"]
-    assert [run.path for run in groups[0].runs] == [runs[1], runs[0]]  # by seed
+    assert [run.path for run in groups[0].runs] == [runs[1], runs[0]]  # sorted by seed
 
 
 @pytest.mark.parametrize("file", ["checkpoints/best.ckpt", "network.pt"])
 @pytest.mark.parametrize("relative", [False, True])
-def test_students_of_paired_teachers_are_one_group(tmp_path: Path, file: str, relative: bool) -> None:
+def test_students_whose_teachers_differ_in_seed_alone_are_one_group(tmp_path: Path, file: str, relative: bool) -> None:
     students = []
     for seed in (0, 1, 2):
         teacher = make_run(tmp_path / "runs" / f"teacher_seed{seed}", seed, method="x.Supervised", depth=40)
@@ -143,7 +145,7 @@ def test_students_of_paired_teachers_are_one_group(tmp_path: Path, file: str, re
     assert labels(*students) == ["student", "other", "file", "none"]
 
 
-def test_students_of_several_paired_teachers_are_one_group(tmp_path: Path) -> None:
+def test_students_of_two_teachers_that_differ_in_seed_alone_are_one_group(tmp_path: Path) -> None:
     students = []
     for seed in (0, 1):
         both = [make_run(tmp_path / f"{name}_seed{seed}", seed, depth=depth) for name, depth in (("a", 20), ("b", 40))]
@@ -154,7 +156,7 @@ def test_students_of_several_paired_teachers_are_one_group(tmp_path: Path) -> No
     assert labels(*students) == ["student", "other", "one"]
 
 
-def test_teachers_of_teachers_and_circles_end(tmp_path: Path) -> None:
+def test_chains_of_teachers_are_grouped_and_a_circle_ends(tmp_path: Path) -> None:
     for seed in (0, 1):
         make_run(tmp_path / f"a_seed{seed}", seed, teacher_weights=f"{tmp_path}/b_seed{seed}/network.pt")
         make_run(tmp_path / f"b_seed{seed}", seed, teacher_weights=f"{tmp_path}/c_seed{seed}/network.pt")
@@ -177,11 +179,11 @@ def test_teachers_of_teachers_and_circles_end(tmp_path: Path) -> None:
         ("resnet_56_{}", "resnet_56"),
     ],
 )
-def test_the_label_is_the_folder_name_without_its_seed(tmp_path: Path, name: str, label: str) -> None:
+def test_label_is_the_folder_name_without_its_seed(tmp_path: Path, name: str, label: str) -> None:
     assert labels(*[make_run(tmp_path / name.format(seed), seed) for seed in (0, 1)]) == [label]
 
 
-def test_without_a_common_name_the_method_and_its_settings_are_the_label(tmp_path: Path) -> None:
+def test_label_is_method_and_settings_where_folder_names_differ(tmp_path: Path) -> None:
     runs = [
         make_run(tmp_path / "monday", 0, heads=2, lr=0.1),
         make_run(tmp_path / "tuesday", 1, heads=2, lr=0.1),
@@ -193,7 +195,7 @@ def test_without_a_common_name_the_method_and_its_settings_are_the_label(tmp_pat
     assert labels(*runs) == ["DHKD heads=2", "DHKD heads=1", "KD"]
 
 
-def test_equal_names_get_the_settings_that_differ(tmp_path: Path) -> None:
+def test_groups_of_equal_name_are_labelled_with_settings_that_differ(tmp_path: Path) -> None:
     runs = [
         make_run(tmp_path / "a" / "student_seed0", 0, optimizer={"class_path": "torch.optim.SGD"}, milestones=[1, 2]),
         make_run(tmp_path / "b" / "student_seed0", 0, optimizer={"class_path": "torch.optim.Adam"}, milestones=[1, 3]),
@@ -206,7 +208,7 @@ def test_equal_names_get_the_settings_that_differ(tmp_path: Path) -> None:
     ]
 
 
-def test_a_label_names_three_settings_or_as_many_as_it_takes(tmp_path: Path) -> None:
+def test_label_has_three_settings_or_as_many_as_tell_groups_apart(tmp_path: Path) -> None:
     many = {f"k{i}": 0 for i in range(9)}
     a = make_run(tmp_path / "a" / "s_seed0", 0, **many)
     b = make_run(tmp_path / "b" / "s_seed0", 0, **dict.fromkeys(many, 1.5))
@@ -215,7 +217,7 @@ def test_a_label_names_three_settings_or_as_many_as_it_takes(tmp_path: Path) -> 
     assert len(set(labels(*runs))) == 5
 
 
-def test_an_incomplete_child_is_left_out_and_named(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_an_incomplete_run_folder_is_left_out_and_named(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     make_run(tmp_path / "a_seed0", 0)
     (make_run(tmp_path / "a_seed1", 1) / "metrics.csv").unlink()
     (tmp_path / "notes").mkdir()
@@ -230,7 +232,7 @@ def test_an_incomplete_child_is_left_out_and_named(tmp_path: Path, capsys: pytes
         main([str(tmp_path)])
 
 
-def test_blank_cells_torn_rows_and_rows_of_a_step(tmp_path: Path) -> None:
+def test_last_and_best_with_blank_cells_short_rows_and_step_rows(tmp_path: Path) -> None:
     run = make_run(tmp_path / "a", 0)
     (run / "metrics.csv").write_text(
         "epoch,step,val/acc,train/loss,test/acc,val/gap\n"
@@ -241,10 +243,10 @@ def test_blank_cells_torn_rows_and_rows_of_a_step(tmp_path: Path) -> None:
     assert last_and_best == {
         "val/acc": ([0.3], 0.8, None),
         "train/loss": ([0.75], 0.5, None),  # the last row of an epoch counts, and the smallest loss is the best
-        "test/acc": ([0.15], None, None),  # recorded last, and not to choose by
-        "val/gap": ([0.1], None, None),  # the name does not tell
+        "test/acc": ([0.15], None, None),  # the last one recorded; a test metric has no best epoch
+        "val/gap": ([0.1], None, None),  # its name does not say whether more is better
     }
-    assert group.runs[0].epochs == 3  # the rows of the test are no epoch
+    assert group.runs[0].epochs == 3  # rows of a test count as no epoch
 
 
 @pytest.mark.parametrize(
@@ -255,14 +257,14 @@ def test_blank_cells_torn_rows_and_rows_of_a_step(tmp_path: Path) -> None:
         (0, "val/gap train/accumulated lr-SGD val/blossom"),
     ],
 )
-def test_direction_reads_the_words_of_the_name(sign: int, names: str) -> None:
+def test_direction_of_a_metric_follows_words_in_its_name(sign: int, names: str) -> None:
     assert {name: direction(name) for name in names.split()} == dict.fromkeys(names.split(), sign)
 
 
-def test_notes(tmp_path: Path) -> None:
+def test_repeated_seeds_unequal_epochs_and_missing_metrics_are_noted(tmp_path: Path) -> None:
     make_run(tmp_path / "a" / "0", 0, epochs(0.5, 0.6, test=0.5))
     make_run(tmp_path / "a" / "1", 1, epochs(0.5))
-    make_run(tmp_path / "a" / "again_1", 1, epochs(0.5), data={"seed": 7})  # other data: a repeat of its own
+    make_run(tmp_path / "a" / "again_1", 1, epochs(0.5), data={"seed": 7})  # other data: an independent repeat
     make_run(tmp_path / "a" / "copy", 0, epochs(0.5))
     [group] = compare_runs([tmp_path / "a", tmp_path / "a" / "0"])  # named twice, counted once
     assert group.seeds == ["0", "0", "1", "1"]
@@ -273,14 +275,14 @@ def test_notes(tmp_path: Path) -> None:
     ]
 
 
-def test_the_outcome_is_that_of_the_last_fit(tmp_path: Path) -> None:
+def test_a_run_is_finished_if_its_last_fit_is(tmp_path: Path) -> None:
     run = make_run(tmp_path / "a", 0)
     fits = [{"verb": "fit", "outcome": "failed"}, {"verb": "fit", "outcome": "finished"}]
     (run / "run.json").write_text(json.dumps({"verb": "test", "outcome": "failed", "history": fits}))
     assert "unfinished" not in to_markdown(compare_runs([run]))
 
 
-def test_unfinished_runs_count_and_are_named(tmp_path: Path) -> None:
+def test_unfinished_runs_are_counted_and_marked(tmp_path: Path) -> None:
     for seed, outcome in enumerate(["finished", "failed", "running", None, "interrupted"]):
         run = make_run(tmp_path / f"a_seed{seed}", seed, outcome=outcome)
     earlier = json.loads((run / "run.json").read_text())  # a test that finished does not finish the fit
@@ -293,11 +295,11 @@ def test_unfinished_runs_count_and_are_named(tmp_path: Path) -> None:
     assert f"- unfinished (marked *): {names}\n" in text
 
 
-def test_what_is_printed_and_written_to_the_letter(
+def test_printed_and_written_tables_equal_the_expected_text(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setenv("COLUMNS", "20")  # however narrow, nothing is cut
+    monkeypatch.setenv("COLUMNS", "20")  # a narrow terminal cuts nothing
     runs = Path("runs")
     make_run(runs / "kd_seed0", 0, epochs(0.5, 0.8, test=0.7), heads=2)
     make_run(runs / "kd_seed1", 1, epochs(0.9, 0.6, test=0.8), heads=2, outcome="running")
@@ -329,17 +331,17 @@ mean and std: over runs of the value at the last epoch (sample standard deviatio
     assert (runs / "compare" / "compare.md").read_text() == text
     written = "".join(f"runs/compare/compare.{suffix}\n" for suffix in ("csv", "md", "png"))
     assert capsys.readouterr().out == f"{text}\n{written}"
-    main(["runs", "--output", "deep/out", "--metric", "val/acc"])  # the folder of results is no run
+    main(["runs", "--output", "deep/out", "--metric", "val/acc"])  # runs/compare is not taken for a run
     assert (tmp_path / "deep" / "out" / "compare.png").is_file()
 
 
-def test_what_is_not_a_fraction_is_not_shown_in_percent(tmp_path: Path) -> None:
+def test_metrics_that_are_not_fractions_are_not_shown_in_percent(tmp_path: Path) -> None:
     assert " 0.5000 |" in to_markdown(compare_runs([make_run(tmp_path / "a", 0, epochs(0.5, metric="val/loss"))]))
     assert " 71.5000 |" in to_markdown(compare_runs([make_run(tmp_path / "b", 0, epochs(0.9, 71.5))]))
 
 
 @pytest.mark.parametrize("kind", ["curves", "values", "many", "one epoch", "odd names", "nan"])
-def test_the_picture_can_be_read(tmp_path: Path, kind: str) -> None:
+def test_picture_shows_the_first_group(tmp_path: Path, kind: str) -> None:
     for i in range(12 if kind == "many" else 2):
         for seed in (0, 1):
             values = [0.5 + 0.02 * e + 0.05 * i + 0.03 * seed for e in range(1 if kind == "one epoch" else 5 - seed)]
@@ -366,7 +368,7 @@ def test_the_picture_can_be_read(tmp_path: Path, kind: str) -> None:
         ("metrics.csv", "epoch,step,val/acc\n0,1,0.5,7\n", r"metrics\.csv is damaged in line 2"),
     ],
 )
-def test_a_missing_or_damaged_file_is_one_sentence(
+def test_a_missing_or_damaged_file_raises_one_sentence(
     tmp_path: Path, name: str, content: str | None, message: str
 ) -> None:
     run = make_run(tmp_path / "a", 0)
@@ -376,7 +378,7 @@ def test_a_missing_or_damaged_file_is_one_sentence(
     assert "\n" not in str(error.value)
 
 
-def test_arguments_that_cannot_be_used(tmp_path: Path) -> None:
+def test_wrong_arguments_raise(tmp_path: Path) -> None:
     run = make_run(tmp_path / "a", 0)
     (tmp_path / "empty").mkdir()
     for argv, message in (
@@ -390,7 +392,7 @@ def test_arguments_that_cannot_be_used(tmp_path: Path) -> None:
             main(argv)
 
 
-def test_the_import_is_light() -> None:
+def test_import_of_compare_loads_no_torch_lightning_or_matplotlib() -> None:
     code = "import sys, lightning_kd.compare; print({'torch', 'lightning', 'matplotlib'} & set(sys.modules))"
     result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert result.stdout.strip() == "set()"

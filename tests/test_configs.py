@@ -1,4 +1,4 @@
-"""Every shipped config parses, means what it says, and one of each method is run, tested and resumed."""
+"""Every shipped config parses and builds what it says; one of each method is trained, tested and resumed."""
 
 import functools
 from pathlib import Path
@@ -31,7 +31,7 @@ FEATURE_METHODS = ("fitnet", "at", "nst", "sp", "rkd", "pkt", "reviewkd")
 DISTILLING = [name for name in COMPLETE if "teacher" in content(name)["model"]["init_args"]]
 OVERLAYS = [name for name in config_names() if name.startswith(("noisy_labels/noise/", "noisy_labels/settings/"))]
 OPENNESS = [name for name in config_names() if name.startswith("active_learning/openness/")]
-# every argument named: the defaults of another class would leak
+# what a config must name: else values of the optimizer class before it would remain
 OPTIMIZER_ARGUMENTS = {
     "torch.optim.SGD": {"lr", "momentum", "weight_decay", "dampening", "nesterov"},
     "torch.optim.Adam": {"lr", "betas", "eps", "weight_decay", "amsgrad"},
@@ -50,20 +50,22 @@ OPTIMIZER_ARGUMENTS = {
 }
 
 
-def small(name):
+def small_networks(name):
+    """Options that replace the networks of a config by small ones without loaded weights."""
     pixels = name.startswith("segmentation/")
     network = "fcn_tiny" if pixels else "cnn_tiny"
     given = content(name)["model"]["init_args"]
     start = [word for key in ("weights", "student_weights") if key in given for word in (f"--model.{key}", "null")]
     networks = [network if pixels and word.startswith("cnn") else word for word in SMALL]
     networks = networks if name in DISTILLING else ["--model.network", network]
-    if method_of(name) == "L2D":  # which looks at embeddings
+    if method_of(name) == "L2D":  # which needs an embedding of each label
         networks = [f"{word}+ml_decoder_16" if word.startswith("cnn") else word for word in networks]
     return [*start, *networks]
 
 
 def arguments(name):
-    if "tiny_imagenet" in name:  # an image folder is looked at for its classes when it is made
+    """The options of a config for a run of seconds; the image folders that it reads are made."""
+    if "tiny_imagenet" in name:  # its classes are read from the folders when the data module is built
         for k in range(200):
             Path(f"data/tiny-imagenet-200/train/n{k:03d}").mkdir(parents=True, exist_ok=True)
     if name == "active_learning/margin_folder":
@@ -73,7 +75,7 @@ def arguments(name):
     return ["--config", name, "--config", "_overlay/smoke", *QUIET, *stages]
 
 
-def test_each_is_named_and_described():
+def test_each_config_has_a_comment_and_names_all_optimizer_arguments():
     assert len(PAIRS) == 10
     for name in config_names():
         assert (config_folder() / f"{name}.yaml").read_text().startswith("# "), name
@@ -85,8 +87,8 @@ def test_each_is_named_and_described():
 
 
 @pytest.mark.parametrize("name", COMPLETE)
-def test_parses_and_builds_what_it_says(name):
-    extra = small(name)
+def test_config_parses_and_builds_what_it_says(name):
+    extra = small_networks(name)
     stages = ("negative_epochs", "snapshot_interval")
     given = content(name)["model"]["init_args"]
     own = [word for key in stages if key in given for word in (f"--model.{key}", str(given[key]))]
@@ -95,13 +97,13 @@ def test_parses_and_builds_what_it_says(name):
     for key, value in given.items():
         if isinstance(value, (int, float)) and isinstance(getattr(cli.model, key, None), (int, float)):
             assert getattr(cli.model, key) == value, key
-    if "lr_interval" in given:  # how many steps it has is known in a fit
+    if "lr_interval" in given:  # the number of steps is known in a fit only
         cli.model.schedule_length, cli.model.second_stage_begin = (lambda unit: 100), (lambda unit: 30)
     configured = cli.model.configure_optimizers()
     configured = {"optimizer": configured} if isinstance(configured, torch.optim.Optimizer) else configured
     for one in configured if isinstance(configured, list) else [configured]:
         said = dict(given["optimizer"]["init_args"])
-        base = said.pop("base_optimizer", None)  # whose settings SAM has among its own
+        base = said.pop("base_optimizer", None)  # SAM holds its settings among its own
         for key, value in {**said, **(base["init_args"] if base else {})}.items():
             expected = tuple(value) if isinstance(value, list) else value
             known = one["optimizer"].defaults
@@ -111,7 +113,7 @@ def test_parses_and_builds_what_it_says(name):
         if "lr_scheduler" in given:
             assert one["lr_scheduler"]["interval"] == given.get("lr_interval", "epoch")
         else:
-            assert name.startswith("active_learning/")  # whose papers keep it constant
+            assert name.startswith("active_learning/")  # whose papers keep the learning rate constant
 
 
 @pytest.mark.parametrize("name", OVERLAYS)
@@ -147,7 +149,7 @@ def test_flatness_overlays_compose(name):
     assert {*added} <= {type(callback).__name__ for callback in cli.trainer.callbacks}
 
 
-def test_the_measured_flatness_setting_composes():
+def test_flatness_10k_overlay_sets_batch_size_augmentation_and_schedule():
     for method in ("sgd", "sam"):
         cli = get_cli([*arguments(f"flatness/{method}_cifar10"), "--config", "flatness/cifar10_10k"])
         assert (cli.datamodule.batch_size, cli.datamodule.crop_flip) == (128, None)
@@ -165,8 +167,8 @@ def test_the_measured_flatness_setting_composes():
         ("weak_labels/selfcrowd_cifar10", "weak_labels/cifar10_10k"),
     ],
 )
-def test_an_overlay_with_a_schedule_ends_it_with_its_training(tmp_path, base, overlay):
-    """Also where a schedule of one's own, of another length, stands before it."""
+def test_overlay_sets_a_schedule_as_long_as_its_training(tmp_path, base, overlay):
+    """Even after a config with a schedule of another length."""
     own = {"class_path": "torch.optim.lr_scheduler.CosineAnnealingLR", "init_args": {"T_max": 240}}
     (tmp_path / "own.yaml").write_text(yaml.safe_dump({"model": {"init_args": {"lr_scheduler": own}}}))
     parts = [base, str(tmp_path / "own.yaml"), overlay]
@@ -186,7 +188,7 @@ def test_crowd_overlays_compose(name):
     assert cli.datamodule.train_annotations.shape[1] == 3
 
 
-def test_the_measured_crowds_compose():
+def test_crowd_10k_overlays_set_samples_epochs_and_rounds():
     added = ["weak_labels/cifar10_10k", "weak_labels/selfcrowd_10k", "weak_labels/crowds/cifar10n_sparse"]
     cli = get_cli(["--config", "weak_labels/selfcrowd_cifar10", *(w for a in added for w in ("--config", a)), *QUIET])
     assert (cli.datamodule.train_per_class, cli.trainer.max_epochs) == (2447, 20)
@@ -205,7 +207,7 @@ def test_openness_overlays_compose(name):
     assert first == f"# {known} of {total} classes known: openness {1 - int(known) / total:.2f}"
 
 
-def test_the_measured_setting_composes():
+def test_pool_10k_overlays_set_data_budget_and_epochs():
     for method in ("lfosa", "bual", "dcfs", "entropy"):
         parts = ["cifar10_10k", "fashion_10k", *(["bual_10k"] if method == "bual" else [])]
         added = [word for part in parts for word in ("--config", f"active_learning/{part}")]
@@ -216,7 +218,7 @@ def test_the_measured_setting_composes():
 
 
 @pytest.mark.parametrize("name", [n for n in COMPLETE if "OneCycle" in str(content(n))])
-def test_cycles_of_the_papers_of_several_labels(name):
+def test_one_cycle_schedules_of_multi_label_configs_are_those_of_the_papers(name):
     config = content(name)
     model, epochs = config["model"]["init_args"], config["trainer"]["max_epochs"]
     stretch = model["lr_scheduler"]["init_args"].get("stretch", 1.0)
@@ -229,7 +231,7 @@ def test_cycles_of_the_papers_of_several_labels(name):
     assert model.get("decay_weights_only", False) == (method_of(name) not in ("CAP", "PAT"))
 
 
-def test_recipes_of_the_pool_papers():
+def test_pool_configs_have_the_settings_of_their_papers():
     ours = ("digits", "fashion", "folder")  # settings that no paper has
     for name in [n for n in COMPLETE if n.startswith("active_learning/") and not n.endswith(ours)]:
         data, model = content(name)["data"]["init_args"], content(name)["model"]["init_args"]
@@ -246,7 +248,7 @@ def test_recipes_of_the_pool_papers():
 def test_pairs_compose(pair):
     teacher, student = (content(pair)["model"]["init_args"][k] for k in ("teacher", "student"))
     assert pair.endswith(f"{teacher}_{student}")
-    # a pair holds only what all know, so that any of them follows any method
+    # a pair sets only what all methods take, so each pair is tried with a share of the methods
     methods = [*("kd", "dkd", "dhkd", "lskd", "dist", "nkd"), *FEATURE_METHODS]
     for method in methods[PAIRS.index(pair) :: len(PAIRS)]:
         check_pair(pair, method)
@@ -277,13 +279,13 @@ def check_pair(pair, method):
         ("resnet50_mobilenetv2", 8),
     ],
 )
-def test_each_pair_has_its_own_weight_in_dkd(pair, beta):
+def test_dkd_beta_of_each_pair_is_the_published_one(pair, beta):
     given = content(f"distillation/pairs/{pair}")["model"]["init_args"]
     assert published_beta(given["student"], given["teacher"]) == beta
     assert "beta" not in content("distillation/dkd_cifar100")["model"]["init_args"]
 
 
-def test_dkd_knows_the_published_weight_and_takes_another():
+def test_dkd_takes_the_published_beta_unless_one_is_given():
     task = DKD("resnet20", "resnet56", 100, teacher_weights="random")
     assert task.beta == 2
     assert DKD("resnet20", "resnet56", 100, teacher_weights="random", beta=3.0).beta == 3
@@ -291,7 +293,7 @@ def test_dkd_knows_the_published_weight_and_takes_another():
     assert published_beta(task.student, "resnet56") == published_beta("cnn_tiny", "cnn") == 8
 
 
-def test_crops_of_the_imagenet_recipes():
+def test_imagenet_configs_have_the_crop_ranges_of_their_papers():
     for name, scale, ratio in (
         ("kd", [0.08, 1.0], [3 / 4, 4 / 3]),
         ("dkd", [0.08, 1.0], [3 / 4, 4 / 3]),
@@ -301,7 +303,7 @@ def test_crops_of_the_imagenet_recipes():
         assert (data["scale"], data["ratio"]) == (pytest.approx(scale), pytest.approx(ratio))
 
 
-def test_recipe_of_the_papers():
+def test_cifar100_distillation_configs_have_the_recipe_of_the_papers():
     for name in ("classification", "kd", "dkd", "dhkd", "lskd", "dist", "nkd", "z_loss", *FEATURE_METHODS):
         config = content(f"distillation/{name}_cifar100")
         assert config["trainer"]["max_epochs"] == 240
@@ -352,8 +354,8 @@ def test_fit_test_resume(method, tmp_path):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", [n for n in COMPLETE if "digits" not in n and "_arrays" not in n])
-def test_runs(name):
-    extra = small(name)
+def test_every_full_size_config_fits_and_tests(name):
+    extra = small_networks(name)
     batch = "--data.source.batch_size" if name.startswith("active_learning/") else "--data.batch_size"
     main(["fit", *arguments(name), *extra, "--run", "run", batch, "8"])
     main(["test", *arguments(name), *extra, "--run", "run", "--ckpt_path", "last"])

@@ -46,19 +46,20 @@ def run(folder, tmp_path):
 
 
 def expected_of(name, images):
-    """Images of 0 to 1, normalised by hand, through the plain network; and what they are."""
+    """The images as tensors of 0 to 1, not normalised, and the probabilities that the loaded run gives for them."""
     predictor = lightning_kd.load(name, device="cpu")
     mean, std = (torch.tensor(values).view(-1, 1, 1) for values in (predictor.mean, predictor.std))
     unit = predictor.prepare(images) * std + mean
     return unit, predictor.predict(images).probabilities
 
 
-def difference(out):
+def printed_difference(out):
+    """How much the outputs of run and file differ, as the command says."""
     return float(out.partition("differ by ")[2].split()[0])
 
 
 @needs_onnx
-def test_onnx(run, capsys):
+def test_onnx_file_gives_the_probabilities_of_the_run(run, capsys):
     import onnx
     import onnxruntime
 
@@ -66,7 +67,7 @@ def test_onnx(run, capsys):
     out = capsys.readouterr().out
     assert "r/exported.onnx: onnx of r/checkpoints/best.ckpt" in out
     assert "of the test set of the run" in out
-    assert difference(out) < 1e-5
+    assert printed_difference(out) < 1e-5
     files = [str(path) for path in sorted(Path("photos/red").iterdir())[:3]]
     unit, expected = expected_of("r", files)
     session = onnxruntime.InferenceSession("r/exported.onnx", providers=["CPUExecutionProvider"])
@@ -80,7 +81,7 @@ def test_onnx(run, capsys):
     assert not list(Path("r").glob("*.data"))
 
 
-def test_torchscript(run, capsys):
+def test_torchscript_file_gives_the_probabilities_of_the_run(run, capsys):
     main(
         [
             "export",
@@ -96,7 +97,7 @@ def test_torchscript(run, capsys):
     out = capsys.readouterr().out
     assert "out/mine.pt: torchscript of r/checkpoints/last.ckpt" in out
     assert "on 32 samples of photos" in out
-    assert difference(out) < 1e-5
+    assert printed_difference(out) < 1e-5
     unit, expected = expected_of("r/checkpoints/last.ckpt", "photos")
     names = {"class_names.json": ""}
     exported = torch.jit.load("out/mine.pt", _extra_files=names)
@@ -104,7 +105,7 @@ def test_torchscript(run, capsys):
     assert json.loads(names["class_names.json"]) == ["blue", "green", "red"]
 
 
-def test_state_dict(run, capsys):
+def test_state_dict_gives_the_probabilities_of_the_run(run, capsys):
     main(["export", "r", "--format", "state_dict"])
     out = capsys.readouterr().out
     assert "normalise its images by mean [0.485, 0.456, 0.406]" in out
@@ -119,11 +120,11 @@ def test_state_dict(run, capsys):
 @pytest.mark.parametrize(
     "name", ["noisy_labels/dpc_digits", "active_learning/lfosa_digits", "segmentation/baseline_arrays"]
 )
-def test_methods_of_other_kinds(name, tmp_path, capsys):
+def test_methods_of_other_kinds_are_exported_as_torchscript(name, tmp_path, capsys):
     main(["fit", "--config", name, "--config", "_overlay/smoke", *QUIET, "--run", "x"])
     capsys.readouterr()
     main(["export", "x", "--format", "torchscript"])
-    assert difference(capsys.readouterr().out) < 1e-5
+    assert printed_difference(capsys.readouterr().out) < 1e-5
     predictor = lightning_kd.load("x", device="cpu")
     unit = torch.rand(3, *predictor.input_shape)
     _, probabilities = predictor.task.scores_and_probabilities(predictor.prepare(unit))
@@ -131,7 +132,7 @@ def test_methods_of_other_kinds(name, tmp_path, capsys):
     torch.testing.assert_close(found, probabilities.detach(), atol=1e-5, rtol=0)
 
 
-def test_where_the_data_is_gone_it_is_said(run, capsys):
+def test_export_without_the_data_compares_on_random_noise_and_says_so(run, capsys):
     shutil.rmtree("photos")
     main(["export", "r", "--format", "torchscript"])
     out = capsys.readouterr()
@@ -139,7 +140,7 @@ def test_where_the_data_is_gone_it_is_said(run, capsys):
     assert "--images" in out.err
 
 
-def test_a_network_whose_head_has_queries_takes_any_number_of_images(tmp_path, monkeypatch, capsys):
+def test_export_of_an_ml_decoder_takes_any_number_of_images(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     rows = np.random.default_rng(0)
     image, target = rows.integers(0, 256, (30, 16, 16, 3), np.uint8), rows.integers(0, 2, (30, 4), np.uint8)
@@ -151,10 +152,10 @@ def test_a_network_whose_head_has_queries_takes_any_number_of_images(tmp_path, m
     main(["export", "m", "--format", "torchscript"])
     out = capsys.readouterr().out
     assert "on 6 samples of the test set" in out
-    assert difference(out) < 1e-5
+    assert printed_difference(out) < 1e-5
 
 
-def test_a_file_that_takes_one_number_of_images_is_not_kept(run, capsys, monkeypatch):
+def test_export_that_fails_for_another_number_of_images_is_not_kept(run, capsys, monkeypatch):
     seen = []
 
     def read(answer, path, images):
@@ -170,7 +171,7 @@ def test_a_file_that_takes_one_number_of_images_is_not_kept(run, capsys, monkeyp
     assert not Path("r/exported.torchscript").exists()
 
 
-def test_what_there_is_not_is_told_in_the_words_of_the_command(run, capsys):
+def test_missing_run_or_image_and_folder_as_output_give_an_error(run, capsys):
     Path("there").mkdir()
     for given, message in (
         (["gone"], "'gone' does not exist: name the folder of a run"),
@@ -182,7 +183,7 @@ def test_what_there_is_not_is_told_in_the_words_of_the_command(run, capsys):
         assert message in capsys.readouterr().err
 
 
-def test_features_are_no_pixels(tmp_path, monkeypatch, capsys):
+def test_export_of_a_feature_network_says_nothing_of_pixel_ranges(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     feature = np.random.default_rng(0).normal(size=(40, 5)).astype(np.float32)
     np.savez("mine.npz", feature=feature, target=np.arange(40) % 2)
@@ -198,7 +199,7 @@ def test_features_are_no_pixels(tmp_path, monkeypatch, capsys):
         assert "from 0 to 1" not in out
 
 
-def test_a_file_that_answers_differently_is_not_kept(run, capsys, monkeypatch):
+def test_export_with_other_outputs_is_removed_and_a_failing_one_raises(run, capsys, monkeypatch):
     def wrong(answer, example, path, names):
         torch.jit.save(torch.jit.trace(nn.Softmax(1), example.flatten(1)[:, :3]), str(path))
 
@@ -221,7 +222,7 @@ def test_a_file_that_answers_differently_is_not_kept(run, capsys, monkeypatch):
     assert "cannot be exported as torchscript (RuntimeError: no such operator)" in capsys.readouterr().err
 
 
-def test_what_is_missing_is_told(run, capsys, monkeypatch):
+def test_missing_package_checkpoint_or_images_give_an_error(run, capsys, monkeypatch):
     monkeypatch.setattr(exported_network, "ONNX_PACKAGES", ("onnx", "no_such_package"))
     for words, message in (
         (["r"], "format onnx needs no_such_package: pip install 'lightning_kd[onnx]'"),

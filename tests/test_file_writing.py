@@ -1,4 +1,4 @@
-"""Files that are whole or not there: what others left or planted, and what is said where nothing can be written."""
+"""Files are written whole or not at all: leftovers of killed processes, links, locks, and errors of the disk."""
 
 import errno
 import os
@@ -15,7 +15,7 @@ from lightning_kd.file_writing import open_lock, remove_leftovers, sentence_of, 
 from lightning_kd.pool.pool_record import alone
 from tests.forked import run_forked
 
-LEFT = ".metrics.csv.0123456789abcdef0123456789abcdef.part"
+LEFTOVER = ".metrics.csv.0123456789abcdef0123456789abcdef.part"
 
 
 def names(folder):
@@ -28,10 +28,10 @@ def die_while_writing(folder):
         os.kill(os.getpid(), signal.SIGKILL)
 
 
-def test_what_a_killed_process_left_goes_with_the_next_file(tmp_path):
+def test_leftovers_of_a_killed_process_are_removed_by_the_next_write(tmp_path):
     assert run_forked(die_while_writing, tmp_path, folder=tmp_path).returncode == -signal.SIGKILL
     assert len(names(tmp_path)) == 1
-    (tmp_path / LEFT).write_text("half")
+    (tmp_path / LEFTOVER).write_text("half")
     foreign = [".mine.part", "mine.0123456789abcdef0123456789abcdef.part", ".a.0123.part", "b.partial"]
     for name in foreign:
         (tmp_path / name).write_text("")
@@ -39,7 +39,7 @@ def test_what_a_killed_process_left_goes_with_the_next_file(tmp_path):
     assert names(tmp_path) == sorted([*foreign, "other.csv"])
 
 
-def test_what_another_writes_just_now_is_left_alone(tmp_path):
+def test_a_part_that_is_still_being_written_is_not_removed(tmp_path):
     with written_whole(tmp_path / "one.csv") as part:
         part.write_text("one")
         write_text(tmp_path / "two.csv", "two")
@@ -49,11 +49,11 @@ def test_what_another_writes_just_now_is_left_alone(tmp_path):
     assert (tmp_path / "one.csv").read_text() == "one"
 
 
-def test_no_link_is_followed(tmp_path, monkeypatch):
+def test_symbolic_links_are_not_followed(tmp_path, monkeypatch):
     (tmp_path / "run").mkdir()
     (tmp_path / "theirs").write_text("precious")
-    (tmp_path / "run" / LEFT).symlink_to(tmp_path / "theirs")
-    monkeypatch.setattr("lightning_kd.file_writing.uuid4", lambda: type("One", (), {"hex": LEFT.split(".")[3]}))
+    (tmp_path / "run" / LEFTOVER).symlink_to(tmp_path / "theirs")
+    monkeypatch.setattr("lightning_kd.file_writing.uuid4", lambda: type("One", (), {"hex": LEFTOVER.split(".")[3]}))
     with pytest.raises(FileExistsError):
         write_text(tmp_path / "run" / "metrics.csv", "text")
     (tmp_path / "run" / ".pool.lock").symlink_to(tmp_path / "theirs")
@@ -82,7 +82,7 @@ def test_a_new_file_has_the_usual_permissions(tmp_path):
         (errno.EACCES, "could not be written, as its folder may not be written: change its permissions"),
     ],
 )
-def test_the_error_names_the_file_and_is_the_first_one(tmp_path, monkeypatch, number, sentence):
+def test_error_of_a_failed_write_names_the_file_and_the_first_cause(tmp_path, monkeypatch, number, sentence):
     def broken(path, *args, **kwargs):
         raise OSError(errno.EIO, "second error", str(path))
 
@@ -101,7 +101,7 @@ def test_the_error_names_the_file_and_is_the_first_one(tmp_path, monkeypatch, nu
         raise PermissionError(errno.EACCES, "Permission denied", "/elsewhere/x")
 
 
-def test_a_full_disk_of_others_is_told_alike():
+def test_sentence_of_explains_a_full_disk_and_keeps_other_errors():
     full = "could not be written, as the disk is full: make room there, or name a folder on another disk"
     assert (
         sentence_of(OSError(errno.ENOSPC, "No space left", "/tmp/x", None, "run/last.ckpt"))
@@ -113,7 +113,7 @@ def test_a_full_disk_of_others_is_told_alike():
 
 
 @pytest.mark.skipif(not Path("/dev/full").exists(), reason="no full disk at hand")
-def test_a_full_disk_with_every_kind_of_content(tmp_path, monkeypatch):
+def test_a_full_disk_raises_for_text_arrays_and_tensors_and_leaves_no_file(tmp_path, monkeypatch):
     def full(path):
         real = part_of(path)
         real[0].unlink()
@@ -133,7 +133,7 @@ def test_a_full_disk_with_every_kind_of_content(tmp_path, monkeypatch):
     assert names(tmp_path) == []
 
 
-def test_a_file_system_without_locks_is_no_obstacle(tmp_path, monkeypatch):
+def test_alone_works_on_a_file_system_without_locks(tmp_path, monkeypatch):
     def unsupported(*args):
         raise OSError(errno.ENOLCK, "No locks available")
 

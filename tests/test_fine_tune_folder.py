@@ -1,4 +1,4 @@
-"""The shipped configs on a folder of images: a teacher from weights of other classes, a student of it, new files."""
+"""Shipped configs on a folder of images: a teacher is fine-tuned, its student distilled, new files predicted."""
 
 import csv
 from pathlib import Path
@@ -17,7 +17,7 @@ SMALL = ["--data.root", "photos", "--data.image_size", "16", "--data.num_workers
 SHORT = ["--trainer.max_epochs", "2", "--trainer.enable_progress_bar", "false"]
 
 
-def test_fine_tuned_then_distilled(tmp_path, monkeypatch, capsys):
+def test_fine_tuned_teacher_distils_a_student_that_predicts_new_files(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     draw = np.random.default_rng(0)
     for name, count in (("cats", 30), ("dogs", 8)):
@@ -44,7 +44,7 @@ def test_fine_tuned_then_distilled(tmp_path, monkeypatch, capsys):
 
 
 def check_new_files(capsys):
-    """Predictions for files that nobody labelled, without the photos trained on, and the same from an exported file."""
+    """Unlabelled files are predicted without the training photos; Python and exported files give the same."""
     Path("photos").rename("elsewhere")
     new = sorted(Path("elsewhere").glob("*/1*.png"))
     for k, path in enumerate(new):
@@ -81,7 +81,7 @@ def new_files():
 
 
 def pixels_of(files):
-    """As another program would read them: the short side to 18, the middle 16 x 16, from 0 to 1."""
+    """As another program would read them: resized to a short side of 18, cut to the middle 16 x 16, from 0 to 1."""
     found = []
     for path in files:
         picture = Image.open(path).convert("RGB")

@@ -1,4 +1,4 @@
-"""A kind of problem that the package does not know: one class and one data module are all that it takes."""
+"""A new kind of problem, regression, needs one subclass of ``Problem`` and one data module."""
 
 import csv
 
@@ -12,7 +12,7 @@ from lightning_kd.data import Arrays, LabelledDataModule
 
 
 class Regression(Problem):
-    """Numbers, one or several a sample."""
+    """The targets are numbers, one or several a sample."""
 
     kind = "numbers (Regression)"
     monitored, monitor_mode = "mae", "min"
@@ -41,7 +41,7 @@ class Regression(Problem):
 
 
 class SumsDataModule(LabelledDataModule):
-    """Rows of six numbers; the answer is the sum of the first three."""
+    """Rows of six numbers; the target is the sum of the first three."""
 
     def __init__(self, batch_size: int = 32, seed: int = 0, fake: bool = False):
         super().__init__(
@@ -68,26 +68,26 @@ COMMAND = [
 ]
 
 
-def last_of(run, name):
+def recorded_values(run, name):
     with (run / "metrics.csv").open() as file:
         values = [row[name] for row in csv.DictReader(file) if row.get(name)]
     return [float(value) for value in values]
 
 
-def test_a_fourth_kind_trains_tests_resumes_and_predicts(tmp_path, capsys):
+def test_regression_trains_resumes_tests_and_predicts(tmp_path, capsys):
     run, whole = tmp_path / "run", tmp_path / "whole"
     main(["fit", *COMMAND, "--run", str(run), "--trainer.max_epochs", "4"])
     main(["fit", *COMMAND, "--run", str(run), "--trainer.max_epochs", "8", "--ckpt_path", "last"])
     main(["fit", *COMMAND, "--run", str(whole), "--trainer.max_epochs", "8"])
-    curve = last_of(run, "val/mae")
-    assert curve == last_of(whole, "val/mae")
+    curve = recorded_values(run, "val/mae")
+    assert curve == recorded_values(whole, "val/mae")
     assert len(curve) == 8
     assert curve[-1] < 0.5 * curve[0]
-    assert len(last_of(run, "train/mae")) == 8
+    assert len(recorded_values(run, "train/mae")) == 8
     checkpoint = torch.load(run / "checkpoints" / "best.ckpt", weights_only=True)
     assert checkpoint["epoch"] == min(range(8), key=curve.__getitem__)  # the smallest is the best
     main(["test", *COMMAND, "--run", str(run), "--ckpt_path", "last"])
-    assert last_of(run, "test/mae")[0] < 1
+    assert recorded_values(run, "test/mae")[0] < 1
     assert "test/mae" in capsys.readouterr().out
     main(["predict", *COMMAND, "--run", str(run), "--ckpt_path", "last"])
     with (run / "predictions.csv").open() as file:
@@ -98,10 +98,12 @@ def test_a_fourth_kind_trains_tests_resumes_and_predicts(tmp_path, capsys):
     data = SumsDataModule()
     data.setup()
     error = sum(abs(float(row["prediction_0"]) - float(data.test_target[int(row["index"])])) for row in rows) / 80
-    assert error == pytest.approx(last_of(run, "test/mae")[0], rel=1e-3)
+    assert error == pytest.approx(recorded_values(run, "test/mae")[0], rel=1e-3)
 
 
 class ByLoss(Regression):
+    """Without metrics: monitored by its loss."""
+
     monitored, training_metric = "loss", "loss_again"
 
     def metrics(self):
@@ -114,17 +116,17 @@ class ByLossDataModule(SumsDataModule):
         self.problem = ByLoss(1)
 
 
-def test_a_curve_of_what_is_measured_by_its_loss_alone(tmp_path):
+def test_curve_of_a_problem_without_metrics_records_its_loss(tmp_path):
     run = tmp_path / "run"
     data = ["--data", f"{__name__}.ByLossDataModule", "--trainer.callbacks", "lightning_kd.callbacks.TestCurve"]
     main(["fit", *COMMAND, *data, "--run", str(run), "--trainer.max_epochs", "2"])
-    curve = last_of(run, "curve/loss")
-    assert last_of(run, "curve/loss_last")[-1] == pytest.approx(sum(curve) / 2)
+    curve = recorded_values(run, "curve/loss")
+    assert recorded_values(run, "curve/loss_last")[-1] == pytest.approx(sum(curve) / 2)
     main(["test", *COMMAND, *data, "--run", str(run), "--ckpt_path", "last"])
-    assert last_of(run, "test/loss")[0] == pytest.approx(curve[-1], rel=1e-5)
+    assert recorded_values(run, "test/loss")[0] == pytest.approx(curve[-1], rel=1e-5)
 
 
-def test_a_method_for_one_class_refuses_it(tmp_path):
+def test_classification_of_regression_data_exits_with_an_error(tmp_path):
     with pytest.raises(SystemExit):
         main(
             [

@@ -1,4 +1,4 @@
-"""Whatever file change a command is killed before, started again it ends as one that nothing disturbed."""
+"""A command that is killed before any of its file changes and started again ends like an undisturbed one."""
 
 import os
 import shutil
@@ -17,25 +17,26 @@ FITS = {
     "pool": ["--config", "active_learning/lfosa_digits"],
     "several labels": ["--config", "multi_label/baseline_arrays", "--data.fake", "true", "--data.path", "none.npz"],
 }
-ELSEWHERE = Path("/dev/shm")
-OTHER_DISK = ELSEWHERE.is_dir() and os.access(ELSEWHERE, os.W_OK)
+MEMORY_DISK = Path("/dev/shm")
+HAS_MEMORY_DISK = MEMORY_DISK.is_dir() and os.access(MEMORY_DISK, os.W_OK)
 
 
 @pytest.fixture(params=["the same disk", pytest.param("another disk", marks=pytest.mark.slow)])
 def tmpdir(request, tmp_path):
-    """What $TMPDIR is."""
+    """The folder that ``$TMPDIR`` names."""
     if request.param == "the same disk":
         yield tmp_path / "tmp"
         return
-    if not OTHER_DISK or ELSEWHERE.stat().st_dev == tmp_path.stat().st_dev:
+    if not HAS_MEMORY_DISK or MEMORY_DISK.stat().st_dev == tmp_path.stat().st_dev:
         pytest.skip("there is no other file system here")
-    folder = ELSEWHERE / f"lightning-kd-tests-{os.getpid()}"
+    folder = MEMORY_DISK / f"lightning-kd-tests-{os.getpid()}"
     yield folder
     shutil.rmtree(folder, ignore_errors=True)
 
 
 def check_points(tmp_path, tmpdir, first, again, points, without=()):
-    """Kill ``first(run)`` before some of its file changes and run ``again(run)``: nothing is lost, or different."""
+    """Kill ``first(run)`` before ``points`` of its file changes, all for ``None``, and run ``again(run)``; the run
+    must then have the files of an undisturbed one."""
     count = killed(first("whole"), tmp_path, "whole", tmpdir)
     whole = left_behind(tmp_path / "whole", without)
     assert not any(name.endswith((".part", ".lock")) for name in whole), list(whole)
@@ -88,25 +89,25 @@ def check_label(tmp_path, tmpdir, points):
     check_points(tmp_path, tmpdir, words, lambda run, folder: words(run), points)
 
 
-def test_a_fit(tmp_path, tmpdir):
+def test_fit_killed_before_four_file_changes_ends_like_an_undisturbed_one(tmp_path, tmpdir):
     check_fit(tmp_path, tmpdir, "ELR+", 4)
 
 
-def test_answers(tmp_path):
+def test_label_killed_before_three_file_changes_ends_like_an_undisturbed_one(tmp_path):
     check_label(tmp_path, tmp_path / "tmp", 3)
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("method", FITS)
-def test_every_change_of_a_fit(tmp_path, tmpdir, method):
+def test_fit_killed_before_every_file_change_ends_like_an_undisturbed_one(tmp_path, tmpdir, method):
     check_fit(tmp_path, tmpdir, method, None)
 
 
 @pytest.mark.slow
-def test_changes_of_a_benchmark(tmp_path, tmpdir):
+def test_active_killed_before_25_file_changes_ends_like_an_undisturbed_one(tmp_path, tmpdir):
     check_active(tmp_path, tmpdir, 25)  # of about 150
 
 
 @pytest.mark.slow
-def test_every_change_of_taking_answers(tmp_path, tmpdir):
+def test_label_killed_before_every_file_change_ends_like_an_undisturbed_one(tmp_path, tmpdir):
     check_label(tmp_path, tmpdir, None)

@@ -1,4 +1,4 @@
-"""Pages of real commands, labelled on in a browser by keyboard, and taken in by real commands."""
+"""Label pages that real commands write, filled in by keyboard in a browser, and read by real commands."""
 
 import json
 from pathlib import Path
@@ -63,7 +63,7 @@ def test_a_query_is_answered_in_a_browser(browser, tmp_path, capsys):
         row[1]: answer for row, answer in zip(asked, ["<b>cat", "unknown", None, "=dög", None, None], strict=True)
     }
     main(["fit", "--config", "r/config.yaml", "--overwrite"])
-    main(["query", "--config", "r/config.yaml", *QUIET])  # the 2 others of the pool, then the open ones again
+    main(["query", "--config", "r/config.yaml", *QUIET])  # the pool's 2 other images, then the unanswered ones
     _, *again = [row[1] for _, row in read_rows(Path("r/query_01.csv"))]
     assert again[2:] == [asked[k][1] for k in (2, 4, 5)]
     there = {f"{place}/{k} & é.png" for place in ("</script>", "@x") for k in range(4)}
@@ -95,7 +95,7 @@ def test_labels_are_corrected_in_a_browser(browser, tmp_path):
     assert corrected.train_target.tolist() == expected.tolist()
     again = ["--data.noise", "LabelFile", "--data.noise.path", str(path), "--run", "again"]  # as the page says
     main(["fit", "--config", "r/config.yaml", *again, "--model.label_page", "6", *QUIET])
-    browser.open(Path("again/noisy_labels.html"))  # a second round keeps the first
+    browser.open(Path("again/noisy_labels.html"))  # a second round of corrections keeps the first one
     _, *rows = [cells for _, cells in read_rows(Path("again/noisy_labels.csv"))]
     browser.press("1")
     path.unlink()
@@ -106,14 +106,14 @@ def test_labels_are_corrected_in_a_browser(browser, tmp_path):
     assert corrected.train_target.tolist() == expected.tolist()
 
 
-def test_earlier_corrections_of_what_is_validated_on_now_are_kept(tmp_path):
+def test_earlier_corrections_of_validation_samples_are_kept(tmp_path):
     photos(tmp_path / "photos", *PLACES)
     Path("c.csv").write_text("index,class_name\n" + "".join(f"{k},=dög\n" for k in range(3)))
     data = ImageFolderDataModule("photos", image_size=8, val_fraction=0.5, noise=LabelFile("c.csv"))
     data.setup()
     index = torch.from_numpy(data.train_indices)
     given, n = data.train_target[index], len(index)
-    assert {*range(3)} & {*data.val_indices.tolist()}  # or this tests nothing
+    assert {*range(3)} & {*data.val_indices.tolist()}  # else the test could not fail
     scores = LabelScores(index, given, given, torch.zeros(n), torch.zeros(n), torch.ones(n).double())
     page = correction_page(scores, data, 2)
     content = json.loads(page.split('id="page">', 1)[1].split("</script>", 1)[0])
@@ -124,7 +124,7 @@ def test_earlier_corrections_of_what_is_validated_on_now_are_kept(tmp_path):
     assert again.train_target.tolist() == data.train_target.tolist()
 
 
-def test_how_many_labels_are_shown(tmp_path):
+def test_label_page_shows_as_many_labels_as_asked_for_and_0_writes_none(tmp_path):
     count = 7
     words = ["--config", "noisy_labels/ce_digits", "--config", "_overlay/smoke", "--model.label_page", str(count)]
     main(["fit", *words, *QUIET, "--run", "r"])
@@ -140,7 +140,7 @@ def test_how_many_labels_are_shown(tmp_path):
         CrossEntropy("cnn_tiny", 10, label_page=-1)
 
 
-def test_features_have_no_page_and_that_is_told(tmp_path, capsys):
+def test_feature_data_have_no_label_page_and_a_note_says_so(tmp_path, capsys):
     generator = np.random.default_rng(0)
     features = {f"{split}_feature": generator.normal(size=(20, 5)).astype(np.float32) for split in ("train", "test")}
     np.savez("f.npz", **features, train_target=np.arange(20) % 2, test_target=np.arange(20) % 2)
@@ -154,7 +154,7 @@ def test_features_have_no_page_and_that_is_told(tmp_path, capsys):
     assert Path("r/noisy_labels.csv").is_file()
 
 
-def test_a_picture_is_the_sample():
+def test_picture_has_the_pixels_of_the_sample():
     data = DigitsDataModule()
     picture = data.picture(5)
     assert picture.mode == "L"
@@ -162,13 +162,14 @@ def test_a_picture_is_the_sample():
 
 
 def label_some(folder, *labels):
+    """Write ``answers.csv``: the first query with these labels for its first samples."""
     text = Path(folder, "query_00.csv").read_text().splitlines()
     labels = [*labels, *[""] * (len(text) - 1 - len(labels))]
     lines = [line + label for line, label in zip(text[1:], labels, strict=True)]
     Path(folder, "answers.csv").write_text("\n".join([text[0], *lines]))
 
 
-def test_a_new_class_in_a_run(tmp_path, capsys):
+def test_new_class_needs_a_fit_from_scratch_and_a_labelled_sample(tmp_path, capsys):
     photos(tmp_path / "photos", *PLACES, "pool")
     source = [word.replace("--data.", "--data.source.") for word in FOLDER]
     pool = ["--data", "OpenSetDataModule", "--data.source", *source, "--data.pool", "photos/pool", "--data.budget", "3"]
@@ -191,14 +192,14 @@ def test_a_new_class_in_a_run(tmp_path, capsys):
     with pytest.raises(SystemExit):
         main(["label", "r/query_00.csv"])
     assert "holds no answer" in capsys.readouterr().err
-    label_some("r", "=dög")  # the bird was none
+    label_some("r", "=dög")  # the sample labelled bird is one of another class
     main(["label", "r/answers.csv", "--correct"])
     with pytest.raises(SystemExit):
         main(["fit", "--config", "r/config.yaml", "--overwrite"])
     assert "no sample of the new class 'bird' left" in capsys.readouterr().err
 
 
-def test_images_that_come_and_go_between_query_and_answer(tmp_path, capsys):
+def test_pool_images_may_be_added_and_deleted_between_query_and_answers(tmp_path, capsys):
     photos(tmp_path / "photos", *PLACES, "pool/m")
     source = [word.replace("--data.", "--data.source.") for word in FOLDER]
     pool = ["--data", "OpenSetDataModule", "--data.source", *source, "--data.pool", "photos/pool", "--data.budget", "3"]
@@ -207,14 +208,14 @@ def test_images_that_come_and_go_between_query_and_answer(tmp_path, capsys):
     main(query)
     label_some("r", "<b>cat")
     main(["label", "r/answers.csv"])
-    photos(tmp_path / "photos", "pool/first")  # before the others
+    photos(tmp_path / "photos", "pool/first")  # sorted before the other images
     _, *asked = [row for _, row in read_rows(Path("r/query_00.csv"))]
-    Path("photos/pool", asked[1][1]).unlink()  # one of the two open ones
-    main([*query, "--data.budget", "6"])  # more than are left beside the open one
+    Path("photos/pool", asked[1][1]).unlink()  # one of the two unanswered ones
+    main([*query, "--data.budget", "6"])  # more than the pool holds besides the unanswered one
     _, *again = [row for _, row in read_rows(Path("r/query_01.csv"))]
     assert [row[1] for row in again[5:]] == [asked[2][1]]
     assert asked[1][1] not in [row[1] for row in again]
-    label_some("r", "=dög", "unknown", "<b>cat")  # the old file
+    label_some("r", "=dög", "unknown", "<b>cat")  # answers to the first query
     capsys.readouterr()
     main(["label", "r/answers.csv", "--correct"])
     assert "2 new, 1 changed" in capsys.readouterr().out
@@ -234,12 +235,12 @@ def test_images_that_come_and_go_between_query_and_answer(tmp_path, capsys):
         ({"new_classes": ["bird", "bird"], "pool": "p.npz"}, "holds 'bird', which is a class already"),
     ],
 )
-def test_new_classes_that_are_none(arguments, message):
+def test_new_classes_that_exist_or_without_an_own_pool_raise(arguments, message):
     with pytest.raises(ValueError, match=message):
         OpenSetDataModule(DigitsDataModule(), **arguments)
 
 
-def test_data_without_the_new_class_of_a_record_are_told(tmp_path):
+def test_data_module_without_the_new_class_of_its_record_raises(tmp_path):
     np.savez("p.npz", image=np.zeros((40, 8, 8, 1), np.uint8))
     data = OpenSetDataModule(DigitsDataModule(), pool="p.npz", budget=3)
     data.setup()

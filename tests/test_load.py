@@ -29,7 +29,7 @@ def probabilities(path):
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
-    """Runs on files and on the digits, whose data are gone, and new files."""
+    """A run on image files, its predictions for three new files, and these; the other files are deleted."""
     folder = tmp_path_factory.mktemp("runs")
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(folder)
@@ -56,7 +56,7 @@ def run(folder, tmp_path):
     return tmp_path
 
 
-def test_images_in_any_form_get_what_the_command_says(run):
+def test_images_in_any_form_get_the_probabilities_of_the_predict_command(run):
     expected = probabilities("r/predictions.csv")
     predictor = lightning_kd.load("r/checkpoints/last.ckpt", device="cpu")
     assert predictor.class_names == NAMES
@@ -82,7 +82,7 @@ def test_images_in_any_form_get_what_the_command_says(run):
     assert not predictor.network.training
 
 
-def test_arrays_and_tensors_that_would_mean_something_else(run, tmp_path):
+def test_float_arrays_of_0_to_1_are_predicted_and_other_values_raise(run, tmp_path):
     predictor = lightning_kd.load("r/checkpoints/last.ckpt", device="cpu")
     array = np.asarray(Image.open("new/1.png"))
     expected = predictor.predict(array).probabilities
@@ -104,7 +104,7 @@ def test_arrays_and_tensors_that_would_mean_something_else(run, tmp_path):
         predictor.predict("gone")
 
 
-def test_several_grey_images_in_one_array(tmp_path, monkeypatch):
+def test_grey_images_in_one_array_are_predicted_one_by_one(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     main([*CLASSIFY[:-2], "--trainer.max_epochs", "1", "--data", "DigitsDataModule", "--run", "d"])
     predictor = lightning_kd.load("d", device="cpu")
@@ -115,7 +115,7 @@ def test_several_grey_images_in_one_array(tmp_path, monkeypatch):
     torch.testing.assert_close(found[2:3], predictor.predict(image[2]).probabilities, atol=1e-6, rtol=0)
 
 
-def test_best_and_last(run):
+def test_load_takes_the_best_checkpoint_of_a_folder_or_the_named_one(run):
     best, last = (torch.load(f"r/checkpoints/{name}.ckpt", weights_only=True) for name in ("best", "last"))
     key = next(key for key in last["state_dict"] if key.startswith("network."))
     best["state_dict"][key] = best["state_dict"][key] + 1
@@ -127,7 +127,7 @@ def test_best_and_last(run):
     assert lightning_kd.load("r").checkpoint == Path("r/checkpoints/last.ckpt")
 
 
-def test_random_numbers_stay(run):
+def test_load_leaves_the_random_state_unchanged(run):
     torch.manual_seed(3)
     expected = torch.rand(2)
     torch.manual_seed(3)
@@ -135,7 +135,7 @@ def test_random_numbers_stay(run):
     assert torch.equal(torch.rand(2), expected)
 
 
-def test_a_checkpoint_without_a_description_asks_the_data(run, capsys):
+def test_checkpoint_without_data_description_needs_the_data_folder(run, capsys):
     path = "r/checkpoints/last.ckpt"
     checkpoint = torch.load(path, weights_only=True)
     del checkpoint["data_description"]
@@ -150,7 +150,7 @@ def test_a_checkpoint_without_a_description_asks_the_data(run, capsys):
     )
 
 
-def test_a_student_without_its_teacher(run):
+def test_student_is_loaded_after_its_teacher_is_deleted(run):
     (run / "teacher").mkdir()
     main(["fit", "--config", "distillation/teacher_digits", "--config", "_overlay/smoke", *QUIET, "--run", "teacher"])
     fit = ["--config", "distillation/kd_digits", "--config", "_overlay/smoke", *QUIET, "--run", "s"]
@@ -169,7 +169,7 @@ def test_a_student_without_its_teacher(run):
 
 
 @pytest.mark.parametrize("name", ["noisy_labels/dpc_digits", "active_learning/lfosa_digits"])
-def test_methods_of_other_families(name, tmp_path):
+def test_load_of_other_families_gives_the_probabilities_of_predict(name, tmp_path):
     main(["fit", "--config", name, "--config", "_overlay/smoke", *QUIET, "--run", "x"])
     main(["predict", "--config", "x/config.yaml", "--ckpt_path", "last", *QUIET])
     predictor = lightning_kd.load("x/checkpoints/last.ckpt", device="cpu")
@@ -182,7 +182,7 @@ def test_methods_of_other_families(name, tmp_path):
     torch.testing.assert_close(found.probabilities, probabilities("x/predictions.csv")[:4], atol=2e-5, rtol=0)
 
 
-def test_several_labels_masks_and_features(tmp_path):
+def test_load_predicts_several_labels_masks_and_features(tmp_path):
     generator = np.random.default_rng(0)
     image = generator.integers(0, 256, (30, 8, 8, 3), dtype=np.uint8)
     feature = generator.normal(size=(30, 5)).astype(np.float32)
@@ -208,7 +208,7 @@ def test_several_labels_masks_and_features(tmp_path):
         rows.predict(["a.png"])
 
 
-def test_what_cannot_be_read_is_told(run):
+def test_unreadable_images_and_runs_raise(run):
     predictor = lightning_kd.load("r", device="cpu")
     for images, message in (
         ([], "images is empty"),
@@ -235,20 +235,20 @@ def test_what_cannot_be_read_is_told(run):
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no GPU")
-def test_on_a_gpu(run):
+def test_predictions_on_a_gpu_equal_those_on_the_cpu(run):
     predictor = lightning_kd.load("r")
     assert predictor.device.type == "cuda"
     found = predictor.predict("new").probabilities
     torch.testing.assert_close(found, predictor.to("cpu").predict("new").probabilities, atol=1e-3, rtol=0)
 
 
-def test_the_package_alone_imports_no_torch():
+def test_import_of_the_package_loads_no_torch_or_lightning():
     code = "import sys, lightning_kd; print([name for name in ('torch', 'lightning') if name in sys.modules])"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "[]"
 
 
-def test_an_opened_image_is_as_its_file(run):
+def test_an_opened_image_is_prepared_like_its_file(run):
     predictor = lightning_kd.load("r", device="cpu")
     deep = Image.fromarray(np.arange(600, dtype=np.uint16).reshape(20, 30) * 100)
     exif = Image.Exif()

@@ -1,4 +1,4 @@
-"""The notebooks run, and those in the repository were run."""
+"""The notebooks run, and those in the repository hold the outputs of a whole run."""
 
 import re
 import subprocess
@@ -24,14 +24,14 @@ def run_cells(path):
 
 
 @pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
-def test_runs_in_the_fast_setting(path, tmp_path):
+def test_notebook_runs_in_the_fast_setting(path, tmp_path):
     kernel = {"MPLBACKEND": "module://matplotlib_inline.backend_inline", "IPYTHONDIR": str(tmp_path)}
     done = run_forked(run_cells, path, folder=tmp_path, LIGHTNING_KD_FAST="1", **kernel)
     assert done.returncode == 0, done.stdout + done.stderr
 
 
 @pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
-def test_was_executed_and_names_no_machine(path):
+def test_stored_notebook_was_executed_and_names_no_path_of_a_machine(path):
     assert path.stat().st_size < 300_000
     notebook = nbformat.read(path, as_version=4)
     nbformat.validate(notebook)
@@ -47,7 +47,7 @@ def test_was_executed_and_names_no_machine(path):
         assert not MACHINE_PATH.search(text), text
 
 
-def test_each_runs_in_a_kernel_of_its_own_and_a_failing_cell_is_shown(tmp_path):
+def test_run_script_uses_a_kernel_for_each_notebook_and_shows_failures(tmp_path):
     fast = "import os\nassert os.environ['LIGHTNING_KD_FAST'] == '1'"
     for name, code in (("good", [fast, "assert os"]), ("broken", [fast, "print(1 / 0)"])):
         notebook = nbformat.v4.new_notebook(cells=[nbformat.v4.new_code_cell(line) for line in code])

@@ -1,4 +1,4 @@
-"""Checkpoints are replaced whole and read with care; a fit that goes on is the same fit; one command at a time."""
+"""Checkpoints are written whole and checked when read; a fit resumes with its settings; a folder has one command."""
 
 import csv
 import os
@@ -36,8 +36,8 @@ SMOKE = ["--config", "_overlay/smoke", "--trainer.accelerator", "cpu", *QUIET]
 STUDENT = ["--config", "distillation/student_digits", *SMOKE]
 
 
-def told(capsys, words):
-    """The one sentence of a command that fails."""
+def error_of(capsys, words):
+    """The one sentence that a failing command prints."""
     capsys.readouterr()
     with pytest.raises(SystemExit) as stopped:
         main(words)
@@ -56,7 +56,7 @@ def rows(folder):
 # -- checkpoints on disk ---------------------------------------------------------------------------------------------
 
 
-def test_a_checkpoint_is_there_whole_or_as_it_was(tmp_path, monkeypatch):
+def test_a_failed_write_leaves_the_earlier_checkpoint(tmp_path, monkeypatch):
     io, path = RunCheckpointIO(), tmp_path / "new" / "last.ckpt"
     io.save_checkpoint({"state_dict": {"a": torch.ones(3)}}, path)
 
@@ -72,10 +72,10 @@ def test_a_checkpoint_is_there_whole_or_as_it_was(tmp_path, monkeypatch):
     assert torch.equal(io.load_checkpoint(path)["state_dict"]["a"], torch.ones(3))
     first = path.read_bytes()
     io.save_checkpoint({"state_dict": {"a": torch.ones(3)}}, path)
-    assert path.read_bytes() == first  # nothing of the name on the way is in it
+    assert path.read_bytes() == first  # the temporary name is not stored in it
 
 
-def test_checkpoints_of_other_callbacks_are_written_so_too(tmp_path, monkeypatch):
+def test_checkpoints_of_other_callbacks_are_written_by_run_checkpoint_io(tmp_path, monkeypatch):
     monkeypatch.setenv("TMPDIR", str(tmp_path / "nowhere"))  # where Lightning's own would write
     own = ModelCheckpoint(tmp_path / "own", "{epoch}", save_top_k=-1)
     trainer = L.Trainer(
@@ -110,6 +110,7 @@ def run(finished, tmp_path):
 
 
 def flipped(content, where):
+    """``content`` with one bit flipped, at the share ``where`` of its length."""
     place = int(where * (len(content) - 1))
     return content[:place] + bytes([content[place] ^ 4]) + content[place + 1 :]
 
@@ -122,7 +123,7 @@ DAMAGES = {
     "zeros": lambda content: bytes(len(content)),
     **{f"flipped at {where}": lambda content, where=where: flipped(content, where) for where in (0.1, 0.3, 0.5, 0.7)},
 }
-FILES = {
+COMMAND_THAT_READS = {
     "checkpoints/last.ckpt": ["test", "--config", "r/config.yaml", "--ckpt_path", "last", *QUIET],
     "metrics.csv": ["test", "--config", "r/config.yaml", "--ckpt_path", "last", *QUIET],
     "noise.npz": ["test", "--config", "r/config.yaml", "--ckpt_path", "last", *QUIET],
@@ -132,12 +133,12 @@ FILES = {
 
 
 def check_damage(run, capsys, file, damage):
-    """One sentence that names the file, or the right result."""
+    """After the damage a command prints one sentence that names the file, or runs to its end."""
     path, before = run / file, rows(run)
     path.write_bytes(DAMAGES[damage](path.read_bytes()))
     capsys.readouterr()
     try:
-        main(FILES[file])
+        main(COMMAND_THAT_READS[file])
     except SystemExit:
         err = capsys.readouterr().err.strip()
         sentences = [line for line in err.splitlines() if not line.startswith("(trace in ")]
@@ -152,18 +153,18 @@ def check_damage(run, capsys, file, damage):
 
 @pytest.mark.parametrize("damage", ["emptied", "cut in half", "flipped at 0.5"])
 @pytest.mark.parametrize("file", ["checkpoints/last.ckpt", "metrics.csv"])
-def test_damaged_files(run, capsys, file, damage):
+def test_a_damaged_file_is_named_in_one_sentence_or_does_no_harm(run, capsys, file, damage):
     check_damage(run, capsys, file, damage)
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("damage", DAMAGES)
-@pytest.mark.parametrize("file", FILES)
-def test_each_file_with_each_damage(run, capsys, file, damage):
+@pytest.mark.parametrize("file", COMMAND_THAT_READS)
+def test_each_file_with_each_damage_is_named_or_does_no_harm(run, capsys, file, damage):
     check_damage(run, capsys, file, damage)
 
 
-def test_every_flipped_byte_of_a_checkpoint_is_noticed_or_changes_nothing(tmp_path):
+def test_a_flipped_bit_in_a_checkpoint_is_noticed_or_changes_nothing(tmp_path):
     content = {"state_dict": {"a": torch.arange(6.0), "b": torch.ones(2, 2)}, "epoch": 3}
     RunCheckpointIO().save_checkpoint(content, tmp_path / "a.ckpt")
     good = (tmp_path / "a.ckpt").read_bytes()
@@ -180,7 +181,7 @@ def test_every_flipped_byte_of_a_checkpoint_is_noticed_or_changes_nothing(tmp_pa
     assert noticed
 
 
-def test_what_is_no_checkpoint(tmp_path):
+def test_missing_and_wrong_checkpoint_files_raise(tmp_path):
     with pytest.raises(FileNotFoundError, match=r"a.ckpt: there is no such file; give last, best or"):
         read_checkpoint(tmp_path / "a.ckpt")
     torch.save([1], tmp_path / "b.ckpt")
@@ -196,7 +197,7 @@ def test_what_is_no_checkpoint(tmp_path):
         read_checkpoint(tmp_path / "d.ckpt")
 
 
-def test_weights_with_a_flipped_bit_are_refused(tmp_path):
+def test_weights_with_a_flipped_bit_raise(tmp_path):
     network = torch.nn.Linear(8, 4)
     torch.save(network.state_dict(), tmp_path / "n.pt")
     with zipfile.ZipFile(tmp_path / "n.pt") as archive:
@@ -209,10 +210,10 @@ def test_weights_with_a_flipped_bit_are_refused(tmp_path):
         load_weights(network, tmp_path / "n.pt")
 
 
-# -- what is not undone ----------------------------------------------------------------------------------------------
+# -- what later commands keep -----------------------------------------------------------------------------------------
 
 
-def test_the_config_of_a_run_undoes_no_flag(run, capsys):
+def test_flags_before_the_config_of_a_run_win_over_it(run, capsys):
     saved = yaml.safe_load((run / "config.yaml").read_text())
     assert not {"run", "overwrite", "ckpt_path", "weights_only"} & saved.keys()
     cli = get_cli(["--model.label_smoothing", "0.3", "--config", "r/config.yaml", *QUIET])
@@ -224,10 +225,12 @@ def test_the_config_of_a_run_undoes_no_flag(run, capsys):
     main(["fit", "--run", "new", "--overwrite", "--trainer.max_epochs", "1", "--config", "r/config.yaml", *QUIET])
     assert (run / "checkpoints/last.ckpt").read_bytes() == before
     assert read_checkpoint("new/checkpoints/last.ckpt")["epoch"] == 0
-    assert "none.ckpt" in told(capsys, ["sharpness", "--ckpt_path", "none.ckpt", "--config", "r/config.yaml", *QUIET])
+    assert "none.ckpt" in error_of(
+        capsys, ["sharpness", "--ckpt_path", "none.ckpt", "--config", "r/config.yaml", *QUIET]
+    )
 
 
-def test_flags_win_over_what_a_checkpoint_holds(run):
+def test_flags_win_over_hyperparameters_of_a_checkpoint(run):
     words = ["test", "--config", "r/config.yaml", "--ckpt_path", "r/checkpoints/last.ckpt", *QUIET]
     cli = get_cli([*words, "--model.label_smoothing", "0.3"], run=True)
     assert cli.model.label_smoothing == 0.3
@@ -235,7 +238,7 @@ def test_flags_win_over_what_a_checkpoint_holds(run):
 
 
 @pytest.mark.parametrize("ended", [True, False])
-def test_resuming_a_finished_average_leaves_the_network_that_was_tested(tmp_path, ended):
+def test_resuming_a_finished_fit_with_ema_keeps_the_averaged_network(tmp_path, ended):
     fit = ["fit", "--config", "flatness/ema_digits", *SMOKE, "--run", "r"]
     main(fit)
     before = torch.load("r/network.pt", weights_only=True)
@@ -248,7 +251,7 @@ def test_resuming_a_finished_average_leaves_the_network_that_was_tested(tmp_path
     assert all(torch.equal(before[k], after[k]) for k in before)
 
 
-def test_the_end_of_a_fit_is_made_up_for(run):
+def test_results_missing_after_a_kill_are_written_by_resuming(run):
     results = ["noisy_labels.csv", "network.pt"]
     main(["fit", "--config", "noisy_labels/ce_digits", *SMOKE, "--run", "n"])
     kept = {name: Path("n", name).read_bytes() for name in results}
@@ -265,7 +268,7 @@ def test_the_end_of_a_fit_is_made_up_for(run):
         assert RunFolder("n").fit_is_finished()
 
 
-def test_rows_that_a_kill_or_a_cut_lost_come_back(run, capsys):
+def test_lost_or_cut_rows_of_metrics_are_restored_by_resuming(run, capsys):
     whole = rows(run)
     lines = (run / "metrics.csv").read_text().splitlines(keepends=True)
     noise = ["--data.noise", "SymmetricNoise", "--data.noise.rate", "0.4"]
@@ -273,7 +276,7 @@ def test_rows_that_a_kill_or_a_cut_lost_come_back(run, capsys):
     (run / "metrics.csv").write_text("".join(lines[:-1]))
     main(more)
     assert rows(run)[:2] == whole
-    (run / "metrics.csv").write_text("".join(lines)[:-20])  # in the midst of a row
+    (run / "metrics.csv").write_text("".join(lines)[:-20])  # cut within a row
     with pytest.warns(UserWarning, match=r"damaged .* renamed to metrics.csv.damaged, and a new one is written"):
         main([*more[:-1], "4"])
     assert (run / "metrics.csv.damaged").read_text() == "".join(lines)[:-20]
@@ -281,7 +284,7 @@ def test_rows_that_a_kill_or_a_cut_lost_come_back(run, capsys):
     assert [row["epoch"] for row in rows(run)] == ["0", "1", "2", "3"]
 
 
-def test_a_damaged_table_is_refused_where_it_would_be_rewritten(tmp_path):
+def test_logging_to_a_damaged_metrics_file_raises_and_leaves_it(tmp_path):
     for text, what in (
         ("epoch,step,a\n0,1,0.5\n1,3,0.", "its last line is cut"),
         ("epoch,step,a\n0,1\n", "line 2 is no row"),
@@ -290,16 +293,16 @@ def test_a_damaged_table_is_refused_where_it_would_be_rewritten(tmp_path):
     ):
         (tmp_path / "metrics.csv").write_text(text)
         logger = RunLogger(tmp_path)
-        for _ in range(2):  # the second time is no excuse
+        for _ in range(2):  # it raises the second time too
             with pytest.raises(ValueError, match=rf"metrics.csv is damaged \({what}"):
                 logger.log_metrics({"epoch": 2, "a": 1.0}, step=5)
         assert (tmp_path / "metrics.csv").read_text() == text
 
 
-# -- the same fit ----------------------------------------------------------------------------------------------------
+# -- resuming with the same settings, and one command at a time ------------------------------------------------------
 
 
-def test_going_on_with_other_settings_is_refused(run, capsys):
+def test_resuming_with_other_settings_is_refused(run, capsys):
     config = (run / "config.yaml").read_bytes()
     noise = ["--data.noise", "SymmetricNoise", "--data.noise.rate", "0.4"]
     more = ["fit", *STUDENT, *noise, "--run", "r", "--ckpt_path", "last", "--trainer.max_epochs", "3"]
@@ -309,29 +312,29 @@ def test_going_on_with_other_settings_is_refused(run, capsys):
         (["--seed_everything", "5"], "seed_everything=0, got 5"),
         (["--model.network", "mlp_8"], "model.init_args.network="),
     ):
-        assert f"the run in {run} was made with {key}" in told(capsys, [*more, *change])
+        assert f"the run in {run} was made with {key}" in error_of(capsys, [*more, *change])
     assert (run / "config.yaml").read_bytes() == config
-    # what makes no other training
+    # settings that do not change the training
     same = ["--trainer.precision", "32-true", "--trainer.gradient_clip_val", "0", "--model.optimizer.foreach", "false"]
     main([*more, "--data.eval_batch_size", "50", "--trainer.log_every_n_steps", "2", *same])
     assert len(rows(run)) == 3
 
 
-def test_the_checkpoint_of_another_run_does_not_overwrite_this_one(run, tmp_path, capsys):
+def test_resuming_from_another_run_in_a_used_folder_needs_overwrite(run, tmp_path, capsys):
     before = (run / "checkpoints/last.ckpt").read_bytes()
     fit = ["fit", *STUDENT, "--run", "other"]
     main(fit)
     mine = Path("other/checkpoints/last.ckpt").read_bytes()
     noise = ["--data.noise", "SymmetricNoise", "--data.noise.rate", "0.4"]
     more = [*fit, *noise, "--ckpt_path", "r/checkpoints/last.ckpt", "--trainer.max_epochs", "3"]
-    assert "other holds a last.ckpt: add" in told(capsys, more)
+    assert "other holds a last.ckpt: add" in error_of(capsys, more)
     assert Path("other/checkpoints/last.ckpt").read_bytes() == mine
     main([*more, "--overwrite"])
     assert [row["epoch"] for row in rows(Path("other"))] == ["0", "1", "2"]  # two of them from the checkpoint
     assert (run / "checkpoints/last.ckpt").read_bytes() == before
 
 
-def test_a_long_path_leaves_nothing_in_the_config(tmp_path):
+def test_a_run_with_a_long_path_saves_its_config_and_resumes(tmp_path):
     run = "a folder of the laboratory with many words in its name/" * 2 + "and one more that is long/run one"
     main(["fit", *STUDENT, "--trainer.max_epochs", "1", "--run", run])
     saved = yaml.safe_load(Path(run, "config.yaml").read_text())
@@ -340,37 +343,37 @@ def test_a_long_path_leaves_nothing_in_the_config(tmp_path):
     assert len(rows(Path(run))) == 2
 
 
-def test_weights_may_have_moved(tmp_path, capsys):
+def test_resuming_takes_other_weights_only_where_the_old_file_is_gone(tmp_path, capsys):
     torch.save(get_cli(STUDENT).model.network.state_dict(), "a.pt")
     fit = ["fit", *STUDENT, "--run", "r", "--model.weights"]
     main([*fit, "a.pt"])
     more = ["--ckpt_path", "last", "--trainer.max_epochs", "3"]
     shutil.copy("a.pt", "b.pt")
-    assert "made with model.init_args.weights=a.pt, got b.pt" in told(capsys, [*fit, "b.pt", *more])
+    assert "made with model.init_args.weights=a.pt, got b.pt" in error_of(capsys, [*fit, "b.pt", *more])
     Path("a.pt").unlink()
     main([*fit, "b.pt", *more])
 
 
-def test_a_schedule_with_a_length_of_its_own_takes_no_other_number_of_epochs(tmp_path, capsys):
+def test_resuming_past_the_length_of_a_fixed_schedule_is_refused(tmp_path, capsys):
     schedule = "torch.optim.lr_scheduler.CosineAnnealingLR"
     fit = ["fit", *STUDENT, "--model.lr_scheduler", schedule, "--model.lr_scheduler.T_max", "2", "--run", "r"]
     main(fit)
-    message = told(capsys, [*fit, "--ckpt_path", "last", "--trainer.max_epochs", "4"])
+    message = error_of(capsys, [*fit, "--ckpt_path", "last", "--trainer.max_epochs", "4"])
     assert (
         "has a length of its own (model.init_args.lr_scheduler.init_args.T_max=2), got max_epochs=4 after 2" in message
     )
     main([*fit, "--ckpt_path", "last"])
-    # and to its own length it may
+    # up to the length of the schedule it may be resumed
     main([*fit, "--run", "s", "--trainer.max_epochs", "1"])
     main([*fit, "--run", "s", "--ckpt_path", "last"])
     assert len(rows(Path("s"))) == 2
 
 
-def test_a_folder_has_one_command_at_a_time(run, capsys):
+def test_a_second_command_in_a_run_folder_is_refused(run, capsys):
     before = (run / "run.json").read_bytes()
     with RunFolder(run).alone():
-        for words in (["fit", *STUDENT, "--overwrite", "--run", "r"], FILES["metrics.csv"]):
-            assert "another command works in r: wait until it has ended" in told(capsys, words)
+        for words in (["fit", *STUDENT, "--overwrite", "--run", "r"], COMMAND_THAT_READS["metrics.csv"]):
+            assert "another command works in r: wait until it has ended" in error_of(capsys, words)
     assert (run / "run.json").read_bytes() == before
     assert not list(run.glob(".*"))
 
@@ -379,7 +382,7 @@ def test_a_folder_has_one_command_at_a_time(run, capsys):
 
 
 @pytest.mark.parametrize(("name", "status"), [("SIGTERM", 143), ("SIGHUP", 129)])
-def test_a_signal_ends_with_its_status(name, status):
+def test_a_signal_raises_stopped_with_its_exit_status(name, status):
     number = getattr(signal, name)
     before = signal.getsignal(number)
     if before != signal.SIG_DFL:
@@ -405,7 +408,7 @@ def test_an_ignored_signal_stays_ignored():
         signal.signal(signal.SIGHUP, before)
 
 
-def test_sigterm_tells_the_outcome_and_the_command_that_goes_on(tmp_path):
+def test_sigterm_prints_the_outcome_and_the_command_to_resume(tmp_path):
     (tmp_path / "stopping.py").write_text(
         "import os, signal\nfrom torch import nn\n\n\nclass Stopping(nn.Module):\n"
         "    def __init__(self):\n        super().__init__()\n        self.layer = nn.Linear(64, 10)\n"
@@ -428,7 +431,7 @@ def test_sigterm_tells_the_outcome_and_the_command_that_goes_on(tmp_path):
     assert RunFolder(tmp_path / "r").read_record()["outcome"] == "interrupted"
 
 
-def test_names_of_files_that_are_no_utf8(tmp_path):
+def test_file_names_that_are_not_utf8_are_written_to_results(tmp_path):
     rng = np.random.default_rng(0)
     for k in range(24):
         path = tmp_path / "data" / ("train", "test")[k % 3 == 2] / str(k % 2) / os.fsdecode(b"caf\xe9_%02d.png" % k)
@@ -442,14 +445,14 @@ def test_names_of_files_that_are_no_utf8(tmp_path):
         assert "caf\\udce9_0" in Path("r", name).read_text(encoding="utf-8")
 
 
-class Counting(Classification):
-    """Has a key of its own in its checkpoints."""
+class WithOwnKey(Classification):
+    """Stores a key of its own in its checkpoints."""
 
     def on_save_checkpoint(self, checkpoint):
         checkpoint["metrics"] = {"acc": 1.0}
 
 
-def test_a_key_of_the_users_own_in_checkpoints(tmp_path):
+def test_a_checkpoint_with_a_key_of_the_user_is_resumed(tmp_path):
     for epochs, path in ((1, None), (2, RunFolder(tmp_path).last)):
         trainer = L.Trainer(
             max_epochs=epochs,
@@ -459,13 +462,13 @@ def test_a_key_of_the_users_own_in_checkpoints(tmp_path):
             enable_progress_bar=False,
             enable_model_summary=False,
         )
-        task = Counting("mlp_8", 10, input_shape=(1, 8, 8))
+        task = WithOwnKey("mlp_8", 10, input_shape=(1, 8, 8))
         trainer.fit(task, DigitsDataModule(fake=True), ckpt_path=path, weights_only=True)
     assert len(rows(tmp_path)) == 2
 
 
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="there is no fork here")
-def test_a_child_does_not_hold_the_lock(tmp_path):
+def test_a_forked_child_does_not_hold_the_lock(tmp_path):
     held = RunFolder(tmp_path).alone()
     held.__enter__()
     there, here = os.pipe()
@@ -476,7 +479,7 @@ def test_a_child_does_not_hold_the_lock(tmp_path):
         os._exit(0)
     os.read(there, 1)
     try:
-        os.close(file_writing._HELD.pop())  # as a kill does, which leaves the workers of a loader behind for a while
+        os.close(file_writing._HELD.pop())  # as a kill does; worker processes of a loader outlive it
         with RunFolder(tmp_path).alone():
             pass
     finally:

@@ -20,7 +20,7 @@ WITH_PYTHON = [page for page in PAGES if BLOCK.search((ROOT / page).read_text())
 
 @pytest.fixture
 def files(tmp_path):
-    """What the pages assume: a teacher, predictions to choose from."""
+    """Files that the pages assume: weights of a teacher, and predictions to choose from."""
     Path("runs/teacher_digits").mkdir(parents=True)
     torch.save(build_network("cnn", 10, in_channels=1).state_dict(), "runs/teacher_digits/network.pt")
     Path("runs/strong").mkdir()
@@ -28,8 +28,8 @@ def files(tmp_path):
     Path("runs/strong/predictions.csv").write_text("\n".join(["path,class_name", *rows]))
 
 
-def a_run():
-    """A run on images, and two new ones."""
+def train_on_photos():
+    """Make a run on images, and two new images."""
     random = np.random.default_rng(0)
     for path in [*(f"photos/{name}/{k}.png" for name in ("cat", "dog") for k in range(6)), "a.jpg", "b.jpg"]:
         Path(path).parent.mkdir(parents=True, exist_ok=True)
@@ -44,7 +44,7 @@ def test_python_blocks_run(page, files, monkeypatch):
     text = (ROOT / page).read_text()
     monkeypatch.setattr(sys, "argv", ["notebook"])
     if "runs/photos" in "".join(BLOCK.findall(text)):
-        a_run()
+        train_on_photos()
     names = {"__name__": "page"}
     for block in BLOCK.finditer(text):
         line = text.count("\n", 0, block.start()) + 1  # so that an error names the line of the page
@@ -54,5 +54,5 @@ def test_python_blocks_run(page, files, monkeypatch):
         assert (len(lines), lines[1], lines[-1]) == (2001, '"a, 0.png",cat', '"a, 999.png",dog')
 
 
-def test_python_blocks_are_found():
+def test_pages_with_python_blocks_are_found():
     assert {"docs/distil.md", "docs/your_method.md", "docs/running.md"} <= {*WITH_PYTHON}

@@ -1,4 +1,4 @@
-"""README and the pages in docs: their links lead somewhere, and README stays short."""
+"""README and the pages in docs: no link is broken, and README stays short."""
 
 import re
 
@@ -12,18 +12,18 @@ GENERATED = re.compile(r"docs/(claims\.md|methods/\w+\.md|reference/\w+\.md)$") 
 
 
 def text_of(path):
-    """Without what stands in blocks."""
+    """The text of a page without its code blocks."""
     return re.sub(r"^```.*?^```$", "", path.read_text(), flags=re.MULTILINE | re.DOTALL)
 
 
 def anchors_of(path):
-    """What its headings are called, by the repository's pages as by the site."""
+    """The anchors of a page's headings, as GitHub and the site make them."""
     headings = re.findall(r"^#+ (.*)$", text_of(path), re.MULTILINE)
     return {re.sub(r"\s", "-", re.sub(r"[^\w\s-]", "", heading).strip().lower()) for heading in headings}
 
 
 @pytest.mark.parametrize("page", PAGES)
-def test_links_lead_somewhere(page):
+def test_links_lead_to_existing_files_and_headings(page):
     for link in LINK.findall(text_of(ROOT / page)):
         path, _, anchor = link.partition("#")
         target = ((ROOT / page).parent / path).resolve() if path else ROOT / page
@@ -34,7 +34,7 @@ def test_links_lead_somewhere(page):
         assert not anchor or anchor in anchors_of(target), f"{page} links to {link}"
 
 
-def test_readme_is_short_and_leads_to_every_page():
+def test_readme_has_at_most_200_lines_and_links_to_every_page():
     readme = (ROOT / "README.md").read_text()
     assert len(readme.splitlines()) <= 200
     linked = {link.partition("#")[0] for link in LINK.findall(readme)}

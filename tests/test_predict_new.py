@@ -1,4 +1,4 @@
-"""Predictions for new samples, without labels and without the data trained on, through the real command."""
+"""Predictions for new samples, without labels and without the training data, through the real command."""
 
 import base64
 import csv
@@ -53,7 +53,7 @@ def rows(path="r/predictions.csv"):
 
 @pytest.fixture(scope="module")
 def trained(tmp_path_factory):
-    """A run on an image folder, which is gone afterwards, and one on arrays; and new samples."""
+    """Run ``r`` on an image folder, which is deleted afterwards, run ``a`` on arrays, and new samples of both kinds."""
     folder = tmp_path_factory.mktemp("trained")
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(folder)
@@ -84,7 +84,7 @@ PREDICT = ["predict", "--config", "r/config.yaml", "--ckpt_path", "last", *QUIET
 ARRAYS = ["predict", "--config", "a/config.yaml", "--ckpt_path", "best", *QUIET]
 
 
-def test_a_folder_of_any_depth_where_the_data_trained_on_is_gone(run):
+def test_nested_folder_is_predicted_after_the_training_data_is_deleted(run):
     assert not Path("photos").exists()
     main([*PREDICT, "--data.predict", "new"])
     found = rows()
@@ -99,7 +99,7 @@ def test_a_folder_of_any_depth_where_the_data_trained_on_is_gone(run):
         assert names[int(np.argmax(probabilities))] == row["class_name"]
 
 
-def test_it_is_what_the_network_says_of_the_image(run):
+def test_probabilities_are_those_of_the_plain_network(run):
     main([*PREDICT, "--data.predict", "new"])
     data = ImageFolderDataModule("gone", image_size=16, class_names=NAMES, mean=[0.4] * 3, predict="new")
     (batch,) = data.predict_dataloader()
@@ -117,7 +117,7 @@ def test_it_is_what_the_network_says_of_the_image(run):
     torch.testing.assert_close(found, expected, atol=1e-4, rtol=0)
 
 
-def test_one_image_and_lists(run):
+def test_one_image_and_lists_are_predicted_in_their_order(run):
     main([*PREDICT, "--data.predict", "new/0.png"])
     assert [row["path"] for row in rows()] == ["new/0.png"]
     main([*PREDICT, "--data.predict", "new"])
@@ -132,7 +132,7 @@ def test_one_image_and_lists(run):
         assert [float(row["probability_0"]) for row in rows()] == pytest.approx([float(whole[p]) for p in wanted])
 
 
-def test_damaged_and_missing_files(run, capsys):
+def test_damaged_and_missing_files_give_an_error_or_are_skipped(run, capsys):
     Path("new/deep/broken.jpg").write_bytes(Path("new/deep/5.jpg").read_bytes()[:200])
     Path("list.txt").write_text("new/0.png\nnew/deep/broken.jpg\nnew/gone.png\nnew/2.png\n")
     for given, culprits in (("new", ["broken.jpg"]), ("list.txt", ["broken.jpg", "gone.png"])):
@@ -160,7 +160,7 @@ def test_damaged_and_missing_files(run, capsys):
         ("notes.md", "'notes.md' must be a folder, an image"),
     ],
 )
-def test_what_holds_nothing_is_told(given, message, run, capsys):
+def test_paths_without_images_give_an_error(given, message, run, capsys):
     Path("empty").mkdir()
     Path("none.txt").write_text("\n")
     Path("notes.md").write_text("no image")
@@ -169,13 +169,13 @@ def test_what_holds_nothing_is_told(given, message, run, capsys):
     assert message in capsys.readouterr().err
 
 
-def test_arrays_where_the_data_trained_on_is_gone(run, capsys):
+def test_arrays_are_predicted_without_training_data_and_wrong_ones_raise(run, capsys):
     main([*ARRAYS, "--data.predict", "new.npz"])
     there = rows("a/predictions.csv")
     Path("mine.npz").unlink()
     for name in ("new.npz", "new.npy"):
         main([*ARRAYS, "--data.predict", name])
-        assert rows("a/predictions.csv") == there  # the mean and deviation of the run
+        assert rows("a/predictions.csv") == there  # normalised by the mean and deviation of the run
     assert [row["index"] for row in there] == [str(i) for i in range(9)]
     assert {row["class_name"] for row in there} <= {"no", "some", "all"}
     np.save("colour.npy", np.zeros((2, 12, 12, 3), np.uint8))
@@ -192,8 +192,8 @@ def test_arrays_where_the_data_trained_on_is_gone(run, capsys):
     assert "must hold the array 'image' or 'feature', got ['pictures']" in capsys.readouterr().err
 
 
-def as_loaded(name, new):
-    """What ``predict`` of ``new`` wrote is what the run in Python says."""
+def rows_checked_by_load(name, new):
+    """The rows that ``predict`` wrote for ``new``, checked: ``lightning_kd.load`` gives the same probabilities."""
     found = rows(f"{name}/predictions.csv")
     loaded = lightning_kd.load(f"{name}/checkpoints/last.ckpt", device="cpu").predict(new)
     columns = [key for key in found[0] if key.startswith("probability_")]
@@ -202,18 +202,18 @@ def as_loaded(name, new):
     return found
 
 
-def test_files_for_arrays_and_arrays_for_files(run, capsys):
+def test_runs_on_arrays_predict_files_and_runs_on_files_predict_arrays(run, capsys):
     last = ["predict", "--config", "a/config.yaml", "--ckpt_path", "last", *QUIET]
     main([*last, "--data.predict", "new"])
-    assert [row["path"] for row in as_loaded("a", "new")] == sorted(str(p) for p in Path("new").rglob("*.*"))
+    assert [row["path"] for row in rows_checked_by_load("a", "new")] == sorted(str(p) for p in Path("new").rglob("*.*"))
     image = np.random.default_rng(0).integers(0, 256, (3, 40, 30, 3), dtype=np.uint8)
     np.save("colour.npy", image)
     main([*PREDICT, "--data.predict", "colour.npy"])
-    assert len(as_loaded("r", image)) == len(as_loaded("r", "colour.npy")) == 3
-    for k, one in enumerate(image):  # as a file is brought to the size
+    assert len(rows_checked_by_load("r", image)) == len(rows_checked_by_load("r", "colour.npy")) == 3
+    for k, one in enumerate(image):  # files of the same images, resized the same way
         Image.fromarray(one).save(f"new/{k}.png")
     main([*PREDICT, "--data.predict", "new/1.png"])
-    as_loaded("r", image[1])
+    rows_checked_by_load("r", image[1])
 
 
 POOL = ["PoolClassifier", "--data", "OpenSetDataModule", "--data.source", "ImageFolderDataModule"]
@@ -237,34 +237,35 @@ def test_a_run_of_any_data_module_predicts_new_files(method, run):
     main(["fit", "--model", *method, *fit, "--run", "m", *QUIET])
     last = ["predict", "--config", "m/config.yaml", "--ckpt_path", "last", *QUIET]
     main(last)
-    if method[0] == TAGS[0]:  # wide pictures, which are not cut
-        as_loaded("m", [row["path"] for row in rows("m/predictions.csv")])
+    if method[0] == TAGS[0]:  # wide pictures, squeezed to the input size instead of cut
+        rows_checked_by_load("m", [row["path"] for row in rows("m/predictions.csv")])
         shown = [(row["path"], row["probability_0"]) for row in rows("m/predictions.csv")]
         checkpoint = torch.load("m/checkpoints/last.ckpt", weights_only=True)
-        del checkpoint["data_description"]["stretch"]  # as older ones are
+        del checkpoint["data_description"]["stretch"]  # as in older checkpoints
         torch.save(checkpoint, "m/checkpoints/last.ckpt")
-        as_loaded("m", [path for path, _ in shown])
+        rows_checked_by_load("m", [path for path, _ in shown])
         Path("same.txt").write_text("\n".join(path for path, _ in shown))
         main([*last, "--data.predict", "same.txt"])
         assert [row["probability_0"] for row in rows("m/predictions.csv")] == [share for _, share in shown]
     shutil.rmtree("photos")
     main([*last, "--data.predict=new", "--sort", "confidence"])
     main([*last, "--data.predict", "new"])
-    assert [row["path"] for row in as_loaded("m", "new")] == sorted(str(p) for p in Path("new").rglob("*.*"))
+    assert [row["path"] for row in rows_checked_by_load("m", "new")] == sorted(str(p) for p in Path("new").rglob("*.*"))
     assert Path("m/predictions.html").is_file()
     np.save("wrong.npy", np.zeros((2, 5), np.float32))
     with pytest.raises(SystemExit):
         main([*last, "--data.predict", "wrong.npy"])
 
 
-def test_without_a_checkpoint_nobody_knows_what_the_samples_are_for(run, capsys):
+def test_new_samples_without_a_checkpoint_give_an_error(run, capsys):
     with pytest.raises(SystemExit):
         main(["predict", "--config", "distillation/teacher_digits", "--data.predict", "new", "--run", "none", *QUIET])
     assert "DigitsDataModule cannot read predict='new' without a checkpoint" in capsys.readouterr().err
-    main([*PREDICT, "--data.predict", "new", "--trainer.fast_dev_run", "true"])  # a look at new files, not at photos
+    # with fast_dev_run, too, the new files are read and not the deleted training data
+    main([*PREDICT, "--data.predict", "new", "--trainer.fast_dev_run", "true"])
 
 
-def test_a_student_needs_its_teacher_no_more(tmp_path, monkeypatch):
+def test_student_predicts_after_its_teacher_is_deleted(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     torch.save(lightning_kd.build_network("cnn_tiny", 10, 1).state_dict(), "teacher.pt")
     pair = ["--model.student", "cnn_tiny", "--model.teacher", "cnn_tiny", "--model.teacher_weights", "teacher.pt"]
@@ -279,7 +280,7 @@ def test_a_student_needs_its_teacher_no_more(tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize("kind", ["multi_label", "segmentation"])
-def test_other_kinds_of_problems(kind, tmp_path):
+def test_multi_label_and_segmentation_runs_predict_new_arrays(kind, tmp_path):
     generator = np.random.default_rng(0)
     image = generator.integers(0, 256, (30, 8, 8, 3), dtype=np.uint8)
     shape = (30, 4) if kind == "multi_label" else (30, 8, 8)
@@ -298,7 +299,7 @@ def test_other_kinds_of_problems(kind, tmp_path):
     assert len(list(Path("r/predictions").glob("*.png"))) == 5 * (kind == "segmentation")
 
 
-def test_a_fit_with_new_samples_trains_and_tests_on_its_own(run):
+def test_image_folder_with_predict_keeps_its_own_classes_and_splits(run):
     for name, colour in COLOURS.items():
         for i in range(10):
             picture(Path(f"photos/{name}/{i:02d}.png"), colour, seed=i)
@@ -315,7 +316,7 @@ def test_a_fit_with_new_samples_trains_and_tests_on_its_own(run):
         other.loader("predict")
 
 
-def test_arrays_in_python(run):
+def test_array_data_with_predict_keep_their_splits_and_check_shapes(run):
     data = ArrayDataModule("mine.npz", predict="new.npy")
     assert (data.train_size + data.val_size + data.test_size, len(data.class_names)) == (60, 3)
     (batch,) = data.predict_dataloader()
@@ -325,12 +326,12 @@ def test_arrays_in_python(run):
         ArrayDataModule("mine.npz", predict="large.npy").setup("predict")
 
 
-def test_a_pool_says_where_other_samples_are_predicted(run):
+def test_pool_of_a_source_with_predict_raises_and_names_load(run):
     with pytest.raises(ValueError, match=r"lightning_kd\.load"):
         OpenSetDataModule(ArrayDataModule("mine.npz", predict="new.npy"), known_classes=2, initial_count=4, budget=2)
 
 
-def test_the_highest_probability_first_and_a_page_to_look_at(run, capsys):
+def test_sort_by_confidence_orders_rows_and_page_by_probability(run, capsys):
     main([*PREDICT, "--data.predict", "new"])
     plain = rows()
     main([*PREDICT, "--data.predict", "new", "--sort", "confidence"])
@@ -339,10 +340,10 @@ def test_the_highest_probability_first_and_a_page_to_look_at(run, capsys):
     highest = [max(float(row[f"probability_{k}"]) for k in range(3)) for row in found]
     assert highest == sorted(highest, reverse=True)
     assert sorted(found, key=lambda row: int(row["index"])) == plain
-    page = Page()
+    page = ParsedPage()
     page.feed(Path("r/predictions.html").read_text(encoding="utf-8"))
     assert page.tags.count("img") == page.tags.count("figure") == 6
-    assert "c" not in page.tags  # no name is taken for a tag
+    assert "c" not in page.tags  # class names are escaped, not read as tags
     assert not {"script", "link"} & {*page.tags}
     for row, text, source in zip(found, page.captions, page.sources, strict=True):
         probability = max(float(row[f"probability_{k}"]) for k in range(3))
@@ -352,7 +353,9 @@ def test_the_highest_probability_first_and_a_page_to_look_at(run, capsys):
         assert np.abs(seen - COLOURS[text.partition(" ")[0].replace("a", "a <b> & c")]).max() < 20
 
 
-class Page(HTMLParser):
+class ParsedPage(HTMLParser):
+    """The tags, image sources and captions of a page."""
+
     def __init__(self):
         super().__init__()
         self.tags, self.sources, self.captions = [], [], []
@@ -373,7 +376,7 @@ class Page(HTMLParser):
             self.captions[-1] += data
 
 
-def test_the_page_ends_after_some_and_is_gone_where_there_is_nothing_to_see(tmp_path, monkeypatch):
+def test_page_shows_the_first_images_only_and_is_removed_for_features(tmp_path, monkeypatch):
     monkeypatch.setattr(prediction_page, "PAGE_IMAGES", 3)
     np.save("new.npy", np.zeros((5, 8, 8), np.uint8))
     options = {"class_names": ["a", "b"], "mean": [0.5], "std": [0.2]}
@@ -389,16 +392,16 @@ def test_the_page_ends_after_some_and_is_gone_where_there_is_nothing_to_see(tmp_
     assert not Path("predictions.html").exists()
 
 
-def test_a_page_that_cannot_be_made_costs_no_predictions(run, capsys, monkeypatch):
+def test_predictions_are_written_where_their_page_fails(run, capsys, monkeypatch):
     main([*PREDICT, "--data.predict", "new"])
     monkeypatch.setattr(prediction_page, "picture_uri", lambda *given: 1 / 0)
     main([*PREDICT, "--data.predict", "new/0.png"])
     assert [row["path"] for row in rows()] == ["new/0.png"]
     assert "predictions.html could not be written (division by zero)" in capsys.readouterr().err
-    assert not Path("r/predictions.html").exists()  # that of earlier predictions
+    assert not Path("r/predictions.html").exists()  # the page of the earlier predictions is removed
 
 
-def test_classes_may_be_called_by_numbers(run, capsys):
+def test_class_names_may_be_numbers_but_must_differ(run, capsys):
     given = ["--data", "ArrayDataModule", "--data.path", "years.npz", "--data.class_names", "[1999, 2000]"]
     np.savez("years.npz", image=np.zeros((20, 8, 8), np.uint8), target=np.array([1999, 2000] * 10))
     main(
@@ -424,7 +427,7 @@ def test_classes_may_be_called_by_numbers(run, capsys):
 
 
 @pytest.mark.parametrize("name", ["SegmentationFolderDataModule", "ImageFolderDataModule"])
-def test_arrays_for_any_data_module_of_files(name, tmp_path):
+def test_arrays_for_folder_data_modules_are_resized_to_the_input_shape(name, tmp_path):
     description = {"problem": "Segmentation", "class_names": ["a", "b"], "input_shape": [3, 8, 12], "stretch": True}
     torch.save({"state_dict": {}, "data_description": description}, "c.ckpt")
     np.save("new.npy", np.full((2, 16, 20, 3), 51, np.uint8))
@@ -437,7 +440,7 @@ def test_arrays_for_any_data_module_of_files(name, tmp_path):
     torch.testing.assert_close(batch.image, torch.full_like(batch.image, 0.2))
 
 
-def test_predict_that_is_none_or_empty_is_left_to_the_parser():
+def test_predict_null_or_empty_is_left_to_the_parser():
     words = ["predict", "--data.predict", "null", "--data.predict=", "--data.predict", "", "--seed_everything", "1"]
     assert without_predict(words) == (words, None)
     assert without_predict([*words, "--data.predict=new", "--data.predict"]) == ([*words, "--data.predict"], "new")
@@ -445,12 +448,12 @@ def test_predict_that_is_none_or_empty_is_left_to_the_parser():
         files_to_predict("")
 
 
-def test_features_in_any_order_of_memory():
+def test_features_with_negative_strides_are_prepared():
     row = np.arange(4.0)[::-1]
     assert Preparation({}, (4,)).unit(row).tolist() == [3, 2, 1, 0]
 
 
-def test_masks_have_no_order_of_confidence(tmp_path, capsys):
+def test_sort_by_confidence_of_segmentation_gives_an_error(tmp_path, capsys):
     data = ["--data", "ArrayDataModule", "--data.path", "none.npz", "--data.fake", "true"]
     kind = ["--data.kind", "segmentation"]
     model = ["--model", "SemanticSegmentation", "--model.network", "fcn_tiny"]

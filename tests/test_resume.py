@@ -1,4 +1,4 @@
-"""A run that is killed and resumed equals one that never stopped, to the bit; and a broken run leaves something."""
+"""A killed and resumed run equals an undisturbed one to the bit; a failed run leaves a usable checkpoint and table."""
 
 import csv
 import json
@@ -57,8 +57,8 @@ def fit(folder, run, *options, **environment):
     return run_command("fit", "--run", run, *OPTIONS.split(), *options, folder=folder, **environment)
 
 
-def fit_freshly_started(folder, run, **environment):
-    """Nothing shared with the tests' own process, as a user starts it."""
+def fit_in_new_interpreter(folder, run, **environment):
+    """In a process that shares nothing with the tests, as a user starts it."""
     return subprocess.run(
         [sys.executable, "-m", "lightning_kd", "fit", "--run", run, *OPTIONS.split()],
         cwd=folder,
@@ -69,17 +69,17 @@ def fit_freshly_started(folder, run, **environment):
     )
 
 
-def test_sigkill_and_resume_to_the_bit(tmp_path):
+def test_killed_and_resumed_run_equals_an_undisturbed_one_to_the_bit(tmp_path):
     (tmp_path / "dropping.py").write_text(NETWORK)
     whole = fit(tmp_path, "whole")
     assert whole.returncode == 0, whole.stderr
     # 200 samples in batches of 25: step 20 is in the middle of epoch 2
-    killed = fit_freshly_started(tmp_path, "broken", KILL_AT="20")
+    killed = fit_in_new_interpreter(tmp_path, "broken", KILL_AT="20")
     assert killed.returncode == -signal.SIGKILL
     folder = RunFolder(tmp_path / "broken")
     assert json.loads(folder.record_file.read_text())["outcome"] == "running"
     assert torch.load(folder.last, weights_only=True)["epoch"] == 1
-    # three more steps than epochs 2 and 3 have would be seen: the second process must start at epoch 2
+    # epochs 2 and 3 have 16 steps: a process that started at an earlier epoch would be killed at step 17
     resumed = fit(tmp_path, "broken", "--ckpt_path", "last", KILL_AT="17")
     assert resumed.returncode == 0, resumed.stderr
     a, b = (torch.load(tmp_path / run / "checkpoints/last.ckpt", weights_only=True) for run in ("whole", "broken"))
@@ -96,7 +96,7 @@ def test_sigkill_and_resume_to_the_bit(tmp_path):
     assert best[0]["epoch"] == best[1]["epoch"]
 
 
-def test_ctrl_c_says_how_to_go_on(tmp_path):
+def test_ctrl_c_prints_the_command_to_resume(tmp_path):
     (tmp_path / "dropping.py").write_text(NETWORK.replace("SIGKILL", "SIGINT"))
     stopped = fit(tmp_path, "stopped", KILL_AT="12")
     assert stopped.returncode != 0
@@ -106,8 +106,8 @@ def test_ctrl_c_says_how_to_go_on(tmp_path):
     assert json.loads((tmp_path / "stopped/run.json").read_text())["outcome"] == "interrupted"
 
 
-class Poisoned(nn.Module):
-    """Gives NaN from a training step on."""
+class GivesNaN(nn.Module):
+    """Outputs NaN from training step ``step`` on, counted from 1."""
 
     def __init__(self, step: int = 3):
         super().__init__()
@@ -121,7 +121,7 @@ class Poisoned(nn.Module):
 @pytest.mark.parametrize("step", [2, 15])
 def test_nan_stops_at_once_and_leaves_a_usable_checkpoint(tmp_path, step):
     data = DigitsDataModule(train_per_class=20, batch_size=20)
-    task = Classification(Poisoned(step), 10, input_shape=(1, 8, 8))
+    task = Classification(GivesNaN(step), 10, input_shape=(1, 8, 8))
     run = RunFolder(tmp_path)
     trainer = L.Trainer(
         max_epochs=3,
@@ -140,8 +140,8 @@ def test_nan_stops_at_once_and_leaves_a_usable_checkpoint(tmp_path, step):
     last = torch.load(run.last, weights_only=True)
     assert last["global_step"] == (step - 1) // 10 * 10
     assert all(value.isfinite().all() for value in last["state_dict"].values() if value.is_floating_point())
-    # with the cause gone, it goes on from there
-    healthy = Classification(Poisoned(10**6), 10, input_shape=(1, 8, 8))
+    # a network without the fault resumes from this checkpoint
+    healthy = Classification(GivesNaN(10**6), 10, input_shape=(1, 8, 8))
     trainer = L.Trainer(
         max_epochs=3,
         accelerator="cpu",
@@ -154,7 +154,7 @@ def test_nan_stops_at_once_and_leaves_a_usable_checkpoint(tmp_path, step):
     assert trainer.global_step == 30
 
 
-def test_same_seed_twice_and_another_seed(tmp_path):
+def test_same_seed_gives_equal_weights_and_another_seed_others(tmp_path):
     weights = []
     for i, seed in enumerate((0, 0, 1)):
         main(
@@ -193,11 +193,11 @@ def test_logger_keeps_earlier_rows_and_drops_the_repeated_epoch(tmp_path):
     assert not list(tmp_path.glob("*.partial"))
 
 
-def test_an_earlier_checkpoint_is_evaluated_in_a_row_of_its_own_step(tmp_path):
+def test_result_of_an_earlier_checkpoint_gets_a_row_with_its_step(tmp_path):
     logger = RunLogger(tmp_path)
     for epoch in range(2):
         logger.log_metrics({"epoch": epoch, "val/acc": 0.5}, step=epoch * 5 + 4)
-    logger.evaluated = (0, 5)  # epoch, and steps done, where rows count from 0
+    logger.evaluated = (0, 5)  # the epoch and the number of steps done; rows count steps from 0
     logger.log_metrics({"epoch": 0, "test/acc": 0.4})
     assert [(row["epoch"], row["step"]) for row in logger.rows] == [(0, 4), (1, 9), (0, 4)]
 
@@ -220,7 +220,7 @@ def test_a_write_that_fails_leaves_the_old_files(tmp_path, monkeypatch):
 
 
 class Slow(L.Callback):
-    """Lets the other rank be first."""
+    """Delays rank 1 by a second."""
 
     def on_train_start(self, trainer, pl_module):
         if trainer.global_rank == 1:
@@ -242,7 +242,7 @@ def fit_with_a_slow_rank(folder):
     return trainer.global_step
 
 
-def test_a_rank_that_comes_late_does_not_wait_forever(tmp_path):
+def test_a_fit_with_a_slow_rank_ends(tmp_path):
     steps = on_two_ranks(fit_with_a_slow_rank, str(tmp_path))
     assert steps[0] == steps[1] > 0
     assert RunFolder(tmp_path).last.is_file()

@@ -1,4 +1,4 @@
-"""Names that a spreadsheet would take for formulas are written as text, and read back as they were."""
+"""Names that a spreadsheet would take for formulas are written with a leading quote, and read back without it."""
 
 import csv
 import io
@@ -33,33 +33,33 @@ NUMBERS = [-1, -0.5, "-1.5e-07", "+3", "-inf", "nan", "-0.5;-0.25;", "1"]
 
 
 @pytest.mark.parametrize("text", FORMULAS + PLAIN)
-def test_names_come_back(text, tmp_path):
+def test_names_are_read_back_as_written(text, tmp_path):
     path = tmp_path / "a.csv"
     path.write_text(csv_text([["index", "label"], [0, text], [1, "other"]]), newline="")
     assert [cells for _, cells in read_rows(path)] == [["index", "label"], ["0", text], ["1", "other"]]
 
 
 @pytest.mark.parametrize("text", FORMULAS)
-def test_no_cell_begins_like_a_formula(text):
+def test_formulas_are_written_with_a_leading_quote(text):
     (row,) = csv.reader(io.StringIO(csv_text([[text]]), newline=""))
     assert row == [f"'{text}"]
 
 
-def test_all_else_is_as_it_was():
+def test_numbers_and_plain_text_are_written_unchanged():
     assert csv_text([NUMBERS]) == "-1,-0.5,-1.5e-07,+3,-inf,nan,-0.5;-0.25;,1\n"
     assert csv_text([["a", None, 'b "c"'], [1, "d,e", 0.25]]) == 'a,,"b ""c"""\n1,"d,e",0.25\n'
 
 
-def test_what_a_person_wrote_is_read_too(tmp_path):
+def test_label_file_takes_formula_like_names_with_and_without_a_quote(tmp_path):
     path = tmp_path / "labels.csv"
-    path.write_text("=dog\n'=dog\n-1cat\n")  # unmarked, too
+    path.write_text("=dog\n'=dog\n-1cat\n")  # the first and the last without a leading quote
     assert LabelFile(str(path)).corrupt([0, 0, 0], ["=dog", "-1cat"]).tolist() == [0, 0, 1]
     path.write_text("-1\n")
     with pytest.raises(ValueError, match="must be between 0 and 1, got -1"):
         LabelFile(str(path)).corrupt([0], ["a", "b"])
 
 
-def test_scores_name_their_files_safely(tmp_path):
+def test_noisy_labels_csv_quotes_formula_like_file_names(tmp_path):
     n, index = 2, torch.arange(2)
     scores = LabelScores(index, index, index, torch.tensor([-0.5, 0.25]), torch.zeros(n), torch.ones(n).double())
     scores.write(tmp_path / "noisy_labels.csv", ["=a.png", "b.png"])
@@ -67,7 +67,7 @@ def test_scores_name_their_files_safely(tmp_path):
     assert lines[1:] == ["0,0,0,1,-0.5,'=a.png", "1,1,1,1,0.25,b.png"]
 
 
-def test_predictions_name_their_classes_safely():
+def test_predictions_quote_formula_like_class_names():
     outputs = {"prediction": torch.tensor([0]), "probabilities": torch.tensor([[0.75, 0.25]])}
     columns = SingleLabel(2).columns(outputs, ["=cat", "dog"])
     text = csv_text([list(columns), [values[0] for values in columns.values()]])
@@ -75,7 +75,7 @@ def test_predictions_name_their_classes_safely():
 
 
 @pytest.mark.parametrize("written", ["-cat", "'-cat", "-CAT"])
-def test_answers_are_the_names_themselves(written, tmp_path):
+def test_answers_with_formula_like_class_names_are_stored_unquoted(written, tmp_path):
     record = PoolRecord(tmp_path / "pool.json", {"classes": ["-cat", "dog"]})
     record.add_query([3], [0.9], ["-cat"], ["@x/3.png"])
     record.save()

@@ -18,12 +18,12 @@ def _child(
     import torch
     from lightning.pytorch.utilities import rank_zero_only
 
-    # as in a process that was launched with its rank, not forked from one that had none: else both take themselves
-    # for the first until a Trainer is made, and one may remove what the other has just written
+    # set as in a process that is launched with its rank: else both take themselves for rank 0 until a Trainer is made,
+    # and one may remove files that the other has just written
     rank_zero_only.rank = rank
     torch.set_num_threads(int(THREADS))
     warnings.simplefilter("ignore")
-    # not that of the test in which the processes' server was started, which may have set a seed
+    # the environment of this test, not of the one that started the fork server, which may have set a seed
     os.environ.clear()
     os.environ.update(environment)
     os.environ.update(
