@@ -90,7 +90,7 @@ def test_nested_folder_is_predicted_after_the_training_data_is_deleted(run):
     found = rows()
     assert [row["path"] for row in found] == sorted(str(p) for p in Path("new").rglob("*.*"))
     assert [row["index"] for row in found] == [str(i) for i in range(6)]
-    names = ["'=blue", *NAMES[1:]]  # a spreadsheet takes it for no formula
+    names = ["'=blue", *NAMES[1:]]  # quoted, so that a spreadsheet takes it for no formula
     colour = {f"{i}": names[i % 3] for i in range(6)}
     assert [row["class_name"] for row in found] == [colour[Path(row["path"]).stem] for row in found]
     for row in found:
@@ -444,7 +444,7 @@ def test_predict_null_or_empty_is_left_to_the_parser():
     words = ["predict", "--data.predict", "null", "--data.predict=", "--data.predict", "", "--seed_everything", "1"]
     assert without_predict(words) == (words, None)
     assert without_predict([*words, "--data.predict=new", "--data.predict"]) == ([*words, "--data.predict"], "new")
-    with pytest.raises(FileNotFoundError, match="predict '' does not exist"):  # not all images of the folder
+    with pytest.raises(FileNotFoundError, match="predict '' does not exist"):  # it does not mean the working folder
         files_to_predict("")
 
 
