@@ -12,7 +12,7 @@ QUIET = {"logger": False, "enable_progress_bar": False, "enable_model_summary": 
 
 
 class Greedy(PoolTask):
-    """Trains a linear network and asks for what it is least sure of."""
+    """Trains a small MLP and queries the samples it is least sure of, with some noise, or those of ``chosen``."""
 
     def __init__(self, num_classes=4, input_shape=(1, 8, 8), chosen=None, **kwargs):
         super().__init__(num_classes, input_shape=input_shape, **kwargs)
@@ -45,7 +45,7 @@ def trainer_of(folder=None, **kwargs):
 
 
 def starter(task=Greedy, data=None, trainer=None, **settings):
-    """A ``start`` for ``run_rounds``."""
+    """The function ``start`` that ``run_rounds`` calls for each round."""
 
     def start(number, folder):
         return trainer_of(folder, **(trainer or {})), task(**settings), pool_data(**(data or {}))

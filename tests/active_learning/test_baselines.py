@@ -1,4 +1,4 @@
-"""The closed-set strategies by worked numbers, and ``PoolClassifier`` in rounds on a pool."""
+"""The closed-set query strategies against worked numbers, and ``PoolClassifier`` in rounds on a pool."""
 
 import math
 
@@ -38,7 +38,7 @@ MEASURES = [least_confidence, probability_margin, predictive_entropy]
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 @pytest.mark.parametrize("k", [2, 3, 10])
-def test_measures_at_both_ends(k, dtype):
+def test_measures_of_uniform_and_one_hot_probabilities(k, dtype):
     rows = torch.stack([torch.full((k,), 1 / k, dtype=dtype), torch.eye(k, dtype=dtype)[k - 1]])
     expected = [(1 - 1 / k, 0), (0, 1), (math.log(k), 0)]
     for measure, pair in zip(MEASURES, expected, strict=True):
@@ -60,12 +60,12 @@ def test_half_precision_is_computed_in_float32():
 
 
 @pytest.mark.parametrize("measure", MEASURES)
-def test_measures_refuse_another_shape(measure):
+def test_probabilities_of_another_shape_raise(measure):
     with pytest.raises(ValueError, match=r"probabilities must be \[N, K\], got \[3\]"):
         measure(torch.ones(3))
 
 
-def test_a_margin_needs_two_classes():
+def test_margin_of_one_class_raises():
     with pytest.raises(ValueError, match="at least 2 classes for a margin, got 1"):
         probability_margin(torch.ones(3, 1))
 
@@ -103,14 +103,14 @@ THREE = scores_of(np.log([[0.5, 0.3, 0.2], [0.45, 0.45, 0.10], [0.9, 0.05, 0.05]
         ("certainty", [5, 1, 7, 3]),
     ],
 )
-def test_scores_in_order_ties_by_index(name, order):
+def test_queries_are_ordered_by_score_and_ties_by_index(name, order):
     assert chosen(name, THREE, view(4), 4).tolist() == order
     assert chosen(name, THREE, view(4), 2).tolist() == order[:2]
     assert chosen(name, {"probabilities": THREE["probabilities"]}, view(4), 4).tolist() == order
 
 
 @pytest.mark.parametrize("name", ["least_confidence", "margin", "entropy"])
-def test_saturated_logits_come_last(name):
+def test_saturated_logits_come_last_with_finite_scores(name):
     query = STRATEGIES[name]().select(
         scores_of([[1000.0, 0, 0], [1.0, 0, 0], [100.0, 0, 0]]), view(3), 3, numpy_generator(0, "query")
     )
@@ -119,11 +119,11 @@ def test_saturated_logits_come_last(name):
     assert query.score[1:].tolist() == pytest.approx([-1.0 if name == "margin" else 0.0] * 2)
 
 
-def test_certainty_tells_apart_what_float32_rounds_to_one():
+def test_certainty_orders_probabilities_that_float32_rounds_to_one():
     assert chosen("certainty", scores_of([[20.0, 0, 0], [25.0, 0, 0]]), view(2), 2).tolist() == [3, 1]
 
 
-def test_random_is_fair_and_seeded():
+def test_random_query_is_uniform_and_repeats_with_its_seed():
     pool = view(50)
     first = chosen("random", {}, pool, 20)
     assert len(set(first.tolist()) & set(pool.unlabelled.tolist())) == 20
@@ -136,7 +136,7 @@ def features(count, stream):
     return torch.randn(count, 6, generator=torch_generator(0, stream))
 
 
-def test_k_center_and_badge_choose_by_features():
+def test_k_center_and_badge_query_by_features():
     pool, labelled, feature = view(30, features(4, "l")), features(4, "l"), features(30, "u")
     scores = {**scores_of(features(30, "z")[:, :3]), "feature": feature}
     picks = k_center_greedy(feature, labelled, 10)
@@ -147,18 +147,19 @@ def test_k_center_and_badge_choose_by_features():
     assert query.score.tolist() == badge.score.tolist()
 
 
-def test_k_center_without_features_of_the_labelled_is_refused():
+def test_k_center_without_features_of_labelled_samples_raises():
     pool = view(5, features(2, "l"))._replace(labelled_scores={})
     with pytest.raises(ValueError, match=r"pool\.labelled_scores must hold 'feature' for the 2 labelled samples"):
         chosen("k_center", {"feature": features(5, "u")}, pool, 2)
-    assert chosen("k_center", {"feature": features(5, "u")}, view(5), 2)[0] == 1  # nothing labelled: the first
+    assert chosen("k_center", {"feature": features(5, "u")}, view(5), 2)[0] == 1  # nothing labelled: the first sample
 
 
-@pytest.mark.parametrize("name", [name for name in STRATEGIES if name != "lewis"])  # which draws no more than half
+# Lewis refuses a budget above half of the pool
+@pytest.mark.parametrize("name", [name for name in STRATEGIES if name != "lewis"])
 @pytest.mark.parametrize("budget", [1, 7, 12])
-def test_every_strategy_chooses_each_sample_once(name, budget):
+def test_every_strategy_queries_no_sample_twice(name, budget):
     pool = view(12, features(3, "l"))
-    scores = {**scores_of(torch.zeros(12, 3)), "feature": torch.ones(12, 6)}  # all alike
+    scores = {**scores_of(torch.zeros(12, 3)), "feature": torch.ones(12, 6)}  # all samples alike
     index = chosen(name, scores, pool, budget)
     assert len(index) == len(set(index.tolist()) & set(pool.unlabelled.tolist())) == budget
 
@@ -177,7 +178,7 @@ def fitted(strategy, **kwargs):
     return task, trainer, data
 
 
-def test_it_trains_like_a_plain_loop_on_the_known_samples_alone():
+def test_classifier_trains_like_a_plain_loop_on_the_known_samples_alone():
     task = classifier(optimizer=lambda parameters: torch.optim.SGD(parameters, lr=0.1))
     twin = classifier().network
     twin.load_state_dict(task.network.state_dict())
@@ -197,7 +198,7 @@ def test_it_trains_like_a_plain_loop_on_the_known_samples_alone():
 
 
 @pytest.mark.parametrize("name", list(STRATEGIES))
-def test_it_chooses_by_name(name):
+def test_named_strategy_queries_the_pool_with_the_scores_it_needs(name):
     task, trainer, data = fitted(name)
     assert task.strategy_name == name
     query, _ = select_query(trainer, task, data)
@@ -220,7 +221,7 @@ def last_linear(task):
     return [m for m in task.network.modules() if isinstance(m, nn.Linear)][-1]
 
 
-def test_k_center_in_a_pool_starts_from_the_labelled_features():
+def test_k_center_in_a_pool_takes_labelled_samples_as_its_first_centers():
     task, trainer, data = fitted("k_center")
     query, _ = select_query(trainer, task, data)
     tapped = {}
@@ -235,7 +236,7 @@ def test_k_center_in_a_pool_starts_from_the_labelled_features():
     assert query.index.tolist() == data.unlabelled_indices[picks].tolist()
 
 
-def test_rounds_are_the_same_again(tmp_path):
+def test_repeated_rounds_make_the_same_queries(tmp_path):
     for name in "ab":
         run_rounds(starter(classifier, {"rounds": 1}, strategy="badge"), tmp_path / name, say=str)
     first, second = (PoolRecord.load(tmp_path / name / "pool.json") for name in "ab")
@@ -244,8 +245,7 @@ def test_rounds_are_the_same_again(tmp_path):
     assert {row["strategy"] for row in first.results} == {"badge"}
 
 
-def asked_for(name, devices):
-    """By a network that was never trained."""
+def query_of_an_untrained_network(name, devices):
     torch.manual_seed(0)
     task, data = classifier(name), pool_data()
     trainer = trainer_of(devices=devices, strategy="ddp" if devices > 1 else "auto")
@@ -253,8 +253,8 @@ def asked_for(name, devices):
 
 
 @pytest.mark.parametrize("name", ["k_center", "badge"])
-def test_two_processes_choose_what_one_does(name):
-    assert on_two_ranks(asked_for, name, 2) == [asked_for(name, 1)] * 2
+def test_two_processes_query_what_one_queries(name):
+    assert on_two_ranks(query_of_an_untrained_network, name, 2) == [query_of_an_untrained_network(name, 1)] * 2
 
 
 class Last(Strategy):
@@ -265,7 +265,7 @@ class Last(Strategy):
         return pool.unlabelled[-budget:]
 
 
-def test_a_strategy_of_ones_own():
+def test_custom_strategy_gets_features_and_makes_the_query():
     task, trainer, data = fitted(Last())
     query, _ = select_query(trainer, task, data)
     assert query.index.tolist() == data.unlabelled_indices[-30:].tolist()
@@ -280,7 +280,7 @@ def test_an_unknown_strategy_is_refused():
 
 
 class TwoLinears(nn.Module):
-    """Whose classifier is not the linear layer defined last."""
+    """Its classifier, ``head``, is not the linear layer defined last."""
 
     def __init__(self):
         super().__init__()
@@ -291,20 +291,20 @@ class TwoLinears(nn.Module):
         return self.head(self.body(image.flatten(1)))
 
 
-def test_classifier_names_the_layer_of_the_feature():
+def test_feature_is_the_input_of_the_named_classifier():
     task = classifier("badge", TwoLinears(), classifier="head").eval()
     image = torch.randn(3, 1, 8, 8)
     assert torch.equal(task.pool_scores(image, None)[1]["feature"], task.network.body(image.flatten(1)))
 
 
-def test_weights_to_start_from(tmp_path):
+def test_weights_file_initializes_the_network(tmp_path):
     torch.save(classifier().network.state_dict(), tmp_path / "network.pt")
     task = classifier(weights=str(tmp_path / "network.pt"))
     expected = torch.load(tmp_path / "network.pt", weights_only=True)
     assert all(torch.equal(value, expected[name]) for name, value in task.network.state_dict().items())
 
 
-def test_checkpoints_load_again(tmp_path):
+def test_loaded_checkpoint_has_the_strategy_and_weights(tmp_path):
     task, trainer, _ = fitted("k_center")
     trainer.save_checkpoint(tmp_path / "a.ckpt")
     again = PoolClassifier.load_from_checkpoint(tmp_path / "a.ckpt")
@@ -312,7 +312,7 @@ def test_checkpoints_load_again(tmp_path):
     assert torch.equal(last_linear(again).weight, last_linear(task).weight)
 
 
-def test_all_is_exported():
+def test_classes_and_functions_are_exported_by_the_package():
     for name in ("PoolClassifier", "KCenter", "BADGE", "Random", "k_center_greedy", "badge_select", "least_confidence"):
         assert getattr(lightning_kd, name).__module__.startswith("lightning_kd.active_learning")
 
@@ -320,7 +320,7 @@ def test_all_is_exported():
 @pytest.mark.parametrize("name", ["bual", "lewis"])
 def test_new_samples_are_predicted_without_scores_of_the_pool(name, tmp_path):
     settings = {"num_classes": 4, "input_shape": (1, 8, 8)}
-    task = BUAL("mlp_8", **settings)  # remembers the pool by index, and has scores after its last epochs alone
+    task = BUAL("mlp_8", **settings)  # keeps its pool scores by index, from its last epochs
     if name == "lewis":
         task = PoolClassifier("mlp_8", **settings, strategy="lewis", feature_networks=["of the pool.npy"])
     np.save(tmp_path / "new.npy", np.zeros((3, 8, 8), np.uint8))

@@ -1,4 +1,4 @@
-"""BUAL: losses, labels and scores with worked numbers; the two stages, resume, two processes."""
+"""BUAL: losses, complementary labels and scores with worked numbers; the two stages, resume, two processes."""
 
 import copy
 import math
@@ -23,7 +23,7 @@ from tests.two_processes import on_two_ranks
 
 NEGATIVE = torch.tensor([[0.9, 0.1], [0.6, 0.4], [0.55, 0.45], [0.8, 0.2]], dtype=torch.float64)
 POSITIVE = torch.tensor([[0.7, 0.3], [0.95, 0.05], [0.6, 0.4], [0.5, 0.5]], dtype=torch.float64)
-UNKNOWNNESS = torch.tensor([0.1, 0.4, 0.3, 0.2], dtype=torch.float64)
+UNKNOWN_PROBABILITY = torch.tensor([0.1, 0.4, 0.3, 0.2], dtype=torch.float64)
 
 
 def generator(seed=0):
@@ -42,7 +42,7 @@ def generator(seed=0):
     ],
 )
 @pytest.mark.parametrize("eps", [0.0, 1e-5])
-def test_negative_learning_loss(k, loss, gradient, eps):
+def test_negative_learning_loss_and_gradient_equal_worked_numbers(k, loss, gradient, eps):
     logits = torch.tensor([[2.0, 0.0, -1.0]], dtype=torch.float64, requires_grad=True)
     value = negative_learning_loss(logits, torch.tensor([k]), eps)
     value.backward()
@@ -51,14 +51,14 @@ def test_negative_learning_loss(k, loss, gradient, eps):
     assert logits.grad.sum().item() == pytest.approx(0, abs=1e-12)
 
 
-def test_only_the_exact_loss_has_a_gradient_at_a_large_lead():
+def test_only_the_exact_loss_has_a_gradient_at_a_saturated_logit():
     for eps, slope in ((0.0, 1.0), (1e-5, 0.0)):
         logits = torch.tensor([[30.0, 0.0, 0.0]], requires_grad=True)
         negative_learning_loss(logits, torch.tensor([0]), eps).backward()
         assert logits.grad[0, 0].item() == pytest.approx(slope)
 
 
-def test_law_of_complementary_labels():
+def test_complementary_labels_are_uniform_over_the_possible_classes():
     draws = 60_000
     of_class_2 = complementary_labels(torch.full((draws,), 2), 4, generator())
     of_pool = complementary_labels(torch.full((draws,), -1), 4, generator())
@@ -72,30 +72,32 @@ def test_law_of_complementary_labels():
     assert complementary_labels(torch.empty(0, dtype=torch.int64), 3, generator()).shape == (0,)
 
 
-def test_complementary_labels_refuse_what_has_none():
+def test_complementary_labels_of_one_class_or_wrong_targets_raise():
     with pytest.raises(ValueError, match="num_known must be at least 2, got 1"):
         complementary_labels(torch.tensor([0]), 1, generator())
     with pytest.raises(ValueError, match=r"between -1 .no label. and 2, got 0 to 3"):
         complementary_labels(torch.tensor([0, 3]), 3, generator())
 
 
-def test_score_by_the_rule_of_the_code():
-    score = bidirectional_score(NEGATIVE, POSITIVE, UNKNOWNNESS, 0.5)
+def test_score_with_combine_code_equals_worked_numbers():
+    score = bidirectional_score(NEGATIVE, POSITIVE, UNKNOWN_PROBABILITY, 0.5)
     expected = torch.tensor([0.222222, 0.142857, 0.037037, 0.238095], dtype=torch.float64)
     torch.testing.assert_close(score, expected, atol=1e-6, rtol=0)
     assert score.argsort().tolist() == [2, 1, 0, 3]
     # from single precision it is computed in double all the same
-    assert bidirectional_score(NEGATIVE.float(), POSITIVE.float(), UNKNOWNNESS.float(), 0.5).dtype == torch.float64
+    assert (
+        bidirectional_score(NEGATIVE.float(), POSITIVE.float(), UNKNOWN_PROBABILITY.float(), 0.5).dtype == torch.float64
+    )
 
 
-def test_score_by_the_rule_of_the_paper():
-    score = bidirectional_score(NEGATIVE, POSITIVE, UNKNOWNNESS, 0.5, combine="paper")
+def test_score_with_combine_paper_equals_worked_numbers():
+    score = bidirectional_score(NEGATIVE, POSITIVE, UNKNOWN_PROBABILITY, 0.5, combine="paper")
     torch.testing.assert_close(score, torch.tensor([0.145, 0.175, 0.275, 0.24], dtype=torch.float64))
     assert score.argsort(descending=True).tolist() == [2, 3, 1, 0]
 
 
 @pytest.mark.parametrize("uncertainty", ["least_confidence", "margin", "entropy"])
-def test_every_measure_against_a_plain_form(uncertainty):
+def test_score_with_every_uncertainty_equals_a_plain_computation(uncertainty):
     rng = generator()
     negative, positive = (torch.from_numpy(rng.dirichlet(np.ones(4), 9)) for _ in range(2))
     a = torch.from_numpy(rng.random(9))
@@ -122,23 +124,23 @@ def test_every_measure_against_a_plain_form(uncertainty):
 
 @pytest.mark.parametrize("uncertainty", ["least_confidence", "margin"])
 def test_sum_and_mean_of_snapshots_give_the_same_score(uncertainty):
-    a = bidirectional_score(NEGATIVE, POSITIVE, UNKNOWNNESS, 0.5, uncertainty)
-    b = bidirectional_score(NEGATIVE * 21, POSITIVE, UNKNOWNNESS, 0.5, uncertainty)
+    a = bidirectional_score(NEGATIVE, POSITIVE, UNKNOWN_PROBABILITY, 0.5, uncertainty)
+    b = bidirectional_score(NEGATIVE * 21, POSITIVE, UNKNOWN_PROBABILITY, 0.5, uncertainty)
     torch.testing.assert_close(a, b)
 
 
-def test_without_an_auxiliary_the_negative_head_alone_decides():
+def test_without_an_auxiliary_network_the_negative_head_alone_decides():
     score = bidirectional_score(NEGATIVE, POSITIVE)
     assert score.argsort().tolist() == NEGATIVE.amax(1).argsort().tolist() == [2, 1, 3, 0]
-    both = bidirectional_score(NEGATIVE, POSITIVE, balance=1.0)  # every answer was a known class
+    both = bidirectional_score(NEGATIVE, POSITIVE, balance=1.0)  # precision 1: every answer was a known class
     assert (both - score).tolist() == pytest.approx([4 / 9, 1, 2 / 9, 0])
 
 
-def test_equal_values_scale_to_zero():
+def test_scores_of_equal_single_empty_and_certain_inputs():
     same = torch.full((3, 2), 0.5)
     assert bidirectional_score(same, same, torch.full((3,), 0.2), 0.7).tolist() == [0, 0, 0]
-    assert bidirectional_score(NEGATIVE[:1], POSITIVE[:1], UNKNOWNNESS[:1], 0.5).tolist() == [0]
-    assert bidirectional_score(NEGATIVE[:0], POSITIVE[:0], UNKNOWNNESS[:0]).shape == (0,)
+    assert bidirectional_score(NEGATIVE[:1], POSITIVE[:1], UNKNOWN_PROBABILITY[:1], 0.5).tolist() == [0]
+    assert bidirectional_score(NEGATIVE[:0], POSITIVE[:0], UNKNOWN_PROBABILITY[:0]).shape == (0,)
     certain = torch.tensor([[1.0, 0.0], [0.5, 0.5]])
     assert bidirectional_score(certain, certain, uncertainty="entropy").tolist() == [1, 0]
 
@@ -147,21 +149,21 @@ def test_equal_values_scale_to_zero():
     ("arguments", "message"),
     [
         ((NEGATIVE, POSITIVE[:3]), "negative_probs"),
-        ((NEGATIVE, POSITIVE, UNKNOWNNESS[:3]), "unknown_probability must be .4., got .3."),
+        ((NEGATIVE, POSITIVE, UNKNOWN_PROBABILITY[:3]), "unknown_probability must be .4., got .3."),
         ((NEGATIVE, POSITIVE, None, 1.5), "balance"),
         ((NEGATIVE, POSITIVE, None, 0.5, "sure"), "uncertainty must be"),
         ((NEGATIVE, POSITIVE, None, 0.5, "margin", "both"), "combine must be"),
         ((NEGATIVE / 0, POSITIVE), "^negative_probs must be finite, got 4 of 4"),
         ((NEGATIVE, POSITIVE.index_fill(0, torch.tensor(2), torch.nan)), "^positive_probs must be finite, got 1 of 4"),
-        ((NEGATIVE, POSITIVE, UNKNOWNNESS * torch.inf), "^unknown_probability must be finite, got 4 of 4"),
+        ((NEGATIVE, POSITIVE, UNKNOWN_PROBABILITY * torch.inf), "^unknown_probability must be finite, got 4 of 4"),
     ],
 )
-def test_score_refuses(arguments, message):
+def test_score_of_wrong_arguments_raises(arguments, message):
     with pytest.raises(ValueError, match=message):
         bidirectional_score(*arguments)
 
 
-# -- the choice ------------------------------------------------------------------------------------------------------
+# -- the query -------------------------------------------------------------------------------------------------------
 
 
 def view_of(count, precision=0.5):
@@ -189,31 +191,31 @@ def chosen(budget, a=None, precision=0.5, task=None, **scores):
 
 
 def test_select_takes_the_smallest_scores():
-    index, score = chosen(3, UNKNOWNNESS)
+    index, score = chosen(3, UNKNOWN_PROBABILITY)
     assert index == [2, 1, 0]
     assert score == pytest.approx([0.037037, 0.142857, 0.222222], abs=1e-6)
-    assert chosen(4, UNKNOWNNESS, task=BUAL("mlp", 2, input_shape=(3,), combine="paper"))[0] == [2, 3, 1, 0]
-    assert chosen(4, None, 0.0)[0] == [2, 1, 3, 0]  # the first round
-    assert chosen(9, UNKNOWNNESS)[0] == [2, 1, 0, 3]  # more than there are
+    assert chosen(4, UNKNOWN_PROBABILITY, task=BUAL("mlp", 2, input_shape=(3,), combine="paper"))[0] == [2, 3, 1, 0]
+    assert chosen(4, None, 0.0)[0] == [2, 1, 3, 0]  # as in the first round
+    assert chosen(9, UNKNOWN_PROBABILITY)[0] == [2, 1, 0, 3]  # a budget larger than the pool
 
 
-def test_select_leaves_out_what_looks_unknown_and_scales_without_it():
+def test_select_leaves_out_predicted_unknown_samples_and_scales_without_them():
     index, score = chosen(2, [0.1, 0.9, 0.3, 0.2])
     kept = [0, 2, 3]
-    expected = bidirectional_score(NEGATIVE[kept], POSITIVE[kept], UNKNOWNNESS[kept], 0.5)
+    expected = bidirectional_score(NEGATIVE[kept], POSITIVE[kept], UNKNOWN_PROBABILITY[kept], 0.5)
     order = expected.argsort()[:2]
     assert index == [kept[i] for i in order]
     assert score == pytest.approx(expected[order].tolist())
 
 
-def test_select_fills_up_with_the_least_unknown_of_the_rejected():
+def test_select_fills_up_with_the_least_unknown_of_those_left_out():
     index, score = chosen(4, [0.9, 0.2, 0.7, 0.8])
     assert index == [1, 2, 3, 0]
     assert score[0] == 0
     assert np.isnan(score[1:]).all()
 
 
-def test_select_where_all_look_unknown():
+def test_select_takes_the_least_unknown_where_all_are_predicted_unknown():
     a = [0.7, 0.8, 0.9, 0.8]
     index, score = chosen(4, a)
     assert index == [0, 1, 3, 2]  # by score alone: 2, 0, 1, 3
@@ -222,7 +224,7 @@ def test_select_where_all_look_unknown():
 
 
 @pytest.mark.parametrize("candidates", [0, 1])
-def test_what_looks_unknown_is_ranked_where_all_probabilities_are_one(candidates):
+def test_predicted_unknown_samples_of_probability_one_are_ranked_by_log_odds(candidates):
     logits = torch.zeros(5 + candidates, 3)
     logits[:5, 2] = torch.tensor([60.0, 40, 20, 25, 18])
     logits[5:, 0] = 4
@@ -241,13 +243,13 @@ def test_what_looks_unknown_is_ranked_where_all_probabilities_are_one(candidates
     assert ((query.index - 5) // 10).tolist() == [5] * candidates + [4, 2, 3, 1, 0]
 
 
-def test_ties_go_to_the_less_certain_then_to_the_first():
-    # nothing known in the latest answers: every sample with w = 0 has score 0
+def test_tied_scores_go_to_the_less_certain_then_to_the_lower_index():
+    # precision 0, no known class in the latest answers: every sample with w = 0 has score 0
     positive = torch.tensor([[0.9, 0.1], [0.6, 0.4], [0.6, 0.4], [0.5, 0.5]])
     assert chosen(4, [0.1, 0.1, 0.1, 0.4], 0.0, positive_probs=positive, negative_probs=NEGATIVE)[0] == [1, 2, 0, 3]
 
 
-def test_select_refuses_samples_without_a_snapshot():
+def test_select_with_missing_or_not_finite_scores_raises():
     negative = NEGATIVE.clone()
     negative[1] = -1
     with pytest.raises(ValueError, match="missing for 1 of 4 samples"):
@@ -255,7 +257,7 @@ def test_select_refuses_samples_without_a_snapshot():
     negative[1] = torch.nan
     with pytest.raises(ValueError, match=r"^negative_probs must be finite, got 1 of 4"):
         chosen(2, negative_probs=negative)
-    # even where it would have no score
+    # even for a sample that is left out as unknown
     with pytest.raises(ValueError, match=r"^unknown_log_odds must be finite, got 1 of 4"):
         chosen(2, [0.1, 1.0, 0.2, 0.3])
 
@@ -264,7 +266,7 @@ def test_select_refuses_samples_without_a_snapshot():
 
 
 def data_of(unknown=6, known=4, hidden=None, **kwargs):
-    """Made-up digits of which 4 classes are known, after a round of answers."""
+    """Made-up digits of which 4 classes are known, after one answered query; ``hidden`` redraws all true labels."""
     source = DigitsDataModule(fake=True, batch_size=16, val_fraction=0.0, augment=True)
     data = OpenSetDataModule(source, 4, initial_count=24, budget=10, **kwargs)
     data.setup()
@@ -307,7 +309,7 @@ def equal(a, b):
 
 
 class Spy(L.Callback):
-    """What is trained, with which labels, and the weights before and after each epoch."""
+    """Records batches, complementary labels, learning rates, and the weights before and after each epoch."""
 
     def __init__(self):
         self.networks, self.batches, self.complementary, self.lr, self.momenta = [], [], [], [], []
@@ -331,8 +333,8 @@ class Spy(L.Callback):
 
 
 @pytest.fixture(scope="module")
-def run():
-    """One fit of two epochs a stage, watched."""
+def one_run():
+    """One fit with two epochs in each stage, recorded by a ``Spy``."""
     torch.manual_seed(0)
     spy, data = Spy(), data_of()
     factory = {
@@ -343,8 +345,8 @@ def run():
     return task, trainer, data, spy
 
 
-def test_which_network_learns_when_and_from_what(run):
-    task, _, data, spy = run
+def test_order_of_the_networks_and_the_samples_each_trains_on(one_run):
+    task, _, data, spy = one_run
     assert list(dict.fromkeys(spy.networks)) == [(0, 0), (0, 1), (1, 0), (1, 1), (2, 2), (3, 2)]
     seen = {
         n: set(torch.cat([index for _, network, index, _ in spy.batches if network == n]).tolist()) for n in range(3)
@@ -361,8 +363,8 @@ def test_which_network_learns_when_and_from_what(run):
         assert int(target.min()) >= (-1 if network == 2 else 0)
 
 
-def test_the_stage_changes_only_its_own_networks(run):
-    task, _, _, spy = run
+def test_each_stage_changes_only_its_own_networks(one_run):
+    task, _, _, spy = one_run
     first, second, third, fourth = spy.after
 
     def part(state, name):
@@ -370,7 +372,7 @@ def test_the_stage_changes_only_its_own_networks(run):
 
     for name in ("network", "auxiliary"):
         assert not equal(part(first, name), part(second, name))
-        # neither weights (by decay or momentum) nor running statistics move afterwards
+        # neither weights (by decay or momentum) nor running statistics change afterwards
         assert equal(part(second, name), part(third, name))
         assert equal(part(third, name), part(fourth, name))
     assert equal(part(first, "negative"), part(second, "negative"))
@@ -378,8 +380,8 @@ def test_the_stage_changes_only_its_own_networks(run):
     assert equal(weights(task.network), {k[len("network.") :]: v for k, v in part(second, "network").items()})
 
 
-def test_the_negative_stage_starts_from_the_backbone_with_a_fresh_optimizer(run):
-    _, _, _, spy = run
+def test_the_negative_stage_starts_from_the_backbone_with_a_fresh_optimizer(one_run):
+    _, _, _, spy = one_run
     assert spy.lr == [0.05, 0.025, 0.05, 0.025]  # the schedule starts anew
     assert spy.momenta[1] > 0
     assert spy.momenta[2] == 0
@@ -391,8 +393,8 @@ def test_the_negative_stage_starts_from_the_backbone_with_a_fresh_optimizer(run)
         assert torch.equal(value, origin), name
 
 
-def test_complementary_labels_are_drawn_once_an_epoch_and_are_wrong_for_known(run):
-    task, _, data, spy = run
+def test_complementary_labels_are_redrawn_each_epoch_and_wrong_if_known(one_run):
+    task, _, data, spy = one_run
     first, last = spy.complementary[0], spy.complementary[-1]
     known, subset = torch.from_numpy(data.known_indices), torch.from_numpy(task.stage.subset)
     assert not torch.equal(first[subset], last[subset])
@@ -403,8 +405,8 @@ def test_complementary_labels_are_drawn_once_an_epoch_and_are_wrong_for_known(ru
     assert torch.equal(first[torch.from_numpy(both)], draws)
 
 
-def test_snapshots_are_averaged_by_index(run):
-    task, trainer, data, _ = run
+def test_snapshots_are_averaged_by_index(one_run):
+    task, trainer, data, _ = one_run
     assert task.stage.snapshots == 3  # the untrained head, and after each epoch
     rows = task.stage.sum.rows
     pool = torch.from_numpy(data.unlabelled_indices)
@@ -424,8 +426,8 @@ def test_snapshots_are_averaged_by_index(run):
     assert set(query.index) <= set(data.unlabelled_indices)
 
 
-def test_metrics_are_those_of_the_positive_network(run):
-    task, trainer, data, spy = run
+def test_metrics_are_those_of_the_positive_network(one_run):
+    task, trainer, data, spy = one_run
     metrics = trainer.test(task, datamodule=data, verbose=False)[0]
     other = task_of()
     other.load_state_dict(spy.after[1])  # as the positive stage left it
@@ -433,14 +435,14 @@ def test_metrics_are_those_of_the_positive_network(run):
     assert task.exports()["network"] is task.network
 
 
-def test_only_the_snapshots_asked_for():
+def test_snapshot_settings_determine_the_number_of_snapshots():
     task, _ = fitted(
         trainer=trainer_of(max_epochs=6), negative_epochs=5, snapshot_interval=2, include_initial_snapshot=False
     )
     assert (task.stage.start, task.stage.snapshots) == (1, 2)
 
 
-def test_the_first_round_has_no_auxiliary():
+def test_first_round_trains_and_queries_without_the_auxiliary_network():
     spy = Spy()
     data = data_of(unknown=0, known=0)
     task, trainer = fitted(data, trainer_of(callbacks=[spy]))
@@ -453,7 +455,7 @@ def test_the_first_round_has_no_auxiliary():
     assert query.index.tolist() == data.unlabelled_indices[least].tolist()
 
 
-def test_logged_names(tmp_path):
+def test_losses_are_logged_and_negative_loss_only_in_its_stage(tmp_path):
     from lightning_kd.core.run_logger import RunLogger
 
     fitted(trainer=trainer_of(logger=RunLogger(tmp_path)))
@@ -473,7 +475,7 @@ def test_resume_equals_an_undisturbed_run(tmp_path, stop, interval):
         tmp_path, "{epoch}", save_top_k=-1, every_n_epochs=1, save_on_train_epoch_end=True, auto_insert_metric_name=True
     )
     whole, _ = fitted(trainer=trainer_of(enable_checkpointing=True, callbacks=[every]), **factory)
-    L.seed_everything(1, verbose=False)  # nothing may hang on the state of a generator
+    L.seed_everything(1, verbose=False)  # the result must not depend on the global generators
     spy = Spy()
     again, _ = fitted(trainer=trainer_of(callbacks=[spy]), ckpt_path=tmp_path / f"epoch={stop}.ckpt", **factory)
     assert spy.networks[0][0] == stop + 1
@@ -488,7 +490,7 @@ def cosine(length):
 
 
 def rates_of(schedule, max_epochs=5, last_round=False, ckpt_path=None, save=None, **kwargs):
-    """The rate of each epoch, and of the end; the last 2 epochs are the negative stage."""
+    """The learning rate of each epoch and after the last one; the last 2 epochs are the negative stage."""
     spy = Spy()
     task = task_of(optimizer=lambda p: torch.optim.SGD(p, lr=0.1), lr_scheduler=schedule, **kwargs)
     task.choice_follows = not last_round
@@ -500,7 +502,7 @@ def rates_of(schedule, max_epochs=5, last_round=False, ckpt_path=None, save=None
 
 
 @pytest.mark.parametrize("interval", ["epoch", "step"])
-def test_each_stage_has_a_whole_schedule(interval):
+def test_each_stage_runs_a_whole_learning_rate_schedule(interval):
     rates = rates_of(CosineAnnealing, lr_interval=interval)
     assert rates[:3] == cosine(3)
     assert rates[3:5] == cosine(2)
@@ -515,8 +517,8 @@ def test_each_stage_has_a_whole_schedule(interval):
         assert rates_of(after_a_warmup, 6) == pytest.approx([0.05, 0.1, 0.1 * 0.75, 0.1 * 0.25, 0.05, 0.1, 0], abs=1e-9)
 
 
-def test_each_stage_has_a_whole_schedule_after_a_resume_with_more_epochs(tmp_path):
-    rates_of(CosineAnnealing, 5, last_round=True, save=tmp_path / "some.ckpt")  # which ends after the positive stage
+def test_resume_with_more_epochs_warns_and_each_stage_runs_a_whole_schedule(tmp_path):
+    rates_of(CosineAnnealing, 5, last_round=True, save=tmp_path / "some.ckpt")  # ends after the positive stage
     with pytest.warns(UserWarning, match=r"goes from 0\.025 in the last epoch trained up to 0\.0345"):
         later = rates_of(CosineAnnealing, 7, ckpt_path=tmp_path / "some.ckpt")
     assert later[:-1] == pytest.approx([0.03454915, 0.00954915, 0.1, 0.05], abs=1e-6)
@@ -529,7 +531,7 @@ def schedule_warnings(schedule, **kwargs):
     return [str(one.message) for one in record if "T_max" in str(one.message)]
 
 
-def test_a_schedule_of_another_length_than_its_stage_is_told():
+def test_schedule_of_another_length_than_its_stage_warns():
     def of(length):
         return lambda optimizer: torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, length)
 
@@ -542,8 +544,8 @@ def test_a_schedule_of_another_length_than_its_stage_is_told():
 
 
 @pytest.mark.filterwarnings("ignore:You're resuming from a checkpoint that ended before")
-def test_resume_in_the_midst_of_a_negative_epoch(tmp_path, run):
-    _, _, _, watched = run
+def test_resume_within_a_negative_epoch_trains_only_its_other_batches(tmp_path, one_run):
+    _, _, _, watched = one_run
     networks = [network for _, network in watched.networks]
     step = networks.index(2) + 1  # one step into the negative stage
     every = ModelCheckpoint(tmp_path, "{step}", save_top_k=-1, every_n_train_steps=step)
@@ -558,7 +560,7 @@ def test_resume_in_the_midst_of_a_negative_epoch(tmp_path, run):
     assert again.stage.snapshots == 2
 
 
-def test_a_checkpoint_scores_like_the_task(tmp_path):
+def test_loaded_checkpoint_gives_the_same_pool_scores(tmp_path):
     data = data_of()
     task, trainer = fitted(data)
     trainer.save_checkpoint(tmp_path / "last.ckpt")
@@ -567,38 +569,38 @@ def test_a_checkpoint_scores_like_the_task(tmp_path):
     assert all(torch.equal(x[name], y[name]) for x, y in zip(a, b, strict=True) for name in x)
 
 
-def picks(data):
+def queried_indices(data):
     task, trainer = fitted(data)
     outputs = trainer.predict(task, datamodule=data)
     got = {name: torch.cat([o[name] for o in outputs]) for name in outputs[0]}
     return task.select(got, data.view(), 10, generator()).index.tolist()
 
 
-def test_hidden_labels_change_nothing():
-    assert picks(data_of()) == picks(data_of(hidden=generator(3)))
+def test_query_does_not_depend_on_labels_of_unlabelled_samples():
+    assert queried_indices(data_of()) == queried_indices(data_of(hidden=generator(3)))
 
 
-def test_a_second_fit_starts_anew():
+def test_second_fit_starts_its_stages_and_snapshots_anew():
     data = data_of()
     task, _ = fitted(data)
     trainer_of(max_epochs=3).fit(task, datamodule=data)
     assert (task.stage.start, task.stage.snapshots) == (1, 3)
 
 
-def test_scores_before_the_negative_stage_are_refused():
+def test_scores_before_the_negative_stage_raise():
     data = data_of()
     with pytest.raises(ValueError, match=r"the negative head has 0 of 3 snapshots: .* negative_epochs=2"):
         trainer_of().predict(task_of(), datamodule=data)
 
 
-def test_a_last_round_ends_with_the_positive_stage(run):
-    """Nothing is chosen after it; what is reported is the same."""
-    _, _, _, watched = run
+def test_last_round_skips_the_negative_stage_unless_min_epochs_needs_it(one_run):
+    """No query follows the last round; the reported network has the same weights."""
+    _, _, _, watched = one_run
     factory = {
         "optimizer": lambda p: torch.optim.SGD(p, lr=0.05, momentum=0.9, weight_decay=1e-2),
         "lr_scheduler": lambda o: torch.optim.lr_scheduler.StepLR(o, 1, 0.5),
     }
-    for least, epochs in ((None, 2), (3, 4)):  # a Trainer that must train longer does all of it
+    for least, epochs in ((None, 2), (3, 4)):  # with min_epochs=3 both stages are trained
         spy = Spy()
         L.seed_everything(0, verbose=False)
         task, trainer = task_of(**factory), trainer_of(callbacks=[spy], min_epochs=least)
@@ -613,7 +615,7 @@ def test_a_last_round_ends_with_the_positive_stage(run):
 
 
 @pytest.mark.parametrize(("size", "batches"), [(None, 2), (9, 4), (100, 1)])
-def test_batches_of_the_auxiliary_network(size, batches):
+def test_auxiliary_batch_size_sets_the_batches_of_the_auxiliary_network(size, batches):
     spy, data = Spy(), data_of(unknown=4, known=4)  # with the 24 at the start, 32 samples
     fitted(data, trainer_of(max_epochs=2, callbacks=[spy]), negative_epochs=1, auxiliary_batch_size=size)
     of = {number: [len(b[2]) for b in spy.batches if b[1] == number] for number in (0, 1)}
@@ -623,8 +625,8 @@ def test_batches_of_the_auxiliary_network(size, batches):
 
 
 @pytest.mark.filterwarnings("ignore:.*max_epochs")
-def test_scores_after_an_early_end_are_refused(run):
-    task, trainer, data, spy = run
+def test_scores_after_a_fit_cut_short_by_max_steps_raise(one_run):
+    task, trainer, data, spy = one_run
     steps = sum(epoch < 3 for epoch, _ in spy.networks)  # of all epochs but the last
     task, trainer = fitted(data, trainer_of(max_steps=steps))
     with pytest.raises(ValueError, match=r"has 2 of 3 snapshots: .* without max_time or max_steps"):
@@ -636,8 +638,8 @@ def test_early_stopping_is_refused():
         fitted(trainer=trainer_of(callbacks=[EarlyStopping("val/acc")]))
 
 
-def test_samples_unknown_to_the_memory_are_marked(run):
-    task, _, data, _ = run
+def test_samples_without_a_snapshot_score_minus_one_and_nan_stays_nan(one_run):
+    task, _, data, _ = one_run
     index = torch.tensor([int(data.unlabelled_indices[0]), int(data.known_indices[0]), len(data.train_target) + 3])
     task.eval()
     negative = task.pool_scores(torch.zeros(3, 1, 8, 8), index)[1]["negative_probs"]
@@ -648,7 +650,7 @@ def test_samples_unknown_to_the_memory_are_marked(run):
         negative = task.pool_scores(torch.zeros(3, 1, 8, 8), index)[1]["negative_probs"]
     finally:
         task.stage.sum.rows = rows
-    assert negative.isnan().any(1).tolist() == [True, False, False]  # not taken for a sample that is not there
+    assert negative.isnan().any(1).tolist() == [True, False, False]  # NaN is not taken for a missing sample
 
 
 @pytest.mark.parametrize("epochs", [1, 2, -1])
@@ -658,7 +660,7 @@ def test_too_few_epochs_are_refused_before_training(epochs):
 
 
 @pytest.mark.parametrize("initial", [True, False])
-def test_a_dry_run_works(initial):
+def test_fast_dev_run_fits_and_selects(initial):
     data = data_of()
     task, trainer = fitted(data, trainer_of(fast_dev_run=True), include_initial_snapshot=initial)
     scores = trainer.predict(task, datamodule=data)[0]
@@ -677,13 +679,13 @@ def test_a_dry_run_works(initial):
         ({"subset": "all"}, "subset must be"),
     ],
 )
-def test_arguments(arguments, message):
+def test_wrong_arguments_raise(arguments, message):
     with pytest.raises(ValueError, match=message):
         task_of(**arguments)
 
 
-def test_the_subset_comes_from_the_candidates_or_from_the_pool():
-    """An auxiliary network that takes a known half of the pool for unknown."""
+def test_subset_option_takes_predicted_known_samples_or_the_whole_pool():
+    """The auxiliary network predicts the brighter images unknown."""
 
     class Half(nn.Linear):
         def forward(self, image):
@@ -704,7 +706,7 @@ def test_the_subset_comes_from_the_candidates_or_from_the_pool():
     assert seen["candidates"] == set(data.unlabelled_indices[~bright].tolist()) < seen["pool"]
 
 
-def test_a_network_of_ones_own():
+def test_custom_network_trains_through_both_stages():
     L.seed_everything(0, verbose=False)
     network = nn.Sequential(nn.Flatten(), nn.Linear(64, 8), nn.ReLU(), nn.Linear(8, 4))
     data = data_of()
@@ -716,7 +718,7 @@ def test_a_network_of_ones_own():
 
 
 class TwoHeads(nn.Module):
-    """Its classifier is not the last linear layer."""
+    """Its classifier, ``top``, is not the linear layer defined last."""
 
     def __init__(self):
         super().__init__()
@@ -726,7 +728,7 @@ class TwoHeads(nn.Module):
         return self.top(self.hidden(image.flatten(1)).relu())
 
 
-def test_the_classifier_can_be_named():
+def test_named_classifier_is_the_only_layer_not_copied_to_the_negative_head():
     L.seed_everything(0, verbose=False)
     task = BUAL(TwoHeads(), 4, input_shape=(1, 8, 8), negative_epochs=1, snapshot_interval=1, classifier="top")
     spy = Spy()
@@ -747,7 +749,7 @@ def test_networks_that_differ_in_more_than_the_classifier_are_refused():
         trainer_of(max_epochs=3).fit(task, datamodule=data_of())
 
 
-def test_nothing_left_in_the_pool():
+def test_fit_with_an_empty_pool_takes_no_snapshot():
     data = data_of()
     rest = data.unlabelled_indices
     names = [*data.class_names, UNKNOWN]
@@ -788,7 +790,7 @@ def test_two_processes_agree():
 
 
 class Steps(L.Callback):
-    """Each step's batch, the complementary labels of its samples, and the trained network before and after it."""
+    """Records each step's batch, its complementary labels, and the trained network before and after the step."""
 
     def __init__(self):
         self.steps = []
@@ -803,7 +805,7 @@ class Steps(L.Callback):
 
 
 def loss_written_out(number, logits, target, wrong, exact):
-    """Cross-entropy with the label; in the negative stage, the complementary label is what the sample is not."""
+    """Cross-entropy with the label; for the negative head (2), ``-log(1 - p)`` of the complementary label."""
     chosen = F.one_hot(target if number < 2 else wrong, logits.shape[1]).bool()
     if number < 2:
         return (logits.logsumexp(1) - logits[chosen]).mean()
@@ -812,12 +814,12 @@ def loss_written_out(number, logits, target, wrong, exact):
 
 
 @pytest.mark.parametrize("exact", [True, False])
-def test_every_step_goes_down_its_own_loss(exact):
+def test_every_step_descends_the_loss_of_its_network(exact):
     watch = Steps()
     trainer = trainer_of(callbacks=[watch], precision="64-true")
     L.seed_everything(0, verbose=False)
     task = task_of(exact=exact, optimizer=lambda p: torch.optim.SGD(p, lr=0.1))
-    task.negative.get_submodule(task.classifier_path).weight.data *= 50  # so sure that the clamp acts
+    task.negative.get_submodule(task.classifier_path).weight.data *= 50  # so confident that the clamp acts
     trainer.fit(task, data_of())
     assert {number for number, *_ in watch.steps} == {0, 1, 2}
     clamped = 0
@@ -830,6 +832,6 @@ def test_every_step_goes_down_its_own_loss(exact):
             torch.testing.assert_close(after[name], parameter.detach() - 0.1 * gradient, rtol=0, atol=1e-10)
         if wrong is not None:
             clamped += int((logits.softmax(1)[torch.arange(len(logits)), wrong] > 1 - 1e-5).sum())
-            known = batch.target >= 0  # of the pool nothing is known
+            known = batch.target >= 0  # pool samples have the target -1
             assert (wrong[known] != batch.target[known]).all()
     assert clamped

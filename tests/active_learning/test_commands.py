@@ -1,4 +1,4 @@
-"""The verbs as commands."""
+"""Active learning on the command line: fit, query, label, test, predict and active."""
 
 import csv
 import signal
@@ -23,6 +23,7 @@ CONFIG = ["--config", "active_learning/entropy_digits"]
 
 
 def fill(path, label):
+    """Fill in the labels of a query file; returns its rows."""
     with open(path, newline="") as file:
         rows = list(csv.DictReader(file))
     for row in rows:
@@ -34,7 +35,7 @@ def fill(path, label):
     return rows
 
 
-def test_a_person_in_the_loop(capsys):
+def test_fit_query_and_label_with_answers_of_a_person(capsys):
     main(["fit", *CONFIG, *SHORT, "--run", "r"])
     asked = []
     for number in range(2):
@@ -45,7 +46,7 @@ def test_a_person_in_the_loop(capsys):
             main(["query", "--config", "r/config.yaml", *QUIET])
         assert "wait for an answer" in capsys.readouterr().err
         main(["label", f"r/query_{number:02d}.csv"])
-        with pytest.raises(SystemExit):  # the weights know nothing of these answers
+        with pytest.raises(SystemExit):  # the checkpoint was trained before these answers
             main(["fit", "--config", "r/config.yaml", "--ckpt_path", "last", "--trainer.max_epochs", "3"])
         assert "trained on other labels" in capsys.readouterr().err
         main(["fit", "--config", "r/config.yaml", "--overwrite"])
@@ -60,7 +61,7 @@ def test_a_person_in_the_loop(capsys):
         assert len(file.readlines()) == 1 + 1438 - 20 - 80
 
 
-def test_query_needs_a_trained_pool_task(capsys):
+def test_query_without_checkpoint_and_active_without_pool_method_fail(capsys):
     for args in (CONFIG, ["--config", "distillation/student_digits"]):
         with pytest.raises(SystemExit):
             main(["query", *args, *QUIET, "--run", "r"])
@@ -74,7 +75,7 @@ ACTIVE = ["active", *CONFIG, *SHORT, "--data.rounds", "2", "--run", "r"]
 SHORT_ACTIVE = [*ACTIVE, "--data.rounds", "1", "--trainer.max_epochs", "1"]
 
 
-def test_active_leaves_whole_runs(capsys, tmp_path):
+def test_active_run_twice_changes_nothing_and_each_round_is_a_run_folder(capsys, tmp_path):
     main(ACTIVE)
     out = capsys.readouterr().out
     assert "round 1 of 2: 40 labels bought" in out
@@ -85,7 +86,7 @@ def test_active_leaves_whole_runs(capsys, tmp_path):
     for number in range(3):
         config = yaml.safe_load((tmp_path / f"r/round_0{number}/config.yaml").read_text())
         assert config["seed_everything"] == number
-    # a round by hand, from its own folder
+    # test and fit one round again from its own folder
     weights = torch.load("r/round_01/network.pt", weights_only=True)
     main(["test", "--config", "r/round_01/config.yaml", "--ckpt_path", "last"])
     main(["fit", "--config", "r/round_01/config.yaml", "--overwrite"])
@@ -95,7 +96,7 @@ def test_active_leaves_whole_runs(capsys, tmp_path):
     assert "query/recall" in capsys.readouterr().out
 
 
-def test_overwrite_begins_anew_but_never_loses_a_person(capsys):
+def test_overwrite_starts_anew_but_never_deletes_answers_of_a_person(capsys):
     main(SHORT_ACTIVE)
     main([*SHORT_ACTIVE, "--overwrite", "--seed_everything", "5"])
     record = PoolRecord.load("r/pool.json")
@@ -108,7 +109,7 @@ def test_overwrite_begins_anew_but_never_loses_a_person(capsys):
     assert len(PoolRecord.load("r/pool.json").queries) == 40
 
 
-def files(folder):
+def modification_times(folder):
     return {path: path.stat().st_mtime_ns for path in folder.rglob("*") if path.name not in BOOKKEEPING}
 
 
@@ -138,32 +139,35 @@ def finished(tmp_path_factory):
         (["--overwrite", "--trainer.fast_dev_run", "1"], "got fast_dev_run=1"),
     ],
 )
-def test_what_is_refused_changes_nothing(capsys, finished, monkeypatch, extra, message):
+def test_refused_settings_of_active_change_no_file(capsys, finished, monkeypatch, extra, message):
     monkeypatch.chdir(finished)
-    before = files(finished / "r")
+    before = modification_times(finished / "r")
     with pytest.raises(SystemExit):
         main([*SHORT_ACTIVE, *extra])
     assert message in capsys.readouterr().err
-    assert files(finished / "r") == before
+    assert modification_times(finished / "r") == before
 
 
-def test_active_keeps_off_what_was_done_by_hand(capsys, tmp_path):
+def test_active_refuses_folders_with_queries_or_fits_made_by_hand(capsys, tmp_path):
     short = [*CONFIG, *SHORT, "--data.rounds", "1", "--run"]
     main(["active", *short, "r"])
-    # go on by hand in the last round's folder
+    # a query made by hand in the last round's folder
     main(["query", "--config", "r/round_01/config.yaml", *QUIET])
     fill("r/round_01/query_01.csv", lambda row: "unknown")
     main(["label", "r/round_01/query_01.csv"])
-    before = files(tmp_path / "r")
+    before = modification_times(tmp_path / "r")
     for extra in (["--data.rounds", "2"], ["--overwrite"]):
         with pytest.raises(SystemExit):
             main(["active", *short, "r", *extra])
         assert "r/round_01/pool.json holds queries" in capsys.readouterr().err
-        assert files(tmp_path / "r").items() >= {k: v for k, v in before.items() if k.name != "config.yaml"}.items()
-    # and a folder of single fits is no place for rounds
+        assert (
+            modification_times(tmp_path / "r").items()
+            >= {k: v for k, v in before.items() if k.name != "config.yaml"}.items()
+        )
+    # the folder of a single fit
     main(["fit", *short, "h"])
     main(["query", "--config", "h/config.yaml", *QUIET])
-    before = files(tmp_path / "h")
+    before = modification_times(tmp_path / "h")
     for extra in ([], ["--overwrite"]):
         with pytest.raises(SystemExit):
             main(["active", *short, "h", *extra])
@@ -171,10 +175,10 @@ def test_active_keeps_off_what_was_done_by_hand(capsys, tmp_path):
     with pytest.raises(SystemExit):
         main(["fit", *short, "h", "--overwrite", "--data.split_seed", "3"])
     assert "was begun with" in capsys.readouterr().err
-    assert files(tmp_path / "h") == before
+    assert modification_times(tmp_path / "h") == before
 
 
-def test_one_command_at_a_time(capsys, tmp_path):
+def test_locked_pool_refuses_commands_and_query_restores_lost_files(capsys, tmp_path):
     main(["fit", *CONFIG, *SHORT, "--run", "r"])
     main(["query", "--config", "r/config.yaml", *QUIET])
     fill("r/query_00.csv", lambda row: "unknown")
@@ -193,7 +197,7 @@ def test_one_command_at_a_time(capsys, tmp_path):
     assert PoolRecord.load("r/pool.json").round == 1
 
 
-def test_a_project_without_labels(capsys, tmp_path):
+def test_image_folder_with_unlabelled_pool_is_queried_but_active_fails(capsys, tmp_path):
     generator = np.random.default_rng(0)
     for place in ("train/cat", "train/=dög", "test/cat", "test/=dög", "unlabelled/@a", "unlabelled/b"):
         folder = tmp_path / "photos" / place
@@ -216,7 +220,7 @@ def test_a_project_without_labels(capsys, tmp_path):
     main(["query", "--config", "r/config.yaml", *QUIET])
     rows = fill("r/query_00.csv", lambda row: "=dög" if "@a" in row["path"] else "unknown")
     assert list(rows[0]) == ["index", "path", "score", "predicted", "label"]
-    assert {row["predicted"] for row in rows} <= {"cat", "'=dög"}  # no formulas
+    assert {row["predicted"] for row in rows} <= {"cat", "'=dög"}  # escaped, so that no spreadsheet reads a formula
     assert all((tmp_path / "photos/unlabelled" / row["path"].removeprefix("'")).is_file() for row in rows)
     main(["label", "r/query_00.csv"])
     main(["fit", "--config", "r/config.yaml", "--overwrite"])
@@ -238,7 +242,7 @@ def test_a_project_without_labels(capsys, tmp_path):
         (["--model.strategy", "best"], "best"),
     ],
 )
-def test_bad_input_before_any_training(capsys, tmp_path, extra, message):
+def test_wrong_settings_of_active_fail_before_any_training(capsys, tmp_path, extra, message):
     with pytest.raises(SystemExit):
         main([*ACTIVE, *extra])
     assert message in capsys.readouterr().err
@@ -272,9 +276,9 @@ def active(folder, run, **environment):
     return run_command(*arguments, folder=folder, **environment)
 
 
-# while round 1 is trained; then also, going on, while its pool is scored
+# killed while round 1 trains; then, started again, also while it scores the pool
 @pytest.mark.parametrize("kills", [("16",), pytest.param(("16", "9"), marks=pytest.mark.slow)])
-def test_sigkill_and_start_again(tmp_path, kills):
+def test_active_killed_and_started_again_equals_an_undisturbed_run(tmp_path, kills):
     (tmp_path / "dropping.py").write_text(NETWORK)
     whole = active(tmp_path, "whole")
     assert whole.returncode == 0, whole.stderr

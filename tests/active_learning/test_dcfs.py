@@ -1,4 +1,4 @@
-"""DCFS: uncertainties, losses and the choice with worked numbers; training with mixed answers, two processes."""
+"""DCFS: uncertainties, losses and the query with worked numbers; training with unknown answers, two processes."""
 
 import itertools
 
@@ -40,7 +40,7 @@ from tests.two_processes import on_two_ranks
         ((3, 2, 1.5, 1), (1.309526, 1.134565, 0.174960, -2.434946)),
     ],
 )
-def test_worked_uncertainties(alpha, expected):
+def test_uncertainties_equal_worked_numbers(alpha, expected):
     found = dirichlet_uncertainties(torch.tensor([alpha]))
     assert all(part.dtype == torch.float64 and part.shape == (1,) for part in found)
     for name, value in zip(("total", "data", "distribution", "differential_entropy"), expected, strict=True):
@@ -50,20 +50,20 @@ def test_worked_uncertainties(alpha, expected):
     torch.testing.assert_close(found.differential_entropy[0], entropy)
 
 
-def test_no_evidence_is_a_sum_of_fractions():
+def test_data_uncertainty_without_evidence_is_a_harmonic_sum():
     for classes in (2, 3, 7, 100):
         data = dirichlet_uncertainties(torch.ones(classes)).data.item()
         assert data == pytest.approx(sum(1 / j for j in range(2, classes + 1)))
 
 
-def test_strong_evidence_keeps_its_small_uncertainty():
+def test_distribution_uncertainty_of_strong_evidence_is_exact_and_not_negative():
     found = dirichlet_uncertainties(torch.full((1, 4), 1e6))
     assert found.distribution.item() == pytest.approx(3.75e-7, rel=1e-5)
     for size in (1e8, 1e12, 1e15):
         assert dirichlet_uncertainties(torch.tensor([[size, 1.0, size, 3.0]])).distribution.item() >= 0
 
 
-def test_data_uncertainty_is_the_mean_entropy_of_draws():
+def test_data_uncertainty_is_the_mean_entropy_of_dirichlet_draws():
     alpha = torch.tensor([3.0, 2, 1.5, 1], dtype=torch.float64)
     draws = torch.from_numpy(np.random.default_rng(0).dirichlet(alpha.numpy(), 400_000))
     assert dirichlet_uncertainties(alpha).data.item() == pytest.approx(
@@ -71,7 +71,7 @@ def test_data_uncertainty_is_the_mean_entropy_of_draws():
     )
 
 
-def test_classes_can_be_permuted_and_evidence_tells_the_two_apart():
+def test_uncertainties_ignore_class_order_and_evidence_lowers_distribution():
     alpha = torch.tensor([3.0, 2, 1.5, 1])
     for order in itertools.permutations(range(4)):
         for mine, theirs in zip(
@@ -84,7 +84,7 @@ def test_classes_can_be_permuted_and_evidence_tells_the_two_apart():
     assert (rising.data.diff() > 0).all()  # of balanced evidence
 
 
-def test_translation_of_logits_is_seen():
+def test_shifted_logits_change_evidential_values_but_not_softmax():
     logits = torch.tensor([[2.0, 0, 0, 0], [0, -2, -2, -2], [6, 4, 4, 4]], dtype=torch.float64)
     assert logits.softmax(1)[:, 0].tolist() == pytest.approx([0.711235] * 3, abs=1e-6)
     alpha = evidence_alpha(logits)
@@ -93,7 +93,7 @@ def test_translation_of_logits_is_seen():
     assert distribution.tolist() == pytest.approx([0.095468, 0.234491, 0.002618], abs=1e-6)
 
 
-def test_wrong_alpha():
+def test_wrong_alpha_raises():
     for alpha in ([1.0, 0], [1.0, -1], [1.0, float("nan")], [1.0, float("inf")]):
         with pytest.raises(ValueError, match=r"^alpha must be above 0 and finite, got "):
             dirichlet_uncertainties(torch.tensor([alpha]))
@@ -107,7 +107,7 @@ EXAMPLE = torch.tensor([[2.0, 0, -1]], dtype=torch.float64)
 FIRST = torch.tensor([0])
 
 
-def test_worked_evidential_loss():
+def test_evidential_losses_equal_worked_numbers():
     alpha = evidence_alpha(EXAMPLE)
     assert alpha[0].tolist() == pytest.approx([8.389056, 2, 1.367879], abs=1e-6)
     assert dirichlet_mean(alpha)[0].tolist() == pytest.approx([0.713541, 0.170112, 0.116347], abs=1e-6)
@@ -118,7 +118,7 @@ def test_worked_evidential_loss():
         torch.testing.assert_close(dirichlet_mean(evidence_alpha(EXAMPLE, gamma)), calibrated)
 
 
-def test_kl_is_that_of_the_distributions():
+def test_evidential_kl_equals_the_kl_of_torch_distributions():
     logits = 3 * torch.randn(50, 6, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
     target = torch.arange(50) % 6
     for gamma in (0.1, 1.0, 3.0):
@@ -129,7 +129,7 @@ def test_kl_is_that_of_the_distributions():
         torch.testing.assert_close(evidential_kl(logits, target, gamma), expected)
 
 
-def test_kl_forgets_the_target():
+def test_evidential_kl_ignores_the_logit_of_the_target():
     other = EXAMPLE.clone()
     other[0, 0] = -4
     logits = other.requires_grad_()
@@ -138,11 +138,11 @@ def test_kl_forgets_the_target():
     (gradient,) = torch.autograd.grad(kl, logits)
     assert gradient[0, 0] == 0
     assert (gradient[0, 1:] > 0).all()
-    # no evidence at all is where the clamp ends
+    # without evidence for the other classes it is 0, up to the clamp of the logits
     assert evidential_kl(torch.tensor([[3.0, -99, -99]]), FIRST).item() == pytest.approx(0, abs=1e-8)
 
 
-def test_gradients_by_differences_and_by_hand():
+def test_loss_gradients_equal_finite_differences_and_the_written_out_one():
     generator = torch.Generator().manual_seed(1)
     logits = torch.randn(4, 5, dtype=torch.float64, generator=generator).requires_grad_()
     other = torch.randn(4, 5, dtype=torch.float64, generator=generator).requires_grad_()
@@ -171,7 +171,7 @@ def test_permuting_classes_permutes_gradients():
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32])
-def test_extreme_logits_stay_finite_and_have_no_gradient(dtype):
+def test_extreme_logits_give_finite_losses_and_no_gradient(dtype):
     logits = torch.tensor([[200.0, -200, 3], [9, 20, -8]]).to(dtype).requires_grad_()
     target = torch.tensor([1, 0])
     for values in (evidential_nll(logits, target), evidential_kl(logits, target), evidential_kl(logits, None)):
@@ -182,14 +182,14 @@ def test_extreme_logits_stay_finite_and_have_no_gradient(dtype):
         assert (gradient[logits.abs() > 10] == 0).all()
 
 
-def test_float32_agrees_with_float64():
+def test_float32_losses_agree_with_float64():
     logits = 40 * torch.rand(500, 10, generator=torch.Generator().manual_seed(0)) - 20
     target = torch.arange(500) % 10
     for function in (evidential_nll, evidential_kl):
         torch.testing.assert_close(function(logits, target), function(logits.double(), target).float())
 
 
-def test_discrepancy():
+def test_head_discrepancy_values_bounds_and_symmetry():
     a, b = torch.tensor([[0.7, 0.2, 0.1]]), torch.tensor([[0.1, 0.2, 0.7]])
     assert head_discrepancy(a, b).item() == pytest.approx(0.4)
     for measure, most in (("l1", 2 / 3), ("js", np.log(2))):
@@ -200,7 +200,7 @@ def test_discrepancy():
     assert head_discrepancy(*extreme).item() == pytest.approx(2 / 3)
 
 
-def test_discrepancy_loss():
+def test_discrepancy_loss_is_the_mean_of_known_minus_that_of_unknown():
     generator = torch.Generator().manual_seed(0)
     a, b = (torch.randn(6, 3, dtype=torch.float64, generator=generator) for _ in range(2))
     target = torch.tensor([0, 1, 2, 3, 0, 3])
@@ -215,17 +215,17 @@ def test_discrepancy_loss():
         torch.testing.assert_close(value, expected)
         gradients.append(torch.autograd.grad(value, logits))
     torch.testing.assert_close(gradients[0], gradients[1][::-1])
-    # a part without samples counts as 0, and so do more unknown ones on which the heads agree
+    # a part without samples counts as 0, as do unknown samples on which the heads agree
     torch.testing.assert_close(discrepancy_loss(a[:3], b[:3], target[:3]), apart[:3].mean())
     torch.testing.assert_close(discrepancy_loss(a[3:4], b[3:4], target[3:4]), -apart[3])
     same = torch.cat([a[:3], a[:2]]), torch.cat([b[:3], a[:2]])
     torch.testing.assert_close(discrepancy_loss(*same, torch.tensor([0, 1, 2, 3, 3])), apart[:3].mean())
 
 
-# -- the choice ------------------------------------------------------------------------------------------------------
+# -- the query -------------------------------------------------------------------------------------------------------
 
 
-def test_coarse_to_fine():
+def test_coarse_to_fine_takes_the_highest_fine_of_the_lowest_coarse_scores():
     generator = torch.Generator().manual_seed(0)
     coarse, fine = torch.rand(50, generator=generator), torch.rand(50, generator=generator)
     assert set(coarse_to_fine(coarse, fine, 7, 1).tolist()) == set(coarse.argsort()[:7].tolist())
@@ -240,13 +240,13 @@ def test_coarse_to_fine():
     assert coarse_to_fine(torch.zeros(0), torch.zeros(0), 2).tolist() == []
 
 
-def test_the_coarse_step_keeps_no_sample_too_many():
+def test_number_of_coarse_candidates_is_rounded_up_exactly():
     coarse = torch.arange(150.0)
     assert coarse_to_fine(coarse, coarse, 100, 1.1).tolist() == list(range(109, 9, -1))  # 1.1 * 100 > 110
     assert coarse_to_fine(coarse, coarse, 5, 1.1).tolist() == [5, 4, 3, 2, 1]  # 5.5 is rounded up
 
 
-def test_uncertainty_score():
+def test_uncertainty_score_is_the_sum_of_the_scaled_parts():
     data, distribution = torch.tensor([1.0, 2, 3, 5]), torch.tensor([0.3, 0.1, 0.2, 0.2])
     assert uncertainty_score(data, distribution).tolist() == pytest.approx([1.0, 0.25, 1.0, 1.5])
     assert uncertainty_score(data, distribution, "data").tolist() == [0, 0.25, 0.5, 1]
@@ -256,7 +256,7 @@ def test_uncertainty_score():
     assert uncertainty_score(torch.zeros(0), torch.zeros(0), "mixture").shape == (0,)
 
 
-def test_uncertainty_score_by_mixtures():
+def test_mixture_uncertainty_score_is_made_of_both_posteriors():
     generator = torch.Generator().manual_seed(0)
     parts = [torch.rand(200, generator=generator).double() + torch.arange(200) % m for m in (2, 3)]
     scaled = [(part - part.min()) / (part.max() - part.min()) for part in parts]
@@ -273,7 +273,7 @@ def task_of(**kwargs):
     return DCFS("mlp_8", 4, input_shape=(1, 8, 8), **kwargs)
 
 
-def test_select_does_as_its_options_say():
+def test_select_follows_the_coarse_and_fine_score_options():
     rows = torch.rand(4, 40, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
     scores = dict(zip(("total", "data", "distribution", "discrepancy"), rows, strict=True))
     coarse = uncertainty_score(scores["data"], scores["distribution"])
@@ -292,7 +292,7 @@ def test_select_does_as_its_options_say():
     assert set(chosen(coarse_factor=1)[0]) == set(coarse.argsort()[:5].tolist())
 
 
-def test_order_and_size_of_the_pool():
+def test_select_can_take_the_whole_pool_and_ignores_its_order():
     rows = torch.rand(3, 40, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
     scores = dict(zip(("data", "distribution", "discrepancy"), rows, strict=True))
     whole = task_of().select(scores, pool_of(40), 40, np.random.default_rng(0))
@@ -313,7 +313,7 @@ def fitted(trainer=None, data=None, ckpt_path=None, **kwargs):
     return task, trainer
 
 
-def test_answers_are_the_mean_of_two_different_heads():
+def test_predictions_and_uncertainties_are_means_of_two_different_heads():
     task = task_of(gamma=0.5).eval()
     assert not torch.equal(task.network.fc.weight, task.second_head.weight)
     image = torch.rand(6, 1, 8, 8)
@@ -332,7 +332,7 @@ def test_answers_are_the_mean_of_two_different_heads():
 
 
 @pytest.mark.parametrize(("epoch", "rise"), [(0, 0.0), (1, 0.5), (2, 1.0), (7, 1.0)])
-def test_step_against_a_plain_form(epoch, rise, monkeypatch):
+def test_loss_terms_of_a_step_equal_a_plain_computation(epoch, rise, monkeypatch):
     task = task_of(annealing_epochs=2, kl_weight=0.8, discrepancy_weight=0.7, unknown_evidence_weight=0.3).double()
     image = torch.rand(6, 1, 8, 8, dtype=torch.float64)
     target = torch.tensor([0, 4, 3, 1, 4, 2])
@@ -354,7 +354,7 @@ def test_step_against_a_plain_form(epoch, rise, monkeypatch):
     torch.testing.assert_close(seen["evidence"], 0.3 / 4 * evidence)
 
 
-def test_an_output_for_unknown_classes(monkeypatch):
+def test_extra_output_for_unknown_classes_in_scores_and_losses(monkeypatch):
     task = task_of(num_outputs="K+1", annealing_epochs=0, kl_weight=0.8, discrepancy_weight=0.7).double()
     assert task.network.fc.out_features == task.second_head.out_features == 5
     image = torch.rand(6, 1, 8, 8, dtype=torch.float64)
@@ -382,7 +382,7 @@ def test_an_output_for_unknown_classes(monkeypatch):
     assert seen["logits"].shape == (6, 4)
 
 
-def test_a_fit_with_an_output_for_unknown_classes(tmp_path):
+def test_fit_with_an_extra_output_learns_to_predict_unknown(tmp_path):
     data = with_answers(tmp_path)
     task, trainer = fitted(trainer_of(max_epochs=20), data=data, num_outputs="K+1")
     batch = next(iter(data.loader("train", data.unknown_indices)))
@@ -391,7 +391,7 @@ def test_a_fit_with_an_output_for_unknown_classes(tmp_path):
     assert trainer.predict(task, datamodule=data)[0]["probabilities"].shape[1] == 4
 
 
-def test_a_fit_with_answers(tmp_path):
+def test_fit_logs_its_losses_and_predict_gives_the_pool_scores(tmp_path):
     data = with_answers(tmp_path)
     task, trainer = fitted(data=data, unknown_evidence_weight=0.1)
     assert {"train/loss", "train/acc", "train/loss_nll", "train/loss_kl", "train/loss_discrepancy"} <= set(
@@ -402,7 +402,7 @@ def test_a_fit_with_answers(tmp_path):
     assert set(task.exports()) == {"network", "second_head"}
 
 
-def test_accuracy_is_of_the_known_samples(tmp_path):
+def test_train_accuracy_counts_only_known_samples(tmp_path):
     data = with_answers(tmp_path)
     task, trainer = fitted(trainer_of(max_epochs=1, limit_train_batches=1), data=data, optimizer=None)
     loader = data.loader(
@@ -418,7 +418,7 @@ def test_accuracy_is_of_the_known_samples(tmp_path):
     assert task.network is task.main_network
 
 
-def test_training_tells_unknown_samples_by_the_discrepancy(tmp_path):
+def test_discrepancy_is_higher_for_unknown_samples_after_training(tmp_path):
     data = with_answers(tmp_path)
     task, _ = fitted(trainer_of(max_epochs=30), data=data)
     task.eval()
@@ -439,13 +439,13 @@ def test_resume_to_the_bit(tmp_path):
     assert DCFS.load_from_checkpoint(tmp_path / "one.ckpt").num_classes == 4
 
 
-def test_half_precision_and_no_unknown_answers():
+def test_bf16_fit_without_unknown_answers_has_a_finite_loss():
     _, trainer = fitted(trainer_of(precision="bf16-mixed"), unknown_evidence_weight=0.1)
     assert trainer.callback_metrics["train/loss_evidence"] == 0
     assert trainer.callback_metrics["train/loss"].isfinite()
 
 
-def test_wrong_arguments():
+def test_wrong_arguments_raise():
     with pytest.raises(ValueError, match=r"^gamma must be above 0, got 0"):
         task_of(gamma=0)
     for name in ("kl_weight", "annealing_epochs", "discrepancy_weight", "unknown_evidence_weight"):
@@ -466,7 +466,7 @@ def test_wrong_arguments():
         trainer_of().fit(DCFS("mlp_8", 10, input_shape=(1, 8, 8)), datamodule=DigitsDataModule(fake=True))
 
 
-def test_rounds(tmp_path):
+def test_two_rounds_query_60_different_samples(tmp_path):
     start = starter(DCFS, network="mlp_16", num_classes=4, input_shape=(1, 8, 8))
     rows = run_rounds(start, tmp_path, say=str)
     assert rows[-1]["labels"] == 60
@@ -482,7 +482,7 @@ SETTINGS = (
 
 
 def _two_ranks(folder):
-    data = with_answers(folder, batch_size=3)  # so few that a process often has no unknown sample, or none but such
+    data = with_answers(folder, batch_size=3)  # so few that a process often has no unknown or only unknown samples
     results = []
     for settings in SETTINGS:
         trainer = trainer_of(strategy="ddp", devices=2, precision="64-true", num_sanity_val_steps=0)

@@ -1,4 +1,4 @@
-"""k-center greedy against the plain loop, BADGE against its explicit gradients."""
+"""k-center greedy against a plain loop, BADGE against explicit gradient embeddings."""
 
 import numpy as np
 import pytest
@@ -15,7 +15,7 @@ def normal(*shape, stream="rows", dtype=torch.float64):
 
 
 def plain_k_center(pool, labelled, budget):
-    """One pick, one full pass, by differences in float64."""
+    """k-center greedy with one pass over all float64 differences for each pick."""
     pool, labelled = pool.double().numpy(), labelled.double().numpy()
     near = np.full(len(pool), np.inf)
     for row in labelled:
@@ -30,6 +30,7 @@ def plain_k_center(pool, labelled, budget):
 
 
 def family(name, count, width):
+    """Feature rows of the named kind."""
     if name == "random":
         return normal(count, width)
     if name == "clusters":
@@ -55,7 +56,7 @@ FAMILIES = ["random", "clusters", "low-rank relu", "duplicates", "far away", "ou
 @pytest.mark.parametrize("name", FAMILIES)
 def test_k_center_picks_what_the_plain_loop_picks(name, dtype, block, monkeypatch):
     monkeypatch.setattr(diverse_selection, "BLOCK", block)
-    monkeypatch.setattr(diverse_selection, "CHUNK", 500)  # several parts of a pass
+    monkeypatch.setattr(diverse_selection, "CHUNK", 500)  # several chunks in a pass
     rows = family(name, 240, 16).to(dtype)
     pool, labelled = rows[:220], rows[220:]
     picks = k_center_picks(pool, labelled, 120)
@@ -66,15 +67,15 @@ def test_k_center_picks_what_the_plain_loop_picks(name, dtype, block, monkeypatc
 
 
 @pytest.mark.parametrize("name", FAMILIES)
-def test_k_center_picks_nothing_twice(name):
+def test_k_center_picks_every_row_once(name):
     picks = k_center_greedy(
         family(name, 200, 16).float(), torch.empty(0, 16)[:, : 3 if name == "duplicates" else 16], 200
     )
-    assert picks[0] == 0  # without a centre
+    assert picks[0] == 0  # nothing labelled: the first row
     assert sorted(picks.tolist()) == list(range(200))
 
 
-def test_k_center_by_hand():
+def test_k_center_picks_and_scores_computed_by_hand():
     pool = torch.tensor([[0.0], [1.0], [10.0]])
     picks = k_center_picks(pool, torch.tensor([[0.0]]), 2)
     assert picks.row.tolist() == [2, 1]
@@ -94,7 +95,7 @@ def test_k_center_takes_a_copy_of_a_labelled_row_last():
     assert k_center_greedy(pool, torch.cat([normal(3, 5, stream="other").float(), pool[7:8]]), 30)[-1] == 7
 
 
-def test_k_center_tells_rows_apart_that_float32_products_do_not():
+def test_k_center_orders_rows_that_float32_products_cannot_separate():
     """Distances to a far centre that differ in the eighth digit."""
     pool = torch.stack([torch.full((20,), 3000.0), normal(20, stream="y", dtype=torch.float32)], 1)
     labelled = torch.zeros(1, 2)
@@ -115,8 +116,8 @@ def close_family(name):
 
 @pytest.mark.parametrize("block", [16, 1024])
 @pytest.mark.parametrize("name", ["clusters 1e-5", "clusters 1e-4", "clusters 1e-3", "offset", "near copies"])
-def test_k_center_picks_what_float64_picks_where_float32_products_are_blurred(name, block, monkeypatch):
-    """By products alone a wrong centre may be the nearest: the least of the differences counts."""
+def test_k_center_picks_what_float64_picks_where_float32_products_are_inexact(name, block, monkeypatch):
+    """By products alone a wrong centre may seem the nearest, so differences must decide."""
     monkeypatch.setattr(diverse_selection, "BLOCK", block)
     rows = close_family(name)
     pool, labelled, budget = (rows[3:], rows[:3], 120) if name != "near copies" else (rows[290:], rows[:290], 200)
@@ -125,7 +126,7 @@ def test_k_center_picks_what_float64_picks_where_float32_products_are_blurred(na
 
 @pytest.mark.parametrize("block", [16, 1024])
 def test_k_center_on_a_grid_of_tenths_has_the_radii_of_float64(block, monkeypatch):
-    """Distances are all but equal: which row is first depends on the last bit, how far it is does not."""
+    """Distances are nearly equal: which row comes first depends on the last bit, its distance does not."""
     monkeypatch.setattr(diverse_selection, "BLOCK", block)
     tenths = torch.arange(8, dtype=torch.float32) * 0.1
     grid = torch.cartesian_prod(tenths, tenths, tenths)[torch.randperm(512, generator=torch_generator(0, "p"))]
@@ -140,7 +141,7 @@ def test_k_center_on_a_grid_of_tenths_has_the_radii_of_float64(block, monkeypatc
 
 
 @pytest.mark.parametrize("budget", [0, 5, 9])
-def test_budgets(budget):
+def test_number_of_picks_is_the_budget_up_to_the_pool_size(budget):
     pool = normal(5, 3)
     probabilities = normal(5, 4, stream="p").softmax(1)
     assert len(k_center_greedy(pool, pool[:1], budget)) == min(budget, 5)
@@ -148,7 +149,7 @@ def test_budgets(budget):
     assert len(set(picks.tolist())) == min(budget, 5)
 
 
-def test_empty_pool():
+def test_empty_pool_gives_no_picks():
     assert len(k_center_greedy(torch.empty(0, 3), torch.ones(2, 3), 4)) == 0
     assert len(badge_select(torch.empty(0, 2), torch.empty(0, 3), 4, numpy_generator(0, "badge"))) == 0
 
@@ -163,7 +164,7 @@ def test_empty_pool():
         (torch.ones(4, 2), torch.ones(1, 2), -1, "budget must be at least 0, got -1"),
     ],
 )
-def test_k_center_refuses(pool, labelled, budget, message):
+def test_k_center_of_wrong_inputs_raises(pool, labelled, budget, message):
     with pytest.raises(ValueError, match=message):
         k_center_greedy(pool, labelled, budget)
 
@@ -172,7 +173,7 @@ def test_k_center_refuses(pool, labelled, budget, message):
 
 
 def gradients(probabilities, feature):
-    """Explicit embeddings [N, K * D]."""
+    """Explicit gradient embeddings ``[N, K * D]``."""
     onehot = F.one_hot(probabilities.argmax(1), probabilities.shape[1])
     return torch.einsum("nk,nd->nkd", onehot - probabilities, feature).flatten(1)
 
@@ -194,7 +195,7 @@ def test_badge_embedding_is_minus_the_gradient_of_the_classifier():
         torch.testing.assert_close(embedding.norm(), residual[i].norm() * feature[i].norm())
 
 
-def test_badge_distances_are_the_explicit_ones():
+def test_badge_distances_equal_those_of_explicit_embeddings():
     probabilities, feature = example()
     explicit = gradients(probabilities, feature)
     residual = diverse_selection._residual(probabilities)
@@ -206,7 +207,7 @@ def test_badge_distances_are_the_explicit_ones():
     assert bool((diverse_selection._gradient_distance(residual, feature, norm, 0) >= 0).all())
 
 
-def test_badge_draws_what_the_explicit_seeding_draws():
+def test_badge_draws_what_k_means_seeding_on_explicit_embeddings_draws():
     probabilities, feature = example()
     explicit = gradients(probabilities, feature)
     generator = numpy_generator(3, "badge")
@@ -233,7 +234,7 @@ def test_badge_draws_in_proportion_to_the_squared_distance():
 
 
 @pytest.mark.parametrize("sure", [torch.tensor([1.0, 0, 0, 0, 0]), torch.tensor([40.0, 0, 0, 0, 0]).softmax(0)])
-def test_badge_leaves_what_the_network_is_sure_of_to_the_end(sure):
+def test_badge_picks_samples_with_certain_predictions_last(sure):
     probabilities, feature = example(count=12)
     probabilities[[2, 5]] = sure.double()
     feature[[2, 5]] *= 100
@@ -256,14 +257,14 @@ def test_badge_draws_uniformly_where_all_distances_are_zero(what):
     np.testing.assert_allclose(counts[1:] / 400, 1 / 7, atol=0.07)
 
 
-def test_badge_on_float32_of_a_large_norm_stays_sound():
+def test_badge_on_large_float32_features_picks_every_row_once():
     probabilities, feature = example()
     picks = badge_picks(probabilities.float(), (feature + 1e4).float(), 40, numpy_generator(0, "badge"))
     assert sorted(picks.row.tolist()) == list(range(40))
     assert bool((picks.score >= 0).all())
 
 
-def test_badge_refuses():
+def test_badge_of_wrong_inputs_raises():
     probabilities, feature = example()
     with pytest.raises(ValueError, match="feature must have a row for each of the 40 probabilities, got 39"):
         badge_select(probabilities, feature[1:], 2, numpy_generator(0, "badge"))

@@ -1,4 +1,4 @@
-"""Lewis weights, draws and regressions by the worked numbers of their definition, and by plain forms."""
+"""Lewis weights, draws and regressions against worked numbers, their definitions and plain computations."""
 
 import math
 
@@ -34,20 +34,20 @@ def close(found, expected, atol=1e-9):
     ("p", "expected"),
     [(1, (0.2, 0.4, 0.4)), (1.5, (0.150221, 0.424889, 0.424889)), (3, (1 / 17, 8 / 17, 8 / 17))],
 )
-def test_one_column_shares_out_its_power(p, expected):
+def test_weights_of_one_column_are_proportional_to_powers_of_its_values(p, expected):
     found = lewis_weights(torch.tensor([[1.0], [2.0], [2.0]]), p)
     assert found.dtype == torch.float64
     close(found, expected, 1e-6)
 
 
 @pytest.mark.parametrize("p", POWERS)
-def test_two_separate_groups(p):
+def test_orthogonal_groups_of_rows_have_separate_weights(p):
     features = torch.tensor([[1.0, 0], [2, 0], [0, 3], [0, 3]])
     close(lewis_weights(features, p), [1 / (1 + 2**p), 2**p / (1 + 2**p), 0.5, 0.5])
 
 
 @pytest.mark.parametrize("p", POWERS)
-def test_the_definition(p):
+def test_weights_satisfy_their_definition(p):
     features = rows(12, 3)
     weight = lewis_weights(features, p)
     gram = features.T @ torch.diag(weight ** (1 - 2 / p)) @ features
@@ -56,13 +56,13 @@ def test_the_definition(p):
     assert 0 < float(weight.min()) <= float(weight.max()) <= 1
 
 
-def test_squares_are_leverage_scores():
+def test_weights_for_p_2_are_leverage_scores():
     features = rows(30, 5)
     close(lewis_weights(features), torch.linalg.qr(features)[0].square().sum(1).tolist())
 
 
 @pytest.mark.parametrize("p", [1, 2, 6])
-def test_what_changes_nothing(p):
+def test_weights_ignore_column_mixing_row_order_signs_and_extra_columns(p):
     features = rows(12, 3)
     weight = lewis_weights(features, p).tolist()
     order = torch.randperm(12, generator=torch_generator(0, "order"))
@@ -71,12 +71,12 @@ def test_what_changes_nothing(p):
     close(lewis_weights(features[order], p), [weight[i] for i in order])
     close(lewis_weights(features * sign, p), weight)
     close(lewis_weights(features * torch.tensor([1e-150, 1e150, 1], dtype=torch.float64), p), weight)
-    close(lewis_weights(torch.cat([features, features[:, :2]], 1), p), weight)  # the rank stays
+    close(lewis_weights(torch.cat([features, features[:, :2]], 1), p), weight)  # the rank stays the same
     close(lewis_weights(torch.cat([features, torch.zeros(12, 1)], 1), p), weight)
 
 
 @pytest.mark.parametrize("p", [1, 1.5, 2, 4])
-def test_half_a_row_has_half_the_weight(p):
+def test_row_split_in_two_splits_its_weight(p):
     features = rows(12, 3)
     weight = lewis_weights(features, p).tolist()
     half = features[:1] * 2 ** (-1 / p)
@@ -85,7 +85,7 @@ def test_half_a_row_has_half_the_weight(p):
 
 
 @pytest.mark.parametrize("p", [0.5, 1, 2, 6])
-def test_rows_of_zeros_weigh_nothing(p):
+def test_rows_of_zeros_have_weight_zero(p):
     features = torch.cat([torch.zeros(1, 3), rows(12, 3), torch.zeros(2, 3)])
     found = lewis_weights(features, p)
     assert found[[0, 13, 14]].tolist() == [0, 0, 0]
@@ -94,8 +94,8 @@ def test_rows_of_zeros_weigh_nothing(p):
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
-def test_nearly_collinear_features(dtype):
-    """Of a rank that rounding hides, in the dtype that the features are given in."""
+def test_weights_of_nearly_collinear_features_sum_to_the_true_rank(dtype):
+    """Rounding to the dtype of the features hides their rank of 6."""
     low = rows(400, 6) @ rows(6, 20, seed=1)
     found = lewis_weights(low.to(dtype))
     assert float(found.sum()) == pytest.approx(6, abs=1e-8)
@@ -110,31 +110,31 @@ def test_badly_conditioned_features_stay_leverage_scores():
 
 
 @pytest.mark.parametrize("p", [1, 2, 6])
-def test_blocks_of_rows_change_nothing(p, monkeypatch):
+def test_weights_do_not_depend_on_the_block_size(p, monkeypatch):
     features = rows(50, 3)
     whole = lewis_weights(features, p).tolist()
     monkeypatch.setattr(whitened_rows_module, "BLOCK", 7)
     close(lewis_weights(features, p), whole)
 
 
-def test_integers_and_numpy_are_taken():
+def test_numpy_integers_are_accepted():
     features = np.array([[1], [2], [2]])
     close(lewis_weights(features), [1 / 9, 4 / 9, 4 / 9])
 
 
-def test_independent_rows_are_warned_of():
+def test_linearly_independent_rows_warn_and_have_weight_one():
     with pytest.warns(UserWarning, match="3 rows of features are linearly independent"):
         assert lewis_weights(rows(3, 5)).tolist() == pytest.approx([1, 1, 1])
 
 
-def test_an_iteration_that_is_cut_short_is_told():
+def test_too_few_iterations_warn():
     with pytest.warns(UserWarning, match="max_iterations=2 passes the weights for p=8"):
         lewis_weights(rows(12, 3), 8, max_iterations=2)
 
 
 @pytest.mark.parametrize(("p", "rate"), [(1, 1 / 3), (3, 1 / 5), (6, 1 / 2), (10, 2 / 3)])
-def test_it_converges_at_its_rate(p, rate):
-    """The classical iteration diverges beyond p = 4, and one of p / 2 steps does nothing at p = 1."""
+def test_iteration_converges_at_the_stated_rate(p, rate):
+    """The classical iteration diverges beyond p = 4, one with steps of 2 / p at p = 1."""
     features, exact = rows(12, 3), lewis_weights(rows(12, 3), p, tolerance=1e-13)
     off = []
     for passes in (6, 10):
@@ -154,7 +154,7 @@ def test_the_certificate_bounds_the_error(p, power):
     assert lewis_certificate(features, exact, p).residual < 1e-11
 
 
-def test_the_certificate_of_what_is_no_weight():
+def test_certificate_of_zero_weights_is_infinite_and_a_wrong_shape_raises():
     assert lewis_certificate(rows(12, 3), torch.zeros(12)).factor == math.inf
     with pytest.raises(ValueError, match=r"weights must be \[12\], one for each row of features, got \[3\]"):
         lewis_certificate(rows(12, 3), torch.ones(3))
@@ -174,7 +174,7 @@ def test_the_certificate_of_what_is_no_weight():
         (torch.ones(3, 1), {"rank_tolerance": 2.0}, "rank_tolerance must be above 0 and below 1"),
     ],
 )
-def test_weights_refuse(features, arguments, message):
+def test_weights_of_wrong_arguments_raise(features, arguments, message):
     with pytest.raises(ValueError, match=message):
         lewis_weights(features, **arguments)
 
@@ -182,7 +182,7 @@ def test_weights_refuse(features, arguments, message):
 # -- several representations -----------------------------------------------------------------------------------------
 
 
-def test_the_largest_weight_of_two():
+def test_max_weights_of_two_representations_equal_worked_numbers():
     largest = max_lewis_weights([torch.tensor([[1.0], [2.0], [2.0]]), torch.tensor([[2.0], [1.0], [1.0]])])
     close(largest, [2 / 3, 4 / 9, 4 / 9])
     assert float(largest.sum()) == pytest.approx(14 / 9)
@@ -201,7 +201,7 @@ def test_more_representations_raise_the_sum_up_to_the_ranks():
     ("features", "message"),
     [([], "at least one matrix"), ([torch.ones(3, 1), torch.ones(4, 1)], r"same order, got \[3, 4\] rows")],
 )
-def test_representations_that_do_not_go_together(features, message):
+def test_no_representation_or_unequal_row_counts_raise(features, message):
     with pytest.raises(ValueError, match=message):
         max_lewis_weights(features)
 
@@ -211,30 +211,30 @@ def test_representations_that_do_not_go_together(features, message):
 P = [3 / 7, 2 / 7, 2 / 7]
 
 
-def test_draws_from_given_numbers():
+def test_draws_from_given_uniform_numbers_equal_worked_ones():
     drawn = draw_until(P, 2, [0.9, 0.72, 0.99, 0.1, 0.5])
     assert drawn.draws.tolist() == [2, 2, 2, 0]
     assert drawn.distinct.tolist() == [0, 2]
     assert drawn.multiplicity.tolist() == [1, 3]
     close(drawn.loss_weight, [1 / (4 * 3 / 7), 3 / (4 * 2 / 7)])
-    assert drawn.order.tolist() == [1, 0]  # 2 was first
+    assert drawn.order.tolist() == [1, 0]  # row 2 was drawn first
     draws, distinct, loss_weight, *_ = drawn  # in this order
     assert (draws, distinct, loss_weight) == (drawn.draws, drawn.distinct, drawn.loss_weight)
     assert [value.dtype for value in drawn] == [torch.int64, torch.int64, torch.float64, torch.int64]
 
 
-def test_edges_belong_to_the_next_row_and_zeros_to_none():
+def test_uniform_on_an_edge_draws_the_next_row_and_never_a_zero_row():
     assert draw_until([0.0, 0.5, 0.0, 0.5, 0.0], 2, [0.0, 0.5]).draws.tolist() == [1, 3]
     assert draw_until([0.5, 0.5, 0.0], 1, [np.nextafter(1, 0)]).draws.tolist() == [1]
 
 
-def test_weights_need_not_sum_to_one():
+def test_draws_normalize_weights_that_do_not_sum_to_one():
     drawn = draw_until([6, 4, 4], 2, [0.9, 0.1])
     close(drawn.loss_weight, [1 / (2 * 3 / 7), 1 / (2 * 2 / 7)])
 
 
 @pytest.mark.parametrize("make", [np.random.default_rng, lambda seed: torch.Generator().manual_seed(seed)])
-def test_a_generator_draws_the_same_again(make):
+def test_draws_repeat_with_the_seed_of_the_generator(make):
     chance = rows(500).square()
     one, same, other = (draw_until(chance, 100, make(seed)) for seed in (3, 3, 4))
     assert one.draws.tolist() == same.draws.tolist() != other.draws.tolist()
@@ -242,8 +242,8 @@ def test_a_generator_draws_the_same_again(make):
     assert len(set(one.draws[:-1].tolist())) == 99  # cut right after the last new one
 
 
-def test_blocks_go_on_where_the_last_ended():
-    """All but one are so likely that many blocks pass before the last comes."""
+def test_draws_in_blocks_continue_one_stream_of_numbers():
+    """The last row is so unlikely that many blocks pass before it is drawn."""
     chance = np.array([1.0, 1.0, 1e-3])
     drawn = draw_until(chance, 3, np.random.default_rng(5))
     uniform = np.random.default_rng(5).random(len(drawn.draws))
@@ -251,8 +251,8 @@ def test_blocks_go_on_where_the_last_ended():
     assert drawn.draws.tolist() == draw_until(chance, 3, uniform).draws.tolist()
 
 
-def test_the_estimate_is_unbiased():
-    """With a fixed number of draws; one that ends with a new row is nearly so."""
+def test_sum_weighted_by_the_draws_is_an_unbiased_estimate():
+    """Exactly with a fixed number of draws; nearly so if drawing stops at a new row, as ``draw_until`` does."""
     chance, value = rows(30).square() + 0.1, rows(30, seed=1).abs()
     chance /= chance.sum()
     generator = np.random.default_rng(0)
@@ -279,12 +279,12 @@ def test_the_estimate_is_unbiased():
         (P, 2, [-0.1], "at least 0"),
     ],
 )
-def test_draws_refuse(probability, budget, uniforms, message):
+def test_draws_of_wrong_arguments_raise(probability, budget, uniforms, message):
     with pytest.raises(ValueError, match=message):
         draw_until(probability, budget, uniforms)
 
 
-def test_rows_that_never_come_are_told(monkeypatch):
+def test_rows_that_are_never_drawn_raise(monkeypatch):
     monkeypatch.setattr("lightning_kd.active_learning.lewis.MOST_DRAWS", 1000)
     with pytest.raises(ValueError, match="budget=2 different rows were not reached in"):
         draw_until([1.0, 1e-300], 2, np.random.default_rng(0))
@@ -293,7 +293,7 @@ def test_rows_that_never_come_are_told(monkeypatch):
 # -- regression ------------------------------------------------------------------------------------------------------
 
 
-def test_weighted_least_squares_by_hand():
+def test_regression_for_p_2_equals_weighted_least_squares():
     features, target, weight = rows(12, 3), rows(12, 2, seed=1), rows(12, seed=2).square()
     gram = features.T @ torch.diag(weight) @ features
     expected = gram.inverse() @ features.T @ torch.diag(weight) @ target
@@ -301,14 +301,14 @@ def test_weighted_least_squares_by_hand():
     close(lp_regression(features, target[:, 0], weight), expected[:, 0])
 
 
-def test_absolute_residuals_give_a_weighted_median():
+def test_regression_for_p_1_gives_a_weighted_median():
     target = torch.tensor([5.0, 1, 2, 100])
     close(lp_regression(torch.ones(4, 1), target, [1, 1, 1.5, 1], 1), [2.0], 1e-7)
     close(lp_regression(torch.ones(3, 1), torch.tensor([1.0, 2, 100]), None, 1), [2.0], 1e-7)
 
 
 @pytest.mark.parametrize("p", [1.2, 1.5, 3, 6])
-def test_nothing_near_is_smaller(p):
+def test_regression_loss_is_lower_than_at_nearby_solutions(p):
     features, target, weight = rows(40, 4), rows(40, seed=1), rows(40, seed=2).square()
     theta = lp_regression(features, target, weight, p)
     near = theta + torch.cat([size * rows(200, 4, seed=3) for size in (1e-1, 1e-3, 1e-5)])
@@ -316,13 +316,13 @@ def test_nothing_near_is_smaller(p):
     assert float(others.min()) > float(found) * (1 + 1e-14)
 
 
-def test_a_multiplicity_is_a_repeated_row():
+def test_weight_of_two_equals_a_repeated_row():
     features, target = rows(10, 2), rows(10, seed=1)
     twice = lp_regression(torch.cat([features, features[:1]]), torch.cat([target, target[:1]]), None, 3)
     close(lp_regression(features, target, [2] + [1] * 9, 3), twice.tolist())
 
 
-def test_deficient_features_give_the_shortest_solution():
+def test_rank_deficient_features_give_the_shortest_solution():
     features, target = rows(12, 2), rows(12, seed=1)
     found = lp_regression(torch.cat([features, features[:, :1]], 1), target)
     alone = lp_regression(features, target)
@@ -341,6 +341,6 @@ def test_deficient_features_give_the_shortest_solution():
         ((torch.ones(3, 1), torch.ones(3), None, 0.5), "p must be at least 1, got 0.5"),
     ],
 )
-def test_regression_refuses(arguments, message):
+def test_regression_of_wrong_arguments_raises(arguments, message):
     with pytest.raises(ValueError, match=message):
         lp_regression(*arguments)

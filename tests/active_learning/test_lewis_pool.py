@@ -1,4 +1,4 @@
-"""One query for several networks in a pool, and training with what it says each sample counts."""
+"""Lewis sampling in a pool: one query for several networks, and training with its sampling weights."""
 
 import csv
 
@@ -28,7 +28,7 @@ from lightning_kd.pool import PoolRecord, PoolView
 from tests.active_learning.runs import pool_data, starter, trainer_of
 from tests.two_processes import on_two_ranks
 
-ALL = {"known_classes": 10, "initial_count": 60, "budget": 36, "rounds": 1}
+ALL_CLASSES = {"known_classes": 10, "initial_count": 60, "budget": 36, "rounds": 1}
 
 WEIGHTS = np.arange(1, 37) / 4
 AUGMENTED = {"score_with_train_augmentation": True}
@@ -43,12 +43,12 @@ def rows(count, width, seed=0):
 
 
 def digits(**kwargs):
-    data = pool_data(**{**ALL, **kwargs})
+    data = pool_data(**{**ALL_CLASSES, **kwargs})
     data.setup()
     return data
 
 
-def asked(task, data=None, **kwargs):
+def query_of(task, data=None, **kwargs):
     return select_query(trainer_of(**kwargs), task, data or digits())[0]
 
 
@@ -64,10 +64,10 @@ def files():
 # -- the query -------------------------------------------------------------------------------------------------------
 
 
-def test_a_query_is_a_draw_by_the_largest_weights(files):
+def test_query_is_a_draw_by_the_max_weights_over_all_networks(files):
     L.seed_everything(3, verbose=False)
     data = digits()
-    query = asked(classifier(feature_networks=files), data)
+    query = query_of(classifier(feature_networks=files), data)
     pool = data.unlabelled_indices
     ones = torch.ones(len(pool), 1)
     parts = [torch.cat([torch.from_numpy(np.load(name))[pool], ones], 1) for name in files]
@@ -78,31 +78,31 @@ def test_a_query_is_a_draw_by_the_largest_weights(files):
     np.testing.assert_allclose(query.score, largest[place])
     np.testing.assert_allclose(query.loss_weight[np.argsort(query.index)], drawn.loss_weight)
     first = list(dict.fromkeys(pool[drawn.draws].tolist()))
-    assert query.index.tolist() == first  # the first of them are a smaller query
+    assert query.index.tolist() == first  # in the order drawn, so the first k are a query of k
 
 
-def test_seeds_tell_one_query_from_another(files):
+def test_query_repeats_with_its_seed_and_differs_with_another(files):
     found = []
     for seed in (3, 3, 4):
         L.seed_everything(seed, verbose=False)
-        found.append(asked(classifier(feature_networks=files)))
+        found.append(query_of(classifier(feature_networks=files)))
     assert found[0].index.tolist() == found[1].index.tolist() != found[2].index.tolist()
     assert found[0].loss_weight.tolist() == found[1].loss_weight.tolist()
 
 
-def test_features_in_another_order_are_told_by_their_index(files):
+def test_feature_file_in_another_order_is_matched_by_its_index(files):
     L.seed_everything(3, verbose=False)
-    before = asked(classifier(feature_networks=files)).index.tolist()
+    before = query_of(classifier(feature_networks=files)).index.tolist()
     feature = np.load("a.npy")
     order = np.random.default_rng(0).permutation(len(feature))
     np.savez("a.npz", feature=feature[order], index=order)
-    assert asked(classifier(feature_networks=["a.npz", "b.npy"])).index.tolist() == before
+    assert query_of(classifier(feature_networks=["a.npz", "b.npy"])).index.tolist() == before
 
 
-def test_its_own_features_are_one_representation():
+def test_without_feature_networks_the_task_uses_its_own_features():
     L.seed_everything(3, verbose=False)
     task, data = classifier(), digits()
-    query = asked(task, data)
+    query = query_of(task, data)
     outputs = trainer_of().predict(task, datamodule=data)
     feature = torch.cat([output["feature"] for output in outputs])
     largest = max_lewis_weights([torch.cat([feature, torch.ones(len(feature), 1)], 1)])
@@ -110,7 +110,7 @@ def test_its_own_features_are_one_representation():
 
 
 def trained(name, run, data=None, **kwargs):
-    """A checkpoint of a run."""
+    """A trained task and the path of its checkpoint."""
     trainer = trainer_of(run, enable_checkpointing=True, max_epochs=1)
     task = Classification(name, 10, input_shape=(1, 8, 8), **kwargs)
     trainer.fit(task, datamodule=data or digits())
@@ -126,7 +126,7 @@ def test_features_of_checkpoints_are_the_inputs_of_their_classifiers():
     torch.manual_seed(5)
     before = torch.get_rng_state()
     outputs = trainer_of(precision="bf16-mixed").predict(task, datamodule=data)
-    assert torch.equal(torch.get_rng_state(), before)  # building them draws nothing
+    assert torch.equal(torch.get_rng_state(), before)  # building the networks draws no random number
     image = next(iter(data.loader("train", outputs[0]["index"], batch_size=500))).image
     for k, one in enumerate(tasks):
         found = {}
@@ -140,7 +140,7 @@ def test_features_of_checkpoints_are_the_inputs_of_their_classifiers():
     assert len(list(task.parameters())) == 4
 
 
-def test_a_network_gets_images_normalised_as_it_knows_them():
+def test_feature_network_gets_images_normalised_as_in_its_training():
     L.seed_everything(0, verbose=False)
     data = digits()
     data.source.mean, data.source.std = [0.2], [0.5]
@@ -154,9 +154,9 @@ def test_a_network_gets_images_normalised_as_it_knows_them():
     torch.testing.assert_close(*found, rtol=1e-4, atol=1e-4)
 
 
-def test_k_center_takes_the_same_features_side_by_side(files):
+def test_k_center_concatenates_the_scaled_features_of_all_networks(files):
     data = digits()
-    query = asked(classifier("k_center", feature_networks=files), data)
+    query = query_of(classifier("k_center", feature_networks=files), data)
     parts = [torch.from_numpy(np.load(name)).double() for name in files]
     pool, known = data.unlabelled_indices, data.known_indices
     like = [part[pool] for part in parts]
@@ -167,20 +167,20 @@ def test_k_center_takes_the_same_features_side_by_side(files):
 
 
 def test_random_needs_no_features():
-    query = asked(classifier("random", feature_networks=["nowhere.npy"]))
+    query = query_of(classifier("random", feature_networks=["nowhere.npy"]))
     assert len(query.index) == 36
 
 
-def asked_for(devices):
+def queried_and_weights(devices):
     torch.manual_seed(0)
     L.seed_everything(0, verbose=False)
     kwargs = {"devices": devices, "strategy": "ddp" if devices > 1 else "auto"}
-    query = asked(classifier(feature_networks=["a.npy", "b.npy"]), **kwargs)
+    query = query_of(classifier(feature_networks=["a.npy", "b.npy"]), **kwargs)
     return query.index.tolist(), query.loss_weight.tolist()
 
 
-def test_two_processes_choose_what_one_does(files):
-    assert on_two_ranks(asked_for, 2) == [asked_for(1)] * 2
+def test_two_processes_query_what_one_queries(files):
+    assert on_two_ranks(queried_and_weights, 2) == [queried_and_weights(1)] * 2
 
 
 @pytest.mark.parametrize(
@@ -196,27 +196,27 @@ def test_two_processes_choose_what_one_does(files):
         (np.full((1438, 2), np.nan), "features must be finite"),
     ],
 )
-def test_features_that_do_not_go_with_the_pool(arrays, message):
+def test_feature_files_that_do_not_match_the_pool_raise(arrays, message):
     np.savez("f.npz", **arrays) if isinstance(arrays, dict) else np.save("f.npy", arrays)
     name = "f.npz" if isinstance(arrays, dict) else "f.npy"
     with pytest.raises(ValueError, match=message):
-        asked(classifier(feature_networks=[name]))
+        query_of(classifier(feature_networks=[name]))
 
 
-def test_what_is_no_representation(tmp_path):
+def test_unusable_feature_networks_raise(tmp_path):
     (tmp_path / "text.npy").write_text("no array")
     with pytest.raises(ValueError, match=r"feature_networks: 'text.npy' is damaged"):
-        asked(classifier(feature_networks=["text.npy"]))
+        query_of(classifier(feature_networks=["text.npy"]))
     for name in ("gone.npy", "gone.ckpt"):
         with pytest.raises(FileNotFoundError, match=f"feature_networks: there is no '{name}'; give a checkpoint"):
             trainer_of().fit(classifier(feature_networks=[name]), datamodule=digits())  # before any training
     torch.save({"state_dict": {}, "hyper_parameters": {}}, "nameless.ckpt")
     with pytest.raises(ValueError, match=r"'nameless.ckpt' names no network: save its features"):
-        asked(classifier(feature_networks=["nameless.ckpt"]))
+        query_of(classifier(feature_networks=["nameless.ckpt"]))
     arguments = {"network": "mlp_8", "num_classes": 10, "input_shape": (3, 4, 4)}
     torch.save({"state_dict": {}, "hyper_parameters": arguments}, "other.ckpt")
     with pytest.raises(ValueError, match=r"takes inputs \(3, 4, 4\), the data has \(1, 8, 8\)"):
-        asked(classifier(feature_networks=["other.ckpt"]))
+        query_of(classifier(feature_networks=["other.ckpt"]))
 
 
 @pytest.mark.parametrize(
@@ -225,21 +225,21 @@ def test_what_is_no_representation(tmp_path):
         (lambda: classifier("entropy", feature_networks=["a.npy"]), "for the strategies lewis, k_center, random"),
         (lambda: classifier(feature_networks=[]), r"names one file or more, got \[\]"),
         (lambda: Lewis(p=0.5), "p must be at least 1, got 0.5"),
-        (lambda: asked(classifier(), digits(budget=700)), "budget=700 is more than half of the 1378 samples"),
+        (lambda: query_of(classifier(), digits(budget=700)), "budget=700 is more than half of the 1378 samples"),
         (
-            lambda: asked(classifier(feature_networks=["a.npy"]), digits(**AUGMENTED)),
+            lambda: query_of(classifier(feature_networks=["a.npy"]), digits(**AUGMENTED)),
             "without augmentation, got score",
         ),
     ],
 )
-def test_bad_input(files, make, message):
+def test_wrong_strategies_budgets_and_augmentation_raise(files, make, message):
     with pytest.raises(ValueError, match=message):
         make()
 
 
-def test_a_strategy_of_other_power_and_without_bias(files):
-    query = asked(classifier(Lewis(p=1.0, bias=False), feature_networks=files))
-    other = asked(classifier(Lewis(p=1.0), feature_networks=files))
+def test_bias_changes_the_query_and_missing_features_raise(files):
+    query = query_of(classifier(Lewis(p=1.0, bias=False), feature_networks=files))
+    other = query_of(classifier(Lewis(p=1.0), feature_networks=files))
     assert query.index.tolist() != other.index.tolist()
     pool = PoolView(np.arange(20), *[np.empty(0, np.int64)] * 3, 3)
     with pytest.raises(ValueError, match="scores must hold 'feature'"):
@@ -249,7 +249,7 @@ def test_a_strategy_of_other_power_and_without_bias(files):
 # -- the record ------------------------------------------------------------------------------------------------------
 
 
-def test_a_query_leaves_its_weights_and_is_the_only_one(files, tmp_path):
+def test_query_records_its_weights_and_a_second_lewis_query_raises(files, tmp_path):
     task, data = classifier(feature_networks=files), digits()
     path = write_query(trainer_of(), task, data, tmp_path)
     record = PoolRecord.load(tmp_path / "pool.json")
@@ -264,35 +264,35 @@ def test_a_query_leaves_its_weights_and_is_the_only_one(files, tmp_path):
     with pytest.raises(ValueError, match=r"lewis makes one query, .* holds that query of 36 samples"):
         write_query(trainer_of(), task, data, tmp_path)
     assert len(PoolRecord.load(tmp_path / "pool.json").queries) == 36
-    write_query(trainer_of(), classifier("random"), data, tmp_path)  # others may ask again
+    write_query(trainer_of(), classifier("random"), data, tmp_path)  # other strategies may query again
     assert "loss_weight" not in PoolRecord.load(tmp_path / "pool.json").queries[-1]
 
 
-def test_rounds_ask_once(tmp_path):
+def test_rounds_make_one_query_and_two_rounds_raise(tmp_path):
     for name in "ab":
-        run_rounds(starter(classifier, ALL), tmp_path / name, say=str)
+        run_rounds(starter(classifier, ALL_CLASSES), tmp_path / name, say=str)
     first, second = (PoolRecord.load(tmp_path / name / "pool.json") for name in "ab")
     assert first.queries == second.queries
     assert all(row["loss_weight"] > 0 and row["answer"] for row in first.queries)
     with pytest.raises(ValueError, match=r"lewis makes one query, .* got data.rounds=2: set it to 1"):
-        run_rounds(starter(classifier, {**ALL, "rounds": 2}), tmp_path / "c", say=str)
+        run_rounds(starter(classifier, {**ALL_CLASSES, "rounds": 2}), tmp_path / "c", say=str)
     assert not (tmp_path / "c" / "pool.json").exists()
 
 
-def test_a_wrong_weight_is_refused():
+def test_strategy_returning_zero_loss_weights_raises():
     class Wrong(Lewis):
         def select(self, *args):
             return super().select(*args)._replace(loss_weight=np.zeros(36))
 
     with pytest.raises(ValueError, match="strategy Wrong must return a loss weight above 0 for each of 36 indices"):
-        asked(classifier(Wrong()))
+        query_of(classifier(Wrong()))
 
 
 # -- training with the weights ---------------------------------------------------------------------------------------
 
 
 def answered(folder, loss_weight=WEIGHTS, **kwargs):
-    """A pool of 60 initial labels and the answers to a query of 36, and its data."""
+    """Data of a pool with 60 initial labels and the answers to a query of 36 with ``loss_weight``."""
     file = folder / "asked" / "pool.json"
     if not file.is_file():
         data = digits()
@@ -306,12 +306,12 @@ def answered(folder, loss_weight=WEIGHTS, **kwargs):
     return digits(answers=str(file.parent), **kwargs)
 
 
-def plain(**kwargs):
+def plain_task(**kwargs):
     kwargs = {"use_sampling_weights": True, **kwargs}
     return Classification("mlp_8", 10, input_shape=(1, 8, 8), **kwargs)
 
 
-def test_batches_have_weights_of_mean_one_over_the_query(tmp_path):
+def test_batches_have_sampling_weights_of_mean_one_over_the_query(tmp_path):
     data = answered(tmp_path)
     record = data.record
     batch = next(iter(data.loader("train", batch_size=96)))
@@ -325,8 +325,8 @@ def test_batches_have_weights_of_mean_one_over_the_query(tmp_path):
 
 
 @pytest.mark.parametrize("smoothing", [0.0, 0.1])
-def test_the_loss_is_the_weighted_mean(smoothing):
-    task = plain(label_smoothing=smoothing, optimizer=lambda p: torch.optim.SGD(p, lr=0.1))
+def test_loss_is_the_weighted_mean(smoothing):
+    task = plain_task(label_smoothing=smoothing, optimizer=lambda p: torch.optim.SGD(p, lr=0.1))
     image, target, weight = torch.randn(6, 1, 8, 8), torch.arange(6), torch.tensor([0.5, 2, 1, 0, 3, 1])
     terms = []
     task.step_loss = lambda parts, logits, target: terms.append(parts) or parts["ce"]
@@ -335,11 +335,11 @@ def test_the_loss_is_the_weighted_mean(smoothing):
     torch.testing.assert_close(terms[0]["ce"], (weight * each).sum() / 6)
 
 
-def test_equal_weights_change_nothing(tmp_path):
+def test_equal_weights_train_like_no_weights(tmp_path):
     found = []
     for given in (False, True):
         L.seed_everything(0, verbose=False)
-        task, data = plain(use_sampling_weights=given), answered(tmp_path, np.full(36, 0.3))
+        task, data = plain_task(use_sampling_weights=given), answered(tmp_path, np.full(36, 0.3))
         trainer_of(limit_val_batches=0).fit(task, datamodule=data)
         found.append(task.network.state_dict())
     for key, value in found[0].items():
@@ -350,16 +350,16 @@ def test_equal_weights_change_nothing(tmp_path):
     ("make", "error", "message"),
     [
         (
-            lambda folder: trainer_of().fit(plain(), datamodule=digits()),
+            lambda folder: trainer_of().fit(plain_task(), datamodule=digits()),
             ValueError,
             "needs batches with sampling_weight",
         ),
-        (lambda folder: plain(class_weights="balanced"), ValueError, "leave one of them out"),
+        (lambda folder: plain_task(class_weights="balanced"), ValueError, "leave one of them out"),
         (lambda folder: digits(answers="nowhere"), FileNotFoundError, "nowhere does not exist"),
         (lambda folder: answered(folder, initial_count=61), ValueError, "was begun with initial"),
     ],
 )
-def test_weights_that_are_not_there(tmp_path, make, error, message):
+def test_missing_weights_or_answers_and_conflicting_settings_raise(tmp_path, make, error, message):
     answered(tmp_path)
     with pytest.raises(error, match=message):
         make(tmp_path)
@@ -370,7 +370,7 @@ def weighted_fit(folder, devices, batch_size):
     torch.manual_seed(0)
     parallel = {"strategy": "ddp", "devices": 2} if devices > 1 else {}
     trainer = trainer_of(precision="64-true", num_sanity_val_steps=0, limit_val_batches=0, **parallel)
-    task = plain()
+    task = plain_task()
     trainer.fit(task, datamodule=answered(folder, batch_size=batch_size))
     return {name: value.tolist() for name, value in task.network.state_dict().items()}
 
@@ -385,15 +385,15 @@ def test_two_processes_train_as_one(tmp_path):
 
 def test_resume_to_the_bit(tmp_path):
     L.seed_everything(0, verbose=False)
-    straight = plain()
+    straight = plain_task()
     start = {key: value.clone() for key, value in straight.state_dict().items()}
     trainer_of(max_epochs=3).fit(straight, datamodule=answered(tmp_path))
-    half = plain()
+    half = plain_task()
     half.load_state_dict(start)
     trainer = trainer_of(max_epochs=2)
     trainer.fit(half, datamodule=answered(tmp_path))
     trainer.save_checkpoint("half.ckpt")
-    resumed = plain()
+    resumed = plain_task()
     trainer = trainer_of(max_epochs=3)
     trainer.fit(resumed, datamodule=answered(tmp_path), ckpt_path="half.ckpt")
     assert trainer.current_epoch == 3

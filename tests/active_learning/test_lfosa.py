@@ -1,4 +1,4 @@
-"""LfOSA: the detector's loss and the posteriors with worked numbers; the choice; training in turn, two processes."""
+"""LfOSA: the detector's loss and the posteriors with worked numbers; the query; training, two processes."""
 
 import copy
 
@@ -33,7 +33,7 @@ TARGET = torch.tensor([0, 3])
         ((0.5, 2.0), (0.145078, 1.249606), 0.697342),
     ],
 )
-def test_worked_losses(temperatures, rows, mean):
+def test_losses_equal_worked_numbers(temperatures, rows, mean):
     assert temperature_cross_entropy(LOGITS, TARGET, 3, *temperatures).item() == pytest.approx(mean, abs=1e-6)
     for k in range(2):
         one = temperature_cross_entropy(LOGITS[k : k + 1], TARGET[k : k + 1], 3, *temperatures)
@@ -46,7 +46,7 @@ def gradient_of(logits, *temperatures):
     return logits.grad
 
 
-def test_worked_gradient():
+def test_gradient_equals_worked_numbers_and_sums_to_zero():
     expected = torch.tensor([0.005887, 0.002166, 0.873704, -0.881757], dtype=torch.float64)
     torch.testing.assert_close(gradient_of(LOGITS, 0.5, 0.5)[1], expected, atol=1e-6, rtol=0)
     for temperatures in ((0.3, 0.7), (2.0, 1.0)):
@@ -54,7 +54,7 @@ def test_worked_gradient():
         torch.testing.assert_close(gradient.sum(1), torch.zeros(2, dtype=torch.float64), atol=1e-12, rtol=0)
 
 
-def test_logits_and_temperature_scale_together():
+def test_loss_stays_equal_when_logits_and_temperatures_scale_together():
     loss = temperature_cross_entropy(LOGITS, TARGET, 3, 0.3, 0.9)
     torch.testing.assert_close(temperature_cross_entropy(7 * LOGITS, TARGET, 3, 2.1, 6.3), loss)
     torch.testing.assert_close(gradient_of(7 * LOGITS, 2.1, 6.3), gradient_of(LOGITS, 0.3, 0.9) / 7)
@@ -71,7 +71,7 @@ def test_half_precision_is_computed_in_float32(dtype):
     torch.testing.assert_close(inside, temperature_cross_entropy(LOGITS.float(), TARGET, 3))
 
 
-def test_wrong_arguments_of_the_loss():
+def test_wrong_arguments_of_the_loss_raise():
     for name, temperatures in (("known_temperature", (0, 1)), ("unknown_temperature", (1, -1))):
         with pytest.raises(ValueError, match=f"^{name} must be above 0"):
             temperature_cross_entropy(LOGITS, TARGET, 3, *temperatures)
@@ -86,7 +86,7 @@ def test_wrong_arguments_of_the_loss():
 
 
 def detector_logits(activation, predicted, num_known):
-    """Logits with this largest value at this place, and others 3 to 5 below."""
+    """Logits whose largest value is ``activation``, at the place ``predicted``; the others are 3 to 5 below."""
     generator = torch.Generator().manual_seed(0)
     below = 3 + 2 * torch.rand(len(activation), num_known + 1, generator=generator, dtype=torch.float64)
     logits = activation[:, None].double() - below
@@ -94,7 +94,7 @@ def detector_logits(activation, predicted, num_known):
 
 
 def pool_logits(count=400, num_known=4, seed=0):
-    """High and low activations in every known class, and some predicted unknown; which are high."""
+    """Logits with high and low activations in every known class and some predicted unknown; which are high; classes."""
     generator = torch.Generator().manual_seed(seed)
     high = torch.rand(count, generator=generator) < 0.4
     predicted = torch.randint(0, num_known + 1, (count,), generator=generator)
@@ -117,7 +117,7 @@ def selected(logits, budget, num_known=4, pool=None, **kwargs):
     return ((query.index - pool.unlabelled[0]) // 2), query.score
 
 
-def test_posterior_is_that_of_a_mixture_a_class():
+def test_posterior_is_that_of_one_mixture_for_each_class():
     logits, _, predicted = pool_logits()
     posterior = known_posterior(logits, 4)
     assert posterior.dtype == torch.float64
@@ -128,7 +128,7 @@ def test_posterior_is_that_of_a_mixture_a_class():
         torch.testing.assert_close(posterior[predicted == k], expected, atol=1e-9, rtol=1e-9)
 
 
-def test_worked_mixture_in_two_classes():
+def test_posterior_separates_low_and_high_activations_in_each_class():
     value = torch.tensor([0, 0.2, 0.3, 0.5, 4, 4.4, 4.5, 5.1])
     logits = torch.full((16, 3), -9.0)
     logits[:8, 0], logits[8:, 1] = value, value + 1
@@ -144,7 +144,7 @@ EXAMPLE = Mixtures(
 )
 
 
-def test_posterior_of_unequal_variances_is_kept_unless_monotone():
+def test_posterior_of_unequal_variances_falls_then_rises_unless_monotone():
     value = torch.tensor([-2.0, 2, 3, 4, 5, 6, 9], dtype=torch.float64)
     group = torch.zeros(7, dtype=torch.int64)
     official = _log_odds(EXAMPLE, value, group, monotone=False).sigmoid()
@@ -153,7 +153,7 @@ def test_posterior_of_unequal_variances_is_kept_unless_monotone():
     assert rising.tolist() == pytest.approx([0, 0, 0, 0.040, 0.336, 0.997, 1.000], abs=5e-4)
 
 
-def test_monotone_changes_nothing_but_what_is_below_the_smaller_mean():
+def test_monotone_changes_only_values_below_the_smaller_mean():
     value = torch.linspace(-30, 40, 701, dtype=torch.float64)
     group = torch.zeros(701, dtype=torch.int64)
     for variance in ([0.25, 9.0], [9.0, 0.25], [1.0, 1.0]):
@@ -163,7 +163,7 @@ def test_monotone_changes_nothing_but_what_is_below_the_smaller_mean():
         assert torch.equal(log_odds, plain.where(value >= 4, -torch.inf))
 
 
-def test_alone_in_a_class():
+def test_posterior_of_a_single_sample_in_its_class():
     """Two classes with a mixture, high means 10 and 12, and one of a single sample."""
     value = torch.tensor([4.0, 4.2, 9.9, 10.1, 5.0, 5.2, 11.9, 12.1])
     predicted = torch.tensor([0, 0, 0, 0, 1, 1, 1, 1])
@@ -172,13 +172,13 @@ def test_alone_in_a_class():
             torch.cat([value, torch.tensor([alone])]), torch.cat([predicted, torch.tensor([2])]), 3
         )
         assert known_posterior(logits, 3)[-1] == expected
-        assert 8 in selected(logits, 9, 3)[0]  # never dropped
+        assert 8 in selected(logits, 9, 3)[0]  # never left out
     lonely = detector_logits(torch.tensor([3.0, 7.0]), torch.tensor([0, 1]), 3)
     assert known_posterior(lonely, 3).tolist() == [0.5, 0.5]
-    assert selected(lonely, 2, 3)[0].tolist() == [1, 0]  # by the activation then
+    assert selected(lonely, 2, 3)[0].tolist() == [1, 0]  # a tie, so by the activation
 
 
-def test_degenerate_pools():
+def test_posterior_of_equal_logits_all_unknown_and_empty_pools():
     assert known_posterior(torch.zeros(5, 3), 2).tolist() == [0.5] * 5  # argmax takes the first class
     for monotone in (False, True):
         assert known_posterior(torch.full((5, 3), -0.1), 2, monotone=monotone).tolist() == [0.5] * 5
@@ -186,17 +186,17 @@ def test_degenerate_pools():
     assert known_posterior(torch.zeros(0, 3), 2).shape == (0,)
 
 
-def test_wrong_arguments_of_the_posterior():
+def test_wrong_arguments_of_the_posterior_raise():
     with pytest.raises(ValueError, match=r"^logits must be \[N, num_known \+ 1\] = \[N, 5\], got \[2, 4\]"):
         known_posterior(LOGITS, 4)
     with pytest.raises(ValueError, match=r"^logits must be finite"):
         known_posterior(LOGITS / 0, 3)
 
 
-# -- the choice ------------------------------------------------------------------------------------------------------
+# -- the query -------------------------------------------------------------------------------------------------------
 
 
-def test_separated_activations_are_chosen_in_any_order():
+def test_high_activations_are_queried_whatever_the_pool_order():
     logits, high, _ = pool_logits()
     budget = int(high.sum())
     index, score = selected(logits, budget)
@@ -207,8 +207,8 @@ def test_separated_activations_are_chosen_in_any_order():
     assert set(order[again].tolist()) == set(index[: budget // 2].tolist())
 
 
-def test_batches_and_their_order_are_of_no_account_to_the_choice(monkeypatch):
-    """The same logits, gathered by ``choose`` from batches of other sizes, in another order."""
+def test_query_does_not_depend_on_batch_size_or_batch_order(monkeypatch):
+    """The same logits, gathered by ``select_query`` from batches of other sizes and in another order."""
     queries = []
     for batch_size, backwards in ((1000, False), (7, False), (64, True)):
         data = pool_data(eval_batch_size=batch_size)
@@ -241,7 +241,7 @@ def test_ties_of_the_posterior_go_by_log_odds_then_activation_then_index():
 
 
 def test_log_odds_come_before_the_activation():
-    """The second class is as certain of its high ones, which are larger but less far from its low ones."""
+    """High samples of both classes have posterior 1; the second's are larger but less far from its low ones."""
     value = torch.tensor([0.0, 0.2, 0.1, 0.3, 60.0, 60.5]), torch.tensor([100.0, 100.2, 100.1, 100.3, 130.0, 130.5])
     predicted = torch.tensor([0, 1]).repeat_interleave(6)
     logits = detector_logits(torch.cat(value), predicted, 2)
@@ -255,7 +255,7 @@ def test_log_odds_come_before_the_activation():
     assert selected(logits, 4, 2)[0].tolist() == [5, 4, 11, 10]
 
 
-def test_predicted_unknown_comes_last_by_the_smallest_lead():
+def test_predicted_unknown_samples_come_last_by_the_margin_of_unknown():
     logits = torch.tensor([[1.0, 0, 4], [3, 0, 1], [0, 2.5, 3], [2, 0, 1], [0, 9, 11.0], [0, 1, 0]])
     index, score = selected(logits, 6, 2)
     assert sorted(index[:3]) == [1, 3, 5]
@@ -274,7 +274,7 @@ def test_a_sample_below_a_monotone_cut_comes_before_those_predicted_unknown():
     assert selected(logits, 102, 2, monotone=True)[0][-1] == 101
 
 
-def test_scores_are_of_raw_logits():
+def test_posterior_uses_raw_logits_not_softmax():
     logits, _, predicted = pool_logits()
     shifted = logits.clone()
     row = int((predicted == 1).nonzero()[0])
@@ -283,7 +283,7 @@ def test_scores_are_of_raw_logits():
     torch.testing.assert_close(shifted[row].softmax(0), logits[row].softmax(0))
 
 
-def test_temperature_is_of_no_account_to_scores():
+def test_temperatures_do_not_change_the_pool_scores():
     torch.manual_seed(0)
     task = task_of()
     other = task_of(known_temperature=2.0, unknown_temperature=5.0)
@@ -307,7 +307,7 @@ def fitted(trainer=None, data=None, ckpt_path=None, **kwargs):
 
 
 def with_answers(folder, **kwargs):
-    """A pool of which 30 samples were bought."""
+    """Data of a pool with the answers to a query of 30 samples."""
     data = pool_data(**kwargs)
     data.setup()
     record = PoolRecord(folder / "pool.json")
@@ -320,7 +320,7 @@ def with_answers(folder, **kwargs):
     return data
 
 
-def plainly_trained(network, data, indices, stream, loss, epochs=2):
+def train_by_a_plain_loop(network, data, indices, stream, loss, epochs=2):
     optimizer = torch.optim.SGD(network.parameters(), lr=0.05, momentum=0.9, weight_decay=5e-4)
     loader = data.loader("train", indices, shuffle=True, augment=True, batch_size=data.batch_size, stream=stream)
     for epoch in range(epochs):
@@ -338,15 +338,15 @@ def test_a_fit_equals_two_networks_trained_apart(tmp_path):
     start = task_of()
     known = data.known_indices
     answered = np.sort(np.concatenate([known, data.unknown_indices]))
-    plainly_trained(
+    train_by_a_plain_loop(
         start.detector, data, answered, "detector", lambda z, y: temperature_cross_entropy(z, y, 4, 0.4, 0.5)
     )
-    plainly_trained(start.network, data, known, "classifier", F.cross_entropy)
+    train_by_a_plain_loop(start.network, data, known, "classifier", F.cross_entropy)
     for mine, theirs in zip(task.state_dict().values(), start.state_dict().values(), strict=True):
         torch.testing.assert_close(mine, theirs)
 
 
-def test_what_is_logged_exported_and_scored(tmp_path):
+def test_fit_logs_exports_and_scores_both_networks(tmp_path):
     data = with_answers(tmp_path)
     task, trainer = fitted(data=data)
     logged = trainer.callback_metrics
@@ -364,7 +364,7 @@ def test_what_is_logged_exported_and_scored(tmp_path):
 
 
 @pytest.mark.filterwarnings("ignore:You requested to overfit")
-def test_no_unknown_answers_yet_and_few_steps():
+def test_fit_without_unknown_answers_and_with_few_batches():
     _, trainer = fitted(trainer_of(limit_train_batches=2))
     assert {"train/detector_loss", "train/loss"} <= trainer.callback_metrics.keys()
     fitted(trainer_of(fast_dev_run=2))
@@ -383,7 +383,7 @@ def test_resume_to_the_bit(tmp_path):
 
 
 @pytest.mark.parametrize("as_module", [False, True])
-def test_bottleneck(as_module):
+def test_bottleneck_layer_comes_before_the_classifier_of_both_networks(as_module):
     network = task_of().network if as_module else "mlp_8"
     task = LfOSA(network, 4, input_shape=(1, 8, 8), bottleneck_dim=2)
     for net, outputs in ((task.network, 4), (task.detector, 5)):
@@ -392,7 +392,7 @@ def test_bottleneck(as_module):
         assert find_classifier(net)[1].in_features == 2
 
 
-def test_the_classifier_can_be_named():
+def test_named_classifier_is_the_layer_that_is_replaced():
     class TwoHeads(nn.Module):
         def __init__(self):
             super().__init__()
@@ -420,7 +420,7 @@ def test_a_module_is_copied_for_the_detector():
     assert torch.equal(task.detector.hidden[0].weight, before["hidden.0.weight"])
 
 
-def test_wrong_arguments():
+def test_wrong_arguments_raise():
     for name in ("known_temperature", "unknown_temperature", "variance_floor"):
         with pytest.raises(ValueError, match=f"^{name} must be above 0, got 0"):
             task_of(**{name: 0})
@@ -440,7 +440,7 @@ def test_wrong_arguments():
         task.pool_scores(torch.rand(2, 1, 8, 8), None)
 
 
-def test_rounds_buy_known_samples_and_none_twice(tmp_path):
+def test_five_rounds_query_150_different_samples(tmp_path):
     rows = run_rounds(
         starter(LfOSA, data={"rounds": 5}, network="mlp_16", num_classes=4, input_shape=(1, 8, 8)), tmp_path, say=str
     )

@@ -1,4 +1,4 @@
-"""Rounds: train, test, ask, answer; what breaks starts again where it was."""
+"""Rounds of train, test, query and answers; a broken run, started again, resumes where it stopped."""
 
 import shutil
 from functools import partial
@@ -15,13 +15,13 @@ from tests.two_processes import on_two_ranks
 
 
 def outcome(folder):
-    """All that must be equal: the pool but for times, and the curves."""
+    """What equal runs have in common: the pool record except times, and the metrics."""
     record = PoolRecord.load(folder / "pool.json")
     results = [{k: v for k, v in row.items() if k != "seconds"} for row in record.results]
     return record.settings, record.queries, results, (folder / "metrics.csv").read_text()
 
 
-def test_a_whole_run_keeps_the_books(tmp_path):
+def test_run_records_labels_answers_precision_and_recall(tmp_path):
     said = []
     rows = run_rounds(starter(), tmp_path, say=said.append)
     assert [row["labels"] for row in rows] == [0, 30, 60]
@@ -45,7 +45,7 @@ def test_a_whole_run_keeps_the_books(tmp_path):
     assert len({row["index"] for row in record.queries}) == 60
 
 
-def test_same_seed_same_run_whatever_the_batch_size_of_the_scores(tmp_path):
+def test_queries_depend_on_the_seed_but_not_on_eval_batch_size(tmp_path):
     for name, seed, size in (("a", 0, 256), ("b", 0, 7), ("c", 1, 256)):
         run_rounds(starter(data={"eval_batch_size": size}), tmp_path / name, seed, say=str)
     chosen = [[row["index"] for row in PoolRecord.load(tmp_path / n / "pool.json").queries] for n in "abc"]
@@ -65,7 +65,7 @@ TASKS = {
 
 
 @pytest.mark.parametrize("name", TASKS)
-def test_hidden_labels_change_nothing(tmp_path, name):
+def test_query_does_not_depend_on_labels_of_unlabelled_samples(tmp_path, name):
     def noisy(number, folder):
         trainer, task, data = starter(TASKS[name], data={"rounds": 1})(number, folder)
         data.setup()
@@ -89,14 +89,14 @@ class Stop(Exception):
 
 @pytest.fixture(scope="module")
 def whole(tmp_path_factory):
-    """What two rounds that nothing disturbed leave behind."""
+    """The outcome of an undisturbed run of two rounds."""
     folder = tmp_path_factory.mktemp("whole")
     run_rounds(starter(), folder, say=str)
     return outcome(folder)
 
 
 @pytest.mark.parametrize("point", POINTS)
-def test_broken_anywhere_and_started_again(tmp_path, monkeypatch, whole, point):
+def test_run_broken_at_any_point_and_started_again_equals_a_whole_one(tmp_path, monkeypatch, whole, point):
     with monkeypatch.context() as patch:
         calls = {"n": 0}
 
@@ -120,7 +120,7 @@ def test_broken_anywhere_and_started_again(tmp_path, monkeypatch, whole, point):
             patch.setattr(Greedy, "select", at(2, Greedy.select))
         elif point == "metrics":
             patch.setattr(module, "write_metrics", at(2, module.write_metrics, after=False))
-        else:  # round copy, round and question, answers, and again
+        else:  # the saves of a round: its copy of the record, the query, the answers; then of the next
             patch.setattr(PoolRecord, "save", at(int(point[-1]) + 1, PoolRecord.save))
         with pytest.raises(Stop):
             run_rounds(starter(), tmp_path / "broken", say=str)
@@ -130,14 +130,14 @@ def test_broken_anywhere_and_started_again(tmp_path, monkeypatch, whole, point):
     assert outcome(tmp_path / "broken") == whole
 
 
-def test_more_rounds_go_on_from_fewer(tmp_path, whole):
+def test_run_continued_with_more_rounds_equals_a_whole_one(tmp_path, whole):
     for rounds in (1, 2):
         run_rounds(starter(data={"rounds": rounds}), tmp_path / "grown", say=str)
     assert outcome(tmp_path / "grown") == whole
 
 
-def test_more_rounds_of_two_stages_go_on_from_fewer(tmp_path):
-    """The last round is trained for less, and anew where it is the last no more."""
+def test_bual_run_continued_with_more_rounds_retrains_its_last_round(tmp_path):
+    """The last round trains the positive stage only, so it is trained again once another round follows."""
     started = []
 
     def start(rounds, number, folder):
@@ -163,7 +163,7 @@ def test_another_strategy_or_seed_in_the_same_folder_is_refused(tmp_path):
             run_rounds(start, tmp_path, seed, say=str)
 
 
-def test_the_last_round_takes_what_is_left(tmp_path):
+def test_last_query_takes_what_is_left_of_the_pool(tmp_path):
     data = {"budget": 900, "rounds": 5}
     rows = run_rounds(starter(data=data, trainer={"max_epochs": 1}), tmp_path, say=str)
     assert rows[-1]["labels"] == len(PoolRecord.load(tmp_path / "pool.json").queries)
@@ -173,7 +173,7 @@ def test_the_last_round_takes_what_is_left(tmp_path):
 
 
 @pytest.mark.parametrize("classes", [[0, 1, 2, 3, 4, 5, 6, 7, 8, 9], [0, 1, 2, 3]])
-def test_a_round_without_unknown_or_without_known_answers(tmp_path, classes):
+def test_rounds_with_only_known_or_only_unknown_answers(tmp_path, classes):
     def of_one_kind(pool, budget):
         data = pool_data(known_classes=classes, initial_count=100)
         data.setup()
@@ -195,13 +195,13 @@ def test_a_round_without_unknown_or_without_known_answers(tmp_path, classes):
         (lambda pool, budget: pool.unlabelled[:1] / 2, r"must return indices \[n\]"),
     ],
 )
-def test_what_a_strategy_may_return(tmp_path, chosen, message):
+def test_strategy_returning_wrong_indices_raises(tmp_path, chosen, message):
     with pytest.raises(ValueError, match=message):
         run_rounds(starter(chosen=chosen), tmp_path, say=str)
     assert not (tmp_path / "pool.json").exists()
 
 
-def test_bare_indices_and_queries(tmp_path):
+def test_strategy_may_return_bare_indices(tmp_path):
     trainer, task, data = starter(chosen=lambda pool, budget: torch.from_numpy(pool.unlabelled[5:8]))(0, tmp_path)
     query, predicted = select_query(trainer, task, data)
     assert query.index.tolist() == data.unlabelled_indices[5:8].tolist()
@@ -209,7 +209,7 @@ def test_bare_indices_and_queries(tmp_path):
     assert list(predicted) == query.index.tolist()
 
 
-def test_scores_come_in_the_order_of_the_view(tmp_path):
+def test_scores_come_in_the_order_of_the_pool_view(tmp_path):
     seen = {}
 
     class Looking(Greedy):
@@ -230,7 +230,7 @@ def test_scores_come_in_the_order_of_the_view(tmp_path):
     assert not hasattr(pool, "target")
 
 
-def test_asking_a_person(tmp_path):
+def test_write_query_writes_a_sorted_file_and_refuses_a_second_query(tmp_path):
     trainer, task, data = starter()(0, tmp_path)
     path = write_query(trainer, task, data, tmp_path)
     lines = path.read_text().splitlines()
@@ -248,7 +248,7 @@ def test_asking_a_person(tmp_path):
         write_query(trainer, task, data, tmp_path)
 
 
-def test_warm_start_goes_on_from_the_round_before(tmp_path):
+def test_warm_start_begins_with_the_weights_of_the_round_before(tmp_path):
     started = []
 
     class Watching(Greedy):
@@ -283,7 +283,7 @@ def _two_ranks(folder):
     return [row["index"] for row in PoolRecord.load(f"{folder}/pool.json").queries]
 
 
-def test_two_processes_buy_what_one_buys(tmp_path):
+def test_two_processes_query_what_one_queries(tmp_path):
     one, other = on_two_ranks(_two_ranks, str(tmp_path / "two"))
     assert one == other
     run_rounds(starter(), tmp_path / "one", say=str)
