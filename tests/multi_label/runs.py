@@ -14,7 +14,7 @@ SHAPE, CLASSES = (1, 8, 8), 4
 
 
 class Labels(LabelledDataModule):
-    """Made-up images of 4 labels; of the training ones 64, ``change`` may make other labels of theirs."""
+    """Made-up images with 4 labels, ``count`` of them for training, whose labels ``change`` may replace."""
 
     train_clean = None
 
@@ -42,7 +42,7 @@ class Labels(LabelledDataModule):
 
 
 def noisy(target, rate=0.3):
-    """Candidates: some false labels beside the true ones."""
+    """Candidate labels: the true labels and some false ones."""
     false = np.random.default_rng(1).random(tuple(target.shape)) < rate
     return torch.maximum(target, torch.from_numpy(false).float())
 

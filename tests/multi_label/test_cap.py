@@ -1,4 +1,4 @@
-"""CAP as a task: its streams, pseudo-labels, the baselines on the same machinery, the file, resume."""
+"""CAP as a task: its batches, pseudo-labels, the baselines that share its code, the file, resume."""
 
 import csv
 from functools import partial
@@ -21,8 +21,8 @@ from tests.two_processes import on_two_ranks
 OPTIONS = {"warmup_epochs": 1, "average_decay": 0.5, "view": "weak"}
 
 
-class Half(Labels):
-    """A quarter of the training images is tagged, as data modules with ``labelled_fraction`` say it."""
+class QuarterLabelled(Labels):
+    """A quarter of the training images is labelled, as in data modules with ``labelled_fraction``."""
 
     def _load(self):
         super()._load()
@@ -33,7 +33,7 @@ class Half(Labels):
         self.train_target[self.unlabelled_indices] = -1
 
 
-def test_a_phase_may_be_led_by_the_unlabelled():
+def test_phase_led_by_the_unlabelled_loader_repeats_the_labelled_one():
     class Loader(list):
         def set_epoch(self, epoch):
             self.epoch = epoch
@@ -47,7 +47,7 @@ def test_a_phase_may_be_led_by_the_unlabelled():
     assert [batch.progress for batch in loader] == [0, 0.2, 0.4, 0.6, 0.8]
 
 
-def test_batches_and_terms():
+def test_warmup_trains_on_labelled_images_and_later_steps_on_both():
     seen = []
 
     class Looking(CAP):
@@ -55,11 +55,11 @@ def test_batches_and_terms():
             seen.append((self.current_epoch, set(terms), len(target)))
             return super().step_loss(terms, logits, target)
 
-    task, trainer = fitted(Looking, Half(), **OPTIONS)
+    task, trainer = fitted(Looking, QuarterLabelled(), **OPTIONS)
     warm, later = ([entry for entry in seen if entry[0] == epoch] for epoch in (0, 1))
     assert all(terms == {"labelled"} for _, terms, _ in warm)
     assert sum(count for *_, count in warm) == 12
-    # of 16 images a step 5 are tagged: the 36 others make 4 steps of 11
+    # 5 of the 16 images of a step are labelled: the 36 unlabelled ones make 4 steps of 11
     assert [(terms, count) for _, terms, count in later] == [({"labelled", "unlabelled"}, count) for *_, count in later]
     assert len(later) == 4
     assert {count for *_, count in later} <= {5, 6, 2, 7}
@@ -67,7 +67,7 @@ def test_batches_and_terms():
     assert task.schedule_length("step") == len(seen)
 
 
-def test_pseudo_labels_are_those_of_weak_views():
+def test_pseudo_labels_come_from_weak_views_with_a_fresh_optimizer_state():
     class Looking(CAP):
         def label_the_rest(self, view="plain"):
             found = super().label_the_rest(view)
@@ -81,26 +81,26 @@ def test_pseudo_labels_are_those_of_weak_views():
                 self.forgot = not self.optimizers().optimizer.state
             return found
 
-    task, _ = fitted(Looking, Half(), **OPTIONS)
+    task, _ = fitted(Looking, QuarterLabelled(), **OPTIONS)
     assert task.close == [True, False]
     assert task.forgot
 
 
 @pytest.mark.parametrize("start", ["live", "average"])
-def test_what_the_second_stage_starts_from(start):
+def test_second_stage_from_sets_the_weights_it_starts_with(start):
     class Looking(CAP):
         def label_the_rest(self, view="plain"):
             if view == "weak":
                 self.same = torch.equal(self.network.fc.weight, self.average.fc.weight)
             return super().label_the_rest(view)
 
-    task, _ = fitted(Looking, Half(), second_stage_from=start, **OPTIONS)
+    task, _ = fitted(Looking, QuarterLabelled(), second_stage_from=start, **OPTIONS)
     assert task.same == (start == "average")
     with pytest.raises(ValueError, match=r"^second_stage_from must be 'live' or 'average', got 'ema'"):
         built(CAP, second_stage_from="ema")
 
 
-def test_a_cycle_begins_anew_with_the_second_stage():
+def test_one_cycle_schedule_starts_anew_with_the_second_stage():
     rates = []
 
     class Looking(CAP):
@@ -110,22 +110,22 @@ def test_a_cycle_begins_anew_with_the_second_stage():
 
     adam = partial(torch.optim.AdamW, lr=0.01)
     options = {"optimizer": adam, "lr_scheduler": OneCycle, "lr_interval": "step"}
-    fitted(Looking, Half(), trainer=trainer_of(max_epochs=4), **{**OPTIONS, "warmup_epochs": 2}, **options)
-    # 12 tagged images are a step in the warm-up, and 36 untagged 4 steps of 11 later
+    fitted(Looking, QuarterLabelled(), trainer=trainer_of(max_epochs=4), **{**OPTIONS, "warmup_epochs": 2}, **options)
+    # the 12 labelled images make 1 step in the warm-up, the 36 unlabelled ones 4 steps of 11 later
     assert len(rates) == 10
     lowest = 0.01 / 25
     assert [rates[0], rates[2]] == pytest.approx([lowest] * 2)
     assert [rates[1], rates[-1]] == pytest.approx([lowest / 1e4] * 2)
     rates.clear()
     trainer = trainer_of(max_epochs=4, limit_train_batches=2)
-    fitted(Looking, Half(), trainer=trainer, **{**OPTIONS, "warmup_epochs": 2}, **options)
+    fitted(Looking, QuarterLabelled(), trainer=trainer, **{**OPTIONS, "warmup_epochs": 2}, **options)
     assert len(rates) == 6
     assert [rates[1], rates[-1]] == pytest.approx([lowest / 1e4] * 2)
 
 
-def test_pseudo_labels_are_those_of_the_average():
+def test_pseudo_labels_follow_the_class_proportions_of_labelled_images():
     task = built(CAP, **OPTIONS)
-    data = Half()
+    data = QuarterLabelled()
     trainer_of(max_epochs=2).fit(task, datamodule=data)
     index, scores, found = task.label_the_rest()
     share = (data.train_target[data.train_indices] > 0).double().mean(0)
@@ -138,7 +138,7 @@ def test_pseudo_labels_are_those_of_the_average():
     assert {*rows[data.unlabelled_indices].unique().tolist()} <= {-1, 0, 1}
 
 
-def test_a_masked_label_counts_nothing():
+def test_masked_labels_do_not_count_in_the_loss():
     task = built(CAP, **OPTIONS)
     logits = torch.tensor([[1.0, -1.0, 2.0, 0.0]])
     assert task._loss(logits, torch.tensor([[1.0, 0.0, -1.0, -1.0]])) == asymmetric_loss(
@@ -146,19 +146,19 @@ def test_a_masked_label_counts_nothing():
     )
 
 
-def test_fixed_threshold_and_tagged_images_alone():
-    task, _ = fitted(CAP, Half(), pseudo="fixed", threshold=0.7, **OPTIONS)
+def test_pseudo_labels_by_fixed_threshold_and_training_without_any():
+    task, _ = fitted(CAP, QuarterLabelled(), pseudo="fixed", threshold=0.7, **OPTIONS)
     _, scores, found = task.label_the_rest()
     assert torch.equal(found.label > 0, scores.sigmoid() >= 0.7)
     assert bool(found.mask.all())
-    task, trainer = fitted(CAP, Half(), pseudo="none", **OPTIONS)
+    task, trainer = fitted(CAP, QuarterLabelled(), pseudo="none", **OPTIONS)
     assert bool((task.given.rows == -1).all())
     assert "train/pseudo_positives" not in trainer.callback_metrics
     with pytest.raises(ValueError, match=r"^pseudo must be 'by_class', 'fixed' or 'none', got 'top'"):
         built(CAP, pseudo="top")
 
 
-def test_images_without_known_labels_are_untagged(tmp_path):
+def test_images_without_known_labels_are_unlabelled_and_listed_in_the_file(tmp_path):
     def hide(target):
         return torch.where(torch.arange(len(target))[:, None] % 3 > 0, -1.0, target)
 
@@ -172,10 +172,10 @@ def test_images_without_known_labels_are_untagged(tmp_path):
     assert [int(row["index"]) for row in rows] == unlabelled.tolist()
     assert {name for row in rows for name in row["labels"].split("|") if name} <= {f"c{k}" for k in range(CLASSES)}
     assert any(row["labels"] for row in rows)
-    assert tmp_path / "pseudo_labels.csv" in RunFolder(tmp_path).written()  # or --overwrite would leave it there
+    assert tmp_path / "pseudo_labels.csv" in RunFolder(tmp_path).written()  # so --overwrite deletes it
 
 
-def test_the_data_says_which_are_tagged():
+def test_labelled_fraction_of_the_data_decides_which_images_are_labelled():
     source = DigitsDataModule(fake=True, val_fraction=0.2)
     counts = {"train_mosaics": 64, "val_mosaics": 16, "test_mosaics": 16}
     data = MosaicDataModule(source, **counts, batch_size=32, labelled_fraction=0.25)
@@ -191,24 +191,24 @@ def test_the_data_says_which_are_tagged():
     assert 0 <= trainer.callback_metrics["train/pseudo_recall"] <= 1
 
 
-def test_no_image_is_tagged():
+def test_data_without_a_labelled_image_raises():
     with pytest.raises(ValueError, match=r"^no training image has a known label"):
         fitted(CAP, Labels(lambda target: target * 0 - 1, val_fraction=0.0), **OPTIONS)
 
 
 @pytest.mark.parametrize("warmup", [1, 2])
 def test_resumes_to_the_bit(tmp_path, warmup):
-    cycle = {"lr_scheduler": OneCycle, "lr_interval": "step"} if warmup == 2 else {}  # with the second stage's begin
-    assert resumes_to_the_bit(CAP, tmp_path, Half, **{**OPTIONS, "warmup_epochs": warmup}, **cycle)
+    cycle = {"lr_scheduler": OneCycle, "lr_interval": "step"} if warmup == 2 else {}  # restarts with stage two
+    assert resumes_to_the_bit(CAP, tmp_path, QuarterLabelled, **{**OPTIONS, "warmup_epochs": warmup}, **cycle)
 
 
-def labelled_by(devices):
+def pseudo_labels_of_a_run(devices):
     task = built(CAP, **{**OPTIONS, "warmup_epochs": 0})
     options = {"strategy": "ddp", "devices": devices} if devices > 1 else {}
-    trainer_of(max_epochs=1, **options).fit(task, datamodule=Half(batch_size=64 // devices))
+    trainer_of(max_epochs=1, **options).fit(task, datamodule=QuarterLabelled(batch_size=64 // devices))
     return task.given.rows.tolist()
 
 
-def test_two_processes_give_the_labels_of_one():
-    first, second = on_two_ranks(labelled_by, 2)
-    assert first == second == labelled_by(1)
+def test_two_processes_give_the_pseudo_labels_of_one():
+    first, second = on_two_ranks(pseudo_labels_of_a_run, 2)
+    assert first == second == pseudo_labels_of_a_run(1)

@@ -1,4 +1,4 @@
-"""CDCR as a task: the warm-up, what is trusted, the file at the end, resume."""
+"""CDCR as a task: the warm-up, the trusted candidates, the file at the end, resume."""
 
 import csv
 
@@ -22,7 +22,7 @@ def candidates(**options):
     return Labels(noisy, **options)
 
 
-def test_untrusted_candidates_have_no_part_in_the_loss():
+def test_untrusted_candidates_do_not_count_in_the_loss():
     task = built(CDCR, **OPTIONS)
     data, seen = candidates(), []
 
@@ -49,7 +49,7 @@ def test_untrusted_candidates_have_no_part_in_the_loss():
     assert loss < each.sum().item() - 0.1
 
 
-def test_the_second_stage_starts_from_the_average():
+def test_second_stage_starts_from_the_average_with_a_fresh_optimizer():
     class Looking(CDCR):
         def disambiguate(self, view="plain"):
             if self.trainer.training:
@@ -65,7 +65,7 @@ def test_the_second_stage_starts_from_the_average():
     assert 0 <= trainer.callback_metrics["train/purity"] <= 1
 
 
-def test_confidence_is_of_weak_views_that_change():
+def test_confidence_is_of_weak_views_drawn_anew_each_epoch():
     seen = []
 
     class Looking(CDCR):
@@ -86,22 +86,22 @@ def test_confidence_is_of_weak_views_that_change():
     assert not torch.equal(one, two)
     trained = data.loader("train", views="weak")
     trained.set_epoch(1)
-    assert not torch.equal(one, next(iter(trained)).image)  # a view of its own
+    assert not torch.equal(one, next(iter(trained)).image)  # not the view that is trained on
 
 
-def test_clipped_classes_are_counted():
+def test_number_of_clipped_classes_is_logged():
     _, trainer = fitted(CDCR, candidates(), **{**OPTIONS, "alpha": 0.99}, clip_thresholds=True)
     assert 1 <= trainer.callback_metrics["train/clipped"] <= 4
 
 
-def test_targets_that_are_no_candidates():
+def test_wrong_candidates_raise():
     with pytest.raises(ValueError, match=r"^candidates must hold 0 and 1, got values from -1"):
         fitted(CDCR, Labels(lambda target: target - 1), **OPTIONS)
     with pytest.raises(ValueError, match=r"^candidates must include all true labels"):
         fitted(CDCR, Labels(lambda target: target * 0), **OPTIONS)
 
 
-def test_candidates_that_the_data_makes():
+def test_fit_with_candidates_made_by_the_data_module():
     source = DigitsDataModule(fake=True, val_fraction=0.2)
     counts = {"train_mosaics": 64, "val_mosaics": 16, "test_mosaics": 16}
     data = MosaicDataModule(source, **counts, batch_size=32, candidates=CandidateLabels(0.3))
@@ -114,7 +114,7 @@ def test_candidates_that_the_data_makes():
     assert bool(task.trusted.rows[data.train_target == 0].all())
 
 
-def test_wrong_labels_file(tmp_path):
+def test_wrong_labels_file_lists_candidates_by_confidence(tmp_path):
     trainer = trainer_of(callbacks=run_callbacks(RunFolder(tmp_path), "val/map"), enable_checkpointing=True)
     data = candidates()
     task, _ = fitted(CDCR, data, trainer=trainer, **OPTIONS)
@@ -135,17 +135,17 @@ def test_wrong_labels_file(tmp_path):
 
 @pytest.mark.parametrize("warmup", [1, 2])
 def test_resumes_to_the_bit(tmp_path, warmup):
-    cycle = {"lr_scheduler": OneCycle, "lr_interval": "step"} if warmup == 2 else {}  # with the second stage's begin
+    cycle = {"lr_scheduler": OneCycle, "lr_interval": "step"} if warmup == 2 else {}  # restarts with stage two
     assert resumes_to_the_bit(CDCR, tmp_path, candidates, **{**OPTIONS, "warmup_epochs": warmup}, **cycle)
 
 
-def judged(devices):
+def trusted_candidates_of_a_run(devices):
     task = built(CDCR, network="cnn_tiny", **{**OPTIONS, "warmup_epochs": 0})
     options = {"strategy": "ddp", "devices": devices} if devices > 1 else {}
     trainer_of(max_epochs=1, **options).fit(task, datamodule=candidates(batch_size=64 // devices))
     return task.trusted.rows.tolist()
 
 
-def test_two_processes_trust_what_one_does():
-    first, second = on_two_ranks(judged, 2)
-    assert first == second == judged(1)
+def test_two_processes_trust_what_one_trusts():
+    first, second = on_two_ranks(trusted_candidates_of_a_run, 2)
+    assert first == second == trusted_candidates_of_a_run(1)

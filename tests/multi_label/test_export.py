@@ -1,4 +1,4 @@
-"""Runs of several labels an image, loaded and exported: the copy that answers is the one that comes out."""
+"""Multi-label runs, loaded and exported: the network that predicts, averaged or live, is the exported one."""
 
 from importlib.util import find_spec
 
@@ -24,7 +24,7 @@ def fit(method, network, *options):
 
 
 @pytest.mark.parametrize("answers", ["average", "live"])
-def test_the_copy_that_answers(answers, capsys):
+def test_answer_with_decides_which_network_is_loaded_and_exported(answers, capsys):
     fit("MultiLabelClassification", "cnn_tiny+ml_decoder_16", "--model.answer_with", answers)
     predictor = lightning_kd.load("r", device="cpu")
     content = torch.load(predictor.checkpoint, weights_only=True)["state_dict"]
@@ -35,7 +35,7 @@ def test_the_copy_that_answers(answers, capsys):
     last = torch.load("r/checkpoints/last.ckpt", weights_only=True)["state_dict"]
     assert torch.equal(weights[0], kept)
     assert predictor.checkpoint.name != "last.ckpt" or torch.equal(weights[1], kept)
-    # a teacher from the checkpoint is the one that answered
+    # a teacher loaded from the checkpoint is the network that predicts
     teacher = network_for("cnn_tiny+ml_decoder_16", 10, SHAPE)
     load_weights(teacher, "r/checkpoints/last.ckpt", 10)
     name = {"average": "average", "live": "network"}[answers]
@@ -43,12 +43,12 @@ def test_the_copy_that_answers(answers, capsys):
     main(["export", "r", "--format", "torchscript"])
     unit = torch.rand(3, *SHAPE)
     file = torch.jit.load("r/exported.torchscript")
-    assert len([*file.parameters()]) == len([*predictor.network.parameters()])  # not both copies
+    assert len([*file.parameters()]) == len([*predictor.network.parameters()])  # of one network only
     found = file(unit)
     torch.testing.assert_close(found, predictor.network.eval()(predictor.prepare(unit)).logits.sigmoid().detach())
 
 
-def test_pat_answers_by_its_cells():
+def test_exported_pat_predicts_with_its_patches():
     fit("PAT", "cnn_tiny")
     main(["export", "r", "--format", "torchscript"])
     predictor = lightning_kd.load("r", device="cpu")
@@ -63,7 +63,7 @@ def test_pat_answers_by_its_cells():
 @pytest.mark.slow
 @pytest.mark.skipif(not all(find_spec(name) for name in ONNX_PACKAGES), reason="needs lightning_kd[onnx]")
 @pytest.mark.parametrize(("method", "network"), [("CAP", "cnn_tiny+ml_decoder_16"), ("PAT", "cnn_tiny")])
-def test_onnx(method, network, capsys):
+def test_onnx_export_agrees_with_the_network(method, network, capsys):
     fit(method, network)
     main(["export", "r"])
     assert float(capsys.readouterr().out.partition("differ by ")[2].split()[0]) < 1e-5

@@ -1,4 +1,4 @@
-"""Losses, thresholds and selections of the methods for several labels: worked numbers and plain forms."""
+"""Losses, thresholds and selections of the multi-label methods: worked numbers and plain computations."""
 
 import math
 
@@ -37,7 +37,7 @@ def labels(*shape, seed=0, share=0.4):
 
 
 @pytest.mark.parametrize(("y", "loss", "gradient"), [(1.0, 0.693147, -0.5), (0.0, 0.0245151, 0.0186392)])
-def test_asymmetric_loss_at_zero(y, loss, gradient):
+def test_asymmetric_loss_at_logit_zero_equals_worked_numbers(y, loss, gradient):
     z = torch.zeros(1, 1, dtype=torch.float64, requires_grad=True)
     found = asymmetric_loss(z, double([y]))
     found.backward()
@@ -45,10 +45,10 @@ def test_asymmetric_loss_at_zero(y, loss, gradient):
     assert z.grad.item() == pytest.approx(gradient, abs=1e-6)
     z.grad = None
     asymmetric_loss(z, double([y]), detach_focus=False).backward()
-    assert (abs(z.grad.item() - gradient) > 1e-3) == (y == 0)  # the positive has no power
+    assert (abs(z.grad.item() - gradient) > 1e-3) == (y == 0)  # gamma_positive is 0
 
 
-def test_asymmetric_loss_lets_go_of_easy_negatives():
+def test_asymmetric_loss_of_easy_negatives_is_zero():
     z = double([-2.95, -2.94, -50.0]).requires_grad_()
     each = asymmetric_loss(z, torch.zeros(1, 3), reduction="none")
     each.sum().backward()
@@ -56,7 +56,7 @@ def test_asymmetric_loss_lets_go_of_easy_negatives():
     assert each[0, 1] > 0
 
 
-def test_asymmetric_loss_without_its_parts_is_binary_cross_entropy():
+def test_asymmetric_loss_without_focus_and_margin_is_binary_cross_entropy():
     z, y = random(5, 4), labels(5, 4)
     found = asymmetric_loss(z, y, 0.0, 0.0, 0.0)
     torch.testing.assert_close(found, F.binary_cross_entropy_with_logits(z, y, reduction="sum"))
@@ -68,7 +68,7 @@ def test_asymmetric_loss_without_its_parts_is_binary_cross_entropy():
 
 
 @pytest.mark.parametrize("margin", [0.0, 0.05])
-def test_asymmetric_loss_is_finite(margin):
+def test_asymmetric_loss_and_gradient_of_extreme_logits_are_finite(margin):
     z = torch.tensor([[200.0, -200.0, 200.0, -200.0]], requires_grad=True)
     loss = asymmetric_loss(z, torch.tensor([[0.0, 0.0, 1.0, 1.0]]), margin=margin)
     loss.backward()
@@ -83,7 +83,7 @@ def test_asymmetric_loss_is_finite(margin):
 # -- L2D -------------------------------------------------------------------------------------------------------------
 
 
-def test_multi_label_logits_loss():
+def test_multi_label_logits_loss_and_gradient_equal_worked_numbers():
     student = double([1.0, -1.0]).requires_grad_()
     loss = multi_label_logits_loss(student, double([2.0, -3.0]))
     loss.backward()
@@ -97,8 +97,8 @@ def test_multi_label_logits_loss():
     assert multi_label_logits_loss(40 * z, -40 * z).isfinite()
 
 
-def plain_relation(student, teacher):
-    """Pair by pair."""
+def plain_relation_loss(student, teacher):
+    """The relation loss of one group of points, computed pair by pair."""
 
     def scaled(points):
         d = [[math.dist(a, b) for b in points] for a in points]
@@ -112,9 +112,9 @@ def plain_relation(student, teacher):
     return sum(huber(a - b) for x, y in zip(s, t, strict=True) for a, b in zip(x, y, strict=True)) / len(s)
 
 
-def test_relation_of_three_points():
+def test_relation_losses_of_three_points_equal_worked_numbers():
     student, teacher = double([0, 0], [3, 0], [0, 4]), double([0, 0], [1, 0], [0, 1])
-    assert plain_relation(student, teacher) == pytest.approx(0.010444, abs=1e-6)
+    assert plain_relation_loss(student, teacher) == pytest.approx(0.010444, abs=1e-6)
     target = torch.ones(3, 1)
     found = class_aware_loss(student[:, None], teacher[:, None], target)
     assert found.item() == pytest.approx(0.010444, abs=1e-6)
@@ -123,26 +123,26 @@ def test_relation_of_three_points():
 
 
 @pytest.mark.parametrize("at_once", [2**24, 40])
-def test_relations_of_many(at_once, monkeypatch):
+def test_relation_losses_equal_a_plain_computation(at_once, monkeypatch):
     monkeypatch.setattr("lightning_kd.distillation._embedding_distances.AT_ONCE", at_once)
     s, t, y = random(7, 5, 6), random(7, 5, 4, seed=1), labels(7, 5)
     y[:, 3], y[:, 4] = 0, 0
-    y[2, 4] = 1  # a label that nobody has, and one that one image has
-    plain = sum(plain_relation(s[y[:, k] > 0, k], t[y[:, k] > 0, k]) for k in range(5) if y[:, k].sum() > 1)
+    y[2, 4] = 1  # a label that no image has, and one that a single image has
+    plain = sum(plain_relation_loss(s[y[:, k] > 0, k], t[y[:, k] > 0, k]) for k in range(5) if y[:, k].sum() > 1)
     assert class_aware_loss(s, t, y).item() == pytest.approx(plain, rel=1e-9)
-    plain = sum(plain_relation(s[i, y[i] > 0], t[i, y[i] > 0]) for i in range(7) if y[i].sum() > 1)
+    plain = sum(plain_relation_loss(s[i, y[i] > 0], t[i, y[i] > 0]) for i in range(7) if y[i].sum() > 1)
     assert instance_aware_loss(s, t, y).item() == pytest.approx(plain, rel=1e-9)
 
 
 @pytest.mark.parametrize("loss", [class_aware_loss, instance_aware_loss])
-def test_what_relations_do_not_change(loss):
+def test_relation_losses_ignore_order_rotation_shift_and_scale(loss):
     s, t, y = random(6, 5, 4), random(6, 5, 4, seed=1), labels(6, 5, share=0.6)
     s.requires_grad_()
     value = loss(s, t, y)
     (gradient,) = torch.autograd.grad(value, s)
     assert (gradient[y == 0] == 0).all()
     assert (gradient[y > 0] != 0).any()
-    (tenth,) = torch.autograd.grad(loss(10 * s, t, y), s)  # of s, with the factor of the chain
+    (tenth,) = torch.autograd.grad(loss(10 * s, t, y), s)  # as the loss ignores the scale of s
     torch.testing.assert_close(tenth, gradient)
     rows, columns = torch.tensor([3, 0, 5, 1, 2, 4]), torch.tensor([4, 2, 0, 1, 3])
     torch.testing.assert_close(loss(s[rows], t[rows], y[rows]), value)
@@ -153,7 +153,7 @@ def test_what_relations_do_not_change(loss):
 
 
 @pytest.mark.parametrize("loss", [class_aware_loss, instance_aware_loss])
-def test_relations_of_nobody_and_of_equal_points(loss):
+def test_relation_losses_without_labels_or_of_equal_points_are_zero(loss):
     s = torch.zeros(3, 3, 4, requires_grad=True)
     for target in (torch.zeros(3, 3), torch.ones(3, 3)):
         found = loss(s, torch.ones(3, 3, 4), target)
@@ -162,7 +162,7 @@ def test_relations_of_nobody_and_of_equal_points(loss):
         assert (s.grad == 0).all()
 
 
-def test_partial_softmax_loss():
+def test_partial_softmax_loss_equals_a_plain_computation():
     s, t, y = random(6, 5), random(6, 5, seed=1), labels(6, 5)
     y[0], y[1] = 1, 0  # an image with all labels, and one with none
     s.requires_grad_()
@@ -180,7 +180,7 @@ def test_partial_softmax_loss():
     assert partial_softmax_loss(s, s.detach(), y).item() == pytest.approx(0, abs=1e-12)
 
 
-def test_ml_decoder():
+def test_ml_decoder_equals_its_layers_written_out_and_keeps_its_queries():
     torch.manual_seed(0)
     head = MLDecoder(6, 5, embedding_dim=16, heads=4, inner_dim=8).eval()
     queries = head.queries.clone()
@@ -210,7 +210,7 @@ def test_ml_decoder():
 # -- PAT -------------------------------------------------------------------------------------------------------------
 
 
-def test_patches():
+def test_patch_weights_and_aggregation_equal_worked_numbers():
     attention, value = double(2, -1)[:, None, None], double(3, -2)[:, None, None]
     assert patch_weights(attention).flatten().tolist() == pytest.approx([0.952574, 0.047426], abs=1e-6)
     assert aggregate_patches(attention, value).item() == pytest.approx(2.762871, abs=1e-6)
@@ -233,14 +233,14 @@ def test_patches():
 TEN = double(0.95, 0.9, 0.8, 0.7, 0.6, 0.4, 0.3, 0.2, 0.1, 0.05)[:, None]
 
 
-def test_pseudo_labels():
+def test_pseudo_labels_take_the_share_and_mask_the_likeliest_negative():
     found = pseudo_labels(TEN, torch.tensor([0.3]))
     assert found.threshold.item() == pytest.approx(0.8)
     assert found.label.flatten().tolist() == [1] * 3 + [0] * 7
     assert found.mask.flatten().tolist() == [True] * 3 + [False] + [True] * 6
 
 
-def test_pseudo_labels_of_the_ends():
+def test_pseudo_labels_for_shares_of_zero_and_one():
     none = pseudo_labels(TEN, torch.tensor([0.0]))
     assert none.label.sum() == 0
     assert none.threshold.isinf().all()
@@ -250,7 +250,7 @@ def test_pseudo_labels_of_the_ends():
     assert every.mask.all()
 
 
-def test_pseudo_labels_of_many():
+def test_pseudo_labels_of_several_classes_and_kept_shares():
     scores, shares = random(1000, 6), torch.tensor([0.0, 0.001, 0.1, 0.29, 0.5, 0.9])
     whole = pseudo_labels(scores, shares)
     assert whole.label.sum(0).tolist() == [0, 1, 100, 290, 500, 900]
@@ -266,7 +266,7 @@ def test_pseudo_labels_of_many():
         assert doubtful.tolist() == kept
 
 
-def test_pseudo_labels_count_whole_images():
+def test_number_of_pseudo_labels_is_rounded_down_without_float_errors():
     scores = random(120_000, 1)
     nearly, whole = double(119_999.98 / 120_000), torch.tensor([0.29])
     assert pseudo_labels(scores, nearly).label.sum() == 119_999
@@ -274,7 +274,7 @@ def test_pseudo_labels_count_whole_images():
         assert pseudo_labels(scores[:100], shares).label.sum() == 29
 
 
-def test_what_pseudo_labels_refuse():
+def test_pseudo_labels_of_wrong_arguments_raise():
     with pytest.raises(ValueError, match=r"proportions must be in \[0, 1\]"):
         pseudo_labels(TEN, torch.tensor([1.5]))
     with pytest.raises(ValueError, match="keep_positive must be at least 0 and at most 1, got 2"):
@@ -283,7 +283,7 @@ def test_what_pseudo_labels_refuse():
         pseudo_labels(TEN * math.nan, torch.tensor([0.5]))
 
 
-def test_pseudo_labels_of_half_precision():
+def test_pseudo_labels_of_half_precision_equal_those_of_float32():
     for dtype in (torch.float16, torch.bfloat16):
         found = pseudo_labels((4 * TEN).round().to(dtype), torch.tensor([0.3]))
         whole = pseudo_labels((4 * TEN).round().float(), torch.tensor([0.3]))
@@ -294,17 +294,19 @@ def test_pseudo_labels_of_half_precision():
 
 # -- CDCR ------------------------------------------------------------------------------------------------------------
 
-P, S = double([0.9, 0.3], [0.7, 0.2], [0.2, 0.6]), torch.tensor([[1, 1], [1, 0], [0, 1]])
+CONFIDENCE, CANDIDATES = double([0.9, 0.3], [0.7, 0.2], [0.2, 0.6]), torch.tensor([[1, 1], [1, 0], [0, 1]])
 
 
-def test_select_candidates():
-    assert select_candidates(P, S, 0.6).tolist() == [[True, False], [True, True], [True, True]]
-    assert candidate_thresholds(P, S, 0.6, True).tolist() == pytest.approx([0.775, 0.425])
-    assert select_candidates(P, S, 0.6, True).tolist() == [[True, False], [False, True], [True, True]]
-    # a class without candidates does not poison the others
-    more = candidate_thresholds(torch.cat([P, P[:, :1]], 1), torch.cat([S, 0 * S[:, :1]], 1), 0.6, True)
+def test_selected_candidates_and_thresholds_equal_worked_numbers():
+    assert select_candidates(CONFIDENCE, CANDIDATES, 0.6).tolist() == [[True, False], [True, True], [True, True]]
+    assert candidate_thresholds(CONFIDENCE, CANDIDATES, 0.6, True).tolist() == pytest.approx([0.775, 0.425])
+    assert select_candidates(CONFIDENCE, CANDIDATES, 0.6, True).tolist() == [[True, False], [False, True], [True, True]]
+    # a class without candidates does not change the others
+    more = candidate_thresholds(
+        torch.cat([CONFIDENCE, CONFIDENCE[:, :1]], 1), torch.cat([CANDIDATES, 0 * CANDIDATES[:, :1]], 1), 0.6, True
+    )
     assert more.tolist() == pytest.approx([0.775, 0.425, 0.6])
-    # nor does a class alone: what it gains the others lose
+    # a confident class raises its own threshold and lowers those of the others
     p, s = random(8, 4).sigmoid(), torch.ones(8, 4)
     shifted = p.clone()
     shifted[:, 1] += 0.04
@@ -313,13 +315,13 @@ def test_select_candidates():
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
-def test_a_confidence_of_alpha_is_trusted(dtype):
+def test_candidate_with_a_confidence_of_alpha_is_trusted(dtype):
     for alpha in (0.3, 0.7, 0.9):
         p = torch.tensor([[alpha, alpha - 0.05]], dtype=dtype)
         assert select_candidates(p, torch.ones(1, 2), alpha).tolist() == [[True, False]]
 
 
-def test_thresholds_are_clipped_on_demand():
+def test_clip_limits_the_thresholds():
     p = double([0.95, 0.1], [0.99, 0.1], [0.97, 0.1])
     wide = candidate_thresholds(p, torch.ones(3, 2), 0.8, True)
     assert wide.tolist() == pytest.approx([1.235, 0.365])
@@ -328,7 +330,7 @@ def test_thresholds_are_clipped_on_demand():
     assert select_candidates(p, torch.ones(3, 2), 0.8, True, clip=True)[:, 0].all()
 
 
-def test_selection_is_that_of_self_paced_learning():
+def test_selection_minimizes_the_objective_of_self_paced_learning():
     p = random(2, 2).sigmoid()
     loss, weight = -p.log(), -math.log(0.6)
     choices = torch.cartesian_prod(*[double(0, 1)] * 4).reshape(-1, 2, 2)
@@ -336,18 +338,18 @@ def test_selection_is_that_of_self_paced_learning():
     assert torch.equal(select_candidates(p, torch.ones(2, 2), 0.6), best > 0)
 
 
-def test_what_selection_refuses():
+def test_selection_with_wrong_arguments_raises():
     for change, message in (
         ({"alpha": 1.0}, "alpha must be above 0 and below 1"),
-        ({"candidates": S + 1}, "candidates must hold 0 and 1"),
-        ({"candidates": S[:2]}, r"candidates must be \[3, 2\]"),
-        ({"confidence": P * math.nan}, "confidence must be a number"),
+        ({"candidates": CANDIDATES + 1}, "candidates must hold 0 and 1"),
+        ({"candidates": CANDIDATES[:2]}, r"candidates must be \[3, 2\]"),
+        ({"confidence": CONFIDENCE * math.nan}, "confidence must be a number"),
     ):
         with pytest.raises(ValueError, match=message):
-            select_candidates(**{"confidence": P, "candidates": S, "alpha": 0.6, **change})
+            select_candidates(**{"confidence": CONFIDENCE, "candidates": CANDIDATES, "alpha": 0.6, **change})
 
 
-def test_candidates():
+def test_candidates_from_uniforms_add_false_labels_at_the_given_rate():
     rng = np.random.default_rng(0)
     target = (rng.random((500, 20)) < 0.2).astype(np.uint8)
     uniforms = rng.random(target.shape)

@@ -1,4 +1,4 @@
-"""Runs that are killed in mid-epoch and resumed by the real command equal undisturbed ones: several labels an image."""
+"""Multi-label runs that are killed in mid-epoch and resumed on the command line equal undisturbed ones."""
 
 import signal
 
@@ -44,7 +44,7 @@ def write_config(folder, method):
     ("method", "kill_at"),  # a step of the last epoch of three
     [("CAP", 9), *(pytest.param(method, 11, marks=pytest.mark.slow) for method in ("CDCR", "PAT", "L2D"))],
 )
-def test_sigkill_in_mid_epoch(tmp_path, method, kill_at):
+def test_run_killed_in_mid_epoch_and_resumed_equals_an_undisturbed_one(tmp_path, method, kill_at):
     write_config(tmp_path, method)
     argument = "student" if method == "L2D" else "network"
 

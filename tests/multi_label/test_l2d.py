@@ -1,4 +1,4 @@
-"""L2D as a task: its terms, what it asks of student and teacher, resume."""
+"""L2D as a task: its loss terms, what it needs of student and teacher, resume."""
 
 import lightning as L
 import pytest
@@ -18,20 +18,21 @@ from lightning_kd.distillation import (
 from lightning_kd.distillation.l2d import partial_softmax_loss
 from tests.multi_label.runs import CLASSES, SHAPE, Labels, fitted, resumes_to_the_bit, trainer_of
 
-HEADED = "cnn_tiny+ml_decoder_16"
+WITH_ML_DECODER = "cnn_tiny+ml_decoder_16"
 
 
-def task(student=HEADED, teacher="cnn_tiny+ml_decoder_24", **options):
+def task(student=WITH_ML_DECODER, teacher="cnn_tiny+ml_decoder_24", **options):
     L.seed_everything(0, verbose=False)
     return L2D(student, teacher, CLASSES, input_shape=SHAPE, teacher_weights="random", **options)
 
 
 def method(network, classes, input_shape, channels_last, **options):
+    """``L2D`` with the arguments that ``built`` passes."""
     return task(**options)
 
 
 def terms_of(one):
-    """The loss terms of a batch, without a Trainer; the student answers without dropout."""
+    """The loss terms of a batch, without a Trainer; the student is in eval mode."""
     found = {}
 
     def step_loss(terms, logits, target):
@@ -47,7 +48,7 @@ def terms_of(one):
     return found, student, teacher, target
 
 
-def test_the_terms_and_their_weights():
+def test_weighted_loss_terms_equal_the_loss_functions():
     found, student, teacher, target = terms_of(task())
     bce = F.binary_cross_entropy_with_logits(student.logits, target, reduction="sum")
     torch.testing.assert_close(found["ce"], bce)
@@ -58,7 +59,7 @@ def test_the_terms_and_their_weights():
     assert min(value.item() for value in found.values()) > 0
 
 
-def test_the_options():
+def test_logits_loss_and_weight_options_set_the_loss_terms():
     found, student, teacher, target = terms_of(task(logits_loss="ps", lambda_le=0.0, lambda_mld=2.0, ce_weight=0.5))
     assert found.keys() == {"ce", "ps"}
     torch.testing.assert_close(found["ps"], 2 * partial_softmax_loss(student.logits, teacher.logits, target))
@@ -69,8 +70,8 @@ def test_the_options():
         task(logits_loss="kl")
 
 
-@pytest.mark.parametrize("student", [HEADED, "cnn_tiny"])
-def test_distillers_of_pooled_features(student):
+@pytest.mark.parametrize("student", [WITH_ML_DECODER, "cnn_tiny"])
+def test_feature_losses_compare_pooled_features_of_student_and_teacher(student):
     options = {"student": student, "lambda_le": 0.0, "logits_loss": None, "kd_weight": 2.0, "lambda_feature": 0.5}
     seen = {}
 
@@ -100,11 +101,11 @@ def test_distillers_of_pooled_features(student):
         task(feature_loss="crd")
 
 
-def test_distillers_of_features_fit_with_a_last_batch_of_one():
-    fitted(method, Labels(batch_size=47), student=HEADED, feature_loss="pkt")
+def test_feature_loss_fits_with_a_last_batch_of_one_image():
+    fitted(method, Labels(batch_size=47), student=WITH_ML_DECODER, feature_loss="pkt")
 
 
-def test_embeddings_are_asked_for():
+def test_networks_without_label_embeddings_raise_unless_lambda_le_is_0():
     trainer = trainer_of(max_epochs=1)
     with pytest.raises(ValueError, match=r"^the student must give an embedding of each label .*set lambda_le to 0"):
         trainer.fit(task(student="cnn_tiny"), datamodule=Labels())
@@ -113,7 +114,7 @@ def test_embeddings_are_asked_for():
     trainer_of(max_epochs=1).fit(task(student="cnn_tiny", teacher="cnn_tiny", lambda_le=0.0), datamodule=Labels())
 
 
-def test_labels_must_be_known():
+def test_unknown_labels_raise():
     def hide(target):
         return torch.where(torch.arange(len(target))[:, None] == 3, -1.0, target)
 
@@ -121,7 +122,7 @@ def test_labels_must_be_known():
         trainer_of().fit(task(), datamodule=Labels(hide, val_fraction=0.0))
 
 
-def test_the_teacher_stays_and_the_queries_too():
+def test_training_leaves_the_teacher_and_the_label_queries_unchanged():
     one = task()
     frozen = {k: v.clone() for k, v in one.teacher.network.state_dict().items()}
     queries, weight = one.student.head.queries.clone(), one.student.head.weight.clone()
@@ -134,10 +135,10 @@ def test_the_teacher_stays_and_the_queries_too():
 
 
 def test_resumes_to_the_bit(tmp_path):
-    assert resumes_to_the_bit(method, tmp_path, student=HEADED)
+    assert resumes_to_the_bit(method, tmp_path, student=WITH_ML_DECODER)
 
 
-def test_fits_and_shows_each_term():
+def test_fit_logs_each_loss_term():
     _, trainer = fitted(method)
     assert {"train/loss_ce", "train/loss_mld", "train/loss_cd", "train/loss_id", "val/map"} <= {
         *trainer.callback_metrics

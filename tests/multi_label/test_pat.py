@@ -1,4 +1,4 @@
-"""PAT as a task: geometry of the patches, heads, terms, inference alone, pivot patches, resume."""
+"""PAT as a task: how patches are cut, heads, loss terms, use on a trained network, pivot patches, resume."""
 
 import lightning as L
 import pytest
@@ -15,7 +15,7 @@ from tests.multi_label.runs import CLASSES, Labels, built, fitted, resumes_to_th
 OPTIONS = {"view": "weak", "average_decay": 0.5}
 
 
-def test_the_patches_are_the_quarters():
+def test_patches_are_the_enlarged_quarters_of_the_image():
     image = torch.tensor([[1.0, 2.0], [3.0, 4.0]]).repeat_interleave(3, 0).repeat_interleave(3, 1)
     patches = cut_patches(image.expand(2, 3, 6, 6))
     assert patches.shape == (4, 2, 3, 6, 6)
@@ -27,7 +27,7 @@ def test_the_patches_are_the_quarters():
 
 
 @pytest.mark.parametrize(("attention", "heads"), [("cross", 3), ("self", 2)])
-def test_terms_and_answer(attention, heads):
+def test_loss_terms_and_prediction_equal_a_plain_computation(attention, heads):
     task = built(PAT, attention=attention, answer_with="live", **OPTIONS).eval()
     found = {}
     task.step_loss = lambda terms, logits, target: found.update(terms) or sum(terms.values())
@@ -45,7 +45,7 @@ def test_terms_and_answer(attention, heads):
     torch.testing.assert_close(task(views), task(image))
 
 
-def test_inference_alone_on_a_trained_tagger(tmp_path):
+def test_pat_without_attention_predicts_with_a_trained_network(tmp_path):
     tagger, trainer = fitted(MultiLabelClassification)
     trainer.save_checkpoint(tmp_path / "one.ckpt")
     weights = str(tmp_path / "one.ckpt")
@@ -59,7 +59,7 @@ def test_inference_alone_on_a_trained_tagger(tmp_path):
     assert "test/map" in trainer_of().test(task, datamodule=Labels(), verbose=False)[0]
 
 
-def test_the_pivot_patch_of_each_predicted_label():
+def test_predict_gives_the_pivot_patch_of_each_predicted_label():
     task, trainer = fitted(PAT, **OPTIONS)
     (out,) = trainer.predict(task, datamodule=Labels())
     assert out["pivot_patch"].shape == (32, CLASSES)
@@ -71,7 +71,7 @@ def test_the_pivot_patch_of_each_predicted_label():
     assert torch.equal(weights.argmax(0)[out["prediction"]], out["pivot_patch"][out["prediction"]])
 
 
-def test_strong_patches_of_the_data():
+def test_strong_patches_of_the_data_are_used_in_training_only():
     source = DigitsDataModule(fake=True, val_fraction=0.2)
     counts = {"train_mosaics": 64, "val_mosaics": 16, "test_mosaics": 16}
     data = MosaicDataModule(source, **counts, batch_size=32)
@@ -90,7 +90,7 @@ def test_strong_patches_of_the_data():
         trainer_of().fit(PAT("cnn_tiny", data.num_classes, n_grid=4, **options), datamodule=data)
 
 
-def test_networks_that_cannot_be_widened():
+def test_unsuitable_network_and_wrong_attention_raise():
     with pytest.raises(ValueError, match=r"^the last linear layer of MLDecoderNetwork, .* must give 4 logits, got 16"):
         built(PAT, network="cnn_tiny+ml_decoder_16")
     with pytest.raises(ValueError, match=r"^attention must be 'cross', 'self' or None, got 'both'"):

@@ -1,4 +1,4 @@
-"""Plain taggers: their losses, the averaged copy that may answer, and the head with a query a label."""
+"""Multi-label classification: losses, prediction with averaged weights, the head with a query for each label."""
 
 import copy
 
@@ -20,7 +20,7 @@ LOGITS = torch.tensor([[1.0, -1.0, 0.5, 0.0]])
 TARGET = torch.tensor([[1.0, 0.0, -1.0, 0.0]])
 
 
-def test_losses():
+def test_loss_option_gives_bce_or_the_asymmetric_loss():
     plain = built(MultiLabelClassification)
     assert plain.loss(None, LOGITS, TARGET)["supervised"] == plain.problem.loss(LOGITS, TARGET)
     task = built(MultiLabelClassification, loss="asymmetric", gamma_negative=2.0, gamma_positive=1.0, margin=0.1)
@@ -29,21 +29,22 @@ def test_losses():
     assert found != asymmetric_loss(LOGITS, TARGET)
     assert (plain.loss_is_plain, task.loss_is_plain) == (True, False)
     assert isinstance(plain.configure_optimizers(), torch.optim.SGD)
-    assert isinstance(task.configure_optimizers(), torch.optim.AdamW)  # a sum is too large for SGD's rate
+    # the summed loss is too large for the default rate of SGD
+    assert isinstance(task.configure_optimizers(), torch.optim.AdamW)
     with pytest.raises(ValueError, match=r"^loss must be 'bce' or 'asymmetric', got 'asl'"):
         built(MultiLabelClassification, loss="asl")
     with pytest.raises(ValueError, match=r"^answer_with must be 'average', 'live' or 'better', got 'ema'"):
         built(MultiLabelClassification, answer_with="ema")
 
 
-def test_without_an_average_nothing_is_kept():
+def test_task_keeps_no_average_by_default():
     task = built(MultiLabelClassification)
     assert task.average is None
     assert not any(key.startswith("average") for key in task.state_dict())
     assert task.main_network is task.network
 
 
-def test_the_average_follows_each_step():
+def test_average_is_updated_at_each_optimizer_step():
     class Recording(MultiLabelClassification):
         def on_train_batch_end(self, *args):
             super().on_train_batch_end(*args)
@@ -64,7 +65,7 @@ def test_the_average_follows_each_step():
 
 
 @pytest.mark.parametrize("decay", [0.0, 0.9999])
-def test_the_better_of_two_answers(decay):
+def test_answer_with_better_reports_the_better_network(decay):
     task, trainer = fitted(MultiLabelClassification, answer_with="better", average_decay=decay)
     values = {name: float(value) for name, value in trainer.callback_metrics.items()}
     live, average = values["val/live_map"], values["val/average_map"]
@@ -75,13 +76,13 @@ def test_the_better_of_two_answers(decay):
     assert alone["val/map"] == pytest.approx(values["val/map"])
 
 
-def test_the_average_is_chosen_where_it_is_better_and_the_choice_is_kept(tmp_path):
+def test_better_average_is_chosen_and_the_choice_is_kept_in_the_checkpoint(tmp_path):
     class Spoilt(MultiLabelClassification):
         def on_validation_epoch_start(self):
             super().on_validation_epoch_start()
             with torch.no_grad():
                 for parameter in self.network.fc.parameters():
-                    parameter.zero_()  # all its answers are alike
+                    parameter.zero_()  # all its predictions are equal
 
     task, trainer = fitted(Spoilt, answer_with="better", average_decay=0.5)
     assert task.main_network is task.average
@@ -98,7 +99,7 @@ def test_resumes_to_the_bit(tmp_path):
 
 
 @pytest.mark.parametrize("name", ["cnn_tiny", "resnet8", "vgg8", "wrn_16_1"])
-def test_the_last_stage_is_found(name):
+def test_ml_decoder_finds_the_last_feature_map_of_each_network(name):
     network = network_for(f"{name}+ml_decoder_16", CLASSES, (3, 32, 32))
     image = torch.randn(3, 3, 32, 32)
     logits, embeddings = network(image)
@@ -111,14 +112,14 @@ def test_the_last_stage_is_found(name):
     assert name not in stages or network.feature_map == stages[name], network.feature_map
 
 
-def test_tiny_images_keep_the_last_stage():
+def test_ml_decoder_uses_the_last_stage_for_tiny_images():
     network = network_for("cnn_tiny+ml_decoder_16", CLASSES, SHAPE)
     assert network.feature_map == "layer3"
     assert network.head.embed.in_features == 32
     assert network(torch.randn(2, *SHAPE)).logits.shape == (2, CLASSES)
 
 
-def test_a_named_map_and_what_follows_it():
+def test_named_feature_map_is_used_and_later_layers_are_frozen():
     base = build_network("cnn_tiny", 9)
     network = with_ml_decoder(base, CLASSES, (3, 32, 32), "layer2", embedding_dim=8, heads=2, inner_dim=8)
     assert network.head.embed.in_features == 16
@@ -127,7 +128,7 @@ def test_a_named_map_and_what_follows_it():
     assert isinstance(base.fc, nn.Identity)
 
 
-def test_maps_that_are_not_there():
+def test_missing_feature_maps_raise():
     with pytest.raises(ValueError, match=r"^feature_map must be a module of CNN, got 'layer9'; known: \['layer1'"):
         with_ml_decoder(build_network("cnn_tiny", 4), 4, (3, 32, 32), "layer9")
     with pytest.raises(ValueError, match=r"^MLP must have a feature map \[B, F, h, w\], but none was found: set"):
@@ -136,7 +137,7 @@ def test_maps_that_are_not_there():
         network_for("mlp+ml_decoder", 4, (5,))
 
 
-def test_a_copy_keeps_its_own_map():
+def test_copied_network_uses_its_own_feature_map():
     network = network_for("cnn_tiny+ml_decoder_16", CLASSES, SHAPE).eval()
     other = copy.deepcopy(network)
     with torch.no_grad():
@@ -148,19 +149,19 @@ def test_a_copy_keeps_its_own_map():
     assert torch.equal(network(image).logits, own)
 
 
-def test_a_tagger_with_the_head_trains_and_its_weights_are_loaded(tmp_path):
+def test_checkpoint_of_a_network_with_ml_decoder_loads_the_average(tmp_path):
     task, trainer = fitted(
         MultiLabelClassification, network="cnn_tiny+ml_decoder_16", answer_with="average", average_decay=0.5
     )
     trainer.save_checkpoint(tmp_path / "one.ckpt")
     other = network_for("cnn_tiny+ml_decoder_16", CLASSES, SHAPE)
     load_weights(other, tmp_path / "one.ckpt", CLASSES)
-    assert torch.equal(other.head.weight, task.average.head.weight)  # which answers
+    assert torch.equal(other.head.weight, task.average.head.weight)  # the network that predicts
     assert not torch.equal(other.head.weight, task.network.head.weight)
     assert torch.equal(task.average.head.queries, task.network.head.queries)
 
 
-def test_published_weights_under_a_new_head(monkeypatch):
+def test_pretrained_weights_are_loaded_under_a_new_head(monkeypatch):
     published = build_network("cnn_tiny", 9)
     monkeypatch.setattr("lightning_kd.core.starting_weights.pretrained_network", lambda *args: copy.deepcopy(published))
     task = MultiLabelClassification("torchvision/x+ml_decoder_16", CLASSES, input_shape=(3, 32, 32), weights="default")
@@ -172,7 +173,7 @@ def test_published_weights_under_a_new_head(monkeypatch):
         L2D("cnn_tiny", "torchvision/resnet18+ml_decoder", CLASSES, teacher_weights="default")
 
 
-def test_the_view_that_is_trained_on():
+def test_view_option_sets_the_augmentation_of_training():
     seen = []
 
     class Data(Labels):
@@ -184,10 +185,10 @@ def test_the_view_that_is_trained_on():
     for method, options in ((MultiLabelClassification, {}), (PAT, {"attention": None, "view": "strong_patches"})):
         fitted(method, Data(), trainer=trainer_of(max_epochs=1), **({"view": "strong"} | options))
     fitted(MultiLabelClassification, Data(), trainer=trainer_of(max_epochs=1))
-    assert seen == ["strong", "strong", "weak"]  # no cells where no head is for them
+    assert seen == ["strong", "strong", "weak"]  # PAT without attention has no head for patches
 
 
-def test_a_new_head_and_a_backbone_that_rests(tmp_path):
+def test_new_classifier_with_a_frozen_backbone(tmp_path):
     source = network_for("cnn_tiny+ml_decoder_16", 3, SHAPE)
     torch.save(source.state_dict(), tmp_path / "three.pt")
     options = {"network": "cnn_tiny+ml_decoder_16", "weights": str(tmp_path / "three.pt"), "new_classifier": True}

@@ -12,8 +12,8 @@ from tests.multi_label.runs import CLASSES, SHAPE, Labels, trainer_of
 from tests.two_processes import on_two_ranks
 
 
-def tagger():
-    """Without batch normalisation and dropout, whose draws and statistics are of each process."""
+def small_tagger():
+    """A network without batch normalisation and dropout, which differ between processes."""
     network = nn.Sequential(nn.Conv2d(1, 6, 3), nn.ReLU(), nn.Conv2d(6, 8, 3), nn.Flatten(), nn.Linear(128, 1))
     options = {"embedding_dim": 8, "heads": 2, "inner_dim": 8, "dropout": 0.0, "feature_map": "2"}
     return with_ml_decoder(network, CLASSES, SHAPE, **options)
@@ -26,21 +26,21 @@ def task(name):
         flat = nn.Sequential(nn.Flatten(), nn.Linear(64, 16), nn.ReLU(), nn.Linear(16, CLASSES))
         return PAT(flat, CLASSES, view="weak", average_decay=0.5, **options)
     le = {"lambda_cd": 1.0, "lambda_id": 1.0, "joint_classes": name == "L2D", "lambda_mld": 1.0}
-    return L2D(tagger(), tagger(), CLASSES, **le, **options)
+    return L2D(small_tagger(), small_tagger(), CLASSES, **le, **options)
 
 
 def stepped(name, devices):
     one = task(name)
     options = {"strategy": "ddp", "devices": devices} if devices > 1 else {}
     trainer = trainer_of(max_epochs=1, precision="64-true", **options)
-    data = Labels(batch_size=48 // devices)  # all that is trained on in one step
+    data = Labels(batch_size=48 // devices)  # all training images in one step
     trainer.fit(one, datamodule=data)
     weights = {k: v.tolist() for k, v in one.state_dict().items() if v.numel() < 200}
     return weights, {k: float(v) for k, v in trainer.callback_metrics.items() if k.startswith("train/loss")}
 
 
 @pytest.mark.parametrize("name", ["L2D", "PAT"])
-def test_a_step_of_two_is_that_of_one(name):
+def test_step_of_two_processes_equals_that_of_one(name):
     (first, loss), (second, _) = on_two_ranks(stepped, name, 2)
     alone, whole = stepped(name, 1)
     assert first.keys() == second.keys() == alone.keys()
@@ -50,7 +50,7 @@ def test_a_step_of_two_is_that_of_one(name):
     assert loss == pytest.approx(whole, rel=1e-5)
 
 
-def test_classes_are_compared_within_a_process_by_default():
+def test_class_relations_stay_within_a_process_by_default():
     (_, loss), _ = on_two_ranks(stepped, "L2D of each", 2)
     _, whole = stepped("L2D of each", 1)
     assert loss["train/loss_id"] == pytest.approx(whole["train/loss_id"], rel=1e-5)
