@@ -47,7 +47,7 @@ def samples(count: int = 12) -> tuple[Tensor, Tensor]:
     return torch.randn(count, 4, generator=generator, dtype=torch.float64), torch.arange(count) % 3
 
 
-def parted(sizes: Sequence[int]) -> list[tuple[Tensor, Tensor]]:
+def sample_batches(sizes: Sequence[int]) -> list[tuple[Tensor, Tensor]]:
     image, target = samples(sum(sizes))
     return list(zip(image.split(list(sizes)), target.split(list(sizes)), strict=True))
 
@@ -67,7 +67,7 @@ def dense(model: nn.Module, names: Sequence[str] | None = None) -> Tensor:
 
 
 class Quadratic(nn.Module):
-    """``w^T H w / 2`` whatever the batch."""
+    """``w^T H w / 2``, the same for every batch."""
 
     def __init__(self, matrix: Tensor) -> None:
         super().__init__()
@@ -78,11 +78,11 @@ class Quadratic(nn.Module):
         return self.w @ self.matrix @ self.w / 2 + 0 * image.sum()
 
 
-def first(model: nn.Module, batch: Any) -> Tensor:
+def loss_from_model(model: nn.Module, batch: Any) -> Tensor:
     return model(batch[0])
 
 
-def test_products_equal_the_dense_hessian() -> None:
+def test_hessian_vector_products_equal_the_dense_hessian() -> None:
     model = mlp()
     hessian = dense(model)
     vector = torch.randn(83, dtype=torch.float64)
@@ -95,7 +95,7 @@ def test_products_equal_the_dense_hessian() -> None:
     torch.testing.assert_close(found, some @ vector[: len(some)] + 0.5 * vector[: len(some)], rtol=1e-10, atol=1e-12)
 
 
-def test_products_of_layers_with_fast_second_derivatives_are_those_of_pytorch() -> None:
+def test_products_with_fast_second_derivatives_equal_those_of_pytorch() -> None:
     torch.manual_seed(0)
     model = nn.Sequential(
         nn.Conv2d(2, 4, 3, 2, 1),
@@ -110,7 +110,7 @@ def test_products_of_layers_with_fast_second_derivatives_are_those_of_pytorch() 
         nn.LazyLinear(3),
     ).double()
     batch = torch.randn(5, 2, 9, 8, dtype=torch.float64), torch.arange(5) % 3
-    model(batch[0])  # for the statistics
+    model(batch[0])  # sets the statistics of batch norm
     model.eval()
     with torch.no_grad():
         for layer in (model[1], model[4]):
@@ -172,30 +172,30 @@ def test_lanczos_and_power_iteration_follow_their_recurrences() -> None:
     assert (power.value, power.hvps) == (power.quotients[-1], 8)
 
 
-def test_quadratic_has_its_matrix() -> None:
+def test_quadratic_has_the_eigenvalues_and_trace_of_its_matrix() -> None:
     generator = torch.Generator().manual_seed(0)
     matrix = torch.randn(6, 6, generator=generator, dtype=torch.float64)
     matrix = matrix + matrix.T
     model, batch = Quadratic(matrix), samples(1)
-    found = hessian_eigenvalues(model, first, batch, k=6)
+    found = hessian_eigenvalues(model, loss_from_model, batch, k=6)
     assert found.values == pytest.approx(torch.linalg.eigvalsh(matrix).flip(0).tolist(), rel=1e-9)
     assert found.hvps == 6
-    torch.testing.assert_close(hessian_vector_product(model, first, batch, torch.ones(6)), matrix.sum(1))
-    # a diagonal matrix takes one probe of signs, and eigenvalues that come twice are found twice
+    torch.testing.assert_close(hessian_vector_product(model, loss_from_model, batch, torch.ones(6)), matrix.sum(1))
+    # one probe of signs gives the trace of a diagonal matrix; a double eigenvalue is found twice
     model = Quadratic(torch.diag(torch.tensor([3.0, 3, -5, 2])).double())
-    trace = hessian_trace(model, first, batch, min_probes=1, max_probes=1)
+    trace = hessian_trace(model, loss_from_model, batch, min_probes=1, max_probes=1)
     assert trace.value == pytest.approx(3, rel=1e-12)
     assert math.isnan(trace.standard_error)
-    normal = hessian_trace(model, first, batch, vectors=torch.tensor([[0.5, 1.0, 2.0, 1.5]]))
+    normal = hessian_trace(model, loss_from_model, batch, vectors=torch.tensor([[0.5, 1.0, 2.0, 1.5]]))
     assert normal.value == pytest.approx(3 * 0.25 + 3 - 20 + 4.5)
-    double = hessian_eigenvalues(model, first, batch, k=4)
+    double = hessian_eigenvalues(model, loss_from_model, batch, k=4)
     assert double.values == pytest.approx([3, 3, 2, -5], rel=1e-9)
     assert double.smallest == pytest.approx(-5, rel=1e-9)
-    power = power_iteration(model, first, batch, tolerance=1e-9)
+    power = power_iteration(model, loss_from_model, batch, tolerance=1e-9)
     assert power.value == pytest.approx(-5, rel=1e-6)
 
 
-def test_linear_softmax_at_zero() -> None:
+def test_traces_of_a_linear_softmax_at_zero_weights_equal_a_closed_form() -> None:
     model, (image, _) = nn.Linear(4, 3).double(), samples()
     nn.init.zeros_(model.weight), nn.init.zeros_(model.bias)
     expected = float(image.square().sum(1).mean()) * (1 - 1 / 3)
@@ -207,18 +207,18 @@ def test_linear_softmax_at_zero() -> None:
     assert abs(gauss.value - expected) < 4 * gauss.standard_error
 
 
-def test_zero_hessian_is_zero() -> None:
+def test_zero_hessian_gives_zero_eigenvalues_and_trace() -> None:
     model = Quadratic(torch.zeros(4, 4).double())
-    found = hessian_eigenvalues(model, first, samples(), k=2)
+    found = hessian_eigenvalues(model, loss_from_model, samples(), k=2)
     assert (found.values, found.smallest) == ([0, 0], 0)
-    assert power_iteration(model, first, samples()).value == 0
-    assert hessian_trace(model, first, samples()).value == 0
+    assert power_iteration(model, loss_from_model, samples()).value == 0
+    assert hessian_trace(model, loss_from_model, samples()).value == 0
     # linear in the parameters: autograd has no second derivative to give
     assert power_iteration(nn.Linear(4, 1).double(), lambda m, b: m(b[0]).mean(), samples()).value == 0
 
 
 @pytest.mark.parametrize("layer", ["0", "2", "4"])
-def test_relative_flatness_of_a_layer_is_its_definition(layer: str) -> None:
+def test_relative_flatness_of_a_layer_equals_its_definition(layer: str) -> None:
     model = mlp()
     weight = dict(model.named_parameters())[f"{layer}.weight"].detach()
     blocks = dense(model, [f"{layer}.weight"]).view(*weight.shape, *weight.shape)
@@ -231,7 +231,7 @@ def test_relative_flatness_of_a_layer_is_its_definition(layer: str) -> None:
         assert relative_flatness(feature, weight, model[4](feature)) == pytest.approx(expected, rel=1e-9)
 
 
-def test_relative_flatness_of_a_convolution_takes_filters_for_rows() -> None:
+def test_relative_flatness_of_a_convolution_takes_filters_as_rows() -> None:
     torch.manual_seed(3)
     model = nn.Sequential(nn.Unflatten(1, (1, 2, 2)), nn.Conv2d(1, 3, (1, 2)), nn.Tanh(), nn.Flatten()).double()
     image, target = samples()
@@ -248,7 +248,7 @@ def test_relative_flatness_of_a_convolution_takes_filters_for_rows() -> None:
     assert found.standard_error < 0.2 * abs(expected)
 
 
-def test_rescaling_a_relu_network_changes_the_trace_but_not_kappa() -> None:
+def test_rescaling_a_relu_network_changes_the_trace_not_relative_flatness() -> None:
     model = mlp(nn.ReLU)
     values = []
     for _ in range(2):
@@ -272,7 +272,7 @@ def test_gauss_newton_trace_is_the_hessian_trace_of_relu_networks() -> None:
         p = model(image).softmax(1).detach()
         inner = torch.diag_embed(p) - p[:, :, None] * p[:, None]
         expected = float(torch.einsum("ncp,ncd,ndp->", flat, inner, flat)) / 12
-        found = gauss_newton_trace(model, parted([5, 7]), tolerance=0.05, max_probes=200)
+        found = gauss_newton_trace(model, sample_batches([5, 7]), tolerance=0.05, max_probes=200)
         assert abs(found.value - expected) < 4 * found.standard_error
         assert found.standard_error < 0.1 * expected
         trace = float(dense(model).trace())
@@ -280,14 +280,14 @@ def test_gauss_newton_trace_is_the_hessian_trace_of_relu_networks() -> None:
 
 
 @pytest.mark.parametrize(("kept", "graphs"), [(2**31, {3}), (2500, {1, 2}), (0, {0})])
-def test_batches_count_by_size_and_memory_changes_nothing(
+def test_batches_are_weighted_by_size_and_kept_graphs_change_nothing(
     kept: int, graphs: set[int], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     model, (image, target) = mlp(), samples()
     expected = hessian_eigenvalues(model, None, samples(), steps=8).values
     trace = hessian_trace(model, None, samples(), min_probes=10, max_probes=10).value
     monkeypatch.setattr(_batch_derivatives, "KEPT_BYTES", kept)
-    for loader in (parted([5, 5, 2]), DataLoader(TensorDataset(image, target), 5)):
+    for loader in (sample_batches([5, 5, 2]), DataLoader(TensorDataset(image, target), 5)):
         with _objective.objective(model, None, loader) as found:
             found.hvp(torch.ones(83))
             assert len(found._kept) in graphs
@@ -297,7 +297,7 @@ def test_batches_count_by_size_and_memory_changes_nothing(
 
 
 @pytest.mark.slow
-def test_compiled_networks_are_measured_as_they_are() -> None:
+def test_compiled_network_has_the_same_eigenvalues() -> None:
     model = mlp()
     expected = hessian_eigenvalues(model, None, samples(), steps=5).values
     model.compile(backend="aot_eager")
@@ -305,7 +305,7 @@ def test_compiled_networks_are_measured_as_they_are() -> None:
     assert hessian_eigenvalues(model, None, samples(), steps=5).values == expected
 
 
-class Rich(nn.Module):
+class VariedLayers(nn.Module):
     """Batch norm, dropout, a frozen part, an integer buffer, an unused part, a tied weight, attention."""
 
     def __init__(self) -> None:
@@ -327,9 +327,9 @@ class Rich(nn.Module):
 
 
 @pytest.mark.parametrize("surroundings", ["plain", "inference", "autocast"])
-def test_nothing_is_left_changed(surroundings: str) -> None:
+def test_measuring_leaves_model_gradients_and_random_state_unchanged(surroundings: str) -> None:
     torch.manual_seed(0)
-    model = Rich()
+    model = VariedLayers()
     model.norm.eval()
     model(torch.randn(8, 4)).square().mean().backward()
     image, target = samples()
@@ -370,10 +370,10 @@ def test_half_precision_is_computed_in_float32() -> None:
     assert half[0].weight.dtype == torch.bfloat16
 
 
-def test_no_graph_outlives_a_call() -> None:
+def test_no_graph_stays_in_memory_after_a_call() -> None:
     model, alive = mlp(), []
     model[1].register_forward_hook(lambda module, args, output: alive.append(weakref.ref(output)))
-    hessian_trace(model, None, parted([5, 7]), min_probes=2, max_probes=2)
+    hessian_trace(model, None, sample_batches([5, 7]), min_probes=2, max_probes=2)
     assert len(alive) == 2
     assert not any(output() is not None for output in alive)
 
@@ -389,11 +389,11 @@ class Noisy(nn.Module):
         return self.network(F.dropout(image, 0.5) + random.random() + np.random.rand())  # noqa: NPY002
 
 
-def test_random_networks_are_the_same_in_every_pass(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_random_networks_draw_the_same_in_every_pass(monkeypatch: pytest.MonkeyPatch) -> None:
     values = []
-    for kept in (2**31, 2500, 0):  # all graphs, some or none of them: as many batches are run again
+    for kept in (2**31, 2500, 0):  # all, some or no graphs are kept; the other batches are run again
         monkeypatch.setattr(_batch_derivatives, "KEPT_BYTES", kept)
-        values.append(hessian_eigenvalues(Noisy(), None, parted([5, 5, 2]), steps=6).values[0])
+        values.append(hessian_eigenvalues(Noisy(), None, sample_batches([5, 5, 2]), steps=6).values[0])
     assert values == pytest.approx([values[0]] * 3, rel=1e-10)
 
 
@@ -402,20 +402,20 @@ def test_exact_relative_flatness_and_gauss_newton_trace() -> None:
     for layer in ("0", "2", "4"):
         weight = dict(model.named_parameters())[f"{layer}.weight"].detach()
         blocks = dense(model, [f"{layer}.weight"]).view(*weight.shape, *weight.shape)
-        found = layer_relative_flatness(model, None, parted([5, 7]), layer, exact=True)
+        found = layer_relative_flatness(model, None, sample_batches([5, 7]), layer, exact=True)
         assert found.value == pytest.approx(float(torch.einsum("si,ti,sjtj->", weight, weight, blocks)), rel=1e-9)
         assert (found.standard_error, found.hvps) == (0, min(weight.shape) * weight.shape[1])
     relu = mlp(nn.ReLU)
-    gauss = gauss_newton_trace(relu, parted([5, 7]), exact=True)
+    gauss = gauss_newton_trace(relu, sample_batches([5, 7]), exact=True)
     assert gauss.value == pytest.approx(float(dense(relu).trace()), rel=1e-9)
     assert (gauss.standard_error, gauss.samples) == (0, 12)
-    estimate = gauss_newton_trace(model, parted([5, 7]), tolerance=0.03, max_probes=400)
-    exact = gauss_newton_trace(model, parted([5, 7]), exact=True)
+    estimate = gauss_newton_trace(model, sample_batches([5, 7]), tolerance=0.03, max_probes=400)
+    exact = gauss_newton_trace(model, sample_batches([5, 7]), exact=True)
     assert abs(estimate.value - exact.value) < 4 * estimate.standard_error
     assert sum(exact.per_parameter.values()) == pytest.approx(exact.value, rel=1e-12)
 
 
-def test_convolutions_are_measured_in_contiguous_memory() -> None:
+def test_channels_last_convolutions_are_measured_in_contiguous_memory() -> None:
     model = nn.Sequential(nn.Conv2d(2, 3, 3), nn.Flatten()).to(memory_format=torch.channels_last)
     image = torch.randn(4, 2, 3, 3).contiguous(memory_format=torch.channels_last)
     seen = []
@@ -431,7 +431,7 @@ def test_convolutions_are_measured_in_contiguous_memory() -> None:
 
 
 class Shuffled:
-    """Other samples in each pass."""
+    """Gives other samples in each pass."""
 
     def __init__(self) -> None:
         self.passes = 0
@@ -441,7 +441,7 @@ class Shuffled:
         return iter([(samples()[0] + self.passes, samples()[1])])
 
 
-def test_errors(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_wrong_inputs_raise(monkeypatch: pytest.MonkeyPatch) -> None:
     model = mlp()
     with monkeypatch.context() as patch:
         patch.setattr(_batch_derivatives, "KEPT_BYTES", 0)
@@ -469,16 +469,16 @@ def test_errors(monkeypatch: pytest.MonkeyPatch) -> None:
         layer_relative_flatness(model, None, samples(), "1")
 
 
-def measured_by_rank() -> list[float]:
+def measured_on_rank() -> list[float]:
     rank = int(os.environ["LOCAL_RANK"])
     dist.init_process_group("gloo", rank=rank, world_size=2)
-    share = parted([5, 5, 2])[1:] if rank else parted([5, 5, 2])[:1]
+    share = sample_batches([5, 5, 2])[1:] if rank else sample_batches([5, 5, 2])[:1]
     model = mlp()
     eigenvalues = hessian_eigenvalues(model, None, share, steps=15)
     trace = hessian_trace(model, None, share, min_probes=10, max_probes=10)
     gauss = gauss_newton_trace(model, share, min_probes=10, max_probes=10)
-    empty = hessian_trace(model, None, parted([5, 5, 2]) if rank else [], min_probes=10, max_probes=10)
-    fails = [0, 0, 1]  # in the first pass of the other process, and in a later one
+    empty = hessian_trace(model, None, sample_batches([5, 5, 2]) if rank else [], min_probes=10, max_probes=10)
+    fails = [0, 0, 1]  # calls of the loss: rank 1 raises in the first pass, and on the next try in a later one
 
     def sometimes(model: nn.Module, batch: Any) -> Tensor:
         fails[rank] += 1
@@ -506,6 +506,6 @@ def test_two_processes_measure_as_one() -> None:
         hessian_eigenvalues(model, None, samples(), steps=1).loss,
         hessian_trace(model, None, samples(), min_probes=10, max_probes=10).value,
     ]
-    both = on_two_ranks(measured_by_rank)
+    both = on_two_ranks(measured_on_rank)
     assert both[0] == both[1]
     assert both[0] == pytest.approx(expected, rel=1e-12)

@@ -1,4 +1,4 @@
-"""Slices of the loss."""
+"""Slices of the loss landscape."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from torch import nn
 
 from lightning_kd.callbacks import slice_figure
 from lightning_kd.metrics import LossSlice, filter_normalize, filter_normalized_direction, interpolation, loss_slice
-from tests.metrics.test_curvature import mlp, parted, samples
+from tests.metrics.test_curvature import mlp, sample_batches, samples
 
 
 def network() -> nn.Sequential:
@@ -44,7 +44,7 @@ def test_slice_is_the_loss_at_moved_weights() -> None:
     model = network()
     before = copy.deepcopy(model.state_dict())
     image, target = samples()
-    one = loss_slice(model, None, parted([5, 7]), points=5, span=0.5, seed=3)
+    one = loss_slice(model, None, sample_batches([5, 7]), points=5, span=0.5, seed=3)
     two = loss_slice(model, None, samples(), directions=2, points=3, seed=3)
     assert one.position.tolist() == [-0.5, -0.25, 0, 0.25, 0.5]
     assert (one.loss.shape, two.loss.shape, one.samples) == ((5,), (3, 3), 12)
@@ -105,7 +105,7 @@ def test_interpolation_passes_through_both_networks() -> None:
         interpolation(model, mlp(), None, samples())
 
 
-def test_figures() -> None:
+def test_slice_figure_draws_lines_and_contours() -> None:
     position = torch.linspace(-1, 1, 3, dtype=torch.float64)
     bowl = LossSlice(position, position.square() + 0.01, 5)
     wide = LossSlice(position, torch.tensor([math.nan, 1, 2]).double(), 5)

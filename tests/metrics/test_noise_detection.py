@@ -1,4 +1,4 @@
-"""Clean selection and memorisation."""
+"""Selection of clean samples, and memorisation of wrong labels."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ CLEAN = torch.tensor([0, 1, 2, 0, 1, 2])
 GIVEN = torch.tensor([0, 1, 2, 1, 2, 2])  # 0, 1, 2 and 5 are clean
 
 
-def test_selection_by_hand() -> None:
+def test_selection_metrics_equal_worked_numbers() -> None:
     score = torch.tensor([0.9, 0.2, 0.8, 0.7, 0.1, 0.6])
     found = selection_metrics(score, score > 0.5, GIVEN, CLEAN)
     assert found == pytest.approx({"precision": 3 / 4, "recall": 3 / 4, "f1": 3 / 4, "auc": 6 / 8})
@@ -26,7 +26,7 @@ def test_selection_by_hand() -> None:
 
 @pytest.mark.parametrize("seed", range(3))
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
-def test_equals_scikit_learn(seed: int, dtype: torch.dtype) -> None:
+def test_selection_metrics_equal_scikit_learn(seed: int, dtype: torch.dtype) -> None:
     metrics = pytest.importorskip("sklearn.metrics")
     generator = torch.Generator().manual_seed(seed)
     clean = torch.randint(4, (400,), generator=generator)
@@ -70,12 +70,12 @@ def test_undefined_values_are_nan_with_a_warning(selected: Tensor, given: Tensor
     assert {name for name, value in found.items() if math.isnan(value)} == undefined
 
 
-def test_a_nan_score_does_not_stop_a_training() -> None:
+def test_nan_scores_give_a_nan_auc_and_a_warning() -> None:
     with pytest.warns(UserWarning, match="AUC"):
         assert math.isnan(selection_metrics(torch.full((6,), math.nan), GIVEN == 0, GIVEN, CLEAN)["auc"])
 
 
-def test_the_warning_comes_once() -> None:
+def test_repeated_warning_is_shown_once() -> None:
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("default")
         for _ in range(3):
@@ -83,7 +83,7 @@ def test_the_warning_comes_once() -> None:
     assert len(caught) == 1
 
 
-def test_memorisation() -> None:
+def test_memorisation_equals_worked_numbers() -> None:
     predicted = torch.tensor([0, 1, 0, 1, 1, 2])
     assert memorisation(predicted, GIVEN, CLEAN) == {"fitted_clean": 3 / 4, "memorised_wrong": 1 / 2}
     with pytest.warns(UserWarning, match="wrong labels"):
@@ -92,7 +92,7 @@ def test_memorisation() -> None:
     assert math.isnan(found["memorised_wrong"])
 
 
-def test_wrong_arguments() -> None:
+def test_wrong_arguments_raise() -> None:
     score = torch.zeros(6)
     with pytest.raises(ValueError, match=r"must all be \[N\], got \[6\], \[5\], \[6\], \[6\]"):
         selection_metrics(score, score[:5] > 0, GIVEN, CLEAN)

@@ -1,4 +1,4 @@
-"""The rise of the loss around a minimum, and the report of all measures."""
+"""Epsilon sharpness, the rise of the loss around a minimum, and the report of all measures."""
 
 from __future__ import annotations
 
@@ -18,14 +18,14 @@ from lightning_kd.metrics import (
     neural_collapse,
     relative_flatness,
 )
-from tests.metrics.test_curvature import Quadratic, Rich, first, mlp, parted, samples
+from tests.metrics.test_curvature import Quadratic, VariedLayers, loss_from_model, mlp, sample_batches, samples
 
 
-def test_rise_on_a_quadratic() -> None:
+def test_epsilon_sharpness_of_a_quadratic_equals_worked_numbers() -> None:
     # L = (1 + 10) / 2 at (1, 1); the step is 0.1 (1, 10) / |(1, 10)|
     model = Quadratic(torch.diag(torch.tensor([1.0, 10.0]).double()))
     model.w.data.fill_(1)
-    found = epsilon_sharpness(model, first, samples(1), rho=0.1)
+    found = epsilon_sharpness(model, loss_from_model, samples(1), rho=0.1)
     assert found.loss == 5.5
     expected = ((1 + 0.1 / 101**0.5) ** 2 + 10 * (1 + 1 / 101**0.5) ** 2) / 2
     assert found.perturbed_loss == pytest.approx(expected, rel=1e-12)
@@ -36,7 +36,7 @@ def linear(model: nn.Module, batch: Any) -> Tensor:
     return 3 * model.weight.sum() + 4 * model.bias.sum()
 
 
-def test_adaptive_rise_scales_weights_only() -> None:
+def test_adaptive_epsilon_sharpness_scales_weights_but_not_biases() -> None:
     model = nn.Linear(1, 1).double()
     model.weight.data.fill_(2)
     model.bias.data.fill_(5)
@@ -46,7 +46,7 @@ def test_adaptive_rise_scales_weights_only() -> None:
     assert found.value == pytest.approx(0.5 * ((2.01 * 3) ** 2 + 4**2) ** 0.5, rel=1e-12)
 
 
-def test_adaptive_rise_outlives_rescaling() -> None:
+def test_adaptive_epsilon_sharpness_is_unchanged_by_rescaling() -> None:
     torch.manual_seed(0)
     model = nn.Sequential(nn.Linear(4, 6, bias=False), nn.ReLU(), nn.Linear(6, 3, bias=False)).double()
     rises = []
@@ -59,9 +59,11 @@ def test_adaptive_rise_outlives_rescaling() -> None:
     assert rises[1]["plain"] != pytest.approx(rises[0]["plain"], rel=0.1)
 
 
-def test_report_holds_what_the_functions_find() -> None:
+def test_report_equals_the_single_functions() -> None:
     model, (image, target) = mlp(), samples()
-    found = measure_sharpness(model, None, parted([5, 5, 2]), classifier=model[4], rhos=(0.05,), max_probes=30, seed=4)
+    found = measure_sharpness(
+        model, None, sample_batches([5, 5, 2]), classifier=model[4], rhos=(0.05,), max_probes=30, seed=4
+    )
     eigenvalues = hessian_eigenvalues(model, None, samples(), seed=4)
     trace = hessian_trace(model, None, samples(), max_probes=30, seed=4)
     feature = model[:4](image).detach()
@@ -88,7 +90,7 @@ def test_report_holds_what_the_functions_find() -> None:
     assert plain["layer_traces"].keys() == {"0", "2", "4"}
 
 
-def test_report_measures_what_it_is_asked_for() -> None:
+def test_report_measures_only_what_is_asked_for() -> None:
     model = mlp()
     found = measure_sharpness(model, lambda m, b: F.cross_entropy(m(b[0]), b[1]), samples(), which=["epsilon"])
     assert (found.accuracy, found.trace, found.kappa, found.hvps) == (None, None, None, 0)
@@ -103,7 +105,7 @@ def test_report_measures_what_it_is_asked_for() -> None:
 
 
 class Scaled(nn.Module):
-    """Answers with another function of its network than the last linear layer does."""
+    """Its output is not that of its last linear layer."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -113,9 +115,9 @@ class Scaled(nn.Module):
         return self.network(image) * 3
 
 
-def test_head_is_measured_where_it_answers() -> None:
+def test_head_measures_are_none_if_the_classifier_does_not_give_the_output() -> None:
     found = measure_sharpness(Scaled(), None, samples(), classifier=(model := Scaled()).network[4], which=["head"])
-    assert found.kappa is None  # of another network, which is not run at all
+    assert found.kappa is None  # the classifier of another network, which is not run
     found = measure_sharpness(model, None, samples(), classifier=model.network[4], which=["head"])
     assert (found.kappa, found.feature_trace, found.nc1) == (None, None, None)
     assert found.accuracy is not None
@@ -131,7 +133,7 @@ def test_ignored_targets_do_not_count() -> None:
         assert getattr(found, name) == pytest.approx(getattr(expected, name), rel=1e-12), name
 
 
-def test_table_says_how_sure_the_trace_is() -> None:
+def test_report_text_states_the_error_of_the_trace() -> None:
     model = mlp()
     many = str(measure_sharpness(model, None, samples(), which=["trace"], min_probes=2, max_probes=2))
     assert "above 0.02 of the trace: take more probes" in many
@@ -143,9 +145,9 @@ def test_table_says_how_sure_the_trace_is() -> None:
     assert "nan" not in one
 
 
-def test_report_leaves_the_network_alone() -> None:
+def test_report_leaves_network_and_random_state_unchanged() -> None:
     torch.manual_seed(0)
-    model = Rich()
+    model = VariedLayers()
     state = {name: value.clone() for name, value in model.state_dict().items()}
     random = torch.get_rng_state()
     measure_sharpness(model, None, samples(), classifier=model.frozen, steps=5, max_probes=30)
