@@ -22,7 +22,7 @@ def crowd_data(crowd=None, **options):
 
 
 def even_data(**options):
-    """Of two annotations of each of 160 samples, which batches of 32 divide."""
+    """Two annotations of each of 160 samples, which make whole batches of 32."""
     crowd = SimulatedCrowd(4, (0.6, 0.9), 2)
     return crowd_data(crowd, **{"train_per_class": 16, "val_fraction": 0.0, **options})
 

@@ -1,4 +1,4 @@
-"""Short fits on made-up digits with candidates."""
+"""Short fits on made-up digits with candidate labels."""
 
 import lightning as L
 import torch

@@ -1,4 +1,4 @@
-"""The simple rules for candidates: their weights, what they remember, what they train on."""
+"""The baseline rules for candidate labels: their losses, stored weights and training samples."""
 
 import pytest
 import torch
@@ -35,19 +35,19 @@ def recorded(rule, batches=2, epochs=2):
     return fitted(Recording, trainer=trainer, rule=rule)
 
 
-def test_losses():
+def test_candidate_losses_equal_a_plain_computation():
     logits = torch.tensor([[0.3, -1.0, 2.0], [0.0, 1.0, 0.5]], dtype=torch.float64, requires_grad=True)
     candidates = torch.tensor([[1, 1, 0], [0, 1, 0]])
     p = logits.softmax(1)
     inside = candidate_likelihood_loss(logits, candidates)
     torch.testing.assert_close(inside, -(p * candidates).sum(1).log().mean())
     torch.testing.assert_close(weighted_candidate_loss(logits, candidates), -(candidates * p.log()).sum() / 2)
-    # the likelihood goes where weights of the candidates' own probabilities go
+    # the likelihood has the gradient of the loss weighted by the candidates' own probabilities
     weighted = weighted_candidate_loss(logits, likely_weights(logits, candidates))
     torch.testing.assert_close(*(torch.autograd.grad(loss, logits)[0] for loss in (inside, weighted)))
 
 
-def test_uniform_and_likelihood():
+def test_uniform_and_cc_losses_equal_a_plain_computation():
     for rule in ("uniform", "cc"):
         task, trainer = recorded(rule)
         assert task.stored is None
@@ -59,7 +59,7 @@ def test_uniform_and_likelihood():
         assert 0 < trainer.callback_metrics["train/true_weight"] < 1
 
 
-def test_proden_remembers_what_it_said():
+def test_proden_stores_the_probabilities_of_each_step():
     task, _ = recorded("proden", batches=8)
     memory = {}
     for batch, logits, loss in task.steps:
@@ -75,7 +75,7 @@ def test_proden_remembers_what_it_said():
         torch.testing.assert_close(task.stored.rows[i], row)
 
 
-def test_rc_remembers_what_the_network_says_after_the_step():
+def test_rc_stores_the_probabilities_after_the_step():
     task, _ = recorded("rc")
     batch, logits, _ = task.steps[-1]
     with torch.no_grad():
@@ -84,7 +84,7 @@ def test_rc_remembers_what_the_network_says_after_the_step():
     assert not torch.allclose(after, likely_weights(logits, batch.extras["candidates"]))
 
 
-def test_meta_set_alone_and_oracle():
+def test_meta_and_oracle_train_on_true_labels_of_their_own_samples():
     for rule in ("meta", "oracle"):
         task, trainer = recorded(rule, batches=8)
         data = trainer.datamodule
@@ -96,7 +96,7 @@ def test_meta_set_alone_and_oracle():
             torch.testing.assert_close(loss, F.cross_entropy(logits, data.train_target[batch.index]))
 
 
-def test_what_is_refused():
+def test_wrong_rule_and_missing_candidates_or_meta_set_raise():
     with pytest.raises(ValueError, match=r"^rule must be one of uniform, proden, rc, cc, meta, oracle, got 'em'"):
         built(CandidateBaseline, rule="em")
     with pytest.raises(ValueError, match=r"^CandidateBaseline learns from candidates, and DigitsDataModule has none"):

@@ -1,4 +1,4 @@
-"""The crowd layer, the EM with a network, the aggregating baselines: steps by hand, reports, resume, two processes."""
+"""The crowd layer, the EM with a network, the aggregating baselines: losses, reports, resume, two processes."""
 
 import csv
 import math
@@ -32,8 +32,8 @@ def flat_network():
     return nn.Sequential(nn.Flatten(), nn.Linear(64, 10))
 
 
-class Still(torch.optim.SGD):
-    """Leaves all weights as they are."""
+class NoUpdate(torch.optim.SGD):
+    """SGD that leaves all weights unchanged."""
 
     def __init__(self, parameters):
         super().__init__(parameters, lr=0.0)
@@ -49,12 +49,12 @@ def first_step(method, **options):
             seen.append((batch, loss.detach()))
             return loss
 
-    task, data, _ = fitted(Looking, network=flat_network(), optimizer=Still, **options)
+    task, data, _ = fitted(Looking, network=flat_network(), optimizer=NoUpdate, **options)
     return task, data, *seen[0]
 
 
 @pytest.mark.parametrize("per_annotation", [True, False])
-def test_step_of_the_crowd_layer(per_annotation):
+def test_first_loss_of_the_crowd_layer_equals_a_plain_computation(per_annotation):
     task, _, batch, loss = first_step(CrowdLayer, per_annotation=per_annotation)
     p = task(batch.image).softmax(1)
     kernel = torch.eye(10)[..., None].repeat(1, 1, 4)
@@ -62,7 +62,7 @@ def test_step_of_the_crowd_layer(per_annotation):
     assert float(loss) == pytest.approx(float(expected.detach()), rel=1e-5)
 
 
-def test_annotators_learn_and_one_without_annotation_stays():
+def test_kernels_learn_except_that_of_an_annotator_without_annotations():
     task, _, trainer = fitted(CrowdLayer)
     kernel = task.annotators.kernel.detach()
     assert torch.equal(kernel[..., 3], torch.eye(10))
@@ -74,7 +74,7 @@ def test_annotators_learn_and_one_without_annotation_stays():
 
 
 @pytest.mark.parametrize("variant", ["VW", "VB", "VW+B", "SW"])
-def test_variants(variant):
+def test_annotator_layer_variants_scale_and_shift_the_probabilities(variant):
     layer = AnnotatorLayer(3, variant)
     layer.allocate(2)
     p = torch.tensor([[0.2, 0.5, 0.3]])
@@ -90,7 +90,7 @@ def test_variants(variant):
         AnnotatorLayer(3, "WM")
 
 
-def test_learning_rate_of_the_layer():
+def test_kernel_lr_gives_the_annotator_layer_its_own_learning_rate():
     _, _, trainer = fitted(CrowdLayer, kernel_lr=0.1)
     groups = trainer.optimizers[0].param_groups
     assert [group["lr"] for group in groups] == [pytest.approx(1e-3), pytest.approx(1e-4)]
@@ -99,7 +99,7 @@ def test_learning_rate_of_the_layer():
         built(CrowdLayer, kernel_lr=0.1, backbone_lr=0.5)
 
 
-def test_step_of_the_em():
+def test_first_loss_and_two_epochs_of_the_em_equal_a_plain_computation():
     task, data, batch, loss = first_step(NetworkEM)
     p, given = task(batch.image).softmax(1), batch.extras["annotations"]
     start = (torch.eye(10, dtype=torch.float64) + 0.01) / 1.1
@@ -108,7 +108,7 @@ def test_step_of_the_em():
         t = [max(v, 1e-3) * math.prod(float(start[k, a]) for a in answers if a >= 0) for k, v in enumerate(row)]
         total -= sum(v / sum(t) * math.log(q) for v, q in zip(t, row, strict=True))
     assert float(loss) == pytest.approx(total / len(p), rel=1e-5)
-    # the weights stay, so the second epoch's posteriors come from the first one's counts
+    # the network stays the same; the second epoch's posteriors use the first epoch's confusion matrices
     index = torch.from_numpy(data.train_indices)
     given = data.train_annotations[index].long()
     with torch.no_grad():
@@ -127,7 +127,7 @@ def test_step_of_the_em():
 
 @pytest.mark.parametrize("aggregation", ["vote", "dawid_skene"])
 @pytest.mark.parametrize("soft", [False, True])
-def test_step_of_the_baselines(aggregation, soft):
+def test_first_loss_of_the_aggregating_baselines_equals_a_plain_one(aggregation, soft):
     task, data, batch, loss = first_step(AggregatedCrowd, aggregation=aggregation, soft=soft, iterations=3)
     used = torch.from_numpy(task.used())
     given = data.train_annotations[used].long()
@@ -140,7 +140,7 @@ def test_step_of_the_baselines(aggregation, soft):
 
 
 @pytest.mark.parametrize("method", [CrowdLayer, NetworkEM, AggregatedCrowd])
-def test_reports(method, tmp_path):
+def test_reports_list_annotators_by_reliability_and_samples_by_probability(method, tmp_path):
     run = trainer_of(callbacks=run_callbacks(RunFolder(tmp_path), "val/acc"), enable_checkpointing=True)
     task, data, _ = fitted(method, trainer=run)
     with (tmp_path / "annotators.csv").open() as file:
@@ -173,7 +173,7 @@ def test_reports(method, tmp_path):
         assert float(row["disagreement"]) == 0  # one annotation each
 
 
-def test_disagreement_and_doubt():
+def test_aggregated_rows_have_disagreement_and_are_sorted_by_probability():
     given = torch.tensor([[0, 0, 1], [1, 1, 1], [-1, -1, -1], [0, 1, -1]])
     posterior = torch.tensor([[0.7, 0.3], [0.1, 0.9], [0.5, 0.5], [0.5, 0.5]])
     rows = aggregated_rows(torch.tensor([4, 7, 8, 9]), posterior, given, ["cat", "dog"], None)
@@ -188,7 +188,7 @@ def test_disagreement_and_doubt():
     assert aggregated_rows(torch.tensor([4, 7, 8, 9]), posterior, given, ["cat", "dog"], files)[1][1] == "9.png"
 
 
-def test_names_that_are_other_numbers_come_back(tmp_path):
+def test_class_names_that_are_numbers_are_read_back_as_names(tmp_path):
     posterior, given = torch.eye(3)[[2, 0, 1]], torch.tensor([[2], [0], [1]])
     rows = aggregated_rows(torch.arange(3), posterior, given, ["1", "10", "2"], None)
     (tmp_path / "aggregated.csv").write_text(csv_text(rows))
@@ -196,7 +196,7 @@ def test_names_that_are_other_numbers_come_back(tmp_path):
     assert found.tolist() == [2, 0, 1]
 
 
-def test_the_trace_is_of_annotators_who_gave_something():
+def test_logged_kernel_trace_leaves_out_annotators_without_annotations():
     task, data, trainer = fitted(CrowdLayer, optimizer=partial(torch.optim.Adam, lr=0.2))
     traces = task.annotator_confusion().diagonal(dim1=1, dim2=2).mean(1)
     assert not bool((data.train_annotations[:, 3] >= 0).any())
@@ -206,7 +206,7 @@ def test_the_trace_is_of_annotators_who_gave_something():
 
 
 @pytest.mark.parametrize("method", [CrowdLayer, NetworkEM, AggregatedCrowd])
-def test_data_without_annotations(method):
+def test_data_without_annotations_raises(method):
     with pytest.raises(ValueError, match=f"^{method.__name__} learns from several annotators, but Digits"):
         fitted(method, DigitsDataModule(train_per_class=5))
 
@@ -221,7 +221,7 @@ def test_data_without_annotations(method):
         (AggregatedCrowd, {"iterations": -1}, "iterations must be at least 0, got -1"),
     ],
 )
-def test_bad_arguments(method, options, message):
+def test_wrong_arguments_raise(method, options, message):
     with pytest.raises(ValueError, match=message):
         built(method, **options)
 
@@ -232,7 +232,7 @@ def test_resumes_to_the_bit(method, tmp_path):
 
 
 @pytest.mark.parametrize("method", [CrowdLayer, NetworkEM])
-def test_checkpoint_tells_how_many_annotators(method, tmp_path):
+def test_loaded_checkpoint_has_the_parameters_of_the_annotators(method, tmp_path):
     task, data, trainer = fitted(method)
     trainer.save_checkpoint(tmp_path / "end.ckpt")
     again = method.load_from_checkpoint(tmp_path / "end.ckpt")
@@ -241,10 +241,10 @@ def test_checkpoint_tells_how_many_annotators(method, tmp_path):
     plain = built(method)
     trainer_of().test(plain, datamodule=crowd_data(), ckpt_path=tmp_path / "end.ckpt", weights_only=True, verbose=False)
     assert torch.equal(plain.annotator_confusion(), task.annotator_confusion())
-    assert int(plain.confusion.sum()) == data.test_size  # that of the test is another matter
+    assert int(plain.confusion.sum()) == data.test_size  # the confusion matrix of the test is separate
 
 
-def weights_by(devices, method):
+def weights_of_a_run(devices, method):
     options = {"strategy": "ddp", "devices": devices} if devices > 1 else {}
     data = even_data(batch_size=32 // devices)
     task, _, _ = fitted(method, data, trainer_of(**options))
@@ -252,8 +252,8 @@ def weights_by(devices, method):
 
 
 @pytest.mark.parametrize("method", [CrowdLayer, NetworkEM])
-def test_two_processes_are_like_one(method):
-    first, second = on_two_ranks(weights_by, 2, method)
+def test_two_processes_train_as_one(method):
+    first, second = on_two_ranks(weights_of_a_run, 2, method)
     assert first == second
-    for a, b in zip(first, weights_by(1, method), strict=True):
+    for a, b in zip(first, weights_of_a_run(1, method), strict=True):
         assert torch.allclose(torch.tensor(a), torch.tensor(b), atol=1e-5)

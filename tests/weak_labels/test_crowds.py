@@ -25,7 +25,7 @@ def sparse_crowd(count=60, annotators=7, per_item=2, prior=(0.55, 0.25, 0.13, 0.
     return torch.from_numpy(true), torch.from_numpy(given)
 
 
-def test_vote():
+def test_majority_vote_equals_worked_numbers():
     shares = majority_vote(SMALL, 3)
     expected = torch.tensor([[0.5, 0.5, 0], [1 / 3, 2 / 3, 0], [1 / 3, 1 / 3, 1 / 3], [0, 0, 1]], dtype=torch.float64)
     assert torch.allclose(shares, expected)
@@ -45,14 +45,14 @@ def test_vote():
         (SMALL[0], r"annotations must be integers \[N, R\], a column for each annotator, got torch.int64 \[3\]"),
     ],
 )
-def test_bad_annotations(annotations, message):
+def test_wrong_annotations_raise(annotations, message):
     for function in (majority_vote, dawid_skene):
         with pytest.raises(ValueError, match=message):
             function(annotations, 3)
 
 
-def written_out(given, classes, iterations, eps):
-    """The formulas with loops."""
+def dawid_skene_with_loops(given, classes, iterations, eps):
+    """Dawid and Skene's EM, computed with loops: posterior and confusion matrices."""
     given = given.tolist()
     annotators = len(given[0])
     posterior = []
@@ -77,17 +77,17 @@ def written_out(given, classes, iterations, eps):
 
 
 @pytest.mark.parametrize("iterations", [1, 2, 7])
-def test_dawid_skene_as_written_out(iterations):
+def test_dawid_skene_equals_a_plain_computation(iterations):
     _, given = sparse_crowd()
     given[5] = -1
     found = dawid_skene(given, 4, iterations, 0.03)
-    posterior, confusion = written_out(given, 4, iterations, 0.03)
+    posterior, confusion = dawid_skene_with_loops(given, 4, iterations, 0.03)
     assert np.allclose(found.posterior.numpy(), posterior, atol=1e-12)
     assert np.allclose(found.confusion.numpy(), confusion, atol=1e-12)
     assert np.allclose(found.confusion.sum(2), 1)
 
 
-def test_dawid_skene_of_perfect_annotators_and_of_none():
+def test_dawid_skene_of_perfect_and_of_silent_annotators():
     true = torch.arange(40) % 4
     given = true[:, None].repeat(1, 5)
     given[0] = -1
@@ -101,13 +101,14 @@ def test_dawid_skene_of_perfect_annotators_and_of_none():
     assert confusion[:, range(4), range(4)].min() > 0.99
 
 
-def test_dawid_skene_of_nothing_is_uniform():
+def test_dawid_skene_without_annotations_is_uniform():
     posterior, confusion = dawid_skene(SMALL * 0 - 1, 3)
     assert torch.allclose(posterior, torch.full((4, 3), 1 / 3, dtype=torch.float64))
     assert torch.allclose(confusion, torch.full((3, 3, 3), 1 / 3, dtype=torch.float64))
 
 
 def objective(given, iterations, eps=0.01):
+    """Smoothed log-likelihood of the annotations after the M-step of the last iteration."""
     before = dawid_skene(given, 4, iterations - 1, eps)
     confusion = dawid_skene(given, 4, iterations, eps).confusion
     prior = before.posterior.sum(0) + eps
@@ -118,7 +119,7 @@ def objective(given, iterations, eps=0.01):
     return float(joint.logsumexp(1).sum() + eps * (confusion.log().sum() + prior.log().sum()))
 
 
-def test_dawid_skene_never_gets_less_likely_and_permutes_with_the_classes():
+def test_dawid_skene_raises_the_likelihood_and_permutes_with_the_classes():
     _, given = sparse_crowd()
     values = [objective(given, k) for k in range(1, 20)]
     assert all(b >= a - 1e-9 for a, b in pairwise(values))
@@ -137,8 +138,8 @@ def test_dawid_skene_of_many_annotators_does_not_underflow():
     assert torch.allclose(posterior.sum(1), torch.ones(6, dtype=torch.float64))
 
 
-def test_dawid_skene_fits_the_noise_of_few_annotations():
-    """It is no better than the vote by itself, which its docstring says."""
+def test_dawid_skene_of_few_annotations_is_worse_than_the_vote():
+    """It fits their noise, as its docstring says."""
     right = {"vote": [], 50: []}
     for seed in range(5):
         true, given = sparse_crowd(seed=seed)
@@ -148,7 +149,7 @@ def test_dawid_skene_fits_the_noise_of_few_annotations():
 
 
 @pytest.mark.parametrize("options", [{"iterations": -1}, {"iterations": 1.5}, {"smoothing": 0.0}])
-def test_bad_numbers(options):
+def test_wrong_iterations_and_smoothing_raise(options):
     with pytest.raises(ValueError, match=next(iter(options))):
         dawid_skene(SMALL, 3, **options)
 
@@ -158,7 +159,7 @@ def identities(classes, annotators):
 
 
 @pytest.mark.parametrize(("classes", "value"), [(4, 0.475367), (8, 0.279708)])
-def test_identities_give_flat_probabilities(classes, value):
+def test_identity_kernels_give_flat_probabilities(classes, value):
     found = annotator_probabilities(torch.eye(classes), identities(classes, 3))
     assert found.shape == (classes, classes, 3)
     assert found[range(classes), range(classes)].flatten().tolist() == pytest.approx([value] * classes * 3, abs=1e-6)
@@ -175,7 +176,7 @@ def test_rows_of_the_kernel_are_true_classes():
         annotator_probabilities(p, kernel[:, :2])
 
 
-def test_loss_by_hand_and_its_two_means():
+def test_crowd_loss_and_its_two_means_equal_a_plain_computation():
     predicted = torch.softmax(torch.randn(5, 3, 4, generator=torch.Generator().manual_seed(1)), 1)
     given = torch.tensor([[0, -1, 2, 1], [-1] * 4, [2, -1, -1, 0], [1, -1, 0, -1], [-1, -1, 1, -1]])
     cells = (given >= 0).nonzero().tolist()
@@ -187,7 +188,7 @@ def test_loss_by_hand_and_its_two_means():
     )
 
 
-def test_missing_annotations_count_nothing():
+def test_missing_annotations_do_not_count_in_loss_and_gradient():
     kernel = identities(3, 4).requires_grad_()
     p = torch.softmax(torch.randn(5, 3, generator=torch.Generator().manual_seed(1)), 1)
     given = torch.tensor([[0, -1, 2, 1]] * 5)
@@ -203,7 +204,7 @@ def test_missing_annotations_count_nothing():
     assert float(nothing.detach()) == 0
 
 
-def test_loss_refuses_what_does_not_belong_together():
+def test_crowd_loss_of_wrong_annotations_raises():
     predicted = torch.full((2, 3, 2), 1 / 3)
     for annotations, message in (
         (torch.zeros(2, 3, dtype=torch.int64), r"annotations must be \[2, 2\], got \[2, 3\]"),
@@ -214,13 +215,13 @@ def test_loss_refuses_what_does_not_belong_together():
             crowd_loss(predicted, annotations)
 
 
-def test_of_two_precisions_the_wider():
+def test_mixed_dtypes_are_computed_in_the_wider_one():
     p, kernel = torch.tensor([[0.25, 0.75]]), torch.randn(2, 2, 3, dtype=torch.float64)
     found = annotator_probabilities(p, kernel)
     torch.testing.assert_close(found, annotator_probabilities(p.double(), kernel), rtol=0, atol=0)
 
 
-def test_annotations_are_searched_for_once(monkeypatch):
+def test_dawid_skene_searches_the_annotations_once(monkeypatch):
     calls = []
 
     def counted(annotations):

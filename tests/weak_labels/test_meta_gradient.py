@@ -1,4 +1,4 @@
-"""MoGD's functions: the meta gradient against second derivatives and closed forms, and the weights made of it."""
+"""MoGD's functions: the meta gradient against second derivatives and closed forms, and the weights made from it."""
 
 import os
 
@@ -58,7 +58,7 @@ def networks():
 
 @pytest.mark.parametrize("name", ["linear", "mlp", "batch norm"])
 @pytest.mark.parametrize("start", ["zero", "confidence"])
-def test_equals_the_second_derivative(name, start):
+def test_meta_gradient_equals_the_second_derivative(name, start):
     network, shape = networks()[name]
     *given, weights = problem(network, shape)
     weights = weights * (start == "confidence")
@@ -84,7 +84,7 @@ class Attending(nn.Module):
 
 
 @pytest.mark.parametrize("train", [True, False])
-def test_attention(train):
+def test_meta_gradient_of_a_transformer_layer_equals_the_second_derivative(train):
     given = problem(Attending().train(train), (5, 3))
     found = candidate_meta_gradient(*given, 0.3)
     with plain_attention():
@@ -94,7 +94,7 @@ def test_attention(train):
     assert torch.backends.mha.get_fastpath_enabled()
 
 
-def test_the_toy_problem():
+def test_meta_gradient_and_weights_of_a_toy_problem_equal_worked_numbers():
     parameters, x = {"w": torch.zeros(2, 1, dtype=torch.float64)}, torch.ones(1, 1, dtype=torch.float64)
     candidates, weights = torch.ones(1, 2), torch.zeros(1, 2, dtype=torch.float64)
     for meta_x, gradient, expected in ((x, [-0.5, 0.5], [1, 0]), (-x, [0.5, -0.5], [0, 1])):
@@ -103,7 +103,7 @@ def test_the_toy_problem():
         assert updated_weights(weights, g, candidates, 1.0)[0].tolist() == expected
 
 
-def test_closed_form_of_a_linear_head():
+def test_meta_gradient_of_a_linear_layer_equals_its_closed_form():
     network, shape = networks()["linear"]
     forward, parameters, x, candidates, meta_x, target, _ = problem(network, shape)
     candidates = torch.ones_like(candidates)
@@ -113,12 +113,12 @@ def test_closed_form_of_a_linear_head():
     products = (p * moved).sum(1, keepdim=True) - moved
     g = candidate_meta_gradient(forward, parameters, x, candidates, meta_x, target, None, 0.5)
     torch.testing.assert_close(g, -0.5 / len(x) * products, rtol=0, atol=1e-14)
-    # by the probabilities of the network the mean over all classes is 0, so one gains and another loses
+    # weighted by the network's probabilities it sums to 0, so one class gains and another loses
     torch.testing.assert_close((p * g).sum(1), torch.zeros(len(x), dtype=torch.float64), rtol=0, atol=1e-15)
     assert bool(((g > 0).any(1) & (g < 0).any(1)).all())
 
 
-def test_a_step_against_it_lowers_the_meta_loss():
+def test_step_against_the_meta_gradient_lowers_the_meta_loss():
     network, shape = networks()["mlp"]
     forward, parameters, x, candidates, meta_x, target, _ = problem(network, shape)
     lr = 0.01
@@ -136,7 +136,7 @@ def test_a_step_against_it_lowers_the_meta_loss():
     assert drop.item() == pytest.approx(10 * float(g.square().sum()), rel=0.05)
 
 
-def test_rate_and_repetition():
+def test_weights_do_not_depend_on_the_rate_or_on_repeated_samples():
     network, shape = networks()["mlp"]
     forward, parameters, x, candidates, meta_x, target, _ = problem(network, shape)
     zero = torch.zeros_like(candidates)
@@ -153,12 +153,12 @@ def test_rate_and_repetition():
     torch.testing.assert_close(doubled, torch.cat([weights, weights]))
 
 
-def test_weights_that_are_made():
+def test_updated_weights_equal_worked_numbers():
     candidates = torch.tensor([[1, 1, 0], [0, 1, 0], [1, 1, 1], [1, 0, 1]], dtype=torch.uint8)
     weights = torch.tensor([[0.5, 0.5, 0.0], [0.0, 1.0, 0.0], [1 / 3] * 3, [0.5, 0.0, 0.5]])
     gradient = torch.tensor([[-0.5, 0.25, -9.0], [0.0, 7.0, 0.0], [5.0, 5.0, 5.0], [0.5, -3.0, 0.1]])
     found = updated_weights(weights, gradient, candidates, 1.0)
-    # the second has one candidate; of the third every candidate would lose all
+    # row 1 has one candidate; in row 2 every candidate would lose all its weight
     expected = torch.tensor([[0.8, 0.2, 0.0], [0.0, 1.0, 0.0], [1 / 3] * 3, [0.0, 0.0, 1.0]])
     torch.testing.assert_close(found, expected)
     assert bool((found[candidates == 0] == 0).all())
@@ -171,14 +171,14 @@ def test_weights_that_are_made():
     assert nothing.tolist() == [[0.0] * 3]
 
 
-def test_a_gradient_that_is_no_number_is_not_passed_over():
+def test_nan_gradients_give_nan_weights():
     weights, gradient = torch.full((2, 2), 0.5), torch.tensor([[torch.nan, 0.1], [0.0, 0.0]])
     for normalization in ("example", "batch"):
         found = updated_weights(weights, gradient, torch.ones(2, 2), 1.0, normalization)
         assert bool(found[0].isnan().any())
 
 
-def test_a_perfect_network_and_all_classes_as_candidates():
+def test_weights_of_a_perfect_network_with_all_candidates_are_finite():
     parameters = {"w": 400 * torch.eye(3)}
     x, candidates, target = torch.eye(3), torch.ones(3, 3), torch.arange(3)
     start = torch.full((3, 3), 1 / 3)
@@ -188,7 +188,7 @@ def test_a_perfect_network_and_all_classes_as_candidates():
     torch.testing.assert_close(weights.sum(1), torch.ones(3))
 
 
-def test_nothing_is_left_behind():
+def test_meta_gradient_leaves_no_gradient_on_the_network():
     network, shape = networks()["mlp"]
     forward, _, x, candidates, meta_x, target, weights = problem(network, shape)
     parameters = dict(network.named_parameters())
@@ -197,13 +197,13 @@ def test_nothing_is_left_behind():
     assert all(p.grad is None for p in network.parameters())
 
 
-def test_likely_weights():
+def test_likely_weights_are_normalized_probabilities_of_the_candidates():
     logits = torch.tensor([[0.0, 1.0, 2.0]])
     found = likely_weights(logits, torch.tensor([[1, 0, 1]]))
     torch.testing.assert_close(found, torch.tensor([[1.0, 0.0, torch.e**2]]) / (1 + torch.e**2))
 
 
-def test_what_is_refused():
+def test_wrong_arguments_raise():
     network, shape = networks()["linear"]
     forward, parameters, x, candidates, meta_x, target, weights = problem(network, shape)
     given = (forward, parameters, x, candidates, meta_x, target, weights, 0.1)
@@ -236,7 +236,7 @@ def test_what_is_refused():
         updated_weights(weights, weights, candidates, -1)
 
 
-class Foreign(torch.autograd.Function):
+class BackwardOnly(torch.autograd.Function):
     """Has a gradient, but no derivative in forward mode."""
 
     @staticmethod
@@ -248,19 +248,19 @@ class Foreign(torch.autograd.Function):
         return gradient * 2
 
 
-def test_a_layer_without_a_derivative_in_forward_mode():
+def test_layer_without_a_forward_mode_derivative_raises():
     network, shape = networks()["linear"]
     forward, *rest = problem(network, shape)
 
     def foreign(parameters, x):
-        return Foreign.apply(forward(parameters, x))
+        return BackwardOnly.apply(forward(parameters, x))
 
     with pytest.raises(RuntimeError, match=r"^forward has an operation without a derivative in forward mode .*'head'"):
         candidate_meta_gradient(foreign, *rest, 0.1)
 
 
-def half_of_it():
-    """What each of two processes makes of its half of the samples and of the meta set."""
+def meta_gradient_on_rank():
+    """The meta gradient of one of two processes, with its half of the samples and of the meta set."""
     rank = int(os.environ["LOCAL_RANK"])
     dist.init_process_group("gloo", rank=rank, world_size=2)
     network, shape = networks()["mlp"]
@@ -270,8 +270,8 @@ def half_of_it():
     return candidate_meta_gradient(forward, parameters, *given, 0.3).tolist()
 
 
-def test_two_processes_are_one():
+def test_two_processes_give_the_meta_gradient_of_one():
     network, shape = networks()["mlp"]
     whole = candidate_meta_gradient(*problem(network, shape, meta=4), 0.3)
-    first, second = on_two_ranks(half_of_it)
+    first, second = on_two_ranks(meta_gradient_on_rank)
     torch.testing.assert_close(torch.tensor([*first, *second], dtype=torch.float64), whole, rtol=0, atol=1e-12)

@@ -1,4 +1,4 @@
-"""MoGD as a task: the algorithm step by step, what its passes leave alone, its report, resume, processes."""
+"""MoGD as a task: the algorithm step by step, its extra passes, its report, resume, processes."""
 
 import csv
 import signal
@@ -19,7 +19,7 @@ from tests.weak_labels.runs import built, data_module, fitted, resumes_to_the_bi
 
 
 class Recording(MoGD):
-    """Keeps what each step sees and chooses."""
+    """Keeps each step's batch, network, stored and chosen weights, learning rate, loss and logits."""
 
     def on_fit_start(self):
         super().on_fit_start()
@@ -38,8 +38,8 @@ class Recording(MoGD):
         return super().step_loss(terms, logits, target)
 
 
-def expected(step, network, init, normalization, weight_step):
-    """The weights of a step by the two functions and the definition."""
+def expected_weights(step, network, init, normalization, weight_step):
+    """The weights of a step by ``candidate_meta_gradient`` and ``updated_weights``."""
     batch, before, rows, rate = step[:4]
     candidates = batch.labelled.extras["candidates"]
     start = torch.where(rows.sum(1, keepdim=True) > 0, rows, uniform_weights(candidates))
@@ -57,16 +57,16 @@ def expected(step, network, init, normalization, weight_step):
     ("init", "normalization"),
     [("confidence", "example"), ("zero", "example"), ("confidence", "batch"), ("zero", "batch")],
 )
-def test_steps_follow_the_algorithm(init, normalization):
+def test_weights_and_losses_of_the_steps_follow_the_algorithm(init, normalization):
     options = {"init": init, "normalization": normalization, "weight_step": 0.7, "meta_batch_size": 16}
     task, trainer = fitted(Recording, trainer=trainer_of(max_epochs=2, limit_train_batches=3), **options)
     assert len(task.steps) == 6
     for step in (task.steps[0], task.steps[-1]):
         weights, rows, loss, logits = step[4:]
-        whole = expected(step, task.network, init, normalization, 0.7)
+        whole = expected_weights(step, task.network, init, normalization, 0.7)
         scale = 1 if normalization == "example" else len(rows)
         torch.testing.assert_close(weights, whole * scale)
-        torch.testing.assert_close(rows, expected(step, task.network, init, "example", 0.7))
+        torch.testing.assert_close(rows, expected_weights(step, task.network, init, "example", 0.7))
         torch.testing.assert_close(loss, -(weights * logits.log_softmax(1)).sum() / len(logits))
     last = task.steps[-1]
     assert torch.equal(task.stored.rows[last[0].labelled.index], last[5])
@@ -81,7 +81,7 @@ def test_steps_follow_the_algorithm(init, normalization):
     assert 0 < trainer.callback_metrics["train/true_weight"] <= 1
 
 
-def test_the_head_alone_is_all_of_a_linear_network():
+def test_meta_layer_head_equals_all_for_a_linear_network():
     def run(layer):
         torch.manual_seed(0)
         return fitted(Recording, network=nn.Sequential(nn.Flatten(), nn.Linear(64, 10)), meta_layer=layer)[0]
@@ -91,7 +91,7 @@ def test_the_head_alone_is_all_of_a_linear_network():
         torch.testing.assert_close(a[4], b[4], rtol=1e-4, atol=1e-5)
 
 
-def test_the_head_alone_of_a_deep_network():
+def test_meta_layer_head_takes_the_meta_gradient_of_the_last_layer():
     task, _ = fitted(Recording, trainer=trainer_of(max_epochs=1, limit_train_batches=2), meta_layer="head")
     batch, before, rows, rate, weights, *_ = task.steps[1]
     (name, _), *others = [(n, m) for n, m in task.network.named_modules() if isinstance(m, nn.Linear)][::-1]
@@ -110,7 +110,7 @@ def test_the_head_alone_of_a_deep_network():
 
 
 class Normed(nn.Module):
-    """Has batch norm and dropout."""
+    """A network with batch norm and dropout."""
 
     def __init__(self):
         super().__init__()
@@ -122,7 +122,7 @@ class Normed(nn.Module):
 
 
 @pytest.mark.parametrize("layer", ["all", "head"])
-def test_its_passes_leave_nothing_behind(layer):
+def test_meta_passes_leave_network_and_random_state_unchanged(layer):
     class Looking(MoGD):
         def choose_weights(self, batch, feature):
             before = [torch.get_rng_state(), *map(torch.clone, self.network.state_dict().values())]
@@ -142,7 +142,7 @@ def test_its_passes_leave_nothing_behind(layer):
     assert all(p.grad is None or p.grad.isfinite().all() for p in task.parameters())
 
 
-def test_the_warm_up_has_equal_weights():
+def test_warmup_trains_with_equal_weights():
     task, _ = fitted(Recording, warmup_epochs=1)
     half = len(task.steps) // 2
     for step in task.steps[:half]:
@@ -153,20 +153,20 @@ def test_the_warm_up_has_equal_weights():
     )
 
 
-def test_the_second_evaluation_of_an_optimizer_has_the_same_weights():
+def test_second_pass_of_sam_uses_the_same_weights():
     def optimizer(parameters):
         return SAM(parameters, lambda p: torch.optim.SGD(p, lr=0.05), rho=0.05)
 
     trainer = trainer_of(max_epochs=1)
     task, _ = fitted(Recording, trainer=trainer, optimizer=optimizer)
     assert len(task.steps) == trainer.global_step > 1
-    assert all(len(step) == 10 for step in task.steps)  # two losses a choice
+    assert all(len(step) == 10 for step in task.steps)  # two losses for each choice of weights
     for step in task.steps:
         for loss, logits in (step[6:8], step[8:10]):
             torch.testing.assert_close(loss, -(step[4] * logits.log_softmax(1)).sum() / len(logits))
 
 
-def test_it_finds_true_labels():
+def test_training_gives_most_weight_to_the_true_labels():
     task, trainer = fitted(MoGD, data_module(q=0.5), trainer=trainer_of(max_epochs=6))
     data = trainer.datamodule
     weights = task.stored.rows[data.train_indices]
@@ -177,7 +177,7 @@ def test_it_finds_true_labels():
     assert bool((weights[data.train_candidates[data.train_indices] == 0] == 0).all())
 
 
-def test_disambiguated_file(tmp_path):
+def test_disambiguated_file_lists_samples_by_weight(tmp_path):
     trainer = trainer_of(callbacks=run_callbacks(RunFolder(tmp_path)), enable_checkpointing=True)
     task, _ = fitted(MoGD, trainer=trainer)
     data = trainer.datamodule
@@ -201,7 +201,7 @@ class Overlapping(DigitsDataModule):
         self.meta_indices = self.train_indices[:3]
 
 
-def test_what_is_refused():
+def test_wrong_arguments_and_data_raise():
     with pytest.raises(ValueError, match=r"^init must be 'confidence' or 'zero', got 'one'"):
         built(MoGD, init="one")
     with pytest.raises(ValueError, match=r"^meta_layer must be 'all' or 'head', got 'last'"):
@@ -222,7 +222,7 @@ def test_resumes_to_the_bit(tmp_path, init):
     assert resumes_to_the_bit(MoGD, tmp_path, init=init)
 
 
-def learnt(devices):
+def weights_of_a_run(devices):
     task = built(MoGD, meta_batch_size=20 // devices)
     options = {"strategy": "ddp", "devices": devices} if devices > 1 else {}
     trainer = trainer_of(max_epochs=1, **options)
@@ -230,23 +230,23 @@ def learnt(devices):
     return task.stored.rows.tolist(), [p.tolist() for p in task.parameters()]
 
 
-def test_two_processes_learn_what_one_does():
-    first, second = on_two_ranks(learnt, 2)
-    alone = learnt(1)
+def test_two_processes_learn_as_one():
+    first, second = on_two_ranks(weights_of_a_run, 2)
+    alone = weights_of_a_run(1)
     torch.testing.assert_close(torch.tensor(first[0]), torch.tensor(second[0]), rtol=0, atol=0)
     torch.testing.assert_close(torch.tensor(first[0]), torch.tensor(alone[0]), rtol=1e-3, atol=1e-4)
     for one, other in zip(first[1], alone[1], strict=True):
         torch.testing.assert_close(torch.tensor(one), torch.tensor(other), rtol=1e-3, atol=1e-5)
 
 
-def test_sigkill(tmp_path):
+def test_run_killed_and_resumed_equals_an_undisturbed_one(tmp_path):
     arguments = (
         "--config weak_labels/mogd_digits --data.train_per_class 12 --data.meta_per_class 2 --data.batch_size 25"
         " --data.val_fraction 0 --trainer.max_epochs 3"
     )
     whole = fit_dropping(tmp_path, "whole", arguments)
     assert whole.returncode == 0, whole.stderr
-    # 4 steps an epoch, each with 4 passes: 3 aside
+    # 4 steps an epoch, each with 4 forward passes, of which 3 choose the weights
     killed = fit_dropping(tmp_path, "broken", arguments, kill_at=38)
     assert killed.returncode == -signal.SIGKILL
     reached = torch.load(tmp_path / "broken/checkpoints/last.ckpt", weights_only=True)

@@ -1,4 +1,4 @@
-"""Self-Crowd as a task: rounds, what is added and what never changes, the control, resume, a kill, two processes."""
+"""Self-Crowd as a task: rounds, added annotations, the control by confidence, resume, a kill, two processes."""
 
 import csv
 import signal
@@ -28,23 +28,23 @@ ROUNDS = {"start_epochs": 1, "rounds": 2, "round_epochs": 1, "budget": 0.2}
 FAST = {**ROUNDS, "network": "mlp_32", "optimizer": partial(torch.optim.Adam, lr=0.02), "start_epochs": 8}
 
 
-def test_cells_of_a_batch():
+def test_pseudo_cells_fill_only_missing_annotations_of_a_batch():
     rows = torch.tensor([[5, 1, 2], [2, 0, 1], [5, 0, 3], [7, 2, 0]])
     cells = PseudoCells(rows, 9)
     given = torch.tensor([[-1, -1, 4], [3, -1, -1], [-1, -1, -1], [-1, -1, 4]])
     filled, added = cells.fill(given, torch.tensor([5, 2, 0, 7]))
-    # what somebody gave stays, for sample 2 and for sample 7
+    # the given annotations of samples 2 and 7 stay
     assert filled.tolist() == [[3, 2, 4], [3, -1, -1], [-1, -1, -1], [-1, -1, 4]]
     assert added.tolist() == [[True, True, False], [False] * 3, [False] * 3, [False] * 3]
 
 
-def test_when_rounds_begin():
+def test_rounds_begin_after_the_set_epochs():
     task = built(SelfCrowd, start_epochs=4, rounds=3, round_epochs=2)
     assert [task.round_before(epoch) for epoch in range(13)] == [0, 0, 0, 0, 1, 0, 2, 0, 3, 0, 0, 0, 0]
     assert [built(SelfCrowd, rounds=0).round_before(epoch) for epoch in range(40)] == [0] * 40
 
 
-def test_rounds(capsys):
+def test_rounds_add_the_selected_annotations_and_log_their_balance(capsys):
     seen = []
 
     class Looking(SelfCrowd):
@@ -76,7 +76,7 @@ def test_rounds(capsys):
     items = task.pseudo[:, 0].unique().numpy()
     assert joined[9] == len(set(items) & set(data.unlabelled_indices)) > 0
     assert bool((data.train_annotations[task.pseudo[:, 0], task.pseudo[:, 1]] == -1).all())
-    assert 3 not in task.pseudo[:, 1]  # of whom nothing is known
+    assert 3 not in task.pseudo[:, 1]  # the annotator without annotations
     assert set(items) <= set(task.used())
     found = trainer.callback_metrics
     assert float(found["train/pseudo_annotations"]) == len(task.pseudo)
@@ -87,7 +87,7 @@ def test_rounds(capsys):
     assert "is enough for" not in capsys.readouterr().err
 
 
-def test_balance_becomes_better_than_with_the_control():
+def test_balanced_selection_is_more_balanced_than_the_confident_control():
     ratios = {}
     for selection in ("balanced", "confident"):
         data = crowd_data(SimulatedCrowd(4, (0.6, 0.9), 2, imbalance=6.0), train_per_class=40, batch_size=8)
@@ -97,14 +97,14 @@ def test_balance_becomes_better_than_with_the_control():
         ratios[selection] = annotation_balance(task.counts())
         if selection == "confident":
             step = int(0.2 * int(before.sum()))
-            assert len(task.pseudo) == 2 * step  # no class quota that could stay open
+            assert len(task.pseudo) == 2 * step  # without class quotas, all are filled
             assert bool((task._class_weight == 1).all())
         else:
             assert ratios[selection].distance < annotation_balance(before).distance
     assert ratios["balanced"].distance < ratios["confident"].distance
 
 
-def test_without_refresh_earlier_ones_stay():
+def test_without_refresh_earlier_pseudo_annotations_stay():
     kept = []
 
     class Looking(SelfCrowd):
@@ -119,13 +119,13 @@ def test_without_refresh_earlier_ones_stay():
     assert len({(i, r) for i, r, _ in both.tolist()}) == len(both)
 
 
-def test_weights_of_annotations():
+def test_pseudo_annotations_are_weighted_by_pseudo_weight_and_class():
     task, data, _ = fitted(SelfCrowd, trainer=trainer_of(max_epochs=2), pseudo_weight=0.5, **ROUNDS)
     batch = next(iter(data.loader("train", torch.from_numpy(task.used()))))
     annotations = task.annotations_of(batch)
     assert bool(task._added.any())
     weight = annotation_weights(task.counts(), 0.5)
-    # those of the round that has just been trained
+    # the cells of the round that has just been trained
     cells = task._cells
     filled, added = cells.fill(batch.extras["annotations"], batch.index)
     assert torch.equal(annotations, filled)
@@ -135,7 +135,7 @@ def test_weights_of_annotations():
     assert weight.shape == task._class_weight.shape
 
 
-def test_nothing_to_add_is_the_crowd_layer():
+def test_without_pseudo_annotations_it_trains_like_the_crowd_layer():
     dense = {"crowd": SimulatedCrowd(3, 0.9, 3)}
     one, _, _ = fitted(SelfCrowd, crowd_data(**dense), trainer_of(max_epochs=3), resample=0.0, **ROUNDS)
     other, _, _ = fitted(CrowdLayer, crowd_data(**dense), trainer_of(max_epochs=3))
@@ -144,7 +144,7 @@ def test_nothing_to_add_is_the_crowd_layer():
         assert torch.allclose(a, b, atol=1e-6)
 
 
-def test_restart():
+def test_restart_begins_rounds_with_the_first_weights_and_a_fresh_optimizer():
     first = {}
 
     class Looking(SelfCrowd):
@@ -158,18 +158,18 @@ def test_restart():
         assert all(torch.equal(first[0][name], value) for name, value in first[epoch].items())
 
 
-def test_a_training_that_is_too_short_is_told(capsys):
+def test_training_too_short_for_all_rounds_prints_a_warning(capsys):
     fitted(SelfCrowd, trainer=trainer_of(max_epochs=2), **{**ROUNDS, "rounds": 5})
     assert "max_epochs=2 is enough for 1 of 5 rounds of 1 epochs only" in capsys.readouterr().err
 
 
-def test_in_double_precision():
+def test_fit_in_double_precision():
     task, _, _ = fitted(SelfCrowd, trainer=trainer_of(max_epochs=2, precision="64-true"), **ROUNDS)
     assert task.annotators.kernel.dtype == torch.float64
     assert len(task.pseudo) > 0
 
 
-def test_epochs_that_become_longer_have_no_schedule_by_the_step():
+def test_schedule_by_step_raises_if_rounds_make_epochs_longer():
     options = {"lr_scheduler": CosineAnnealing, "lr_interval": "step", **ROUNDS}
     with pytest.raises(ValueError, match=r"does not say how many steps SelfCrowd trains: give lr_interval epoch"):
         fitted(SelfCrowd, **options)
@@ -178,7 +178,7 @@ def test_epochs_that_become_longer_have_no_schedule_by_the_step():
     fitted(SelfCrowd, **{**options, "lr_interval": "epoch"})
 
 
-def test_file(tmp_path):
+def test_pseudo_annotations_file_lists_the_selected_cells(tmp_path):
     run = trainer_of(max_epochs=3, callbacks=run_callbacks(RunFolder(tmp_path), "val/acc"), enable_checkpointing=True)
     task, _, _ = fitted(SelfCrowd, trainer=run, **ROUNDS)
     with (tmp_path / "pseudo_annotations.csv").open() as file:
@@ -202,7 +202,7 @@ def test_file(tmp_path):
         ({"pseudo_weight": -1.0}, "pseudo_weight must be at least 0, got -1.0"),
     ],
 )
-def test_bad_arguments(options, message):
+def test_wrong_arguments_raise(options, message):
     with pytest.raises(ValueError, match=message):
         built(SelfCrowd, **options)
 
@@ -213,7 +213,7 @@ def test_resumes_to_the_bit(tmp_path, options):
     assert len(torch.load(tmp_path / "two.ckpt", weights_only=True)["pseudo_annotations"]) > 0
 
 
-def test_sigkill_in_a_round(tmp_path):
+def test_run_killed_in_a_round_and_resumed_equals_an_undisturbed_one(tmp_path):
     arguments = (
         "--config weak_labels/selfcrowd_digits --model.start_epochs 1 --model.rounds 3 --model.round_epochs 1"
         " --data.train_per_class 30 --data.batch_size 50 --trainer.max_epochs 4"
@@ -237,17 +237,17 @@ def test_sigkill_in_a_round(tmp_path):
     assert (tmp_path / "whole/noise.npz").read_bytes() == (tmp_path / "broken/noise.npz").read_bytes()
 
 
-def selected_by(devices):
+def pseudo_annotations_of_a_run(devices):
     options = {"strategy": "ddp", "devices": devices} if devices > 1 else {}
     data = even_data(batch_size=32 // devices)
     task, _, _ = fitted(SelfCrowd, data, trainer_of(max_epochs=3, **options), **ROUNDS)
     return task.pseudo.tolist(), [value.double().tolist() for value in task.state_dict().values()]
 
 
-def test_two_processes_are_like_one():
-    first, second = on_two_ranks(selected_by, 2)
+def test_two_processes_train_as_one():
+    first, second = on_two_ranks(pseudo_annotations_of_a_run, 2)
     assert first == second
-    rows, weights = selected_by(1)
+    rows, weights = pseudo_annotations_of_a_run(1)
     assert first[0] == rows
     for a, b in zip(first[1], weights, strict=True):
         assert torch.allclose(torch.tensor(a), torch.tensor(b), atol=1e-4)
