@@ -1,4 +1,4 @@
-"""RDD and its baselines as tasks: terms, stages, what is asked of the networks, resume, two processes."""
+"""RDD and its baselines as tasks: loss terms, the two stages, requirements on the networks, resume, two processes."""
 
 from functools import partial
 
@@ -18,14 +18,14 @@ from tests.two_processes import on_two_ranks
 
 
 class FakeTrainer:
-    """Says which step it is, of how many."""
+    """Only the step counters that RDD reads from a Trainer; ``step`` counts from 1."""
 
     def __init__(self, step, total=40_000):
         self.global_step, self.max_steps, self.max_epochs = step - 1, total, -1
 
 
-def terms_of(one, step=1, total=40_000):
-    """The loss terms of a batch in a step, counted from 1; and what both networks say of it."""
+def terms_at_step(one, step=1, total=40_000):
+    """The loss terms of one batch at ``step`` (from 1), the outputs of student and teacher, and the target."""
     found = {}
     one.step_loss = lambda terms, logits, target: found.update(terms)
     one.accumulate = lambda *args: None
@@ -39,22 +39,22 @@ def task(**options):
     return task_of(RDD, **options)
 
 
-def test_the_first_stage():
-    found, student, teacher, target = terms_of(task(ce_weight=2.0, kd_weight=3.0, temperature=2.0))
+def test_first_stage_uses_the_easy_first_loss_and_pixel_kd():
+    found, student, teacher, target = terms_at_step(task(ce_weight=2.0, kd_weight=3.0, temperature=2.0))
     weight = relative_difficulty(*teacher, SHAPE[1:])
     torch.testing.assert_close(found["task"], 2 * easy_first_loss(*student, target, weight))
     torch.testing.assert_close(found["kd"], 3 * pixel_kd_loss(student[0], teacher[0], 2.0))
-    found, *_ = terms_of(task(mean_over="valid", auxiliary_weight=0.0))
+    found, *_ = terms_at_step(task(mean_over="valid", auxiliary_weight=0.0))
     expected = easy_first_loss(*student, target, weight, auxiliary_weight=0.0, mean_over="valid")
     torch.testing.assert_close(found["task"], expected)
 
 
-def test_the_second_stage():
+def test_second_stage_uses_the_disputed_loss():
     options = {"rule": "or", "threshold": 0.4, "min_kept": 40, "class_weight": [1.0, 2.0, 3.0, 0.5]}
-    found, student, teacher, target = terms_of(task(**options), step=4000)
+    found, student, teacher, target = terms_at_step(task(**options), step=4000)
     torch.testing.assert_close(found["task"], disputed_loss(*student, *teacher, target, *options.values()))
     assert found["task"] > 0
-    default, *_ = terms_of(task(), step=4000)
+    default, *_ = terms_at_step(task(), step=4000)
     torch.testing.assert_close(default["task"], disputed_loss(*student, *teacher, target, min_kept=0.05))
 
 
@@ -62,25 +62,25 @@ def test_the_second_stage():
     ("options", "last"),
     [({}, 3999), ({"warmup": 4000}, 3999), ({"warmup": 0.2}, 7999), ({"warmup": 1.0}, 39_999), ({"warmup": 2}, 1)],
 )
-def test_the_first_stage_ends_one_step_before_the_warmup(options, last):
+def test_first_stage_ends_one_step_before_warmup(options, last):
     one = task(**options)
     one._trainer = FakeTrainer(1)
     assert [one.easy_share(step) for step in (1, last, last + 1, 40_000)] == [1.0, 1.0, 0.0, 0.0]
 
 
 @pytest.mark.parametrize("warmup", [0, 1, 0.0])
-def test_no_warmup(warmup):
+def test_warmup_of_0_or_1_skips_the_first_stage(warmup):
     one = task(warmup=warmup)
     one._trainer = FakeTrainer(1)
     assert one.easy_share(1) == 0
 
 
-def test_the_soft_handover_is_a_line():
+def test_soft_handover_lowers_the_share_of_the_first_stage_linearly():
     one = task(warmup=4000, handover="soft")
     one._trainer = FakeTrainer(1)
     assert one.easy_share(10_000) == pytest.approx(0.833333, abs=5e-7)
     assert [one.easy_share(step) for step in (3999, 4000, 40_000)] == [1.0, 1.0, 0.0]
-    found, student, teacher, target = terms_of(one, step=13_000)
+    found, student, teacher, target = terms_at_step(one, step=13_000)
     easy = easy_first_loss(*student, target, relative_difficulty(*teacher, SHAPE[1:]))
     disputed = disputed_loss(*student, *teacher, target, min_kept=0.05)
     torch.testing.assert_close(found["task"], 0.75 * easy + 0.25 * disputed)
@@ -89,32 +89,34 @@ def test_the_soft_handover_is_a_line():
     assert whole.easy_share(40_000) == 0
 
 
-def test_one_stage_alone():
+def test_stage_option_keeps_one_stage_in_all_steps():
     assert [task(stage="easy").easy_share(step) for step in (1, 39_000)] == [1, 1]
     assert [task(stage="disputed").easy_share(step) for step in (1, 39_000)] == [0, 0]
 
 
-def test_a_student_without_an_auxiliary_head():
+def test_student_without_auxiliary_head_trains_on_the_main_head():
     student = TwoHeads(auxiliary=False)
-    found, main, teacher, target = terms_of(task(student=student))
+    found, main, teacher, target = terms_at_step(task(student=student))
     weight = relative_difficulty(*teacher, SHAPE[1:])
     torch.testing.assert_close(found["task"], easy_first_loss(main, None, target, weight))
-    found, main, teacher, target = terms_of(task(student=student), step=4000)
+    found, main, teacher, target = terms_at_step(task(student=student), step=4000)
     torch.testing.assert_close(found["task"], disputed_loss(main, None, teacher[0], None, target, min_kept=0.05))
 
 
-class WithFeature(TwoHeads):
+class FeatureAsSecondOutput(TwoHeads):
     def forward(self, image):
         return self.main(self.stem(image)), self.stem(image)
 
 
-@pytest.mark.parametrize("teacher", [TwoHeads(auxiliary=False), WithFeature(), "torchvision/lraspp_mobilenet_v3_large"])
-def test_a_teacher_without_an_auxiliary_head_is_refused_at_once(teacher):
+@pytest.mark.parametrize(
+    "teacher", [TwoHeads(auxiliary=False), FeatureAsSecondOutput(), "torchvision/lraspp_mobilenet_v3_large"]
+)
+def test_teacher_without_auxiliary_head_raises_unless_stage_is_disputed(teacher):
     weights = {"teacher_weights": "random"} if isinstance(teacher, str) else {}
     with pytest.raises(ValueError, match=r"^the teacher must have an auxiliary head beside the main one, got"):
         task(teacher=teacher, **weights)
     one = task(teacher=teacher, stage="disputed", **weights)
-    assert terms_of(one)[0]["task"].isfinite()
+    assert terms_at_step(one)[0]["task"].isfinite()
 
 
 @pytest.mark.parametrize(
@@ -129,13 +131,13 @@ def test_a_teacher_without_an_auxiliary_head_is_refused_at_once(teacher):
         ({"loss": "at"}, "loss must be 'kd', 'cwd' or 'none', got 'at'"),
     ],
 )
-def test_bad_arguments(options, message):
+def test_invalid_arguments_raise(options, message):
     with pytest.raises(ValueError, match=f"^{message}"):
         task(**options)
 
 
-def test_networks_of_other_sizes_and_of_torchvision():
-    """torchvision enlarges the logits itself; what is compared is what its heads give, a sixteenth of the size."""
+def test_kd_compares_logits_at_the_head_size_of_a_torchvision_student():
+    """torchvision enlarges its logits itself; the loss compares the outputs of its heads, a sixteenth of the size."""
     L.seed_everything(0, verbose=False)
     student = build_network("torchvision/deeplabv3_mobilenet_v3_large", CLASSES)
     one = task(student=student, teacher=TwoHeads())
@@ -160,8 +162,8 @@ def test_networks_of_other_sizes_and_of_torchvision():
 
 
 @pytest.mark.parametrize("kind", ["kd", "cwd", "none"])
-def test_the_baselines(kind):
-    found, student, teacher, target = terms_of(task_of(SegmentationDistillation, loss=kind))
+def test_baseline_loss_is_cross_entropy_plus_the_chosen_distillation(kind):
+    found, student, teacher, target = terms_at_step(task_of(SegmentationDistillation, loss=kind))
     large = [F.interpolate(z, SHAPE[1:], mode="bilinear", align_corners=True) for z in student]
     ce = [F.cross_entropy(z, target, ignore_index=-1) for z in large]
     torch.testing.assert_close(found.pop("task"), ce[0] + 0.4 * ce[1])
@@ -173,7 +175,7 @@ def test_the_baselines(kind):
     torch.testing.assert_close(found[kind], expected[kind])
 
 
-def test_a_student_alone_needs_no_teacher_and_a_method_that_asks_one_does():
+def test_loss_none_loads_no_teacher_except_for_rdd():
     alone = SegmentationDistillation(
         "fcn_tiny", "fcn_tiny", CLASSES, input_shape=SHAPE, teacher_weights="nowhere.pt", loss="none"
     )
@@ -192,7 +194,7 @@ def poly_sgd():
     }
 
 
-class Rates(L.Callback):
+class RateRecorder(L.Callback):
     def __init__(self):
         self.rates = []
 
@@ -200,8 +202,8 @@ class Rates(L.Callback):
         self.rates.append(trainer.optimizers[0].param_groups[0]["lr"])
 
 
-def test_the_rate_falls_with_the_steps():
-    seen = Rates()
+def test_learning_rate_decays_polynomially_with_each_step():
+    seen = RateRecorder()
     trainer_of(callbacks=[seen]).fit(task(**poly_sgd()), datamodule=Pixels())
     assert seen.rates[0] == 0.02
     assert seen.rates == pytest.approx([0.02 * (1 - t / 10) ** 0.9 for t in range(10)])  # 36 images in batches of 8
@@ -215,21 +217,23 @@ def fitted(data=None, ckpt_path=None, method=RDD, student=None, teacher=None, op
 
 
 @pytest.mark.parametrize("handover", ["hard", "soft"])
-def test_resumes_to_the_bit_in_its_stage(tmp_path, handover):
+def test_resumes_to_the_bit_after_the_first_stage(tmp_path, handover):
     options = {"warmup": 8, "handover": handover, "min_kept": 0.2}  # the second epoch of five steps is in both stages
     networks = {"student": build_network("fcn_tiny", CLASSES), "teacher": TwoHeads()}
     start = {name: {k: v.clone() for k, v in net.state_dict().items()} for name, net in networks.items()}
 
-    def again():
+    def networks_at_start():
         for name, net in networks.items():
             net.load_state_dict(start[name])
         return networks
 
-    whole, _ = fitted(**again(), options=options, max_epochs=3)
+    whole, _ = fitted(**networks_at_start(), options=options, max_epochs=3)
     ended = {k: v.clone() for k, v in whole.state_dict().items()}
-    _, trainer = fitted(**again(), options=options, max_epochs=3, limit_train_batches=5, callbacks=[StopAfter(2)])
+    _, trainer = fitted(
+        **networks_at_start(), options=options, max_epochs=3, limit_train_batches=5, callbacks=[StopAfter(2)]
+    )
     trainer.save_checkpoint(tmp_path / "two.ckpt")
-    resumed, trainer = fitted(**again(), options=options, ckpt_path=tmp_path / "two.ckpt", max_epochs=3)
+    resumed, trainer = fitted(**networks_at_start(), options=options, ckpt_path=tmp_path / "two.ckpt", max_epochs=3)
     assert trainer.global_step == 15
     assert all(torch.equal(value, ended[key]) for key, value in resumed.state_dict().items())
 
@@ -242,7 +246,7 @@ class StopAfter(L.Callback):
         trainer.should_stop = trainer.current_epoch + 1 >= self.epochs
 
 
-def test_the_stages_show_in_what_a_fit_logs():
+def test_fit_logs_loss_terms_and_the_mean_weight_of_the_first_stage():
     _, trainer = fitted(options={"warmup": 5}, max_epochs=1)
     assert {"train/loss", "train/loss_task", "train/loss_kd", "train/easy_weight", "val/miou"} <= {
         *trainer.callback_metrics
@@ -252,7 +256,7 @@ def test_the_stages_show_in_what_a_fit_logs():
     assert "train/easy_weight" not in trainer.callback_metrics
 
 
-def test_steps_are_those_of_the_optimizer():
+def test_stages_count_optimizer_steps():
     shares = []
 
     class Counting(RDD):
@@ -264,12 +268,12 @@ def test_steps_are_those_of_the_optimizer():
     assert shares == [1, 1, 2, 2, 3]
 
 
-def test_a_warmup_beyond_the_training_is_told():
+def test_warmup_longer_than_the_training_warns():
     with pytest.warns(UserWarning, match="^warmup=99 is more than the 10 steps of the training"):
         fitted(options={"warmup": 99})
 
 
-def test_the_teacher_stays():
+def test_teacher_stays_fixed_and_only_the_student_is_exported():
     one = task(**poly_sgd())
     frozen = {k: v.clone() for k, v in one.teacher.network.state_dict().items()}
     trainer_of().fit(one, datamodule=Pixels())
@@ -277,7 +281,7 @@ def test_the_teacher_stays():
     assert one.exports() == {"student": one.student}
 
 
-def test_the_maps_of_pictures():
+def test_pixel_maps_show_difficulty_weight_and_disputed_pixels():
     one, (image, target) = task(min_kept=0.2), plain_batch()
     maps = one.pixel_maps(image, target)
     assert [*maps] == ["difficulty weight", "disputed pixels"]
@@ -286,7 +290,7 @@ def test_the_maps_of_pictures():
     assert not maps["disputed pixels"][target < 0].any()
 
 
-def test_a_teacher_with_two_maps_of_logits_is_trained_on_both():
+def test_semantic_segmentation_trains_the_auxiliary_head_too():
     found = {}
     one = SemanticSegmentation(TwoHeads(), CLASSES, input_shape=SHAPE, auxiliary_weight=0.5)
     one.step_loss = lambda terms, logits, target: found.update(terms)
@@ -297,8 +301,8 @@ def test_a_teacher_with_two_maps_of_logits_is_trained_on_both():
     assert older.auxiliary_weight == 0.1
 
 
-def _weights_of_a_rank(warmup):
-    """The student after one joint batch of 16, shared by two processes, in float64."""
+def _student_weights_of_a_rank(warmup):
+    """The student's weights after 3 steps with joint batches of 16, shared by two processes, in float64."""
     one = task_of(RDD, warmup=warmup, min_kept=0, stage="both", **poly_sgd()).double()
     data = Pixels(batch_size=8, val_fraction=0.0)
     trainer_of(
@@ -309,9 +313,9 @@ def _weights_of_a_rank(warmup):
 
 
 @pytest.mark.filterwarnings("ignore:warmup=99 is more")
-def test_two_processes_are_like_one():
-    """In the first stage, whose loss is a mean over all pixels; the second one's masks are of each process's own."""
-    both = on_two_ranks(_weights_of_a_rank, 99)
+def test_two_processes_equal_one_in_the_first_stage():
+    """The first stage's loss is a mean over all pixels; the second selects pixels within each process's own batch."""
+    both = on_two_ranks(_student_weights_of_a_rank, 99)
     assert both[0] == both[1]
     one = task_of(RDD, warmup=99, min_kept=0, **poly_sgd()).double()
     trainer_of(max_steps=3, max_epochs=1, limit_val_batches=0, precision="64-true").fit(
@@ -321,12 +325,12 @@ def test_two_processes_are_like_one():
         torch.testing.assert_close(value, torch.tensor(other, dtype=torch.float64), rtol=1e-9, atol=1e-12)
 
 
-def test_two_processes_stay_alike_in_the_second_stage():
-    first, second = on_two_ranks(_weights_of_a_rank, 2)
+def test_two_processes_keep_equal_weights_in_the_second_stage():
+    first, second = on_two_ranks(_student_weights_of_a_rank, 2)
     assert first == second
 
 
-def _heads_of_a_rank(method):
+def _steps_without_auxiliary_head_of_a_rank(method):
     one = (
         task_of(method, auxiliary_weight=0.0)
         if method is RDD
@@ -338,5 +342,5 @@ def _heads_of_a_rank(method):
 
 
 @pytest.mark.parametrize("method", [RDD, SemanticSegmentation])
-def test_two_processes_leave_the_auxiliary_head_out(method):
-    assert on_two_ranks(_heads_of_a_rank, method) == [3, 3]
+def test_two_processes_train_with_auxiliary_weight_0(method):
+    assert on_two_ranks(_steps_without_auxiliary_head_of_a_rank, method) == [3, 3]

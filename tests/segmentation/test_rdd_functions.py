@@ -1,4 +1,4 @@
-"""The losses of RDD and of the baselines beside it, by numbers worked out by hand and by what must hold."""
+"""The losses of RDD and of its baselines: numbers worked out by hand, and properties that must hold."""
 
 import math
 
@@ -28,12 +28,12 @@ def labels(classes=4, shape=(2, 6, 8), seed=1):
     return target
 
 
-def maps(probabilities):
-    """Logits ``[1, C, 1, N]`` with the given probabilities, a list for each place."""
+def logits_of(probabilities):
+    """Logits ``[1, C, 1, N]`` with the given probabilities, a list for each pixel."""
     return torch.tensor(probabilities, dtype=torch.float64).log().T[None, :, None]
 
 
-def certain(probability, target, classes=3):
+def logits_with_true_probability(probability, target, classes=3):
     """Logits whose true class has the probability given for each pixel ``[B, H, W]``."""
     rest = (1 - probability) / (classes - 1)
     truth = F.one_hot(target.clamp(min=0), classes).movedim(-1, 1).bool()
@@ -43,8 +43,8 @@ def certain(probability, target, classes=3):
 # -- the first stage -------------------------------------------------------------------------------------------------
 
 
-def test_the_difficulty_of_one_place():
-    main, auxiliary = maps([[0.7, 0.2, 0.1]]), maps([[0.5, 0.3, 0.2]])
+def test_difficulty_weight_of_one_pixel_equals_worked_numbers():
+    main, auxiliary = logits_of([[0.7, 0.2, 0.1]]), logits_of([[0.5, 0.3, 0.2]])
     weight = relative_difficulty(main, auxiliary, (1, 1))
     assert weight.shape == (1, 1, 1)
     assert -weight.log().item() == pytest.approx(0.092033, abs=5e-7)
@@ -52,14 +52,14 @@ def test_the_difficulty_of_one_place():
     assert -relative_difficulty(auxiliary, main, (1, 1)).log().item() == pytest.approx(0.085123, abs=5e-7)
 
 
-def test_the_weight_is_enlarged_with_aligned_corners():
-    main, auxiliary = maps([[0.7, 0.2, 0.1], [0.5, 0.3, 0.2]]), maps([[0.5, 0.3, 0.2]] * 2)
+def test_difficulty_weight_is_enlarged_with_aligned_corners():
+    main, auxiliary = logits_of([[0.7, 0.2, 0.1], [0.5, 0.3, 0.2]]), logits_of([[0.5, 0.3, 0.2]] * 2)
     weight = relative_difficulty(main, auxiliary, (2, 5))
     expected = torch.linspace(0.912075, 1.0, 5, dtype=torch.float64)
     torch.testing.assert_close(weight, expected.expand(1, 2, 5), atol=1e-6, rtol=0)
 
 
-def test_the_weight_stays_in_its_range_and_ignores_constants():
+def test_difficulty_weight_is_in_0_to_1_and_ignores_shifts_of_logits():
     main, auxiliary = noise(2, 4, 3, 4), noise(2, 4, 3, 4, seed=1)
     weight = relative_difficulty(main, auxiliary, (6, 8))
     assert weight.shape == (2, 6, 8)
@@ -74,7 +74,7 @@ def test_the_weight_stays_in_its_range_and_ignores_constants():
     torch.testing.assert_close(half, weight, atol=5e-3, rtol=0)
 
 
-def test_the_easy_loss_counts_ignored_pixels_in_its_mean():
+def test_easy_first_loss_counts_ignored_pixels_unless_mean_over_valid():
     student, auxiliary, target = noise(2, 4, 6, 8), noise(2, 4, 6, 8, seed=3), labels()
     each = [F.cross_entropy(z, target, ignore_index=-1, reduction="none") for z in (student, auxiliary)]
     ones = torch.ones(2, 6, 8)
@@ -87,7 +87,7 @@ def test_the_easy_loss_counts_ignored_pixels_in_its_mean():
         easy_first_loss(student, None, target, ones, mean_over="some")
 
 
-def test_the_gradient_of_the_easy_loss_is_that_of_the_cross_entropy_with_its_weight():
+def test_easy_first_loss_has_the_gradient_of_weighted_cross_entropy():
     student, target = noise(2, 4, 6, 8, dtype=torch.float64).requires_grad_(), labels()
     weight = torch.rand(2, 6, 8, dtype=torch.float64).requires_grad_()
     easy_first_loss(student, None, target, weight).backward()
@@ -97,7 +97,7 @@ def test_the_gradient_of_the_easy_loss_is_that_of_the_cross_entropy_with_its_wei
     assert weight.grad is None
 
 
-def test_logits_are_enlarged_with_aligned_corners():
+def test_losses_enlarge_logits_with_aligned_corners():
     student, target = noise(2, 4, 3, 4), labels()
     large = F.interpolate(student, (6, 8), mode="bilinear", align_corners=True)
     weight = torch.rand(2, 6, 8)
@@ -129,35 +129,35 @@ PROBABILITY = torch.tensor([[[0.1, 0.95, 0.6, 0.8, 0.75, 0.99]]], dtype=torch.fl
         (100_000, [1, 1, 1, 1, 1, 1]),
         (0.0, [1, 0, 1, 0, 0, 0]),
         (0.5, [1, 0, 1, 0, 1, 0]),
-        (0.6, [1, 0, 1, 0, 1, 0]),  # of 3.6 pixels 3
+        (0.6, [1, 0, 1, 0, 1, 0]),  # 3.6 pixels, rounded down to 3
         (1.0, [1, 1, 1, 1, 1, 1]),
     ],
 )
-def test_the_threshold_rises_until_enough_are_hard(min_kept, expected):
-    found = hard_pixels(certain(PROBABILITY, TARGET), TARGET, 0.7, min_kept)
+def test_threshold_rises_until_min_kept_pixels_are_hard(min_kept, expected):
+    found = hard_pixels(logits_with_true_probability(PROBABILITY, TARGET), TARGET, 0.7, min_kept)
     assert found.dtype == torch.bool
     assert found.tolist() == [[list(map(bool, expected))]]
 
 
-def test_the_threshold_is_of_the_whole_batch_and_ties_are_kept():
+def test_threshold_is_for_the_whole_batch_and_ties_are_kept():
     target = torch.zeros(2, 1, 3, dtype=torch.int64)
     probability = torch.tensor([[[0.9, 0.9, 0.95]], [[0.8, 0.9, 0.97]]], dtype=torch.float64)
-    found = hard_pixels(certain(probability, target), target, 0.7, 2)
+    found = hard_pixels(logits_with_true_probability(probability, target), target, 0.7, 2)
     assert found.tolist() == [[[True, True, False]], [[True, True, False]]]
 
 
-def test_ignored_pixels_are_never_hard_and_take_part_with_probability_1():
+def test_ignored_pixels_are_never_hard_and_are_ranked_with_probability_1():
     target = TARGET.clone()
     target[..., :2] = -1
-    logits = certain(PROBABILITY, TARGET)
+    logits = logits_with_true_probability(PROBABILITY, TARGET)
     assert hard_pixels(logits, target, 0.7, 1).tolist() == [[[False, False, True, False, False, False]]]
-    for enough in (4, 5, 6, 1.0):  # the fifth smallest is that of an ignored one
+    for enough in (4, 5, 6, 1.0):  # the fifth smallest probability is that of an ignored pixel
         assert hard_pixels(logits, target, 0.7, enough).tolist() == [[[False, False, True, True, True, True]]]
     assert not hard_pixels(logits, torch.full_like(target, -1)).any()
     assert hard_pixels(logits, target, 0.7, 3).tolist() == [[[False, False, True, True, True, False]]]
 
 
-def test_constants_do_not_change_the_masks():
+def test_shifts_of_logits_do_not_change_the_pixel_masks():
     logits, other, target = noise(2, 4, 6, 8), noise(2, 4, 6, 8, seed=4), labels()
     shift = 8 * noise(2, 1, 6, 8, seed=6).round()  # exact in float32
     for min_kept in (0, 10):
@@ -172,7 +172,7 @@ def test_constants_do_not_change_the_masks():
 # -- the second stage ------------------------------------------------------------------------------------------------
 
 
-def test_the_rules_partition():
+def test_pixels_of_and_plus_those_of_xor_are_those_of_or():
     student, teacher, target = noise(2, 4, 6, 8), noise(2, 4, 6, 8, seed=4), labels()
 
     def where(rule, one=student, other=teacher):
@@ -188,7 +188,7 @@ def test_the_rules_partition():
         where("nor")
 
 
-def test_the_disputed_loss_is_a_weighted_mean_over_its_pixels():
+def test_disputed_loss_is_the_class_weighted_mean_over_disputed_pixels():
     student, auxiliary, target = noise(2, 4, 6, 8), noise(2, 4, 6, 8, seed=3), labels()
     teacher, other = noise(2, 4, 6, 8, seed=4), noise(2, 4, 6, 8, seed=5)
     weight = torch.tensor([0.5, 1.0, 2.0, 4.0])
@@ -208,18 +208,18 @@ def test_the_disputed_loss_is_a_weighted_mean_over_its_pixels():
     torch.testing.assert_close(unweighted, F.cross_entropy(student, target.masked_fill(~where, -1), ignore_index=-1))
 
 
-def test_where_both_agree_there_is_no_gradient_and_none_reaches_the_teacher():
+def test_disputed_loss_has_gradient_only_in_the_student_at_disputed_pixels():
     probability = torch.tensor([[[0.9, 0.9, 0.2, 0.2]]], dtype=torch.float64)
     target = torch.zeros(1, 1, 4, dtype=torch.int64)
-    student = certain(probability, target).requires_grad_()
-    teacher = certain(probability[..., [0, 2, 1, 3]], target).requires_grad_()
+    student = logits_with_true_probability(probability, target).requires_grad_()
+    teacher = logits_with_true_probability(probability[..., [0, 2, 1, 3]], target).requires_grad_()
     disputed_loss(student, None, teacher, None, target, min_kept=0).backward()
     assert student.grad.abs().sum(1).ne(0).tolist() == [[[False, True, True, False]]]
     assert teacher.grad is None
 
 
 @pytest.mark.parametrize("weight", [None, [1.0, 2.0, 3.0, 4.0], [0.0, 0.0, 0.0, 0.0]])
-def test_an_empty_mask_gives_0_with_a_graph(weight):
+def test_losses_without_any_pixel_are_0(weight):
     student, target = noise(2, 4, 6, 8).requires_grad_(), labels()
     auxiliary = noise(2, 4, 6, 8, seed=1).requires_grad_()
     same = student.detach(), auxiliary.detach()
@@ -233,22 +233,22 @@ def test_an_empty_mask_gives_0_with_a_graph(weight):
     assert easy_first_loss(student, None, nothing, torch.ones(2, 6, 8), mean_over="valid").item() == 0
 
 
-def test_a_missing_auxiliary_head_of_the_teacher():
+def test_without_teacher_auxiliary_head_only_rule_student_uses_the_auxiliary():
     student, auxiliary, target = noise(2, 4, 6, 8), noise(2, 4, 6, 8, seed=3).requires_grad_(), labels()
     teacher = noise(2, 4, 6, 8, seed=4)
     found = disputed_loss(student, auxiliary, teacher, None, target, min_kept=5)
     assert found.item() == disputed_loss(student, None, teacher, None, target, min_kept=5).item()
-    assert found.requires_grad  # for processes that wait for every parameter
+    assert found.requires_grad  # DDP waits for a gradient of every parameter
     own = disputed_loss(student, auxiliary, teacher, None, target, "student", min_kept=5)
     assert own.item() == disputed_loss(student, auxiliary, teacher, teacher, target, "student", min_kept=5).item()
     assert own.item() > found.item()
 
 
-# -- the teacher's answers -------------------------------------------------------------------------------------------
+# -- distillation from the teacher's logits --------------------------------------------------------------------------
 
 
-def test_pixel_kd_is_the_mean_over_places():
-    student, teacher = maps([[0.6, 0.3, 0.1], [0.2, 0.5, 0.3]]), maps([[0.5, 0.3, 0.2], [0.2, 0.5, 0.3]])
+def test_pixel_kd_is_the_mean_over_pixels():
+    student, teacher = logits_of([[0.6, 0.3, 0.1], [0.2, 0.5, 0.3]]), logits_of([[0.5, 0.3, 0.2], [0.2, 0.5, 0.3]])
     kl = 0.5 * math.log(0.5 / 0.6) + 0.2 * math.log(0.2 / 0.1)
     assert pixel_kd_loss(student, teacher, 1.0).item() == pytest.approx(kl / 2)
     student, teacher = noise(2, 4, 3, 5), noise(2, 4, 3, 5, seed=1)
@@ -256,7 +256,7 @@ def test_pixel_kd_is_the_mean_over_places():
     torch.testing.assert_close(pixel_kd_loss(student, teacher, 3.0), kd_loss(*rows, 3.0))
 
 
-def test_cwd_is_a_softmax_over_places():
+def test_cwd_uses_a_softmax_over_pixels():
     student, teacher = noise(2, 4, 3, 5), noise(2, 4, 3, 5, seed=1)
     rows = [(z.reshape(2, 4, 15) / 4).log_softmax(-1) for z in (student, teacher)]
     expected = 16 * (rows[1].exp() * (rows[1] - rows[0])).sum() / 8
@@ -289,13 +289,13 @@ GOOD = noise(2, 4, 6, 8), labels()
         (lambda z, t: cwd_loss(z, z, -1.0), "temperature must be above 0, got -1.0"),
     ],
 )
-def test_bad_input(call, message):
+def test_invalid_input_raises_a_message_of_one_line(call, message):
     with pytest.raises(ValueError, match=message) as caught:
         call(*GOOD)
     assert "\n" not in str(caught.value)
 
 
-def test_the_second_output_is_an_auxiliary_head_only_where_it_has_the_classes():
+def test_second_output_is_an_auxiliary_head_only_with_a_channel_per_class():
     main, feature = noise(1, 4, 2, 2), noise(1, 9, 2, 2)
     assert auxiliary_logits((main, main)) is main
     assert auxiliary_logits([main, main, feature])[0].shape == main[0].shape
