@@ -1,4 +1,4 @@
-"""The record of queries and answers, and what the curves make of it."""
+"""The record of queries and answers, and the learning curves computed from it."""
 
 import json
 
@@ -18,7 +18,7 @@ def record_of(path, queries=((3, "b"), (7, "unknown"), (5, None))):
     return record
 
 
-def test_round_trip_and_one_line_a_sample(tmp_path):
+def test_record_is_read_back_equal_with_one_line_per_sample(tmp_path):
     record = record_of(tmp_path / "pool.json")
     record.results.append({"round": 0, "known": 3})
     record.save()
@@ -29,7 +29,7 @@ def test_round_trip_and_one_line_a_sample(tmp_path):
     assert {"index": 3, "answer": "b", "by": "oracle", "score": 0.0}.items() <= json.loads(lines[7].rstrip(",")).items()
 
 
-def test_an_interrupted_write_leaves_the_old_file(tmp_path, monkeypatch):
+def test_interrupted_save_leaves_the_old_file(tmp_path, monkeypatch):
     record = record_of(tmp_path / "pool.json")
     record.save()
     before = (tmp_path / "pool.json").read_text()
@@ -47,13 +47,13 @@ def test_an_interrupted_write_leaves_the_old_file(tmp_path, monkeypatch):
 @pytest.mark.parametrize(
     "text", ["", "{", "[]", '{"version": 1}', '{"version": 9, "settings": {}, "queries": [], "results": []}']
 )
-def test_a_damaged_file_is_never_taken_for_an_empty_one(tmp_path, text):
+def test_damaged_record_file_raises(tmp_path, text):
     (tmp_path / "pool.json").write_text(text)
     with pytest.raises(ValueError, match="damaged"):
         PoolRecord.load(tmp_path / "pool.json")
 
 
-def test_a_record_that_forgot_answers_is_not_written(tmp_path):
+def test_saving_a_record_that_lacks_stored_answers_raises(tmp_path):
     record_of(tmp_path / "pool.json").save()
     before = (tmp_path / "pool.json").read_text()
     for forgetful in (
@@ -65,7 +65,7 @@ def test_a_record_that_forgot_answers_is_not_written(tmp_path):
     assert (tmp_path / "pool.json").read_text() == before
 
 
-def test_bought_once(tmp_path):
+def test_querying_a_sample_again_raises(tmp_path):
     record = record_of(tmp_path / "pool.json")
     with pytest.raises(ValueError, match="index 7 was queried before"):
         record.add_query([9, 7], [0.0, 0.0], ["a", "a"])
@@ -85,7 +85,7 @@ def test_precision_is_that_of_the_latest_answered_query(tmp_path):
     assert record.precision == 0
 
 
-def worked_example(tmp_path):
+def record_of_worked_example(tmp_path):
     """12 known labelled, a pool of 20 with 10 known, and the answers 0, 3, 4, 4, 1, 2, 4, 0 of 4 known classes."""
     answers = [[*CLASSES, "unknown"][k] for k in (0, 3, 4, 4, 1, 2, 4, 0)]
     record = record_of(tmp_path / "pool.json", list(enumerate(answers)))
@@ -96,16 +96,16 @@ def worked_example(tmp_path):
     return record
 
 
-def test_worked_example_of_the_protocol(tmp_path):
-    first, last = curves(worked_example(tmp_path))
+def test_precision_and_recall_equal_the_worked_example(tmp_path):
+    first, last = curves(record_of_worked_example(tmp_path))
     assert first["query/precision"] == 0.625
     assert first["query/recall"] == pytest.approx(0.772727, abs=1e-6)
     assert (first["labels"], last["labels"]) == (0, 8)
     assert "query/precision" not in last
 
 
-def test_metrics_table_and_picture(tmp_path):
-    record = worked_example(tmp_path)
+def test_metrics_file_table_and_picture_of_the_curves_are_written(tmp_path):
+    record = record_of_worked_example(tmp_path)
     write_metrics(record, tmp_path / "metrics.csv")
     lines = (tmp_path / "metrics.csv").read_text().splitlines()
     assert (
