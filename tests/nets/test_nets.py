@@ -14,11 +14,11 @@ from lightning_kd.nets import build_network, library_networks, network_for, netw
 
 
 class Published(NamedTuple):
-    """What is known of a public network with 100 classes and 3 channels."""
+    """Known values of a public network with 100 classes and 3 channels."""
 
     parameters: int
-    names: str  # digest of the names and shapes in the public checkpoints; "" where none is at hand
-    logits: tuple[float, float, float]  # of a functional reimplementation, with the weights of pseudo_weights
+    names: str  # digest of the names and shapes in the public checkpoints; "" if there is none to compare
+    logits: tuple[float, float, float]  # of a functional reimplementation, with the weights of fixed_weights
 
 
 PUBLISHED = {
@@ -52,16 +52,16 @@ PUBLISHED = {
 OTHERS = ["cnn", "cnn9", "cnn_tiny", "wrn_28_1"]
 
 
-def pseudo(shape: tuple[int, ...], position: int) -> Tensor:
-    """Numbers in [0, 1) that are the same everywhere, without a random generator."""
+def fixed_numbers(shape: tuple[int, ...], position: int) -> Tensor:
+    """Numbers in [0, 1) that are the same on every machine, without a random generator."""
     n = torch.arange(1, math.prod(shape) + 1) + 1009 * position
     return ((n * n % 1_000_003).double() / 1_000_003).reshape(shape)
 
 
-def pseudo_weights(network: nn.Module) -> dict[str, Tensor]:
+def fixed_weights(network: nn.Module) -> dict[str, Tensor]:
     weights = {}
     for position, (name, old) in enumerate(sorted(network.state_dict().items())):
-        new = pseudo(old.shape, position)
+        new = fixed_numbers(old.shape, position)
         if not old.is_floating_point() or name.endswith("running_var"):
             new = old
         elif old.dim() > 1:
@@ -72,7 +72,7 @@ def pseudo_weights(network: nn.Module) -> dict[str, Tensor]:
     return weights
 
 
-def side(name: str) -> int:
+def smallest_side(name: str) -> int:
     """The smallest images with which normalisation by the batch still has enough values in the last stage."""
     return {"mobilenetv1": 64, "mobilenetv2": 32, "cnn9": 32}.get(name, 16)
 
@@ -88,7 +88,7 @@ def name(request: pytest.FixtureRequest) -> str:
 
 @pytest.fixture(scope="module")
 def network(name: str) -> nn.Module:
-    """One network for all tests of a name: initialisation is half of their time."""
+    """Built once for all tests of a name, because initialisation is half of their time."""
     torch.manual_seed(0)
     return build_network(name, 100)
 
@@ -104,8 +104,8 @@ def test_parameter_count_and_checkpoint_names(name: str, network: nn.Module) -> 
 
 
 @torch.no_grad()
-def test_forward(name: str, network: nn.Module) -> None:
-    """Logits are finite, the last linear layer sees the pooled feature, nothing is in place, channels_last is equal."""
+def test_forward_keeps_layer_outputs_and_is_equal_in_channels_last(name: str, network: nn.Module) -> None:
+    """Logits are finite, the classifier gets the pooled feature, no layer changes another's output in place."""
     images = torch.randn(2, 3, 32, 32)
     seen: dict[str, tuple[Tensor, Tensor]] = {}
     features = []
@@ -140,7 +140,7 @@ def test_forward(name: str, network: nn.Module) -> None:
 
 def test_gradient_reaches_every_parameter(name: str, network: nn.Module) -> None:
     network.train()
-    logits = network(torch.randn(2, 3, side(name), side(name)))
+    logits = network(torch.randn(2, 3, smallest_side(name), smallest_side(name)))
     nn.functional.cross_entropy(logits, torch.tensor([3, 7])).backward()
     without = [
         key for key, parameter in network.named_parameters() if parameter.grad is None or not parameter.grad.any()
@@ -149,13 +149,13 @@ def test_gradient_reaches_every_parameter(name: str, network: nn.Module) -> None
 
 
 @torch.no_grad()
-def test_computes_what_the_public_network_computes(name: str, network: nn.Module) -> None:
+def test_logits_equal_those_of_the_public_network(name: str, network: nn.Module) -> None:
     if name not in PUBLISHED:
         pytest.skip("not a public network")
     # Batch statistics keep deep activations apart; double precision makes them comparable.
     network.double().train()
-    network.load_state_dict(pseudo_weights(network))
-    logits = network(3 * (pseudo((2, 3, side(name), side(name)), 0) - 0.5))
+    network.load_state_dict(fixed_weights(network))
+    logits = network(3 * (fixed_numbers((2, 3, smallest_side(name), smallest_side(name)), 0) - 0.5))
     measured = (logits[0, 0].item(), logits[1, 57].item(), logits.std().item())
     assert measured == pytest.approx(PUBLISHED[name].logits, rel=1e-5)
 
@@ -178,7 +178,7 @@ def test_pooled_feature_is_the_mean_of_the_last_stage() -> None:
     + [("mobilenetv1", (1, 96, 96)), ("cnn9", (1, 28, 28)), ("cnn9", (4, 64, 48)), ("preact_resnet18", (1, 8, 8))],
 )
 @torch.no_grad()
-def test_other_channels_and_sizes(name: str, shape: tuple[int, int, int]) -> None:
+def test_networks_take_other_channels_and_image_sizes(name: str, shape: tuple[int, int, int]) -> None:
     network = network_for(name, 7, shape).eval()
     assert network(torch.randn(2, *shape)).shape == (2, 7)
 
@@ -193,7 +193,7 @@ def test_vgg_pools_once_more_from_64_pixels_on() -> None:
     assert sizes == [4, 4, 8]
 
 
-def test_the_seed_fixes_the_weights() -> None:
+def test_same_seed_gives_the_same_weights() -> None:
     torch.manual_seed(3)
     first = build_network("wrn_16_1", 10).state_dict()
     torch.manual_seed(3)
@@ -201,7 +201,7 @@ def test_the_seed_fixes_the_weights() -> None:
     assert all(torch.equal(first[key], again[key]) for key in first)
 
 
-def test_initial_weights() -> None:
+def test_initial_weights_of_resnet_vgg_and_wide_resnet() -> None:
     torch.manual_seed(0)
     convolution = build_network("resnet32x4", 100).get_submodule("layer3.1.conv1")
     assert isinstance(convolution, nn.Conv2d)
@@ -210,7 +210,7 @@ def test_initial_weights() -> None:
     assert not last_linear(build_network("wrn_16_1", 100)).bias.any()
 
 
-def test_names_of_public_checkpoints() -> None:
+def test_weight_names_and_shapes_are_those_of_public_checkpoints() -> None:
     some = {
         "resnet20": ("layer2.0.downsample.0.weight", (32, 16, 1, 1)),
         "resnet50": ("layer1.0.shortcut.0.weight", (256, 64, 1, 1)),
@@ -226,7 +226,7 @@ def test_names_of_public_checkpoints() -> None:
         assert build_network(name, 100).state_dict()[key].shape == shape
 
 
-def test_parameters_with_the_two_heads_of_noisy_label_methods() -> None:
+def test_parameter_count_with_a_second_head_equals_published_totals() -> None:
     """A second head of one hidden layer of 1024 beside the classifier: the published totals."""
     for name, classes, total in (
         ("preact_resnet18", 10, 11_706_836),
@@ -238,7 +238,7 @@ def test_parameters_with_the_two_heads_of_noisy_label_methods() -> None:
 
 
 @torch.no_grad()
-def test_cnn9_layer_by_layer() -> None:
+def test_cnn9_equals_its_layers_computed_one_by_one() -> None:
     network = build_network("cnn9", 10)
     assert sum(parameter.numel() for parameter in network.parameters()) == 4_434_570
     network.train()(torch.randn(2, 3, 32, 32))  # running statistics of its own
@@ -272,7 +272,7 @@ def test_cnn9_drops_whole_channels_in_training_only() -> None:
         network(torch.randn(2, 3, 32, 8))
 
 
-def test_every_listed_name_builds() -> None:
+def test_listed_network_names_are_sorted_and_complete() -> None:
     names = network_names()
     assert names == sorted(set(names))
     assert set(PUBLISHED) | {"cnn", "cnn_tiny", "cnn9", "mlp"} == set(names)
@@ -283,7 +283,9 @@ def test_every_listed_name_builds() -> None:
     [("mlp", [64, 128, 128, 10]), ("mlp_32", [64, 32, 10]), ("mlp_256_128_64", [64, 256, 128, 64, 10])],
 )
 @pytest.mark.parametrize("shape", [(64,), (1, 8, 8)])
-def test_mlp(name: str, widths: list[int], shape: tuple[int, ...]) -> None:
+def test_mlp_has_the_widths_of_its_name_and_relu_between_layers(
+    name: str, widths: list[int], shape: tuple[int, ...]
+) -> None:
     network = network_for(name, 10, shape)
     layers = [module for module in network.modules() if isinstance(module, nn.Linear)]
     assert [layers[0].in_features, *(layer.out_features for layer in layers)] == widths
@@ -298,12 +300,12 @@ def test_mlp(name: str, widths: list[int], shape: tuple[int, ...]) -> None:
 
 
 @pytest.mark.parametrize("name", ["mlp_", "mlp_0", "mlp_a", "mlp128", "mlp_1_", ""])
-def test_names_that_only_look_like_an_mlp(name: str) -> None:
+def test_malformed_mlp_names_raise(name: str) -> None:
     with pytest.raises(ValueError, match="is not known"):
         build_network(name, 10, 64)
 
 
-def test_unknown_name_lists_near_ones() -> None:
+def test_unknown_network_name_suggests_similar_ones() -> None:
     message = r"^network 'resnet21' is not known; did you mean resnet\w+, resnet\w+, resnet\w+\? `lightning-kd list`"
     with pytest.raises(ValueError, match=message):
         build_network("resnet21", 10)
@@ -311,14 +313,14 @@ def test_unknown_name_lists_near_ones() -> None:
         build_network("q", 10)
 
 
-def test_wide_resnet_depth() -> None:
+def test_wide_resnet_depth_other_than_6n_plus_4_raises() -> None:
     with pytest.raises(ValueError, match=r"must be 6n \+ 4 .* got 17"):
         build_network("wrn_17_1", 10)
     assert build_network("wrn_10_3", 10)(torch.randn(2, 3, 8, 8)).shape == (2, 10)
 
 
 @pytest.mark.parametrize("name", ["resnet8", "mlp", "timm/resnet18", "torchvision/resnet18"])
-def test_numbers_below_one(name: str) -> None:
+def test_num_classes_and_in_channels_below_1_raise(name: str) -> None:
     with pytest.raises(ValueError, match=f"^num_classes of network '{name}' must be at least 1, got 0$"):
         build_network(name, 0)
     with pytest.raises(ValueError, match=f"^in_channels of network '{name}' must be at least 1, got -1$"):
@@ -326,13 +328,13 @@ def test_numbers_below_one(name: str) -> None:
 
 
 @pytest.mark.parametrize("name", ["resnet8", "timm/resnet18", "unknown"])
-def test_features_need_an_mlp(name: str) -> None:
+def test_features_with_an_image_network_raise(name: str) -> None:
     with pytest.raises(ValueError, match=rf"'{name}' takes images \(C, H, W\), but input_shape is \(64,\); .* an mlp"):
         network_for(name, 10, (64,))
 
 
 @torch.no_grad()
-def test_timm() -> None:
+def test_timm_network_is_built_and_unknown_name_raises() -> None:
     pytest.importorskip("timm")
     network = build_network("timm/resnet10t", 7, in_channels=2).eval()
     assert network(torch.randn(2, 2, 32, 32)).shape == (2, 7)
@@ -340,7 +342,7 @@ def test_timm() -> None:
         build_network("timm/resnet19", 7)
 
 
-def test_without_timm(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_timm_network_without_timm_installed_raises(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "timm", None)
     message = re.escape("network 'timm/resnet18' needs timm: pip install \"lightning-kd[timm]\"")
     with pytest.raises(ImportError, match=message):
@@ -348,7 +350,7 @@ def test_without_timm(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @torch.no_grad()
-def test_torchvision() -> None:
+def test_torchvision_network_is_built_and_wrong_use_raises() -> None:
     network = build_network("torchvision/squeezenet1_1", 7).eval()
     assert network(torch.randn(2, 3, 32, 32)).shape == (2, 7)
     with pytest.raises(ValueError, match="takes images of 3 channels, but in_channels is 1"):
@@ -360,7 +362,7 @@ def test_torchvision() -> None:
 
 
 @torch.no_grad()
-def test_torchvision_gives_logits_in_training_too(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_torchvision_networks_are_built_without_auxiliary_logits(monkeypatch: pytest.MonkeyPatch) -> None:
     # The real initialisation takes seconds.
     asked = {}
     monkeypatch.setattr(library_networks.torchvision.models, "get_model", lambda name, **options: asked.update(options))
