@@ -1,8 +1,8 @@
-"""What is remembered of image files stays with each test."""
+"""Each test has its own cache of checked image files."""
 
 import pytest
 
 
 @pytest.fixture(autouse=True)
-def cache(tmp_path_factory, monkeypatch):
+def own_cache_folder(tmp_path_factory, monkeypatch):
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path_factory.mktemp("cache")))

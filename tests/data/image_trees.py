@@ -1,4 +1,4 @@
-"""Folders of images, whole and damaged, and a training on them."""
+"""Writes folders of images, damages some of the files, and trains on them."""
 
 import lightning as L
 import numpy as np
@@ -7,7 +7,7 @@ from PIL import Image
 from lightning_kd.core import Classification
 
 
-def folders(root, classes=("a", "b"), count=6):
+def write_image_folders(root, classes=("a", "b"), count=6):
     for name in classes:
         for k in range(count):
             path = root / name / f"{k}.png"
@@ -17,8 +17,8 @@ def folders(root, classes=("a", "b"), count=6):
     return root
 
 
-def spoil(root):
-    """Three damaged files: one cut off, one empty, one that is something else."""
+def damage_three_files(root):
+    """Truncates one file, empties one and writes text into one; returns their paths."""
     whole = (root / "a" / "0.png").read_bytes()
     (root / "a" / "0.png").write_bytes(whole[: len(whole) // 2])
     (root / "a" / "1.png").write_bytes(b"")

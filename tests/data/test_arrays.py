@@ -1,4 +1,4 @@
-"""A user's own arrays."""
+"""``ArrayDataModule``: a user's own arrays in .npz and .npy files."""
 
 import numpy as np
 import pytest
@@ -22,7 +22,7 @@ def save(tmp_path, **arrays):
     return str(tmp_path / "own.npz")
 
 
-def test_npz_with_splits(tmp_path):
+def test_npz_with_splits_gives_shape_classes_statistics_and_sizes(tmp_path):
     train, test = images(), images(9)
     path = save(tmp_path, train_image=train, train_target=labels(), test_image=test, test_target=labels(9))
     data = ArrayDataModule(path)
@@ -34,7 +34,7 @@ def test_npz_with_splits(tmp_path):
 
 
 @pytest.mark.parametrize("form", ["npz", "npy", "train_only"])
-def test_a_test_split_is_made_where_there_is_none(tmp_path, form):
+def test_missing_test_split_is_drawn_per_class_whatever_the_seed(tmp_path, form):
     image, target = images(shape=(8, 8)), labels()
     if form == "npy":
         np.save(tmp_path / "image.npy", image)
@@ -51,7 +51,7 @@ def test_a_test_split_is_made_where_there_is_none(tmp_path, form):
     assert torch.equal(first.test_image, second.test_image)
 
 
-def test_features(tmp_path):
+def test_features_are_scaled_only_by_given_mean_and_std(tmp_path):
     feature = RNG.normal(3, 2, (60, 7))
     path = save(tmp_path, train_feature=feature, train_target=labels(), test_image=feature[:6], test_target=labels(6))
     data = ArrayDataModule(path)
@@ -68,7 +68,7 @@ def test_features(tmp_path):
     assert (fake.input_shape, fake.num_classes, fake.train_image.shape if fake.train_size else 0) == ((7,), 3, (256, 7))
 
 
-def test_fake_keeps_the_shape_of_the_file(tmp_path):
+def test_fake_data_has_the_shape_of_the_file(tmp_path):
     path = save(tmp_path, image=images(), target=labels())
     data = ArrayDataModule(path, class_names=["a", "b", "c"], fake=True, augment=True, crop_padding=2, flip=False)
     assert (data.input_shape, data.class_names) == ((3, 12, 10), ["a", "b", "c"])
@@ -114,12 +114,12 @@ def test_constant_channel_does_not_divide_by_zero(tmp_path):
         ({"train_image": images(), "train_target": labels(), "test_image": images(9)}, "lacks test_target"),
     ],
 )
-def test_bad_files(tmp_path, arrays, message):
+def test_invalid_files_raise(tmp_path, arrays, message):
     with pytest.raises(ValueError, match=message):
         ArrayDataModule(save(tmp_path, **arrays))
 
 
-def test_bad_arguments(tmp_path):
+def test_invalid_arguments_raise(tmp_path):
     path = save(tmp_path, image=images(), target=labels())
     np.save(tmp_path / "image.npy", images())
     with pytest.raises(FileNotFoundError, match="does not exist"):
@@ -144,7 +144,7 @@ def test_bad_arguments(tmp_path):
 @pytest.mark.parametrize(
     ("labels", "names"), [([1, 2, 3], ["1", "2", "3"]), ([7, 1001, 100000], ["7", "1001", "100000"])]
 )
-def test_labels_with_gaps_or_from_1(tmp_path, labels, names, monkeypatch):
+def test_labels_with_gaps_or_from_1_are_numbered_in_order(tmp_path, labels, names, monkeypatch):
     said = []
     monkeypatch.setattr(array_files, "note", said.append)
     image = np.zeros((60, 8, 8, 3), np.uint8)
@@ -158,13 +158,13 @@ def test_labels_with_gaps_or_from_1(tmp_path, labels, names, monkeypatch):
     assert "3 labels that occur" in said[0]
 
 
-def test_a_class_that_is_missing_in_the_middle_keeps_its_number(tmp_path):
+def test_class_without_samples_in_the_middle_counts(tmp_path):
     target = np.array([0, 1, 3])[np.arange(60) % 3]
     np.savez(tmp_path / "some.npz", train_image=np.zeros((60, 8, 8, 3), np.uint8), train_target=target)
     assert ArrayDataModule(str(tmp_path / "some.npz")).num_classes == 4
 
 
-def test_texts_are_names_of_classes(tmp_path):
+def test_text_labels_become_class_names(tmp_path):
     target = np.array(["dog", "cat", "eel"])[np.arange(60) % 3]
     np.savez(tmp_path / "some.npz", train_image=np.zeros((60, 8, 8, 3), np.uint8), train_target=target)
     data = ArrayDataModule(str(tmp_path / "some.npz"))
@@ -178,7 +178,7 @@ def test_texts_are_names_of_classes(tmp_path):
         ArrayDataModule(str(tmp_path / "some.npz"), class_names=["dog", "cat"])
 
 
-def test_true_and_false_are_two_classes(tmp_path):
+def test_boolean_labels_are_two_classes(tmp_path):
     target = np.arange(30) % 3 == 1
     for given, names in ((target, ["0", "1"]), (target[:, None], ["no", "yes"])):
         path = save(tmp_path, train_image=images(30), train_target=given, test_image=images(30), test_target=given)
@@ -188,13 +188,13 @@ def test_true_and_false_are_two_classes(tmp_path):
         assert data.train_target.tolist() == data.test_target.tolist() == target.astype(int).tolist()
 
 
-def test_objects_are_not_called_damaged(tmp_path):
+def test_python_objects_raise_their_own_message(tmp_path):
     np.savez(tmp_path / "some.npz", train_image=np.array([{}], dtype=object))
     with pytest.raises(ValueError, match="holds Python objects, which are never unpickled: save arrays of numbers"):
         ArrayDataModule(str(tmp_path / "some.npz"))
 
 
-def with_labels(tmp_path, labels, class_names):
+def class_numbers_in_splits(tmp_path, labels, class_names):
     target = np.array(labels)[np.arange(30) % len(labels)]
     np.savez(tmp_path / "some.npz", image=np.zeros((30, 4, 4), np.uint8), target=target)
     data = ArrayDataModule(str(tmp_path / "some.npz"), class_names=class_names)
@@ -216,8 +216,8 @@ def with_labels(tmp_path, labels, class_names):
         ([0, 2], "0 1 2", [0, 2], ""),
     ],
 )
-def test_integers_among_the_names_of_another_file(tmp_path, labels, names, numbers, said, capsys):
-    assert with_labels(tmp_path, labels, names.split()) == [numbers, numbers]
+def test_integer_labels_are_matched_to_given_class_names(tmp_path, labels, names, numbers, said, capsys):
+    assert class_numbers_in_splits(tmp_path, labels, names.split()) == [numbers, numbers]
     out = capsys.readouterr().err
     assert said in out
     assert bool(out) == bool(said)
@@ -232,12 +232,12 @@ def test_integers_among_the_names_of_another_file(tmp_path, labels, names, numbe
         ([2, 3], "a b c", "must be between 0 and 2, got 3"),
     ],
 )
-def test_integers_that_are_not_among_the_names(tmp_path, labels, names, message):
+def test_unknown_or_ambiguous_integer_labels_raise(tmp_path, labels, names, message):
     with pytest.raises(ValueError, match=message):
-        with_labels(tmp_path, labels, names.split())
+        class_numbers_in_splits(tmp_path, labels, names.split())
 
 
-def test_a_part_of_the_classes_is_refused_with_the_remedy(tmp_path):
+def test_check_classes_raises_for_fewer_classes_unless_named(tmp_path):
     image, whole = np.zeros((30, 4, 4), np.uint8), ["1", "2", "3"]
     np.savez(tmp_path / "some.npz", image=image, target=np.arange(30) % 2 + 2)
     with pytest.raises(ValueError, match=r"or class_names=\['1', '2', '3'\] for arrays that lack some of its classes"):

@@ -1,4 +1,4 @@
-"""Batched crop, flip, normalisation and cutout against PIL and torchvision, image by image."""
+"""Batched crop, flip, normalisation and cutout, compared with PIL and torchvision image by image."""
 
 import numpy as np
 import pytest
@@ -16,7 +16,7 @@ def images(n=40, channels=3, height=32, width=32):
     return torch.from_numpy(np.random.default_rng(0).integers(0, 256, (n, channels, height, width), dtype=np.uint8))
 
 
-def test_every_one_of_the_162_views_comes_equally_often():
+def test_crop_flip_draws_its_162_views_equally_often():
     crop_flip = CropFlip(4, True)
     assert crop_flip.views == 162
     position = torch.arange(32 * 32, dtype=torch.int32).view(1, 1, 32, 32) + 1

@@ -1,4 +1,4 @@
-"""AutoAugment of whole batches against torchvision's, image by image."""
+"""AutoAugment of whole batches, compared with torchvision's image by image."""
 
 import itertools
 
@@ -16,8 +16,8 @@ def images(n, shape=(3, 32, 32)):
     return torch.from_numpy(np.random.default_rng(0).integers(20, 150, (n, *shape), dtype=np.uint8))
 
 
-def codes(policy, happens, negative):
-    """For each sub-policy, its two operations as positions in ``operations``."""
+def operation_codes(policy, happens, negative):
+    """The two operations of each sub-policy, as positions in ``BatchedAutoAugment.operations``; 0 does nothing."""
     numbers = BatchedAutoAugment(policy).operations
     return np.array(
         [
@@ -35,7 +35,7 @@ def codes(policy, happens, negative):
 def test_equals_torchvision_to_the_bit(policy, shape, monkeypatch):
     reference = v2.AutoAugment(policy)
     for happens, negative in itertools.product([(1, 1), (0, 1)], [(0, 1), (1, 0)]):
-        choice = codes(policy, happens, negative)
+        choice = operation_codes(policy, happens, negative)
         image = images(len(choice), shape)
         got = BatchedAutoAugment(policy).apply(image, choice)
         for k, pair in enumerate(AutoAugment(policy).policies):
@@ -50,7 +50,7 @@ def test_equals_torchvision_to_the_bit(policy, shape, monkeypatch):
             assert torch.equal(got[k], expected), (pair, happens, negative)
 
 
-def test_each_operation_comes_as_often_as_it_should():
+def test_operations_are_drawn_with_the_probabilities_of_the_policy():
     policy, count = AutoAugmentPolicy.CIFAR10, 50_000
     choice = BatchedAutoAugment(policy).draw(count, seed=0)
     assert choice.shape == (count, 2)
@@ -63,11 +63,11 @@ def test_each_operation_comes_as_often_as_it_should():
             for sign in (1, -1):
                 expected[operations.index((name, bin_ or 0, 1 if name in UNSIGNED else sign))] += probability / 50
         seen = np.bincount(choice[:, step], minlength=len(operations)) / count
-        assert np.abs(seen - expected).max() < 0.008  # 4 deviations of the most frequent one
+        assert np.abs(seen - expected).max() < 0.008  # 4 standard deviations of the most frequent one
         assert (seen[expected == 0] == 0).all()
 
 
-def test_draws_depend_on_seed_epoch_and_pass_alone():
+def test_draws_depend_only_on_seed_epoch_and_pass():
     policy = BatchedAutoAugment()
     first = policy.draw(100, 3, 1, 2)
     assert (first == BatchedAutoAugment().draw(100, 3, 1, 2)).all()
@@ -75,7 +75,7 @@ def test_draws_depend_on_seed_epoch_and_pass_alone():
         assert (first != policy.draw(100, *other)).any()
 
 
-def test_the_images_given_are_left_alone():
+def test_given_images_are_not_changed():
     image = images(64)
     before = image.clone()
     got = BatchedAutoAugment().apply(image, BatchedAutoAugment().draw(64, 0))

@@ -1,4 +1,4 @@
-"""Each class equally often in the training stream, on one process and on several."""
+"""``balance``: each class is drawn equally often for training, on one process and on several."""
 
 import lightning as L
 import numpy as np
@@ -20,7 +20,7 @@ def sampler(batch_size=10, rank=0, world_size=1, **options):
     return ShardedSampler(order, batch_size, shuffle=True, rank=rank, world_size=world_size, **options)
 
 
-def test_each_class_comes_equally_often_and_each_of_its_samples_too():
+def test_classes_and_samples_within_a_class_are_drawn_equally_often():
     drawn = np.concatenate(sampler().batches(0)) - 100
     assert len(drawn) == 60
     assert np.bincount(CLASSES[drawn]).tolist() == [20, 20, 20]
@@ -30,20 +30,20 @@ def test_each_class_comes_equally_often_and_each_of_its_samples_too():
     assert times[59] == 20
 
 
-def test_what_cannot_be_divided_falls_to_other_classes_in_other_epochs():
+def test_remaining_draws_go_to_different_classes_over_epochs():
     some = ShardedSampler(np.arange(61), 10, shuffle=True, classes=np.append(CLASSES, 0))
     orders = [np.bincount(some.classes[some._order(e, 0)]) for e in range(12)]
     assert {tuple(sorted(c)) for c in orders} == {(20, 20, 21)}
     assert len({tuple(c) for c in orders}) == 3
 
 
-def test_a_frequent_class_shows_other_samples_each_epoch():
+def test_frequent_class_draws_other_samples_each_epoch():
     seen = {epoch: set(np.concatenate(sampler().batches(epoch)).tolist()) for epoch in range(8)}
     assert seen[0] != seen[1]
     assert len(set.union(*seen.values())) > 55
 
 
-def test_ranks_together_see_the_joint_batches():
+def test_batches_of_ranks_join_to_those_of_one_process():
     whole, before = sampler(10).batches(2, 1), sampler(10).repeats(2, 1)
     ranks = [sampler(5, rank, 2) for rank in range(2)]
     for k, parts in enumerate(zip(*(rank.batches(2, 1) for rank in ranks), strict=True)):
@@ -51,7 +51,7 @@ def test_ranks_together_see_the_joint_batches():
         np.testing.assert_array_equal(np.concatenate([rank.repeats(2, 1)[k] for rank in ranks]), before[k])
 
 
-def test_repetitions_are_counted():
+def test_repeats_number_the_draws_of_a_sample():
     one = sampler()
     pairs = list(zip(np.concatenate(one.batches(0)), np.concatenate(one.repeats(0)), strict=True))
     assert len(set(pairs)) == 60
@@ -67,7 +67,7 @@ def arrays(tmp_path):
 
 
 @pytest.mark.parametrize("views", ["weak", "strong"])
-def test_a_sample_that_comes_again_has_another_view(arrays, views):
+def test_repeated_sample_has_another_view(arrays, views):
     data = ArrayDataModule(str(arrays), val_fraction=0.0, augment=True, cutout=2, balance=True, batch_size=60)
     (batch,) = data.loader("train", shuffle=True, views=views)
     assert torch.bincount(batch.target).tolist() == [20, 20, 20]
@@ -78,7 +78,7 @@ def test_a_sample_that_comes_again_has_another_view(arrays, views):
     assert torch.bincount(next(iter(data.loader("test"))).target).tolist() == list(SIZES)
 
 
-def test_views_of_the_first_time_are_those_without_balance(arrays):
+def test_first_view_of_a_sample_is_the_one_without_balance(arrays):
     def images(balance):
         data = ArrayDataModule(str(arrays), val_fraction=0.0, augment=True, balance=balance, batch_size=60)
         loader = data.loader("train", shuffle=True, augment=True)
@@ -92,7 +92,7 @@ def test_views_of_the_first_time_are_those_without_balance(arrays):
     assert all(torch.equal(image, plain[index]) for index, image in balanced.items())
 
 
-def test_image_files(tmp_path):
+def test_image_folder_is_balanced_with_different_views(tmp_path):
     for name, count in (("a", 12), ("b", 2)):
         for k in range(count):
             (tmp_path / name).mkdir(exist_ok=True)
@@ -106,7 +106,7 @@ def test_image_files(tmp_path):
     assert len(torch.unique(rare, dim=0)) == len(rare) >= 3
 
 
-def test_a_pool_is_balanced_by_the_labels_bought(arrays):
+def test_pool_is_balanced_by_its_labelled_samples(arrays):
     source = ArrayDataModule(str(arrays), val_fraction=0.0, balance=True)
     pool = OpenSetDataModule(source, known_classes=2, initial_count=40, budget=2, rounds=1, split_seed=1)
     pool.setup()
@@ -117,12 +117,12 @@ def test_a_pool_is_balanced_by_the_labels_bought(arrays):
     assert set(hidden.tolist()) == {-1}
 
 
-def test_other_problems_refuse(tmp_path):
+def test_balance_of_multi_label_data_raises(tmp_path):
     with pytest.raises(ValueError, match=r"^balance is for one class per sample, the data has several labels"):
         ArrayDataModule(str(tmp_path / "none.npz"), fake=True, kind="multi_label", balance=True)
 
 
-def test_a_resumed_fit_draws_what_the_undisturbed_one_drew(arrays, tmp_path):
+def test_resumed_fit_equals_an_uninterrupted_one(arrays, tmp_path):
     def fit(epochs, ckpt_path=None):
         L.seed_everything(0)
         task = Classification(build_network("cnn_tiny", 3), 3, input_shape=(3, 8, 8))

@@ -1,4 +1,4 @@
-"""Candidates of data of one class a sample: the generators, files, the meta set, the record, real sets."""
+"""Candidate labels of single-label data: generators, files, the meta set, the record of a run, published sets."""
 
 import hashlib
 
@@ -32,7 +32,7 @@ WRONG = np.ones((COUNT, CLASSES), dtype=bool)
 WRONG[range(COUNT), TARGET] = False
 
 
-def of(sets, target=TARGET, classes=CLASSES):
+def candidates_of(sets, target=TARGET, classes=CLASSES):
     return sets.corrupt(target, classes)
 
 
@@ -41,58 +41,58 @@ def within_three_deviations(found, rate, count):
 
 
 @pytest.mark.parametrize("q", [0.1, 0.3, 0.5, 0.7])
-def test_uniform_candidates(q):
-    given = of(UniformCandidates(q))
+def test_uniform_candidates_hold_the_label_and_others_at_rate_q(q):
+    given = candidates_of(UniformCandidates(q))
     assert given.dtype == np.uint8
     assert given[range(COUNT), TARGET].all()
     assert within_three_deviations(given[WRONG].mean(), q, WRONG.sum())
     assert given.sum(1).mean() == pytest.approx(1 + (CLASSES - 1) * q, abs=0.1)
-    assert np.array_equal(given, of(UniformCandidates(q)))
-    assert not np.array_equal(given, of(UniformCandidates(q, seed=2)))
-    # a rate that is higher adds to the same ones
-    assert (of(UniformCandidates(q + 0.2)) >= given).all()
-    # each sample's wrong candidates depend on its place, not on the labels of others
+    assert np.array_equal(given, candidates_of(UniformCandidates(q)))
+    assert not np.array_equal(given, candidates_of(UniformCandidates(q, seed=2)))
+    # a higher rate only adds candidates
+    assert (candidates_of(UniformCandidates(q + 0.2)) >= given).all()
+    # each sample's wrong candidates depend on its position, not on the labels of others
     other = TARGET.copy()
     other[0] = 5
-    assert np.array_equal(of(UniformCandidates(q), other)[1:], given[1:])
+    assert np.array_equal(candidates_of(UniformCandidates(q), other)[1:], given[1:])
 
 
-def test_options_of_uniform_candidates():
-    plain = of(UniformCandidates(0.7))
+def test_reject_full_and_ensure_ambiguous_change_only_their_samples():
+    plain = candidates_of(UniformCandidates(0.7))
     assert (plain.sum(1) == CLASSES).any()
-    fewer = of(UniformCandidates(0.7, reject_full=True))
+    fewer = candidates_of(UniformCandidates(0.7, reject_full=True))
     assert (fewer.sum(1) < CLASSES).all()
     kept = plain.sum(1) < CLASSES
     assert np.array_equal(fewer[kept], plain[kept])
-    plain, more = of(UniformCandidates(0.1)), of(UniformCandidates(0.1, ensure_ambiguous=True))
+    plain, more = candidates_of(UniformCandidates(0.1)), candidates_of(UniformCandidates(0.1, ensure_ambiguous=True))
     single = plain.sum(1) == 1
     assert single.any()
     assert np.array_equal(more[~single], plain[~single])
     assert (more[single].sum(1) == 2).all()
-    # every wrong label is as likely
+    # every wrong label is added equally often
     added = (more - plain)[single & (TARGET == 2)].mean(0)
     assert added[2] == 0
     assert all(within_three_deviations(share, 0.2, (single & (TARGET == 2)).sum()) for share in np.delete(added, 2))
 
 
-def test_half_and_not_full_is_uniform_over_the_sets():
-    given = of(UniformCandidates(0.5, reject_full=True), np.zeros(COUNT, np.int64), 4)
+def test_rate_half_with_reject_full_draws_all_sets_equally_often():
+    given = candidates_of(UniformCandidates(0.5, reject_full=True), np.zeros(COUNT, np.int64), 4)
     sets, counts = np.unique(given, axis=0, return_counts=True)
     assert len(sets) == 2**3 - 1
     assert all(within_three_deviations(n / COUNT, 1 / 7, COUNT) for n in counts)
 
 
-def test_pairwise_candidates():
-    given = of(PairwiseCandidates(0.4))
+def test_pairwise_candidates_add_the_next_class_at_rate_q():
+    given = candidates_of(PairwiseCandidates(0.4))
     following = (TARGET + 1) % CLASSES
     assert within_three_deviations(given[range(COUNT), following].mean(), 0.4, COUNT)
     assert (given.sum(1) == 1 + given[range(COUNT), following]).all()
     assert given[range(COUNT), TARGET].all()
-    assert (of(PairwiseCandidates(1.0)).sum(1) == 2).all()
+    assert (candidates_of(PairwiseCandidates(1.0)).sum(1) == 2).all()
 
 
-def test_candidates_in_files(tmp_path, caplog):
-    given = of(UniformCandidates(0.3))
+def test_candidate_file_reads_npy_npz_and_csv(tmp_path, caplog):
+    given = candidates_of(UniformCandidates(0.3))
     np.save(tmp_path / "a.npy", given.astype(bool))
     np.savez(tmp_path / "b.npz", given=given, clean=TARGET)
     np.savez(tmp_path / "c.npz", mine=given, other=given[:, ::-1])
@@ -101,7 +101,7 @@ def test_candidates_in_files(tmp_path, caplog):
         CandidateFile(str(tmp_path / "b.npz")),
         CandidateFile(str(tmp_path / "c.npz"), "mine"),
     ):
-        assert np.array_equal(of(sets), given)
+        assert np.array_equal(candidates_of(sets), given)
     (tmp_path / "d.csv").write_text("index,label\n0,no\n0,yes\n2,no\n")
     found = CandidateFile(str(tmp_path / "d.csv")).corrupt([0, 1, 0], ["no", "yes"])
     assert found.tolist() == [[1, 1], [0, 1], [1, 0]]
@@ -114,7 +114,7 @@ def test_candidates_in_files(tmp_path, caplog):
 
 
 @pytest.mark.parametrize("folder", ["", "photos/", "/elsewhere/photos/"])
-def test_candidates_of_files(tmp_path, folder):
+def test_candidate_csv_is_matched_to_image_files_by_path(tmp_path, folder):
     files = [f"/home/a/photos/{name}" for name in ("cat/0.png", "cat/1.png", "dog/0.png")]
     lines = ["cat/1.png,dog", "cat/1.png,cat", "dog/0.png,dog", "dog/0.png,owl", "dog/gone.png,owl"]
     (tmp_path / "d.csv").write_text("file,label\n" + "\n".join(folder + line for line in lines))
@@ -131,13 +131,13 @@ def test_candidates_of_files(tmp_path, folder):
         (np.array([[1, 0], [0, 1], [0, 1]]), r"got not its own label for sample 2: add it"),
     ],
 )
-def test_candidates_that_do_not_fit(tmp_path, array, message):
+def test_invalid_candidate_arrays_raise(tmp_path, array, message):
     np.save(tmp_path / "a.npy", array)
     with pytest.raises(ValueError, match=message):
         CandidateFile(str(tmp_path / "a.npy")).corrupt([0, 1, 0], 2)
 
 
-def test_files_that_do_not_fit(tmp_path):
+def test_invalid_candidate_files_raise(tmp_path):
     np.savez(tmp_path / "c.npz", mine=np.eye(3), other=np.eye(3))
     for key in (None, "third"):
         with pytest.raises(ValueError, match=rf"key={key!r} is not in .* which holds mine, other"):
@@ -161,12 +161,12 @@ def test_files_that_do_not_fit(tmp_path):
         CandidateFile("a.txt")
 
 
-def test_arguments_out_of_range():
+def test_invalid_arguments_and_combinations_raise():
     for make in (lambda: UniformCandidates(1.0), lambda: UniformCandidates(-0.1), lambda: PairwiseCandidates(1.1)):
         with pytest.raises(ValueError, match=r"^q must be at least 0 and"):
             make()
     with pytest.raises(ValueError, match=r"^ensure_ambiguous and reject_full exclude each other with 2 classes"):
-        of(UniformCandidates(0.5, True, True), np.zeros(4, np.int64), 2)
+        candidates_of(UniformCandidates(0.5, True, True), np.zeros(4, np.int64), 2)
     with pytest.raises(ValueError, match=r"^noise and candidates exclude each other"):
         DigitsDataModule(noise=SymmetricNoise(0.2), candidates=UniformCandidates(0.2))
     with pytest.raises(ValueError, match=r"^noise and meta_per_class exclude each other"):
@@ -183,7 +183,7 @@ def test_arguments_out_of_range():
         MosaicDataModule(DigitsDataModule(candidates=UniformCandidates(0.2)))
 
 
-def test_what_a_data_module_has():
+def test_data_module_gives_candidates_and_holds_out_a_meta_set():
     data = DigitsDataModule(candidates=UniformCandidates(0.3), meta_per_class=3, val_fraction=0.2)
     plain = DigitsDataModule(val_fraction=0.2)
     data.setup()
@@ -206,14 +206,14 @@ def test_what_a_data_module_has():
     assert not np.array_equal(other.meta_indices, data.meta_indices)
 
 
-def test_arrays_of_one_class_take_candidates():
+def test_single_label_arrays_take_candidates_and_a_meta_set():
     data = ArrayDataModule("none.npz", fake=True, candidates=PairwiseCandidates(0.5), meta_per_class=1)
     data.setup()
     assert data.train_candidates.sum(1).float().mean() == pytest.approx(1.5, abs=0.1)
     assert len(data.meta_indices) == 10
 
 
-def test_a_meta_set_of_those_with_one_candidate(tmp_path, caplog):
+def test_meta_from_single_takes_only_samples_with_one_candidate(tmp_path, caplog):
     plain = DigitsDataModule()
     plain.setup()
     given = UniformCandidates(0.15).corrupt(plain.train_target, 10)
@@ -233,7 +233,7 @@ def trainer_of(folder, **options):
     return L.Trainer(callbacks=run_callbacks(RunFolder(folder)), default_root_dir=folder, **quiet, **options)
 
 
-def test_drawn_once_and_kept(tmp_path, monkeypatch):
+def test_candidates_are_recorded_reused_on_resume_and_checked(tmp_path, monkeypatch):
     def task():
         return Classification("mlp_8", 10, input_shape=(1, 8, 8))
 
@@ -246,11 +246,11 @@ def test_drawn_once_and_kept(tmp_path, monkeypatch):
     assert "UniformCandidates(q=0.3" in str(record["generator"])
     last = tmp_path / "checkpoints/last.ckpt"
 
-    def refused(*args):
+    def fail_if_drawn(*args):
         raise AssertionError("drawn again")
 
     with monkeypatch.context() as patch:
-        patch.setattr(UniformCandidates, "draw", refused)
+        patch.setattr(UniformCandidates, "draw", fail_if_drawn)
         again = DigitsDataModule(candidates=UniformCandidates(0.3), fake=True, meta_per_class=2)
         trainer_of(tmp_path, max_epochs=2).fit(task(), again, ckpt_path=last, weights_only=True)
     assert torch.equal(again.train_candidates, data.train_candidates)
@@ -283,7 +283,7 @@ def mat_file(path, count=40, classes=4, **changes):
     return partial.T, target
 
 
-def test_a_real_set(tmp_path):
+def test_mat_file_gives_folds_candidates_and_standardised_features(tmp_path):
     partial, target = mat_file(tmp_path / "lost.mat")
     seen = []
     for fold in range(10):
@@ -314,7 +314,7 @@ def rows_of(data, folder):
     return [int((feature == sample).all(1).nonzero()) for sample in data.train_image]
 
 
-def test_real_sets_that_are_refused(tmp_path):
+def test_invalid_mat_files_raise(tmp_path):
     path = tmp_path / "a.mat"
     with pytest.raises(FileNotFoundError, match=r"does not exist: give the path of a \.mat file"):
         PartialLabelDataModule(str(path))
@@ -338,18 +338,18 @@ def test_real_sets_that_are_refused(tmp_path):
         PartialLabelDataModule(str(path), fold=10)
 
 
-def test_classes_that_nobody_knows_are_not_balanced():
+def test_balance_with_candidates_raises():
     with pytest.raises(ValueError, match=r"^balance needs the true classes, which are unknown"):
         DigitsDataModule(candidates=UniformCandidates(0.3), balance=True)
 
 
-def test_a_task_that_learns_the_true_labels_is_told(capsys):
-    def told(method, **options):
+def test_task_that_ignores_candidates_prints_a_note(capsys):
+    def prints_note(method, **options):
         data = DigitsDataModule(fake=True, candidates=UniformCandidates(0.3))
         quiet = {"logger": False, "enable_progress_bar": False, "enable_model_summary": False}
         trainer = L.Trainer(fast_dev_run=True, accelerator="cpu", **quiet)
         trainer.fit(method("mlp_16", 10, input_shape=(1, 8, 8), **options), datamodule=data)
         return "is not a method for candidates: unless it reads" in capsys.readouterr().err
 
-    assert told(Classification)
-    assert not told(CandidateBaseline)
+    assert prints_note(Classification)
+    assert not prints_note(CandidateBaseline)

@@ -1,4 +1,4 @@
-"""Made-up label noise: what it does to labels, and what it refuses."""
+"""Simulated label noise: the labels that it gives, and the arguments that it refuses."""
 
 import math
 import sys
@@ -37,7 +37,7 @@ HUNDRED = np.random.default_rng(1).permutation(np.arange(N) % 100)
 TEN_START, HUNDRED_START = [6, 9, 9, 4, 1, 1, 2, 7, 8, 3], [19, 29, 0, 11, 1, 86, 90, 28, 23, 31]
 GREY = torch.randint(0, 256, (2000, 1, 4, 4), generator=torch.Generator().manual_seed(0), dtype=torch.uint8)
 
-EVERY = {
+NOISES = {
     "inclusive": SymmetricNoise(0.5),
     "exclusive": SymmetricNoise(0.5, "exclusive"),
     "dividemix": SymmetricNoise(0.5, "dividemix"),
@@ -50,7 +50,7 @@ EVERY = {
 }
 
 
-def wrong(given, clean):
+def share_wrong(given, clean):
     return float((np.asarray(given) != np.asarray(clean)).mean())
 
 
@@ -60,11 +60,11 @@ def corrupt(noise, target=TEN):
 
 
 @pytest.mark.parametrize(("rate", "actual"), [(0.2, 0.18), (0.5, 0.45), (0.8, 0.72), (0.9, 0.81)])
-def test_inclusive_touches_exactly_so_many(rate, actual):
+def test_inclusive_noise_redraws_an_exact_number_of_labels(rate, actual):
     given = corrupt(SymmetricNoise(rate))
     assert given.dtype == np.int64
-    assert wrong(given, TEN) == pytest.approx(actual, abs=0.006)
-    # with a class that nobody has, a sample is touched exactly where its label is not that class: count the touched
+    assert share_wrong(given, TEN) == pytest.approx(actual, abs=0.006)
+    # all labels are 0 of 100,000 classes, so nearly every redrawn label differs from 0 and can be counted
     zeros = np.zeros(N, dtype=np.int64)
     touched = SymmetricNoise(rate).corrupt(zeros, 100_000)
     assert (touched != 0).sum() == pytest.approx(int(rate * N), abs=5)
@@ -77,16 +77,16 @@ def test_inclusive_touches_exactly_so_many(rate, actual):
         (HUNDRED_START, HUNDRED, [66, 46, 0, 11, 1, 71, 25, 28, 50, 20], 0.49502),
     ],
 )
-def test_dividemix_to_the_bit(start, clean, first, actual):
+def test_dividemix_noise_draws_the_published_first_labels(start, clean, first, actual):
     clean = np.concatenate([start, clean[10:]])
     given = corrupt(SymmetricNoise(0.5, "dividemix", seed=123), clean)
     assert given[:10].tolist() == first
-    assert wrong(given, clean) == pytest.approx(actual, abs=0.004)  # exact on the real labels
+    assert share_wrong(given, clean) == pytest.approx(actual, abs=0.004)  # exact on the real labels
 
 
 @pytest.mark.parametrize("rate", [0.2, 0.5])
 @pytest.mark.parametrize("make", [PairFlipNoise, lambda rate: SymmetricNoise(rate, "exclusive"), AsymmetricNoise])
-def test_empirical_transition_is_the_one_meant(make, rate):
+def test_drawn_labels_follow_the_transition_matrix(make, rate):
     noise = make(rate)
     meant = noise.transition(CIFAR10_CLASSES)
     error = np.sqrt(meant * (1 - meant) / (N / 10))
@@ -95,7 +95,7 @@ def test_empirical_transition_is_the_one_meant(make, rate):
     assert meant.sum(1) == pytest.approx(np.ones(10))
 
 
-def test_transitions_are_as_named():
+def test_transition_matrices_of_pair_flip_and_symmetric_noise():
     assert PairFlipNoise(0.3).transition("abc") == pytest.approx(np.array([[7, 3, 0], [0, 7, 3], [3, 0, 7]]) / 10)
     exclusive = SymmetricNoise(0.3, "exclusive").transition("abcd")
     assert exclusive == pytest.approx(np.full((4, 4), 0.1) + 0.6 * np.eye(4))
@@ -103,9 +103,9 @@ def test_transitions_are_as_named():
 
 
 @pytest.mark.parametrize("kind", ["iid", "exact_subset"])
-def test_asymmetric_cifar10(kind):
+def test_asymmetric_cifar10_noise_flips_only_its_five_pairs(kind):
     given = corrupt(AsymmetricNoise(0.4, kind))
-    assert wrong(given, TEN) == pytest.approx(0.2, abs=0.006)
+    assert share_wrong(given, TEN) == pytest.approx(0.2, abs=0.006)
     never = np.isin(TEN, [0, 1, 6, 7, 8])
     assert (given[never] == TEN[never]).all()
     moved = given[given != TEN]
@@ -114,13 +114,13 @@ def test_asymmetric_cifar10(kind):
     assert np.abs(np.array(counts) - 2000).max() < 4 * math.sqrt(5000 * 0.24)
 
 
-def test_exact_subset_draws_exactly_so_many():
+def test_exact_subset_noise_flips_an_exact_number_of_labels():
     clean = np.full(1000, 9)
     given = AsymmetricNoise(0.25, "exact_subset").corrupt(clean, CIFAR10_CLASSES)
     assert (given == 1).sum() == 250
 
 
-def test_superclasses_of_cifar100():
+def test_asymmetric_cifar100_noise_stays_within_superclasses():
     noise = AsymmetricNoise(0.4)
     matrix = noise.transition(CIFAR100_CLASSES)
     off = matrix[~np.eye(100, dtype=bool)]
@@ -130,7 +130,7 @@ def test_superclasses_of_cifar100():
     assert (coarse[given] == coarse[HUNDRED]).all()
     changed = given != HUNDRED
     assert set(HUNDRED[changed]) == set(given[changed]) == set(range(100))
-    assert wrong(given, HUNDRED) == pytest.approx(0.4, abs=0.01)
+    assert share_wrong(given, HUNDRED) == pytest.approx(0.4, abs=0.01)
     assert np.bincount(coarse).tolist() == [5] * 20
     # the aquatic mammals, as the superclass is published: beaver, dolphin, otter, seal, whale
     step = next_in_group(CIFAR100_COARSE)
@@ -141,12 +141,12 @@ def test_superclasses_of_cifar100():
     ]
 
 
-def test_blocks_of_cifar100_are_not_superclasses():
+def test_blocks_noise_stays_within_blocks_of_five_not_superclasses():
     given, coarse = corrupt(AsymmetricNoise(0.4, "blocks"), HUNDRED), np.array(CIFAR100_COARSE)
     assert (given // 5 == HUNDRED // 5).all()
     assert set(given[HUNDRED == 0]) == {0, 1}  # apple, aquarium fish
     assert set(given[HUNDRED == 4]) == {4, 0}
-    assert wrong(coarse[given], coarse[HUNDRED]) > 0.2
+    assert share_wrong(coarse[given], coarse[HUNDRED]) > 0.2
 
 
 @pytest.mark.parametrize("soft", [True, False])
@@ -154,7 +154,7 @@ def test_instance_dependent_noise_depends_on_the_image(soft):
     # 2000 images, 25 copies each, all of one class
     clean = np.full(N, 3)
     given = corrupt(InstanceDependentNoise(0.4, soft), clean)
-    assert wrong(given, clean) == pytest.approx(0.4, abs=0.01)
+    assert share_wrong(given, clean) == pytest.approx(0.4, abs=0.01)
     by_image = given.reshape(25, 2000)
     kinds = np.array([len(set(labels[labels != 3])) for labels in by_image.T])
     assert (kinds.mean() > 3.5) == soft
@@ -165,20 +165,20 @@ def test_instance_dependent_noise_depends_on_the_image(soft):
     assert same > other + 0.02
 
 
-def test_instance_dependent_noise_on_features_and_constant_ones():
+def test_instance_dependent_noise_standardises_features():
     feature = torch.randn(3000, 5, generator=torch.Generator().manual_seed(0))
     feature[:, 4] = 7
     clean = np.arange(3000) % 3
     noise = InstanceDependentNoise(0.3)
     given = noise.corrupt(clean, 3, feature)
-    assert wrong(given, clean) == pytest.approx(0.3, abs=0.04)
+    assert share_wrong(given, clean) == pytest.approx(0.3, abs=0.04)
     assert (given == noise.corrupt(clean, 3, feature * 10 + 2)).mean() > 0.99  # standardised
 
 
 @pytest.mark.parametrize(
     ("rate", "actual"), [(0.01, 0.084), (0.05, 0.101), (0.1, 0.129), (0.2, 0.206), (0.4, 0.4), (0.9, 0.871), (1, 0.920)]
 )
-def test_instance_rates_are_a_normal_distribution_cut_off_at_0_and_1(rate, actual):
+def test_instance_rates_follow_a_normal_truncated_to_0_and_1(rate, actual):
     drawn = _truncated_normal(rate, 0.1, N, np.random.default_rng(0))
     assert drawn.shape == (N,)
     assert 0 < drawn.min() < drawn.max() < 1
@@ -186,34 +186,34 @@ def test_instance_rates_are_a_normal_distribution_cut_off_at_0_and_1(rate, actua
     # drawn again, not clipped
     assert len(np.unique(drawn)) == N
     given = InstanceDependentNoise(rate).corrupt(TEN[:4000], 10, GREY.repeat(2, 1, 1, 1))
-    assert wrong(given, TEN[:4000]) == pytest.approx(actual, abs=0.03)
+    assert share_wrong(given, TEN[:4000]) == pytest.approx(actual, abs=0.03)
 
 
-@pytest.mark.parametrize("name", EVERY)
-def test_same_seed_same_labels(name):
-    noise, clean = EVERY[name], TEN.copy()
+@pytest.mark.parametrize("name", NOISES)
+def test_labels_depend_only_on_the_seed(name):
+    noise, clean = NOISES[name], TEN.copy()
     first = corrupt(noise)
     np.random.default_rng(5).random(100)
     torch.rand(7)
     assert (corrupt(noise) == first).all()
     assert (clean == TEN).all()
-    assert 0.1 < wrong(first, TEN) < 0.55
+    assert 0.1 < share_wrong(first, TEN) < 0.55
     noise_again = type(noise)(**{**vars(noise), "seed": 1})
     assert (corrupt(noise_again) != first).any()
 
 
-@pytest.mark.parametrize("name", [name for name in EVERY if name != "transition"])
+@pytest.mark.parametrize("name", [name for name in NOISES if name != "transition"])
 def test_rate_0_changes_nothing(name):
-    noise = type(EVERY[name])(**{**vars(EVERY[name]), "rate": 0})
+    noise = type(NOISES[name])(**{**vars(NOISES[name]), "rate": 0})
     assert (corrupt(noise) == TEN).all()
 
 
 # DivideMix's own recipe draws sample by sample; the network of instance-dependent noise works in chunks
-VECTORISED = [name for name in EVERY if "sat" not in name and name not in ("instance", "dividemix")]
+VECTORISED = [name for name in NOISES if "sat" not in name and name not in ("instance", "dividemix")]
 
 
 @pytest.mark.parametrize("name", VECTORISED)
-def test_drawing_loops_over_no_samples(name):
+def test_drawing_does_not_loop_over_samples(name):
     calls = 0
 
     def count(frame, event, arg):
@@ -222,43 +222,43 @@ def test_drawing_loops_over_no_samples(name):
 
     sys.setprofile(count)
     try:
-        corrupt(EVERY[name])
+        corrupt(NOISES[name])
     finally:
         sys.setprofile(None)
     assert 0 < calls < len(TEN) / 4, calls
 
 
-def test_absent_classes():
+def test_classes_without_samples_can_be_estimated_and_drawn():
     clean = np.array([0, 0, 2, 2] * 50)
     assert estimate_transition(clean, clean, 4) == pytest.approx(np.eye(4))
     assert set(SymmetricNoise(1.0, "exclusive").corrupt(clean, 4)) == {0, 1, 2, 3}
     assert set(TransitionNoise([[0, 1], [0, 1]]).corrupt([0, 0, 1], 2)) == {1}
 
 
-def test_sampling_never_takes_what_has_probability_0():
-    class Corners:
+def test_sampling_never_draws_a_class_of_probability_0():
+    class ExtremeDraws:
         def random(self, count):
             return np.resize([0.0, np.nextafter(1, 0), 0.5], count)
 
     table = np.array([[0, 0.5, 0.5, 0], [0, 0, 1, 0], [0.1] * 2 + [0.8, 0], [0, 0, 0, 1]])
-    got = sample_transition(np.repeat(np.arange(4), 3), table, Corners())
+    got = sample_transition(np.repeat(np.arange(4), 3), table, ExtremeDraws())
     assert got.tolist() == [1, 2, 2, 2, 2, 2, 0, 2, 2, 3, 3, 3]
 
 
-def test_transition_rows_are_estimated_by_row():
+def test_estimated_transition_is_normalised_per_clean_class():
     clean, given = np.array([0, 0, 0, 0, 1]), np.array([0, 0, 0, 1, 1])
     assert estimate_transition(clean, given, 2) == pytest.approx(np.array([[0.75, 0.25], [0, 1]]))
 
 
 @pytest.mark.parametrize("suffix", [".npy", ".npz", ".csv"])
-def test_transition_from_a_file(tmp_path, suffix):
+def test_transition_matrix_is_read_from_npy_npz_and_csv(tmp_path, suffix):
     matrix, path = np.array([[0.9, 0.1], [0.25, 0.75]]), tmp_path / f"matrix{suffix}"
     {".npy": np.save, ".npz": np.savez, ".csv": lambda p, m: np.savetxt(p, m, delimiter=",")}[suffix](path, matrix)
     clean = TEN % 2
     given = TransitionNoise(str(path)).corrupt(clean, 2)
     assert (given == TransitionNoise(matrix.tolist()).corrupt(clean, 2)).all()
-    assert wrong(given[clean == 0], 0) == pytest.approx(0.1, abs=0.01)
-    assert wrong(given[clean == 1], 1) == pytest.approx(0.25, abs=0.015)
+    assert share_wrong(given[clean == 0], 0) == pytest.approx(0.1, abs=0.01)
+    assert share_wrong(given[clean == 1], 1) == pytest.approx(0.25, abs=0.015)
 
 
 @pytest.mark.parametrize(
@@ -273,12 +273,12 @@ def test_transition_from_a_file(tmp_path, suffix):
         ([], "must be square"),
     ],
 )
-def test_matrices_that_are_none(matrix, message):
+def test_invalid_transition_matrices_raise(matrix, message):
     with pytest.raises(ValueError, match=message):
         TransitionNoise(matrix)
 
 
-def test_matrices_in_files_that_are_none(tmp_path):
+def test_invalid_transition_files_raise(tmp_path):
     (tmp_path / "text.csv").write_text("a,b\n0,1\n")
     with pytest.raises(ValueError, match="not a table of numbers"):
         TransitionNoise(str(tmp_path / "text.csv")).corrupt([0, 1], 2)
@@ -295,13 +295,13 @@ def test_matrices_in_files_that_are_none(tmp_path):
 
 @pytest.mark.parametrize("rate", [-0.1, 1.1, math.nan])
 @pytest.mark.parametrize("kind", [SymmetricNoise, PairFlipNoise, AsymmetricNoise, InstanceDependentNoise])
-def test_rates_out_of_range(kind, rate):
+def test_rates_out_of_range_raise(kind, rate):
     with pytest.raises(ValueError, match=f"rate must be at least 0 and at most 1, got {rate}"):
         kind(rate)
 
 
 @pytest.mark.parametrize("seed", ["123", -1, 1.5, True])
-def test_seeds_are_whole_numbers(seed):
+def test_seeds_other_than_whole_numbers_raise(seed):
     with pytest.raises(ValueError, match=r"seed must be (at least 0|a whole number), got .*: give such a whole number"):
         SymmetricNoise(0.5, "dividemix", seed)
 
@@ -323,13 +323,13 @@ def test_seeds_are_whole_numbers(seed):
         (lambda: InstanceDependentNoise(0.5).corrupt([0, 0], 2, torch.ones(3, 2)), "3 samples, got 2 labels"),
     ],
 )
-def test_refusals(call, message):
+def test_invalid_kinds_labels_and_images_raise(call, message):
     with pytest.raises(ValueError, match=message):
         call()
 
 
 class TooLarge(LabelNoise):
-    """A user's own noise."""
+    """A user's own noise, which adds ``shift`` to every label."""
 
     def __init__(self, shift, seed=0):
         self.shift = shift
@@ -339,7 +339,7 @@ class TooLarge(LabelNoise):
         return clean.target + self.shift
 
 
-def test_a_users_own_noise_is_checked():
+def test_labels_of_a_users_own_noise_are_checked():
     assert repr(TooLarge(1)) == "TooLarge(shift=1, seed=0)"
     assert TooLarge(1).corrupt([0, 1], 3).tolist() == [1, 2]
     assert math.isnan(TooLarge(1).nominal_rate)
@@ -347,7 +347,7 @@ def test_a_users_own_noise_is_checked():
         TooLarge(2).corrupt([0, 1], 3)
 
 
-def test_long_matrices_are_named_by_their_content():
+def test_repr_of_a_long_matrix_is_short_and_depends_on_its_values():
     one, other = (TransitionNoise(m) for m in (np.eye(50).tolist(), np.eye(50)[::-1].tolist()))
     assert len(repr(one)) < 100
     assert repr(one) != repr(other)
@@ -363,7 +363,7 @@ MODULES = {
 
 
 @pytest.mark.parametrize("name", MODULES)
-def test_data_modules_train_on_given_labels(name):
+def test_data_modules_train_and_validate_on_noisy_labels(name):
     plain, noisy = MODULES[name](), MODULES[name](noise=SymmetricNoise(0.5, "exclusive"))
     assert not plain._ready
     plain.setup("fit")
@@ -372,18 +372,18 @@ def test_data_modules_train_on_given_labels(name):
     assert torch.equal(noisy.train_clean, plain.train_target)
     assert torch.equal(noisy.test_target, plain.test_target)
     assert noisy.train_target.dtype == torch.int64
-    assert 0.4 < wrong(noisy.train_target, noisy.train_clean) < 0.6
+    assert 0.4 < share_wrong(noisy.train_target, noisy.train_clean) < 0.6
     assert not noisy.hparams
     # the validation set keeps the given labels, and has its share of each of them
     batch = next(iter(noisy.val_dataloader()))
     assert torch.equal(batch.target, noisy.train_target[batch.index])
-    assert wrong(noisy.train_target[noisy.val_indices], noisy.train_clean[noisy.val_indices]) > 0.25
+    assert share_wrong(noisy.train_target[noisy.val_indices], noisy.train_clean[noisy.val_indices]) > 0.25
     count = np.bincount(noisy.train_target, minlength=10)
     held = np.bincount(noisy.train_target[noisy.val_indices], minlength=10)
     assert np.abs(held - 0.1 * count).max() <= 1
 
 
-def test_labels_do_not_depend_on_the_modules_seed():
+def test_noisy_labels_do_not_depend_on_the_data_modules_seed():
     first = DigitsDataModule(seed=0, noise=SymmetricNoise(0.5), val_fraction=0)
     second = DigitsDataModule(seed=1, noise=SymmetricNoise(0.5), batch_size=7)
     first.setup()
@@ -394,30 +394,30 @@ def test_labels_do_not_depend_on_the_modules_seed():
 @pytest.mark.parametrize(
     "noise",
     [
-        *EVERY.values(),
+        *NOISES.values(),
         TransitionNoise("missing.npy"),
         LabelFile("missing.npz"),
         CIFARN("worst"),
     ],
-    ids=[*EVERY, "transition_file", "label_file", "human"],
+    ids=[*NOISES, "transition_file", "label_file", "human"],
 )
-def test_made_up_data_need_no_files(noise):
+def test_noise_on_fake_data_needs_no_files(noise):
     data = CIFAR10DataModule("missing", fake=True, noise=noise)
     data.setup()
-    assert 0.1 < wrong(data.train_target, data.train_clean) < 0.6
+    assert 0.1 < share_wrong(data.train_target, data.train_clean) < 0.6
     assert data.noise is noise
 
 
-def test_made_up_cifar100_with_noise():
+def test_fake_cifar100_takes_human_label_noise():
     data = CIFAR100DataModule("missing", fake=True, noise=CIFARN("noisy100"))
     data.setup()
-    assert 0.3 < wrong(data.train_target, data.train_clean) < 0.5
+    assert 0.3 < share_wrong(data.train_target, data.train_clean) < 0.5
     coarse = CIFAR100DataModule("missing", "coarse", fake=True, noise=CIFARN("noisy100_coarse"))
     coarse.setup()
-    assert 0.15 < wrong(coarse.train_target, coarse.train_clean) < 0.4
+    assert 0.15 < share_wrong(coarse.train_target, coarse.train_clean) < 0.4
 
 
-def test_noise_from_the_command_line():
+def test_noise_is_set_on_the_command_line():
     name = "lightning_kd.data.SymmetricNoise"
     args = ["--model", "Classification", "--model.network", "mlp", "--data", "DigitsDataModule"]
     options = ["--data.noise", name, "--data.noise.rate", "0.5", "--data.noise.kind", "dividemix"]
@@ -428,7 +428,7 @@ def test_noise_from_the_command_line():
     assert noise.datamodule.noise.matrix == [[1.0, 0.0], [0.5, 0.5]]
 
 
-def test_noise_from_yaml(tmp_path):
+def test_noise_is_set_in_yaml(tmp_path):
     (tmp_path / "noise.yaml").write_text(
         "model: {class_path: Classification, init_args: {network: mlp}}\n"
         "data:\n  class_path: CIFAR10DataModule\n  init_args:\n    fake: true\n    noise:\n"

@@ -1,4 +1,4 @@
-"""Annotations by several people: simulated, from files, what a data module makes of them, and their record."""
+"""Annotations by several people: simulated, read from files, used by a data module, and recorded with a run."""
 
 import hashlib
 import re
@@ -31,11 +31,11 @@ from lightning_kd.data.noise_record import digest
 TARGET = np.arange(4000) % 5
 
 
-def test_simulated():
+def test_simulated_annotators_are_right_at_their_reliability():
     given = SimulatedCrowd(20, (0.3, 0.9), 3).corrupt(TARGET, 5)
     assert (given.shape, given.dtype) == ((4000, 20), np.int16)
     assert ((given >= 0).sum(1) == 3).all()
-    assert len({tuple(row) for row in (given >= 0).tolist()}) > 900  # any three
+    assert len({tuple(row) for row in (given >= 0).tolist()}) > 900  # any three annotators
     there = given >= 0
     right = [float((given[there[:, r], r] == TARGET[there[:, r]]).mean()) for r in range(20)]
     assert 0.25 < min(right) < 0.45
@@ -62,12 +62,12 @@ def test_simulated():
         ({"seed": -1}, "seed must be at least 0, got -1"),
     ],
 )
-def test_bad_arguments(options, message):
+def test_invalid_arguments_raise(options, message):
     with pytest.raises(ValueError, match=message):
         SimulatedCrowd(**options)
 
 
-def test_unequal_classes():
+def test_imbalance_lowers_class_sizes_geometrically():
     crowd = SimulatedCrowd(imbalance=10.0)
     kept = crowd.keep(TARGET, np.arange(4000), 5)
     assert np.bincount(TARGET[kept]).tolist() == [800, 450, 253, 142, 80]
@@ -77,12 +77,12 @@ def test_unequal_classes():
     assert SimulatedCrowd().keep(TARGET, some, 5) is some
 
 
-def data_of(**options):
+def digits_data(**options):
     return DigitsDataModule(**{"train_per_class": 20, "val_fraction": 0.2, **options})
 
 
-def test_a_data_module_with_annotations():
-    data, plain = data_of(annotations=SimulatedCrowd(6, 0.7, 3)), data_of()
+def test_data_module_trains_on_the_majority_of_annotations():
+    data, plain = digits_data(annotations=SimulatedCrowd(6, 0.7, 3)), digits_data()
     data.setup()
     plain.setup()
     assert np.array_equal(data.train_indices, plain.train_indices)
@@ -92,7 +92,7 @@ def test_a_data_module_with_annotations():
     used[data.train_indices] = True
     assert bool((given[~used] == -1).all())
     assert torch.equal(data.train_clean, plain.train_target)
-    assert torch.equal(data.train_target[~used], plain.train_target[~used])  # of the validation samples, too
+    assert torch.equal(data.train_target[~used], plain.train_target[~used])  # includes validation samples
     votes = torch.stack([(given[used] == c).sum(1) for c in range(10)], 1)
     assert torch.equal(data.train_target[used], votes.argmax(1))
     assert not torch.equal(data.train_target[used], data.train_clean[used])
@@ -104,11 +104,11 @@ def test_a_data_module_with_annotations():
     assert "annotations" not in next(iter(data.test_dataloader())).extras
 
 
-def test_samples_without_annotation(tmp_path):
+def test_samples_without_annotation_become_unlabelled(tmp_path):
     given = np.full((1438, 3), -1)
     given[::2, 1] = np.arange(719) % 10
     np.savez(tmp_path / "crowd.npz", annotations=given)
-    data = data_of(annotations=CrowdAnnotations(str(tmp_path / "crowd.npz")))
+    data = digits_data(annotations=CrowdAnnotations(str(tmp_path / "crowd.npz")))
     data.setup()
     both = np.sort(np.concatenate([data.train_indices, data.unlabelled_indices]))
     assert len(both) == 200
@@ -118,19 +118,19 @@ def test_samples_without_annotation(tmp_path):
     assert data.train_target[data.train_indices].tolist() == (data.train_indices // 2 % 10).tolist()
     np.save(tmp_path / "crowd.npy", np.full((1438, 3), -1))
     with pytest.raises(ValueError, match="no training sample has an annotation by CrowdAnnotations"):
-        data_of(annotations=CrowdAnnotations(str(tmp_path / "crowd.npy"))).setup()
+        digits_data(annotations=CrowdAnnotations(str(tmp_path / "crowd.npy"))).setup()
 
 
-def test_imbalance_of_a_data_module():
-    data = data_of(annotations=SimulatedCrowd(6, 0.7, 3, imbalance=4.0))
+def test_imbalance_reduces_the_training_samples_of_a_data_module():
+    data = digits_data(annotations=SimulatedCrowd(6, 0.7, 3, imbalance=4.0))
     data.setup()
     count = torch.bincount(data.train_clean[data.train_indices], minlength=10).tolist()
     assert (count[0], count[-1]) == (20, 5)
     assert count == sorted(count, reverse=True)
-    assert data.test_size == data_of().test_size
+    assert data.test_size == digits_data().test_size
 
 
-def arrays(tmp_path, count=40):
+def save_arrays(tmp_path, count=40):
     rng = np.random.default_rng(0)
     image = rng.integers(0, 255, (count, 8, 8, 1)).astype(np.uint8)
     target = np.arange(count) % 3
@@ -138,16 +138,16 @@ def arrays(tmp_path, count=40):
     return str(tmp_path / "set.npz")
 
 
-def table(tmp_path, text, **options):
+def data_with_table(tmp_path, text, **options):
     (tmp_path / "crowd.csv").write_text(text)
     crowd = CrowdAnnotations(str(tmp_path / "crowd.csv"))
     names = ["cat", "dog", "owl"]
-    return ArrayDataModule(arrays(tmp_path), class_names=names, annotations=crowd, val_fraction=0.0, **options)
+    return ArrayDataModule(save_arrays(tmp_path), class_names=names, annotations=crowd, val_fraction=0.0, **options)
 
 
 @pytest.mark.parametrize("names", ["item,annotator,label", "index,worker,class_name"])
-def test_table(tmp_path, names):
-    data = table(tmp_path, f"{names}\n3,ann,owl\n3,bob,dog\n0,bob,cat\n0.0,bob,cat\n5,ann,\n7,zoe,dog\n")
+def test_csv_table_gives_annotations_by_sample_and_name(tmp_path, names):
+    data = data_with_table(tmp_path, f"{names}\n3,ann,owl\n3,bob,dog\n0,bob,cat\n0.0,bob,cat\n5,ann,\n7,zoe,dog\n")
     data.setup()
     assert data.annotator_names == ["ann", "bob", "zoe"]
     expected = np.full((40, 3), -1)
@@ -157,20 +157,22 @@ def test_table(tmp_path, names):
     assert data.train_target[[0, 3, 7]].tolist() == [0, 1, 1]
 
 
-def test_numbers_of_annotators_are_in_their_order(tmp_path):
-    data = table(tmp_path, "item;annotator;label\n0;10;1\n1;9;2\n2;100;0\n")
+def test_numeric_annotator_names_are_sorted_as_numbers(tmp_path):
+    data = data_with_table(tmp_path, "item;annotator;label\n0;10;1\n1;9;2\n2;100;0\n")
     data.setup()
     assert data.annotator_names == ["9", "10", "100"]
     assert data.train_annotations[:3].tolist() == [[-1, 1, -1], [2, -1, -1], [-1, -1, 0]]
 
 
-def test_tables_of_other_programs(tmp_path):
-    # 7.0 is 7, beside empty cells; -1 is no label, as in an array that was made a table
-    data = table(tmp_path, "item;annotator;label\r\n0;10.0;1\r\n1;7;2\r\n2;7.0;0\r\n2;10;-1\r\n3;7.0;-1.0\r\n")
+def test_csv_table_with_decimals_and_label_minus_1_is_read(tmp_path):
+    # programs write 7 as 7.0 beside empty cells; -1 is no label, as in an array that was saved as a table
+    data = data_with_table(
+        tmp_path, "item;annotator;label\r\n0;10.0;1\r\n1;7;2\r\n2;7.0;0\r\n2;10;-1\r\n3;7.0;-1.0\r\n"
+    )
     data.setup()
     assert data.annotator_names == ["7", "10"]
     assert data.train_annotations[:4].tolist() == [[-1, 1], [2, -1], [0, -1], [-1, -1]]
-    names = table(tmp_path, "item,annotator,label\n0,ann 2.0,1\n1,bob,2\n")
+    names = data_with_table(tmp_path, "item,annotator,label\n0,ann 2.0,1\n1,bob,2\n")
     names.setup()
     assert names.annotator_names == ["ann 2.0", "bob"]
 
@@ -179,7 +181,7 @@ PHOTOS = [f"/home/a/photos/{name}" for name in ("cat/0001.png", "cat/0002.png", 
 
 
 @pytest.mark.parametrize("folder", ["", "{}/", "photos\\{}\\", "C:\\photos\\{}\\"])
-def test_names_of_files_without_their_folders(tmp_path, folder, capsys):
+def test_table_paths_match_images_with_other_or_no_folders(tmp_path, folder, capsys):
     names = [("cat", "0001"), ("dog", "0003"), ("dog", "9999")]
     lines = [f"{folder.format(c)}{k}.png,ann,{k != '0001'}" for c, k in names]
     (tmp_path / "crowd.csv").write_text("\n".join(["file,annotator,label", *lines]))
@@ -189,7 +191,7 @@ def test_names_of_files_without_their_folders(tmp_path, folder, capsys):
     assert "1 files of" in capsys.readouterr().err
 
 
-def test_names_of_files_that_are_not_clear(tmp_path):
+def test_ambiguous_unknown_or_empty_paths_raise(tmp_path):
     for line, message in (
         ("0002.png,ann,0", r"'0002.png' in '.*' may be '.*cat/0002.png' or '.*dog/b/0002.png': put the folder before"),
         ("x.png,ann,0", r"no path in '.*' is one of the training images, such as 'x.png': is it for this data set\?$"),
@@ -220,9 +222,9 @@ def test_names_of_files_that_are_not_clear(tmp_path):
         ("item,annotator,label\n0,ann,1\n0,ann,2\n", "holds two labels by annotator ann for sample 0, dog and owl"),
     ],
 )
-def test_bad_tables(tmp_path, text, message):
+def test_invalid_tables_raise(tmp_path, text, message):
     with pytest.raises(ValueError, match=message):
-        table(tmp_path, text).setup()
+        data_with_table(tmp_path, text).setup()
 
 
 @pytest.mark.parametrize(
@@ -235,24 +237,24 @@ def test_bad_tables(tmp_path, text, message):
         (np.full((40, 2), -2), "annotations must be classes from 0 to 2, or -1 for none, got -2 to -2"),
     ],
 )
-def test_bad_matrices(tmp_path, given, message):
+def test_invalid_annotation_arrays_raise(tmp_path, given, message):
     np.save(tmp_path / "crowd.npy", given)
-    data = ArrayDataModule(arrays(tmp_path), annotations=CrowdAnnotations(str(tmp_path / "crowd.npy")))
+    data = ArrayDataModule(save_arrays(tmp_path), annotations=CrowdAnnotations(str(tmp_path / "crowd.npy")))
     with pytest.raises(ValueError, match=message):
         data.setup()
 
 
-def test_other_files(tmp_path):
+def test_unknown_file_ending_or_missing_key_raises(tmp_path):
     with pytest.raises(ValueError, match=r"path must end in .npy, .npz or .csv, got 'crowd.txt'"):
         CrowdAnnotations("crowd.txt")
     np.savez(tmp_path / "crowd.npz", a=np.zeros(3), b=np.zeros(3))
-    data = ArrayDataModule(arrays(tmp_path), annotations=CrowdAnnotations(str(tmp_path / "crowd.npz")))
+    data = ArrayDataModule(save_arrays(tmp_path), annotations=CrowdAnnotations(str(tmp_path / "crowd.npz")))
     with pytest.raises(ValueError, match=r"key=None is not in '.*', which holds a, b"):
         data.setup()
 
 
 @pytest.mark.parametrize("folder", ["", "train/", "/elsewhere/photos/train/"])
-def test_table_of_files(folder, tmp_path):
+def test_table_of_image_paths_annotates_an_image_folder(folder, tmp_path):
     for split, count in (("train", 6), ("test", 2)):
         for name in ("cat", "dog"):
             (tmp_path / "photos" / split / name).mkdir(parents=True)
@@ -288,12 +290,12 @@ def test_many_annotators_take_little_memory(tmp_path):
     assert found == hashlib.sha256(given.astype("<i8").tobytes()).hexdigest()
 
 
-def test_unsigned_numbers_are_taken(tmp_path):
+def test_unsigned_annotation_arrays_are_read(tmp_path):
     np.save(tmp_path / "crowd.npy", np.ones((4, 2), np.uint16))
     assert CrowdAnnotations(str(tmp_path / "crowd.npy")).corrupt([0, 1, 2, 0], 3).tolist() == [[1, 1]] * 4
 
 
-def test_what_does_not_go_together(tmp_path):
+def test_annotations_with_noise_pool_or_multi_label_data_raise(tmp_path):
     crowd = SimulatedCrowd(6, 0.7, 3)
     with pytest.raises(ValueError, match="annotations are for one class per sample, the data has several labels"):
         ArrayDataModule("none.npz", fake=True, kind="multi_label", annotations=crowd)
@@ -301,22 +303,22 @@ def test_what_does_not_go_together(tmp_path):
     with pytest.raises(ValueError, match=r"annotations and noise exclude each other, got SimulatedCrowd.*CIFARN"):
         CIFAR10DataModule("none", annotations=crowd, noise=noise)
     with pytest.raises(ValueError, match="the source of a pool may have no annotations"):
-        OpenSetDataModule(data_of(annotations=crowd))
+        OpenSetDataModule(digits_data(annotations=crowd))
     with pytest.raises(ValueError, match="source must have no annotations"):
-        MosaicDataModule(data_of(annotations=crowd))
+        MosaicDataModule(digits_data(annotations=crowd))
 
 
-def human(path, target, count=60):
-    """Three annotators of CIFAR-10N: the n-th is wrong at every (n + 2)nd image."""
+def save_cifar10n(path, target, count=60):
+    """Saves images with three annotators as CIFAR-10N has; annotator n is wrong at every (n + 2)nd image."""
     wrong = {f"random{n}": np.where(np.arange(count) % (n + 2) == 0, (target + n) % 10, target) for n in (1, 2, 3)}
     image = np.zeros((count, 32, 32, 3), np.uint8)
     np.savez(path, train_image=image, train_target=target, test_image=image, test_target=target, **wrong)
     return np.stack([*wrong.values()], 1)
 
 
-def test_people_of_cifar10n(tmp_path):
+def test_cifar10n_crowd_reads_three_annotators(tmp_path):
     target = np.arange(60) % 10
-    given = human(tmp_path / "cifar10.npz", target)
+    given = save_cifar10n(tmp_path / "cifar10.npz", target)
     data = CIFAR10DataModule(str(tmp_path), annotations=CIFARNCrowd(), val_fraction=0.0)
     data.setup()
     assert np.array_equal(data.train_annotations.numpy(), given)
@@ -334,7 +336,7 @@ def test_people_of_cifar10n(tmp_path):
     assert fake.train_annotations.shape[1] == 3
 
 
-def test_people_of_cifar10h(tmp_path):
+def test_cifar10h_turns_label_counts_into_annotations(tmp_path):
     target = np.arange(60) % 10
     counts = np.zeros((60, 10), np.int64)
     counts[range(60), target], counts[range(60), (target + 1) % 10] = 8, 2
@@ -342,7 +344,7 @@ def test_people_of_cifar10h(tmp_path):
     crowd = CIFAR10H(str(tmp_path / "counts.npy"), per_item=10)
     given = crowd.corrupt(target, 10)
     assert np.array_equal(np.stack([(given == c).sum(1) for c in range(10)], 1), counts)
-    assert 0.1 < (given[:, 0] != target).mean() < 0.35  # in no order
+    assert 0.1 < (given[:, 0] != target).mean() < 0.35  # counts are dealt out in random order
     few = CIFAR10H(str(tmp_path / "counts.npy"), per_item=12).corrupt(target, 10)
     assert (few[:, 10:] == -1).all()
     for own, message in (
@@ -369,30 +371,30 @@ def fit(folder, data, epochs=1, **options):
     return data
 
 
-def test_annotations_are_kept_in_the_run_folder(tmp_path, capsys):
+def test_annotations_are_recorded_and_a_changed_record_raises(tmp_path, capsys):
     crowd = SimulatedCrowd(6, 0.7, 3)
-    first = fit(tmp_path, data_of(annotations=crowd))
+    first = fit(tmp_path, digits_data(annotations=crowd))
     record = dict(np.load(tmp_path / "noise.npz"))
     assert record["given"].shape == (1438, 6)
     used = first.train_indices
     assert np.array_equal(record["given"][used], first.train_annotations[used].numpy())
     assert "annotations: 600 of 200 training samples by 6 annotators; the majority differs" in capsys.readouterr().err
-    # what was drawn stays, should it be drawn otherwise some day
+    # the record is used, not drawn again: other annotations in it do not fit the checkpoint
     record["given"] = np.roll(record["given"], 1, axis=1)
     np.savez(tmp_path / "noise.npz", **{**record, "sha256": digest(record["given"])})
     last = str(tmp_path / "checkpoints/last.ckpt")
     with pytest.raises(ValueError, match="the checkpoint was trained on other labels than those of annotations=Simul"):
-        fit(tmp_path, data_of(annotations=crowd), epochs=2, ckpt_path=last, weights_only=True)
+        fit(tmp_path, digits_data(annotations=crowd), epochs=2, ckpt_path=last, weights_only=True)
     np.savez(tmp_path / "noise.npz", **{**record, "sha256": "0"})
     with pytest.raises(ValueError, match="its labels do not match its sha256"):
-        fit(tmp_path, data_of(annotations=crowd), epochs=2, ckpt_path=last, weights_only=True)
+        fit(tmp_path, digits_data(annotations=crowd), epochs=2, ckpt_path=last, weights_only=True)
 
 
-def test_other_annotations_or_none_are_refused(tmp_path):
-    fit(tmp_path, data_of(annotations=SimulatedCrowd(6, 0.7, 3)))
+def test_resume_with_other_or_no_annotations_raises(tmp_path):
+    fit(tmp_path, digits_data(annotations=SimulatedCrowd(6, 0.7, 3)))
     last = {"ckpt_path": str(tmp_path / "checkpoints/last.ckpt"), "weights_only": True}
-    fit(tmp_path, data_of(annotations=SimulatedCrowd(6, 0.7, 3)), epochs=2, **last)
+    fit(tmp_path, digits_data(annotations=SimulatedCrowd(6, 0.7, 3)), epochs=2, **last)
     with pytest.raises(ValueError, match=r"was drawn by SimulatedCrowd\(.*per_item=3.*not by .*per_item=2"):
-        fit(tmp_path, data_of(annotations=SimulatedCrowd(6, 0.7, 2)), epochs=3, **last)
+        fit(tmp_path, digits_data(annotations=SimulatedCrowd(6, 0.7, 2)), epochs=3, **last)
     with pytest.raises(ValueError, match="holds a checkpoint trained on others"):
-        fit(tmp_path, data_of(), epochs=3, **last)
+        fit(tmp_path, digits_data(), epochs=3, **last)

@@ -1,4 +1,4 @@
-"""Under a Trainer: epochs, batches, devices, and two processes."""
+"""Data modules under a Trainer: epochs, batches, devices, and two processes."""
 
 import multiprocessing
 import warnings
@@ -15,7 +15,7 @@ from tests.two_processes import on_two_ranks
 
 
 class Recorder(L.LightningModule):
-    """Keeps what it was given."""
+    """Records epoch and sample indices of every batch."""
 
     def __init__(self, num_features):
         super().__init__()
@@ -51,7 +51,7 @@ def trainer(**options):
     return L.Trainer(**{**quiet, "enable_model_summary": False, "max_epochs": 2, **options})
 
 
-def expected(data, epoch):
+def expected_batches(data, epoch):
     loader = data.loader("train", shuffle=True)
     loader.set_epoch(epoch)
     return [batch.index.tolist() for batch in loader]
@@ -63,24 +63,24 @@ def test_fit_test_predict():
     run.fit(task, data)
     assert isinstance(run.train_dataloader, ResidentLoader)
     for epoch in (0, 1):
-        assert [index for e, index in task.seen["train"] if e == epoch] == expected(data, epoch)
+        assert [index for e, index in task.seen["train"] if e == epoch] == expected_batches(data, epoch)
     assert [i for e, index in task.seen["val"] if e == 0 for i in index] == data.val_indices.tolist()
     run.test(task, data, verbose=False)
     assert [i for _, index in task.seen["test"] for i in index] == list(range(359))
     assert torch.cat(run.predict(task, data)).tolist() == list(range(359))
 
 
-def test_resume_goes_on_with_the_next_epoch(tmp_path):
+def test_resume_starts_with_the_next_epoch(tmp_path):
     run = trainer(max_epochs=1)
     run.fit(Recorder(64), DigitsDataModule())
     run.save_checkpoint(tmp_path / "one.ckpt")
     data, task = DigitsDataModule(), Recorder(64)
     trainer(max_epochs=2).fit(task, data, ckpt_path=tmp_path / "one.ckpt")
     assert {epoch for epoch, _ in task.seen["train"]} == {1}
-    assert [index for _, index in task.seen["train"]] == expected(data, 1)
+    assert [index for _, index in task.seen["train"]] == expected_batches(data, 1)
 
 
-def test_resume_with_workers(tmp_path):
+def test_resume_with_workers_gives_the_expected_batches(tmp_path):
     for name in ("a", "b"):
         (tmp_path / "set" / name).mkdir(parents=True)
         for i in range(8):
@@ -94,19 +94,19 @@ def test_resume_with_workers(tmp_path):
     run = trainer(max_epochs=3)
     run.fit(task, data, ckpt_path=tmp_path / "one.ckpt")
     assert isinstance(run.train_dataloader, StreamingLoader)
-    assert run.train_dataloader._iterator is None  # the workers have gone home
+    assert run.train_dataloader._iterator is None  # the workers are stopped
     for epoch in (1, 2):
-        assert [index for e, index in task.seen["train"] if e == epoch] == expected(data, epoch)
+        assert [index for e, index in task.seen["train"] if e == epoch] == expected_batches(data, epoch)
 
 
-def test_no_validation_loader():
+def test_val_fraction_0_trains_without_validation():
     task = Recorder(64)
     trainer().fit(task, DigitsDataModule(val_fraction=0, train_per_class=3))
     assert task.seen["train"]
     assert not task.seen["val"]
 
 
-def test_overfitting_keeps_the_batches():
+def test_overfit_batches_repeats_the_same_batches():
     data, task = DigitsDataModule(batch_size=20), Recorder(64)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
@@ -116,9 +116,9 @@ def test_overfitting_keeps_the_batches():
     assert first == second
 
 
-def _record(folder):
-    """On one of two processes: fit, test and predict, and what was seen of it."""
-    multiprocessing.set_start_method("fork", force=True)  # of the workers, which would be slow to start otherwise
+def _indices_of_a_rank(folder):
+    """Fits, tests and predicts on one of two processes; returns the sample indices of all batches."""
+    multiprocessing.set_start_method("fork", force=True)  # loader workers start faster than spawned ones
     seen = {}
     for name, data, size in (
         ("digits", DigitsDataModule(batch_size=50, eval_batch_size=50), 64),
@@ -129,7 +129,7 @@ def _record(folder):
         run.fit(task, data)
         run.test(task, data, verbose=False)
         seen[name] = task.seen, torch.cat(run.predict(task, data)).tolist()
-        # Lightning left the loaders as they were made
+        # Lightning has not replaced the loaders
         assert isinstance(run.predict_dataloaders, ResidentLoader | StreamingLoader)
     return seen
 
@@ -140,7 +140,7 @@ def test_two_processes_share_the_joint_batches(tmp_path):
         for i in range(11):
             Image.fromarray(np.full((8, 8, 3), 9 * i, np.uint8)).save(tmp_path / "set" / name / f"{i}.png")
     folder = str(tmp_path / "set")
-    ranks = on_two_ranks(_record, folder)
+    ranks = on_two_ranks(_indices_of_a_rank, folder)
     modules = {
         "digits": DigitsDataModule(batch_size=100),
         "folder": ImageFolderDataModule(folder, image_size=8, batch_size=6),
@@ -148,7 +148,7 @@ def test_two_processes_share_the_joint_batches(tmp_path):
     for name, data in modules.items():
         parts = [seen[name][0] for seen in ranks]
         for epoch in (0, 1):
-            joint = expected(data, epoch)
+            joint = expected_batches(data, epoch)
             both = zip(*[[index for e, index in part["train"] if e == epoch] for part in parts], strict=True)
             got = [first + second for first, second in both]
             assert [g[: len(j)] for g, j in zip(got, joint, strict=True)] == joint

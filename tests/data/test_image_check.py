@@ -1,4 +1,4 @@
-"""Image files that are damaged or cannot be used, and when they are told."""
+"""Damaged or unusable image files: when they raise an error, and when they are left out."""
 
 import json
 import os
@@ -14,37 +14,37 @@ from lightning_kd.core.run_folder import RunFolder
 from lightning_kd.data import ImageFolderDataModule, OpenSetDataModule, SymmetricNoise
 from lightning_kd.data.image_check import damaged_images
 from lightning_kd.data.image_files import images_below, read_image
-from tests.data.image_trees import fit, folders, spoil
+from tests.data.image_trees import damage_three_files, fit, write_image_folders
 
 
-def opened_files(monkeypatch):
+def record_opened_files(monkeypatch):
     opened = []
     real = Image.open
     monkeypatch.setattr(Image, "open", lambda path, *args: opened.append(str(path)) or real(path, *args))
     return opened
 
 
-def splits(root, *names, count=6):
+def write_splits(root, *names, count=6):
     for name in names:
-        folders(root / name, count=count)
+        write_image_folders(root / name, count=count)
     return root
 
 
-def module(root, **options):
+def folder_data(root, **options):
     return ImageFolderDataModule(str(root), image_size=8, batch_size=4, **options)
 
 
-def test_damaged_files_are_told_together_before_the_first_epoch(tmp_path):
-    bad = spoil(splits(tmp_path, "train", "test") / "train")
+def test_damaged_files_are_listed_together_before_training(tmp_path):
+    bad = damage_three_files(write_splits(tmp_path, "train", "test") / "train")
     with pytest.raises(ValueError, match="3 of 12 images cannot be read") as error:
-        fit(module(tmp_path))
+        fit(folder_data(tmp_path))
     assert all(path in str(error.value) for path in bad)
 
 
-def test_damaged_files_can_be_left_out(tmp_path):
-    splits(tmp_path, "train", "test")
-    bad = spoil(tmp_path / "train") | spoil(tmp_path / "test")
-    data = module(tmp_path, on_error="skip")
+def test_on_error_skip_leaves_out_damaged_files(tmp_path):
+    write_splits(tmp_path, "train", "test")
+    bad = damage_three_files(tmp_path / "train") | damage_three_files(tmp_path / "test")
+    data = folder_data(tmp_path, on_error="skip")
     with pytest.warns(UserWarning, match="left out, as 3 of 12 images cannot be read"):
         trainer, task = fit(data)
     with pytest.warns(UserWarning, match="left out, as 3 of 12 images cannot be read"):
@@ -55,22 +55,22 @@ def test_damaged_files_can_be_left_out(tmp_path):
     assert not {*used} & bad
 
 
-def test_files_of_other_stages_are_left_alone(tmp_path, monkeypatch):
-    spoil(splits(tmp_path, "train", "val", "test") / "train")
-    trainer, task = fit(module(splits(tmp_path / "other", "train")))
-    data, opened = module(tmp_path), opened_files(monkeypatch)
+def test_only_files_of_the_current_stage_are_opened(tmp_path, monkeypatch):
+    damage_three_files(write_splits(tmp_path, "train", "val", "test") / "train")
+    trainer, task = fit(folder_data(write_splits(tmp_path / "other", "train")))
+    data, opened = folder_data(tmp_path), record_opened_files(monkeypatch)
     trainer.test(task, data, verbose=False)
     trainer.predict(task, data)
     trainer.validate(task, data, verbose=False)
     assert not any(f"{os.sep}train{os.sep}" in path for path in opened)
-    with pytest.raises(ValueError, match="3 of 12 images cannot be read"):  # those of val are known
+    with pytest.raises(ValueError, match="3 of 12 images cannot be read"):  # files of val were checked before
         fit(data)
 
 
 @pytest.mark.parametrize("use", ["test", "predict", "curve", "loader"])
-def test_damaged_test_files_are_told_when_they_are_first_used(use, tmp_path):
-    spoil(splits(tmp_path, "train", "test") / "test")
-    data = module(tmp_path)
+def test_damaged_test_files_raise_at_their_first_use(use, tmp_path):
+    damage_three_files(write_splits(tmp_path, "train", "test") / "test")
+    data = folder_data(tmp_path)
     if use != "curve":
         trainer, task = fit(data)
     uses = {
@@ -94,11 +94,11 @@ def test_damaged_test_files_are_told_when_they_are_first_used(use, tmp_path):
         ("test", "*/*", r"split 'test'"),
     ],
 )
-def test_no_split_or_class_is_left_out_whole(split, damaged, emptied, tmp_path):
-    splits(tmp_path, "train", "val", "test")
+def test_skip_raises_where_a_split_or_class_would_be_empty(split, damaged, emptied, tmp_path):
+    write_splits(tmp_path, "train", "val", "test")
     for path in (tmp_path / split).glob(damaged):
         path.write_bytes(b"")
-    data = module(tmp_path, on_error="skip")
+    data = folder_data(tmp_path, on_error="skip")
     with (
         pytest.warns(UserWarning, match="left out"),
         pytest.raises(ValueError, match=f"^no image of {emptied} can be read, so on_error='skip' leaves none"),
@@ -106,24 +106,24 @@ def test_no_split_or_class_is_left_out_whole(split, damaged, emptied, tmp_path):
         data.setup()
 
 
-def test_few_of_a_class_in_a_drawn_split_may_be_left_out(tmp_path):
-    data = module(folders(tmp_path, count=10), val_fraction=0.2)
+def test_skip_may_leave_out_a_class_of_a_drawn_validation_split(tmp_path):
+    data = folder_data(write_image_folders(tmp_path, count=10), val_fraction=0.2)
     data.setup()
     few = data.val_indices[data.train_target[data.val_indices] == 0]
     for i in few:
         with open(data.train_image[i], "wb"):
             pass
-    skipping = module(tmp_path, val_fraction=0.2, on_error="skip")
+    skipping = folder_data(tmp_path, val_fraction=0.2, on_error="skip")
     with pytest.warns(UserWarning, match="left out"):
         skipping.setup()
     assert skipping.val_indices.tolist() == [*set(data.val_indices.tolist()) - {*few.tolist()}]
 
 
-def test_a_pool_is_the_same_in_every_stage(tmp_path):
-    spoil(folders(tmp_path, classes=("a", "b", "c"), count=12))
+def test_pool_with_damaged_files_is_the_same_in_every_stage(tmp_path):
+    damage_three_files(write_image_folders(tmp_path, classes=("a", "b", "c"), count=12))
 
     def pool(stage):
-        data = OpenSetDataModule(module(tmp_path, on_error="skip"), 2, initial_fraction=0.4, budget=2, rounds=2)
+        data = OpenSetDataModule(folder_data(tmp_path, on_error="skip"), 2, initial_fraction=0.4, budget=2, rounds=2)
         data.trainer = L.Trainer(accelerator="cpu", logger=False, enable_checkpointing=False)
         with pytest.warns(UserWarning, match="left out"):
             data.setup(stage)
@@ -132,12 +132,12 @@ def test_a_pool_is_the_same_in_every_stage(tmp_path):
     assert pool("fit") == pool("test") == pool("predict")
 
 
-def test_damaged_files_stay_out_when_labels_are_drawn_for_a_run(tmp_path):
-    bad = spoil(folders(tmp_path / "images", count=20))
+def test_damaged_files_stay_left_out_when_a_run_loads_the_data_again(tmp_path):
+    bad = damage_three_files(write_image_folders(tmp_path / "images", count=20))
     noise = SymmetricNoise(0.2)
     data = ImageFolderDataModule(str(tmp_path / "images"), image_size=8, batch_size=4, on_error="skip", noise=noise)
     with pytest.warns(UserWarning, match="left out"):
-        data.setup()  # before there is a run folder, whose record makes it load again
+        data.setup()  # the record of labels in the run folder makes it load again later
     recorder = RunRecorder(RunFolder(tmp_path / "run"))
     (tmp_path / "run").mkdir()
     with pytest.warns(UserWarning, match="left out"):
@@ -145,9 +145,9 @@ def test_damaged_files_stay_out_when_labels_are_drawn_for_a_run(tmp_path):
     assert not {data.train_image[i] for i in (*data.train_indices, *data.val_indices)} & bad
 
 
-def test_damaged_files_of_a_pool(tmp_path):
-    source = folders(tmp_path / "labelled")
-    pool = folders(tmp_path / "pool", classes=("x",))
+def test_damaged_pool_files_raise_or_are_skipped(tmp_path):
+    source = write_image_folders(tmp_path / "labelled")
+    pool = write_image_folders(tmp_path / "pool", classes=("x",))
     (pool / "x" / "3.png").write_bytes(b"a letter")
 
     def data(on_error):
@@ -162,11 +162,11 @@ def test_damaged_files_of_a_pool(tmp_path):
     assert len(skipping.unlabelled_indices) == 5
 
 
-def test_what_was_looked_at_is_remembered(tmp_path, monkeypatch):
-    folders(tmp_path)
+def test_checked_files_are_opened_again_only_after_a_change(tmp_path, monkeypatch):
+    write_image_folders(tmp_path)
     files = images_below(tmp_path)
     assert damaged_images(files, tmp_path) == {}
-    opened = opened_files(monkeypatch)
+    opened = record_opened_files(monkeypatch)
     assert damaged_images(files, tmp_path) == {}
     assert not opened
     (tmp_path / "a" / "0.png").write_bytes(b"other")
@@ -176,7 +176,7 @@ def test_what_was_looked_at_is_remembered(tmp_path, monkeypatch):
     assert {*damaged_images(files, tmp_path)} == {str(tmp_path / "a" / "0.png"), str(tmp_path / "b" / "1.png")}
 
 
-def test_a_photograph_with_a_preview_that_is_cut_off(tmp_path):
+def test_truncated_jpeg_with_a_preview_is_damaged(tmp_path):
     path = tmp_path / "some.jpg"
     image = Image.fromarray(np.random.default_rng(0).integers(0, 256, (64, 64, 3), dtype=np.uint8))
     image.save(path, comment=b"\xff\xd8 a preview \xff\xd9")
@@ -192,7 +192,7 @@ def test_a_photograph_with_a_preview_that_is_cut_off(tmp_path):
         ("RGB", "jpg", None), ("RGB", "png", None), ("RGB", "webp", None), ("P", "png", "GIF"),
     ],
 )  # fmt: skip
-def test_files_that_are_cut_off(mode, ending, format, tmp_path):
+def test_truncated_file_of_each_format_is_damaged(mode, ending, format, tmp_path):
     path = tmp_path / f"some.{ending}"
     noise = np.random.default_rng(0).integers(0, 256, (2, 64, 64, 3), dtype=np.uint8)
     first, second = (Image.fromarray(image).convert(mode) for image in noise)
@@ -204,14 +204,14 @@ def test_files_that_are_cut_off(mode, ending, format, tmp_path):
         read_image(path)
 
 
-def test_images_without_a_range_are_told_with_the_damaged_ones(tmp_path):
-    root = folders(tmp_path / "images")
+def test_images_that_need_image_range_are_listed_with_the_damaged(tmp_path):
+    root = write_image_folders(tmp_path / "images")
     (root / "a" / "0.png").write_bytes(b"")
     for mode, kind in (("F", np.float32), ("I", np.int32)):
         Image.fromarray(np.full((8, 8), 7, kind)).save(root / "a" / f"{mode}.tif")
     files = images_below(root)
     expected = {str(root / "a" / name) for name in ("0.png", "F.tif", "I.tif")}
-    for _ in range(2):  # looked at, and remembered
+    for _ in range(2):  # checked, then read from the cache
         damaged = damaged_images(files, root)
         assert {*damaged} == expected
         assert damaged[str(root / "a" / "F.tif")].startswith("holds floats, which have no fixed range: give ima")
@@ -219,11 +219,11 @@ def test_images_without_a_range_are_told_with_the_damaged_ones(tmp_path):
         assert {*damaged_images(files, root, (0, 10))} == {str(root / "a" / "0.png")}
 
 
-def test_one_file_more_is_the_only_one_looked_at(tmp_path, monkeypatch):
-    root = folders(tmp_path / "images")
+def test_only_the_new_file_is_opened(tmp_path, monkeypatch):
+    root = write_image_folders(tmp_path / "images")
     files = images_below(root)
     damaged_images(files, root)
-    opened = opened_files(monkeypatch)
+    opened = record_opened_files(monkeypatch)
     Image.new("RGB", (4, 4)).save(root / "b" / "new.png")
     assert damaged_images(images_below(root), root) == {}
     assert damaged_images(files[2:], root) == {}
@@ -232,8 +232,8 @@ def test_one_file_more_is_the_only_one_looked_at(tmp_path, monkeypatch):
     assert opened == [str(root / "b" / "new.png")]
 
 
-def test_each_root_has_one_record_without_files_that_are_gone(tmp_path, monkeypatch):
-    root = folders(tmp_path / "images")
+def test_cache_has_one_record_per_root_without_removed_files(tmp_path, monkeypatch):
+    root = write_image_folders(tmp_path / "images")
     files = images_below(root)
     damaged_images(files, root)
     damaged_images(files[:3], root)

@@ -36,7 +36,7 @@ def make(root, **options):
     return ImageFolderDataModule(str(root), image_size=16, batch_size=8, **options)
 
 
-def test_plain_folder(root):
+def test_folder_without_splits_is_split_per_class_whatever_the_seed(root):
     data = make(root)
     assert (data.num_classes, data.class_names, data.input_shape) == (3, ["cat", "dog", "eel"], (3, 16, 16))
     assert (data.train_size, data.val_size, data.test_size) == (32, 4, 9)
@@ -57,7 +57,7 @@ def test_plain_folder(root):
         ({"train": 1, "val": 1, "test": 1}, (45, 45, 45)),
     ],
 )
-def test_folders_of_splits(tmp_path, splits, sizes):
+def test_train_val_and_test_folders_are_used_as_splits(tmp_path, splits, sizes):
     for split in splits:
         tree(tmp_path / split)
     data = make(tmp_path)
@@ -71,7 +71,7 @@ def test_folders_of_splits(tmp_path, splits, sizes):
     assert all(f"{os.sep}train{os.sep}" in path for path in data.train_image)
 
 
-def test_images_equal_torchvision_with_the_drawn_numbers(root):
+def test_training_images_equal_torchvision_with_the_same_seed(root):
     data = make(root, scale=(0.3, 1.0), seed=3)
     loader = data.train_dataloader()
     loader.set_epoch(2)
@@ -91,7 +91,7 @@ def test_images_equal_torchvision_with_the_drawn_numbers(root):
         torch.testing.assert_close(image, expected.as_subclass(torch.Tensor))
 
 
-def test_evaluation_images(root):
+def test_evaluation_images_are_resized_and_centre_cropped(root):
     data = make(root)
     batch = next(iter(data.test_dataloader()))
     pil = Image.open(data.test_image[0]).convert("RGB")
@@ -104,7 +104,7 @@ def test_evaluation_images(root):
     assert torch.equal(next(iter(plain)).image, next(iter(same)).image[:8])
 
 
-def test_views_of_a_fixed_size(root):
+def test_resize_strong_crop_and_strong_cutout_set_the_transforms(root):
     data = make(root, resize=19, strong_crop="fixed", strong_cutout=0, mean=[0.0] * 3, std=[1.0] * 3)
     batch = next(iter(data.test_dataloader()))
     pil = Image.open(data.test_image[0]).convert("RGB")
@@ -124,7 +124,7 @@ def test_views_of_a_fixed_size(root):
     assert make(root).transform("strong").transforms[-1].side == 8
 
 
-def test_workers_change_nothing_and_follow_the_epoch(root):
+def test_workers_give_the_same_batches_and_follow_the_epoch(root):
     def epochs(num_workers):
         data = make(root, num_workers=num_workers, cutout=4)
         loader = data.train_dataloader()
@@ -146,20 +146,20 @@ def test_workers_change_nothing_and_follow_the_epoch(root):
     assert not torch.equal(alone[0][0].index, alone[1][0].index)
 
 
-def test_global_generator_is_left_alone(root):
+def test_global_random_generator_is_not_used(root):
     before = torch.get_rng_state()
     list(make(root).train_dataloader())
     assert torch.equal(before, torch.get_rng_state())
 
 
-def test_subset(root):
+def test_train_per_class_keeps_that_many_of_each(root):
     data = make(root, train_per_class=3)
     assert data.train_size == 9
     assert np.bincount(data.train_target[data.train_indices]).tolist() == [3, 3, 3]
 
 
 @pytest.mark.parametrize("num_workers", [0, 1])
-def test_corrupt_image_is_named(root, num_workers):
+def test_corrupt_image_raises_with_its_name(root, num_workers):
     (root / "cat" / "00.png").write_bytes(b"\x89PNG\r\n\x1a\n and then nothing")
     data = make(root, num_workers=num_workers, val_fraction=0)
     loaders = (data.train_dataloader(), data.test_dataloader())
@@ -167,7 +167,7 @@ def test_corrupt_image_is_named(root, num_workers):
         [list(loader) for loader in loaders]
 
 
-def test_bad_roots(tmp_path, root, monkeypatch):
+def test_invalid_root_folders_raise(tmp_path, root, monkeypatch):
     with pytest.raises(FileNotFoundError, match="nowhere"):
         make(tmp_path / "nowhere")
     with pytest.raises(FileNotFoundError, match=r"notes\.txt"):
@@ -187,7 +187,7 @@ def test_bad_roots(tmp_path, root, monkeypatch):
         make(root)
 
 
-def test_test_folder_with_another_class(tmp_path):
+def test_unknown_class_in_the_test_folder_raises(tmp_path):
     tree(tmp_path / "train")
     tree(tmp_path / "test", {"cat": 2, "gnu": 2})
     with pytest.raises(ValueError, match="gnu"):
@@ -198,12 +198,12 @@ def test_test_folder_with_another_class(tmp_path):
     "options",
     [{"image_size": 0}, {"num_workers": -1}, {"test_fraction": 1.0}, {"scale": (1.0, 0.5)}, {"mean": [0.5]}],
 )
-def test_bad_arguments(root, options):
+def test_invalid_arguments_raise(root, options):
     with pytest.raises(ValueError, match=next(iter(options))):
         ImageFolderDataModule(str(root), **options)
 
 
-def test_fake_takes_the_classes_of_the_folder(root):
+def test_fake_data_has_the_classes_of_the_folder(root):
     data = make(root, fake=True)
     assert data.class_names == ["cat", "dog", "eel"]
     assert next(iter(data.train_dataloader())).image.shape == (8, 3, 16, 16)

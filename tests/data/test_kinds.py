@@ -1,4 +1,4 @@
-"""Arrays of several labels and of masks: reading, errors, splits, views, made-up data."""
+"""Arrays with several labels per sample or with masks: reading, errors, splits, views, fake data."""
 
 import numpy as np
 import pytest
@@ -28,7 +28,7 @@ def mask_array(count=40, size=8, classes=3):
     return found
 
 
-def test_labels(tmp_path):
+def test_label_matrix_makes_a_multi_label_problem(tmp_path):
     target = label_matrix()
     data = ArrayDataModule(saved(tmp_path, train_image=images(), train_target=target), batch_size=16)
     assert isinstance(data.problem, MultiLabel)
@@ -41,8 +41,8 @@ def test_labels(tmp_path):
     assert sorted(stored.sum(1).tolist()) == sorted(np.where(target == 255, -1.0, target).sum(1).tolist())
 
 
-def test_masks_go_with_their_images(tmp_path):
-    """Each image's channels are its mask, so that whatever is done to one must be done to the other."""
+def test_masks_are_cropped_and_flipped_with_their_images(tmp_path):
+    """The channels of each image show its mask, so that a change of one without the other is noticed."""
     target = mask_array()
     picture = np.repeat(np.where(target == 255, 0, target + 1)[..., None], 3, 3).astype(np.uint8)
     data = ArrayDataModule(
@@ -70,7 +70,7 @@ def test_masks_go_with_their_images(tmp_path):
         assert torch.equal(batch.target, data.train_target[batch.index].long())
 
 
-def test_kinds_by_shape(tmp_path):
+def test_target_vector_makes_a_single_label_problem(tmp_path):
     assert isinstance(ArrayDataModule(saved(tmp_path, image=images(), target=np.arange(40) % 3)).problem, SingleLabel)
 
 
@@ -85,18 +85,18 @@ def test_kinds_by_shape(tmp_path):
         (mask_array(39), "has 39 labels, got 40 samples"),
     ],
 )
-def test_wrong_targets(tmp_path, target, message):
+def test_invalid_targets_raise(tmp_path, target, message):
     with pytest.raises(ValueError, match=message):
         ArrayDataModule(saved(tmp_path, train_image=images(), train_target=target))
 
 
-def test_a_class_beyond_the_names(tmp_path):
+def test_mask_class_beyond_class_names_raises(tmp_path):
     path = saved(tmp_path, train_image=images(), train_target=mask_array())
     with pytest.raises(ValueError, match="between 0 and 1, or 255 to be ignored, got 2"):
         ArrayDataModule(path, class_names=["a", "b"])
 
 
-def test_what_goes_with_one_class_alone(tmp_path):
+def test_single_label_options_with_masks_raise(tmp_path):
     path = saved(tmp_path, train_image=images(), train_target=mask_array())
     with pytest.raises(ValueError, match="noise is for one class per sample"):
         ArrayDataModule(path, noise=SymmetricNoise(0.2))
@@ -109,7 +109,7 @@ def test_what_goes_with_one_class_alone(tmp_path):
 
 
 @pytest.mark.parametrize("kind", ["multi_label", "segmentation"])
-def test_made_up_data_is_the_same_every_time(kind):
+def test_fake_data_is_the_same_every_time(kind):
     first, second = (ArrayDataModule("none.npz", kind=kind, fake=True, class_names=list("abcd")) for _ in range(2))
     first.setup()
     second.setup()
@@ -118,7 +118,7 @@ def test_made_up_data_is_the_same_every_time(kind):
     first.problem.check_target(next(iter(first.train_dataloader())).target)
 
 
-def test_columns_of_one(tmp_path):
+def test_last_axis_of_length_1_is_dropped(tmp_path):
     target = np.arange(40)[:, None] % 3
     data = ArrayDataModule(saved(tmp_path, train_image=images(), train_target=target))
     assert isinstance(data.problem, SingleLabel)
@@ -141,19 +141,19 @@ def test_columns_of_one(tmp_path):
         (label_matrix(), {"kind": "tags"}, "kind must be one of single_label, multi_label, segmentation, or None, got"),
     ],
 )
-def test_targets_that_say_too_little(tmp_path, target, options, message, capsys):
+def test_single_class_wrong_names_and_unknown_kind_raise(tmp_path, target, options, message, capsys):
     with pytest.raises(ValueError, match=message):
         ArrayDataModule(saved(tmp_path, train_image=images(), train_target=target), **options)
     assert capsys.readouterr().err == ""
 
 
-def test_masks_of_features(tmp_path):
+def test_masks_with_features_raise(tmp_path):
     feature = np.zeros((40, 6), np.float32)
     with pytest.raises(ValueError, match="masks only for images, got features"):
         ArrayDataModule(saved(tmp_path, train_feature=feature, train_target=mask_array()))
 
 
-def test_made_up_features_with_several_labels(tmp_path):
+def test_fake_features_have_several_labels(tmp_path):
     path = saved(tmp_path, train_feature=np.zeros((40, 6), np.float32), train_target=label_matrix())
     data = ArrayDataModule(path, fake=True)
     batch = next(iter(data.train_dataloader()))
@@ -161,7 +161,7 @@ def test_made_up_features_with_several_labels(tmp_path):
     data.problem.check_target(batch.target)
 
 
-def test_a_share_too_small(tmp_path):
+def test_train_fraction_without_a_sample_raises(tmp_path):
     path = saved(tmp_path, train_image=images(), train_target=mask_array())
     with pytest.raises(ValueError, match=r"train_fraction=0\.01 of 29 samples leaves none: raise it"):
         ArrayDataModule(path, train_fraction=0.01).setup()
@@ -174,6 +174,6 @@ def test_loaders_share_masks(tmp_path):
 
 
 @pytest.mark.parametrize("kind", ["multi_label", "segmentation"])
-def test_a_pool_needs_one_class_a_sample(kind):
+def test_pool_of_multi_label_or_mask_data_raises(kind):
     with pytest.raises(ValueError, match="source must have one class per sample, ArrayDataModule has"):
         OpenSetDataModule(ArrayDataModule("none.npz", kind=kind, fake=True))

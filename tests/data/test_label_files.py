@@ -50,14 +50,14 @@ TEXTS = {
 
 
 @pytest.mark.parametrize("name", TEXTS)
-def test_csv(name):
+def test_csv_labels_are_read_in_every_layout(name):
     Path("labels.csv").write_text(TEXTS[name], newline="")
     given = LabelFile("labels.csv").corrupt(CLEAN, NAMES)
     assert given.dtype == np.int64
     assert given.tolist() == GIVEN.tolist()
 
 
-def test_whole_numbers_are_indices_whatever_the_classes_are_called():
+def test_class_index_columns_hold_indices_despite_numeric_names():
     names = sorted(str(c) for c in range(12))  # folders: 0, 1, 10, 11, 2, ...
     clean = torch.arange(48) % 12
     scores = LabelScores(torch.arange(48), clean, clean, torch.zeros(48), torch.zeros(48), torch.ones(48).double())
@@ -72,7 +72,7 @@ def test_whole_numbers_are_indices_whatever_the_classes_are_called():
 @pytest.mark.parametrize(
     ("column", "expected"), [("class_name", [0, 2, 1]), ("class_index", [1, 2, 0]), ("given", [1, 2, 0])]
 )
-def test_numbers_for_classes_that_are_called_by_numbers(column, expected):
+def test_csv_numbers_with_numeric_class_names_need_a_clear_column(column, expected):
     names, clean = ["1", "10", "2"], [0, 0, 0]
     labels = {"class_name": "1\n2\n10\n"}.get(column, "1\n2\n0\n")
     Path("labels.csv").write_text(f"{column}\n{labels}")
@@ -82,7 +82,7 @@ def test_numbers_for_classes_that_are_called_by_numbers(column, expected):
         LabelFile("labels.csv").corrupt(clean, names)
 
 
-def test_names_that_end_in_zeros():
+def test_class_names_that_end_in_zeros_are_matched():
     Path("labels.csv").write_text("2.0\n1.0\n1.10\n")
     assert LabelFile("labels.csv").corrupt([0, 0, 0], ["1.0", "1.10", "2.0"]).tolist() == [2, 0, 1]
     Path("labels.csv").write_text("class_name\n2.0\n10\n")
@@ -90,7 +90,7 @@ def test_names_that_end_in_zeros():
 
 
 @pytest.mark.parametrize("dtype", [np.int64, np.uint8, str])
-def test_arrays_of_numbers_for_classes_that_are_called_by_numbers(dtype):
+def test_array_numbers_with_numeric_class_names_need_a_clear_key(dtype):
     names, clean, given = ["1", "2", "3"], np.array([0, 1, 2]), np.array([2, 1, 2]).astype(dtype)
     np.save("labels.npy", given)
     np.savez("labels.npz", label=given)
@@ -109,14 +109,14 @@ def test_arrays_of_numbers_for_classes_that_are_called_by_numbers(dtype):
 
 @pytest.mark.parametrize("separator", [",", ";", "\t"])
 @pytest.mark.parametrize("encoding", ["utf-8", "utf-8-sig", "utf-16"])
-def test_what_spreadsheets_write(separator, encoding):
+def test_csv_of_any_separator_and_encoding_is_read(separator, encoding):
     rows = [["Index", " Label "], ["3", "bee "], ["1", "cow"]]
     text = "\r\n".join(separator.join(row) for row in rows) + "\r\n"
     Path("labels.CSV").write_text(text, encoding=encoding, newline="")
     assert LabelFile("labels.CSV").corrupt(CLEAN, NAMES)[[3, 1]].tolist() == [NAMES.index("bee"), NAMES.index("cow")]
 
 
-def test_corrections_of_some_samples(monkeypatch):
+def test_csv_of_some_samples_keeps_the_labels_of_the_others(monkeypatch):
     lines = []
     monkeypatch.setattr(label_files, "note", lines.append)
     Path("labels.csv").write_text("index,given,label\n3,0,bee\n1,1,cow\n")
@@ -127,14 +127,14 @@ def test_corrections_of_some_samples(monkeypatch):
     assert len(lines) == 1
 
 
-def test_a_header_of_one_cell():
+def test_unusual_header_of_one_column_is_read_by_key_only():
     Path("labels.csv").write_text("target\n0\n2\n2\n1\n1\n")
     assert LabelFile("labels.csv", "target").corrupt(CLEAN, NAMES).tolist() == GIVEN.tolist()
     with pytest.raises(ValueError, match="holds the label 'target': all labels must be"):
         LabelFile("labels.csv").corrupt(CLEAN, NAMES)
 
 
-def test_columns_and_arrays_by_name():
+def test_key_chooses_the_column_or_array():
     Path("labels.csv").write_text("index,one,two\n0,1,0\n1,1,2\n2,1,2\n3,1,1\n4,1,1\n")
     np.savez("labels.npz", one=np.ones(5, int), two=GIVEN)
     for path in ("labels.csv", "labels.npz"):
@@ -145,7 +145,7 @@ def test_columns_and_arrays_by_name():
             LabelFile(path, "three").corrupt(CLEAN, NAMES)
 
 
-def test_npy_and_npz():
+def test_npy_and_npz_labels_are_read():
     np.save("labels.npy", GIVEN.astype(np.uint8))
     np.save("names.npy", np.array(NAMES)[GIVEN])
     np.savez("labels.npz", given=GIVEN, clean=CLEAN, other=np.arange(3))
@@ -178,13 +178,13 @@ def test_npy_and_npz():
         ("index,label\n" + "9" * 30 + ",0\n", "must hold whole numbers"),
     ],
 )
-def test_csv_that_does_not_fit(text, message):
+def test_invalid_csv_labels_raise(text, message):
     Path("labels.csv").write_text(text)
     with pytest.raises(ValueError, match=message):
         LabelFile("labels.csv").corrupt(CLEAN, NAMES)
 
 
-def test_files_that_do_not_fit():
+def test_invalid_label_files_raise():
     np.savez("labels.npz", given=GIVEN, clean=np.array([0, 1, 2, 1, 0]))
     with pytest.raises(ValueError, match="differ from those of the data set at 2 of 5 samples"):
         LabelFile("labels.npz").corrupt(CLEAN, NAMES)
@@ -204,9 +204,9 @@ def test_files_that_do_not_fit():
         LabelFile("labels.txt")
 
 
-def test_synthetic_labels_with_the_same_transition():
+def test_synthetic_labels_follow_the_transition_of_the_file():
     clean = np.arange(20_000) % 4
-    given = np.where((clean == 1) & (np.arange(20_000) < 8_000), 3, clean)  # 40 % of class 1, in one place
+    given = np.where((clean == 1) & (np.arange(20_000) < 8_000), 3, clean)  # 40 % of class 1, all in the first part
     np.save("labels.npy", given)
     drawn = LabelFile("labels.npy", synthetic=True).corrupt(clean, 5)  # the fifth class has no sample
     assert (drawn[clean != 1] == clean[clean != 1]).all()
@@ -225,14 +225,14 @@ HUMAN = {k: (np.arange(300) * i) % 10 for i, k in enumerate(("aggre", "worse", "
 TEN = np.arange(300) % 10
 
 
-def data_set(root, name, target, **more):
+def save_cifar(root, name, target, **more):
     image = np.zeros((len(target), 32, 32, 3), dtype=np.uint8)
     arrays = {"train_image": image, "train_target": target, "test_image": image[:40], "test_target": target[:40]}
     np.savez(Path(root) / f"{name}.npz", **arrays, **more)
 
 
-def old_pt(path, entries):
-    """As the official file: pickled arrays that name NumPy's function as NumPy 1 did."""
+def save_old_pt(path, entries):
+    """Saves a file like the official one, whose pickled arrays name NumPy's function as NumPy 1 did."""
     torch.save(entries, "new.pt")
     with zipfile.ZipFile("new.pt") as source, zipfile.ZipFile(path, "w", zipfile.ZIP_STORED) as out:
         for info in source.infolist():
@@ -245,14 +245,14 @@ def old_pt(path, entries):
 
 @pytest.fixture
 def cifar(tmp_path):
-    data_set(tmp_path, "cifar10", TEN, **HUMAN)
+    save_cifar(tmp_path, "cifar10", TEN, **HUMAN)
     coarse = {"train_coarse": MAP[FINE], "test_coarse": MAP[FINE[:40]]}
-    data_set(tmp_path, "cifar100", FINE, noisy=NOISY, noisy_coarse=MAP[NOISY], **coarse)
+    save_cifar(tmp_path, "cifar100", FINE, noisy=NOISY, noisy_coarse=MAP[NOISY], **coarse)
     keys = ("aggre_label", "worse_label", "random_label1", "random_label2", "random_label3")
-    old_pt("ten.pt", {"clean_label": TEN, **dict(zip(keys, HUMAN.values(), strict=True))})
-    wrong = (MAP[NOISY] + 1) % 20  # some copies have such coarse labels
+    save_old_pt("ten.pt", {"clean_label": TEN, **dict(zip(keys, HUMAN.values(), strict=True))})
+    wrong = (MAP[NOISY] + 1) % 20  # some copies of the file have wrong coarse labels
     lists = {"clean_coarse_label": ((MAP[FINE] + 1) % 20).tolist(), "noisy_coarse_label": wrong.tolist()}
-    old_pt("hundred.pt", {"clean_label": FINE, "noisy_label": NOISY, **lists})
+    save_old_pt("hundred.pt", {"clean_label": FINE, "noisy_label": NOISY, **lists})
     return str(tmp_path)
 
 
@@ -260,7 +260,7 @@ def cifar(tmp_path):
 @pytest.mark.parametrize(
     ("labels", "key"), [("aggre", "aggre"), ("worst", "worse"), *((f"random{k}", f"random{k}") for k in (1, 2, 3))]
 )
-def test_human_labels_of_cifar10(cifar, labels, key, path):
+def test_human_labels_of_cifar10_are_read(cifar, labels, key, path):
     data = CIFAR10DataModule(cifar, noise=CIFARN(labels, path))
     data.setup()
     assert data.train_target.tolist() == HUMAN[key].tolist()
@@ -268,7 +268,7 @@ def test_human_labels_of_cifar10(cifar, labels, key, path):
 
 
 @pytest.mark.parametrize("path", [None, "hundred.pt"])
-def test_human_labels_of_cifar100(cifar, path):
+def test_human_labels_of_cifar100_are_read_fine_and_coarse(cifar, path):
     fine = CIFAR100DataModule(cifar, noise=CIFARN("noisy100", path))
     fine.setup()
     assert fine.train_target.tolist() == NOISY.tolist()
@@ -278,28 +278,28 @@ def test_human_labels_of_cifar100(cifar, path):
     assert coarse.train_clean.tolist() == MAP[FINE].tolist()
 
 
-def test_human_labels_with_other_names_of_numpys_function(cifar):
+def test_human_labels_pickled_by_new_numpy_are_read(cifar):
     torch.save({"clean_label": TEN, "worse_label": HUMAN["worse"]}, "mine.pt")
     data = CIFAR10DataModule(cifar, noise=CIFARN("worst", "mine.pt"))
     data.setup()
     assert data.train_target.tolist() == HUMAN["worse"].tolist()
 
 
-def test_human_labels_in_another_order(cifar):
-    old_pt("other.pt", {"clean_label": np.roll(TEN, 1), "worse_label": TEN})
+def test_human_labels_whose_clean_labels_differ_raise(cifar):
+    save_old_pt("other.pt", {"clean_label": np.roll(TEN, 1), "worse_label": TEN})
     with pytest.raises(ValueError, match="differ from those of the data set at 300 of 300 samples"):
         CIFAR10DataModule(cifar, noise=CIFARN("worst", "other.pt")).setup()
-    old_pt("short.pt", {"clean_label": TEN[:100], "worse_label": TEN})
+    save_old_pt("short.pt", {"clean_label": TEN[:100], "worse_label": TEN})
     with pytest.raises(ValueError, match="at 300 of 300 samples"):
         CIFAR10DataModule(cifar, noise=CIFARN("worst", "short.pt")).setup()
     swapped = FINE.copy()
     swapped[[0, 1]] = swapped[[1, 0]]
-    old_pt("hundred.pt", {"clean_label": swapped, "noisy_label": NOISY})
+    save_old_pt("hundred.pt", {"clean_label": swapped, "noisy_label": NOISY})
     with pytest.raises(ValueError, match="at 2 of 300 samples"):
         CIFAR100DataModule(cifar, "coarse", noise=CIFARN("noisy100_coarse", "hundred.pt")).setup()
 
 
-def test_human_labels_in_an_order_that_clean_labels_cannot_tell():
+def test_human_labels_far_from_the_published_noise_rate_raise():
     rng = np.random.default_rng(0)
     clean = rng.permutation(np.arange(50_000) % 10)
     worse = clean.copy()
@@ -312,13 +312,13 @@ def test_human_labels_in_an_order_that_clean_labels_cannot_tell():
         ValueError, match=r"differ from the clean ones at (89|90).\d+% of 50000 samples, but 40.21% is published"
     ):
         CIFARN("worst", "human.npz").corrupt(clean, CIFAR10_CLASSES)
-    old_pt("human.pt", {"clean_label": clean, "worse_label": np.roll(worse, 1)})
+    save_old_pt("human.pt", {"clean_label": clean, "worse_label": np.roll(worse, 1)})
     with pytest.raises(ValueError, match="probably in another order"):
         CIFARN("worst", "human.pt", synthetic=True).corrupt(clean, CIFAR10_CLASSES)
 
 
-def test_no_human_labels(cifar, tmp_path):
-    data_set(tmp_path, "cifar10", TEN)
+def test_missing_or_unfitting_human_labels_raise(cifar, tmp_path):
+    save_cifar(tmp_path, "cifar10", TEN)
     with pytest.raises(ValueError, match=r"lacks worse.*CIFAR-\*_human.pt"):
         CIFAR10DataModule(cifar, noise=CIFARN("worst")).setup()
     with pytest.raises(FileNotFoundError, match=r"'none.pt' does not exist"):
@@ -342,7 +342,7 @@ class Evil:
         return Path.touch, (Path("touched"),)
 
 
-def test_nothing_else_is_unpickled(cifar):
+def test_only_integer_arrays_are_unpickled(cifar):
     torch.save({"clean_label": TEN, "worse_label": Evil()}, "evil.pt")
     Path("plain.pt").write_bytes(pickle.dumps({"clean_label": TEN, "worse_label": Evil()}, protocol=2))
     Path("text.pt").write_text("no")
@@ -360,14 +360,14 @@ def test_nothing_else_is_unpickled(cifar):
 # -- the record --------------------------------------------------------------------------------------------------------
 
 
-class Counted(LabelNoise):
-    """Other labels at each call, so that only a record can make them equal."""
+class NewLabelsAtEachCall(LabelNoise):
+    """Draws other labels at each call, so that equal labels must come from a record."""
 
     calls = 0
 
     def draw(self, clean, generator):
-        Counted.calls += 1
-        return (clean.target + Counted.calls) % clean.num_classes
+        NewLabelsAtEachCall.calls += 1
+        return (clean.target + NewLabelsAtEachCall.calls) % clean.num_classes
 
 
 def fit(data, folder="run", **options):
@@ -380,19 +380,19 @@ def fit(data, folder="run", **options):
     return data
 
 
-def read(path="run/noise.npz"):
+def read_record(path="run/noise.npz"):
     with np.load(path) as arrays:
         return dict(arrays)
 
 
-def pretend_checkpoint(folder="run"):
+def write_empty_checkpoint(folder="run"):
     RunFolder(folder).last.parent.mkdir(parents=True, exist_ok=True)
     RunFolder(folder).last.write_bytes(b"")
 
 
-def test_record(capsys):
+def test_record_stores_labels_that_another_run_can_use(capsys):
     data = fit(DigitsDataModule(noise=SymmetricNoise(0.5, "exclusive", seed=3)))
-    record = read()
+    record = read_record()
     assert record["given"].tolist() == data.train_target.tolist()
     assert record["clean"].tolist() == data.train_clean.tolist()
     assert record["given"].dtype == record["clean"].dtype == np.int64
@@ -407,7 +407,7 @@ def test_record(capsys):
     line += f"in the whole array {wrong} of 1438, {wrong / 1438:.2%}), by SymmetricNoise(rate=0.5, "
     assert len(used) == 1294
     assert capsys.readouterr().out.count(line) == 1
-    # another method takes the same labels, on the same data only
+    # another run can use the recorded labels, but only on the same data
     other = DigitsDataModule(noise=LabelFile("run/noise.npz"), val_fraction=0)
     other.setup()
     assert torch.equal(other.train_target, data.train_target)
@@ -423,38 +423,38 @@ def test_record(capsys):
         LabelFile("run/noise.npz").corrupt(moved, 10)
 
 
-def test_recorded_labels_are_used_again():
-    first = fit(DigitsDataModule(noise=Counted()))
-    pretend_checkpoint()
-    again = DigitsDataModule(noise=Counted())
+def test_recorded_labels_are_reused_where_a_checkpoint_exists():
+    first = fit(DigitsDataModule(noise=NewLabelsAtEachCall()))
+    write_empty_checkpoint()
+    again = DigitsDataModule(noise=NewLabelsAtEachCall())
     again.setup()
     assert not torch.equal(again.train_target, first.train_target)
-    fit(again)  # set up before it had a run folder
+    fit(again)  # it drew labels before it had a run folder
     assert torch.equal(again.train_target, first.train_target)
     assert fit(again).train_target is again.train_target
-    elsewhere = fit(DigitsDataModule(noise=Counted()), "elsewhere")
+    elsewhere = fit(DigitsDataModule(noise=NewLabelsAtEachCall()), "elsewhere")
     assert not torch.equal(elsewhere.train_target, first.train_target)
 
 
-def test_labels_are_drawn_anew_where_there_is_no_checkpoint():
-    first = fit(DigitsDataModule(noise=Counted()))
-    tested = DigitsDataModule(noise=Counted())
+def test_a_new_fit_without_a_checkpoint_draws_new_labels():
+    first = fit(DigitsDataModule(noise=NewLabelsAtEachCall()))
+    tested = DigitsDataModule(noise=NewLabelsAtEachCall())
     quiet = {"logger": False, "enable_progress_bar": False, "enable_checkpointing": False, "accelerator": "cpu"}
     L.Trainer(**quiet, callbacks=[RunRecorder(RunFolder("run"))]).test(Recorder(64), tested, verbose=False)
     assert torch.equal(tested.train_target, first.train_target)
-    second = fit(DigitsDataModule(noise=Counted()))
+    second = fit(DigitsDataModule(noise=NewLabelsAtEachCall()))
     assert not torch.equal(second.train_target, first.train_target)
-    assert read()["given"].tolist() == second.train_target.tolist()
+    assert read_record()["given"].tolist() == second.train_target.tolist()
 
 
-def own_labels():
+def digit_labels():
     data = DigitsDataModule()
     data.setup()
     return data.train_target.numpy()
 
 
 class Fixed(LabelNoise):
-    """Labels of one's own in an array, of which a text shows only the ends."""
+    """A user's noise that returns a stored array; its repr shows only the ends of the array."""
 
     def __init__(self, given):
         self.given = given
@@ -464,16 +464,16 @@ class Fixed(LabelNoise):
         return self.given
 
 
-def test_stored_labels_are_compared_by_their_content():
-    given = own_labels()
+def test_recorded_labels_are_compared_by_content_not_by_path():
+    given = digit_labels()
     np.save("one.npy", given)
     assert fit(DigitsDataModule(noise=LabelFile("one.npy"))).train_target.tolist() == given.tolist()
     other = given.copy()
     other[700] = (other[700] + 1) % 10
     np.save("one.npy", other)
     assert fit(DigitsDataModule(noise=LabelFile("one.npy"))).train_target.tolist() == other.tolist()
-    assert read()["given"].tolist() == other.tolist()
-    pretend_checkpoint()
+    assert read_record()["given"].tolist() == other.tolist()
+    write_empty_checkpoint()
     Path("one.npy").rename("two.npy")
     for same in (LabelFile("two.npy"), LabelFile("run/noise.npz"), Fixed(other)):
         assert fit(DigitsDataModule(noise=same)).train_target.tolist() == other.tolist()
@@ -482,22 +482,22 @@ def test_stored_labels_are_compared_by_their_content():
         fit(DigitsDataModule(noise=LabelFile("one.npy")))
     with pytest.raises(ValueError, match=r"was drawn by LabelFile\(path='one.npy'.* not by Fixed"):
         fit(DigitsDataModule(noise=Fixed(given)))
-    assert read()["given"].tolist() == other.tolist()
+    assert read_record()["given"].tolist() == other.tolist()
 
 
-def test_arrays_in_a_noise_of_ones_own_are_compared_whole():
-    given = own_labels()
+def test_arrays_of_a_users_noise_are_compared_in_full():
+    given = digit_labels()
     other = given.copy()
     other[700] = (other[700] + 1) % 10
     assert repr(Fixed(given)) == repr(Fixed(other))
     fit(DigitsDataModule(noise=Fixed(given)))
-    pretend_checkpoint()
+    write_empty_checkpoint()
     fit(DigitsDataModule(noise=Fixed(given.copy())))
     with pytest.raises(ValueError, match="labels are no longer those of Fixed"):
         fit(DigitsDataModule(noise=Fixed(other)))
 
 
-def test_checkpoints_know_their_labels(tmp_path):
+def test_checkpoint_stores_a_label_digest_and_refuses_other_labels(tmp_path):
     noise = SymmetricNoise(0.4)
     data = DigitsDataModule(noise=noise)
     assert data.state_dict() == {}
@@ -526,23 +526,23 @@ def test_checkpoints_know_their_labels(tmp_path):
     assert list(torch.load("clean.ckpt", weights_only=True)["DigitsDataModule"]) == ["data_sha256"]
 
 
-def test_other_labels_are_refused_only_where_there_is_a_checkpoint():
+def test_other_labels_raise_only_where_a_checkpoint_exists():
     first = fit(DigitsDataModule(noise=SymmetricNoise(0.2)))
     RunFolder("run").last.unlink(missing_ok=True)
     second = fit(DigitsDataModule(noise=SymmetricNoise(0.4)))
-    assert read()["rate"] == 0.4
+    assert read_record()["rate"] == 0.4
     assert not torch.equal(first.train_target, second.train_target)
-    pretend_checkpoint()
+    write_empty_checkpoint()
     with pytest.raises(ValueError, match=r"belongs to the checkpoint .*was drawn by SymmetricNoise\(rate=0.4"):
         fit(DigitsDataModule(noise=SymmetricNoise(0.2)))
     with pytest.raises(ValueError, match="its clean labels are not those of the data set"):
         fit(DigitsDataModule(noise=SymmetricNoise(0.4), fake=True))
     with pytest.raises(ValueError, match="noise=None would train on clean labels"):
         fit(DigitsDataModule())
-    np.savez("run/noise.npz", **{**read(), "given": first.train_target.numpy()})
+    np.savez("run/noise.npz", **{**read_record(), "given": first.train_target.numpy()})
     with pytest.raises(ValueError, match="its labels do not match its sha256"):
         fit(DigitsDataModule(noise=SymmetricNoise(0.4)))
-    assert read()["given"].tolist() == first.train_target.tolist()
+    assert read_record()["given"].tolist() == first.train_target.tolist()
 
 
 def test_a_fit_on_clean_labels_leaves_no_record():
@@ -557,18 +557,18 @@ def test_a_fit_on_clean_labels_leaves_no_record():
     assert not Path("run/noise.npz").exists()
 
 
-def test_run_folder_of_a_trainer():
+def test_trainer_without_recorder_has_no_run_folder():
     assert run_folder_of(None) is None
     assert run_folder_of(L.Trainer(logger=False, enable_checkpointing=False, accelerator="cpu")) is None
 
 
-def test_made_up_data_record_what_they_drew(capsys):
+def test_fake_data_record_the_noise_drawn_for_a_missing_file(capsys):
     fit(DigitsDataModule(fake=True, noise=LabelFile("missing.npy")))
-    assert str(read()["generator"]) == "SymmetricNoise(rate=0.4, kind='exclusive', seed=0)"
+    assert str(read_record()["generator"]) == "SymmetricNoise(rate=0.4, kind='exclusive', seed=0)"
     assert "by SymmetricNoise(rate=0.4, kind='exclusive'" in capsys.readouterr().out
 
 
-def test_own_validation_and_test_labels_are_never_changed(tmp_path):
+def test_noise_does_not_change_own_validation_and_test_labels(tmp_path):
     from PIL import Image
 
     from lightning_kd.data import ImageFolderDataModule
@@ -585,7 +585,7 @@ def test_own_validation_and_test_labels_are_never_changed(tmp_path):
     assert data.val_target.tolist() == data.test_target.tolist() == [0] * 5 + [1] * 5
 
 
-def test_a_class_may_be_absent_from_the_given_labels():
+def test_given_labels_may_lack_a_class():
     given = np.arange(300) % 3
     image = np.zeros((300, 4, 4), dtype=np.uint8)
     np.savez("mine.npz", train_image=image, train_target=np.arange(300) % 4, test_image=image, test_target=given)
@@ -597,9 +597,9 @@ def test_a_class_may_be_absent_from_the_given_labels():
         assert set(data.train_target[data.train_indices].tolist()) == {0, 1, 2}
 
 
-def _ranks(folder, refuse):
-    Counted.calls = int(os.environ["LOCAL_RANK"])  # each would draw labels of its own
-    data = DigitsDataModule(noise=SymmetricNoise(0.1) if refuse else Counted())
+def _labels_of_a_rank(folder, refuse):
+    NewLabelsAtEachCall.calls = int(os.environ["LOCAL_RANK"])  # each would draw labels of its own
+    data = DigitsDataModule(noise=SymmetricNoise(0.1) if refuse else NewLabelsAtEachCall())
     try:
         fit(data, folder, strategy="ddp", devices=2)
     except ValueError as error:
@@ -608,34 +608,34 @@ def _ranks(folder, refuse):
 
 
 def test_two_processes_train_on_the_same_labels(tmp_path):
-    one, two = on_two_ranks(_ranks, str(tmp_path / "run"), False)
-    assert one == ((own_labels() + 1) % 10).tolist()  # those of the first process
-    assert one == two == read(tmp_path / "run" / "noise.npz")["given"].tolist()
+    one, two = on_two_ranks(_labels_of_a_rank, str(tmp_path / "run"), False)
+    assert one == ((digit_labels() + 1) % 10).tolist()  # those of the first process
+    assert one == two == read_record(tmp_path / "run" / "noise.npz")["given"].tolist()
 
 
-def test_two_processes_refuse_together(tmp_path):
+def test_two_processes_raise_the_same_error(tmp_path):
     folder = tmp_path / "run"
     fit(DigitsDataModule(noise=SymmetricNoise(0.2)), str(folder))
-    pretend_checkpoint(folder)
-    one, two = on_two_ranks(_ranks, str(folder), True)
+    write_empty_checkpoint(folder)
+    one, two = on_two_ranks(_labels_of_a_rank, str(folder), True)
     assert one == two
     assert "was drawn by SymmetricNoise(rate=0.2" in one
 
 
-def test_from_the_command_line(capsys):
+def test_command_line_keeps_the_recorded_labels_until_overwrite(capsys):
     args = ["--model", "Classification", "--model.network", "mlp", "--data", "DigitsDataModule", "--run", "out"]
     args += ["--trainer.accelerator", "cpu", "--trainer.enable_progress_bar", "false"]
     noise = ["--data.noise", "SymmetricNoise", "--data.noise.rate", "0.5"]
     main(["fit", *args, *noise, "--trainer.max_epochs", "1"])
-    drawn = read("out/noise.npz")
+    drawn = read_record("out/noise.npz")
     assert "label noise: " in capsys.readouterr().out
     with pytest.raises(SystemExit):
         main(["fit", *args, *noise, "--data.noise.seed", "1", "--trainer.max_epochs", "3", "--ckpt_path", "last"])
     assert "was made with data.init_args.noise.init_args.seed=0, got 1: keep it" in capsys.readouterr().err
-    assert str(read("out/noise.npz")["sha256"]) == str(drawn["sha256"])
+    assert str(read_record("out/noise.npz")["sha256"]) == str(drawn["sha256"])
     main(["test", "--config", "out/config.yaml", "--ckpt_path", "last", "--trainer.enable_progress_bar", "false"])
     main(["fit", *args, *noise, "--data.noise.seed", "1", "--trainer.max_epochs", "1", "--overwrite"])
-    assert str(read("out/noise.npz")["sha256"]) != str(drawn["sha256"])
+    assert str(read_record("out/noise.npz")["sha256"]) != str(drawn["sha256"])
 
 
 PHOTOS = [
@@ -644,7 +644,7 @@ PHOTOS = [
 
 
 @pytest.mark.parametrize("root", ["/home/a/photos/", "photos/", "/mnt/other/", ""])
-def test_a_line_is_for_its_file_wherever_that_is_now(root, capsys):
+def test_csv_lines_follow_their_files_when_indices_change(root, capsys):
     lines = [(1, "ant/1.png", "cow"), (3, "cow/ 2.png", "ant"), (4, "cow/caf\\udce9.png", "bee")]
     Path("c.csv").write_text("index,path,class_name\n" + "".join(f"{k},{root}{p},{c}\n" for k, p, c in lines))
     clean = [0, 0, 1, 2, 2]
@@ -659,13 +659,13 @@ def test_a_line_is_for_its_file_wherever_that_is_now(root, capsys):
 
 
 @pytest.mark.parametrize("root", ["/home/a/photos/", "/mnt/other/", ""])
-def test_a_file_that_is_gone_is_not_one_of_the_same_name_elsewhere(root, capsys):
+def test_removed_file_is_not_matched_to_the_same_name_elsewhere(root, capsys):
     Path("c.csv").write_text(f"index,path,class_name\n0,{root}ant/0.png,cow\n3,{root}cow/bee/0.png,ant\n")
     assert LabelFile("c.csv").corrupt([0, 0, 1, 2, 2], NAMES, PHOTOS).tolist() == [2, 0, 1, 2, 2]
     assert f"1 files of 'c.csv' are not training images, such as '{root}cow/bee/0.png'" in capsys.readouterr().err
 
 
-def test_a_path_that_is_a_name_alone_goes_with_its_index():
+def test_path_without_folder_is_matched_with_its_index():
     Path("c.csv").write_text("index,path,label\n1,1.png,bee\n2,,cow\n")
     assert LabelFile("c.csv").corrupt([0, 0, 1, 2, 2], NAMES, PHOTOS).tolist() == [0, 1, 2, 2, 2]
     Path("c.csv").write_text("index,path,label\n3,x.png,ant\n")
@@ -674,6 +674,6 @@ def test_a_path_that_is_a_name_alone_goes_with_its_index():
     assert LabelFile("c.csv").corrupt([0, 0, 1, 2], NAMES).tolist() == [0, 0, 1, 0]  # arrays have no paths
 
 
-def test_names_with_blanks_around_them():
+def test_class_names_with_outer_blanks_are_matched():
     Path("c.csv").write_text("index,class_name\n0,cow \n1,caf\\udce9\n")
     assert LabelFile("c.csv").corrupt([0, 0], ["ant", " cow", "caf\udce9"]).tolist() == [1, 2]

@@ -1,4 +1,4 @@
-"""What all data modules share, on the digits and on made-up data."""
+"""Behaviour common to all data modules, on the digits and on fake data."""
 
 from types import SimpleNamespace
 
@@ -39,7 +39,7 @@ def samples(loader):
     return [torch.cat([getattr(b, name) for b in batches]) for name in ("image", "target", "index")]
 
 
-def test_facts_are_known_before_setup(case):
+def test_shapes_classes_and_sizes_are_known_before_setup(case):
     make, shape, num_classes = case
     data = make()
     assert data.input_shape == shape
@@ -52,7 +52,7 @@ def test_facts_are_known_before_setup(case):
     assert data.class_names[0] in str(data.class_names) and str(num_classes) in str(data)  # noqa: PT018
 
 
-def test_batches(case):
+def test_batches_of_each_split_have_shapes_targets_and_indices(case):
     make, shape, num_classes = case
     data = make(batch_size=32)
     data.prepare_data()
@@ -76,7 +76,7 @@ def test_batches(case):
     assert len(loader) == len(list(loader))
 
 
-def test_made_up_data_can_be_learned(case):
+def test_fake_data_can_be_learned(case):
     make, shape, _ = case
     if shape[1] == 28:
         pytest.skip("as the other grey ones")
@@ -95,7 +95,7 @@ def test_same_seed_same_batches_and_epochs_differ(case):
     loader.set_epoch(3)
     first = next(iter(loader))
     again = make(seed=1).train_dataloader()
-    for epoch in range(3):  # an undisturbed run passes through the earlier epochs
+    for epoch in range(3):  # an uninterrupted run passes through the earlier epochs
         again.set_epoch(epoch)
         next(iter(again))
     again.set_epoch(3)
@@ -119,7 +119,7 @@ def test_iterators_draw_nothing_before_the_first_batch():
     assert not torch.equal(got.index, next(iter(loader)).index)  # the second pass of epoch 2
 
 
-def test_global_generators_are_left_alone():
+def test_global_random_generators_are_not_used():
     data = ImageFolderDataModule("missing", image_size=16, fake=True, cutout=4)
     before = torch.get_rng_state(), np.random.get_state()[1].tolist()  # noqa: NPY002
     list(data.train_dataloader())
@@ -128,7 +128,7 @@ def test_global_generators_are_left_alone():
 
 
 @pytest.mark.parametrize("world_size", [2, 3])
-def test_shards_of_a_data_module_join_to_the_whole(world_size):
+def test_batches_of_all_ranks_join_to_those_of_one_process(world_size):
     def of_rank(rank, world_size, batch_size):
         data = CIFAR10DataModule(fake=True, cutout=6, batch_size=batch_size, eval_batch_size=batch_size)
         data.trainer = SimpleNamespace(
@@ -160,27 +160,27 @@ def test_splits_are_stratified_and_seeded():
     assert (np.abs(np.bincount(data.train_target[data.train_indices]) - whole * 0.45) < 1.5).all()
 
 
-def test_train_per_class():
+def test_train_per_class_keeps_that_many_of_each():
     data = DigitsDataModule(train_per_class=7)
     assert data.train_size == 70
     assert (np.bincount(data.train_target[data.train_indices]) == 7).all()
 
 
-def test_made_up_data_takes_any_subset_option():
+def test_fake_data_takes_any_subset_option():
     for options in ({"train_per_class": 25}, {"train_fraction": 0.05}):
         data = CIFAR100DataModule(fake=True, **options)
         assert data.train_size == 360
     assert CIFAR100DataModule(fake=True, train_per_class=2).train_size == 200
 
 
-def test_without_validation_nothing_stands_in_for_it():
+def test_val_fraction_0_gives_no_validation_loader():
     data = DigitsDataModule(val_fraction=0)
     assert data.val_dataloader() == []
     assert data.val_size == 0
     assert data.train_size == 1438
 
 
-def test_loader_over_any_indices():
+def test_loader_takes_chosen_indices_and_refuses_invalid_arguments():
     data = DigitsDataModule()
     index = samples(data.loader("train", torch.tensor([9, 3, 700])))[2]
     assert index.tolist() == [9, 3, 700]
@@ -193,7 +193,7 @@ def test_loader_over_any_indices():
         data.loader("dev")
 
 
-def test_published_statistics_of_the_digits():
+def test_mean_and_std_of_the_digits_are_those_of_the_data():
     data = DigitsDataModule()
     data.setup()
     value = data.train_image.double() / 255
@@ -224,7 +224,7 @@ def test_mean_and_std_can_be_given():
         ({"cutout": -1}, "cutout"),
     ],
 )
-def test_bad_arguments_are_named_at_once(options, name):
+def test_invalid_arguments_raise_at_construction(options, name):
     with pytest.raises(ValueError, match=rf"{name}.*got"):
         DigitsDataModule(**options)
 
@@ -237,11 +237,11 @@ def test_bad_arguments_are_named_at_once(options, name):
         ({"val_fraction": 0.0001}, r"val_fraction=0.0001 .*empty"),
     ],
 )
-def test_impossible_splits(options, message):
+def test_splits_without_enough_samples_raise(options, message):
     with pytest.raises(ValueError, match=message):
         DigitsDataModule(**options).setup()
 
 
-def test_bad_labels_argument():
+def test_unknown_cifar100_labels_raise():
     with pytest.raises(ValueError, match="labels"):
         CIFAR100DataModule(labels="rough")

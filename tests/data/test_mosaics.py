@@ -1,4 +1,4 @@
-"""Mosaics: what is in them, how often, and that nothing of one split is in another."""
+"""Mosaics: their tiles and labels, the class frequencies, and that no split uses images of another."""
 
 import numpy as np
 import pytest
@@ -13,7 +13,7 @@ from lightning_kd.data import (
     SymmetricNoise,
 )
 from lightning_kd.data.cifar import CIFAR100_COARSE, CIFAR100_COARSE_CLASSES
-from tests.data.image_trees import folders
+from tests.data.image_trees import write_image_folders
 
 
 def digits(**options):
@@ -27,7 +27,7 @@ def tiles_of(data, image):
 
 
 @pytest.mark.parametrize("grid", [1, 2, 3])
-def test_tiles_and_labels_belong_together(grid):
+def test_labels_are_the_classes_of_tiles_from_the_same_split(grid):
     source = digits()
     data = MosaicDataModule(source, grid=grid, train_mosaics=50, val_mosaics=30, test_mosaics=40)
     data.setup()
@@ -45,12 +45,12 @@ def test_tiles_and_labels_belong_together(grid):
         }
         image, target = getattr(data, f"{split}_image"), getattr(data, f"{split}_target")
         for tiles, labels in zip(tiles_of(data, image), target, strict=True):
-            # of this split alone: others are not in `known`
+            # images of other splits are not in `known`
             assert {known[tile.contiguous().numpy().tobytes()] for tile in tiles} == {*labels.nonzero()[:, 0].tolist()}
         assert set(target.unique().tolist()) <= {0.0, 1.0}
 
 
-def test_they_are_drawn_once_from_their_own_seed():
+def test_mosaics_depend_on_mosaic_seed_only():
     one, same, other = (MosaicDataModule(digits(), mosaic_seed=k, seed=s) for k, s in ((3, 0), (3, 7), (4, 0)))
     for data in (one, same, other):
         data.setup()
@@ -60,7 +60,7 @@ def test_they_are_drawn_once_from_their_own_seed():
     assert len(one.train_target) == one.source.train_size // 4
 
 
-def test_imbalance():
+def test_imbalance_sets_the_class_frequencies():
     data = MosaicDataModule(digits(), grid=1, imbalance=20.0, train_mosaics=20_000)
     data.setup()
     share = data.train_target.mean(0).numpy()
@@ -70,20 +70,19 @@ def test_imbalance():
     assert share[0] / share[-1] > 10
 
 
-def test_co_occurrence():
-    pairs = np.eye(10)[:, ::-1]  # class c stands beside 9 - c alone
+def test_co_occurrence_sets_which_classes_appear_together():
+    pairs = np.eye(10)[:, ::-1]  # class c appears only with 9 - c
     data = MosaicDataModule(digits(), co_occurrence=pairs.tolist(), train_mosaics=300)
     data.setup()
     assert torch.equal(data.train_target, data.train_target.flip(1))
     assert (data.train_target.sum(1) == 2).all()
-    # the first tile is at any place
     first = tiles_of(data, data.train_image)
     assert len(first) == 300
 
 
-def test_the_first_tile_is_at_any_place():
+def test_first_drawn_tile_is_at_any_position():
     beside = np.zeros((10, 10))
-    beside[:, 9] = 1  # the first tile alone can be another digit than 9
+    beside[:, 9] = 1  # only the tile drawn first can be a digit other than 9
     source = digits()
     data = MosaicDataModule(source, co_occurrence=beside.tolist(), train_mosaics=400)
     data.setup()
@@ -95,7 +94,7 @@ def test_the_first_tile_is_at_any_place():
     assert (np.abs(other - 0.225) < 0.1).all()
 
 
-def test_coarse_classes():
+def test_coarse_classes_of_cifar100_become_labels():
     source = CIFAR100DataModule(fake=True, val_fraction=0)
     data = MosaicDataModule(source, classes="coarse", grid=1, train_mosaics=100)
     data.setup()
@@ -108,7 +107,7 @@ def test_coarse_classes():
     assert data.val_dataloader() == []
 
 
-def test_views_of_mosaics_are_those_of_the_source():
+def test_mosaics_take_the_augmentation_of_the_source():
     data = MosaicDataModule(digits(augment=True), batch_size=8)
     assert data.crop_flip.padding == 1
     batch = next(iter(data.train_dataloader()))
@@ -116,7 +115,7 @@ def test_views_of_mosaics_are_those_of_the_source():
     data.problem.check_target(batch.target)
 
 
-def test_fake_and_normalize():
+def test_fake_reaches_the_source_and_normalize_false_keeps_pixels():
     data = MosaicDataModule(DigitsDataModule(), fake=True, normalize=False)
     data.setup()
     assert data.source.fake
@@ -136,14 +135,14 @@ def test_fake_and_normalize():
         ({"test_mosaics": 0}, "test_mosaics must be at least 1"),
     ],
 )
-def test_wrong_arguments(options, message):
+def test_invalid_arguments_raise(options, message):
     with pytest.raises(ValueError, match=message):
         MosaicDataModule(digits(), **options)
 
 
-def test_wrong_sources(tmp_path):
+def test_invalid_sources_raise(tmp_path):
     with pytest.raises(ValueError, match="images with one class each and no noise"):
         MosaicDataModule(digits(noise=SymmetricNoise(0.2)))
-    data = MosaicDataModule(ImageFolderDataModule(str(folders(tmp_path)), image_size=8))
+    data = MosaicDataModule(ImageFolderDataModule(str(write_image_folders(tmp_path)), image_size=8))
     with pytest.raises(ValueError, match="give arrays instead of files"):
         data.setup()

@@ -1,4 +1,4 @@
-"""Images with several labels from files: the layouts of COCO, VOC, NUS-WIDE and a table, and what is wrong in them."""
+"""Images with several labels from files: a table, the layouts of COCO, VOC and NUS-WIDE, and errors in the files."""
 
 import json
 
@@ -28,8 +28,8 @@ def picture(path, k=0):
     Image.fromarray(noise).save(path)
 
 
-def names(data, split="train"):
-    """File name and names of the labels of each image; ``?`` before what is not known."""
+def labels_by_file(data, split="train"):
+    """The label names of each image by its file name; ``?`` marks an unknown label."""
     data.setup()
     found = {}
     paths, target = getattr(data, f"{split}_image"), getattr(data, f"{split}_target")
@@ -42,43 +42,43 @@ def names(data, split="train"):
 # -- a table -------------------------------------------------------------------------------------------------------
 
 
-def table(tmp_path, text, files=("a/x.png", "b/y.png", "z.png")):
+def write_table(tmp_path, text, files=("a/x.png", "b/y.png", "z.png")):
     for k, file in enumerate(files):
         picture(tmp_path / file, k)
     (tmp_path / "labels.csv").write_text(text)
     return str(tmp_path)
 
 
-HALF = {"image_size": 8, "test_fraction": 0.34, "val_fraction": 0}
+OPTIONS = {"image_size": 8, "test_fraction": 0.34, "val_fraction": 0}
 
 
-def all_names(data):
-    return names(data) | names(data, "test")
+def labels_of_all_files(data):
+    return labels_by_file(data) | labels_by_file(data, "test")
 
 
-def test_a_column_for_each_class(tmp_path):
-    root = table(tmp_path, "file,sky,old house\na/x.png,1,0\ny.png,,1\nz.png,0,0\n")
-    data = MultiLabelFolderDataModule(root, **HALF)
+def test_table_with_a_column_per_class_is_read(tmp_path):
+    root = write_table(tmp_path, "file,sky,old house\na/x.png,1,0\ny.png,,1\nz.png,0,0\n")
+    data = MultiLabelFolderDataModule(root, **OPTIONS)
     assert data.class_names == ["sky", "old house"]
     assert isinstance(data.problem, MultiLabel)
-    assert all_names(data) == {"x": "sky", "y": "?sky old house", "z": ""}
-    turned = MultiLabelFolderDataModule(root, class_names=["old house", "sky"], **HALF)
-    assert all_names(turned)["x"] == "sky"
+    assert labels_of_all_files(data) == {"x": "sky", "y": "?sky old house", "z": ""}
+    turned = MultiLabelFolderDataModule(root, class_names=["old house", "sky"], **OPTIONS)
+    assert labels_of_all_files(turned)["x"] == "sky"
 
 
-def test_names_in_one_column(tmp_path):
-    root = table(tmp_path, "path;labels\na\\x.png;sky|sea\nb/y.png;\nz.png;house | sea\n")
-    data = MultiLabelFolderDataModule(root, **HALF)
+def test_table_with_label_names_in_one_column_is_read(tmp_path):
+    root = write_table(tmp_path, "path;labels\na\\x.png;sky|sea\nb/y.png;\nz.png;house | sea\n")
+    data = MultiLabelFolderDataModule(root, **OPTIONS)
     assert data.class_names == ["house", "sea", "sky"]
-    assert all_names(data) == {"x": "sea sky", "y": "", "z": "house sea"}
+    assert labels_of_all_files(data) == {"x": "sea sky", "y": "", "z": "house sea"}
     assert split_names(r"a\|b|c;d\\") == ["a|b", "c", "d\\"]
 
 
-@pytest.mark.filterwarnings("error")  # none tells of the table itself
-def test_splits_of_a_table_and_images_without_a_line(tmp_path, capsys):
+@pytest.mark.filterwarnings("error")  # the table itself gives no warning
+def test_table_splits_are_used_and_images_without_a_line_left_out(tmp_path, capsys):
     text = "image,split,tags\nx.png,train,a;b\ny.png,test,b\nz.png,val,a\n"
-    data = MultiLabelFolderDataModule(table(tmp_path, text, ("x.png", "y.png", "z.png", "w.png")), image_size=8)
-    assert (names(data), names(data, "test")) == ({"x": "a b"}, {"y": "b"})
+    data = MultiLabelFolderDataModule(write_table(tmp_path, text, ("x.png", "y.png", "z.png", "w.png")), image_size=8)
+    assert (labels_by_file(data), labels_by_file(data, "test")) == ({"x": "a b"}, {"y": "b"})
     assert (data.train_size, data.val_size, data.test_size) == (1, 1, 1)
     assert "no line for 1 of 4 images" in capsys.readouterr().err
 
@@ -99,23 +99,23 @@ def test_splits_of_a_table_and_images_without_a_line(tmp_path, capsys):
         ("file,labels\n", "must have a header and a line for each image"),
     ],
 )
-def test_wrong_tables(tmp_path, text, message):
-    root = table(tmp_path, text)
+def test_invalid_tables_raise(tmp_path, text, message):
+    root = write_table(tmp_path, text)
     with pytest.raises(ValueError, match=message):
-        MultiLabelFolderDataModule(root, **HALF).setup()
+        MultiLabelFolderDataModule(root, **OPTIONS).setup()
 
 
-def test_names_that_are_not_unique_or_known(tmp_path):
-    root = table(tmp_path, "file,labels\nx.png,a\n", ("a/x.png", "b/x.png"))
+def test_ambiguous_file_name_or_unknown_label_raises(tmp_path):
+    root = write_table(tmp_path, "file,labels\nx.png,a\n", ("a/x.png", "b/x.png"))
     with pytest.raises(ValueError, match=r"line 2: 'x.png' is the name of 2 images below"):
-        MultiLabelFolderDataModule(root, **HALF).setup()
+        MultiLabelFolderDataModule(root, **OPTIONS).setup()
     with pytest.raises(ValueError, match=r"line 2: 'a' is not in class_names"):
-        MultiLabelFolderDataModule(root, class_names=["b"], **HALF)
+        MultiLabelFolderDataModule(root, class_names=["b"], **OPTIONS)
 
 
-def test_a_training_and_damaged_files(tmp_path):
+def test_fit_raises_for_damaged_files_or_skips_them(tmp_path):
     lines = [f"{k}.png,{'a' if k % 2 else 'b|a'}" for k in range(20)]
-    root = table(tmp_path, "\n".join(["file,labels", *lines]), [f"{k}.png" for k in range(20)])
+    root = write_table(tmp_path, "\n".join(["file,labels", *lines]), [f"{k}.png" for k in range(20)])
     (tmp_path / "3.png").write_bytes(b"")
 
     def trained(**options):
@@ -139,13 +139,13 @@ def test_a_training_and_damaged_files(tmp_path):
 # -- views ---------------------------------------------------------------------------------------------------------
 
 
-def test_views_of_files(tmp_path):
-    root = table(tmp_path, "file,labels\nx.png,a\ny.png,b\nz.png,a\n")
-    data = MultiLabelFolderDataModule(root, normalize=False, batch_size=2, **HALF)
+def test_plain_weak_and_strong_views_of_files(tmp_path):
+    root = write_table(tmp_path, "file,labels\nx.png,a\ny.png,b\nz.png,a\n")
+    data = MultiLabelFolderDataModule(root, normalize=False, batch_size=2, **OPTIONS)
     loader = data.loader("train", views=("plain", "weak", "strong"))
     plain, weak, strong = next(iter(loader)).image
     expected = np.asarray(Image.open(data.train_image[0]).resize((8, 8), Image.Resampling.BILINEAR)) / 255
-    assert np.abs(plain[0].permute(1, 2, 0).numpy() - expected).max() < 1e-6  # the ratio is not kept
+    assert np.abs(plain[0].permute(1, 2, 0).numpy() - expected).max() < 1e-6  # the aspect ratio is not kept
     assert all(torch.equal(w, p) or torch.equal(w.flip(-1), p) for w, p in zip(weak, plain, strict=True))
     assert not torch.equal(strong, weak)
     assert 0 <= strong.min() <= strong.max() <= 1
@@ -177,14 +177,14 @@ def coco(tmp_path, change=lambda content: None, **options):
     return COCODataModule(str(tmp_path), year=2017, image_size=8, val_fraction=0, **options)
 
 
-def test_coco(tmp_path, capsys):
+def test_coco_annotations_become_labels(tmp_path, capsys):
     data = coco(tmp_path)
     assert data.class_names == ["toothbrush", "person", "bottle"]
-    assert names(data) == {"010": "bottle", "002": "bottle", "009": "toothbrush person"}
-    assert [path[-7:-4] for path in data.train_image] == ["010", "002", "009"]  # ids as texts
+    assert labels_by_file(data) == {"010": "bottle", "002": "bottle", "009": "toothbrush person"}
+    assert [path[-7:-4] for path in data.train_image] == ["010", "002", "009"]  # sorted by the ids as text
     assert "1 of 4 images have no object" in capsys.readouterr().err
     kept = COCODataModule(str(tmp_path), year=2017, image_size=8, val_fraction=0, keep_empty=True)
-    assert names(kept)["003"] == ""
+    assert labels_by_file(kept)["003"] == ""
     assert next(iter(data.loader("test"))).image.shape == (3, 3, 8, 8)
 
 
@@ -205,18 +205,18 @@ def replaced(name, place, **values):
         (lambda content: content["categories"].reverse(), r"val2017\.json' has other categories than train"),
     ],
 )
-def test_wrong_coco(tmp_path, change, message):
+def test_invalid_coco_annotations_raise(tmp_path, change, message):
     with pytest.raises(ValueError, match=message):
         coco(tmp_path, change).setup()
 
 
-def test_sizes_of_objects(tmp_path):
+def test_coco_areas_keep_objects_of_the_named_sizes(tmp_path):
     found = {name: coco(tmp_path / name, keep_empty=True, areas=[name]) for name in ("small", "medium", "large")}
     for data in found.values():
         data.setup()
-    assert names(found["small"]) == {"010": "", "002": "", "003": "", "009": "person"}
-    assert names(found["medium"]) == {"010": "bottle", "002": "", "003": "", "009": "toothbrush"}
-    assert names(found["large"]) == {"010": "", "002": "bottle", "003": "", "009": ""}
+    assert labels_by_file(found["small"]) == {"010": "", "002": "", "003": "", "009": "person"}
+    assert labels_by_file(found["medium"]) == {"010": "bottle", "002": "", "003": "", "009": "toothbrush"}
+    assert labels_by_file(found["large"]) == {"010": "", "002": "bottle", "003": "", "009": ""}
     with pytest.raises(ValueError, match=r"^areas must be a list of 'small', 'medium', 'large', got 'small'"):
         coco(tmp_path / "no", areas="small")
     data = coco(tmp_path / "none", lambda content: content["annotations"][3].pop("area"), areas=["small"])
@@ -224,7 +224,7 @@ def test_sizes_of_objects(tmp_path):
         data.setup()
 
 
-def test_damaged_or_missing_coco(tmp_path):
+def test_damaged_or_missing_coco_files_raise(tmp_path):
     with pytest.raises(FileNotFoundError, match="is root the folder of COCO"):
         COCODataModule(str(tmp_path))
     (tmp_path / "instances_train2014.json").write_text('{"images": [\n1,\n}')
@@ -257,9 +257,9 @@ def voc(tmp_path, **options):
         ({"difficult": "ignore", "keep_empty": True}, {"a": "cat ?dog", "b": "?dog", "c": "dog", "d": ""}),
     ],
 )
-def test_voc(tmp_path, options, expected):
+def test_voc_difficult_and_empty_images_follow_the_options(tmp_path, options, expected):
     _, data = voc(tmp_path, **options)
-    assert names(data) == names(data, "test") == expected
+    assert labels_by_file(data) == labels_by_file(data, "test") == expected
     assert len(data.class_names) == 20
     assert next(iter(data.loader("train"))).target.shape == (len(expected), 20)
 
@@ -273,14 +273,14 @@ def test_voc(tmp_path, options, expected):
         ("", r"cat_train\.txt' holds no image"),
     ],
 )
-def test_wrong_voc(tmp_path, text, message):
+def test_invalid_voc_lists_raise(tmp_path, text, message):
     main, data = voc(tmp_path)
     (main / "cat_train.txt").write_text(text)
     with pytest.raises(ValueError, match=message):
         data.setup()
 
 
-def test_missing_voc(tmp_path):
+def test_missing_voc_lists_raise(tmp_path):
     main, data = voc(tmp_path)
     (main / "sheep_val.txt").unlink()
     with pytest.raises(FileNotFoundError, match=r"sheep_val\.txt' does not exist"):
@@ -305,14 +305,14 @@ def nus_wide(tmp_path, **options):
     return NUSWIDEDataModule(str(tmp_path), image_size=8, val_fraction=0, **options)
 
 
-def test_nus_wide(tmp_path):
+def test_nus_wide_lists_become_labels(tmp_path):
     data = nus_wide(tmp_path)
     assert data.class_names == ["airport", "water"]
-    assert names(data) == names(data, "test") == {"a": "water", "b": "airport water"}
-    assert names(NUSWIDEDataModule(str(tmp_path), image_size=8, val_fraction=0, keep_empty=True))["c"] == ""
+    assert labels_by_file(data) == labels_by_file(data, "test") == {"a": "water", "b": "airport water"}
+    assert labels_by_file(NUSWIDEDataModule(str(tmp_path), image_size=8, val_fraction=0, keep_empty=True))["c"] == ""
 
 
-def test_truncated_photographs(tmp_path):
+def test_truncated_photographs_are_used_unless_truncated_is_false(tmp_path):
     data = nus_wide(tmp_path, on_error="skip")
     photo = tmp_path / "Flickr" / "sky" / "a.jpg"
     photo.write_bytes(photo.read_bytes()[:-40])
@@ -325,7 +325,7 @@ def test_truncated_photographs(tmp_path):
 
 
 @pytest.mark.parametrize("truncated", [True, False])
-def test_new_photographs_may_be_cut_off_where_those_of_the_run_may(tmp_path, truncated):
+def test_prediction_reads_truncated_photographs_only_if_the_run_did(tmp_path, truncated):
     described = nus_wide(tmp_path, truncated=truncated).describe()
     photo = tmp_path / "Flickr" / "sky" / "a.jpg"
     photo.write_bytes(photo.read_bytes()[:-40])
@@ -341,16 +341,18 @@ def test_new_photographs_may_be_cut_off_where_those_of_the_run_may(tmp_path, tru
         Preparation(described, (3, 8, 8))(photo)
 
 
-def test_missing_photographs(tmp_path, capsys):
+def test_missing_photographs_raise_or_are_skipped(tmp_path, capsys):
     data = nus_wide(tmp_path)
     (tmp_path / "Flickr" / "old town" / "b.jpg").unlink()
     with pytest.raises(FileNotFoundError, match=r"TrainImagelist\.txt', line 2: .*b\.jpg' does not exist \(1 of 2"):
         data.setup()
-    assert names(NUSWIDEDataModule(str(tmp_path), image_size=8, val_fraction=0, missing="skip")) == {"a": "water"}
+    assert labels_by_file(NUSWIDEDataModule(str(tmp_path), image_size=8, val_fraction=0, missing="skip")) == {
+        "a": "water"
+    }
     assert "1 of 2 images are missing" in capsys.readouterr().err
 
 
-def test_wrong_nus_wide(tmp_path):
+def test_invalid_nus_wide_lists_raise(tmp_path):
     data = nus_wide(tmp_path)
     path = tmp_path / "Groundtruth" / "TrainTestLabels" / "Labels_water_Test.txt"
     path.write_text("1\n3\n0\n")
@@ -363,7 +365,7 @@ def test_wrong_nus_wide(tmp_path):
         NUSWIDEDataModule(str(tmp_path / "none"))
 
 
-def test_made_up_images_need_no_file(tmp_path):
+def test_fake_images_need_no_files(tmp_path):
     for make, classes in ((VOCDataModule, 20), (NUSWIDEDataModule, 81), (MultiLabelFolderDataModule, 10)):
         data = make(str(tmp_path / "none"), image_size=8, fake=True)
         batch = next(iter(data.train_dataloader()))

@@ -1,4 +1,4 @@
-"""Strong views and patches of images with several labels, in memory and from files."""
+"""Strong views and patches of multi-label images, in memory and from files."""
 
 import numpy as np
 import pytest
@@ -36,11 +36,11 @@ def test_rand_augment_equals_torchvision_to_the_bit(shape, monkeypatch):
             assert torch.equal(got[0], expected), (name, negative)
 
 
-def test_the_box_has_one_colour_and_is_clipped():
+def test_rand_augment_box_has_one_colour_and_is_clipped():
     policy = BatchedRandAugment()
     choice = policy.draw(3000, seed=1)
     assert choice.shape == (3000, 7)
-    choice[:, :2] = 0  # nothing but the box
+    choice[:, :2] = 0  # only the box
     image = torch.zeros(3000, 3, 8, 8, dtype=torch.uint8)
     choice[:, 2:5] = np.maximum(choice[:, 2:5], 1)
     got = policy.apply(image, choice)
@@ -55,7 +55,7 @@ def test_the_box_has_one_colour_and_is_clipped():
     assert shares[4, 4] > shares[0, 0] > 0
 
 
-def test_each_operation_comes_as_often():
+def test_rand_augment_draws_identity_once_in_14_and_uniform_colours():
     choice = BatchedRandAugment().draw(28_000, seed=0)
     nothing = (choice[:, :2] == 0).mean(0)
     assert np.abs(nothing - 1 / 14).max() < 0.01
@@ -80,7 +80,7 @@ def test_patches_of_a_mosaic_are_its_tiles():
         assert (small - tile).abs().mean() < 0.15 < (small - tile.flip(-1)).abs().mean()
 
 
-def test_quadrants_of_one_colour():
+def test_cut_cell_enlarges_the_chosen_quadrant():
     image = torch.tensor([[1, 2], [3, 4]], dtype=torch.uint8).repeat_interleave(6, 0).repeat_interleave(6, 1)
     for cell in range(4):
         got = cut_cell(image[None, None], cell, 2)
@@ -88,7 +88,7 @@ def test_quadrants_of_one_colour():
     assert torch.equal(cut_cell(image[None, None], 0, 1)[0, 0], image)
 
 
-def test_strong_patches_are_drawn_apart_and_the_same_again():
+def test_strong_patches_differ_from_plain_ones_and_are_reproducible():
     data = mosaics(n_grid=4)
     one, two = (next(iter(data.loader("train", views=("weak", "strong_patches")))) for _ in range(2))
     assert len(one.image) == 18
@@ -98,7 +98,7 @@ def test_strong_patches_are_drawn_apart_and_the_same_again():
     assert all(0 <= view.min() <= view.max() <= 1 for view in one.image)
 
 
-def test_patches_from_files(tmp_path):
+def test_patches_of_files_are_their_quadrants(tmp_path):
     colours = np.array([[[200, 0, 0], [0, 200, 0]], [[0, 0, 200], [200, 200, 0]]], dtype=np.uint8)
     picture = colours.repeat(16, 0).repeat(16, 1)
     for name in "abc":
@@ -113,7 +113,7 @@ def test_patches_from_files(tmp_path):
     assert len(next(iter(data.loader("train", views=("weak", "strong_patches")))).image) == 6
 
 
-def test_refusals(tmp_path):
+def test_invalid_patch_options_and_data_raise(tmp_path):
     with pytest.raises(ValueError, match="n_grid=3 must divide height and width of the images, 16 x 16"):
         mosaics(n_grid=3).loader("train", views="patches")
     with pytest.raises(ValueError, match="n_grid must be at least 1"):

@@ -1,4 +1,4 @@
-"""The pool: who is known, who is labelled, who may look, and what the oracle says."""
+"""The pool: known classes, labelled samples, answers of the oracle, and what a strategy may see."""
 
 import numpy as np
 import pytest
@@ -51,7 +51,7 @@ def check_partition(data):
         (10, "first", list(range(10))),
     ],
 )
-def test_known_classes(known, order, ids):
+def test_known_classes_are_chosen_by_number_order_or_name(known, order, ids):
     data = ready(known_classes=known, class_order=order, initial_count=150)
     assert data.known_ids == ids
     assert data.num_classes == len(ids)
@@ -62,17 +62,17 @@ def test_known_classes(known, order, ids):
     assert np.array_equal(np.array(ids)[data.train_target.numpy()[data.known_indices]], truth)
 
 
-def test_classes_in_the_order_of_a_file(tmp_path):
+def test_class_order_is_read_from_a_file(tmp_path):
     (tmp_path / "wnids.txt").write_text("7\n2\r\n\n9\n0\n", encoding="utf-8")
     assert pool_of(known_classes=3, class_order=str(tmp_path / "wnids.txt")).known_ids == [2, 7, 9]
     assert pool_of(known_classes=2, class_order=["7", 2]).known_ids == [2, 7]
-    # a shipped config has a file, whatever the command line says is known
+    # known classes by name ignore the file, so that a config may name it in any case
     assert pool_of(known_classes=["7", 1], class_order=str(tmp_path / "wnids.txt")).known_ids == [1, 7]
     with pytest.raises(ValueError, match="class_order names 4 classes, fewer than known_classes=5"):
         pool_of(known_classes=5, class_order=str(tmp_path / "wnids.txt"))
 
 
-def test_the_order_of_tiny_imagenet_lies_in_its_folder(tmp_path):
+def test_class_order_file_is_found_in_the_image_folder(tmp_path):
     names = ["n02124075", "n04067472", "n04540053", "n04099969", "n07749582"]
     for name in names:
         (tmp_path / "train" / name).mkdir(parents=True)
@@ -96,7 +96,7 @@ def test_random_classes_follow_the_split_seed():
     assert len({tuple(ids) for ids in chosen}) == 3
 
 
-def test_sizes_of_the_protocol():
+def test_pool_has_the_sizes_of_the_cifar100_protocol():
     class Fifty(CIFAR100DataModule):
         def load_arrays(self):
             arrays = self.fake_arrays()
@@ -122,7 +122,7 @@ def test_split_is_seeded_and_not_stratified():
     assert len(set(np.bincount(a.train_target.numpy()[a.known_indices]))) > 1
 
 
-def test_targets_of_loaders_are_those_of_the_pool():
+def test_loaders_hide_the_labels_of_unlabelled_samples():
     data = ready()
     labelled = [batch.target for batch in data.loader("train")]
     assert len(torch.cat(labelled)) == 40
@@ -143,7 +143,7 @@ def test_validation_samples_are_of_known_classes_and_not_in_the_pool():
     check_partition(data)
 
 
-def answered(data, tmp_path, indices):
+def record_with_answers(data, tmp_path, indices):
     record = PoolRecord(tmp_path / "pool.json")
     data.set_record(record)
     record.add_query(indices, np.zeros(len(indices)), ["0"] * len(indices))
@@ -153,11 +153,11 @@ def answered(data, tmp_path, indices):
     return record
 
 
-def test_answers_move_samples(tmp_path):
+def test_answers_move_samples_out_of_the_pool(tmp_path):
     data = ready()
     before = len(data.unlabelled_indices)
     asked = data.unlabelled_indices[::7]
-    record = answered(data, tmp_path, asked)
+    record = record_with_answers(data, tmp_path, asked)
     data.set_record(record)
     check_partition(data)
     assert len(data.unlabelled_indices) == before - len(asked)
@@ -170,16 +170,16 @@ def test_answers_move_samples(tmp_path):
     assert np.array_equal(again.known_indices, data.known_indices)
 
 
-def test_answers_go_with_their_record(tmp_path):
+def test_another_record_removes_the_answers_of_the_first(tmp_path):
     data = ready()
     before = data.unlabelled_indices
-    data.set_record(answered(data, tmp_path, before[::7]))
+    data.set_record(record_with_answers(data, tmp_path, before[::7]))
     data.set_record(PoolRecord(tmp_path / "another.json"))
     check_partition(data)
     assert data.unlabelled_indices.tolist() == before.tolist()
 
 
-def test_an_open_question_is_no_label(tmp_path):
+def test_query_without_an_answer_adds_no_label(tmp_path):
     data = ready()
     record = PoolRecord(tmp_path / "pool.json")
     record.add_query([int(data.unlabelled_indices[0])], [0.0], ["0"])
@@ -189,17 +189,17 @@ def test_an_open_question_is_no_label(tmp_path):
 
 
 @pytest.mark.parametrize("change", [{"split_seed": 1}, {"known_classes": 5}, {"initial_count": 41}])
-def test_the_record_of_another_pool_is_refused(tmp_path, change):
-    answered(ready(), tmp_path, np.array([0]))
+def test_record_of_another_pool_raises(tmp_path, change):
+    record_with_answers(ready(), tmp_path, np.array([0]))
     with pytest.raises(ValueError, match=r"pool.json was begun with"):
         ready(**change).set_record(PoolRecord.load(tmp_path / "pool.json"))
 
 
-def test_a_view_holds_no_hidden_label():
+def test_strategy_view_is_a_copy_and_hidden_labels_are_stored_once():
     data = ready()
     view = data.view()
     assert np.array_equal(view.known_target, data.train_target.numpy()[data.known_indices])
-    view.unlabelled[:] = 0  # a strategy may do what it likes
+    view.unlabelled[:] = 0  # a strategy may change its view
     assert data.unlabelled_indices[-1] != 0
     reachable = [value for value in vars(data).values() if isinstance(value, np.ndarray)]
     assert sum(np.array_equal(value, data._truth) for value in reachable) == 1
@@ -234,32 +234,32 @@ def test_a_view_holds_no_hidden_label():
         ({"source": digits(noise=SymmetricNoise(0.2))}, "source must have no noise"),
     ],
 )
-def test_bad_arguments(change, message):
+def test_invalid_arguments_raise(change, message):
     with pytest.raises(ValueError, match=message):
         ready(**change)
 
 
-def test_a_class_named_unknown_is_refused(tmp_path):
+def test_class_named_unknown_raises(tmp_path):
     np.savez(tmp_path / "a.npz", feature=np.zeros((20, 3), np.float32), target=np.arange(20) % 2)
     with pytest.raises(ValueError, match="may not be named 'unknown'"):
         pool_of(ArrayDataModule(str(tmp_path / "a.npz"), class_names=["known", "unknown"]), known_classes=2)
 
 
-def test_a_million_samples(tmp_path):
+def test_pool_of_a_million_samples_takes_answers(tmp_path):
     features = np.zeros((1_000_000, 1), np.float32)
     np.savez(tmp_path / "a.npz", train_feature=features, train_target=np.arange(1_000_000) % 10,
              test_feature=features[:10], test_target=np.arange(10))  # fmt: skip
     data = ready(ArrayDataModule(str(tmp_path / "a.npz"), val_fraction=0.0), initial_fraction=0.01, initial_count=None)
     asked = data.unlabelled_indices[:10_000]
-    data.set_record(answered(data, tmp_path, asked))
+    data.set_record(record_with_answers(data, tmp_path, asked))
     check_partition(data)
 
 
-# -- a project of one's own ------------------------------------------------------------------------------------------
+# -- a user's own pool, without true labels --------------------------------------------------------------------------
 
 
 @pytest.fixture
-def folders(tmp_path):
+def project_folder(tmp_path):
     generator = np.random.default_rng(0)
 
     def save(path):
@@ -275,15 +275,15 @@ def folders(tmp_path):
     return tmp_path
 
 
-def own_project(folders, **kwargs):
-    source = ImageFolderDataModule(str(folders), image_size=8, val_fraction=0.0)
-    data = OpenSetDataModule(source, pool=str(folders / "web"), budget=2, **kwargs)
+def data_of_project(project_folder, **kwargs):
+    source = ImageFolderDataModule(str(project_folder), image_size=8, val_fraction=0.0)
+    data = OpenSetDataModule(source, pool=str(project_folder / "web"), budget=2, **kwargs)
     data.setup()
     return data
 
 
-def test_a_folder_without_labels(folders):
-    data = own_project(folders)
+def test_folder_pool_has_unlabelled_samples_and_no_oracle(project_folder):
+    data = data_of_project(project_folder)
     assert data.class_names == ["cat", "dog"]
     assert (len(data.known_indices), len(data.unlabelled_indices)) == (6, 6)
     assert [data.path_of(i) for i in data.unlabelled_indices[:2]] == ["0/0.png", "0/2.png"]
@@ -293,28 +293,28 @@ def test_a_folder_without_labels(folders):
         data.oracle(np.array([0]))
 
 
-def test_files_may_come_and_go(folders):
-    data = own_project(folders)
-    record = PoolRecord(folders / "pool.json")
+def test_answers_stay_with_their_files_when_files_are_added_or_removed(project_folder):
+    data = data_of_project(project_folder)
+    record = PoolRecord(project_folder / "pool.json")
     data.set_record(record)
     asked = data.unlabelled_indices[[1, 4]]
     record.add_query(asked, [0.0, 0.0], ["cat", "cat"], [data.path_of(i) for i in asked])
     record.add_answers({int(asked[0]): "dog", int(asked[1]): "unknown"}, "person")
     record.save()
-    (folders / "web/0/0.png").rename(folders / "web/a.png")
-    Image.new("RGB", (9, 9)).save(folders / "web/0/1.png")
-    again = own_project(folders)
-    again.set_record(PoolRecord.load(folders / "pool.json"))
+    (project_folder / "web/0/0.png").rename(project_folder / "web/a.png")
+    Image.new("RGB", (9, 9)).save(project_folder / "web/0/1.png")
+    again = data_of_project(project_folder)
+    again.set_record(PoolRecord.load(project_folder / "pool.json"))
     labelled = {again.path_of(i): int(again.train_target[i]) for i in [*again.known_indices, *again.unknown_indices]}
     assert {path: t for path, t in labelled.items() if path[1] == "/"} == {"0/2.png": 1, "1/3.png": 2}
     assert len(again.unlabelled_indices) == 5
-    (folders / "web/0/2.png").unlink()
-    assert not np.array_equal(again._digest(), own_project(folders)._digest())
+    (project_folder / "web/0/2.png").unlink()
+    assert not np.array_equal(again._digest(), data_of_project(project_folder)._digest())
     with pytest.warns(UserWarning, match="1 queried images are no longer"):
-        own_project(folders).set_record(PoolRecord.load(folders / "pool.json"))
+        data_of_project(project_folder).set_record(PoolRecord.load(project_folder / "pool.json"))
 
 
-def test_arrays_without_labels(tmp_path):
+def test_array_pool_has_unlabelled_samples_shaped_as_the_source(tmp_path):
     generator = np.random.default_rng(0)
     feature = generator.normal(size=(40, 5)).astype(np.float32)
     np.savez(tmp_path / "known.npz", feature=feature, target=np.arange(40) % 4)
@@ -323,7 +323,7 @@ def test_arrays_without_labels(tmp_path):
     data = OpenSetDataModule(source, known_classes=3, pool=str(tmp_path / "pool.npy"), budget=5)
     data.setup()
     assert len(data.unlabelled_indices) == 30
-    assert len(data.unknown_indices) == 8  # the labelled samples of the class nobody asked for
+    assert len(data.unknown_indices) == 8  # the labelled samples of the class that is not known
     check_set = np.concatenate([data.known_indices, data.unknown_indices, data.unlabelled_indices])
     assert len(np.unique(check_set)) == 32 + 30
     np.save(tmp_path / "pool.npy", feature[:, :3])
@@ -331,7 +331,7 @@ def test_arrays_without_labels(tmp_path):
         OpenSetDataModule(ArrayDataModule(str(tmp_path / "known.npz")), pool=str(tmp_path / "pool.npy")).setup()
 
 
-def test_an_array_pool_is_known_by_its_content(tmp_path):
+def test_record_of_another_array_pool_raises(tmp_path):
     feature = np.random.default_rng(0).normal(size=(40, 5)).astype(np.float32)
     np.savez(tmp_path / "known.npz", feature=feature, target=np.arange(40) % 4)
 
@@ -351,22 +351,22 @@ def test_an_array_pool_is_known_by_its_content(tmp_path):
         made(feature[:30][::-1] + 1).set_record(PoolRecord.load(tmp_path / "pool.json"))
 
 
-def test_new_files_are_no_new_labels(folders):
-    data = own_project(folders)
+def test_new_pool_files_do_not_change_the_state_of_checkpoints(project_folder):
+    data = data_of_project(project_folder)
     before = data.state_dict()
-    Image.new("RGB", (9, 9)).save(folders / "web/0/0a.png")
-    again = own_project(folders)
+    Image.new("RGB", (9, 9)).save(project_folder / "web/0/0a.png")
+    again = data_of_project(project_folder)
     assert len(again.unlabelled_indices) == 7
     assert again.state_dict() == before
 
 
-def test_a_pool_inside_the_class_folders_is_refused(folders):
-    source = ImageFolderDataModule(str(folders / "train"), image_size=8, val_fraction=0.0)
+def test_pool_inside_the_class_folders_raises(project_folder):
+    source = ImageFolderDataModule(str(project_folder / "train"), image_size=8, val_fraction=0.0)
     with pytest.raises(ValueError, match="keep the pool outside"):
-        OpenSetDataModule(source, pool=str(folders / "train/cat"), budget=1).setup()
+        OpenSetDataModule(source, pool=str(project_folder / "train/cat"), budget=1).setup()
 
 
-def test_a_source_can_be_shared_and_an_error_changes_nothing():
+def test_pools_can_share_a_source_and_setup_works_after_an_error():
     source = digits()
     source.setup()
     one, other = ready(source), ready(source, known_classes=[7, 8, 9])
@@ -384,13 +384,13 @@ def test_a_source_can_be_shared_and_an_error_changes_nothing():
     assert np.array_equal(data.known_indices, one.known_indices)
 
 
-def test_fake_pools_are_small(folders):
+def test_fake_pools_hold_their_budget(project_folder):
     for data in (
         ready(digits(), fake=True, budget=1500),
         ready(CIFAR100DataModule(), fake=True, initial_count=None, initial_fraction=0.08),
     ):
         assert data.budget <= len(data.unlabelled_indices)
         assert np.bincount(data.train_target.numpy()[data.known_indices]).tolist() == [2] * 4
-    data = OpenSetDataModule(ImageFolderDataModule(str(folders)), pool="none", fake=True)
+    data = OpenSetDataModule(ImageFolderDataModule(str(project_folder)), pool="none", fake=True)
     data.setup()
     assert len(data.unlabelled_indices) > data.budget

@@ -1,4 +1,4 @@
-"""Published sets: their .npz, the official files, the cache, and what can be wrong with them."""
+"""Published data sets: their .npz, the official files, the cached .npz, and errors in the files."""
 
 import hashlib
 import os
@@ -19,12 +19,12 @@ def md5(data):
     return hashlib.md5(data).hexdigest()
 
 
-def some(n, num_classes=10):
+def random_images(n, num_classes=10):
     return RNG.integers(0, 256, (n, 32, 32, 3), dtype=np.uint8), np.arange(n) % num_classes
 
 
-def npz(path, **changes):
-    (train, train_target), (test, test_target) = some(40), some(20)
+def save_npz(path, **changes):
+    (train, train_target), (test, test_target) = random_images(40), random_images(20)
     arrays = {"train_image": train, "train_target": train_target, "test_image": test, "test_target": test_target}
     arrays = {**arrays, "noisy": np.arange(3), **changes}
     np.savez(path, **{k: v for k, v in arrays.items() if v is not None})
@@ -33,12 +33,12 @@ def npz(path, **changes):
 
 @pytest.fixture
 def cifar10(tmp_path, monkeypatch):
-    """A folder of official CIFAR-10 files with 20 + 10 images, whose checksums torchvision believes."""
+    """A folder of official CIFAR-10 files with 20 + 10 images, and torchvision's checksums set to theirs."""
     folder = tmp_path / "cifar-10-batches-py"
     folder.mkdir()
     sums, parts = {}, []
     for name, n in [("data_batch_1", 10), ("data_batch_2", 10), ("test_batch", 10)]:
-        image, target = some(n)
+        image, target = random_images(n)
         parts.append(image)
         entry = {"data": image.transpose(0, 3, 1, 2).reshape(n, -1), "labels": target.tolist()}
         data = pickle.dumps(entry, protocol=2)
@@ -53,7 +53,7 @@ def cifar10(tmp_path, monkeypatch):
 
 
 def test_npz_is_used_directly(tmp_path):
-    arrays = npz(tmp_path / "cifar10.npz")
+    arrays = save_npz(tmp_path / "cifar10.npz")
     data = CIFAR10DataModule(str(tmp_path))
     data.prepare_data()
     data.setup()
@@ -62,14 +62,14 @@ def test_npz_is_used_directly(tmp_path):
     assert os.listdir(tmp_path) == ["cifar10.npz"]
 
 
-def test_coarse_labels_of_cifar100(tmp_path):
+def test_cifar100_coarse_labels_are_read_and_raise_if_missing(tmp_path):
     coarse = {"train_coarse": np.arange(40) % 20, "test_coarse": np.arange(20) % 20}
-    npz(tmp_path / "cifar100.npz", **coarse)
+    save_npz(tmp_path / "cifar100.npz", **coarse)
     data = CIFAR100DataModule(str(tmp_path), labels="coarse", val_fraction=0)
     data.setup()
     assert data.num_classes == 20
     np.testing.assert_array_equal(data.train_target, coarse["train_coarse"])
-    npz(tmp_path / "cifar100.npz")
+    save_npz(tmp_path / "cifar100.npz")
     CIFAR100DataModule(str(tmp_path)).setup()
     with pytest.raises(ValueError, match="lacks train_coarse"):
         CIFAR100DataModule(str(tmp_path), labels="coarse").setup()
@@ -99,7 +99,7 @@ def test_official_cifar100_has_both_labels(tmp_path, monkeypatch):
     folder.mkdir()
     sums = {}
     for name, n in [("train", 40), ("test", 20)]:
-        image, target = some(n, 20)
+        image, target = random_images(n, 20)
         entry = {"data": image.transpose(0, 3, 1, 2).reshape(n, -1), "fine_labels": (target * 5).tolist()}
         data = pickle.dumps({**entry, "coarse_labels": target.tolist()}, protocol=2)
         (folder / name).write_bytes(data)
@@ -117,7 +117,7 @@ def test_official_cifar100_has_both_labels(tmp_path, monkeypatch):
     assert torch.equal(fine.train_target, coarse.train_target * 5)
 
 
-def test_official_fashion_mnist(tmp_path, monkeypatch):
+def test_official_fashion_mnist_files_are_checked_and_read(tmp_path, monkeypatch):
     raw = tmp_path / "FashionMNIST" / "raw"
     raw.mkdir(parents=True)
     sums = {}
@@ -144,7 +144,7 @@ def test_official_fashion_mnist(tmp_path, monkeypatch):
     np.testing.assert_array_equal(data.test_image[:, 0], image)
     np.testing.assert_array_equal(data.test_target, target)
 
-    # with download, too, and what is fetched lies where it is looked for
+    # also with download, which puts the files where they are read
     fetched = []
     monkeypatch.setattr(
         "torchvision.datasets.mnist.download_and_extract_archive",
@@ -157,7 +157,7 @@ def test_official_fashion_mnist(tmp_path, monkeypatch):
     assert {*fetched} == {str(raw)}
 
 
-def test_interrupted_write_leaves_nothing_that_is_read(cifar10, monkeypatch):
+def test_interrupted_write_leaves_no_file_that_is_read(cifar10, monkeypatch):
     root, _, _ = cifar10
 
     def savez(file, **arrays):
@@ -178,7 +178,7 @@ def test_interrupted_write_leaves_nothing_that_is_read(cifar10, monkeypatch):
     assert not left.exists()
 
 
-def test_unwritable_folder_costs_the_cache_only(cifar10, monkeypatch):
+def test_unwritable_folder_warns_and_data_is_read_without_cache(cifar10, monkeypatch):
     root, _, _ = cifar10
 
     def refuse(file, **arrays):
@@ -193,16 +193,16 @@ def test_unwritable_folder_costs_the_cache_only(cifar10, monkeypatch):
     assert os.listdir(root) == ["cifar-10-batches-py"]
 
 
-def test_no_pickle_is_read_beside_the_npz(cifar10):
+def test_official_files_are_not_read_if_the_npz_exists(cifar10):
     root, _, _ = cifar10
-    npz(root / "cifar10.npz")
+    save_npz(root / "cifar10.npz")
     (root / "cifar-10-batches-py" / "data_batch_1").write_bytes(b"anything")
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         CIFAR10DataModule(str(root)).setup()
 
 
-def test_wrong_checksum(cifar10):
+def test_wrong_checksum_raises(cifar10):
     root, _, _ = cifar10
     (root / "cifar-10-batches-py" / "data_batch_2").write_bytes(b"something else")
     for step in ("prepare_data", "setup"):
@@ -212,7 +212,7 @@ def test_wrong_checksum(cifar10):
 
 
 @pytest.mark.parametrize("module", [CIFAR10DataModule, CIFAR100DataModule, FashionMNISTDataModule])
-def test_missing_files(tmp_path, module):
+def test_missing_files_raise(tmp_path, module):
     for root in (tmp_path, tmp_path / "nowhere"):
         for step in ("prepare_data", "setup"):
             with pytest.raises(FileNotFoundError, match=r"root='.*npz.*download=True"):
@@ -220,7 +220,7 @@ def test_missing_files(tmp_path, module):
     assert os.listdir(tmp_path) == []
 
 
-def test_download_without_a_network(tmp_path, monkeypatch):
+def test_download_without_a_network_raises(tmp_path, monkeypatch):
     from urllib.error import URLError
 
     def fail(*args, **kwargs):
@@ -246,15 +246,15 @@ def test_download_without_a_network(tmp_path, monkeypatch):
         ({"test_image": np.zeros((0, 32, 32, 3), np.uint8), "test_target": np.zeros(0, np.int64)}, "empty"),
     ],
 )
-def test_npz_that_does_not_fit(tmp_path, changes, message):
-    npz(tmp_path / "cifar10.npz", **changes)
+def test_invalid_arrays_in_npz_raise(tmp_path, changes, message):
+    save_npz(tmp_path / "cifar10.npz", **changes)
     with pytest.raises(ValueError, match=message):
         CIFAR10DataModule(str(tmp_path)).setup()
 
 
-def test_truncated_and_foreign_npz(tmp_path):
+def test_damaged_npz_raises(tmp_path):
     path = tmp_path / "cifar10.npz"
-    npz(path)
+    save_npz(path)
     whole = path.read_bytes()
     flipped = bytearray(whole)
     flipped[5000] ^= 255  # inside the pixels: the checksum of the archive finds it
@@ -264,8 +264,8 @@ def test_truncated_and_foreign_npz(tmp_path):
             CIFAR10DataModule(str(tmp_path)).setup()
 
 
-def test_unreadable_npz(tmp_path, monkeypatch):
-    npz(tmp_path / "cifar10.npz")
+def test_unreadable_npz_raises(tmp_path, monkeypatch):
+    save_npz(tmp_path / "cifar10.npz")
 
     def refuse(*args, **kwargs):
         raise PermissionError(13, "Permission denied")

@@ -1,4 +1,4 @@
-"""Images and masks from files: pairs, tables, joint views, what is kept in memory, layouts, and what is wrong."""
+"""Images and masks from files: pairs, colour tables, joint views, in memory or not, layouts, and errors in files."""
 
 import lightning as L
 import numpy as np
@@ -26,7 +26,7 @@ def save(path, array):
 
 
 def tree(root, names=("a/x", "y", "z", "w", "v"), size=(12, 16), classes=3, ignored=True, masks="masks"):
-    """Images whose channels are 40 times their mask, so that whatever is done to one must be done to the other."""
+    """Writes images of colour 40 * (class + 1), so that a change of image or mask without the other is noticed."""
     for k, name in enumerate(names):
         mask = mask_of(k, size, classes)
         save(root / "images" / f"{name}.png", np.repeat(40 * (mask + 1)[..., None], 3, 2).astype(np.uint8))
@@ -52,7 +52,7 @@ def batches(data, split="train", epoch=0, **options):
 
 
 @pytest.mark.parametrize("resident", [None, True, False])
-def test_pairs_of_equal_names(tmp_path, resident):
+def test_images_and_masks_are_paired_by_name(tmp_path, resident):
     data = folder(tmp_path, resident=resident)
     assert isinstance(data.problem, Segmentation)
     assert (data.num_classes, data.input_shape, data.class_names) == (3, (3, 12, 16), ["0", "1", "2"])
@@ -67,7 +67,7 @@ def test_pairs_of_equal_names(tmp_path, resident):
             torch.testing.assert_close(batch.image[:, 0][known], 40 * (batch.target[known].float() + 1))
 
 
-def test_splits_by_folders(tmp_path):
+def test_train_val_and_test_folders_are_used_as_splits(tmp_path):
     for split in ("train", "val"):
         tree(tmp_path, [f"{split}/{k}" for k in range(3)])
     data = SegmentationFolderDataModule(str(tmp_path), class_names=list("abc"), val_fraction=0.34)
@@ -78,12 +78,12 @@ def test_splits_by_folders(tmp_path):
     assert data.path_of(0).endswith("test/0.png")
 
 
-def test_a_prediction_is_told_how_images_are_brought_to_their_size(tmp_path):
+def test_describe_holds_stretch_and_input_shape_for_predictions(tmp_path):
     found = folder(tmp_path, image_size=(6, 8)).describe()
     assert (found["stretch"], found["input_shape"], found["problem"]) == (True, [3, 6, 8], "Segmentation")
 
 
-def test_other_trees_and_endings(tmp_path):
+def test_other_folder_names_and_image_endings_are_read(tmp_path):
     mask = mask_of(0)
     for name in ("one", "two"):
         save(tmp_path / "photos" / f"{name}.jpg", np.zeros((12, 16, 3), np.uint8))
@@ -92,7 +92,7 @@ def test_other_trees_and_endings(tmp_path):
     assert torch.equal(batches(data)[0].target[0], torch.from_numpy(mask).long())
 
 
-def test_ids_with_a_palette_and_another_ignored_value(tmp_path):
+def test_masks_with_palette_16_bits_or_another_ignored_id_are_read(tmp_path):
     mask = mask_of(1)
     picture = Image.fromarray(mask, mode="P")
     picture.putpalette([0, 0, 0, 128, 0, 0, 0, 128, 0])
@@ -110,7 +110,7 @@ def test_ids_with_a_palette_and_another_ignored_value(tmp_path):
 COLOURS = {"sky": [0, 0, 255], "road": [128, 64, 128], "void": [0, 0, 0]}
 
 
-def test_colours_by_a_table(tmp_path):
+def test_colour_masks_are_read_by_a_table(tmp_path):
     mask = mask_of(2)
     save(tmp_path / "images/x.png", np.zeros((12, 16, 3), np.uint8))
     save(tmp_path / "images/y.png", np.zeros((12, 16, 3), np.uint8))
@@ -141,13 +141,13 @@ def test_colours_by_a_table(tmp_path):
         ("name,r,g,b\n", "holds no class"),
     ],
 )
-def test_wrong_tables(tmp_path, text, message):
+def test_invalid_colour_tables_raise(tmp_path, text, message):
     (tmp_path / "t.csv").write_text(text)
     with pytest.raises(ValueError, match=message):
         read_colours(str(tmp_path / "t.csv"))
 
 
-def test_images_of_a_wanted_size(tmp_path):
+def test_image_size_resizes_images_and_masks(tmp_path):
     data = folder(tmp_path, image_size=(6, 8), augment=False)
     batch = batches(data)[0]
     assert (data.input_shape, data.crop_size) == ((3, 6, 8), (6, 8))
@@ -158,8 +158,8 @@ def test_images_of_a_wanted_size(tmp_path):
 # -- joint views -----------------------------------------------------------------------------------------------------
 
 
-def test_views_are_of_image_and_mask_together(tmp_path):
-    """At factor 1 each pixel still has the colour of its class; around the image is nothing, and ignored."""
+def test_views_crop_and_flip_image_and_mask_together(tmp_path):
+    """At scale 1 each pixel keeps the colour of its class; pixels outside the image are 0, and ignored."""
     data = folder(tmp_path, crop_size=(10, 20), scale=(1.0, 1.0))
     seen = set()
     for epoch in range(12):
@@ -179,27 +179,27 @@ def test_views_are_of_image_and_mask_together(tmp_path):
                 ]
                 assert len(places) == 1
                 seen.add(places[0])
-    assert len(seen) == 6  # three places, flipped or not
+    assert len(seen) == 6  # three positions, flipped or not
 
 
-def drawn(views, count=400, size=(20, 30)):
+def draw_views(views, count=400, size=(20, 30)):
     torch.manual_seed(0)
     image, mask = torch.full((3, *size), 100, dtype=torch.uint8), torch.zeros(size, dtype=torch.int16)
     normalize = Normalize([0.0] * 3, [1 / 255] * 3, (3, *size))
     return [views(image, mask, normalize) for _ in range(count)]
 
 
-def test_factors_come_in_steps():
+def test_scale_factors_are_drawn_in_steps():
     views = JointViews((60, 80), (0.5, 2.0), 0.1, flip=False)
-    heights = {int((mask >= 0).any(1).sum()) for _, mask in drawn(views)}
+    heights = {int((mask >= 0).any(1).sum()) for _, mask in draw_views(views)}
     assert heights == {*range(10, 41, 2)}
     assert views.steps == 16
     assert JointViews((4, 4), (0.5, 0.5)).steps == 1
-    free = {int((mask >= 0).any(1).sum()) for _, mask in drawn(JointViews((60, 80), (0.5, 2.0), None))}
+    free = {int((mask >= 0).any(1).sum()) for _, mask in draw_views(JointViews((60, 80), (0.5, 2.0), None))}
     assert {11, 25, 39} < free <= {*range(10, 41)}
 
 
-def test_a_scaled_mask_stays_over_its_image():
+def test_scaled_mask_fits_its_scaled_image():
     normalize = Normalize([0.0] * 3, [1 / 255] * 3, (3, 8, 12))
     mask = torch.zeros(8, 12, dtype=torch.int16)
     mask[:, 6:] = 1
@@ -212,9 +212,9 @@ def test_a_scaled_mask_stays_over_its_image():
         assert target.float().mean() == 0.5
 
 
-def test_colours_change_and_masks_do_not():
-    plain = drawn(JointViews((20, 30), (1.0, 1.0), flip=False), 1)[0]
-    found = drawn(JointViews((20, 30), (1.0, 1.0), flip=False, colour=0.4), 50)
+def test_colour_option_changes_images_and_not_masks():
+    plain = draw_views(JointViews((20, 30), (1.0, 1.0), flip=False), 1)[0]
+    found = draw_views(JointViews((20, 30), (1.0, 1.0), flip=False, colour=0.4), 50)
     values = torch.stack([image.mean() for image, _ in found])
     assert 57 <= values.min() < 80 < 120 < values.max() <= 140  # rounded down three times
     assert all(torch.equal(mask, plain[1]) for _, mask in found)
@@ -241,7 +241,7 @@ def test_views_do_not_depend_on_workers_memory_or_batches(tmp_path):
             assert all(torch.equal(a, b) for a, b in zip(pair, again[key], strict=True))
 
 
-def test_the_global_generator_is_left_alone(tmp_path):
+def test_global_random_generator_is_not_used(tmp_path):
     data = folder(tmp_path)
     torch.manual_seed(3)
     expected = torch.rand(2)
@@ -264,7 +264,7 @@ def fitted(data, **options):
 
 
 @pytest.mark.parametrize("resident", [True, False])
-def test_a_fit_and_a_test_at_full_size(tmp_path, resident):
+def test_fit_uses_crops_and_test_and_predict_whole_images(tmp_path, resident):
     data = folder(tmp_path, crop_size=(8, 8), resident=resident, val_fraction=0.3)
     task, trainer = fitted(data)
     assert {"val/miou", "train/loss"} <= {*trainer.callback_metrics}
@@ -273,7 +273,7 @@ def test_a_fit_and_a_test_at_full_size(tmp_path, resident):
     assert [one["prediction"].shape for one in trainer.predict(task, data)] == [(1, 12, 16)]
 
 
-def test_new_images_are_predicted_without_the_rest(tmp_path):
+def test_new_images_are_predicted_without_the_training_data(tmp_path):
     for k, size in enumerate([(9, 11), (5, 7)]):
         save(tmp_path / "new" / f"{k}.png", np.zeros((*size, 3), np.uint8))
     data = SegmentationFolderDataModule(
@@ -290,7 +290,7 @@ def test_new_images_are_predicted_without_the_rest(tmp_path):
         trainer.predict(task, data)
 
 
-def test_a_checkpoint_knows_other_masks(tmp_path):
+def test_resume_with_changed_masks_raises(tmp_path):
     for resident in (True, False):
         data = folder(tmp_path, resident=resident)
         task, trainer = fitted(data)
@@ -306,7 +306,7 @@ def test_a_checkpoint_knows_other_masks(tmp_path):
             ).fit(task, changed, ckpt_path=tmp_path / "two.ckpt")
 
 
-def test_made_up_data_of_each():
+def test_fake_data_of_each_module_has_the_crop_size():
     for data in (
         SegmentationFolderDataModule("none", fake=True),
         CamVidDataModule("none", fake=True),
@@ -331,7 +331,7 @@ def camvid(root, value=11):
     return CamVidDataModule(str(root), batch_size=2)
 
 
-def test_camvid(tmp_path):
+def test_camvid_layout_is_read(tmp_path):
     data = camvid(tmp_path)
     assert (data.num_classes, data.class_names[9], data.input_shape) == (11, "pedestrian", (3, 12, 16))
     assert (data.train_size, data.val_size, data.test_size) == (3, 2, 1)
@@ -344,7 +344,7 @@ def test_camvid(tmp_path):
         camvid(tmp_path, 12).setup()
 
 
-def test_cityscapes(tmp_path):
+def test_cityscapes_layout_is_read_with_mapped_ids(tmp_path):
     ids = np.array([[7, 8, 33, 0], [31, 34 - 1, 255, 29], [26, 11, 12, 1]], dtype=np.uint8)
     for split in ("train", "val"):
         for k in range(2):
@@ -361,7 +361,7 @@ def test_cityscapes(tmp_path):
         batches(CityscapesDataModule(str(tmp_path), val_fraction=0.0), "test")
 
 
-# -- what is wrong ---------------------------------------------------------------------------------------------------
+# -- errors ----------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("resident", [True, False])
@@ -375,7 +375,7 @@ def test_cityscapes(tmp_path):
         ("images/y.png", None, r"y\.png"),
     ],
 )
-def test_wrong_files(tmp_path, name, array, message, resident):
+def test_invalid_masks_and_damaged_files_raise(tmp_path, name, array, message, resident):
     folder(tmp_path)
     if array is None:
         (tmp_path / name).write_bytes((tmp_path / name).read_bytes()[:60])
@@ -386,7 +386,7 @@ def test_wrong_files(tmp_path, name, array, message, resident):
         fitted(data, max_epochs=1)
 
 
-def test_a_missing_mask(tmp_path):
+def test_missing_mask_or_folder_raises(tmp_path):
     folder(tmp_path)
     (tmp_path / "masks/a/x.png").unlink()
     with pytest.raises(FileNotFoundError, match=r"images/a/x\.png' has no mask .*masks/a/x\.png: add it, or remove"):
@@ -403,15 +403,15 @@ def test_a_missing_mask(tmp_path):
         (lambda root: SegmentationFolderDataModule(root, class_names=3), ("images", "masks")),
     ],
 )
-def test_an_empty_folder(tmp_path, make, folders):
+def test_empty_folder_raises(tmp_path, make, folders):
     for name in folders:
         (tmp_path / name).mkdir(parents=True)
     with pytest.raises(ValueError, match=f"{folders[0]}' holds no image: give a folder that does"):
         make(str(tmp_path))
 
 
-def test_masks_of_0_and_255_are_told_and_read_by_colours(tmp_path, capsys):
-    """Else 255, the usual value of the one thing to be found, is ignored, and a constant answer is perfect."""
+def test_masks_of_0_and_255_give_a_note_and_are_read_by_colours(tmp_path, capsys):
+    """Without colours 255 is ignored, although it usually marks the object: a constant prediction would be perfect."""
     for name in "abcd":
         save(tmp_path / "images" / f"{name}.png", np.zeros((12, 16, 3), np.uint8))
         save(tmp_path / "masks" / f"{name}.png", 255 * mask_of(0, classes=2))
@@ -428,14 +428,14 @@ def test_masks_of_0_and_255_are_told_and_read_by_colours(tmp_path, capsys):
     assert torch.equal(batches(data, "test")[0].target[0], torch.from_numpy(mask_of(0, classes=2)).long())
 
 
-def test_masks_without_an_image_are_told(tmp_path, capsys):
+def test_masks_without_an_image_are_left_out_with_a_note(tmp_path, capsys):
     folder(tmp_path)
     save(tmp_path / "masks/more.png", mask_of(0))
     SegmentationFolderDataModule(str(tmp_path), class_names=3, val_fraction=0.0).setup()
     assert "1 of 6 masks have no image and are left out" in capsys.readouterr().err
 
 
-def test_images_of_two_sizes(tmp_path):
+def test_images_of_two_sizes_need_eval_batch_size_1(tmp_path):
     tree(tmp_path, ["a", "b", "c", "d"])
     tree(tmp_path, ["e", "f", "g", "h"], size=(10, 10))
     data = SegmentationFolderDataModule(str(tmp_path), class_names=3, val_fraction=0.0, test_fraction=0.5)
@@ -473,28 +473,28 @@ def test_images_of_two_sizes(tmp_path):
         ({"colours": {"a": [0, 0, 2], "b": [0, 0, 0]}, "class_names": ["a", "c"]}, "class_names has 'c', which has no"),
     ],
 )
-def test_bad_arguments(tmp_path, options, message):
+def test_invalid_arguments_raise(tmp_path, options, message):
     with pytest.raises(ValueError, match=f"^{message}"):
         folder(tmp_path, **options) if "class_names" not in options else SegmentationFolderDataModule(
             tree(tmp_path), **options
         )
 
 
-def _indices_of_a_rank(root):
+def _batches_of_a_rank(root):
     data = SegmentationFolderDataModule(root, class_names=3, batch_size=1, val_fraction=0.0, **PLAIN)
     seen = []
 
-    class Seen(L.Callback):
+    class BatchRecorder(L.Callback):
         def on_train_batch_start(self, trainer, task, batch, batch_idx):
             seen.append((batch.index.tolist(), float(batch.image.sum()), int(batch.target.sum())))
 
-    fitted(data, devices=2, strategy="ddp", callbacks=[Seen()], max_epochs=1, limit_val_batches=0)
+    fitted(data, devices=2, strategy="ddp", callbacks=[BatchRecorder()], max_epochs=1, limit_val_batches=0)
     return seen
 
 
 def test_two_processes_share_the_batches_of_one(tmp_path):
     root = tree(tmp_path)
-    ranks = on_two_ranks(_indices_of_a_rank, root)
+    ranks = on_two_ranks(_batches_of_a_rank, root)
     L.seed_everything(0, verbose=False)
     data = folder(tmp_path)
     together = [([*a[0], *b[0]], a[1] + b[1], a[2] + b[2]) for a, b in zip(*ranks, strict=True)]

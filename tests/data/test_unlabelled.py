@@ -1,4 +1,4 @@
-"""Samples without labels beside a labelled set: where they stand, what is left out, and a training on both."""
+"""Unlabelled samples beside a labelled data set: their positions, which are left out, and training on both."""
 
 import logging
 import os
@@ -15,7 +15,7 @@ from lightning_kd import SSLD, Classification
 from lightning_kd.core.run_callbacks import run_callbacks
 from lightning_kd.core.run_folder import RunFolder
 from lightning_kd.data import ArrayDataModule, DigitsDataModule, ImageFolderDataModule, OpenSetDataModule
-from tests.data.image_trees import folders, spoil
+from tests.data.image_trees import damage_three_files, write_image_folders
 from tests.two_processes import on_two_ranks
 
 
@@ -25,7 +25,7 @@ def noise(count, seed, shape=(8, 8)):
 
 @pytest.fixture
 def arrays(tmp_path):
-    """60 labelled and 20 test images, and 30 others among which are two of each."""
+    """60 labelled and 20 test images, and 34 unlabelled ones of which two are copies of each."""
     train, test = noise(60, 0), noise(20, 1)
     np.savez(
         tmp_path / "set.npz",
@@ -38,13 +38,13 @@ def arrays(tmp_path):
     return tmp_path
 
 
-def beside(arrays, **options):
+def data_with_unlabelled(arrays, **options):
     options = {"unlabelled": str(arrays / "more.npy"), "batch_size": 16, **options}
     return ArrayDataModule(str(arrays / "set.npz"), **options)
 
 
-def test_they_stand_behind_the_labelled_ones(arrays, caplog):
-    data, plain = beside(arrays), beside(arrays, unlabelled=None)
+def test_unlabelled_samples_follow_the_labelled_without_copies(arrays, caplog):
+    data, plain = data_with_unlabelled(arrays), data_with_unlabelled(arrays, unlabelled=None)
     with caplog.at_level(logging.INFO, "lightning_kd"):
         data.setup()
     assert "unlabelled: 4 of 34 samples are also in the training, validation or test data" in caplog.text
@@ -52,7 +52,7 @@ def test_they_stand_behind_the_labelled_ones(arrays, caplog):
     assert data.unlabelled_indices.tolist() == list(range(60, 90))
     assert (data.train_target[60:] == -1).all()
     assert torch.equal(data.train_image[60:, 0], torch.from_numpy(np.concatenate([noise(15, 2), noise(15, 3)])))
-    # all else is as without
+    # everything else is as without unlabelled samples
     for name in ("train_indices", "val_indices", "test_indices", "train_image", "train_target", "test_target"):
         a, b = (getattr(one, name) for one in (data, plain))
         assert np.array_equal(a[: len(b)] if name.startswith("train_") else a, b), name
@@ -65,40 +65,40 @@ def test_they_stand_behind_the_labelled_ones(arrays, caplog):
     assert data.state_dict() != plain.state_dict()
 
 
-def test_a_copy_of_a_validation_image_is_left_out(arrays):
-    data = beside(arrays, unlabelled=None)
+def test_copies_of_validation_images_are_left_out(arrays):
+    data = data_with_unlabelled(arrays, unlabelled=None)
     data.setup()
     held = data.train_image[torch.as_tensor(data.val_indices)][:, 0].numpy()
     np.save(arrays / "leaks.npy", np.concatenate([held, noise(1, 9)]))
-    data = beside(arrays, unlabelled=str(arrays / "leaks.npy"))
+    data = data_with_unlabelled(arrays, unlabelled=str(arrays / "leaks.npy"))
     data.setup()
     assert len(data.unlabelled_indices) == 1
     np.save(arrays / "leaks.npy", held)
     with pytest.raises(ValueError, match="holds only samples that the labelled data has"):
-        beside(arrays, unlabelled=str(arrays / "leaks.npy")).setup()
+        data_with_unlabelled(arrays, unlabelled=str(arrays / "leaks.npy")).setup()
 
 
-def test_what_is_refused(arrays):
+def test_invalid_unlabelled_data_and_combinations_raise(arrays):
     np.save(arrays / "larger.npy", noise(3, 0, (9, 9)))
     with pytest.raises(ValueError, match=r"must be like the labelled ones \(1, 8, 8\), got \(1, 9, 9\)"):
-        beside(arrays, unlabelled=str(arrays / "larger.npy")).setup()
+        data_with_unlabelled(arrays, unlabelled=str(arrays / "larger.npy")).setup()
     with pytest.raises(FileNotFoundError, match=r"none\.npy"):
-        beside(arrays, unlabelled=str(arrays / "none.npy")).setup()
+        data_with_unlabelled(arrays, unlabelled=str(arrays / "none.npy")).setup()
     with pytest.raises(ValueError, match="unlabelled and balance exclude each other"):
-        beside(arrays, balance=True)
+        data_with_unlabelled(arrays, balance=True)
     with pytest.raises(ValueError, match="unlabelled and meta_per_class exclude each other"):
-        beside(arrays, meta_per_class=1)
+        data_with_unlabelled(arrays, meta_per_class=1)
     with pytest.raises(ValueError, match="unlabelled='rest' finds no training sample that is left out"):
-        beside(arrays, unlabelled="rest").setup()
+        data_with_unlabelled(arrays, unlabelled="rest").setup()
     with pytest.raises(ValueError, match="the source of a pool may have no unlabelled"):
-        OpenSetDataModule(beside(arrays), known_classes=2, initial_count=4)
+        OpenSetDataModule(data_with_unlabelled(arrays), known_classes=2, initial_count=4)
     np.savez(arrays / "tags.npz", image=noise(20, 0), target=np.ones((20, 3), np.uint8))
     with pytest.raises(ValueError, match="unlabelled is for one class per sample"):
         ArrayDataModule(str(arrays / "tags.npz"), unlabelled="x.npy")
 
 
 @pytest.mark.parametrize("fake", [False, True])
-def test_the_rest_with_their_labels_hidden(fake):
+def test_rest_uses_the_left_out_samples_with_hidden_labels(fake):
     data = DigitsDataModule(train_per_class=4, unlabelled="rest", fake=fake)
     data.setup()
     count = len(data.train_target)
@@ -111,8 +111,8 @@ def test_the_rest_with_their_labels_hidden(fake):
     assert (data.train_target[data.train_indices] >= 0).all()
 
 
-def test_made_up_ones(arrays):
-    data = beside(arrays, fake=True)
+def test_fake_unlabelled_samples_are_no_copies(arrays):
+    data = data_with_unlabelled(arrays, fake=True)
     data.setup()
     assert len(data.unlabelled_indices) == 256
     assert data.train_image[256:].shape == data.train_image[:256].shape
@@ -123,20 +123,20 @@ def test_made_up_ones(arrays):
 # -- image folders ---------------------------------------------------------------------------------------------------
 
 
-def streamed(root, **options):
+def folder_data(root, **options):
     return ImageFolderDataModule(str(root), image_size=8, batch_size=8, test_fraction=0.25, **options)
 
 
-def test_files_that_are_labelled_or_held_out_are_left_out(tmp_path, caplog):
+def test_copies_and_links_of_labelled_or_held_out_files_are_left_out(tmp_path, caplog):
     root, more = tmp_path / "set", tmp_path / "more"
-    folders(root, count=12)
-    folders(more, ("deep",), count=30)  # of which 12 have the content of labelled ones
-    plain = streamed(root)
+    write_image_folders(root, count=12)
+    write_image_folders(more, ("deep",), count=30)  # of which 12 have the content of labelled ones
+    plain = folder_data(root)
     plain.setup()
     held = [plain.train_image[i] for i in plain.val_indices] + plain.test_image
     shutil.copy(held[0], more / "copy.png")
     os.symlink(plain.train_image[plain.train_indices[0]], more / "link.png")
-    data = streamed(root, unlabelled=str(more))
+    data = folder_data(root, unlabelled=str(more))
     with caplog.at_level(logging.INFO, "lightning_kd"):
         data.setup()
     content = {Path(path).read_bytes() for path in held}
@@ -150,12 +150,12 @@ def test_files_that_are_labelled_or_held_out_are_left_out(tmp_path, caplog):
     assert (batch.target == -1).all()
 
 
-def test_damaged_files_are_told_or_skipped(tmp_path):
-    root, more = folders(tmp_path / "set", count=12), folders(tmp_path / "more", count=40)
-    damaged = spoil(more)
+def test_damaged_unlabelled_files_raise_or_are_skipped(tmp_path):
+    root, more = write_image_folders(tmp_path / "set", count=12), write_image_folders(tmp_path / "more", count=40)
+    damaged = damage_three_files(more)
 
     def fit(**options):
-        data = streamed(root, unlabelled=str(more), **options)
+        data = folder_data(root, unlabelled=str(more), **options)
         task = SSLD("cnn_tiny", "cnn_tiny", 2, input_shape=(3, 8, 8), teacher_weights="random")
         trainer(max_epochs=1).fit(task, data)
         return data
@@ -181,8 +181,8 @@ def small_task(cls=SSLD):
     return (cls(student, teacher, 10, **options) if cls is SSLD else cls(student, 10, **options)).double()
 
 
-class Seen(L.Callback):
-    """The samples of each epoch, and their targets."""
+class SampleRecorder(L.Callback):
+    """Records index and target of every training sample."""
 
     def __init__(self):
         self.index, self.target = [], []
@@ -196,9 +196,9 @@ def digits(**options):
     return DigitsDataModule(fake=True, train_per_class=4, unlabelled="rest", batch_size=16, **options)
 
 
-def test_an_epoch_goes_over_both_and_other_methods_over_the_labelled():
+def test_ssld_trains_on_both_and_other_methods_on_labelled_samples():
     for cls, parts in ((SSLD, ("train", "unlabelled")), (Classification, ("train",))):
-        seen, data = Seen(), digits()
+        seen, data = SampleRecorder(), digits()
         trainer(callbacks=[seen], precision=64).fit(small_task(cls), data)
         expected = np.sort(np.concatenate([getattr(data, f"{part}_indices") for part in parts]))
         assert sorted(seen.index) == expected.tolist()
@@ -213,10 +213,10 @@ def test_resumes_to_the_bit(tmp_path):
     run = trainer(max_epochs=1, precision=64, enable_checkpointing=True, callbacks=run_callbacks(RunFolder(tmp_path)))
     run.fit(small_task(), digits(augment=True))
     again, last = small_task(), tmp_path / "checkpoints/last.ckpt"
-    seen = Seen()
+    seen = SampleRecorder()
     more = trainer(max_epochs=3, precision=64, callbacks=[seen])
     more.fit(again, digits(augment=True), ckpt_path=last, weights_only=True)
-    assert len(seen.index) == 2 * 230  # of both epochs that were left
+    assert len(seen.index) == 2 * 230  # the two remaining epochs
     for key, value in whole.student.state_dict().items():
         assert torch.equal(value, again.student.state_dict()[key])
     other = DigitsDataModule(fake=True, train_per_class=4, batch_size=16)
@@ -224,7 +224,7 @@ def test_resumes_to_the_bit(tmp_path):
         trainer(max_epochs=3, precision=64).fit(small_task(), other, ckpt_path=last, weights_only=True)
 
 
-def fit_one(batch_size, **options):
+def fit_small_task(batch_size, **options):
     data = DigitsDataModule(fake=True, train_per_class=4, unlabelled="rest", batch_size=batch_size)
     task, run = small_task(), trainer(max_epochs=2, precision=64, **options)
     run.fit(task, data)
@@ -232,13 +232,13 @@ def fit_one(batch_size, **options):
     return {key: value.tolist() for key, value in task.student.state_dict().items()}, metrics
 
 
-def fit_two(batch_size):
-    return fit_one(batch_size, strategy="ddp", devices=2)
+def fit_on_a_rank(batch_size):
+    return fit_small_task(batch_size, strategy="ddp", devices=2)
 
 
 def test_two_processes_equal_one_with_the_joint_batch():
-    weights, metrics = fit_one(46)  # of 230 samples
-    for other, their in on_two_ranks(fit_two, 23):
+    weights, metrics = fit_small_task(46)  # of 230 samples
+    for other, their in on_two_ranks(fit_on_a_rank, 23):
         for key, value in weights.items():
             torch.testing.assert_close(torch.tensor(other[key]), torch.tensor(value), rtol=1e-9, atol=1e-9)
         assert their == pytest.approx(metrics, rel=1e-6)

@@ -1,4 +1,4 @@
-"""Loaders that tell which view each image is, and what that leaves as it was."""
+"""Loaders that say by a key which view each image is, and otherwise give the same batches."""
 
 import numpy as np
 import pytest
@@ -17,7 +17,7 @@ def loader(data, **options):
 
 
 @pytest.mark.parametrize("options", [{}, {"augment": False}, {"balance": True}])
-def test_the_key_tells_the_view_and_changes_nothing(options):
+def test_keys_name_the_view_and_leave_batches_unchanged(options):
     data = digits(**options)
     plain, keyed = loader(data), loader(data, view_keys=ViewKeys())
     seen = set()
@@ -35,7 +35,7 @@ def test_the_key_tells_the_view_and_changes_nothing(options):
     assert seen == set(range(keyed.key_count))
 
 
-def test_a_plain_loader_has_one_view():
+def test_loader_without_augmentation_has_one_key():
     data = digits()
     keyed = data.loader("train", view_keys=ViewKeys())
     batch = next(iter(keyed))
@@ -45,7 +45,7 @@ def test_a_plain_loader_has_one_view():
     assert keyed.describe_keys() == {"padding": 0, "flip": False, "fixed": None, "seed": 0}
 
 
-def test_fixed_views_are_few_and_each_comes_equally_often():
+def test_fixed_views_are_reused_and_come_equally_often():
     data = digits()
     keyed = loader(data, view_keys=ViewKeys(fixed=3, seed=5))
     assert keyed.key_count == 3
@@ -65,11 +65,11 @@ def test_fixed_views_are_few_and_each_comes_equally_often():
     assert {key for _, key in images} == {0, 1, 2}
 
 
-def test_fixed_views_of_a_sample_differ_and_hang_on_the_seed():
+def test_fixed_views_of_a_sample_differ_and_depend_on_the_seed():
     table = ViewKeys(fixed=20, seed=1).table(5000, 162)
     assert table.shape == (5000, 20)
     assert all(len(set(row)) == 20 for row in table[::250].tolist())
-    assert len({tuple(row) for row in table.tolist()}) == 5000  # also beyond the rows that are drawn at once
+    assert len({tuple(row) for row in table.tolist()}) == 5000  # also across blocks of rows that are drawn at once
     assert 0 <= table.min() <= table.max() < 162
     assert np.array_equal(table, ViewKeys(fixed=20, seed=1).table(5000, 162))
     assert not np.array_equal(table, ViewKeys(fixed=20, seed=2).table(5000, 162))
@@ -79,7 +79,7 @@ def test_fixed_views_of_a_sample_differ_and_hang_on_the_seed():
         ViewKeys(fixed=0)
 
 
-def test_what_is_not_a_crop_and_flip_alone_has_no_keys(tmp_path):
+def test_keys_for_views_other_than_crop_and_flip_raise(tmp_path):
     with pytest.raises(ValueError, match=r"views=\('weak',\) and cutout=3"):
         loader(digits(cutout=3), view_keys=ViewKeys())
     with pytest.raises(ValueError, match=r"keys need a single view by crop and flip, got views=\('weak', 'plain'\)"):
@@ -88,7 +88,7 @@ def test_what_is_not_a_crop_and_flip_alone_has_no_keys(tmp_path):
         loader(digits(), views="strong", view_keys=ViewKeys())
 
 
-def test_a_sample_that_comes_again_in_a_pass_has_other_views():
+def test_repeated_sample_in_a_pass_has_other_views():
     data = digits(balance=True)
     data.setup()
     rare = [int((data.train_target[data.train_indices] == c).nonzero()[0]) for c in range(9)]

@@ -1,4 +1,4 @@
-"""Several views of each sample, streams, and what ``train_dataloader`` gives to a task."""
+"""Several views of each sample, streams, and the loader that ``train_dataloader`` gives to a task."""
 
 from types import SimpleNamespace
 
@@ -29,7 +29,7 @@ def cifar(**options):
 
 
 def by_index(batches):
-    """``{index: its views}``."""
+    """The views of each sample, by its index."""
     found = {}
     for batch in batches:
         views = batch.image if isinstance(batch.image, tuple) else (batch.image,)
@@ -45,7 +45,7 @@ def equal(one, other):
 # -- views in memory -----------------------------------------------------------------------------------------------
 
 
-def test_the_first_weak_view_is_the_one_of_a_single_view():
+def test_first_of_two_weak_views_equals_a_single_view():
     data = cifar(cutout=4)
     single = list(data.loader("train", shuffle=True, augment=True))
     double = list(data.loader("train", shuffle=True, views=("weak", "weak")))
@@ -59,14 +59,14 @@ def test_the_first_weak_view_is_the_one_of_a_single_view():
         assert two.extras == {}
 
 
-def test_a_name_alone_gives_a_tensor_and_a_sequence_a_tuple():
+def test_one_view_name_gives_a_tensor_and_a_sequence_a_tuple():
     data = cifar()
     alone, tuple_ = (next(iter(data.loader("train", views=views))) for views in ("plain", ("plain",)))
     assert torch.equal(alone.image, tuple_.image[0])
     assert torch.equal(alone.image, next(iter(data.loader("train"))).image)
 
 
-def test_the_other_views_follow_their_own_stream():
+def test_each_view_is_drawn_from_its_own_seed():
     data = cifar(seed=5)
     loader = data.loader("train", shuffle=True, views=("weak", "plain", "weak"))
     loader.set_epoch(3)
@@ -83,7 +83,7 @@ def test_the_other_views_follow_their_own_stream():
 @pytest.mark.parametrize(
     ("channels", "size", "crop_flip"), [(3, 32, CropFlip()), (1, 8, CropFlip(1, False)), (3, 12, None)]
 )
-def test_a_strong_view_is_autoaugment_crop_flip_normalise_cutout(channels, size, crop_flip):
+def test_strong_view_is_autoaugment_crop_flip_normalise_cutout(channels, size, crop_flip):
     image = torch.from_numpy(np.random.default_rng(0).integers(0, 256, (50, channels, size, size), dtype=np.uint8))
     normalize = Normalize([0.4] * channels, [0.3] * channels, (channels, size, size))
     sampler = ShardedSampler(np.arange(10, 50), 16, shuffle=True, seed=2)
@@ -98,7 +98,7 @@ def test_a_strong_view_is_autoaugment_crop_flip_normalise_cutout(channels, size,
         assert torch.equal(views[0], expected[i])
 
 
-def test_strong_views_do_not_depend_on_batch_size_rank_or_what_is_done_at_once(monkeypatch):
+def test_strong_views_do_not_depend_on_batch_size_rank_or_chunk_size(monkeypatch):
     def samples(batch_size, rank=0, world_size=1):
         sampler = ShardedSampler(np.arange(40), batch_size, shuffle=True, rank=rank, world_size=world_size)
         image = torch.from_numpy(np.random.default_rng(0).integers(0, 256, (40, 3, 32, 32), dtype=np.uint8))
@@ -115,14 +115,14 @@ def test_strong_views_do_not_depend_on_batch_size_rank_or_what_is_done_at_once(m
     assert all(not torch.equal(views[1], views[2]) for views in whole.values())
 
 
-def test_evaluation_order_with_a_strong_view():
+def test_unshuffled_loader_with_a_strong_view_keeps_the_order():
     data = cifar()
     index = torch.cat([batch.index for batch in data.loader("train", views=("plain", "strong"))])
     assert index.tolist() == data.train_indices.tolist()
 
 
 @pytest.mark.parametrize("views", [(), ("weak", "odd"), "w", "weaker"])
-def test_unknown_views_are_refused(views):
+def test_unknown_view_names_raise(views):
     with pytest.raises(ValueError, match="views must name"):
         cifar().loader("train", views=views)
 
@@ -138,7 +138,7 @@ def test_features_have_weak_and_plain_views_only(tmp_path):
         data.loader("train", views=("weak", "strong"))
 
 
-def test_images_of_other_channels_have_no_strong_view():
+def test_strong_view_of_images_with_2_channels_raises():
     image, normalize = torch.zeros(4, 2, 8, 8, dtype=torch.uint8), Normalize([0.0] * 2, [1.0] * 2, (2, 8, 8))
     sampler = ShardedSampler(np.arange(4), 2, shuffle=False)
     with pytest.raises(ValueError, match="1 or 3 channels"):
@@ -148,7 +148,7 @@ def test_images_of_other_channels_have_no_strong_view():
 # -- streams, last batches, memory ---------------------------------------------------------------------------------
 
 
-def test_a_stream_has_an_order_and_views_of_its_own():
+def test_streams_have_their_own_order_and_views():
     data = cifar()
     loaders = [
         data.loader("train", shuffle=True, views=("weak",), stream=stream) for stream in ("", "one", "two", "one")
@@ -176,7 +176,7 @@ def test_a_stream_has_an_order_and_views_of_its_own():
         (1, 8, 2, [1]),
     ],
 )
-def test_drop_last(n, batch_size, world_size, sizes):
+def test_drop_last_keeps_full_batches_but_at_least_one_batch(n, batch_size, world_size, sizes):
     for rank in range(world_size):
         sampler = ShardedSampler(
             np.arange(n), batch_size, shuffle=True, rank=rank, world_size=world_size, drop_last=True
@@ -190,7 +190,7 @@ def test_drop_last_changes_nothing_without_shuffle():
     assert equal(by_index(data.loader("train", drop_last=True)), by_index(data.loader("train")))
 
 
-def test_drop_last_of_a_loader():
+def test_loader_with_drop_last_gives_full_batches_only():
     data = cifar()
     data.setup()
     indices = data.train_indices[:20]
@@ -212,7 +212,7 @@ def test_loaders_of_one_array_share_its_memory():
     assert data.loader("train")._stored.source is data.train_image
 
 
-def test_loaders_look_as_lightning_wants_and_draw_nothing_early():
+def test_loader_has_lightnings_attributes_and_draws_nothing_early():
     data = cifar()
     loader = data.loader("train", shuffle=True, views=("weak", "strong"))
     assert loader.batch_sampler.sampler is loader.sampler
@@ -227,7 +227,7 @@ def test_loaders_look_as_lightning_wants_and_draw_nothing_early():
 # -- labels and the task -------------------------------------------------------------------------------------------
 
 
-def test_clean_targets_come_with_the_training_array_alone():
+def test_only_batches_of_the_training_array_have_clean_targets():
     data = DigitsDataModule(noise=SymmetricNoise(0.4), fake=True)
     for split in ("train", "val"):
         batch = next(iter(data.loader(split)))
@@ -237,7 +237,7 @@ def test_clean_targets_come_with_the_training_array_alone():
     assert next(iter(data.loader("test"))).extras == {}
 
 
-def test_the_task_says_what_it_trains_on():
+def test_train_loader_of_the_task_replaces_the_default():
     data = cifar()
     seen = []
     task = SimpleNamespace(train_loader=lambda given: seen.append(given) or "its loader")
@@ -266,7 +266,7 @@ def make(folder, **options):
     return ImageFolderDataModule(folder, image_size=16, batch_size=8, seed=3, **options)
 
 
-def test_views_from_files_equal_torchvision_with_the_drawn_numbers(folder):
+def test_views_from_files_equal_torchvision_with_the_same_seed(folder):
     data = make(folder)
     loader = data.loader("train", shuffle=True, views=("weak", "strong", "plain"))
     loader.set_epoch(2)
@@ -285,7 +285,7 @@ def test_views_from_files_equal_torchvision_with_the_drawn_numbers(folder):
         assert torch.equal(batch.image[2][k], data.transform("plain")(picture))
 
 
-def test_files_give_the_same_views_whatever_the_workers(folder):
+def test_views_from_files_do_not_depend_on_workers(folder):
     def batches(num_workers):
         data = make(folder, num_workers=num_workers, noise=SymmetricNoise(0.5))
         return list(data.loader("train", shuffle=True, views=("weak", "weak", "strong"), stream="net2", drop_last=True))
@@ -299,20 +299,20 @@ def test_files_give_the_same_views_whatever_the_workers(folder):
         assert torch.equal(one.extras["clean_target"], two.extras["clean_target"])
 
 
-def test_the_first_view_of_a_file_is_the_one_of_a_single_view(folder):
+def test_first_of_two_views_from_files_equals_a_single_view(folder):
     data = make(folder)
     one = by_index(data.loader("train", augment=True))
     two = by_index(data.loader("train", views=("weak", "weak")))
     assert all(torch.equal(one[i][0], two[i][0]) for i in one)
 
 
-def test_without_augmentation_a_strong_view_starts_from_the_plain_one(folder):
+def test_strong_view_without_augmentation_starts_from_the_plain_view(folder):
     steps = make(folder, augment=False).transform("strong").transforms
     assert [type(step).__name__ for step in steps[:3]] == ["Resize", "CenterCrop", "AutoAugment"]
     assert type(steps[-1]).__name__ == "RandomCutout"
 
 
-def test_made_up_images_of_a_folder_use_its_policy(folder):
+def test_fake_images_of_a_folder_use_the_imagenet_policy(folder):
     data = make(folder, fake=True)
     loader = data.loader("train", views=("weak", "strong"))
     assert loader._policy.policy == AutoAugmentPolicy.IMAGENET

@@ -1,4 +1,4 @@
-"""False and few labels of images with several: what is drawn, that it is kept, and who is not touched."""
+"""Weak labels of multi-label images: what is drawn, its record in the run folder, and which labels stay clean."""
 
 import lightning as L
 import numpy as np
@@ -18,7 +18,7 @@ def mosaics(**options):
     return MosaicDataModule(source, train_mosaics=400, val_mosaics=50, test_mosaics=50, batch_size=32, **options)
 
 
-def test_the_split_is_that_of_the_papers():
+def test_labelled_split_equals_that_of_the_papers():
     labelled, others = labelled_split(5717, 0.05, seed=1)
     assert len(labelled) == 285
     assert labelled[:5].tolist() == [3343, 3639, 1412, 1528, 3906]
@@ -27,7 +27,7 @@ def test_the_split_is_that_of_the_papers():
         labelled_split(19, 0.05)
 
 
-def test_candidates():
+def test_candidates_add_false_labels_to_training_samples_only():
     data, clean = mosaics(candidates=CandidateLabels(0.3)), mosaics()
     data.setup(), clean.setup()
     assert torch.equal(data.train_clean, clean.train_target)
@@ -47,19 +47,19 @@ def test_candidates():
 
 
 @pytest.mark.parametrize(("others", "value"), [("unknown", -1), ("negative", 0)])
-def test_single_positives(others, value):
+def test_single_positive_keeps_one_label_per_image(others, value):
     data = mosaics(single_positive=SinglePositive(others))
     data.setup()
     assert ((data.train_target == 1).sum(1) == 1).all()
     assert (data.train_clean[data.train_target == 1] == 1).all()
     assert set(data.train_target.unique().tolist()) == {1.0, value}
-    # each of an image's labels is kept as often
+    # each of an image's labels is kept equally often
     several = data.train_clean.sum(1) == 2
     first = data.train_clean[several].argmax(1) == data.train_target[several].argmax(1)
     assert 0.35 < float(first.float().mean()) < 0.65
 
 
-def test_labelled_fraction():
+def test_labelled_fraction_hides_the_labels_of_the_others():
     data, clean = mosaics(labelled_fraction=0.1), mosaics()
     data.setup(), clean.setup()
     expected = np.sort(np.random.RandomState(1).permutation(400)[:40])
@@ -72,7 +72,7 @@ def test_labelled_fraction():
     assert len(seen) == 360
 
 
-def test_both_at_once():
+def test_labelled_fraction_and_candidates_go_together():
     data = mosaics(labelled_fraction=0.1, candidates=CandidateLabels(0.5))
     data.setup()
     whole = mosaics(candidates=CandidateLabels(0.5))
@@ -90,11 +90,11 @@ def test_validation_samples_of_the_training_array_stay_clean(tmp_path):
     val, train = data.val_indices, data.train_indices
     assert torch.equal(data.train_target[val], data.train_clean[val])
     assert (data.train_target[train] != data.train_clean[train]).float().mean() > 0.3
-    assert ((data.train_target == -1) == (data.train_clean == -1)).all()  # what is not known stays so
+    assert ((data.train_target == -1) == (data.train_clean == -1)).all()  # unknown labels stay unknown
     assert (data.mean, data.std) == ([0.0] * 3, [1.0] * 3)
 
 
-def test_refusals(tmp_path):
+def test_invalid_options_raise(tmp_path):
     np.savez(tmp_path / "a.npz", image=np.zeros((40, 8, 8), np.uint8), target=np.arange(40) % 2)
     with pytest.raises(ValueError, match="candidates is for several labels per sample, the data has one class"):
         ArrayDataModule(str(tmp_path / "a.npz"), candidates=CandidateLabels(0.1))
@@ -118,7 +118,7 @@ def fit(data, folder, epochs=1, ckpt_path=None, **options):
     return trainer
 
 
-def test_what_was_drawn_is_kept_and_used_again(tmp_path):
+def test_drawn_labels_are_recorded_reused_on_resume_and_checked(tmp_path):
     options = {"candidates": CandidateLabels(0.2), "labelled_fraction": 0.5}
     data = mosaics(**options)
     fit(data, tmp_path)
@@ -134,14 +134,14 @@ def test_what_was_drawn_is_kept_and_used_again(tmp_path):
             fit(mosaics(**other), tmp_path, epochs=3, ckpt_path=last)
 
 
-def _rank(folder):
+def _labels_of_a_rank(folder):
     data = mosaics(candidates=CandidateLabels(0.2), labelled_fraction=0.5)
     fit(data, folder, strategy="ddp", devices=2)
     return data.train_target.tolist(), data.train_indices.tolist(), data.unlabelled_indices.tolist()
 
 
 def test_two_processes_train_on_the_same_labels(tmp_path):
-    one, two = on_two_ranks(_rank, str(tmp_path / "run"))
+    one, two = on_two_ranks(_labels_of_a_rank, str(tmp_path / "run"))
     assert one == two
     assert np.array_equal(np.load(tmp_path / "run" / "noise.npz")["given"], np.array(one[0]))
     alone = mosaics(candidates=CandidateLabels(0.2), labelled_fraction=0.5)
