@@ -137,7 +137,7 @@ def test_damaged_files_stay_left_out_when_a_run_loads_the_data_again(tmp_path):
     noise = SymmetricNoise(0.2)
     data = ImageFolderDataModule(str(tmp_path / "images"), image_size=8, batch_size=4, on_error="skip", noise=noise)
     with pytest.warns(UserWarning, match="left out"):
-        data.setup()  # the record of labels in the run folder makes it load again later
+        data.setup()  # the run folder is not known yet; the fit knows it and loads the data again
     recorder = RunRecorder(RunFolder(tmp_path / "run"))
     (tmp_path / "run").mkdir()
     with pytest.warns(UserWarning, match="left out"):

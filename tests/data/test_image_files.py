@@ -194,7 +194,7 @@ def test_links_to_a_parent_folder_do_not_repeat_files(tmp_path):
         found = images_below(tmp_path / "pool")
     expected = ["pool/a.png", "pool/b.png", "pool/deep/c.png", "pool/there/d.png"]
     assert found == [str(tmp_path / name) for name in expected]
-    # the root is a link, and a folder has a link to itself beside it
+    # the root is a link, and `same` is a link to the folder `more` beside it
     (tmp_path / "link").symlink_to(tmp_path / "elsewhere")
     (tmp_path / "elsewhere/back").unlink()
     (tmp_path / "elsewhere/more").mkdir()

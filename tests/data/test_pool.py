@@ -66,7 +66,7 @@ def test_class_order_is_read_from_a_file(tmp_path):
     (tmp_path / "wnids.txt").write_text("7\n2\r\n\n9\n0\n", encoding="utf-8")
     assert pool_of(known_classes=3, class_order=str(tmp_path / "wnids.txt")).known_ids == [2, 7, 9]
     assert pool_of(known_classes=2, class_order=["7", 2]).known_ids == [2, 7]
-    # known classes by name ignore the file, so that a config may name it in any case
+    # a list of known classes ignores the file, so that it can replace the number in a config with a file
     assert pool_of(known_classes=["7", 1], class_order=str(tmp_path / "wnids.txt")).known_ids == [1, 7]
     with pytest.raises(ValueError, match="class_order names 4 classes, fewer than known_classes=5"):
         pool_of(known_classes=5, class_order=str(tmp_path / "wnids.txt"))

@@ -132,7 +132,7 @@ def test_official_fashion_mnist_files_are_checked_and_read(tmp_path, monkeypatch
     with pytest.raises(ValueError, match="checksum"):
         FashionMNISTDataModule(str(tmp_path)).prepare_data()
     monkeypatch.setattr(fashion_mnist, "MD5", sums)
-    legacy = tmp_path / "FashionMNIST" / "processed"  # of early versions of torchvision, without any checksum
+    legacy = tmp_path / "FashionMNIST" / "processed"  # files of early torchvision have no checksum: not read
     legacy.mkdir()
     for name in ("training.pt", "test.pt"):
         torch.save((torch.zeros(5, 28, 28, dtype=torch.uint8), torch.zeros(5, dtype=torch.int64)), legacy / name)

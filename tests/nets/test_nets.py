@@ -241,7 +241,7 @@ def test_parameter_count_with_a_second_head_equals_published_totals() -> None:
 def test_cnn9_equals_its_layers_computed_one_by_one() -> None:
     network = build_network("cnn9", 10)
     assert sum(parameter.numel() for parameter in network.parameters()) == 4_434_570
-    network.train()(torch.randn(2, 3, 32, 32))  # running statistics of its own
+    network.train()(torch.randn(2, 3, 32, 32))  # running statistics other than the initial ones
     weights = network.eval().state_dict()
     x = images = torch.randn(2, 3, 32, 32)
     for stage, padding in ((1, 1), (2, 1), (3, 0)):

@@ -218,7 +218,7 @@ def fitted(data=None, ckpt_path=None, method=RDD, student=None, teacher=None, op
 
 @pytest.mark.parametrize("handover", ["hard", "soft"])
 def test_resumes_to_the_bit_after_the_first_stage(tmp_path, handover):
-    options = {"warmup": 8, "handover": handover, "min_kept": 0.2}  # the second epoch of five steps is in both stages
+    options = {"warmup": 8, "handover": handover, "min_kept": 0.2}  # the second epoch, steps 6 to 10, is in both stages
     networks = {"student": build_network("fcn_tiny", CLASSES), "teacher": TwoHeads()}
     start = {name: {k: v.clone() for k, v in net.state_dict().items()} for name, net in networks.items()}
 
