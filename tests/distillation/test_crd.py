@@ -1,4 +1,4 @@
-"""CRD: the loss and the banks by their plain form, which negatives, subsets, resume, processes, what is refused."""
+"""CRD: loss, memory banks, drawing of negatives, one training step, subsets, resuming, two processes, errors."""
 
 import math
 
@@ -35,7 +35,7 @@ def banks_of(count, dim=4, **options):
 # -- the loss and the banks --------------------------------------------------------------------------------------------
 
 
-def test_worked_numbers():
+def test_contrast_loss_gives_worked_numbers():
     # m = 1/2: -log(0.5 / 1) - log(0.5 / 0.75)
     assert contrast_loss(torch.tensor([[0.5, 0.25]]), 2).item() == pytest.approx(math.log(3), abs=1e-6)
     # m = 2/4, and two samples: the mean of both sums
@@ -46,8 +46,8 @@ def test_worked_numbers():
         contrast_loss(torch.ones(3, 1), 2)
 
 
-def test_banks_by_their_plain_form():
-    """Every score, the constants of the first batch, and the rows that move after it, one by one."""
+def test_banks_equal_a_plain_loop_over_three_steps():
+    """Scores, the constants Z of the first batch, gradients and updated rows, one by one in float64."""
     banks, momentum, temperature = banks_of(6, momentum=0.25, temperature=0.5), 0.25, 0.5
     rows = [memory.rows.double().clone() for memory in (banks.student, banks.teacher)]
     z = None
@@ -79,7 +79,7 @@ def test_banks_by_their_plain_form():
         torch.testing.assert_close(banks.z, torch.tensor(z), rtol=1e-5, atol=0)
 
 
-def test_z_fits_its_number_whatever_the_precision():
+def test_z_stays_float32_when_the_banks_are_cast_to_half_precision():
     banks = ContrastBanks(dim=4)
     banks.z.copy_(torch.tensor([110_700.0, 2.0]))
     for cast in (banks.half(), banks.to(torch.bfloat16)):
@@ -87,7 +87,7 @@ def test_z_fits_its_number_whatever_the_precision():
         assert cast.z.dtype == torch.float32
 
 
-def test_what_moves_and_what_stays():
+def test_banks_update_only_the_rows_of_the_batch_and_set_z_once():
     banks = banks_of(5)
     start = banks.student.rows.clone()
     width = 1 / math.sqrt(4 / 3)
@@ -111,7 +111,7 @@ def test_what_moves_and_what_stays():
     assert torch.equal(again.z, z)
 
 
-def test_half_precision_around_it_changes_nothing():
+def test_banks_compute_the_loss_in_float32_under_autocast():
     values = []
     for mixed in (False, True):
         banks = banks_of(64, dim=32)
@@ -126,7 +126,7 @@ def test_half_precision_around_it_changes_nothing():
 # -- negatives ---------------------------------------------------------------------------------------------------------
 
 
-def test_negatives_are_of_other_classes_and_differ():
+def test_negatives_are_distinct_images_of_other_classes_drawn_evenly():
     labels = torch.randint(0, 4, (200,), generator=seeded())
     images = NegativeImages(labels, 100)
     target = torch.tensor([0, 1, 2, 3, 3, 0])
@@ -137,13 +137,13 @@ def test_negatives_are_of_other_classes_and_differ():
     assert set(drawn[3].tolist()) != set(drawn[4].tolist())
     many = torch.cat([images.draw(target[3:4], seeded(seed)).flatten() for seed in range(200)]).bincount(minlength=200)
     allowed = labels != 3
-    share = 200 * 100 / int(allowed.sum())  # how often each comes on the mean
+    share = 200 * 100 / int(allowed.sum())  # how often each is drawn on average
     assert many[allowed].min() > 0.6 * share
     assert many[allowed].max() < 1.4 * share
 
 
 @pytest.mark.parametrize("negatives", [7, 30])
-def test_too_few_others_come_again(negatives):
+def test_negatives_repeat_when_the_other_classes_have_too_few_images(negatives):
     labels = torch.tensor([2] * 9 + [0] * 2 + [1] * 4)[torch.randperm(15, generator=seeded(3))]
     images = NegativeImages(labels, negatives)
     target = torch.tensor([2, 0, 1, 2])
@@ -152,14 +152,14 @@ def test_too_few_others_come_again(negatives):
     distinct = [len(set(row)) for row in drawn.tolist()]
     assert distinct[0] <= 6
     if negatives == 7:
-        assert distinct[1:3] == [7, 7]  # of 13 and 11 others
+        assert distinct[1:3] == [7, 7]  # classes 0 and 1 have 13 and 11 images of other classes
     drawn = torch.cat([images.draw(target, seeded(seed)) for seed in range(200)])
     many = drawn[0::4].flatten().bincount(minlength=15)
     assert (many > 0).tolist() == (labels != 2).tolist()
     assert many[labels != 2].min() > 0.7 * many.max()
 
 
-def test_drawn_in_parts_and_by_several(monkeypatch):
+def test_negatives_do_not_depend_on_chunk_size_or_on_skipped_samples(monkeypatch):
     labels = torch.arange(60) % 3
     images = NegativeImages(labels, 10)
     target = torch.tensor([0, 1, 2, 1])
@@ -196,8 +196,8 @@ def digits(**options):
     return DigitsDataModule(fake=True, **{"batch_size": 32, "val_fraction": 0.25, **options})
 
 
-def test_a_step_is_the_sum_of_its_parts():
-    class Looking(CRD):
+def test_step_terms_equal_contrast_loss_and_cross_entropy():
+    class RecordingCRD(CRD):
         def step_loss(self, terms, logits, target):
             self.terms, self.logits = terms, logits
             return super().step_loss(terms, logits, target)
@@ -207,7 +207,7 @@ def test_a_step_is_the_sum_of_its_parts():
             self.rows = [memory.rows.clone() for memory in (self.banks.student, self.banks.teacher)]
             return self.seen[1]
 
-    task = built(Looking, kd_weight=0.7, optimizer=lambda p: torch.optim.SGD(p, lr=0.0))
+    task = built(RecordingCRD, kd_weight=0.7, optimizer=lambda p: torch.optim.SGD(p, lr=0.0))
     trainer(max_epochs=1, limit_train_batches=1, limit_val_batches=0).fit(task, digits())
     row, negatives, batch = task.seen
     student, teacher = task.student[:3](batch.image), task.teacher.network[:3](batch.image)
@@ -222,7 +222,7 @@ def test_a_step_is_the_sum_of_its_parts():
     assert {id(p) for p in [*task.student_embedding.parameters(), *task.teacher_embedding.parameters()]} <= optimized
 
 
-def test_rows_are_those_of_the_training_samples_in_use():
+def test_banks_have_one_row_per_training_sample_of_a_subset():
     task, data = built(), digits(train_per_class=5)
     visited = []
     plain = task.draw_negatives
@@ -288,13 +288,15 @@ def samples(*extra):
     return DataLoader(TensorDataset(image, torch.arange(24) % 10, *extra), 8, shuffle=True)
 
 
-def test_plain_loaders_with_an_index():
+def test_plain_dataloader_with_an_index_trains():
     task = built()
     trainer(max_epochs=1).fit(task, samples(torch.arange(24)))
     assert task.banks.student.rows.norm(dim=1).tolist() == pytest.approx([1] * 24, abs=1e-5)
 
 
 class Pairs(torch.utils.data.Dataset):
+    """Holds no array of labels: a label is known only from its sample."""
+
     def __len__(self):
         return 24
 
@@ -302,7 +304,7 @@ class Pairs(torch.utils.data.Dataset):
         return torch.randn(*SHAPE), k % 10, k
 
 
-def test_what_is_refused():
+def test_wrong_batches_indices_and_arguments_raise():
     with pytest.raises(ValueError, match=r"^CRD stores values for every sample, but the batch has no index"):
         trainer().fit(built(), samples())
     with pytest.raises(ValueError, match=r"^CRD must find the label of each training sample by its index, got a Pairs"):

@@ -1,4 +1,4 @@
-"""Losses on feature maps: worked numbers, plain forms, what they do not change, dead maps, maps of other sizes."""
+"""Losses on feature maps: worked numbers, plain loops, invariances, zero maps, maps of different sizes, errors."""
 
 import pytest
 import torch
@@ -28,7 +28,7 @@ def one_channel(rows):
     return torch.tensor(rows, dtype=torch.float64)[None, None]
 
 
-def test_worked_numbers():
+def test_attention_and_similarity_loss_give_worked_numbers():
     assert attention_loss(one_channel([[1, 0], [0, 1]]), one_channel([[1, 1], [0, 0]])).item() == pytest.approx(0.25)
     student, teacher = (torch.tensor(rows, dtype=torch.float64) for rows in ([[1, 0], [0, 1]], [[1, 0], [1, 0]]))
     assert similarity_loss(student, teacher).item() == pytest.approx(0.292893, abs=1e-6)
@@ -38,9 +38,9 @@ def test_worked_numbers():
 
 
 @pytest.mark.parametrize("p", [2, 3])
-def test_attention_one_by_one(p):
+def test_attention_loss_equals_a_loop_over_samples_and_positions(p):
     s, t = random(2, 3, 2, 4), random(2, 5, 4, 4, seed=1)
-    t_small = t.unflatten(2, (2, 2)).mean(3)  # features are pooled, not attention
+    t_small = t.unflatten(2, (2, 2)).mean(3)  # the features are averaged to the smaller size, not the attention maps
     plain = 0.0
     for n in range(2):
         sides = []
@@ -52,9 +52,9 @@ def test_attention_one_by_one(p):
     assert attention_loss(t, s, p).item() == pytest.approx(plain, rel=1e-9)
 
 
-# more positions than channels, and fewer, where the kernel is that of positions
+# side 4 compares channels; side 2 has so few positions that the loss is computed from Gram matrices over them
 @pytest.mark.parametrize(("channels", "others", "side"), [(3, 2, 4), (8, 9, 2)])
-def test_kernels_one_by_one(channels, others, side):
+def test_nst_loss_and_gradient_equal_a_loop_over_channel_pairs(channels, others, side):
     s, t = random(2, channels, side, side).requires_grad_(), random(2, others, side, side, seed=1)
     assert (2 * side**4 < channels**2 + others**2 + channels * others) == (side == 2)
 
@@ -69,7 +69,7 @@ def test_kernels_one_by_one(channels, others, side):
     torch.testing.assert_close(nst_loss(s, F.interpolate(t, scale_factor=2)), plain)
 
 
-def test_similarities_one_by_one():
+def test_similarity_loss_equals_a_loop_over_sample_pairs():
     s, t = random(3, 2, 4, 4), random(3, 5, 2, 2, seed=1)
     rows = []
     for m in (s, t):
@@ -78,7 +78,7 @@ def test_similarities_one_by_one():
     assert similarity_loss(s, t).item() == pytest.approx(float((rows[0] - rows[1]).square().sum()) / 9)
 
 
-def test_levels_of_the_context_loss():
+def test_hierarchical_context_loss_is_the_weighted_mean_of_its_levels():
     for side, weights in ((1, [1]), (2, [1, 1 / 2]), (4, [1, 1 / 2, 1 / 4]), (8, [1, 1 / 2, 1 / 4, 1 / 8])):
         s, t = random(2, 3, side, side), random(2, 3, side, side, seed=1)
         sides = [side, *(k for k in (4, 2, 1) if k < side)]
@@ -90,7 +90,7 @@ def test_levels_of_the_context_loss():
 
 
 @pytest.mark.parametrize("loss", ON_MAPS)
-def test_what_they_do_not_change(loss):
+def test_map_losses_ignore_scale_and_order_and_give_the_teacher_no_gradient(loss):
     s, t = random(4, 3, 4, 6).requires_grad_(), random(4, 5, 2, 3, seed=1).requires_grad_()
     value = loss(s, t)
     torch.testing.assert_close(loss(7 * s, t / 3), value)
@@ -104,7 +104,7 @@ def test_what_they_do_not_change(loss):
 
 
 @pytest.mark.parametrize("loss", [*ON_MAPS, distance_loss, angle_loss, pkt_loss])
-def test_autocast_does_not_matter(loss):
+def test_losses_are_computed_in_float32_under_autocast(loss):
     shape = (4, 3, 4, 4) if loss in ON_MAPS else (4, 8)
     s, t = random(*shape).float().requires_grad_(), random(*shape, seed=1).float()
     plain = loss(s, t)
@@ -117,7 +117,7 @@ def test_autocast_does_not_matter(loss):
 
 @pytest.mark.parametrize("loss", ON_MAPS)
 @pytest.mark.parametrize("dead", [slice(None), 1])
-def test_dead_maps_give_no_nan_and_no_huge_gradient(loss, dead):
+def test_zero_maps_give_no_nan_and_no_huge_gradient(loss, dead):
     s = random(4, 3, 2, 2).float()
     s[dead] = 0
     s.requires_grad_()
@@ -125,11 +125,11 @@ def test_dead_maps_give_no_nan_and_no_huge_gradient(loss, dead):
     found.backward()
     assert found.isfinite()
     assert s.grad.abs().max() < 100
-    if dead != 1 or loss is not similarity_loss:  # there it may become similar to the others
+    if dead != 1 or loss is not similarity_loss:  # similarity_loss may make one zero sample similar to the others
         assert s.grad[dead].abs().sum() == 0
 
 
-def test_what_they_refuse():
+def test_other_teacher_batch_single_image_and_wrong_power_raise():
     for loss in ON_MAPS:
         with pytest.raises(ValueError, match=r"^teacher_map must be \[4, D, h, w\], got \[3, 2, 2, 2\]"):
             loss(random(4, 2, 2, 2), random(3, 2, 2, 2))
@@ -150,7 +150,7 @@ def test_what_they_refuse():
         ((2, 3, 8, 2), (2, 5, 4, 2)),
     ],
 )
-def test_regressors_reach_the_teachers_shape(student, teacher):
+def test_regressor_output_has_the_shape_of_the_teacher_map(student, teacher):
     regressor = Regressor(student, teacher)
     out = regressor(random(2, *student[-3:]).float())
     assert out.shape[1:] == teacher[-3:]
@@ -160,14 +160,14 @@ def test_regressors_reach_the_teachers_shape(student, teacher):
     assert isinstance(regressor.conv, torch.nn.ConvTranspose2d) == (student[-2:] == (4, 6))
 
 
-def test_what_regressors_refuse():
+def test_regressor_of_unfitting_shapes_raises():
     with pytest.raises(ValueError, match=r"^student_shape must be as large as teacher_shape \(5, 9, 9\) or half of it"):
         Regressor((3, 4, 4), (5, 9, 9))
     with pytest.raises(ValueError, match=r"^teacher_shape must be \(C, H, W\), got \(5,\)"):
         Regressor((3, 4, 4), (5,))
 
 
-def test_fusion_needs_pooled_features_and_as_many_maps():
+def test_reviewkd_loss_needs_pooled_features_and_equally_many_maps():
     shapes = StageShapes(((3, 4, 4),), ((3, 4, 4),), None, (6,))
     loss = ReviewKDLoss(shapes, shapes)
     assert [f.conv1[0].in_channels for f in loss.fusions] == [6, 3]

@@ -1,4 +1,4 @@
-"""Methods that look at features: what trains, what is kept, one step by hand, processes, precision, odd batches."""
+"""Methods that compare features: what is trained and saved, one step, two processes, precision, batches of one."""
 
 import lightning as L
 import pytest
@@ -31,7 +31,7 @@ from tests.distillation.test_modules import SHAPE, digits, trainer
 from tests.two_processes import on_two_ranks
 
 METHODS = {"fitnet": FitNet, "at": AT, "nst": NST, "sp": SP, "rkd": RKD, "pkt": PKT, "reviewkd": ReviewKD}
-WITH_PARTS = ("fitnet", "reviewkd")
+WITH_OWN_MODULES = ("fitnet", "reviewkd")
 
 
 def build(name, student="cnn_tiny", teacher="cnn", **options):
@@ -45,7 +45,7 @@ def test_fit_test_reload(name, tmp_path):
     task = build(name)
     parts = {k: v.clone() for k, v in task.state_dict().items() if not k.startswith("student.")}
     frozen = {k: v.clone() for k, v in task.teacher.network.state_dict().items()}
-    assert bool(parts) == (name in WITH_PARTS)
+    assert bool(parts) == (name in WITH_OWN_MODULES)
     optimized = {id(p) for group in task.configure_optimizers().param_groups for p in group["params"]}
     assert optimized == {id(p) for n, p in task.named_parameters() if not n.startswith("teacher.")}
     run = trainer(enable_checkpointing=True, callbacks=run_callbacks(RunFolder(tmp_path)), max_epochs=2)
@@ -81,8 +81,8 @@ def maps_of(net, image):
     return [first, second], second.mean((2, 3))
 
 
-def by_hand(name, student, teacher):
-    """The definitions, from lists of maps and pooled features."""
+def loss_by_definition(name, student, teacher):
+    """The weighted loss of each method by its definition, from lists of maps and pooled features."""
     (maps, pooled), (other_maps, other) = student, teacher
     pairs = list(zip(maps, other_maps, strict=True))
     return {
@@ -100,14 +100,14 @@ def one_batch(dtype=torch.float64, count=8):
     return image.to(dtype), torch.randint(0, 10, (count,), generator=generator)
 
 
-@pytest.mark.parametrize("name", [name for name in METHODS if name not in WITH_PARTS])
-def test_one_step_by_hand(name):
+@pytest.mark.parametrize("name", [name for name in METHODS if name not in WITH_OWN_MODULES])
+def test_one_step_equals_the_definition(name):
     image, target = one_batch()
     student, teacher = small_pair()
     logits = student(image)
     with torch.no_grad():
         theirs = maps_of(teacher, image)
-    loss = F.cross_entropy(logits, target) + by_hand(name, maps_of(student, image), theirs)
+    loss = F.cross_entropy(logits, target) + loss_by_definition(name, maps_of(student, image), theirs)
     gradients = torch.autograd.grad(loss, list(student.parameters()))
     wanted = [p.detach() - 0.01 * g for p, g in zip(student.parameters(), gradients, strict=True)]
     task = build(name, student, teacher, optimizer=lambda p: torch.optim.SGD(p, lr=0.01)).double()
@@ -118,8 +118,8 @@ def test_one_step_by_hand(name):
         torch.testing.assert_close(found.detach(), value)
 
 
-def losses_of(name, **options):
-    """``train/loss_kd`` of the first epoch, with parts and student as they begin."""
+def loss_at_the_start(name, **options):
+    """``train/loss_kd`` at learning rate 0, the initial weights of the method's own modules, both networks' maps."""
     image, target = one_batch()
     task = build(name, *small_pair(), optimizer=lambda p: torch.optim.SGD(p, lr=0.0), **options).double()
     parts = {k: v.clone() for k, v in task.state_dict().items() if k.startswith(("review", "regressor"))}
@@ -133,16 +133,16 @@ def normalised(x):
 
 
 @pytest.mark.parametrize("stage", [1, 2])
-def test_fitnet_by_hand(stage):
-    found, parts, (student, teacher) = losses_of("fitnet", hint_stage=stage)
+def test_fitnet_loss_equals_the_definition(stage):
+    found, parts, (student, teacher) = loss_at_the_start("fitnet", hint_stage=stage)
     hint = F.conv2d(student[0][stage - 1], parts["regressor.conv.weight"], parts["regressor.conv.bias"])
     hint = normalised(hint).relu()
     assert found == pytest.approx(100 * (hint - teacher[0][stage - 1]).square().mean().item())
 
 
-def test_reviewkd_by_hand():
+def test_reviewkd_loss_equals_the_definition():
     """From deep to shallow: pooled, second stage, first stage; the teacher's maps before their ReLU."""
-    found, parts, ((maps, pooled), _) = losses_of("reviewkd", warmup_epochs=4)
+    found, parts, ((maps, pooled), _) = loss_at_the_start("reviewkd", warmup_epochs=4)
     net, image = small_pair()[1], one_batch()[0]
     first = net[0](image)
     second = net[2](first.relu())
@@ -160,7 +160,7 @@ def test_reviewkd_by_hand():
         fused = x
         out = normalised(F.conv2d(x, names["conv2.0.weight"], padding=1))
         total += hierarchical_context_loss(out, wanted).item()
-    assert found == pytest.approx(5 / 4 * total)  # the first of four epochs of warm-up
+    assert found == pytest.approx(5 / 4 * total)  # weight 5, in the first of four warm-up epochs
 
 
 def test_reviewkd_takes_maps_before_the_activation_and_warms_up():
@@ -186,7 +186,7 @@ PAIRS = {
 
 
 @pytest.mark.parametrize("pair", PAIRS)
-def test_published_pairs_fit_together(pair):
+def test_published_pairs_have_matching_shapes_and_finite_losses(pair):
     task = ReviewKD(*pair, 100, teacher_weights="random")
     assert [f.conv2[0].out_channels for f in reversed(task.review.fusions)] == PAIRS[pair]
     image = torch.randn(2, 3, 32, 32)
@@ -202,13 +202,13 @@ def test_published_pairs_fit_together(pair):
 
 
 class Channels(FeatureDistillation):
-    """What the README shows."""
+    """A new method: its loss alone."""
 
     def feature_loss(self, student, teacher, target):
         return (student.maps[-1].mean(1) - teacher.maps[-1].mean(1)).square().mean()
 
 
-def test_a_method_is_one_method():
+def test_new_method_needs_only_feature_loss():
     image, target = one_batch(torch.float32)
     task = Channels(*small_pair(torch.float32), 10, input_shape=SHAPE, kd_weight=2.0)
     run = trainer()
@@ -216,7 +216,7 @@ def test_a_method_is_one_method():
     assert run.callback_metrics["train/loss_kd"] > 0
 
 
-def test_refusals():
+def test_unfitting_stages_and_wrong_arguments_raise():
     with pytest.raises(ValueError, match=r"as many stages, got layer1, layer2, layer3 and 1, 3: name them in"):
         build("at", "cnn_tiny", small_pair(torch.float32)[1])
     task = build("at", "cnn_tiny", small_pair(torch.float32)[1], student_stages=["layer1", "layer3"])
@@ -232,7 +232,7 @@ def test_refusals():
 
 
 @pytest.mark.parametrize("name", ["rkd", "pkt"])
-def test_pooled_features_do_for_networks_of_rows(name):
+def test_rkd_and_pkt_train_networks_without_feature_maps(name):
     teacher = nn.Sequential(nn.Flatten(), nn.Linear(64, 12), nn.ReLU(), nn.Linear(12, 10))
     run = trainer(limit_train_batches=2, limit_val_batches=0)
     run.fit(build(name, "mlp_8", teacher), digits())
@@ -240,7 +240,7 @@ def test_pooled_features_do_for_networks_of_rows(name):
 
 
 @pytest.mark.parametrize("name", METHODS)
-def test_a_batch_of_one_is_left_over(name, recwarn):
+def test_last_batch_of_one_trains_and_warns_where_the_loss_is_undefined(name, recwarn):
     image, target = one_batch(torch.float32, count=5)
     task = build(name, *small_pair(torch.float32))
     run = trainer()
@@ -251,7 +251,7 @@ def test_a_batch_of_one_is_left_over(name, recwarn):
 
 
 @pytest.mark.parametrize("name", METHODS)
-def test_bfloat16_and_accumulation(name):
+def test_bf16_mixed_with_accumulation_keeps_finite_float32_weights(name):
     task = build(name)
     run = trainer(precision="bf16-mixed", accumulate_grad_batches=2, limit_train_batches=4, limit_val_batches=0)
     run.fit(task, digits())
@@ -259,7 +259,7 @@ def test_bfloat16_and_accumulation(name):
     assert all(p.dtype == torch.float32 and p.isfinite().all() for p in task.parameters())
 
 
-def test_teachers_of_another_size():
+def test_reviewkd_trains_with_a_teacher_of_another_image_size():
     task = build("reviewkd", teacher_size=16)
     assert [shape[1] for shape in task.teacher_features.shapes.maps] == [8, 4, 2]
     run = trainer(limit_train_batches=2, limit_val_batches=0)
@@ -267,7 +267,7 @@ def test_teachers_of_another_size():
     assert run.callback_metrics["train/loss"].isfinite()
 
 
-def test_compiled_networks_train_alike():
+def test_compiled_networks_give_the_same_training_loss():
     losses = []
     for compiled in (False, True):
         torch.manual_seed(0)
@@ -311,6 +311,6 @@ def test_two_processes_equal_one_with_the_joint_batch(name):
             torch.testing.assert_close(torch.tensor(other[key]), torch.tensor(value), rtol=1e-9, atol=1e-9)
 
 
-def test_parts_train_in_two_processes():
+def test_reviewkd_students_are_equal_in_two_processes():
     first, second = on_two_ranks(fit_two, "reviewkd", 16, "named")
     assert first["fc.weight"] == second["fc.weight"]

@@ -1,4 +1,4 @@
-"""FKD and FerKD: stored crops are cut out again bit for bit, and their labels learnt."""
+"""FKD and FerKD: stored crops are cut again bit for bit, and the student learns their stored labels."""
 
 import os
 from types import SimpleNamespace
@@ -25,7 +25,7 @@ DIGITS = {"input_shape": (1, 8, 8), "classes": 10}
 
 @pytest.fixture
 def root(tmp_path):
-    """Six lossless images of two classes, of many sizes; one lies on its side, as its EXIF says."""
+    """Six lossless images in each of two classes, of many sizes; one in each class is rotated by its EXIF tag."""
     generator = np.random.default_rng(0)
     for name in ("ant", "bee"):
         (tmp_path / "photos" / name).mkdir(parents=True)
@@ -57,7 +57,7 @@ def taught(root, path, **options):
     return model, data
 
 
-def test_a_crop_is_that_of_the_augmentation_and_is_cut_out_again_bit_for_bit(root, tmp_path):
+def test_stored_crops_equal_those_of_the_augmentation_bit_for_bit(root, tmp_path):
     model, data = taught(root, tmp_path / "a.store")
     store = TeacherStore(tmp_path / "a.store")
     drawn = data.loader("train", augment=True, view_keys=ViewKeys(7))
@@ -83,7 +83,7 @@ def test_a_crop_is_that_of_the_augmentation_and_is_cut_out_again_bit_for_bit(roo
 
 
 @pytest.mark.parametrize("workers", [0, 1])
-def test_a_visit_gives_some_crops_of_each_image_side_by_side(workers, root, tmp_path):
+def test_batch_holds_several_crops_of_each_image_side_by_side(workers, root, tmp_path):
     taught(root, tmp_path / "a.store")
     store, data = TeacherStore(tmp_path / "a.store"), folder(root, num_workers=workers)
     data.setup()
@@ -101,7 +101,7 @@ def test_a_visit_gives_some_crops_of_each_image_side_by_side(workers, root, tmp_
             seen.append(key)
         assert len(loader) == 2
     assert not torch.equal(torch.cat(seen[:2]), torch.cat(seen[2:]))
-    again = data.loader("train", shuffle=True, augment=True, batch_size=3, view_keys=keys)  # whatever the batches
+    again = data.loader("train", shuffle=True, augment=True, batch_size=3, view_keys=keys)  # other batches, same crops
     found = {int(i): k.tolist() for b in again for i, k in zip(b.index[::3], b.extras["view"].view(-1, 3), strict=True)}
     loader.set_epoch(0)
     for batch in loader:
@@ -110,7 +110,7 @@ def test_a_visit_gives_some_crops_of_each_image_side_by_side(workers, root, tmp_
 
 
 @pytest.mark.parametrize("cls", [FKD, FerKD])
-def test_the_loss_is_that_of_the_stored_labels(cls, root, tmp_path):
+def test_loss_is_cross_entropy_with_the_stored_labels(cls, root, tmp_path):
     path = tmp_path / "a.store"
     taught(root, path, compress="smoothing")
     model = task(cls, teacher_store=str(path), crops=3, temperature=2.0)
@@ -130,15 +130,15 @@ def test_the_loss_is_that_of_the_stored_labels(cls, root, tmp_path):
     assert float(found[0].detach()) == pytest.approx(float(expected.detach()), rel=1e-5)
 
 
-def test_workers_cut_the_crops_and_the_store_is_the_same(root, tmp_path, monkeypatch):
+def test_crops_cut_by_workers_give_the_same_store(root, tmp_path, monkeypatch):
     cut = CropFiles.cut
 
-    def told(files, index, keys):
+    def recorded(files, index, keys):
         with open(tmp_path / "processes.txt", "a") as file:
             file.write(f"{os.getpid()} {index}\n")
         return cut(files, index, keys)
 
-    monkeypatch.setattr(CropFiles, "cut", told)
+    monkeypatch.setattr(CropFiles, "cut", recorded)
     stores = []
     for workers in (0, 2):
         path = tmp_path / f"{workers}.store"
@@ -156,7 +156,7 @@ def test_workers_cut_the_crops_and_the_store_is_the_same(root, tmp_path, monkeyp
 
 
 @pytest.mark.parametrize("workers", [0, 1])
-def test_images_as_they_are(workers, root, tmp_path):
+def test_store_of_plain_views_fits_only_training_without_augmentation(workers, root, tmp_path):
     path = tmp_path / "plain.store"
     model, data = task(), folder(root, num_workers=workers)
     trainer().validate(model, data, verbose=False)
@@ -182,7 +182,7 @@ def test_images_as_they_are(workers, root, tmp_path):
         trainer(max_epochs=1).fit(task(teacher_store=str(path), crops=1), folder(root, augment=False, resize=17))
 
 
-def test_worked_labels():
+def test_adapt_labels_gives_worked_numbers():
     q = torch.tensor([[0.9, 0.1, 0.0], [0.4, 0.35, 0.25], [0.5, 0.25, 0.25]], dtype=torch.float64)
     target = torch.tensor([1, 2, 1])
     got = adapt_labels(q, target, 0.5, 0.3)
@@ -194,7 +194,7 @@ def test_worked_labels():
         adapt_labels(q, target, 2)
 
 
-def test_with_all_labels_but_one_it_is_the_cross_entropy_of_distillation():
+def test_labels_of_all_classes_but_one_give_the_uncompressed_cross_entropy():
     p = torch.randn(5, 4, dtype=torch.float64).softmax(1)
     kept = recover(compress(p, "marginal_smoothing_k3"), "marginal_smoothing_k3", 4)
     model = task(classes=4)
@@ -202,13 +202,13 @@ def test_with_all_labels_but_one_it_is_the_cross_entropy_of_distillation():
     torch.testing.assert_close(model.distillation_loss(logits, kept.log(), None), F.cross_entropy(logits, p))
 
 
-def test_mixed_crops_are_of_one_image_and_labels_follow_the_area():
+def test_self_mix_mixes_crops_of_one_image_and_labels_by_area():
     torch.manual_seed(0)
     image = torch.arange(6.0).view(6, 1, 1, 1).expand(6, 2, 10, 10).contiguous()
     q = torch.eye(6)
     for _ in range(20):
         mixed, soft = mix_crops(image, q, 3)
-        assert torch.equal(image[:, 0, 0, 0], torch.arange(6.0))  # as it was
+        assert torch.equal(image[:, 0, 0, 0], torch.arange(6.0))  # the input is unchanged
         for k, other in enumerate([1, 2, 0, 4, 5, 3]):
             share = float((mixed[k] == other).float().mean())
             assert set(mixed[k].unique().tolist()) <= {float(k), float(other)}
@@ -217,7 +217,7 @@ def test_mixed_crops_are_of_one_image_and_labels_follow_the_area():
             assert float(soft[k].sum()) == pytest.approx(1)
 
 
-def test_images_in_memory_and_no_store(tmp_path):
+def test_images_in_memory_train_with_and_without_a_store(tmp_path):
     digits = {"input_shape": (1, 8, 8), "classes": 10}
     data = DigitsDataModule(fake=True, augment=True)
     model = task(**digits)
@@ -248,45 +248,45 @@ def digits_store(tmp_path):
     return str(tmp_path / "d.store")
 
 
-class Told(FKD):
-    """Remembers of each step how many images there are, how many of them differ, and which, in which views."""
+class RecordingFKD(FKD):
+    """Records for each step the epoch, the number of images, of distinct images, and the (image, view) pairs."""
 
     def __init__(self, *args, **kwargs):
         super().__init__(*args, **kwargs)
-        self.told = []
+        self.recorded = []
 
     def training_step(self, batch, batch_idx):
         index, key = batch.index.tolist(), batch.extras["view"].tolist()
-        self.told.append((self.current_epoch, len(index), len(set(index)), tuple(zip(index, key, strict=True))))
+        self.recorded.append((self.current_epoch, len(index), len(set(index)), tuple(zip(index, key, strict=True))))
         return super().training_step(batch, batch_idx)
 
 
 def fitted(store, folder, epochs=3, ckpt_path=None, **options):
-    model = task(Told, teacher_store=store, crops=2, **DIGITS, **options)
+    model = task(RecordingFKD, teacher_store=store, crops=2, **DIGITS, **options)
     run = trainer(max_epochs=epochs, enable_checkpointing=True, callbacks=run_callbacks(RunFolder(folder)))
     run.fit(model, DigitsDataModule(fake=True, augment=True, batch_size=16), ckpt_path=ckpt_path, weights_only=True)
     return model
 
 
-def test_the_last_epochs_are_of_one_crop_and_all_resumes_to_the_bit(digits_store, tmp_path):
+def test_fine_epochs_use_one_crop_per_image_and_resume_to_the_bit(digits_store, tmp_path):
     options = {"fine_epochs": 2, "mixup": 0.8, "cutmix": 1.0}
     whole = fitted(digits_store, tmp_path / "whole", **options)
-    steps = len(whole.told) // 3
-    assert [step[0] for step in whole.told] == [0] * steps + [1] * steps + [2] * steps
-    assert {step[1:3] for step in whole.told[: steps - 1]} == {(32, 16)}
-    fine = whole.told[steps : steps + steps // 2]  # a pass, and then another one
+    steps = len(whole.recorded) // 3
+    assert [step[0] for step in whole.recorded] == [0] * steps + [1] * steps + [2] * steps
+    assert {step[1:3] for step in whole.recorded[: steps - 1]} == {(32, 16)}
+    fine = whole.recorded[steps : steps + steps // 2]  # the first of two passes over the images in this epoch
     assert {step[1:3] for step in fine[:-1]} == {(32, 32)}
     seen = [index for step in fine for index, _ in step[3]]
     assert len(set(seen)) == len(seen)
-    assert whole.told[steps][3] != whole.told[2 * steps - steps // 2][3]
-    fitted(digits_store, tmp_path / "parts", **options | {"fine_epochs": 0}, epochs=1)  # of the first epoch alike
+    assert whole.recorded[steps][3] != whole.recorded[2 * steps - steps // 2][3]
+    fitted(digits_store, tmp_path / "parts", **options | {"fine_epochs": 0}, epochs=1)  # epoch 0 is the same without
     resumed = fitted(digits_store, tmp_path / "parts", 3, tmp_path / "parts/checkpoints/last.ckpt", **options)
-    assert resumed.told == whole.told[steps:]
+    assert resumed.recorded == whole.recorded[steps:]
     assert all(torch.equal(*both) for both in zip(whole.parameters(), resumed.parameters(), strict=True))
 
 
 @pytest.mark.parametrize("kind", ["mixup", "cutmix"])
-def test_crops_are_mixed_with_their_labels_by_the_same_share(kind):
+def test_mixup_and_cutmix_mix_crops_and_labels_by_the_same_share(kind):
     model = task(**{kind: 1.0}, input_shape=(1, 10, 10), classes=6)
     model.trainer = SimpleNamespace(global_step=0, callbacks=[], global_rank=0)
     image, q = torch.arange(6.0).view(6, 1, 1, 1).expand(6, 1, 10, 10).contiguous(), torch.eye(6)
@@ -294,14 +294,14 @@ def test_crops_are_mixed_with_their_labels_by_the_same_share(kind):
     for step in range(8):
         model.trainer.global_step = step
         mixed, soft = model._mixed(image, q)
-        assert torch.equal(soft, model._mixed(image, q)[1])  # by the step alone
+        assert torch.equal(soft, model._mixed(image, q)[1])  # the mixture depends on the step alone
         torch.testing.assert_close(soft.sum(1), torch.ones(6))
         torch.testing.assert_close(mixed.mean((1, 2, 3)), soft @ torch.arange(6.0))
         shares.add(round(float(soft.max()), 6))
     assert len(shares) > 2
 
 
-def test_fine_epochs_need_a_store_and_an_end(digits_store):
+def test_fine_epochs_without_a_store_or_max_epochs_raise(digits_store):
     with pytest.raises(ValueError, match="fine_epochs=1 needs a teacher_store, got none: give a store"):
         task(fine_epochs=1)
     model = task(teacher_store=digits_store, fine_epochs=1, crops=2, **DIGITS)
@@ -311,7 +311,7 @@ def test_fine_epochs_need_a_store_and_an_end(digits_store):
         task(mixup=-1)
 
 
-def test_a_file_of_other_content_is_refused(root, tmp_path):
+def test_changed_image_file_of_the_same_size_raises(root, tmp_path):
     file = root / "ant" / "0.png"
     image = Image.open(file).convert("RGB")
     image.save(file, compress_level=0)
@@ -327,7 +327,7 @@ def test_a_file_of_other_content_is_refused(root, tmp_path):
         trainer().fit(task(teacher_store=str(tmp_path / "a.store")), data)
 
 
-def test_what_cannot_be_is_refused(root, tmp_path):
+def test_wrong_arguments_and_data_unlike_the_store_raise(root, tmp_path):
     with pytest.raises(ValueError, match=r"self_mix=0.5 mixes crops of one image, got crops=1: give 2 or more"):
         task(FerKD, crops=1, self_mix=0.5)
     with pytest.raises(ValueError, match="ce_weight must be 0"):

@@ -1,4 +1,4 @@
-"""KD++: the ND loss, the class means and their teacher, the weights, what a step adds up, processes, resume."""
+"""KD++: the ND loss, published weights, class means of the teacher, one step, resuming, two processes, errors."""
 
 import math
 
@@ -25,12 +25,12 @@ def random(*shape, seed=0):
 # -- the loss ----------------------------------------------------------------------------------------------------------
 
 
-def test_worked_numbers():
+def test_nd_loss_gives_worked_numbers():
     assert norm_direction_loss(S, T, MEAN, FIRST).item() == pytest.approx(0.8, abs=1e-6)
     assert norm_direction_loss(10 * S, T, MEAN, FIRST).item() == pytest.approx(1 - 1 / math.sqrt(2), abs=1e-6)
 
 
-def test_one_by_one():
+def test_nd_loss_equals_a_loop_over_samples():
     student, teacher, mean = random(7, 5), random(7, 5, seed=1), random(3, 5, seed=2)
     student[:3] *= 5
     target = torch.tensor([0, 2, 1, 1, 0, 2, 0])
@@ -44,13 +44,13 @@ def test_one_by_one():
     assert again.item() == pytest.approx(plain / 7, rel=1e-9)
 
 
-def test_longer_helps_until_the_teachers_length():
+def test_nd_loss_falls_with_feature_length_up_to_the_teachers_length():
     losses = [norm_direction_loss(a * S, T, MEAN, FIRST).item() for a in (1.0, 2.0, 3.0, 4.0, 9.0)]
     assert losses[0] > losses[1] + 0.1 > losses[2] + 0.2
     assert losses[3] == pytest.approx(losses[4], abs=1e-6)  # 4 sqrt(2) is longer than 5
 
 
-def test_gradients():
+def test_nd_gradient_of_short_long_and_equally_long_features():
     student, teacher = random(4, 3).requires_grad_(), 100 * random(4, 3, seed=1)
     mean, target = random(2, 3, seed=2).requires_grad_(), torch.tensor([0, 1, 1, 0])
     norm_direction_loss(student, teacher.requires_grad_(), mean, target).backward()
@@ -60,15 +60,15 @@ def test_gradients():
     assert mean.grad is None
     long = random(4, 3, seed=3).requires_grad_()
     norm_direction_loss(long, 0.001 * teacher.detach(), mean, target).backward()
-    assert (long * long.grad).sum(1).abs().max() < 1e-12  # direction alone
+    assert (long * long.grad).sum(1).abs().max() < 1e-12  # changes the direction, not the length
     assert long.grad.abs().sum() > 0.1
-    for equal in (torch.tensor([[3.0, 4.0]]), torch.tensor([[5.0, 0.0]])):  # as long as the teacher's: its own length
+    for equal in (torch.tensor([[3.0, 4.0]]), torch.tensor([[5.0, 0.0]])):  # as long as the teacher's feature
         equal.requires_grad_()
         norm_direction_loss(equal, T, MEAN, FIRST).backward()
         assert (equal * equal.grad).sum().item() == pytest.approx(0, abs=1e-7)
 
 
-def test_the_best_and_the_worst():
+def test_nd_loss_is_0_at_best_2_at_worst_and_finite_for_zero_features():
     for length, expected in ((5.0, 0.0), (9.0, 0.0), (-9.0, 2.0)):
         feature = torch.tensor([[length, 0.0]], requires_grad=True)
         loss = norm_direction_loss(feature, T, MEAN, FIRST)
@@ -97,7 +97,7 @@ def test_the_best_and_the_worst():
         ("shufflenetv2", "resnet32x4", (1, 4, 0.5), (0.5, 6, 0.5), (1, 8, 1.5), (1, 3, 4)),
     ],
 )
-def test_weights_of_the_paper(student, teacher, kd, dkd, reviewkd, dist):
+def test_published_weights_are_those_of_the_paper(student, teacher, kd, dkd, reviewkd, dist):
     for base, expected in (("kd", kd), ("reviewkd", reviewkd), ("dist", dist)):
         assert published_weights(student, teacher, base)[:3] == expected
     found = published_weights(student, teacher, "dkd")
@@ -105,7 +105,7 @@ def test_weights_of_the_paper(student, teacher, kd, dkd, reviewkd, dist):
     assert (found.alpha, found.beta, found.nd) == dkd
 
 
-def test_weights_of_imagenet_and_of_other_pairs():
+def test_published_weights_of_imagenet_and_defaults_for_other_pairs():
     found = published_weights("torchvision/resnet18", "torchvision/resnet101", "kd")
     assert found[:3] == (1, 3.5, 4)
     assert published_weights("torchvision/resnet18", "torchvision/resnet50", "dkd")[2:] == (2, 0.6, 0.5)
@@ -147,7 +147,7 @@ def means_of(teacher, image, target):
     return torch.stack([feature[target == k].mean(0) for k in range(10)])
 
 
-def test_class_means_are_of_the_training_samples_as_they_are():
+def test_class_means_use_the_training_samples_without_augmentation():
     task, data = built(), digits(train_per_class=6, augment=True)
     trainer(limit_train_batches=1).fit(task, data)
     image, target = data.loader("train", batch_size=1000).__iter__().__next__()[:2]
@@ -161,10 +161,10 @@ def test_class_means_are_of_the_training_samples_as_they_are():
 
 @pytest.mark.parametrize("base", ["kd", "dkd", "dist"])
 @pytest.mark.parametrize("width", [12, 20])
-def test_a_step_is_the_sum_of_its_terms(base, width):
+def test_step_loss_is_the_sum_of_its_weighted_terms(base, width):
     seen = []
 
-    class Looking(KDPlusPlus):
+    class Recording(KDPlusPlus):
         def step_loss(self, terms, logits, target):
             seen.append((self.current_epoch, {name: term.item() for name, term in terms.items()}))
             return super().step_loss(terms, logits, target)
@@ -173,7 +173,7 @@ def test_a_step_is_the_sum_of_its_terms(base, width):
     image, target = torch.randn(40, *SHAPE, generator=generator), torch.arange(40) % 10
     weights = {"ce_weight": 0.5, "kd_weight": 3.0, "nd_weight": 2.0, "alpha": 2.0, "beta": 0.5, "temperature": 3.0}
     options = {**weights, "warmup_epochs": 2, "optimizer": lambda p: torch.optim.SGD(p, lr=0.0)}
-    task = built(Looking, width=width, base=base, **options)
+    task = built(Recording, width=width, base=base, **options)
     if width == 20:
         task.adapter[1].p = 0.0
     run = trainer(max_epochs=4)
@@ -199,7 +199,7 @@ def test_a_step_is_the_sum_of_its_terms(base, width):
     assert float(run.callback_metrics["train/loss"]) == pytest.approx(sum(seen[-1][1].values()), rel=1e-5)
 
 
-def test_the_adapter_trains_and_leaves_no_trace():
+def test_adapter_trains_and_is_not_exported():
     task = built(width=20)
     before = {name: value.clone() for name, value in task.adapter.named_parameters()}
     assert sorted(before) == ["0.bias", "0.weight", "2.bias", "2.weight"]
@@ -209,18 +209,18 @@ def test_the_adapter_trains_and_leaves_no_trace():
     assert not list(built().adapter.parameters())
 
 
-def test_beside_reviewkd():
-    """Its loss from the maps of both, in ND's step; fusion blocks train, and a checkpoint has them."""
+def test_reviewkd_base_adds_its_loss_and_is_not_exported():
+    """The fusion blocks of ReviewKD are in the checkpoint, not in the exported student."""
     seen = {}
 
-    class Looking(KDPlusPlus):
+    class Recording(KDPlusPlus):
         def step_loss(self, terms, logits, target):
             seen.update(terms)
             return super().step_loss(terms, logits, target)
 
     L.seed_everything(0, verbose=False)
     options = {"teacher_weights": "random", "base": "reviewkd", "input_shape": SHAPE, "warmup_epochs": 0}
-    task = Looking("cnn_tiny", "cnn", 10, kd_weight=3.0, optimizer=lambda p: torch.optim.SGD(p, lr=0.0), **options)
+    task = Recording("cnn_tiny", "cnn", 10, kd_weight=3.0, optimizer=lambda p: torch.optim.SGD(p, lr=0.0), **options)
     assert any(key.startswith("review.") for key in task.state_dict())
     assert not [key for key in task.exports()["student"].state_dict() if "review" in key]
     image, target = torch.randn(20, *SHAPE), torch.arange(20) % 10
@@ -235,14 +235,14 @@ def test_beside_reviewkd():
     assert KDPlusPlus("cnn_tiny", "cnn", 10, **options).kd_weight == 5
 
 
-def test_no_warm_up():
+def test_kd_loss_counts_from_the_first_epoch_without_warm_up():
     task = built(warmup_epochs=0)
     run = trainer(limit_train_batches=1)
     run.fit(task, digits())
     assert run.callback_metrics["train/loss_kd"] > 0
 
 
-def test_half_precision():
+def test_nd_loss_under_bf16_mixed_is_float32_and_close():
     losses = []
     for precision in ("32-true", "bf16-mixed"):
         run = trainer(precision=precision, limit_train_batches=1)
@@ -260,7 +260,7 @@ def resumed(folder, epochs, path=None, **options):
     return task
 
 
-def test_resumes_to_the_bit_and_looks_once(tmp_path, monkeypatch):
+def test_resumes_to_the_bit_without_computing_class_means_again(tmp_path, monkeypatch):
     whole = resumed(tmp_path, 3)
     resumed(tmp_path, 2)
     monkeypatch.setattr(KDPlusPlus, "class_means", lambda self: pytest.fail("they are in the checkpoint"))
@@ -274,7 +274,7 @@ def test_resumes_to_the_bit_and_looks_once(tmp_path, monkeypatch):
         resumed(tmp_path, 3, tmp_path / "2.ckpt", width=12)
 
 
-def test_another_fit_looks_again():
+def test_second_fit_computes_class_means_again():
     task = built()
     trainer(limit_train_batches=1).fit(task, digits(train_per_class=3))
     first = task.class_mean.clone()
@@ -282,7 +282,7 @@ def test_another_fit_looks_again():
     assert not torch.allclose(first, task.class_mean)
 
 
-def test_the_teachers_fingerprint():
+def test_teacher_fingerprint_depends_on_weights_and_normalisation():
     first, same, other = (built(seed=seed).teacher.fingerprint() for seed in (3, 3, 4))
     assert first == same != other
     assert len(first) == 32
@@ -309,7 +309,7 @@ def test_two_processes_equal_one_with_the_joint_batch():
             torch.testing.assert_close(torch.tensor(theirs), torch.tensor(ours), rtol=0, atol=1e-6)
 
 
-def test_what_is_refused():
+def test_missing_classes_wrong_targets_and_arguments_raise():
     image = torch.randn(18, *SHAPE)
     with pytest.raises(ValueError, match=r"^class 9 has no training sample, .* \(1 of 10 classes have none\)"):
         trainer().fit(built(), DataLoader(TensorDataset(image, torch.arange(18) % 9), 6))

@@ -1,4 +1,4 @@
-"""The losses against worked numbers, identities and a float64 reference."""
+"""The losses of KD, DKD and DHKD and gradient alignment: worked numbers, identities and a float64 reference."""
 
 import math
 
@@ -44,14 +44,14 @@ def test_dkd_worked_numbers(temperature, tckd, nckd, kd):
     assert dkd_loss(STUDENT, TEACHER, TARGET, 0.5, 2.0, temperature).item() == pytest.approx(0.5 * first + 2 * second)
 
 
-def test_binary_worked_numbers():
+def test_binary_kl_losses_worked_numbers():
     assert binary_kl_loss(STUDENT, TEACHER, 2.0).item() == pytest.approx(0.206262, abs=1e-6)
     assert binary_kl_norm_loss(STUDENT, TEACHER, 2.0).item() == pytest.approx(0.247438, abs=1e-6)
     gradient = grad(LOSSES["binary_kl_norm"], STUDENT, TEACHER)
     torch.testing.assert_close(gradient, torch.tensor([[-0.244919, 0.244919, 0.0]]).double(), atol=1e-6, rtol=0)
 
 
-def test_binary_kl_norm_far_and_near():
+def test_binary_kl_norm_is_exact_for_large_and_small_logits():
     for dtype in (torch.float32, torch.float64):
         far = torch.tensor([[60.0]], dtype=dtype)
         near = torch.tensor([[0.01]], dtype=dtype)
@@ -63,7 +63,7 @@ def test_binary_kl_norm_far_and_near():
             assert binary_kl_norm_loss(near, zero, temperature).item() == pytest.approx(1.25e-5, rel=1e-4)
 
 
-def test_kd_gradient_is_the_difference_of_probabilities():
+def test_gradients_of_kd_and_binary_losses_equal_their_formulas():
     torch.manual_seed(0)
     s, t = torch.randn(2, 5, 7, dtype=torch.float64)
     expected = 4.0 * ((s / 4).softmax(1) - (t / 4).softmax(1)) / 5
@@ -74,7 +74,7 @@ def test_kd_gradient_is_the_difference_of_probabilities():
 
 
 @pytest.mark.parametrize("name", LOSSES)
-def test_gradcheck_and_zero_at_equality(name):
+def test_gradcheck_passes_and_loss_is_zero_for_equal_logits(name):
     torch.manual_seed(1)
     s, t = 3 * torch.randn(2, 4, 5, dtype=torch.float64)
     assert gradcheck(lambda x: LOSSES[name](x, t), s.clone().requires_grad_())
@@ -107,7 +107,7 @@ def test_half_precision_is_computed_in_float32(name, dtype):
         assert LOSSES[name](s.float(), t.float()).item() == value.item()
 
 
-def test_invariances():
+def test_losses_ignore_logit_shifts_swaps_and_repeated_samples_as_defined():
     torch.manual_seed(4)
     s, t = torch.randn(2, 4, 6, dtype=torch.float64)
     assert kd_loss(s + 3, t - 2, 4.0).item() == pytest.approx(kd_loss(s, t, 4.0).item())
@@ -121,14 +121,14 @@ def test_invariances():
     assert kd_loss(s.repeat(2, 1), t.repeat(2, 1), 4.0).item() == pytest.approx(kd_loss(s, t, 4.0).item())
 
 
-def test_dkd_two_classes_has_no_non_target_part():
+def test_dkd_of_two_classes_has_no_non_target_part_and_equals_kd():
     s, t = torch.randn(2, 4, 2)
     target = torch.tensor([0, 1, 1, 0])
     assert dkd_loss(s, t, target, 0.0, 1.0, 4.0).item() == 0
     assert dkd_loss(s, t, target, 1.0, 8.0, 4.0).item() == pytest.approx(kd_loss(s, t, 4.0).item(), rel=1e-5)
 
 
-def test_shapes_that_do_not_fit_are_named():
+def test_different_logit_shapes_raise():
     for function in LOSSES.values():
         with pytest.raises(ValueError, match=r"student_logits \(2, 3\) and teacher_logits \(2, 4\)"):
             function(torch.randn(2, 3), torch.randn(2, 4))
@@ -147,7 +147,7 @@ def test_alignment_without_conflict_is_the_sum():
     assert torch.equal(merged[2], HEADS[1])
 
 
-def test_alignment_over_all_parameters():
+def test_alignment_over_all_parameters_includes_the_main_head():
     primary, auxiliary = [BACKBONE[0], HEADS[0], None, None], [BACKBONE[1], None, HEADS[1], None]
     merged = align_gradients(primary, auxiliary)
     square = 1 + 4 + 4  # of the whole vector, main head included
@@ -160,7 +160,7 @@ def test_alignment_over_all_parameters():
     assert dot.item() == pytest.approx(square)
 
 
-def test_alignment_over_the_shared_parameters():
+def test_alignment_over_shared_parameters_leaves_the_heads_unchanged():
     primary, auxiliary = [BACKBONE[0], HEADS[0], None], [BACKBONE[1], None, HEADS[1]]
     merged = align_gradients(primary, auxiliary, [True, False, False])
     torch.testing.assert_close(merged[0], BACKBONE[0] * (1 + 2 / 5) + BACKBONE[1])
@@ -169,7 +169,7 @@ def test_alignment_over_the_shared_parameters():
     assert (merged[0] * primary[0]).sum().item() == pytest.approx(5)
 
 
-def test_alignment_of_a_perfect_fit_and_of_nothing():
+def test_alignment_of_zero_and_missing_gradients():
     merged = align_gradients([torch.zeros(2), None], [BACKBONE[1], None])
     assert torch.equal(merged[0], BACKBONE[1])
     assert merged[1] is None
@@ -177,7 +177,7 @@ def test_alignment_of_a_perfect_fit_and_of_nothing():
     assert align_gradients([None], [None]) == [None]
 
 
-def test_alignment_changes_no_input_and_takes_any_layout():
+def test_alignment_changes_no_input_and_accepts_any_memory_layout():
     torch.manual_seed(0)
     primary = torch.randn(4, 3, 3, 3).contiguous(memory_format=torch.channels_last)
     auxiliary = -primary + 0.1 * torch.randn(4, 3, 3, 3)
@@ -190,6 +190,6 @@ def test_alignment_changes_no_input_and_takes_any_layout():
     assert math.isclose((merged * primary).sum().item(), primary.square().sum().item(), rel_tol=1e-4)
 
 
-def test_alignment_wants_equal_lengths():
+def test_alignment_of_unequal_lengths_raises():
     with pytest.raises(ValueError, match="of one length, got 1, 2, 1"):
         align_gradients([None], [None, None])

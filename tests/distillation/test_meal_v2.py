@@ -1,4 +1,4 @@
-"""MEAL V2: mean answers of several teachers, the discriminator in its three modes, CutMix."""
+"""MEAL V2: mean probabilities of several teachers, the discriminator in its three modes, CutMix, SAM, errors."""
 
 import warnings
 
@@ -36,12 +36,12 @@ def samples(target=None):
 # -- functions -------------------------------------------------------------------------------------------------------
 
 
-def test_mean_probabilities():
+def test_mean_probabilities_averages_after_the_softmax():
     logits = [torch.tensor([row]).log() for row in ([0.8, 0.1, 0.1], [0.2, 0.6, 0.2])]
     mean = mean_probabilities(logits)
     torch.testing.assert_close(mean, torch.tensor([[0.5, 0.35, 0.15]]))
     assert (mean - (logits[0] + logits[1]).div(2).softmax(1)).abs().max() > 0.02  # not the softmax of mean logits
-    torch.testing.assert_close(mean_probabilities(logits[:1] * 3), logits[0].exp())  # identical ones: as one
+    torch.testing.assert_close(mean_probabilities(logits[:1] * 3), logits[0].exp())  # identical teachers count as one
     assert mean_probabilities([logits[0].half(), logits[1].half()]).dtype == torch.float32
     with pytest.raises(ValueError, match="logits must be those of one teacher or more, got none"):
         mean_probabilities([])
@@ -49,8 +49,8 @@ def test_mean_probabilities():
         mean_probabilities([logits[0], logits[1][:, :2]])
 
 
-def by_hand(final_relu=True):
-    """The outputs are the logits, each less 0 and 1, where these are positive."""
+def identity_discriminator(final_relu=True):
+    """A discriminator of identity layers; its last one has the bias (0, -1)."""
     net = Discriminator(2, [2, 2], final_relu)
     with torch.no_grad():
         for layer in (net.fc1, net.fc2, net.fc3):
@@ -61,16 +61,16 @@ def by_hand(final_relu=True):
 
 
 @pytest.mark.parametrize(("final_relu", "expected"), [(True, 0.503205), (False, 0.408233)])
-def test_discriminator_by_worked_numbers(final_relu, expected):
+def test_discriminator_loss_gives_worked_numbers(final_relu, expected):
     student, teacher = torch.tensor([[1.0, -1.0]]), torch.tensor([[0.0, 2.0]])
-    # outputs (1, 0) or (1, -1) for the target (1, 0), and (0, 1) for (0, 1)
-    net = by_hand(final_relu)
+    # the student gives (1, 0), without the final ReLU (1, -1), for target (1, 0); the teacher (0, 1) for (0, 1)
+    net = identity_discriminator(final_relu)
     assert float(discriminator_loss(net, student, teacher).detach()) == pytest.approx(expected, abs=1e-6)
     with torch.autocast("cpu", dtype=torch.bfloat16):
         assert float(discriminator_loss(net, student.bfloat16(), teacher).detach()) == pytest.approx(expected, abs=1e-6)
 
 
-def test_discriminator_of_the_official_size():
+def test_discriminator_has_the_official_layer_sizes():
     shapes = [tuple(p.shape) for p in Discriminator(1000).parameters()]
     assert shapes == [(125, 1000), (125,), (15, 125), (15,), (2, 15), (2,)]
     assert [tuple(p.shape) for p in Discriminator(10, 16).parameters()][2] == (2, 16)
@@ -84,7 +84,7 @@ def test_discriminator_of_the_official_size():
 
 
 @pytest.mark.parametrize("mode", ["none", "cooperative", "adversarial"])
-def test_a_step_by_its_definition(mode):
+def test_step_equals_its_definition_in_each_discriminator_mode(mode):
     student, expected = linear(0), linear(0)
     task = MEALV2(
         student,
@@ -123,7 +123,7 @@ def test_a_step_by_its_definition(mode):
             torch.testing.assert_close(new, expect)
 
 
-def test_the_gradient_of_the_similarity():
+def test_similarity_gradient_is_the_difference_of_probabilities():
     logits = torch.randn(4, 10, dtype=torch.float64, requires_grad=True)
     teacher = torch.randn(4, 10, dtype=torch.float64)
     task = MEALV2(linear(0), linear(1), 10, input_shape=SHAPE)
@@ -131,7 +131,7 @@ def test_the_gradient_of_the_similarity():
     torch.testing.assert_close(logits.grad, (logits.softmax(1) - teacher.softmax(1)).detach() / 4)
 
 
-def test_labels_teach_nothing():
+def test_labels_do_not_change_the_training():
     results = []
     for target in (torch.arange(32) % 10, torch.full((32,), 3), torch.full((32,), -1)):
         student = linear(0)
@@ -140,7 +140,7 @@ def test_labels_teach_nothing():
     assert all(torch.equal(value, other[key]) for other in results[1:] for key, value in results[0].items())
 
 
-def test_cutmix_mixes_before_teachers_and_student():
+def test_cutmix_gives_student_and_teachers_the_same_mixed_images():
     seen = {}
     student, teachers = linear(0), [linear(1), linear(2)]
     for name, network in (("student", student), ("a", teachers[0]), ("b", teachers[1])):
@@ -159,7 +159,7 @@ def test_cutmix_mixes_before_teachers_and_student():
         MEALV2("mlp", "mlp", 10, input_shape=(64,), teacher_weights="random", cutmix=0.5)
 
 
-def test_both_evaluations_of_sam_see_one_mixture():
+def test_both_sam_evaluations_see_the_same_mixed_images():
     seen, student = [], linear(0)
     student.register_forward_pre_hook(lambda module, args: seen.append(args[0]))
     options = {"cutmix": 1.0, "optimizer": lambda p: SAM(p, lambda q: torch.optim.SGD(q, lr=0.1))}
@@ -196,7 +196,7 @@ def test_each_teacher_sees_its_own_size_and_normalisation(tmp_path):
     torch.testing.assert_close(seen[1], (image * data.std[0] + data.mean[0] - 0.25) / 2.0)
 
 
-def test_the_ensemble_is_judged_and_stays_out(tmp_path):
+def test_ensemble_is_frozen_evaluated_as_one_and_not_saved(tmp_path):
     torch.manual_seed(0)
     two = {"teacher": ["cnn", "cnn"], "teacher_weights": "random"}
     task = MEALV2("cnn_tiny", num_classes=10, input_shape=SHAPE, discriminator="cooperative", **two)
@@ -218,7 +218,7 @@ def test_the_ensemble_is_judged_and_stays_out(tmp_path):
     assert list(task.exports()) == ["student"]
 
 
-def test_from_the_command_line():
+def test_command_line_sets_the_options_of_each_teacher():
     base = ["--config", "distillation/meal_v2_digits", "--data.fake", "true", "--model.student_weights", "null"]
     given = ["--model.teacher_size", "[16, null]", "--model.teacher_mean", "[[0.25], null]"]
     given += ["--model.teacher_std", "[[2.0], null]", "--model.discriminator_hidden", "[16, 8]"]
@@ -234,7 +234,7 @@ def test_from_the_command_line():
         get_cli([*base, "--model.teacher_weights", "random", "--model.ce_weight", "0.5"])
 
 
-def test_what_is_refused(tmp_path):
+def test_wrong_teachers_and_arguments_raise(tmp_path):
     def made(teacher=("cnn", "cnn"), cls=MEALV2, **options):
         return cls("cnn_tiny", list(teacher), 10, input_shape=SHAPE, **{"teacher_weights": "random", **options})
 
@@ -261,7 +261,7 @@ def test_what_is_refused(tmp_path):
         MEALV2(linear(0), [linear(1), nn.Sequential(nn.Flatten(), nn.Linear(64, 7))], 10, input_shape=SHAPE)
 
 
-def test_a_student_that_was_not_trained_yet_is_missed_by_its_argument():
+def test_missing_student_weights_file_raises_and_names_the_argument():
     message = r"^student_weights: weights 'runs/none/network.pt': there is no such file; .* fit that run first; null"
     with pytest.raises(FileNotFoundError, match=message):
         MEALV2("mlp_4", "mlp_4", 3, input_shape=(2,), teacher_weights="random", student_weights="runs/none/network.pt")

@@ -1,4 +1,4 @@
-"""The tasks: what trains and what does not, gradients, precision, processes, checkpoints."""
+"""The tasks KD, DKD and DHKD: what is trained, gradients, precision, two processes, checkpoints."""
 
 from functools import partial
 
@@ -87,7 +87,7 @@ def test_fit_test_reload(name, tmp_path):
 
 
 @pytest.mark.parametrize("name", ["kd", "dhkd"])
-def test_teacher_is_out_of_reach(name):
+def test_teacher_stays_frozen_in_eval_mode_and_out_of_the_optimizer(name):
     task = METHODS[name]()
     task.train()
     assert task.student.training
@@ -101,7 +101,7 @@ def test_teacher_is_out_of_reach(name):
     assert not logits.is_inference()
 
 
-def test_teacher_must_have_weights_and_the_right_classes(tmp_path):
+def test_teacher_without_weights_or_with_other_classes_raises(tmp_path):
     with pytest.raises(ValueError, match="teacher 'cnn' has no weights: set teacher_weights"):
         KD("cnn_tiny", "cnn", 10, input_shape=SHAPE)
     with pytest.raises(ValueError, match="the teacher has 7 classes, the data 10"):
@@ -116,7 +116,7 @@ def test_teacher_must_have_weights_and_the_right_classes(tmp_path):
         KD("cnn_tiny", "cnn", 10, input_shape=SHAPE, teacher_weights=str(tmp_path / "seven.pt"))
 
 
-def test_wrong_arguments_are_named():
+def test_wrong_arguments_raise():
     for bad, message in (
         ({"temperature": 0.0}, "temperature must be above 0, got 0.0"),
         ({"loss": "mse"}, "loss must be one of binary_kl_norm, binary_kl, kd, got 'mse'"),
@@ -131,7 +131,7 @@ def test_wrong_arguments_are_named():
         KD("a.B", "cnn", 10, input_shape=SHAPE, teacher_weights="random")
 
 
-def test_weak_teacher_is_said_and_logged_once():
+def test_weak_teacher_warns_and_its_accuracy_is_logged():
     data, task = digits(val_fraction=0.3), METHODS["kd"](kd_weight=0.0)
     run = trainer(max_epochs=2)
     with pytest.warns(UserWarning, match="the teacher's validation accuracy is .*chance is 10.0%"):
@@ -139,7 +139,7 @@ def test_weak_teacher_is_said_and_logged_once():
     assert 0 <= run.callback_metrics["val/teacher_acc"] <= 1
 
 
-def test_the_teacher_is_judged_once_over_a_resume_too(tmp_path):
+def test_teacher_accuracy_is_not_measured_again_after_resuming(tmp_path):
     run = trainer(enable_checkpointing=True, callbacks=run_callbacks(RunFolder(tmp_path)))
     run.fit(METHODS["kd"](), digits(val_fraction=0.3))
     assert "val/teacher_acc" in run.callback_metrics
@@ -149,26 +149,26 @@ def test_the_teacher_is_judged_once_over_a_resume_too(tmp_path):
     assert "val/teacher_acc" not in more.callback_metrics
 
 
-def judged(**options):
+def teacher_accuracy(**options):
     student, teacher = linear_pair()
     with torch.no_grad():
-        teacher[1].bias[3] += 100  # always says 3, of which the processes hold unequal shares
+        teacher[1].bias[3] += 100  # always predicts class 3, whose samples are shared unequally between the processes
     run = trainer(precision="64-true", **options)
     run.fit(KD(student, teacher, 10, input_shape=SHAPE).double(), digits())
     return float(run.callback_metrics["val/teacher_acc"])
 
 
-def judged_on_two():
-    return judged(strategy="ddp", devices=2)
+def teacher_accuracy_on_two():
+    return teacher_accuracy(strategy="ddp", devices=2)
 
 
-def test_the_teacher_is_judged_by_all_processes():
-    alone = judged()
+def test_teacher_accuracy_counts_the_samples_of_all_processes():
+    alone = teacher_accuracy()
     assert 0 < alone < 1
-    assert on_two_ranks(judged_on_two) == pytest.approx([alone, alone])
+    assert on_two_ranks(teacher_accuracy_on_two) == pytest.approx([alone, alone])
 
 
-def test_both_weights_count():
+def test_ce_weight_and_kd_weight_scale_their_terms():
     student, teacher = linear_pair()
     loader = pairs(count=8)
     ((image, target),) = loader
@@ -182,7 +182,7 @@ def test_both_weights_count():
     assert float(run.callback_metrics["train/loss_kd"]) == pytest.approx(float(kd))
 
 
-def test_teacher_normalisation_of_its_own():
+def test_teacher_input_has_its_own_normalisation():
     seen = []
     teacher = nn.Sequential(nn.Flatten(), nn.Linear(64, 10))
     teacher[0].register_forward_pre_hook(lambda m, args: seen.append(args[0].clone()))
@@ -196,13 +196,13 @@ def test_teacher_normalisation_of_its_own():
 
 
 class Squares(Distillation):
-    """What the README shows."""
+    """A new method: its loss alone."""
 
     def distillation_loss(self, student_logits, teacher_logits, target):
         return (student_logits - teacher_logits).square().mean()
 
 
-def test_a_method_is_one_method():
+def test_new_method_needs_only_distillation_loss():
     student, teacher = linear_pair(torch.float32)
     task = Squares(student, teacher, 10, input_shape=SHAPE, kd_weight=2.0)
     run = trainer()
@@ -213,7 +213,7 @@ def test_a_method_is_one_method():
 
 
 def gradients_of(task):
-    """The gradients that each optimizer step saw."""
+    """A list for the gradients of each optimizer step, and the hook that fills it."""
     steps = []
     hook = lambda *_: steps.append([None if p.grad is None else p.grad.clone() for p in task.student.parameters()])  # noqa: E731
     return steps, hook
@@ -256,7 +256,7 @@ def test_alignment_in_training_equals_the_definition(scope, accumulate):
 
 
 def test_alignment_without_conflict_trains_as_the_plain_sum():
-    """Where the cosine is positive all along, alignment must change nothing."""
+    """While the cosine of both gradients is positive, alignment must change nothing."""
     results = []
     for scope in ("off", "all"):
         student, _ = linear_pair()
@@ -287,8 +287,8 @@ def test_alignment_without_conflict_trains_as_the_plain_sum():
         torch.testing.assert_close(results[0][key], results[1][key])
 
 
-def test_two_heads_with_no_weight_train_the_plain_student():
-    """alpha = 0: the same student as plain training."""
+def test_dhkd_without_kd_weight_trains_as_plain_classification():
+    """Also with stop_epoch=1, where distillation never begins."""
     results = []
     for build in (
         lambda s, t: DHKD(s, t, 10, input_shape=SHAPE, kd_weight=0.0),
@@ -303,7 +303,7 @@ def test_two_heads_with_no_weight_train_the_plain_student():
             assert torch.equal(value, other[key])
 
 
-def test_stop_epoch_counts_from_one():
+def test_stop_epoch_2_asks_the_teacher_in_the_first_epoch_only():
     task = METHODS["dhkd"](stop_epoch=2, gradient_alignment="all")
     run = trainer(max_epochs=2)
     calls = []
@@ -314,7 +314,7 @@ def test_stop_epoch_counts_from_one():
     assert set(calls) == {0}
 
 
-def test_dkd_warms_up():
+def test_dkd_loss_grows_linearly_over_the_warmup_epochs():
     task = METHODS["dkd"](warmup_epochs=4)
     logits = torch.randn(2, 3, 10)
     target = torch.tensor([0, 1, 2])
@@ -328,7 +328,7 @@ def test_dkd_warms_up():
 
 
 @pytest.mark.parametrize("name", ["classification", "kd", "dhkd_aligned"])
-def test_bfloat16_accumulation_and_clipping(name):
+def test_bf16_mixed_accumulation_and_clipping_keep_finite_float32_weights(name):
     task = METHODS[name]()
     run = trainer(precision="bf16-mixed", accumulate_grad_batches=2, gradient_clip_val=0.5)
     run.fit(task, digits())
@@ -336,7 +336,7 @@ def test_bfloat16_accumulation_and_clipping(name):
     assert all(p.dtype == torch.float32 and p.isfinite().all() for p in task.parameters())
 
 
-def test_alignment_under_a_gradient_scale_is_unchanged():
+def test_alignment_is_unchanged_by_a_gradient_scale():
     """16-mixed scales the loss before ``backward``: the merged gradient must be scaled likewise, and no more."""
     grads = []
     for scale in (1.0, 1024.0):
@@ -354,7 +354,7 @@ def test_alignment_under_a_gradient_scale_is_unchanged():
 
 
 @pytest.mark.parametrize("name", ["kd", "dhkd_aligned"])
-def test_compiled_networks_train_alike(name):
+def test_compiled_networks_give_the_same_training_loss(name):
     losses = []
     for compiled in (False, True):
         torch.manual_seed(0)
@@ -379,7 +379,7 @@ def test_channels_last_is_the_default_for_convolutions():
     assert METHODS["kd"](channels_last=False).format_image(torch.randn(2, 3, 4, 4)).is_contiguous()
 
 
-def test_alignment_refuses_terms_that_it_would_drop():
+def test_alignment_with_a_further_loss_term_raises():
     class Decayed(DHKD):
         def training_step(self, batch, batch_idx):
             return super().training_step(batch, batch_idx) + self.student.fc.weight.square().sum()
@@ -389,7 +389,7 @@ def test_alignment_refuses_terms_that_it_would_drop():
         trainer().fit(task, digits())
 
 
-def test_validate_between_fits():
+def test_validate_before_and_between_fits_runs():
     task, data = METHODS["kd"](), digits()
     trainer().validate(task, data, verbose=False)
     trainer().fit(task, data)
@@ -397,13 +397,13 @@ def test_validate_between_fits():
     trainer().fit(task, data)
 
 
-def test_wrong_number_of_logits_is_said():
+def test_wrong_number_of_logits_raises():
     task = Classification(nn.Sequential(nn.Flatten(), nn.Linear(64, 20)), 10, input_shape=SHAPE)
     with pytest.raises(ValueError, match=r"Sequential gives \[32, 20\], expected \[B, 10\]"):
         trainer(limit_val_batches=0).fit(task, digits())
 
 
-def test_checkpoints_hold_plain_values_only(tmp_path):
+def test_checkpoint_stores_paths_and_numpy_numbers_as_plain_values(tmp_path):
     torch.save(Classification("cnn", 10, input_shape=SHAPE).network.state_dict(), tmp_path / "t.pt")
     task = KD(
         "cnn_tiny",
@@ -422,7 +422,7 @@ def test_checkpoints_hold_plain_values_only(tmp_path):
     assert again.hparams["teacher_weights"] == str(tmp_path / "t.pt")
 
 
-def test_predict_takes_plain_loaders():
+def test_predict_accepts_a_plain_dataloader():
     outputs = trainer().predict(METHODS["classification"](), pairs(torch.float32))
     assert sum(len(part["prediction"]) for part in outputs) == 32
 
@@ -480,7 +480,7 @@ def test_predictions_of_two_processes_are_complete(tmp_path):
 
 
 @pytest.mark.parametrize("name", ["kd", "dkd", "dhkd"])
-def test_a_step_asks_for_the_teachers_logits_of_its_batch(name, monkeypatch):
+def test_step_gets_teacher_logits_from_teacher_logits_for_alone(name, monkeypatch):
     asked = []
 
     def logits(task, batch):

@@ -1,4 +1,4 @@
-"""RKD and PKT: worked numbers, plain forms, what they do not change, features that are alike."""
+"""The losses of RKD and PKT: worked numbers, a plain loop, invariances, equal or zero features, errors."""
 
 import math
 
@@ -16,14 +16,14 @@ def random(*shape, seed=0):
     return torch.randn(shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
 
 
-def test_worked_numbers():
+def test_losses_give_worked_numbers():
     assert distance_loss(STUDENT, TEACHER).item() == pytest.approx(0.00348125, abs=1e-8)
     assert angle_loss(STUDENT, TEACHER).item() == pytest.approx(0.00074448, abs=1e-8)
     student, teacher = (torch.tensor(rows, dtype=torch.float64) for rows in ([[1, 0], [0, 1]], [[1, 0], [1, 0]]))
     assert pkt_loss(student, teacher).item() == pytest.approx(0.0294457, abs=1e-7)
 
 
-def test_angles_one_by_one(monkeypatch):
+def test_angle_loss_equals_a_loop_over_triples_whole_and_in_parts(monkeypatch):
     s, t = random(5, 3).requires_grad_(), random(5, 4, seed=1)
 
     def cosine(x, i, j, k):
@@ -46,7 +46,7 @@ def test_angles_one_by_one(monkeypatch):
 
 
 @pytest.mark.parametrize("loss", LOSSES)
-def test_what_they_do_not_change(loss):
+def test_losses_ignore_scale_and_order_and_give_the_teacher_no_gradient(loss):
     s, t = random(6, 3), random(6, 4, seed=1).requires_grad_()
     value = loss(s.requires_grad_(), t)
     order = torch.tensor([3, 0, 5, 1, 2, 4])
@@ -60,7 +60,7 @@ def test_what_they_do_not_change(loss):
 
 
 @pytest.mark.parametrize("loss", LOSSES)
-def test_features_that_are_alike_or_zero(loss):
+def test_equal_or_zero_features_give_finite_loss_and_gradient(loss):
     for feature in (torch.ones(4, 3), torch.zeros(4, 3)):
         feature.requires_grad_()
         found = loss(feature, random(4, 2).float())
@@ -70,7 +70,7 @@ def test_features_that_are_alike_or_zero(loss):
 
 
 @pytest.mark.parametrize("loss", LOSSES)
-def test_one_zero_among_others_gets_no_huge_gradient(loss):
+def test_one_zero_feature_gives_no_huge_gradient(loss):
     feature = random(5, 3).float()
     feature[1] = 0
     feature.requires_grad_()
@@ -78,7 +78,7 @@ def test_one_zero_among_others_gets_no_huge_gradient(loss):
     assert 0 < feature.grad.abs().max() < 10
 
 
-def test_two_alike_among_others_get_no_huge_gradient():
+def test_two_equal_features_give_no_huge_gradient_of_the_angle_loss():
     feature = random(5, 3).float()
     feature[1] = feature[0]
     feature.requires_grad_()
@@ -87,7 +87,7 @@ def test_two_alike_among_others_get_no_huge_gradient():
 
 
 @pytest.mark.parametrize("loss", LOSSES)
-def test_what_they_refuse(loss):
+def test_wrong_shapes_raise_and_half_precision_gives_float32(loss):
     with pytest.raises(ValueError, match=r"^teacher_feature must be \[4, E\], got \[3, 2\]"):
         loss(random(4, 3), random(3, 2))
     with pytest.raises(ValueError, match="of 2 samples or more, got 1"):

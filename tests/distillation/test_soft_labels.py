@@ -1,4 +1,4 @@
-"""Compressed soft labels: what is kept, what comes back, what is refused."""
+"""Compressed soft labels: what compression keeps, what recovery gives, errors."""
 
 import pytest
 import torch
@@ -15,7 +15,7 @@ def probabilities(rows=7, classes=12, dtype=torch.float64):
 
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("dtype", [torch.float16, torch.float32, torch.float64])
-def test_rows_come_back_with_sum_1_and_their_best_class(kind, dtype):
+def test_recovered_rows_sum_to_1_and_keep_their_best_class(kind, dtype):
     p = probabilities(dtype=dtype)
     back = recover(compress(p, kind), kind, 12)
     assert back.dtype == (torch.float64 if dtype == torch.float64 and kind != "hard" else torch.float32)
@@ -24,7 +24,7 @@ def test_rows_come_back_with_sum_1_and_their_best_class(kind, dtype):
     assert (back >= 0).all()
 
 
-def test_marginal_smoothing_keeps_the_best_five_exactly_and_shares_the_rest_evenly():
+def test_marginal_smoothing_keeps_the_top_five_and_spreads_the_rest_evenly():
     p = probabilities()
     stored = compress(p, "marginal_smoothing_k5")
     back = recover(stored, "marginal_smoothing_k5", 12)
@@ -37,21 +37,21 @@ def test_marginal_smoothing_keeps_the_best_five_exactly_and_shares_the_rest_even
     assert (rest == rest[:, :1]).all()
 
 
-def test_worked_numbers():
+def test_recovered_labels_of_each_kind_are_the_worked_numbers():
     p = torch.tensor([[0.1, 0.6, 0.05, 0.25]], dtype=torch.float64)
     expected = {
         "hard": [0, 1, 0, 0],
         "smoothing": [0.4 / 3, 0.6, 0.4 / 3, 0.4 / 3],
         "marginal_smoothing_k2": [0.075, 0.6, 0.075, 0.25],
         "marginal_renorm_k2": [0, 0.6 / 0.85, 0, 0.25 / 0.85],
-        "marginal_smoothing_k3": [0.1, 0.6, 0.05, 0.25],  # all but one: nothing is lost
+        "marginal_smoothing_k3": [0.1, 0.6, 0.05, 0.25],  # all classes but one: nothing is lost
     }
     for kind, row in expected.items():
         back = recover(compress(p, kind), kind, 4).double()
         torch.testing.assert_close(back, torch.tensor([row], dtype=torch.float64), msg=kind)
 
 
-def test_with_all_classes_but_one_it_is_the_loss_of_distillation_and_hard_is_plain_cross_entropy():
+def test_cross_entropy_is_exact_with_all_but_one_class_and_plain_for_hard():
     p, student = probabilities(), torch.randn(7, 12, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
     back = recover(compress(p, "marginal_smoothing_k11"), "marginal_smoothing_k11", 12)
     torch.testing.assert_close(F.cross_entropy(student, back), F.cross_entropy(student, p))
@@ -59,14 +59,14 @@ def test_with_all_classes_but_one_it_is_the_loss_of_distillation_and_hard_is_pla
     torch.testing.assert_close(F.cross_entropy(student, hard), F.cross_entropy(student, p.argmax(1)))
 
 
-def test_what_rounding_adds_is_taken_away():
+def test_float16_sum_above_1_is_normalised():
     stored = SoftLabels(torch.tensor([[3, 0]]), torch.tensor([[0.9, 0.102]], dtype=torch.float16))
     back = recover(stored, "marginal_smoothing_k2", 5)
     assert back[0, [1, 2, 4]].tolist() == [0, 0, 0]
     assert float(back.sum()) == pytest.approx(1, abs=1e-6)
 
 
-def test_classes_are_integers_however_many():
+def test_class_indices_are_stored_as_integers():
     p = torch.zeros(1, 5000)
     p[0, 4097] = 1
     stored = compress(p, "marginal_renorm_k2")
@@ -77,13 +77,13 @@ def test_classes_are_integers_however_many():
 
 
 @pytest.mark.parametrize("kind", ["marginal_renorm", "marginal_smoothing", "marginal_smoothing_k0", "Hard", "", None])
-def test_a_name_that_is_none_is_refused_in_both_directions(kind):
+def test_unknown_kind_raises_in_compress_and_recover(kind):
     for call in (lambda: compress(probabilities(), kind), lambda: recover(compress(probabilities(), "hard"), kind, 12)):
         with pytest.raises(ValueError, match="kind must be 'hard', 'smoothing'"):
             call()
 
 
-def test_what_does_not_fit_is_refused():
+def test_unfitting_kinds_classes_and_shapes_raise():
     p = probabilities()
     with pytest.raises(ValueError, match="keeps 12 classes, which must be fewer than the 12"):
         compress(p, "marginal_smoothing_k12")

@@ -31,11 +31,11 @@ def gradient(function, student, teacher):
     return student.grad
 
 
-# -- all -----------------------------------------------------------------------------------------------------------
+# -- all losses ----------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("name", LOSSES)
-def test_gradcheck_and_precision(name):
+def test_gradcheck_passes_and_half_precision_is_computed_in_float32(name):
     function, s, t = LOSSES[name], values(0), values(1)
     assert torch.autograd.gradcheck(lambda x: function(x, t), s.clone().requires_grad_())
     half = s.bfloat16(), t.bfloat16()
@@ -46,7 +46,7 @@ def test_gradcheck_and_precision(name):
 
 
 @pytest.mark.parametrize("name", LOSSES)
-def test_a_student_that_knows_nothing_and_one_that_is_sure(name):
+def test_uniform_and_extreme_student_logits_have_bounded_gradients(name):
     for s in (torch.zeros(4, 6), torch.full((4, 6), 0.1), 1e4 * values(2, 4).float()):
         slope = gradient(LOSSES[name], s, values(3, 4).float())
         assert slope.isfinite().all()
@@ -56,7 +56,7 @@ def test_a_student_that_knows_nothing_and_one_that_is_sure(name):
 # -- LSKD ----------------------------------------------------------------------------------------------------------
 
 
-def test_standardized_logits():
+def test_standardize_gives_mean_0_and_standard_deviation_1():
     z = standardize(torch.tensor([[1.0, 2.0, 3.0], [5.0, 5.0, 5.0]], dtype=torch.float64))
     torch.testing.assert_close(z, torch.tensor([[-1.0, 0.0, 1.0], [0.0, 0.0, 0.0]]).double(), atol=1e-6, rtol=0)
     logits = values(4)
@@ -67,7 +67,7 @@ def test_standardized_logits():
             standardize(wrong)
 
 
-def test_lskd_is_kd_that_no_affine_map_of_either_side_changes():
+def test_lskd_is_kd_of_standardized_logits_and_ignores_affine_maps():
     s, t = values(5), values(6)
     assert LOSSES["lskd"](2 * s + 1, 5 * t - 3).item() == pytest.approx(LOSSES["lskd"](s, t).item(), rel=1e-5)
     assert kd_loss(2 * s + 1, 5 * t - 3, 2.0).item() != pytest.approx(kd_loss(s, t, 2.0).item(), rel=1e-2)
@@ -80,7 +80,7 @@ def test_lskd_is_kd_that_no_affine_map_of_either_side_changes():
 # -- DIST ----------------------------------------------------------------------------------------------------------
 
 
-def test_dist_is_one_minus_correlations():
+def test_dist_loss_is_one_minus_the_correlations():
     s, t = values(7), values(8)
     p, q = (s / 4).softmax(1), (t / 4).softmax(1)
     rows = torch.stack([torch.corrcoef(torch.stack([p[i], q[i]]))[0, 1] for i in range(5)]).mean()
@@ -90,14 +90,14 @@ def test_dist_is_one_minus_correlations():
     assert dist_loss(s, t, 2.0, 3.0, 4.0).item() == pytest.approx(16 * (5 - 2 * rows.item() - 3 * columns.item()))
 
 
-def test_dist_is_0_where_probabilities_are_an_affine_map():
+def test_dist_loss_is_0_for_affinely_related_probabilities():
     q = values(9).softmax(1)
-    p = 0.25 * q + 0.75 / 6  # of each row and of each column
+    p = 0.25 * q + 0.75 / 6  # affine in each row and in each column
     assert dist_loss(p.log(), q.log(), 1.0, 1.0, 1.0).item() == pytest.approx(0, abs=1e-5)
     assert dist_loss(q.log(), q.flip(0).log(), 1.0, 1.0, 1.0).item() > 0.1
 
 
-def test_dist_of_one_sample_relates_its_classes_alone():
+def test_dist_loss_of_one_sample_has_a_constant_intra_class_term():
     s, t = values(10, 1), values(11, 1)
     assert dist_loss(s, t, 1.0, 1.0, 2.0).item() == pytest.approx(dist_loss(s, t, 1.0, 0.0, 2.0).item() + 4)
     assert torch.equal(
@@ -116,7 +116,7 @@ def test_nkd_worked_numbers():
     assert nkd_loss(STUDENT, TEACHER, TARGET, 1.0, 1.5).item() == pytest.approx(1.590587, abs=1e-6)
 
 
-def test_nkd_is_two_cross_entropies():
+def test_nkd_loss_equals_a_loop_over_samples():
     s, t, target = values(12), values(13), torch.tensor([0, 5, 2, 2, 3])
     expected = 0.0
     for i, y in enumerate(target.tolist()):
@@ -126,24 +126,24 @@ def test_nkd_is_two_cross_entropies():
     assert nkd_loss(s, t, target, 3.0, 3.5).item() == pytest.approx(expected.item(), rel=1e-9)
 
 
-def test_nkd_gradients():
+def test_nkd_non_target_term_has_no_target_gradient_and_none_at_equality():
     s, t, target = values(14), values(15), torch.arange(5)
     whole, first = (gradient(lambda a, b, g=g: nkd_loss(a, b, target, 3.0, g), s, t) for g in (3.5, 0.0))
     of_others = whole - first
     assert of_others.gather(1, target[:, None]).abs().max() < 1e-12
-    # where both agree the others teach nothing, and the target still does
+    # for equal logits the non-target term has no gradient, the target term still has one
     one_hot = F.one_hot(target, 6)
     expected = t.softmax(1).gather(1, target[:, None]) * (t.softmax(1) - one_hot) / 5
     same = gradient(lambda a, b: nkd_loss(a, b, target, 3.0, 3.5), t, t)
     torch.testing.assert_close(same, expected, atol=1e-12, rtol=0)
 
 
-def test_nkd_of_two_classes_has_no_others():
+def test_nkd_of_two_classes_has_no_non_target_term():
     s, t, target = values(16, 4, 2), values(17, 4, 2), torch.tensor([0, 1, 1, 0])
     assert nkd_loss(s, t, target, 3.0, 9.0).item() == nkd_loss(s, t, target, 3.0, 0.0).item()
 
 
-def test_nkd_takes_the_largest_of_a_label_matrix():
+def test_nkd_uses_the_largest_entry_of_each_label_matrix_row():
     s, t, target = values(18), values(19), torch.tensor([4, 0, 1, 1, 2])
     mixed = 0.7 * F.one_hot(target, 6).float() + 0.3 * F.one_hot(target.flip(0), 6)
     assert nkd_loss(s, t, mixed, 3.0, 3.5).item() == nkd_loss(s, t, target, 3.0, 3.5).item()
@@ -169,7 +169,7 @@ def batches(mixed=False):
 
 
 def run(method, mixed=False, **options):
-    """Logged training metrics of an epoch in which nothing moves, and the mean of its batches from plain functions."""
+    """Logged metrics of an epoch at learning rate 0; student logits, teacher logits and targets of its batches."""
     torch.manual_seed(0)
     student, teacher = nn.Linear(4, 3), nn.Linear(4, 3)
     quiet = {"logger": False, "enable_progress_bar": False, "enable_model_summary": False, "accelerator": "cpu"}
@@ -206,7 +206,7 @@ def run(method, mixed=False, **options):
         ),
     ],
 )
-def test_the_tasks_add_their_loss_to_cross_entropy(method, options, ce, kd):
+def test_tasks_add_their_loss_to_cross_entropy(method, options, ce, kd):
     metrics, parts = run(method, **options)
     assert float(metrics["train/loss_ce"]) == pytest.approx(
         sum(ce * F.cross_entropy(s, y).item() for s, t, y in parts) / 2, rel=1e-5
@@ -235,6 +235,6 @@ def test_nkd_trains_on_mixed_images():
         (NKD, {"gamma": -1.0}, "gamma must be at least 0, got -1.0"),
     ],
 )
-def test_wrong_numbers_are_named(method, arguments, message):
+def test_wrong_arguments_raise(method, arguments, message):
     with pytest.raises(ValueError, match=message):
         method(nn.Linear(4, 3), nn.Linear(4, 3), 3, input_shape=(4,), **arguments)

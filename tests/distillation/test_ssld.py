@@ -14,19 +14,19 @@ from lightning_kd.distillation.ssld import jensen_shannon_loss, symmetric_kl_los
 P, Q = (torch.tensor([row], dtype=torch.float64) for row in ([0.7, 0.2, 0.1], [0.5, 0.3, 0.2]))
 
 
-def test_worked_numbers():
+def test_losses_give_worked_numbers():
     assert float(symmetric_kl_loss(P.log(), Q.log())) == pytest.approx(0.0885778, abs=1e-7)
     assert float(symmetric_kl_loss(Q.log(), P.log())) == pytest.approx(0.0885778, abs=1e-7)
     assert float(symmetric_kl_loss(P.log() + 5, P.log())) == pytest.approx(0, abs=1e-12)
     middle = (P + Q) / 2
     js = 0.5 * (P * (P / middle).log()).sum() + 0.5 * (Q * (Q / middle).log()).sum()
     assert float(jensen_shannon_loss(P.log(), Q.log())) == pytest.approx(float(js), abs=1e-12)
-    # for close distributions the one is about four times the other
+    # for close distributions symmetric_kl_loss is about four times jensen_shannon_loss
     close = (P + 1e-3 * (Q - P)).log()
     assert float(symmetric_kl_loss(close, P.log()) / jensen_shannon_loss(close, P.log())) == pytest.approx(4, rel=1e-3)
 
 
-def test_the_official_form():
+def test_symmetric_kl_loss_equals_the_official_code():
     """Elements times C, the mean over all of them, logarithms floored at 1e-12."""
     p, q = (torch.randn(5, 7, generator=torch.Generator().manual_seed(k), dtype=torch.float64) for k in (0, 1))
     ps, qs = p.softmax(1), q.softmax(1)
@@ -36,7 +36,7 @@ def test_the_official_form():
 
 
 @pytest.mark.parametrize("loss", [symmetric_kl_loss, jensen_shannon_loss])
-def test_extreme_and_half_precision_logits(loss):
+def test_losses_are_finite_for_extreme_logits_and_float32_for_half(loss):
     student = torch.tensor([[3e38, -3e38, 0.0], [60.0, 0.0, -60.0]], requires_grad=True)
     value = loss(student, torch.tensor([[3e38, 0.0, -3e38], [-60.0, 0.0, 60.0]]))
     value.backward()
@@ -73,7 +73,7 @@ def trained(target, **options):
     return student.state_dict(), run.callback_metrics
 
 
-def test_a_step_is_the_loss_and_its_gradient():
+def test_step_descends_the_gradient_of_symmetric_kl():
     student, teacher = networks()
     image = next(iter(samples(None)))
     expected, _ = networks()
@@ -87,7 +87,7 @@ def test_a_step_is_the_loss_and_its_gradient():
         torch.testing.assert_close(own, other - 0.5 * other.grad)
 
 
-def test_labels_teach_nothing_and_need_not_be_there():
+def test_labels_are_optional_and_used_for_accuracy_alone():
     labels = torch.arange(32) % 10
     weights, metrics = trained(labels)
     for other in (labels.flip(0), torch.full((32,), -1), None):
@@ -105,7 +105,7 @@ def test_labels_teach_nothing_and_need_not_be_there():
     assert float(run.callback_metrics["train/acc"]) == pytest.approx(float(right))
 
 
-def test_what_is_refused():
+def test_wrong_loss_ce_weight_and_targets_raise():
     student, teacher = networks()
     with pytest.raises(ValueError, match="loss must be 'symmetric_kl' or 'jensen_shannon', got 'js'"):
         SSLD(student, teacher, 10, input_shape=(1, 8, 8), loss="js")

@@ -1,4 +1,4 @@
-"""A teacher that is asked once: what trainings read is what it would have said, or they are refused."""
+"""Teacher stores: trainings that read a teacher's logits from a file equal those that run the teacher, or raise."""
 
 import json
 import os
@@ -55,7 +55,7 @@ def digits(**options):
 
 @pytest.fixture(scope="module")
 def weights(tmp_path_factory):
-    """Of a teacher with batch norm whose statistics are not those of an untrained network."""
+    """Path to the weights of a teacher whose batch norm statistics differ from the initial ones."""
     torch.manual_seed(7)
     network = Classification("cnn", 10, input_shape=SHAPE).network
     with torch.no_grad():
@@ -90,7 +90,7 @@ class Losses(L.Callback):
         self.found = []
 
     def on_train_epoch_start(self, trainer, pl_module):
-        if trainer.current_epoch:  # those of the epoch before
+        if trainer.current_epoch:  # the metrics of the epoch before
             self.on_fit_end(trainer, pl_module)
 
     def on_fit_end(self, trainer, pl_module):
@@ -105,7 +105,7 @@ def fitted(model, data=None, **options):
 
 
 @pytest.mark.parametrize("method", METHODS)
-def test_training_with_the_store_is_training_with_the_teacher(method, store, weights, monkeypatch):
+def test_training_with_the_store_equals_training_with_the_teacher(method, store, weights, monkeypatch):
     live, expected, beside = fitted(task(method, weights))
     monkeypatch.setattr(FrozenTeacher, "__init__", lambda *_: pytest.fail("the teacher was built"))
     model, found, run = fitted(task(method, "no such file", teacher_store=store))
@@ -119,14 +119,14 @@ def test_training_with_the_store_is_training_with_the_teacher(method, store, wei
     assert float(run.callback_metrics["val/acc"]) == pytest.approx(float(beside.callback_metrics["val/acc"]), abs=0.021)
 
 
-def test_what_the_teacher_reached_is_told_once(store, weights):
+def test_teacher_accuracy_in_the_store_is_logged(store, weights):
     *_, run = fitted(task("kd", teacher_store=store), max_epochs=1)
     assert float(run.callback_metrics["val/teacher_acc"]) == 0.625
 
 
 @pytest.mark.parametrize("views", ["all", "plain", "5"])
 @pytest.mark.parametrize("dtype", ["float16", "float32"])
-def test_each_view_has_the_logits_of_the_teacher(views, dtype, tmp_path, weights):
+def test_store_holds_the_teachers_logits_of_each_view(views, dtype, tmp_path, weights):
     data = digits(augment=views != "plain")
     header = taught(tmp_path / "a.store", weights, data, views=views, dtype=dtype)
     found, model = TeacherStore(tmp_path / "a.store"), task(weights=weights)
@@ -142,7 +142,7 @@ def test_each_view_has_the_logits_of_the_teacher(views, dtype, tmp_path, weights
 
 
 @pytest.mark.parametrize("kind", ["hard", "smoothing", "marginal_smoothing_k3", "marginal_renorm_k3"])
-def test_compressed_answers(kind, tmp_path, weights):
+def test_compressed_store_gives_the_compressed_probabilities(kind, tmp_path, weights):
     data = digits()
     taught(tmp_path / "a.store", weights, data, compress=kind, temperature=2.0)
     found, model = TeacherStore(tmp_path / "a.store"), task(weights=weights)
@@ -151,7 +151,7 @@ def test_compressed_answers(kind, tmp_path, weights):
     got = found.probabilities(batch.index, batch.extras["view"])
     logits = found.logits(batch.index, batch.extras["view"])
     assert logits.isfinite().all()
-    torch.testing.assert_close((logits / 2).softmax(1), got)  # as the teacher's logits at that temperature
+    torch.testing.assert_close((logits / 2).softmax(1), got)  # logits that give these probabilities
     torch.testing.assert_close(got.sum(1), torch.ones(len(got)))
     top = p.topk(3)
     if kind == "marginal_smoothing_k3":
@@ -162,7 +162,7 @@ def test_compressed_answers(kind, tmp_path, weights):
     fitted(task("dkd", teacher_store=str(tmp_path / "a.store")), max_epochs=1)
 
 
-def test_a_resumed_run_with_the_store_is_the_same_to_the_bit(tmp_path, store):
+def test_resumes_with_the_store_to_the_bit(tmp_path, store):
     def run(folder, epochs, ckpt_path=None):
         model = task("dhkd", teacher_store=store)
         callbacks = run_callbacks(RunFolder(folder))
@@ -174,12 +174,12 @@ def test_a_resumed_run_with_the_store_is_the_same_to_the_bit(tmp_path, store):
     run(tmp_path / "parts", 1)
     resumed, fitter = run(tmp_path / "parts", 3, tmp_path / "parts/checkpoints/last.ckpt")
     assert fitter.global_step == 3 * (fitter.global_step // 3)
-    assert "val/teacher_acc" not in fitter.callback_metrics  # told before
+    assert "val/teacher_acc" not in fitter.callback_metrics  # logged before the run was stopped
     for one, two in zip(whole.parameters(), resumed.parameters(), strict=True):
         assert torch.equal(one, two)
 
 
-def test_no_file_is_needed_to_evaluate_and_a_checkpoint_is_loaded_without(tmp_path, store):
+def test_checkpoint_loads_and_tests_without_the_store_but_does_not_train(tmp_path, store):
     model = task("kd", teacher_store=store)
     run = trainer(max_epochs=1, enable_checkpointing=True, callbacks=run_callbacks(RunFolder(tmp_path)))
     run.fit(model, digits())
@@ -211,7 +211,7 @@ def other_teacher(path):
         ({"cutout": 3}, {}, "keys need a single view by crop and flip.*cutout=3"),
     ],
 )
-def test_what_does_not_fit_is_refused_before_training(data, options, message, store, tmp_path, monkeypatch):
+def test_store_of_other_data_or_teacher_raises_before_training(data, options, message, store, tmp_path, monkeypatch):
     monkeypatch.setattr(KD, "training_step", lambda *_: pytest.fail("it trained"))
     if options.get("teacher_weights") == "other":
         options = {"teacher_weights": other_teacher(tmp_path / "other.pt")}
@@ -221,7 +221,7 @@ def test_what_does_not_fit_is_refused_before_training(data, options, message, st
         trainer().fit(model, digits(**data))
 
 
-def test_a_list_of_one_teacher_is_that_teacher(store, weights, tmp_path):
+def test_list_of_one_teacher_fits_the_store_of_a_single_teacher(store, weights, tmp_path):
     model = SSLD("cnn_tiny", ["cnn"], 10, input_shape=SHAPE, teacher_weights=[weights], teacher_store=store)
     fitted(model, max_epochs=1, limit_train_batches=1, limit_val_batches=0)
     path = tmp_path / "listed.store"
@@ -235,7 +235,7 @@ def test_a_list_of_one_teacher_is_that_teacher(store, weights, tmp_path):
 
 
 @pytest.mark.parametrize("changed", ["order", "one pixel"])
-def test_other_images_of_the_same_shape_are_refused(changed, store):
+def test_other_images_of_the_same_shape_raise(changed, store):
     data = digits()
     data.setup()
     if changed == "order":
@@ -247,14 +247,14 @@ def test_other_images_of_the_same_shape_are_refused(changed, store):
         trainer().fit(task("kd", teacher_store=store), data)
 
 
-def test_labels_and_a_smaller_subset_may_be_others_and_all_samples_serve_any_split(tmp_path, weights, store):
+def test_store_serves_a_subset_and_a_store_of_all_samples_any_split(tmp_path, weights, store):
     fitted(task("kd", teacher_store=store), digits(train_fraction=0.5), max_epochs=1)
     path = tmp_path / "all.store"
     taught(path, weights, samples="all")
     fitted(task("kd", teacher_store=str(path)), digits(seed=3), max_epochs=1)
 
 
-def test_data_without_keys_is_refused(store):
+def test_batches_without_view_keys_raise(store):
     loader = torch.utils.data.DataLoader([(torch.zeros(SHAPE), 0)] * 4, 2)
     with pytest.raises(ValueError, match="is for a data module of this package whose batches tell their views"):
         trainer().fit(task("kd", teacher_store=store), loader)
@@ -268,7 +268,7 @@ def test_data_without_keys_is_refused(store):
 
 
 class Features(Distillation):
-    """Decides by an argument whether it looks at features."""
+    """Reads the teacher's features if the argument says so."""
 
     def __init__(self, *args, features, **kwargs):
         super().__init__(*args, **kwargs)
@@ -278,7 +278,7 @@ class Features(Distillation):
         return (student_logits - teacher_logits).square().mean()
 
 
-def test_a_method_that_looks_into_the_teacher_is_refused(store, weights):
+def test_methods_that_read_teacher_features_raise_with_a_store(store, weights):
     with pytest.raises(
         ValueError, match=r"L2D looks into the teacher, of which a teacher_store holds the logits alone"
     ):
@@ -296,8 +296,8 @@ def test_a_method_that_looks_into_the_teacher_is_refused(store, weights):
 # -- files -----------------------------------------------------------------------------------------------------------
 
 
-class Killing(nn.Module):
-    """A teacher that ends its process at some call."""
+class KillingTeacher(nn.Module):
+    """A teacher that kills its process at call number ``at``."""
 
     def __init__(self, at=-1, gate=None):
         super().__init__()
@@ -317,7 +317,7 @@ class Killing(nn.Module):
 def fill(path, at=-1, first=0.0, report=None):
     data = digits()
     data.setup()
-    teacher = Killing(at)
+    teacher = KillingTeacher(at)
     model = KD("cnn_tiny", teacher, 10, input_shape=SHAPE)
     model.trainer = trainer()
     seen = []
@@ -327,15 +327,15 @@ def fill(path, at=-1, first=0.0, report=None):
     return teacher.calls, seen
 
 
-def test_a_killed_one_goes_on_where_it_was(tmp_path, monkeypatch):
+def test_killed_teach_store_goes_on_with_the_missing_pieces(tmp_path, monkeypatch):
     monkeypatch.setattr("lightning_kd.distillation.teaching.ROWS_OF_PIECE", 90)
     calls, seen = fill(tmp_path / "whole.store")
     pieces = seen[-1][1]
     assert pieces > 5
-    assert calls == 2 * pieces  # of 90 views, 64 at once
+    assert calls == 2 * pieces  # a piece has 90 views, a batch 64
     assert [done for done, _ in seen] == [*range(1, pieces + 1), pieces]
     with monkeypatch.context() as patch:
-        patch.setattr(Killing, "forward", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
+        patch.setattr(KillingTeacher, "forward", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
         with pytest.raises(KeyboardInterrupt):
             fill(tmp_path / "parts.store")
     killed = run_forked(_fill_small, tmp_path / "parts.store", 8, folder=tmp_path)
@@ -355,7 +355,7 @@ def _fill_small(path, at=-1, first=0.0, report=None):
     fill(path, at, first, report)
 
 
-def test_two_processes_share_the_pieces(tmp_path, monkeypatch):
+def test_two_processes_share_the_pieces_of_a_store(tmp_path, monkeypatch):
     from tests.forked import CONTEXT
 
     monkeypatch.setattr("lightning_kd.distillation.teaching.ROWS_OF_PIECE", 90)
@@ -373,8 +373,8 @@ def test_two_processes_share_the_pieces(tmp_path, monkeypatch):
     assert (tmp_path / "both.store").read_bytes() == (tmp_path / "alone.store").read_bytes()
 
 
-def test_a_piece_that_another_process_has_is_waited_for(tmp_path, monkeypatch):
-    """Locks of one process do not hold itself up, so the other one is a child that holds a piece for a while."""
+def test_teach_store_waits_for_a_piece_that_another_process_holds(tmp_path, monkeypatch):
+    """A lock does not block the process that holds it, so a child process holds the piece."""
     monkeypatch.setattr("lightning_kd.distillation.teaching.ROWS_OF_PIECE", 90)
     monkeypatch.setattr(store_filling, "PAUSE", 0.01)
     calls, _ = fill(tmp_path / "alone.store")
@@ -388,7 +388,7 @@ def test_a_piece_that_another_process_has_is_waited_for(tmp_path, monkeypatch):
         with writer.claimed(2):
             os.write(ready[1], b"1")
             os.read(go[0], 1)
-            os._exit(0)  # dies with the piece undone
+            os._exit(0)  # ends without writing the piece
     os.read(ready[0], 1)
     monkeypatch.setattr(store_filling.time, "sleep", lambda _: os.write(go[1], b"1"))
     assert fill(path)[0] == calls
@@ -396,7 +396,7 @@ def test_a_piece_that_another_process_has_is_waited_for(tmp_path, monkeypatch):
     assert path.read_bytes() == (tmp_path / "alone.store").read_bytes()
 
 
-def test_other_answers_in_the_file_are_not_lost(tmp_path, weights, store):
+def test_existing_store_of_other_content_raises_and_is_not_overwritten(tmp_path, weights, store):
     path = tmp_path / "a.store"
     taught(path, weights)
     before = path.read_bytes()
@@ -409,7 +409,7 @@ def test_other_answers_in_the_file_are_not_lost(tmp_path, weights, store):
             taught(path, **{"weights": weights, **options})
     assert path.read_bytes() == before
     shutil.copy(weights, tmp_path / "same.pt")
-    taught(path, str(tmp_path / "same.pt"))  # the same file elsewhere
+    taught(path, str(tmp_path / "same.pt"))  # a copy of the same weights
     assert path.read_bytes() == before
     taught(path, weights, views="plain", restart=True)
     assert TeacherStore(path).header["keys"] == 1
@@ -420,7 +420,7 @@ def test_other_answers_in_the_file_are_not_lost(tmp_path, weights, store):
         taught(tmp_path / "mine.store", weights)
 
 
-def test_a_disk_without_room_is_told_before_anything_is_written(tmp_path, weights, monkeypatch):
+def test_full_disk_raises_before_anything_is_written(tmp_path, weights, monkeypatch):
     usage = namedtuple("usage", "total used free")
     monkeypatch.setattr(shutil, "disk_usage", lambda path: usage(10, 10, 1000))
     with pytest.raises(OSError, match=r"takes 0.00 GB, and its disk has 0.00 GB left: make room, .*--dtype float16"):
@@ -428,7 +428,7 @@ def test_a_disk_without_room_is_told_before_anything_is_written(tmp_path, weight
     assert not list(tmp_path.iterdir())
 
 
-def test_damaged_files_are_told(tmp_path, store):
+def test_missing_damaged_and_unfinished_files_raise(tmp_path, store):
     path = tmp_path / "a.store"
     shutil.copy(store, path)
     with pytest.raises(FileNotFoundError, match=r"there is no .*a.store.json"):
@@ -450,7 +450,7 @@ def test_damaged_files_are_told(tmp_path, store):
         TeacherStore(path)
 
 
-def test_logits_that_half_precision_cannot_hold_are_refused(tmp_path):
+def test_logits_too_large_for_float16_raise(tmp_path):
     data = digits()
     data.setup()
     teacher = nn.Sequential(nn.Flatten(), nn.Linear(64, 10))
@@ -479,13 +479,13 @@ def test_logits_that_half_precision_cannot_hold_are_refused(tmp_path):
         ({"temperature": 2.0}, r"temperature is of compress, got temperature=2.0 without it"),
     ],
 )
-def test_wrong_arguments_are_named(options, message, tmp_path, weights):
+def test_wrong_arguments_raise_before_anything_is_written(options, message, tmp_path, weights):
     with pytest.raises(ValueError, match=message):
         taught(tmp_path / "a.store", weights, **options)
     assert not list(tmp_path.iterdir())
 
 
-def test_an_average_of_the_network_shares_the_file(store):
+def test_deepcopy_shares_the_store_and_a_pickled_one_reads_the_same(store):
     import copy
     import pickle
 
@@ -499,41 +499,41 @@ def test_an_average_of_the_network_shares_the_file(store):
         found.logits(torch.from_numpy(lacking), torch.tensor([0]))
 
 
-def without_labels(cls, weights, **options):
-    """A method that learns no label, of two teachers, on labelled and unlabelled samples."""
+def task_of_two_teachers(cls, weights, **options):
+    """A task of two teachers that learns from no label."""
     torch.manual_seed(3)
     two = {"teacher": ["cnn", "cnn_tiny"], "teacher_weights": [weights, "random"], "teacher_size": [16, None]}
     return cls("cnn_tiny", num_classes=10, input_shape=SHAPE, **two, **options)
 
 
 @pytest.mark.parametrize("cls", [SSLD, MEALV2])
-def test_several_teachers_and_samples_without_labels(cls, tmp_path, weights):
+def test_store_of_two_teachers_covers_unlabelled_samples(cls, tmp_path, weights):
     def data(**options):
         return digits(train_per_class=4, unlabelled="rest", **options)
 
-    _, expected, _ = fitted(without_labels(cls, weights), data(), max_epochs=1)
-    model = without_labels(cls, weights)
+    _, expected, _ = fitted(task_of_two_teachers(cls, weights), data(), max_epochs=1)
+    model = task_of_two_teachers(cls, weights)
     trainer().validate(model, data(), verbose=False)
     header = teach_store(model, model.trainer.datamodule, tmp_path / "two.store", dtype="float32")
     assert header["teacher"]["name"] == ["cnn", "cnn_tiny"]
     assert sum(stop - start for start, stop in header["samples"]) == 230
     store = {"teacher_store": str(tmp_path / "two.store")}
-    _, found, _ = fitted(without_labels(cls, weights, **store), data(), max_epochs=1)
+    _, found, _ = fitted(task_of_two_teachers(cls, weights, **store), data(), max_epochs=1)
     assert found[0]["train/loss"] == pytest.approx(expected[0]["train/loss"], rel=1e-5)
     other = str(tmp_path / "other.pt")
     torch.save(Classification("cnn", 10, input_shape=SHAPE).network.state_dict(), other)
     with pytest.raises(ValueError, match="does not fit, the weights differ"):
-        fitted(without_labels(cls, other, **store), data(), max_epochs=1)
+        fitted(task_of_two_teachers(cls, other, **store), data(), max_epochs=1)
     with pytest.raises(ValueError, match="does not fit, it lacks 1 of the 231 training samples"):
-        fitted(without_labels(cls, weights, **store), with_one_more(data()), max_epochs=1)
+        fitted(task_of_two_teachers(cls, weights, **store), with_one_more(data()), max_epochs=1)
     if cls is MEALV2:
         for option in ({"cutmix": 0.5}, {"discriminator": "cooperative"}):
             with pytest.raises(ValueError, match="MEALV2 looks into the teacher"):
-                without_labels(cls, weights, **option, **store)
+                task_of_two_teachers(cls, weights, **option, **store)
 
 
 def with_one_more(data):
-    """Of the samples that were held out for validation, one is in the training."""
+    """``data`` with one validation sample added to its unlabelled training samples."""
     data.setup()
     data.unlabelled_indices = np.sort(np.append(data.unlabelled_indices, data.val_indices[0]))
     return data
@@ -549,7 +549,7 @@ def taught_by_two(path, weights):
     return taught_by_command(path, weights, strategy="ddp", devices=2)
 
 
-def test_two_processes_of_a_trainer_make_the_store_of_one(tmp_path, weights):
+def test_two_ddp_processes_write_the_same_store_as_one(tmp_path, weights):
     _, reached = taught_by_command(tmp_path / "one.store", weights)
     found = on_two_ranks(taught_by_two, tmp_path / "two.store", weights)
     assert [value for _, value in found] == pytest.approx([reached, reached])
@@ -558,7 +558,7 @@ def test_two_processes_of_a_trainer_make_the_store_of_one(tmp_path, weights):
 
 
 def taught_anew_by_two(path, weights):
-    """The first process is late, so that the other one would find the old store."""
+    """The first process is delayed: without waiting for it, the other would find the old store."""
     import time
 
     from lightning_kd.distillation import teaching
@@ -571,14 +571,14 @@ def taught_anew_by_two(path, weights):
     return teach_store(model, data, path, dtype="float32", views="plain", restart=True)["keys"]
 
 
-def test_processes_of_a_trainer_begin_anew_together(tmp_path, weights, store):
+def test_restart_in_two_ddp_processes_replaces_the_old_store(tmp_path, weights, store):
     for file in ("", ".json"):
         shutil.copy(f"{store}{file}", f"{tmp_path / 'a.store'}{file}")
     assert on_two_ranks(taught_anew_by_two, tmp_path / "a.store", weights) == [1, 1]
     assert TeacherStore(tmp_path / "a.store").header["keys"] == 1
 
 
-def test_the_home_folder_may_be_called_by_its_sign(tmp_path, weights, store, monkeypatch):
+def test_tilde_in_paths_is_the_home_folder(tmp_path, weights, store, monkeypatch):
     monkeypatch.setenv("HOME", str(tmp_path))
     monkeypatch.chdir(tmp_path)
     shutil.copy(weights, tmp_path / "n.pt")
@@ -594,8 +594,8 @@ def fitted_by_two(store):
     return losses[0]["train/loss_kd"]
 
 
-def test_each_process_reads_its_part_of_the_batch(store, weights):
+def test_two_processes_read_the_store_for_their_part_of_the_batch(store, weights):
     *_, live = fitted(task("kd", weights), digits(batch_size=64), max_epochs=1)
     found = on_two_ranks(fitted_by_two, store)
     assert found[0] == found[1]
-    assert found[0] == pytest.approx(float(live.callback_metrics["train/loss_kd"]), rel=0.1)  # batch norm differs
+    assert found[0] == pytest.approx(float(live.callback_metrics["train/loss_kd"]), rel=0.1)  # other batch norm

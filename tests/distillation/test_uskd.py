@@ -1,4 +1,4 @@
-"""USKD: the loss against one that goes sample by sample, label matrices, and the weak head."""
+"""USKD: the loss against a loop over samples, label matrices, and the weak head."""
 
 from functools import partial
 
@@ -17,7 +17,7 @@ from lightning_kd.distillation import USKD, uskd_loss
 SHAPE = (1, 8, 8)
 RANKINGS = ["log_probability", "probability"]
 TARGET = torch.tensor([0, 5, 2, 2, 3])
-FIVE = nn.Sequential(nn.Flatten(), nn.Unflatten(1, (2, 2, 2, 8)), nn.Flatten(), nn.Linear(64, 10))  # dimensions
+MAP_5D = nn.Sequential(nn.Flatten(), nn.Unflatten(1, (2, 2, 2, 8)), nn.Flatten(), nn.Linear(64, 10))
 
 
 def values(seed, rows=5, columns=6):
@@ -28,8 +28,8 @@ def mixed(share=0.7):
     return share * F.one_hot(TARGET, 6).double() + (1 - share) * F.one_hot(TARGET.flip(0), 6)
 
 
-def by_hand(logits, weak, labels, ranking):
-    """The three parts; ``labels`` has for each sample its classes and shares, the larger first."""
+def terms_by_loop(logits, weak, labels, ranking):
+    """The three terms of the loss; ``labels`` has for each sample its (class, share) pairs, the larger first."""
     count, classes = logits.shape
     p, w = logits.softmax(1), weak.softmax(1)
     parts = [0.0, 0.0, 0.0]
@@ -51,60 +51,60 @@ def by_hand(logits, weak, labels, ranking):
     return parts
 
 
-def parts_of(*args, **options):
+def terms_of(*args, **options):
     weights = ((1.0, 0.0, 0.0), (0.0, 1.0, 0.0), (0.0, 0.0, 1.0))
     return [uskd_loss(*args, *weight, **options).item() for weight in weights]
 
 
 @pytest.mark.parametrize("ranking", RANKINGS)
-def test_each_part_sample_by_sample(ranking):
+def test_each_term_equals_a_loop_over_samples(ranking):
     logits, weak = values(0), values(1)
-    expected = by_hand(logits, weak, [[(y, 1.0)] for y in TARGET.tolist()], ranking)
-    assert parts_of(logits, weak, TARGET, ranking=ranking) == pytest.approx(expected)
+    expected = terms_by_loop(logits, weak, [[(y, 1.0)] for y in TARGET.tolist()], ranking)
+    assert terms_of(logits, weak, TARGET, ranking=ranking) == pytest.approx(expected)
     whole = uskd_loss(logits, weak, TARGET, 0.5, 0.2, 3.0, ranking).item()
     assert whole == pytest.approx(0.5 * expected[0] + 0.2 * expected[1] + 3 * expected[2])
 
 
-def test_worked_numbers():
-    """Ranked 1, 2, 3 with the target first: the others have 1/2 and 1/3, which is 0.6 and 0.4."""
+def test_uskd_loss_gives_worked_numbers():
+    """The target ranks first: the other classes weigh 1/2 and 1/3, normalised 0.6 and 0.4."""
     logits = torch.tensor([[2.0, 1.0, 0.0]], dtype=torch.float64)
-    of_target, of_others, of_weak = parts_of(logits, logits, torch.tensor([0]))
-    assert of_target == pytest.approx(0.407606, abs=1e-6)  # of one sample the factor is 1
+    of_target, of_others, of_weak = terms_of(logits, logits, torch.tensor([0]))
+    assert of_target == pytest.approx(0.407606, abs=1e-6)  # the factor of a single sample is 1
     assert of_others == pytest.approx(0.6 * 0.313262 + 0.4 * 1.313262, abs=1e-6)
     assert of_weak == pytest.approx(0.9 * 0.407606 + 0.1 / 3 * (0.407606 + 1.407606 + 2.407606), abs=1e-6)
-    # with the target last they have 1 and 1/2
-    of_others = parts_of(logits, logits, torch.tensor([2]))[1]
+    # the target ranks last: the other classes weigh 1 and 1/2
+    of_others = terms_of(logits, logits, torch.tensor([2]))[1]
     assert of_others == pytest.approx((2 * 0.313262 + 1.313262) / 3, abs=1e-6)
 
 
-def test_the_two_rankings_differ():
+def test_ranking_changes_the_non_target_term_alone():
     logits, weak = values(2, 8), values(3, 8)
     target = torch.arange(8) % 6
-    by_log, by_p = (parts_of(logits, weak, target, ranking=ranking) for ranking in RANKINGS)
+    by_log, by_p = (terms_of(logits, weak, target, ranking=ranking) for ranking in RANKINGS)
     assert (by_log[0], by_log[2]) == (by_p[0], by_p[2])
     assert by_log[1] != pytest.approx(by_p[1], rel=1e-3)
 
 
 @pytest.mark.parametrize("ranking", RANKINGS)
-def test_label_matrices(ranking):
+def test_label_matrices_equal_a_loop_and_one_hot_rows_equal_labels(ranking):
     logits, weak = values(4), values(5)
     pairs = zip(TARGET.tolist(), TARGET.flip(0).tolist(), strict=True)
     labels = [[(a, 0.7), (b, 0.3)] for a, b in pairs]
-    labels[2] = [(2, 1.0)]  # mixed with one of its class
-    expected = by_hand(logits, weak, labels, ranking)
-    assert parts_of(logits, weak, mixed(), ranking=ranking) == pytest.approx(expected)
-    hard = parts_of(logits, weak, TARGET, ranking=ranking)
-    assert parts_of(logits, weak, F.one_hot(TARGET, 6).double(), ranking=ranking) == pytest.approx(hard, rel=1e-12)
+    labels[2] = [(2, 1.0)]  # mixed with an image of its own class
+    expected = terms_by_loop(logits, weak, labels, ranking)
+    assert terms_of(logits, weak, mixed(), ranking=ranking) == pytest.approx(expected)
+    hard = terms_of(logits, weak, TARGET, ranking=ranking)
+    assert terms_of(logits, weak, F.one_hot(TARGET, 6).double(), ranking=ranking) == pytest.approx(hard, rel=1e-12)
     assert expected[1] != pytest.approx(hard[1], rel=1e-3)
 
 
 @pytest.mark.parametrize("ranking", RANKINGS)
-def test_invariances_and_constants(ranking):
+def test_loss_ignores_logit_shifts_and_its_terms_have_their_gradients(ranking):
     logits, weak = values(6), values(7)
     args = (TARGET, 1.0, 2.0, 3.0, ranking)
     whole = uskd_loss(logits, weak, *args).item()
     assert uskd_loss(logits + 5, weak - 3, *args).item() == pytest.approx(whole)
-    # the same prediction of all samples: the factor is 1, and what is left is cross-entropy
+    # equal predictions for all samples: the factor is 1, and the target term is cross-entropy
     same, other = logits[:1].expand(5, 6), torch.full((5,), 3)
     assert uskd_loss(same, weak, other, 1.0, 0.0, 0.0).item() == pytest.approx(F.cross_entropy(same, other).item())
     free = logits.clone().requires_grad_()
@@ -114,7 +114,7 @@ def test_invariances_and_constants(ranking):
     factor = squared + 1 - squared.mean()
     assert factor.mean().item() == pytest.approx(1)
     torch.testing.assert_close(free.grad, factor * (p - F.one_hot(TARGET, 6)) / 5)
-    # the others teach the target nothing, and the weak head nothing either
+    # the non-target term gives no gradient to the target logit and to the weak head
     free, head = logits.clone().requires_grad_(), weak.clone().requires_grad_()
     uskd_loss(free, head, TARGET, 0.0, 1.0, 0.0).backward()
     assert free.grad.gather(1, TARGET[:, None]).abs().max() == 0
@@ -122,7 +122,7 @@ def test_invariances_and_constants(ranking):
     assert not head.grad.any()
 
 
-def test_precision_and_sure_networks():
+def test_loss_is_float32_and_finite_for_zero_and_extreme_logits():
     logits, weak = values(8), values(9)
     half = logits.bfloat16(), weak.bfloat16()
     value = uskd_loss(*half, TARGET, 1.0, 1.0, 1.0)
@@ -134,14 +134,14 @@ def test_precision_and_sure_networks():
         loss.backward()
         assert loss.isfinite()
         assert free.grad.isfinite().all()
-    # equal scores rank in the order of the classes
+    # equal scores are ranked in the order of the classes
     flat = torch.zeros(1, 4)
-    assert parts_of(flat, flat, torch.tensor([0]))[1] == pytest.approx(torch.tensor(3.0).log().item())
+    assert terms_of(flat, flat, torch.tensor([0]))[1] == pytest.approx(torch.tensor(3.0).log().item())
 
 
-def test_two_classes_have_no_others():
+def test_two_classes_have_no_non_target_term_and_no_label_matrix():
     logits, weak = values(10, 4, 2), values(11, 4, 2)
-    assert parts_of(logits, weak, torch.tensor([0, 1, 1, 0]))[1] == pytest.approx(0, abs=1e-12)
+    assert terms_of(logits, weak, torch.tensor([0, 1, 1, 0]))[1] == pytest.approx(0, abs=1e-12)
     with pytest.raises(ValueError, match="a label matrix must have at least 3 classes"):
         uskd_loss(logits, weak, torch.full((4, 2), 0.5), 1.0, 1.0, 1.0)
 
@@ -153,10 +153,10 @@ def test_two_classes_have_no_others():
         ({"ranking": "logit"}, "ranking must be 'log_probability' or 'probability', got 'logit'"),
         ({"feature_layer": "layer9"}, "no module 'layer9' in CNN"),
         ({"network": "mlp"}, "no second-to-last stage of MLP is found: name what the weak head sees by feature_layer"),
-        ({"network": FIVE, "feature_layer": "1"}, r"feature_layer '1' must give \[B, D\], .*, got \[1, 2, 2, 2, 8\]"),
+        ({"network": MAP_5D, "feature_layer": "1"}, r"feature_layer '1' must give \[B, D\], .*, got \[1, 2, 2, 2, 8\]"),
     ],
 )
-def test_refuses(options, message):
+def test_wrong_arguments_and_feature_layers_raise(options, message):
     with pytest.raises(ValueError, match=message):
         USKD(**{"network": "cnn_tiny", "num_classes": 10, "input_shape": SHAPE, **options})
 
@@ -179,7 +179,7 @@ class Tokens(nn.Module):
         ("mlp", "hidden.1", lambda n, x: n.hidden[:2](x.flatten(1))),
     ],
 )
-def test_what_the_weak_head_sees(network, layer, feature):
+def test_weak_head_gets_the_pooled_feature_of_its_layer(network, layer, feature):
     torch.manual_seed(0)
     task = USKD(network, 10, input_shape=SHAPE, feature_layer=layer, channels_last=False)
     x, target = torch.randn(4, *SHAPE), torch.arange(4)
@@ -192,7 +192,7 @@ def test_what_the_weak_head_sees(network, layer, feature):
     assert all(p.grad is None or p.grad.isfinite().all() for p in task.parameters())
 
 
-def test_a_weighted_loss_is_not_compared_with_guessing():
+def test_loss_is_plain_only_with_ce_weight_1():
     assert USKD("cnn_tiny", 10, input_shape=SHAPE).loss_is_plain
     assert not USKD("cnn_tiny", 10, input_shape=SHAPE, ce_weight=3.0).loss_is_plain
 
@@ -202,7 +202,7 @@ def trainer_of(**options):
     return L.Trainer(**{**quiet, "enable_checkpointing": False, "max_epochs": 1, "num_sanity_val_steps": 0, **options})
 
 
-def test_the_weak_head_is_trained_and_left_behind(tmp_path):
+def test_weak_head_is_trained_and_not_exported(tmp_path):
     task = USKD("cnn_tiny", 10, input_shape=SHAPE, mu=1.0)
     before = task.weak_head.weight.clone()
     trainer = trainer_of(enable_checkpointing=True, callbacks=run_callbacks(RunFolder(tmp_path)))
@@ -214,7 +214,7 @@ def test_the_weak_head_is_trained_and_left_behind(tmp_path):
     assert {"train/loss", "train/loss_ce", "train/loss_uskd"} <= trainer.callback_metrics.keys()
 
 
-def test_it_trains_on_mixed_images():
+def test_trains_on_mixed_images():
     torch.manual_seed(0)
     generator = torch.Generator().manual_seed(5)
     image = torch.randn(5, *SHAPE, generator=generator)
@@ -241,7 +241,7 @@ class ChannelsLast(nn.Module):
         return self.head(self.block(image.permute(0, 2, 3, 1)).mean((1, 2)))
 
 
-def test_a_map_with_its_channels_last_is_averaged_over_its_places():
+def test_channels_last_map_is_averaged_over_its_positions():
     network = ChannelsLast()
     task = USKD(network, 10, input_shape=SHAPE, feature_layer="block", channels_last=False)
     assert task.weak_head.in_features == 6
