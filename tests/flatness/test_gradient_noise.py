@@ -1,4 +1,4 @@
-"""Annealed gradient noise: its size, its place and its random stream."""
+"""Annealed gradient noise: its size, when it is added, and its random stream."""
 
 import lightning as L
 import pytest
@@ -16,7 +16,7 @@ from tests.two_processes import on_two_ranks
 @pytest.mark.parametrize(
     ("step", "scale"), [(0, 0.547723), (1, 0.452665), (2, 0.404904), (10, 0.283255), (100, 0.153947), (1000, 0.081930)]
 )
-def test_scale_of_the_paper(step, scale):
+def test_noise_scale_has_the_values_of_the_paper(step, scale):
     assert noise_scale(step, 0.3, 0.55) == pytest.approx(scale, abs=5e-7)
 
 
@@ -26,7 +26,7 @@ def parameter(gradient):
     return p
 
 
-def test_noise_is_added_to_what_has_a_gradient():
+def test_noise_is_added_only_to_parameters_with_a_gradient():
     g, without = torch.randn(3, 4, dtype=torch.float64), nn.Parameter(torch.zeros(2))
     p, q = parameter(g), parameter(g[0])
     add_gradient_noise([p, without, q], 3, 0.3, 0.55, torch.Generator().manual_seed(4))
@@ -37,7 +37,7 @@ def test_noise_is_added_to_what_has_a_gradient():
     assert without.grad is None
 
 
-def test_variance_and_no_noise():
+def test_noise_has_the_annealed_variance_and_eta_0_adds_none():
     p = parameter(torch.zeros(20000, dtype=torch.float64))
     add_gradient_noise([p], 0, 0.0, 0.55, torch.Generator())
     assert not p.grad.any()
@@ -47,7 +47,7 @@ def test_variance_and_no_noise():
     assert p.grad.mean().item() == pytest.approx(0, abs=3 * (variance / 20000) ** 0.5)
 
 
-def test_what_it_refuses():
+def test_wrong_eta_negative_step_and_sparse_gradient_raise():
     with pytest.raises(ValueError, match=r"eta must be at least 0, got -0\.1"):
         GradientNoise(eta=-0.1)
     with pytest.raises(ValueError, match="step must be at least 0, got -1"):
@@ -58,8 +58,8 @@ def test_what_it_refuses():
         add_gradient_noise([p], 0, 0.3, 0.55, torch.Generator())
 
 
-class Watched(Classification):
-    """Keeps the gradients before the noise and as the optimizer gets them."""
+class Recording(Classification):
+    """Records the gradients before the noise, and the noise of the last step."""
 
     def configure_gradient_clipping(self, optimizer, gradient_clip_val=None, gradient_clip_algorithm=None):
         super().configure_gradient_clipping(optimizer, gradient_clip_val, gradient_clip_algorithm)
@@ -95,47 +95,47 @@ def weights(trainer):
 
 
 @pytest.mark.parametrize("optimizer", [sgd, sam])
-def test_it_comes_after_clipping_and_to_the_last_gradient_alone(optimizer, monkeypatch):
+def test_noise_is_added_after_clipping_and_not_to_the_first_gradient_of_sam(optimizer, monkeypatch):
     monkeypatch.delenv("PL_GLOBAL_SEED", raising=False)
     monkeypatch.setattr(L, "seed_everything", torch.manual_seed)
-    trainer = fit([GradientNoise(seed=5)], optimizer=optimizer, task=Watched, gradient_clip_val=1e-4)
+    trainer = fit([GradientNoise(seed=5)], optimizer=optimizer, task=Recording, gradient_clip_val=1e-4)
     task = trainer.lightning_module
     generator = torch_generator(5, "gradient noise", 4)
     for noise, p in zip(task.noise, task.parameters(), strict=True):
         z = torch.randn(p.shape, generator=generator)
         torch.testing.assert_close(noise, noise_scale(4) * z, rtol=0, atol=1e-6)
-    # what clipping saw was never noisy, and neither was the way up
+    # the clipped gradients hold no noise, and neither do the first gradients of SAM
     norms = [torch.cat([g.flatten() for g in gradients]).norm().item() for _, *gradients in task.kept]
     assert norms == pytest.approx([1e-4] * len(norms), rel=1e-3)
     assert [second for second, *_ in task.kept] == ([False, True] * 5 if optimizer is sam else [False] * 5)
     assert "configure_gradient_clipping" not in vars(task)
 
 
-def test_two_of_them_are_refused():
+def test_two_callbacks_raise():
     with pytest.raises(RuntimeError, match="several GradientNoise callbacks"):
         fit([GradientNoise(eta=0.01), GradientNoise(eta=0.01, seed=1)])
 
 
-def test_no_noise_is_no_callback_to_the_bit_and_noise_is():
+def test_only_eta_0_trains_to_the_bit_as_without_the_callback():
     assert torch.equal(weights(fit([GradientNoise(eta=0.0)])), weights(fit([])))
     assert not torch.equal(weights(fit([GradientNoise(eta=0.01)])), weights(fit([])))
 
 
-def test_a_resumed_run_draws_the_same(tmp_path):
+def test_resumes_to_the_bit(tmp_path):
     whole = fit([GradientNoise()], 3)
     fit([GradientNoise()], 2).save_checkpoint(tmp_path / "half.ckpt")
     assert torch.equal(weights(fit([GradientNoise()], 3, ckpt_path=tmp_path / "half.ckpt")), weights(whole))
 
 
 class Manual(Classification):
-    """Steps itself."""
+    """Optimizes manually."""
 
     def __init__(self, *args, **kwargs):
         super().__init__(*args, **kwargs)
         self.automatic_optimization = False
 
 
-def test_it_says_that_manual_optimization_is_not_for_it():
+def test_manual_optimization_raises():
     with pytest.raises(RuntimeError, match="got Manual with manual optimization: call add_gradient_noise"):
         fit([GradientNoise()], task=Manual)
 
@@ -145,6 +145,6 @@ def fit_on_a_rank():
 
 
 @pytest.mark.slow
-def test_all_ranks_draw_the_same():
+def test_two_processes_draw_the_same_noise():
     first, second = on_two_ranks(fit_on_a_rank)
     assert first == second

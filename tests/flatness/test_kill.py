@@ -14,7 +14,7 @@ ARGUMENTS = (
 )
 
 
-def test_sigkill_between_the_evaluations_of_a_step(tmp_path):
+def test_resumes_to_the_bit_after_sigkill_between_two_sam_evaluations(tmp_path):
     whole = fit_dropping(tmp_path, "whole", ARGUMENTS)
     assert whole.returncode == 0, whole.stderr
     # 8 steps of two passes an epoch: the 40th is the second one of a step in the third epoch

@@ -40,7 +40,7 @@ def gram_of(inputs: Tensor) -> dict[str, Tensor | int]:
     ("mode", "weight", "bias", "rank"),
     [("fixed", [[1.0, 1]], [1.0], 1), ("joint", [[1.0, 1]], [1.0], 1), ("free", [[0.0, 0]], [3.0], 0)],
 )
-def test_one_row(mode: str, weight: list, bias: list, rank: int) -> None:
+def test_shift_of_one_row_gives_worked_numbers(mode: str, weight: list, bias: list, rank: int) -> None:
     given = torch.tensor([[2.0, 0]]), torch.tensor([1.0])
     shift = shift_linear(*given, torch.tensor([[1.0, 1]]), mode)
     assert torch.allclose(shift.weight, torch.tensor(weight), atol=1e-6)
@@ -57,7 +57,9 @@ def test_one_row(mode: str, weight: list, bias: list, rank: int) -> None:
         ("free", [[-0.5, 0.5, 0], [-0.5, 0.5, 0]], [5, -1], 1),
     ],
 )
-def test_two_rows(mode: str, weight: list, bias: list, rank: int, streamed: bool) -> None:
+def test_shift_of_two_rows_gives_worked_numbers_and_keeps_outputs(
+    mode: str, weight: list, bias: list, rank: int, streamed: bool
+) -> None:
     if streamed:
         shift = shift_from_gram(WEIGHT, BIAS, mode=mode, **gram_of(INPUTS))
     else:
@@ -71,7 +73,7 @@ def test_two_rows(mode: str, weight: list, bias: list, rank: int, streamed: bool
     assert shift.weight_norm_after == pytest.approx(shift.weight.norm().item())
 
 
-def test_what_a_shift_flattens() -> None:
+def test_shift_lowers_feature_hessian_trace_and_relative_flatness() -> None:
     logits = F.linear(INPUTS, WEIGHT, BIAS)
     shifted = shift_linear(WEIGHT, BIAS, INPUTS).weight
     assert feature_hessian_trace(WEIGHT, logits) == pytest.approx(0.0443972, abs=1e-7)
@@ -81,7 +83,7 @@ def test_what_a_shift_flattens() -> None:
 
 
 @pytest.mark.parametrize("mode", ["fixed", "joint", "free"])
-def test_invariants(mode: str) -> None:
+def test_shift_keeps_outputs_is_idempotent_and_depends_on_the_row_span(mode: str) -> None:
     weight, bias, inputs = normal(4, 9), normal(4, seed=1), normal(5, 9, seed=2)
     shift = shift_linear(weight, bias, inputs, mode)
     assert torch.allclose(F.linear(inputs, shift.weight, shift.bias), F.linear(inputs, weight, bias), atol=1e-12)
@@ -102,7 +104,7 @@ def test_invariants(mode: str) -> None:
     assert before.item() == pytest.approx((after + moved).item(), abs=1e-12)
     if mode == "free":
         assert shift.weight_norm_after < fixed.weight_norm_after
-    # the span alone counts: order, repetition and, but for the mean, scale of the rows do not
+    # only the span of the rows counts, not their order or repetition, and in mode fixed not their scale
     other = torch.cat([inputs.flip(0), inputs])
     assert torch.allclose(shift_linear(weight, bias, other, mode).weight, shift.weight, atol=1e-12)
     if mode == "fixed":
@@ -116,7 +118,7 @@ def test_invariants(mode: str) -> None:
 
 @pytest.mark.parametrize("mode", ["fixed", "joint", "free"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
-def test_full_rank_is_the_identity_to_the_bit(mode: str, dtype: torch.dtype) -> None:
+def test_shift_of_full_rank_returns_the_weights_to_the_bit(mode: str, dtype: torch.dtype) -> None:
     weight, bias, inputs = normal(3, 6, dtype=dtype), normal(3, seed=1, dtype=dtype), normal(20, 6, seed=2, dtype=dtype)
     for shift in (
         shift_linear(weight, bias, inputs, mode),
@@ -146,7 +148,7 @@ def test_rank_follows_rtol(n: int) -> None:
 
 @pytest.mark.parametrize(("n", "d"), [(30, 70), (70, 30), (40, 40)])
 @pytest.mark.parametrize("rank", [12, None])
-def test_agrees_with_the_svd(n: int, d: int, rank: int | None) -> None:
+def test_shift_agrees_with_the_svd(n: int, d: int, rank: int | None) -> None:
     inputs = normal(n, d) if rank is None else normal(n, rank) @ normal(rank, d, seed=1)
     weight = normal(5, d, seed=3)
     expected, found = svd_shift(weight, inputs, max(n, d) * 2.2e-16)
@@ -156,7 +158,7 @@ def test_agrees_with_the_svd(n: int, d: int, rank: int | None) -> None:
 
 
 @pytest.mark.parametrize(("dtype", "rank"), [(torch.bfloat16, 2), (torch.float16, 2), (torch.float32, 3)])
-def test_default_rtol_knows_the_dtype(dtype: torch.dtype, rank: int) -> None:
+def test_default_rtol_depends_on_the_dtype(dtype: torch.dtype, rank: int) -> None:
     inputs = with_singular_values(4, 6, [10, 5, 1e-2]).to(dtype)
     # rounding to half precision adds directions, which must not count
     if dtype != torch.float32:
@@ -165,7 +167,7 @@ def test_default_rtol_knows_the_dtype(dtype: torch.dtype, rank: int) -> None:
     assert (shift.rank, shift.weight.dtype) == (rank, dtype)
 
 
-def test_equal_rows_span_nothing_once_centred() -> None:
+def test_equal_rows_have_rank_0_in_free_mode() -> None:
     inputs = normal(1, 6).expand(7, 6) * 3
     shift = shift_linear(normal(2, 6, seed=1), normal(2, seed=2), inputs, "free")
     assert shift.rank == 0
@@ -190,7 +192,7 @@ CONVOLUTIONS = {
 @pytest.mark.parametrize("mode", ["fixed", "joint", "free"])
 @pytest.mark.parametrize("case", CONVOLUTIONS)
 @pytest.mark.filterwarnings("ignore:Using padding='same'")
-def test_convolutions(case: str, mode: str) -> None:
+def test_convolution_shift_keeps_outputs_and_is_idempotent(case: str, mode: str) -> None:
     options, shape, out = CONVOLUTIONS[case]
     conv = nn.Conv2d(shape[1], out, **{"kernel_size": 3, **options}).double()
     inputs = normal(*shape)
@@ -208,7 +210,7 @@ def test_convolutions(case: str, mode: str) -> None:
     assert torch.allclose(again.weight, shift.weight, atol=1e-12)
 
 
-def test_convolutions_of_other_kinds() -> None:
+def test_pointwise_convolution_shifts_as_linear_and_groups_separately() -> None:
     inputs = normal(3, 6, 4, 4)
     inputs[:, 5] = inputs[:, 0] + inputs[:, 1]
     weight = normal(4, 6, 1, 1, seed=1)
@@ -220,7 +222,7 @@ def test_convolutions_of_other_kinds() -> None:
     assert torch.allclose(flat.weight, shift.weight.flatten(1), atol=1e-13)
     streamed = shift_from_gram(weight, None, **gram_of(inputs.movedim(1, -1).flatten(0, 2)))
     assert torch.allclose(streamed.weight, shift.weight, atol=1e-10)
-    # a group that spans everything stays to the bit beside one that does not
+    # a group of full rank stays to the bit beside one that is shifted
     inputs = torch.cat([normal(1, 2, 4, 4), normal(1, 1, 4, 4, seed=5).expand(1, 2, 4, 4)], 1)
     weight = normal(4, 2, 1, 1, seed=1)
     shift = shift_conv2d(weight, None, inputs, groups=2)
@@ -228,8 +230,8 @@ def test_convolutions_of_other_kinds() -> None:
     assert torch.equal(shift.weight[:2], weight[:2])
 
 
-def test_hessian_of_earlier_layers() -> None:
-    """The block of the shifted layer stays; that of the layer before it gets flatter where all its units are live.
+def test_hessian_of_the_shifted_layer_stays_and_of_the_layer_before_falls() -> None:
+    """The block of the shifted layer stays; that of the layer before it gets flatter where all its ReLUs are active.
 
     Its trace is a sum over images of ``|input|^2 tr(S W P W')``, with ``S`` from the probabilities, which stay, and
     ``P`` the projector on the 4 features of 12 units; about 0.44 of it is left here.
@@ -264,7 +266,7 @@ def test_hessian_of_earlier_layers() -> None:
     assert all(after[name] == pytest.approx(before[name], abs=1e-12) for name in ("4.weight", "4.bias"))
 
 
-def test_leaves_no_trace_in_autograd_or_autocast() -> None:
+def test_shift_ignores_autocast_and_returns_a_new_tensor_without_gradient() -> None:
     weight, inputs = nn.Parameter(normal(2, 6, dtype=torch.float32)), normal(3, 6, seed=1, dtype=torch.float32)
     plain = shift_linear(weight, None, inputs.requires_grad_())
     with torch.autocast("cpu", torch.bfloat16):
@@ -288,13 +290,13 @@ def test_leaves_no_trace_in_autograd_or_autocast() -> None:
         ({"rtol": 2.0}, "rtol must be"),
     ],
 )
-def test_wrong_arguments(change: dict, message: str) -> None:
+def test_wrong_arguments_of_shift_linear_raise(change: dict, message: str) -> None:
     given = {"weight": torch.ones(2, 3), "bias": torch.ones(2), "inputs": torch.ones(2, 3)}
     with pytest.raises(ValueError, match=f"^{message}"):
         shift_linear(**{**given, **change})
 
 
-def test_wrong_arguments_of_the_other_forms() -> None:
+def test_wrong_arguments_of_gram_and_convolution_shift_raise() -> None:
     with pytest.raises(ValueError, match=r"^gram must be float64"):
         shift_from_gram(torch.ones(2, 3), None, torch.ones(3, 3))
     with pytest.raises(ValueError, match=r"^mode 'free' needs the sum"):
@@ -307,9 +309,9 @@ def test_wrong_arguments_of_the_other_forms() -> None:
         )
 
 
-def test_many_rows_do_not_make_directions_noise():
+def test_small_directions_count_among_many_float32_rows():
     generator = torch.Generator().manual_seed(0)
     sizes = torch.logspace(0, -3, 8)
-    inputs = torch.randn(20_000, 8, generator=generator) * sizes  # eight directions, all of them there
+    inputs = torch.randn(20_000, 8, generator=generator) * sizes  # eight directions of very different size
     weight = torch.randn(3, 8, generator=generator)
     assert shift_linear(weight, None, inputs).status == "identity"

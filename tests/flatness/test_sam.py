@@ -1,4 +1,4 @@
-"""SAM and ASAM: the formulas on numbers worked by hand, and all that must count once under a Trainer."""
+"""SAM and ASAM: the formulas on worked numbers, and what must count once although a step has two evaluations."""
 
 import copy
 from functools import partial
@@ -24,7 +24,7 @@ from lightning_kd.flatness import ASAM, SAM
 from tests.two_processes import on_two_ranks
 
 SGD = partial(torch.optim.SGD, lr=0.1)
-HEAVY = partial(torch.optim.SGD, lr=0.1, momentum=0.9, weight_decay=5e-4)
+SGD_MOMENTUM = partial(torch.optim.SGD, lr=0.1, momentum=0.9, weight_decay=5e-4)
 
 
 def vector(*values):
@@ -47,7 +47,7 @@ def closure_of(optimizer, loss, seen=None):
 # -- the formulas ------------------------------------------------------------------------------------------------------
 
 
-def test_sam_on_a_quadratic():
+def test_sam_step_on_a_quadratic_gives_worked_numbers():
     h = torch.tensor([1.0, 10.0], dtype=torch.float64)
     w, seen = vector(1.0, 1.0), []
     optimizer = SAM([w], SGD, rho=0.1)
@@ -68,7 +68,7 @@ def test_sam_on_a_quadratic():
     ("name", "elementwise", "expected"),
     [("weight", False, 1.005), ("bias", False, 0.5), ("bias", True, 1.0), ("net.weight_g", False, 1.005)],
 )
-def test_asam_on_one_number(name, elementwise, expected):
+def test_asam_perturbation_of_one_weight_gives_worked_numbers(name, elementwise, expected):
     w, seen = vector(2.0), []
     optimizer = ASAM([(name, w)], SGD, rho=0.5, eta=0.01, elementwise=elementwise)
     optimizer.step(closure_of(optimizer, lambda: (3 * w).sum(), seen))
@@ -80,8 +80,8 @@ def relu_net(bias):
     return nn.Sequential(nn.Linear(3, 4, bias=bias), nn.ReLU(), nn.Linear(4, 2, bias=bias)).double()
 
 
-def rises(network, optimizer, x):
-    """How far the first evaluation sends each parameter."""
+def perturbations(network, optimizer, x):
+    """How far each parameter is moved between the two evaluations."""
     seen = []
     optimizer.step(closure_of(optimizer, lambda: network(x).pow(2).sum(), seen), network)
     return [b - a for a, b in zip(seen[0][0], seen[1][0], strict=True)]
@@ -96,21 +96,21 @@ def rises(network, optimizer, x):
         (partial(ASAM, elementwise=True), True, True),
     ],
 )
-def test_only_asam_follows_a_rescaling_of_layers(make, bias, follows):
+def test_only_asam_perturbations_scale_with_the_layers(make, bias, follows):
     x = torch.randn(6, 3, dtype=torch.float64)
     plain, scaled, a = relu_net(bias), relu_net(bias), 3.0
     with torch.no_grad():
         for p in scaled[0].parameters():
             p.mul_(a)
         scaled[2].weight.div_(a)
-    before, after = (rises(net, make(net.parameters(), SGD), x) for net in (plain, scaled))
+    before, after = (perturbations(net, make(net.parameters(), SGD), x) for net in (plain, scaled))
     factors = [a, a, 1 / a, 1.0] if bias else [a, 1 / a]
     same = [torch.allclose(f * b, c, rtol=1e-9) for f, b, c in zip(factors, before, after, strict=True)]
     assert all(same) == follows
 
 
-def by_hand(network, batches, rho, steps):
-    """SAM with SGD(0.1, 0.9, 5e-4), spelled out."""
+def sam_by_definition(network, batches, rho, steps):
+    """SAM with SGD of rate 0.1, momentum 0.9 and weight decay 5e-4, written out."""
     velocity = None
     for x, y in batches[:steps]:
         parameters = list(network.parameters())
@@ -143,17 +143,17 @@ def entropy(network, x, y):
     return lambda: F.cross_entropy(network(x), y)
 
 
-def test_momentum_and_weight_decay_act_at_the_weights():
+def test_momentum_and_weight_decay_act_at_the_unperturbed_weights():
     network = relu_net(True)
-    reference = by_hand(copy.deepcopy(network), batches_of(3), 0.05, 3)
-    optimizer = SAM(network.parameters(), HEAVY)
+    reference = sam_by_definition(copy.deepcopy(network), batches_of(3), 0.05, 3)
+    optimizer = SAM(network.parameters(), SGD_MOMENTUM)
     for x, y in batches_of(3):
         optimizer.step(closure_of(optimizer, entropy(network, x, y)))
     for p, q in zip(network.parameters(), reference.parameters(), strict=True):
         torch.testing.assert_close(p, q, atol=1e-13, rtol=0)
 
 
-@pytest.mark.parametrize("base", [HEAVY, partial(torch.optim.AdamW, lr=1e-2)])
+@pytest.mark.parametrize("base", [SGD_MOMENTUM, partial(torch.optim.AdamW, lr=1e-2)])
 @pytest.mark.parametrize("make", [SAM, partial(ASAM, elementwise=True)])
 def test_rho_zero_is_the_base_optimizer_to_the_bit(make, base):
     networks = [relu_net(True).float() for _ in range(2)]
@@ -165,7 +165,7 @@ def test_rho_zero_is_the_base_optimizer_to_the_bit(make, base):
         assert torch.equal(p, q)
 
 
-def test_groups_have_radii_of_their_own_and_one_norm():
+def test_parameter_groups_have_their_own_rho_and_a_common_gradient_norm():
     a, b, seen = vector(1.0), vector(1.0), []
     optimizer = SAM([{"params": [a], "rho": 0.0}, {"params": [b], "lr": 0.5}], SGD, rho=0.1)
     optimizer.step(closure_of(optimizer, lambda: 3 * a.sum() + 4 * b.sum(), seen))
@@ -176,7 +176,7 @@ def test_groups_have_radii_of_their_own_and_one_norm():
 # -- gradients that are missing, zero, infinite or of another kind -----------------------------------------------------
 
 
-def test_frozen_unused_zero_and_late_gradients():
+def test_steps_with_frozen_unused_zero_and_second_pass_only_gradients():
     frozen, unused, zero, late = vector(1.0).requires_grad_(False), vector(1.0), vector(1.0), vector(1.0)
     optimizer = SAM([frozen, unused, zero, late], SGD)
     optimizer.step(closure_of(optimizer, lambda: (0 * zero).sum() + (late.sum() if second_pass() else 0)))
@@ -184,7 +184,7 @@ def test_frozen_unused_zero_and_late_gradients():
     assert not second_pass()
 
 
-def test_a_gradient_that_is_not_finite_moves_nothing():
+def test_non_finite_first_gradient_raises_and_moves_nothing():
     w = vector(0.0)
     optimizer = SAM([w], SGD)
     with pytest.raises(RuntimeError, match=r"first gradient of SAM is not finite \(norm inf\): check the inputs"):
@@ -192,7 +192,7 @@ def test_a_gradient_that_is_not_finite_moves_nothing():
     assert w.item() == 0
 
 
-def test_weights_are_back_when_the_second_evaluation_raises():
+def test_weights_are_restored_when_the_second_evaluation_raises():
     network = nn.Sequential(nn.Linear(3, 4), nn.BatchNorm1d(4), nn.Dropout(0.5))
     before = copy.deepcopy(network.state_dict())
     optimizer = SAM(network.parameters(), SGD, rho=1.0)
@@ -211,7 +211,7 @@ def test_weights_are_back_when_the_second_evaluation_raises():
     assert not second_pass()
 
 
-def test_what_it_refuses():
+def test_wrong_arguments_closures_and_gradient_kinds_raise():
     w = vector(1.0)
     with pytest.raises(ValueError, match="rho must be at least 0, got -1"):
         SAM([w], SGD, rho=-1)
@@ -232,7 +232,7 @@ def test_what_it_refuses():
         optimizer.step(closure_of(optimizer, lambda: z.abs().sum()))
 
 
-# -- what counts once --------------------------------------------------------------------------------------------------
+# -- what counts once per step -----------------------------------------------------------------------------------------
 
 
 class Rebinding(nn.Module):
@@ -247,8 +247,8 @@ class Rebinding(nn.Module):
         return x
 
 
-class Noisy(nn.Module):
-    """Has all that must happen once."""
+class Stateful(nn.Module):
+    """Has batch norm, dropout, a counter and a metric, each of which must count a step once."""
 
     def __init__(self, momentum=0.1):
         super().__init__()
@@ -261,8 +261,8 @@ class Noisy(nn.Module):
 
 @pytest.mark.parametrize("compiled", [False, pytest.param(True, marks=pytest.mark.slow)])
 @pytest.mark.parametrize("momentum", [0.1, None])
-def test_buffers_metrics_and_dropout_in_a_plain_loop(momentum, compiled):
-    network = Noisy(momentum)
+def test_buffers_metric_and_dropout_count_once_in_a_plain_loop(momentum, compiled):
+    network = Stateful(momentum)
     once = copy.deepcopy(network)
     x, outputs = torch.randn(8, 3), []
     if compiled:
@@ -280,7 +280,7 @@ def test_buffers_metrics_and_dropout_in_a_plain_loop(momentum, compiled):
     after_one = torch.get_rng_state()
     torch.manual_seed(3)
     optimizer.step(closure_of(optimizer, loss), network)
-    if not compiled:  # which may draw from elsewhere
+    if not compiled:  # compiled dropout may draw from another generator
         assert torch.equal(torch.get_rng_state(), after_one)
     assert torch.equal(outputs[0] == 0, outputs[1] == 0)
     assert not torch.equal(outputs[0], outputs[1])
@@ -296,7 +296,7 @@ def test_buffers_metrics_and_dropout_in_a_plain_loop(momentum, compiled):
 
 
 def sam(parameters, **settings):
-    return SAM(parameters, HEAVY, **settings)
+    return SAM(parameters, SGD_MOMENTUM, **settings)
 
 
 class Plain(L.LightningModule):
@@ -304,8 +304,8 @@ class Plain(L.LightningModule):
 
     def __init__(self, optimizer=sam, width=3):
         super().__init__()
-        self.network, self.factory, self.width = Noisy(), optimizer, width
-        self.losses, self.given_on, self.norms, self.updates = [], [], [], 0
+        self.network, self.factory, self.width = Stateful(), optimizer, width
+        self.losses, self.reported_losses, self.norms, self.updates = [], [], [], 0
 
     def training_step(self, batch, batch_idx):
         x, y = batch
@@ -320,7 +320,7 @@ class Plain(L.LightningModule):
         self.updates += 1
 
     def on_train_batch_end(self, outputs, batch, batch_idx):
-        self.given_on.append(outputs["loss"].item())
+        self.reported_losses.append(outputs["loss"].item())
         self.norms.append(torch.cat([p.grad.flatten() for p in self.parameters()]).norm().item())
 
     def configure_optimizers(self):
@@ -346,7 +346,7 @@ def test_each_step_counts_once_under_a_trainer():
     assert fit.global_step == 4
     assert (len(task.losses), task.updates) == (8, 8)
     assert task.network.body[1].num_batches_tracked == task.network.body[3].calls == 4
-    assert task.given_on == first
+    assert task.reported_losses == first
     assert fit.callback_metrics["loss_step"].item() == first[-1]
     assert fit.callback_metrics["loss_epoch"].item() == pytest.approx(sum(first) / 4)
     assert fit.callback_metrics["metric"].item() == pytest.approx(sum(first) / 4)
@@ -355,7 +355,7 @@ def test_each_step_counts_once_under_a_trainer():
     assert len(fit.optimizers[0].state_dict()["state"]) == 4  # momentum
 
 
-def test_the_steps_are_those_of_a_plain_loop():
+def test_trainer_steps_equal_those_of_a_plain_loop():
     torch.manual_seed(0)
     task = Plain()
     copied = copy.deepcopy(task.network)
@@ -376,7 +376,7 @@ def test_the_steps_are_those_of_a_plain_loop():
         assert torch.equal(task.network.state_dict()[name], value), name
 
 
-def test_bf16_and_the_clear_refusal_of_16_mixed():
+def test_bf16_mixed_trains_and_16_mixed_raises():
     task = Plain()
     trainer(precision="bf16-mixed").fit(task, loader())
     assert task.network.body[1].num_batches_tracked == 4
@@ -386,7 +386,7 @@ def test_bf16_and_the_clear_refusal_of_16_mixed():
 
 
 class Manual(Plain):
-    """Steps itself."""
+    """Optimizes manually."""
 
     automatic_optimization = False
 
@@ -402,48 +402,48 @@ class Manual(Plain):
         (Manual, {}, "SAM needs automatic optimization, got Manual"),
     ],
 )
-def test_what_it_refuses_under_a_trainer(task, settings, message):
+def test_unsupported_trainer_settings_raise(task, settings, message):
     made = task()
     made.automatic_optimization = task is not Manual
     with pytest.raises(RuntimeError, match=message):
         trainer(**settings).fit(made, loader())
 
 
-class Quiet(Plain):
+class WithoutGradientNorms(Plain):
     def on_train_batch_end(self, outputs, batch, batch_idx):
-        """In the epoch of statistics there are no gradients to look at."""
+        """The last epoch of SWA has no gradients to record."""
 
 
-def test_lightnings_weight_averaging_gathers_its_statistics_without_a_step():
-    task = Quiet()
+def test_swa_updates_its_running_statistics_without_a_sam_step():
+    task = WithoutGradientNorms()
     fit = trainer(max_epochs=3, callbacks=[StochasticWeightAveraging(swa_lrs=0.01, swa_epoch_start=1)])
     fit.fit(task, loader())
-    assert fit.current_epoch == 4  # the last one steps no more
+    assert fit.current_epoch == 4  # the last epoch takes no step
     assert len(task.losses) == 3 * 4 * 2 + 4
 
 
-def test_a_first_group_may_be_empty():
+def test_first_parameter_group_may_be_empty():
     p = nn.Parameter(torch.ones(2))
-    optimizer = SAM([{"params": []}, {"params": [p]}], HEAVY, rho=0.1)
+    optimizer = SAM([{"params": []}, {"params": [p]}], SGD_MOMENTUM, rho=0.1)
     optimizer.step(closure_of(optimizer, lambda: p.pow(2).sum()))
     assert (p < 1).all()
 
 
-def test_asam_learns_the_names_from_the_module():
+def test_asam_gets_parameter_names_from_the_module():
     seen = {}
 
-    class Watching(Plain):
+    class Recording(Plain):
         def training_step(self, batch, batch_idx):
             seen[second_pass()] = {k: v.detach().clone() for k, v in self.network.named_parameters()}
             return super().training_step(batch, batch_idx)
 
-    task = Watching(lambda p: ASAM(p, SGD, eta=0.0))
+    task = Recording(lambda p: ASAM(p, SGD, eta=0.0))
     with torch.no_grad():
         task.network.body[0].weight[0] = 0
         task.network.body[0].bias[0] = 0
     trainer(limit_train_batches=1).fit(task, loader())
     rise = {name: seen[True][name] - seen[False][name] for name in seen[True]}
-    assert not rise["body.0.weight"][0].any()  # with eta = 0 what is 0 stays
+    assert not rise["body.0.weight"][0].any()  # with eta = 0, a zero weight is not perturbed
     assert rise["body.0.weight"][1:].all()
     assert rise["body.0.bias"].any()
 
@@ -459,11 +459,11 @@ def digits(optimizer, epochs, ckpt_path=None, **settings):
 
 
 @pytest.mark.parametrize("make", [SAM, ASAM])
-def test_a_resumed_run_equals_the_undisturbed_one_to_the_bit(make, tmp_path, monkeypatch):
+def test_resumes_to_the_bit(make, tmp_path, monkeypatch):
     monkeypatch.setenv("PL_GLOBAL_SEED", "7")
 
     def optimizer(parameters):
-        return make(parameters, HEAVY)
+        return make(parameters, SGD_MOMENTUM)
 
     whole = digits(optimizer, 3)
     half = digits(optimizer, 2)
@@ -478,7 +478,7 @@ def test_a_resumed_run_equals_the_undisturbed_one_to_the_bit(make, tmp_path, mon
     assert whole.callback_metrics["train/loss"] == resumed.callback_metrics["train/loss"]
 
 
-def test_a_copy_keeps_the_base_optimizer():
+def test_copies_and_added_groups_share_state_with_the_base_optimizer():
     network = relu_net(True)
     optimizer = sam(network.parameters())
     x, y = batches_of(1)[0]
@@ -491,9 +491,9 @@ def test_a_copy_keeps_the_base_optimizer():
     assert optimizer.param_groups[1]["rho"] == 0.05
 
 
-def test_it_goes_on_from_a_checkpoint_of_the_base_optimizer():
+def test_loads_a_checkpoint_of_the_base_optimizer():
     network = relu_net(True)
-    plain = HEAVY(network.parameters())
+    plain = SGD_MOMENTUM(network.parameters())
     for x, y in batches_of(2):
         plain.step(closure_of(plain, entropy(network, x, y)))
     optimizer = sam(network.parameters(), rho=0.1)
@@ -504,7 +504,7 @@ def test_it_goes_on_from_a_checkpoint_of_the_base_optimizer():
     optimizer.step(closure_of(optimizer, entropy(network, x, y)))
 
 
-def test_autocast_around_the_step_sees_the_moved_weights():
+def test_autocast_around_the_step_uses_the_perturbed_weights():
     network, losses = relu_net(True).float(), []
     optimizer = SAM(network.parameters(), SGD, rho=1.0)
     x, y = batches_of(1, torch.float32)[0]
@@ -519,14 +519,14 @@ def test_autocast_around_the_step_sees_the_moved_weights():
 
 
 class Counting(Classification):
-    """Keeps how many samples the means of an epoch are of."""
+    """Records over how many samples each mean of an epoch is taken."""
 
     def on_train_epoch_end(self):
         self.counts = [int(weight) for _, weight in self._means._sums.values()]
         super().on_train_epoch_end()
 
 
-def test_numpy_streams_of_a_module_are_drawn_again():
+def test_second_pass_repeats_the_numpy_draws_of_a_module():
     module = nn.Linear(1, 1)
     module.draws, module.both = np.random.default_rng(0), [np.random.default_rng(k) for k in (1, 2)]
 
@@ -537,11 +537,11 @@ def test_numpy_streams_of_a_module_are_drawn_again():
     first = drawn()
     with before.repeated():
         assert drawn() == first
-        drawn()  # whatever more is drawn there
+        drawn()  # further draws of the second pass do not count
     assert drawn() == [np.random.default_rng(k).random(2)[1] for k in range(3)]
 
 
-def test_means_and_memories_of_a_task_count_once():
+def test_epoch_means_and_memories_of_a_task_count_once():
     task = Counting("cnn_tiny", 10, input_shape=(1, 8, 8), optimizer=sam)
     trainer().fit(task, DigitsDataModule(train_per_class=5, batch_size=20))
     assert task.counts == [50]
@@ -552,16 +552,16 @@ def test_means_and_memories_of_a_task_count_once():
     assert memory.rows.tolist() == [0, 0]
 
 
-@pytest.mark.slow  # SAM's is run, killed and resumed in test_kill
+@pytest.mark.slow  # the config of SAM is also run, killed and resumed in test_kill
 @pytest.mark.parametrize("name", ["sam", "asam", "lion", "swa", "ema", "gradient_noise"])
-def test_peers_fit_test_and_resume_by_their_configs(name, capsys):
+def test_configs_of_flatness_methods_fit_test_and_resume(name, capsys):
     quiet = ["--trainer.enable_progress_bar", "false", "--trainer.enable_model_summary", "false"]
     words = ["--config", f"flatness/{name}_digits", "--config", "_overlay/smoke", *quiet, "--run", "run"]
     main(["fit", *words])
     main(["test", *words, "--ckpt_path", "last"])
     main(["fit", *words, "--ckpt_path", "last", "--trainer.max_epochs", "3"])
     last = torch.load("run/checkpoints/last.ckpt", weights_only=True)
-    assert last["epoch"] == (3 if name == "swa" else 2)  # with one more that only gathers running statistics
+    assert last["epoch"] == (3 if name == "swa" else 2)  # swa: one more epoch for running statistics
     if name == "sam":
         assert last["global_step"] == 9
         assert last["optimizer_states"][0]["param_groups"][0]["rho"] == 0.05
@@ -574,32 +574,32 @@ def test_peers_fit_test_and_resume_by_their_configs(name, capsys):
 # -- two processes -----------------------------------------------------------------------------------------------------
 
 
-class Spread(Plain):
-    """Tells how far its first evaluation went, and which way."""
+class FirstGradients(Plain):
+    """Records the first gradients of its last step."""
 
     def on_after_backward(self):
         if not second_pass():
-            self.updates_seen = [p.grad.clone() for p in self.parameters()]
+            self.first_gradients = [p.grad.clone() for p in self.parameters()]
 
 
 def fit_on_a_rank(average):
     torch.manual_seed(0)
-    task = Spread(partial(sam, average_first_pass=average))
+    task = FirstGradients(partial(sam, average_first_pass=average))
     fit = trainer(strategy="ddp", devices=2, max_epochs=2)
     fit.fit(task, loader(20))
     weights = torch.cat([p.detach().flatten() for p in task.parameters()]).tolist()
-    return fit.global_step, weights, torch.cat([g.flatten() for g in task.updates_seen]).tolist()
+    return fit.global_step, weights, torch.cat([g.flatten() for g in task.first_gradients]).tolist()
 
 
 @pytest.mark.parametrize("average", [False, pytest.param(True, marks=pytest.mark.slow)])
-def test_ranks_go_up_by_their_own_gradient_and_stay_equal(average):
+def test_two_processes_perturb_by_own_or_averaged_gradient_and_stay_equal(average):
     first, second = on_two_ranks(fit_on_a_rank, average)
     assert first[0] == second[0] == 20
     assert first[1] == second[1]
     assert (first[2] == second[2]) == average
 
 
-def wrapped_on_a_rank():
+def plain_loop_on_a_rank():
     import os
 
     import torch.distributed as dist
@@ -623,7 +623,7 @@ def wrapped_on_a_rank():
 
 
 @pytest.mark.slow
-def test_a_plain_loop_with_ddp():
-    a, b = on_two_ranks(wrapped_on_a_rank)
+def test_plain_loop_with_ddp_keeps_the_weights_of_two_processes_equal():
+    a, b = on_two_ranks(plain_loop_on_a_rank)
     assert a[0] == b[0]
     assert a[1] != b[1]

@@ -1,4 +1,4 @@
-"""Shifting the layers of a network: one pass, no trace, clear refusals, and several processes as one."""
+"""Shifting the layers of a network: from one pass, without side effects, errors, and two processes."""
 
 from __future__ import annotations
 
@@ -88,7 +88,7 @@ def test_layers_are_shifted_from_one_pass() -> None:
 
 @pytest.mark.parametrize("mode", ["fixed", "joint", "free"])
 @pytest.mark.parametrize("n", [2, 5])
-def test_batches_and_their_gram_matrix_give_the_same(mode: str, n: int) -> None:
+def test_one_batch_several_batches_and_gram_matrix_give_the_same_shift(mode: str, n: int) -> None:
     whole, parts, grams = net(), net(), net()
     batch = samples(n)
     loader = [(image[None], target[None]) for image, target in zip(batch.image, batch.target, strict=True)]
@@ -101,7 +101,7 @@ def test_batches_and_their_gram_matrix_give_the_same(mode: str, n: int) -> None:
     assert torch.allclose(whole.fc.weight, grams.fc.weight, atol=1e-9)
 
 
-def test_leaves_no_trace() -> None:
+def test_shift_keeps_random_states_buffers_modes_and_gradients() -> None:
     model, batch = net(), samples()
     parameters, keys = list(model.parameters()), list(model.state_dict())
     buffers = [b.clone() for b in model.buffers()]
@@ -127,7 +127,7 @@ def test_leaves_no_trace() -> None:
     assert not any(m._forward_hooks or m._forward_pre_hooks for m in model.modules())
 
 
-def test_full_rank_is_the_identity_to_the_bit() -> None:
+def test_shift_of_full_rank_leaves_the_network_unchanged() -> None:
     model = net()
     state = copy.deepcopy(model.state_dict())
     report = shift_network(model, None, samples(40), held_out=samples(5), guard=0.0)
@@ -137,7 +137,7 @@ def test_full_rank_is_the_identity_to_the_bit() -> None:
     assert all(torch.equal(a, b) for a, b in zip(state.values(), model.state_dict().values(), strict=True))
 
 
-def test_class_means() -> None:
+def test_selection_class_means_shifts_by_the_mean_features() -> None:
     model, batch = net(), samples(7, size=3)
     feature: list[Tensor] = []
     handle = model.fc.register_forward_pre_hook(lambda module, args: feature.append(args[0]))
@@ -154,7 +154,7 @@ def test_class_means() -> None:
         shift_network(net(), ["conv"], batch, selection="class_means", num_classes=3)
 
 
-def test_tokens_are_rows_and_inputs_may_be_changed_later() -> None:
+def test_tokens_count_as_rows_and_later_changes_of_inputs_do_not_matter() -> None:
     class Tokens(nn.Module):
         def __init__(self) -> None:
             super().__init__()
@@ -172,8 +172,8 @@ def test_tokens_are_rows_and_inputs_may_be_changed_later() -> None:
     assert (report.layers[0].rows, report.loss_before, report.kappa_before) == (6, None, None)
 
 
-def test_layers_of_a_transformer() -> None:
-    """Its fast path in eval mode would call no part of it."""
+def test_linear_layers_of_a_transformer_are_shifted() -> None:
+    """The fast path of eval mode, which calls no submodule, must be off during the shift."""
     model = nn.Sequential(
         nn.TransformerEncoderLayer(8, 2, 16, batch_first=True), nn.Flatten(), nn.Linear(24, 3)
     ).double()
@@ -188,13 +188,13 @@ def test_layers_of_a_transformer() -> None:
 
 
 @pytest.mark.slow
-def test_layers_of_a_compiled_network() -> None:
+def test_layers_of_a_compiled_network_are_shifted() -> None:
     batch = samples(2)
     for compiled in (net(), torch.compile(net())):
         model = compiled._orig_mod if hasattr(compiled, "_orig_mod") else compiled
         if model is compiled:
             model.compile()
-        compiled.eval()(batch.image)  # hooks that come later do not fire in what is compiled now
+        compiled.eval()(batch.image)  # compiles; hooks that are added later do not fire
         compiled.train()
         plain = net()
         shift_network(plain, ["fc"], batch)
@@ -214,7 +214,7 @@ def trained(optimizer: type[torch.optim.Optimizer], **options: Any) -> tuple[Net
 
 
 @pytest.mark.parametrize("policy", ["project", "keep"])
-def test_momentum_does_not_grow_back_what_a_shift_removed(policy: str) -> None:
+def test_momentum_restores_removed_directions_only_with_policy_keep(policy: str) -> None:
     model, optimizer = trained(torch.optim.SGD, momentum=0.9)
     before = optimizer.state[model.fc.weight]["momentum_buffer"].clone()
     shift_network(model, None, samples(2), optimizer=optimizer, momentum=policy)
@@ -237,7 +237,7 @@ def test_momentum_does_not_grow_back_what_a_shift_removed(policy: str) -> None:
 
 
 @pytest.mark.parametrize("mode", ["fixed", "joint", "free"])
-def test_momentum_of_adam(mode: str) -> None:
+def test_first_moment_of_adam_is_shifted_like_a_weight_or_set_to_zero(mode: str) -> None:
     model, optimizer = trained(torch.optim.AdamW)
     state, of_bias = (copy.deepcopy(optimizer.state[p]) for p in (model.fc.weight, model.fc.bias))
     twin = copy.deepcopy(model)
@@ -253,12 +253,12 @@ def test_momentum_of_adam(mode: str) -> None:
     assert torch.allclose(optimizer.state[model.fc.bias]["exp_avg"], twin.fc.bias, atol=1e-14)
     shift_network(model, None, samples(1), optimizer=optimizer, momentum="zero")
     assert not moved["exp_avg"].any()
-    assert optimizer.state[model.fc.bias]["exp_avg"].any()  # a bias that does not move keeps its own
+    assert optimizer.state[model.fc.bias]["exp_avg"].any()  # in mode fixed the bias and its momentum stay
 
 
-def test_guard_undoes_everything() -> None:
+def test_guard_restores_weights_and_momenta() -> None:
     model, optimizer = trained(torch.optim.SGD, momentum=0.9)
-    model.fc.weight.data *= 30  # sure of itself, so that a change shows
+    model.fc.weight.data *= 30  # large logits, so that a shift changes the loss
     state, momenta = copy.deepcopy(model.state_dict()), copy.deepcopy(optimizer.state_dict()["state"])
     image = 3 * normal(30, 4, 2, 2, seed=5)
     held_out = Batch(image, logits(model, Batch(image, torch.zeros(30))).argmax(1))
@@ -273,13 +273,13 @@ def test_guard_undoes_everything() -> None:
     assert not shift_network(model, ["conv", "fc"], samples(1), guard=1e6, **arguments).undone
 
 
-def test_guard_of_a_negative_loss() -> None:
+def test_guard_is_relative_to_the_absolute_value_of_a_negative_loss() -> None:
     def loss_fn(output: Tensor, batch: Batch) -> Tensor:
         return F.cross_entropy(output, batch.target) - 100
 
     options = {"held_out": samples(30, seed=5), "loss_fn": loss_fn, "guard": 1.0}
     report = shift_network(net(), None, samples(1), **options)
-    assert report.held_out_before < report.held_out_after < 0  # rises, but by less than 1.0 of it
+    assert report.held_out_before < report.held_out_after < 0  # rises by less than 1.0 of its absolute value
     assert not report.undone
 
 
@@ -298,7 +298,7 @@ def test_interrupted_shift_is_undone() -> None:
     assert all(torch.equal(a, b) for a, b in zip(state.values(), model.state_dict().values(), strict=True))
 
 
-def test_report() -> None:
+def test_report_has_a_dict_a_table_and_a_summary() -> None:
     report = shift_network(net(), ["conv", "fc"], samples(2), held_out=samples(4))
     plain = report.to_dict()
     assert plain["layers"][1]["name"] == "fc"
@@ -337,7 +337,7 @@ def test_a_module_with_two_paths_is_one_layer() -> None:
         assert torch.allclose(model(image), plain(image), atol=1e-12)
 
 
-def test_kinds_of_data() -> None:
+def test_images_pairs_and_named_batches_are_accepted_as_data() -> None:
     model, image = nn.Linear(6, 3).double(), normal(2, 6)
     report = shift_network(model, None, [image, normal(2, 6, seed=1)])  # batches of images, no (image, target)
     assert (report.samples, report.loss_before, report.layers[0].rows) == (4, None, 4)
@@ -349,12 +349,12 @@ def test_kinds_of_data() -> None:
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
-def test_small_directions_stay_where_a_fit_uses_tf32() -> None:
+def test_shift_runs_without_tf32_and_keeps_small_directions() -> None:
     model, image = nn.Linear(8, 3).cuda(), torch.diag(torch.tensor([1.0] * 6 + [1e-4] + [0.0])).cuda()
     before = torch.get_float32_matmul_precision()
     torch.set_float32_matmul_precision("high")
     try:
-        report = shift_network(model, None, image)  # whose pass has no TF32
+        report = shift_network(model, None, image)  # must run without TF32
     finally:
         torch.set_float32_matmul_precision(before)
     assert report.layers[0].rank == 7
@@ -423,7 +423,7 @@ def changed(change: str) -> nn.Module:
         ("", {"selection": "some"}, "selection must be one of"),
     ],
 )
-def test_refusals(change: str, arguments: dict, message: str) -> None:
+def test_wrong_layers_data_and_arguments_raise_and_change_nothing(change: str, arguments: dict, message: str) -> None:
     model = changed(change)
     state = copy.deepcopy(model.state_dict())
     given = {"layers": None, "data": samples(), **arguments}
@@ -434,7 +434,7 @@ def test_refusals(change: str, arguments: dict, message: str) -> None:
     assert not any(m._forward_hooks for m in model.modules())
 
 
-def test_warnings() -> None:
+def test_normalised_layer_outputs_and_too_many_classes_warn() -> None:
     model = nn.Sequential(nn.Linear(8, 4), nn.BatchNorm1d(4), nn.ReLU(), nn.Linear(4, 4)).double()
     with pytest.warns(UserWarning, match="layer|classifier") as caught:
         shift_network(model, ["0", "3"], Batch(normal(3, 8), torch.arange(3)), num_classes=4, force=True)
@@ -465,13 +465,13 @@ def _shift_share(sizes: list[int], mode: str, selection: str, layers: list[str])
     mine = Batch(batch.image[share], batch.target[share])
     loader = [mine] if sizes[rank] else []
     options = {"mode": mode, "selection": selection, "num_classes": 3, "guard": 9.0}
-    # as if a second machine rounded otherwise: the first decides
+    # another rtol, as if the second machine rounded differently: the first process decides
     report = shift_network(model, layers, loader, held_out=loader, rtol=0.9 if rank else None, **options)
     return [p.tolist() for p in model.parameters()], report.to_dict()
 
 
 CASES = [
-    ([3, 4], "fixed", "all", ["0", "3", "5"]),  # rows of the linear layers, the Gram matrix of the convolution
+    ([3, 4], "fixed", "all", ["0", "3", "5"]),  # the linear layers by their rows, the convolution by its Gram matrix
     ([5, 0], "free", "all", ["5"]),
     ([7, 9], "joint", "all", ["5"]),
     ([2, 5], "fixed", "class_means", ["5"]),
@@ -482,7 +482,7 @@ def _all_cases() -> list:
     return [_shift_share(*case) for case in CASES]
 
 
-def test_two_ranks_shift_as_one() -> None:
+def test_two_processes_shift_as_one() -> None:
     first, second = on_two_ranks(_all_cases)
     assert first == second
     for (parameters, report), (sizes, mode, selection, layers) in zip(first, CASES, strict=True):
@@ -500,16 +500,16 @@ def test_two_ranks_shift_as_one() -> None:
             assert report[name] == pytest.approx(expected[name], abs=1e-12)
 
 
-def test_half_precision_network() -> None:
+def test_half_precision_network_is_shifted_without_directions_of_rounding() -> None:
     model = nn.Sequential(nn.Linear(20, 16), nn.Tanh(), nn.Linear(16, 3)).bfloat16()
     report = shift_network(model, None, Batch(normal(6, 20).repeat(3, 1).float(), torch.arange(18) % 3))
     assert model[2].weight.dtype == torch.bfloat16
-    assert report.layers[0].rank <= 6  # and not what rounding adds
+    assert report.layers[0].rank <= 6  # without the directions that rounding adds
     assert report.layers[0].norm_after < report.layers[0].norm_before
     assert report.loss_after == pytest.approx(report.loss_before, rel=0.02)
 
 
-def test_relative_flatness_is_of_one_class_a_sample() -> None:
+def test_relative_flatness_is_none_for_multi_label_targets() -> None:
     model = nn.Sequential(nn.Flatten(), nn.Linear(8, 3)).double()
     batch = normal(5, 8), torch.ones(5, 3)
     report = shift_network(

@@ -1,4 +1,4 @@
-"""The callback that shifts in a training, and the task that brings it along."""
+"""The callback OptimumShifting, and OptimumShiftingClassifier, the task that adds it."""
 
 from __future__ import annotations
 
@@ -67,8 +67,8 @@ def rank_of(weight: Tensor) -> int:
     return int(torch.linalg.matrix_rank(weight.detach().double(), rtol=1e-5))
 
 
-class Seen(L.Callback):
-    """The classifier's weight as the validation of each epoch sees it."""
+class WeightRecorder(L.Callback):
+    """Records the classifier's weight at the start of each validation."""
 
     def __init__(self) -> None:
         self.weights: list[Tensor] = []
@@ -78,7 +78,7 @@ class Seen(L.Callback):
 
 
 def test_shifts_after_the_last_step_of_its_epochs_and_before_their_validation() -> None:
-    seen, shifting = Seen(), OptimumShifting(samples=20, start=0.4, every=2, guard=None, held_out=50)
+    seen, shifting = WeightRecorder(), OptimumShifting(samples=20, start=0.4, every=2, guard=None, held_out=50)
     before: list[Tensor] = []
     shift = shifting.shift
 
@@ -115,8 +115,8 @@ def test_shifts_after_the_last_step_of_its_epochs_and_before_their_validation() 
     assert model.network.training
 
 
-def test_an_identity_changes_nothing_in_the_training() -> None:
-    # the whole training set spans everything
+def test_shift_of_full_rank_or_undone_leaves_training_unchanged() -> None:
+    # the features of the whole training set have full rank
     shifting = OptimumShifting(selection="all", start=0.0, every=1)
     plain, _ = fit()
     shifted, _ = fit(shifting)
@@ -151,7 +151,7 @@ def test_resumes_to_the_bit(tmp_path: Path, stop: int) -> None:
     assert same(model, resumed)
 
 
-def test_run_folder(tmp_path: Path) -> None:
+def test_run_folder_holds_shifts_shifted_weights_and_metrics(tmp_path: Path) -> None:
     run, shifting = RunFolder(tmp_path / "run"), OptimumShifting(samples=20, guard=None)
     extra = {"enable_checkpointing": True, "logger": RunLogger(run.path)}
     model, _ = fit(shifting, *run_callbacks(run), **extra)
@@ -164,7 +164,7 @@ def test_run_folder(tmp_path: Path) -> None:
     assert float(row["shift/identity"]) == 0
     assert {"val/acc", "train/loss", "shift/norm_ratio", "shift/kappa_after"} <= set(row)
     fit(OptimumShifting(at_end=False, every=5), *run_callbacks(run), enable_checkpointing=True)
-    assert json.loads((run.path / "shifts.json").read_text()) == []  # no more those of the earlier fit
+    assert json.loads((run.path / "shifts.json").read_text()) == []  # those of the earlier fit are gone
 
 
 class Early(EarlyStopping):
@@ -172,7 +172,7 @@ class Early(EarlyStopping):
         super().__init__("val/acc", mode="max", patience=1, stopping_threshold=0.0, **options)
 
 
-def test_early_stopping(tmp_path: Path) -> None:
+def test_early_stopping_shifts_once_and_a_resumed_fit_shifts_again(tmp_path: Path) -> None:
     run, shifting = RunFolder(tmp_path / "run"), OptimumShifting(samples=20, guard=None)
     extra = {"enable_checkpointing": True, "logger": RunLogger(run.path)}
     model, _ = fit(shifting, Early(), *run_callbacks(run), max_epochs=9, **extra)
@@ -188,7 +188,7 @@ def test_early_stopping(tmp_path: Path) -> None:
     assert again.shifts[0] == shifting.shifts[0]
 
 
-def test_own_checkpoints_hold_the_shift_or_a_warning_says_that_they_do_not(tmp_path: Path) -> None:
+def test_model_checkpoint_holds_the_shift_or_a_warning_is_given(tmp_path: Path) -> None:
     for early in (True, False):
         shifting, saving = OptimumShifting(samples=20, guard=None), ModelCheckpoint(tmp_path / str(early))
         stopping, caught = Early(check_on_train_epoch_end=not early), contextlib.nullcontext()
@@ -205,7 +205,7 @@ def test_own_checkpoints_hold_the_shift_or_a_warning_says_that_they_do_not(tmp_p
 
 
 @pytest.mark.parametrize(("options", "where"), [({"max_steps": 6}, (1, 6)), ({"max_steps": 4}, (0, 4))])
-def test_max_steps(options: dict, where: tuple[int, int]) -> None:
+def test_max_steps_shifts_after_the_last_step(options: dict, where: tuple[int, int]) -> None:
     shifting = OptimumShifting(samples=20, guard=None)
     fit(shifting, max_epochs=9, **options)
     assert [(s["epoch"], s["step"]) for s in shifting.shifts] == [where]
@@ -216,7 +216,7 @@ def test_max_steps(options: dict, where: tuple[int, int]) -> None:
     [lambda: EMAWeightAveraging(decay=0.5), lambda: StochasticWeightAveraging(swa_lrs=0.01, swa_epoch_start=1)],
 )
 @pytest.mark.filterwarnings("ignore::UserWarning")
-def test_the_average_is_shifted_at_the_end(tmp_path: Path, averaging: Any) -> None:
+def test_averaged_weights_are_shifted_at_the_end(tmp_path: Path, averaging: Any) -> None:
     run, shifting = RunFolder(tmp_path / "run"), OptimumShifting(samples=20, guard=None)
     plain, _ = fit(averaging(), max_epochs=3)
     shifted, _ = fit(averaging(), shifting, *run_callbacks(run), max_epochs=3, enable_checkpointing=True)
@@ -251,30 +251,30 @@ class Plain(L.LightningModule):
         return torch.optim.Adam(self.parameters())
 
 
-class Scaled(OptimumShifting):
+class LossPlus100(OptimumShifting):
     def loss(self, pl_module: L.LightningModule, output: Any, batch: Any) -> Tensor:
         return 100 + super().loss(pl_module, output, batch)
 
 
 @pytest.mark.parametrize("selection", ["class_balanced", "random", "class_means"])
 @pytest.mark.filterwarnings("ignore:the output of layer")
-def test_any_module_with_any_loader(selection: str) -> None:
+def test_any_module_and_dataloader_are_shifted_with_an_own_loss(selection: str) -> None:
     digits = data()
     digits.setup()
     whole = list(digits.loader("train", shuffle=False))
     dataset = TensorDataset(torch.cat([b.image for b in whole]), torch.cat([b.target for b in whole]))
-    shifting = Scaled(["body.0.1", "body.1"], selection=selection, guard=None)
+    shifting = LossPlus100(["body.0.1", "body.1"], selection=selection, guard=None)
     L.seed_everything(0, verbose=False)
     fitter, model = trainer(shifting), Plain()
     fitter.fit(model, DataLoader(dataset, 64, shuffle=True))
     (shift,) = shifting.shifts
     assert [layer["name"] for layer in shift["layers"]] == ["body.0.1", "body.1"]
     assert shift["loss_before"] > 100
-    assert shift["layers"][1]["rows"] == (10 if selection == "class_means" else 47)  # one below the least dimension
+    assert shift["layers"][1]["rows"] == (10 if selection == "class_means" else 47)  # one below the least width
     assert {"shift/rank/body.1", "shift/norm_ratio/body.0.1"} <= set(fitter.callback_metrics)
 
 
-def test_classifier_brings_the_callback_and_its_hyperparameters(tmp_path: Path) -> None:
+def test_classifier_adds_the_callback_and_saves_its_hyperparameters(tmp_path: Path) -> None:
     model = OptimumShiftingClassifier(
         "mlp_32", 10, input_shape=(1, 8, 8), samples=20, guard=None, every=1, start=0.0, mode="free"
     )
@@ -291,7 +291,7 @@ def test_classifier_brings_the_callback_and_its_hyperparameters(tmp_path: Path) 
     assert len(shifting.shifts) == 2
 
 
-def test_samples_of_a_shift() -> None:
+def test_shift_samples_are_balanced_disjoint_and_below_the_dimension() -> None:
     digits = data()
     digits.setup()
     net, common = network(), {"num_classes": 10, "held_out": 30}
@@ -330,13 +330,13 @@ def test_samples_of_a_shift() -> None:
         ({"held_out": 0}, "guard=0.05 needs held-out"),
     ],
 )
-def test_wrong_arguments(options: dict, message: str) -> None:
+def test_wrong_arguments_raise(options: dict, message: str) -> None:
     with pytest.raises(ValueError, match=f"^{message}"):
         OptimumShifting(**options)
 
 
 class Average(Classification):
-    """What answers is a running average, which moves after the callbacks."""
+    """Its main network is a running average, which is updated after the callbacks."""
 
     def __init__(self) -> None:
         super().__init__(network(), 10, input_shape=(1, 8, 8))
@@ -382,7 +382,7 @@ def narrow() -> Classification:
         ),
     ],
 )
-def test_refused_at_the_start_of_a_fit(callbacks: list, options: dict, message: str) -> None:
+def test_wrong_settings_raise_before_the_first_step(callbacks: list, options: dict, message: str) -> None:
     def steps(*args: Any) -> Any:
         raise AssertionError("a step was made")
 
@@ -392,14 +392,14 @@ def test_refused_at_the_start_of_a_fit(callbacks: list, options: dict, message: 
         fit(*callbacks, **{**options, "model": model})
 
 
-def test_a_running_average_is_shifted_after_its_last_move() -> None:
+def test_running_average_is_shifted_after_its_last_update() -> None:
     shifting = OptimumShifting(samples=20, guard=None)
     model, _ = fit(shifting, model=Average())
     (shift,) = shifting.shifts
     assert shift["layers"][0]["norm_after"] == pytest.approx(model.average[1].weight.norm().item(), rel=1e-5)
 
 
-def test_a_shift_that_fails_does_not_end_the_training() -> None:
+def test_failing_shift_warns_and_the_training_goes_on() -> None:
     class Failing(OptimumShifting):
         def output(self, pl_module: L.LightningModule, batch: Any) -> Any:
             raise ValueError("no output")
@@ -447,7 +447,7 @@ class Squared(OptimumShifting):
         (Squared(["body.1"], selection="all"), convolution(), ""),
     ],
 )
-def test_without_classes(shifting: OptimumShifting, body: nn.Module, message: str) -> None:
+def test_regression_shifts_with_an_own_loss_or_raises(shifting: OptimumShifting, body: nn.Module, message: str) -> None:
     loader = DataLoader(TensorDataset(torch.randn(20, 8), torch.rand(20)), 10)
     fitter, model = trainer(shifting), Regression(body)
     if message:
@@ -470,7 +470,7 @@ def _fit_on_two_ranks() -> tuple[list, list]:
     return net[3].weight.tolist(), shifting.shifts
 
 
-def test_two_ranks_shift_as_one() -> None:
+def test_two_processes_shift_as_one() -> None:
     first, second = on_two_ranks(_fit_on_two_ranks)
     assert first == second
     weight, (shift,) = _fit_on_two_ranks()
