@@ -1,4 +1,4 @@
-"""Short fits on made-up digits."""
+"""Short fits on generated digits."""
 
 import lightning as L
 import torch

@@ -1,4 +1,4 @@
-"""BLDR: its losses against worked numbers, who gets a gradient, the rows, exits on any network, the task."""
+"""BLDR: worked numbers and gradients of its losses, the rows u and v, early exits, the task."""
 
 import csv
 import math
@@ -42,7 +42,7 @@ def row(column, value):
 
 
 @pytest.mark.parametrize(("predicted", "expected"), [(0, 0.328504), (1, 0.105361)])
-def test_complementary_loss(predicted, expected):
+def test_complementary_loss_gives_worked_numbers(predicted, expected):
     loss = losses.complementary_loss(P.log(), ZERO, torch.tensor([predicted]), ONE)
     assert loss.item() == pytest.approx(expected, abs=1e-6)
 
@@ -50,27 +50,27 @@ def test_complementary_loss(predicted, expected):
 @pytest.mark.parametrize(
     ("u", "v", "expected"), [(row(0, 0.5), NONE, 0.274437), (NONE, row(1, 0.3), 0.262364), (NONE, NONE, 0.356675)]
 )
-def test_corrected_cross_entropy(u, v, expected):
+def test_corrected_cross_entropy_gives_worked_numbers(u, v, expected):
     probabilities = losses.corrected_probabilities(P.log(), u, v, ZERO)
     assert losses.corrected_cross_entropy(probabilities, ZERO, ONE).item() == pytest.approx(expected, abs=1e-6)
     assert probabilities.sum().item() == pytest.approx(1)
 
 
-def test_corrected_probabilities_ignore_the_other_columns_and_keep_a_floor():
+def test_corrected_probabilities_use_u_at_the_label_v_elsewhere_and_a_floor():
     u, v = row(1, 9.0), row(0, 9.0)  # u counts at the label alone, v elsewhere alone
     torch.testing.assert_close(losses.corrected_probabilities(P.log(), u, v, ZERO), P)
     taken = losses.corrected_probabilities(P.log(), NONE, row(1, 9.0), ZERO)  # v^2 is cut at 1 - 1e-4
     torch.testing.assert_close(taken, torch.tensor([[0.7, 1e-4, 0.1]], dtype=torch.float64) / 0.8001)
 
 
-def test_separation_loss():
+def test_separation_loss_gives_worked_numbers():
     loss = losses.separation_loss(P.log(), NONE, NONE, torch.tensor([1]))
     assert loss.item() == 2.0
     assert 50 * 0.1**2 * loss.item() == pytest.approx(1.0)
     assert losses.separation_loss(P.log(), NONE, NONE, ZERO).item() == 0.0
 
 
-def test_positive_loss_is_the_sum_of_its_terms():
+def test_positive_and_negative_loss_are_the_sums_of_their_terms():
     logits, target = some(8, 3), torch.tensor([0, 1, 2, 0])
     u, v, weight = some(4, 3, seed=1), some(4, 3, seed=2), torch.tensor([1.0, 0.5, 0.0, 2.0], dtype=torch.float64)
     own = F.one_hot(target, 3)
@@ -93,40 +93,40 @@ def test_positive_loss_is_the_sum_of_its_terms():
     torch.testing.assert_close(losses.negative_loss(logits, target, predicted, weight), expected)
 
 
-def test_balance_loss():
+def test_balance_loss_gives_worked_numbers():
     for classes in (2, 10, 100):
         assert losses.balance_loss(torch.eye(classes)).item() == pytest.approx(math.log(classes), rel=1e-6)
     assert losses.balance_loss(torch.tensor([[1.0, 0.0]])).item() == pytest.approx(-math.log(1e-4) / 2, rel=1e-6)
 
 
-def test_exit_losses():
+def test_exit_losses_give_worked_numbers():
     zeros = torch.zeros(4, 10)
     assert losses.exit_distillation_loss(zeros, zeros).item() == pytest.approx(20.723, abs=1e-3)
     feature, of_exit = torch.tensor([[1.0, 0.0, -1.0]]), torch.tensor([[3.0, 0.0, -5.0]])
-    assert losses.exit_feature_loss(of_exit, feature).item() == 4.0  # neither above 0 does not count
+    assert losses.exit_feature_loss(of_exit, feature).item() == 4.0  # both at most 0: does not count
     assert losses.exit_feature_loss(of_exit.repeat(3, 1), feature.repeat(3, 1)).item() == 12.0
 
 
-def test_agreement_loss():
+def test_agreement_loss_is_the_kl_divergence_over_the_number_of_classes():
     a, b = some(5, 7), some(5, 7, seed=1)
     assert losses.agreement_loss(a, a).item() == 0.0
     kl = F.kl_div(b.log_softmax(1), a.softmax(1), reduction="batchmean")
     torch.testing.assert_close(10 * losses.agreement_loss(a, b), 10 / 7 * kl)
 
 
-def test_reweight():
+def test_reweight_scales_to_0_1_and_gives_none_for_equal_probabilities():
     weight, rho = losses.reweight(torch.tensor([0.2, 0.5, 0.9]))
     torch.testing.assert_close(weight, torch.tensor([0.0, 0.428571, 1.0]), atol=1e-6, rtol=0)
     assert rho == pytest.approx(1 / 3)
     assert losses.reweight(torch.tensor([0.3, 0.3])) == (None, 0.0)
 
 
-def test_average_decay():
+def test_average_decay_grows_to_0_9():
     decays = [losses.average_decay(epoch) for epoch in (0, 1, 2, 79, 80, 300)]
     assert decays == pytest.approx([0.1, 0.181818, 0.25, 80 / 89, 0.9, 0.9], abs=1e-6)
 
 
-def test_flags_are_strict():
+def test_flag_wrong_is_strict_at_the_threshold():
     probability = torch.tensor([0.049, 0.05, 0.051], dtype=torch.float64)
     assert losses.flag_wrong(probability).tolist() == [True, False, False]
 
@@ -139,7 +139,7 @@ def gradients(loss, *tensors):
     return [torch.zeros_like(t) if g is None else g for t, g in zip(tensors, found, strict=True)]
 
 
-def test_who_trains_u_and_v():
+def test_u_is_trained_at_the_label_and_v_elsewhere():
     logits, target = some(6, 4, grad=True), torch.tensor([0, 1, 2, 3, 0, 1])
     u, v = ((0.3 * some(6, 4, seed=seed)).requires_grad_() for seed in (3, 5))
     own = F.one_hot(target, 4).bool()
@@ -157,7 +157,7 @@ def test_who_trains_u_and_v():
     assert not on_v[own].any()
 
 
-def test_consistency_trains_the_strong_view():
+def test_consistency_gradient_reaches_the_strong_view_alone():
     weak, strong = some(3, 4, grad=True), some(3, 4, seed=1, grad=True)
     on_weak, on_strong = gradients(losses.consistency_loss(weak, strong), weak, strong)
     assert not on_weak.any()
@@ -165,7 +165,7 @@ def test_consistency_trains_the_strong_view():
     assert losses.consistency_loss(weak, weak).item() == 0.0
 
 
-def test_the_distilling_network_gets_no_gradient():
+def test_exit_losses_train_the_exit_alone_and_agreement_trains_both():
     teacher, student = some(3, 4, grad=True), some(3, 4, seed=1, grad=True)
     for loss in (losses.exit_distillation_loss(student, teacher), losses.exit_feature_loss(student, teacher)):
         on_teacher, on_student = gradients(loss, teacher, student)
@@ -174,7 +174,7 @@ def test_the_distilling_network_gets_no_gradient():
     assert all(g.any() for g in gradients(losses.agreement_loss(student, teacher), student, teacher))
 
 
-def test_weights_scale_two_terms_alone():
+def test_sample_weights_scale_only_cross_entropy_and_complementary_term():
     logits, target = some(4, 3), torch.tensor([0, 1, 2, 0])
     u, v, weight = some(4, 3, seed=1), some(4, 3, seed=2), some(4, seed=3).abs()
     positive = [losses.positive_loss(logits, target, u, v, w, 0.1) for w in (weight, 2 * weight)]
@@ -184,7 +184,7 @@ def test_weights_scale_two_terms_alone():
     torch.testing.assert_close(negative[1] - negative[0], losses.complementary_loss(logits, target, target, weight))
 
 
-def test_two_classes():
+def test_complementary_loss_of_two_classes_is_zero_or_cross_entropy():
     logits = some(2, 2, grad=True)
     same, other = torch.tensor([0, 1]), torch.tensor([1, 0])
     loss = losses.complementary_loss(logits, same, other, torch.ones(2))
@@ -195,7 +195,7 @@ def test_two_classes():
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
-def test_half_precision_and_extreme_logits(dtype):
+def test_losses_of_extreme_half_precision_logits_are_finite_float32(dtype):
     logits = (60 * some(8, 10)).to(dtype).requires_grad_()
     target, weight = torch.arange(4), torch.ones(4)
     u, v = torch.full((4, 10), 1e-8), torch.full((4, 10), 1e-8)
@@ -212,7 +212,7 @@ def test_half_precision_and_extreme_logits(dtype):
 # -- rows ------------------------------------------------------------------------------------------------------------
 
 
-def test_rows_move_like_dense_gradient_descent():
+def test_update_rows_equals_dense_sgd_and_skips_non_finite_gradients():
     dense = nn.Parameter(some(20, 3, dtype=torch.float32))
     rows, index = dense.detach().clone(), torch.tensor([4, 7, 4, 19])
     gradient = some(4, 3, seed=1, dtype=torch.float32)
@@ -248,7 +248,7 @@ def test_v_learns_the_class_behind_a_wrong_label():
 # -- exits -----------------------------------------------------------------------------------------------------------
 
 
-def test_paper_network():
+def test_resnet34_has_the_parameters_and_exits_of_the_paper():
     task = BLDR("resnet34", 10)
     trained = sum(p.numel() for p in task.parameters() if p.requires_grad)
     assert trained == 23_172_210 - 232_448
@@ -270,7 +270,7 @@ def test_paper_network():
         ("torchvision/mobilenet_v2", ["features.1", "features.3", "features.6", "features.13"]),
     ],
 )
-def test_stages_are_found(name, stages):
+def test_find_stages_finds_stages_and_leaves_the_network_unchanged(name, stages):
     network = build_network(name, 10)
     network.train()
     before = {key: value.clone() for key, value in network.state_dict().items()}
@@ -283,7 +283,7 @@ def test_stages_are_found(name, stages):
     assert not any(module._forward_hooks for module in network.modules())
 
 
-def test_stages_that_are_wrong_are_named():
+def test_wrong_stages_raise():
     for network, arguments, message in (
         ("mlp_16", {}, "MLP has no stages that are found by name"),
         ("cnn_tiny", {"stages": ["layer1", "layer9"]}, "no module 'layer9' in CNN; it has .*'layer1'"),
@@ -347,10 +347,10 @@ def test_fit_test_reload_and_files(network, options, tmp_path):
     assert sorted(int(r["index"]) for r in all_rows) == data.train_indices.tolist()
 
 
-def test_wrong_labels_file(tmp_path):
+def test_wrong_labels_file_lists_suspects_with_suggested_classes(tmp_path):
     task, data = small(), digits()
     run = trainer(max_epochs=1, callbacks=run_callbacks(RunFolder(tmp_path)))
-    task.detection_threshold = 0.1  # an untrained head believes about a tenth in each
+    task.detection_threshold = 0.1  # an untrained head gives each class about 0.1
     run.fit(task, data)
     rows = list(csv.DictReader((tmp_path / "wrong_labels.csv").open()))
     assert list(rows[0]) == ["index", "given", "probability", "suggested"]
@@ -375,7 +375,7 @@ def test_wrong_labels_file(tmp_path):
         assert int(r["suggested"]) == best
 
 
-def test_average_is_per_epoch_before_validation():
+def test_average_is_updated_once_per_epoch_before_validation():
     task, data = small(average_buffers=False), digits(val_fraction=0.3)
     raw, at_validation = [], []
 
@@ -396,7 +396,7 @@ def test_average_is_per_epoch_before_validation():
 
 
 class Pairs(torch.utils.data.Dataset):
-    """A user's own data: two views, target, index."""
+    """A user's own dataset of (views, target, index)."""
 
     def __init__(self, count=24, views=2, classes=10, shift=0):
         self.images = some(count, 2, *SHAPE, dtype=torch.float32)
@@ -410,7 +410,7 @@ class Pairs(torch.utils.data.Dataset):
         return views, i % self.classes, i + self.shift
 
 
-def test_rows_of_one_step_and_what_is_left_alone():
+def test_warmup_step_changes_rows_of_its_batch_but_no_sample_weights():
     task = small(agreement_weight=0.0, warmup_epochs=5)
     run = trainer(max_epochs=1, limit_train_batches=1, gradient_clip_val=1e-3)
     run.fit(task, DataLoader(Pairs(), 8))
@@ -418,7 +418,7 @@ def test_rows_of_one_step_and_what_is_left_alone():
     assert u.dtype == torch.float32
     assert u.shape == (24, 10)
     assert 0 < u.abs().max() < 1e-6
-    # rows out of the batch are as they were drawn: alike whatever the batch was
+    # rows of samples outside the batches keep their initial values
     again = small(agreement_weight=0.0)
     trainer(max_epochs=1, limit_train_batches=2).fit(again, DataLoader(Pairs(), 8))
     for mine, theirs in ((u, again.memories["u"].rows), (v, again.memories["v"].rows)):
@@ -428,7 +428,7 @@ def test_rows_of_one_step_and_what_is_left_alone():
     assert task.rho == pytest.approx(0.1)
 
 
-def test_samples_that_were_not_seen_keep_their_weight():
+def test_unseen_samples_keep_their_weight():
     task = small()
     trainer(max_epochs=1, limit_train_batches=2).fit(task, DataLoader(Pairs(), 8))
     weight = task.memories["weight"].rows
@@ -436,7 +436,7 @@ def test_samples_that_were_not_seen_keep_their_weight():
     assert weight[16:].tolist() == [1] * 8
 
 
-def test_equal_probabilities_keep_the_weights():
+def test_equal_probabilities_warn_and_keep_the_weights():
     task = small()
     nn.init.zeros_(task.negative_head.weight)
     nn.init.zeros_(task.negative_head.bias)
@@ -446,7 +446,7 @@ def test_equal_probabilities_keep_the_weights():
     assert task.rho == 1.0
 
 
-def test_bad_batches_are_named():
+def test_batches_of_one_view_or_with_wrong_index_or_target_raise():
     for pairs, message in (
         (Pairs(views=1), "needs a weak and a strong view of each image, got 1"),
         (Pairs(shift=5), "index must be below 24, the size of the training set, got 28"),
@@ -465,12 +465,12 @@ def test_bad_batches_are_named():
         ({"temperature": 0.0}, "temperature must be above 0, got 0.0"),
     ],
 )
-def test_wrong_arguments_are_named(options, message):
+def test_wrong_arguments_raise(options, message):
     with pytest.raises(ValueError, match=message):
         small(**options)
 
 
-def test_two_classes_train():
+def test_trains_with_two_classes():
     task = BLDR("cnn_tiny", 2, input_shape=SHAPE, warmup_epochs=0)
     run = trainer(max_epochs=2)
     run.fit(task, DataLoader(Pairs(classes=2), 8))
@@ -478,28 +478,28 @@ def test_two_classes_train():
     assert all(p.isfinite().all() for p in task.parameters())
 
 
-def test_agreement_is_for_a_hundred_classes():
+def test_default_agreement_weight_is_10_for_100_classes_and_0_for_10():
     assert BLDR("cnn_tiny", 100, input_shape=SHAPE).agreement_weight == 10.0
     assert BLDR("cnn_tiny", 10, input_shape=SHAPE).agreement_weight == 0.0
 
 
-def test_reused_forward_moves_running_statistics_once():
+def test_reuse_forward_updates_running_statistics_once_per_step():
     for reuse, passes in ((True, 1), (False, 2)):
         task = small(reuse_forward=reuse)
         trainer(max_epochs=1, limit_train_batches=1).fit(task, DataLoader(Pairs(), 8))
         assert task.network.layer1[1].num_batches_tracked == passes
 
 
-def test_16_mixed_moves_the_rows_as_much():
+def test_16_mixed_updates_the_rows_as_float32_does():
     rows = []
     for plugins in ([], [MixedPrecision("16-mixed", "cpu", torch.amp.GradScaler("cpu", init_scale=2.0**10))]):
         task = small()
         trainer(max_epochs=1, plugins=plugins).fit(task, DataLoader(Pairs(), 8))
-        rows.append(task.memories["u"].rows)  # v also hangs on which class is the largest, which rounding may change
+        rows.append(task.memories["u"].rows)  # v also depends on the predicted class, which rounding may change
     torch.testing.assert_close(rows[1], rows[0], rtol=0.05, atol=1e-9)
 
 
-def test_resume_to_the_bit(tmp_path):
+def test_resumes_to_the_bit(tmp_path):
     folder = RunFolder(tmp_path)
 
     def fit(epochs, **options):
@@ -532,7 +532,7 @@ def without_batch_norm(task):
 def fit_rank(devices, batch_size, folder):
     torch.manual_seed(0)
     L.seed_everything(1, verbose=False)
-    # the mean prediction of the balance loss is each process's own
+    # no balance loss: each process has its own mean prediction for it
     task = without_batch_norm(small(balance_weight=0.0, feature_weight=1e-3))
     data = digits(batch_size=batch_size, val_fraction=0.0)
     strategy = "ddp" if devices == 2 else "auto"
@@ -549,7 +549,7 @@ def fit_rank(devices, batch_size, folder):
     return memories, state, float(task.rho)
 
 
-def test_two_processes_equal_the_joint_batch(tmp_path):
+def test_two_processes_equal_one_with_the_joint_batch(tmp_path):
     ranks = on_two_ranks(fit_rank, 2, 16, str(tmp_path / "two"))
     assert ranks[0] == ranks[1]
     memories, state, rho = fit_rank(1, 32, str(tmp_path / "one"))
@@ -562,8 +562,8 @@ def test_two_processes_equal_the_joint_batch(tmp_path):
     assert len(files[0].splitlines()) == len(files[1].splitlines())
 
 
-def test_one_step_of_the_task_term_by_term():
-    """Which of the two passes, heads and views each term takes, written out again."""
+def test_terms_of_one_step_equal_their_definitions():
+    """Which of the two passes, heads and views each term uses, written out again."""
     torch.manual_seed(0)
     task = small(agreement_weight=10.0).double()
     start = {name: value.clone() for name, value in task.state_dict().items()}
@@ -623,7 +623,7 @@ def test_one_step_of_the_task_term_by_term():
         torch.testing.assert_close(seen[name], value.detach(), atol=1e-6, rtol=1e-6, msg=name)
 
 
-def test_a_head_that_believes_in_few_classes_is_told():
+def test_classes_of_almost_no_weight_warn():
     task = small(warmup_epochs=0)
     given = torch.arange(40) % 10
     with pytest.warns(UserWarning, match=r"given classes \[1, 2, 3, 4, 5, 6, 7, 8, 9\] have almost no weight"):

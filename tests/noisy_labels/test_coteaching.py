@@ -17,10 +17,10 @@ from tests.two_processes import on_two_ranks
 SGD = {"optimizer": lambda parameters: torch.optim.SGD(parameters, lr=0.1)}
 
 
-def test_fits_and_says_what_it_thinks(tmp_path):
+def test_fit_logs_metrics_and_writes_noisy_labels_csv(tmp_path):
     task, trainer = fitted(CoTeaching, noise_rate=0.4)
     data = trainer.datamodule
-    assert trainer.global_step == 2 * 2 * len(data.loader("train", shuffle=True))  # both networks in every step
+    assert trainer.global_step == 2 * 2 * len(data.loader("train", shuffle=True))  # each batch steps both optimizers
     for key in ("loss", "acc", "clean_auc", "pure_ratio", "memorised_wrong"):
         assert trainer.callback_metrics[f"train/{key}"].isfinite(), key
     first, second = (dict(network.named_parameters()) for network in task.networks)
@@ -30,18 +30,18 @@ def test_fits_and_says_what_it_thinks(tmp_path):
     trainer.test(task, datamodule=data, verbose=False)
 
 
-def test_one_step_is_the_algorithm():
-    """Both networks forward, choose for each other and step; against the same written out by hand."""
+def test_one_step_equals_the_algorithm():
+    """Each network learns from the samples of smallest loss of the other, written out again."""
     L.seed_everything(0, verbose=False)
     task = CoTeaching("cnn_tiny", 10, input_shape=(1, 8, 8), noise_rate=0.5, ramp_epochs=1, channels_last=False, **SGD)
     data = data_module(batch_size=4096)
     before = []
 
-    class Before(L.Callback):
+    class StateRecorder(L.Callback):
         def on_train_batch_start(self, trainer, pl_module, batch, batch_idx):
             before.append(([{k: v.clone() for k, v in n.state_dict().items()} for n in task.networks], batch))
 
-    trainer = trainer_of(max_epochs=2, callbacks=[Before()])
+    trainer = trainer_of(max_epochs=2, callbacks=[StateRecorder()])
     trainer.fit(task, datamodule=data)
     (states, batch) = before[1]  # in epoch 1 half of the batch is dropped
     twins = []
@@ -60,7 +60,7 @@ def test_one_step_is_the_algorithm():
     assert trainer.callback_metrics["train/pure_ratio"].item() == pytest.approx(ratio.item())
 
 
-def test_pure_ratio_is_over_all_while_nothing_is_dropped():
+def test_pure_ratio_covers_all_samples_while_none_is_dropped():
     _, trainer = fitted(CoTeaching, trainer=trainer_of(max_epochs=1), noise_rate=0.4, exponent=50.0)
     data = trainer.datamodule
     assert data.train_size % data.batch_size == 0
@@ -68,8 +68,8 @@ def test_pure_ratio_is_over_all_while_nothing_is_dropped():
     assert trainer.callback_metrics["train/pure_ratio"].item() == pytest.approx(share.item())
 
 
-def test_the_first_epoch_drops_its_share_already(monkeypatch):
-    """The official loop trains from epoch 1 on, with that epoch's rate."""
+def test_forget_rate_is_above_0_in_the_first_epoch(monkeypatch):
+    """The official loop counts epochs from 1 and uses that epoch's rate."""
     rates = []
     real = coteaching._exchange
     monkeypatch.setattr(coteaching, "_exchange", lambda *args: rates.append(args[2]) or real(*args))
@@ -83,7 +83,7 @@ def test_without_clean_labels_there_is_no_pure_ratio():
     assert "train/clean_fraction" in trainer.callback_metrics
 
 
-def test_a_batch_of_which_nothing_is_kept_trains_nothing():
+def test_batches_without_kept_samples_take_no_step():
     L.seed_everything(0, verbose=False)
     task = CoTeaching("cnn_tiny", 10, input_shape=(1, 8, 8), noise_rate=0.9, ramp_epochs=3)
     task_weights = []
@@ -98,7 +98,7 @@ def test_a_batch_of_which_nothing_is_kept_trains_nothing():
     assert all(torch.equal(a, b) for a, b in zip(task_weights[1], task_weights[2], strict=True))
 
 
-def test_no_noise_is_accepted_and_a_plain_loader_too():
+def test_trains_with_noise_rate_0_and_a_plain_dataloader():
     L.seed_everything(0, verbose=False)
     task = CoTeaching("cnn_tiny", 10, input_shape=(1, 8, 8), noise_rate=0.0)
     pairs = TensorDataset(torch.randn(16, 1, 8, 8), torch.arange(16) % 10)
@@ -108,7 +108,7 @@ def test_no_noise_is_accepted_and_a_plain_loader_too():
     assert [forget_rate(t, task.noise_rate, task.ramp_epochs) for t in (0, 20)] == [0.0, 0.0]
 
 
-def test_answers():
+def test_scores_and_probabilities_join_both_networks():
     task = CoTeaching("cnn_tiny", 10, input_shape=(1, 8, 8), noise_rate=0.2).eval()
     image = torch.randn(3, 1, 8, 8)
     logits = [network(image) for network in task.networks]
@@ -126,7 +126,7 @@ def test_answers():
         ({"noise_rate": 0.2, "exponent": 0.0}, "exponent must be above 0, got 0.0"),
     ],
 )
-def test_refuses(arguments, message):
+def test_wrong_arguments_raise(arguments, message):
     with pytest.raises(ValueError, match=message):
         CoTeaching("cnn_tiny", 10, input_shape=(1, 8, 8), **arguments)
 
@@ -142,7 +142,7 @@ def test_resumes_to_the_bit(tmp_path):
     assert resumes_to_the_bit(CoTeaching, tmp_path, noise_rate=0.4, ramp_epochs=3, optimizer=adam, lr_scheduler=late)
 
 
-def test_schedule():
+def test_late_linear_lr_decays_after_start_epoch_and_lowers_beta1():
     optimizer = torch.optim.Adam(nn.Linear(1, 1).parameters(), lr=0.1)
     scheduler = late(optimizer)
     seen = []
@@ -157,7 +157,7 @@ def test_schedule():
         LateLinearLR(optimizer, start_epoch=4, epochs=4)
 
 
-def test_a_schedule_as_long_as_the_training():
+def test_late_linear_lr_without_epochs_takes_the_length_of_the_training():
     rates = []
     for options in ({"epochs": 5}, {}):
         optimizer = torch.optim.Adam(nn.Linear(1, 1).parameters(), lr=0.1)
@@ -171,7 +171,7 @@ def test_a_schedule_as_long_as_the_training():
     assert rates[0] == rates[1]
 
 
-def test_each_network_is_tested_alone():
+def test_test_accuracy_is_logged_for_each_network_and_for_both():
     task, trainer = fitted(CoTeaching, noise_rate=0.2)
     (found,) = trainer.test(task, datamodule=trainer.datamodule, verbose=False)
     data, right = trainer.datamodule, [0, 0, 0]
@@ -193,7 +193,7 @@ def _train_on_two():
     return trainer.global_step, weights, trainer.callback_metrics["train/pure_ratio"].item()
 
 
-def test_two_processes_stay_together():
+def test_two_processes_have_equal_weights_steps_and_pure_ratio():
     first, second = on_two_ranks(_train_on_two)
     assert first == second
     assert first[0] == 3 * 2 * len(data_module().loader("train", shuffle=True))

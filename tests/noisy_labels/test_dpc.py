@@ -1,4 +1,4 @@
-"""The functions of DPC against worked numbers and independent forms."""
+"""The functions of DPC against worked numbers and other ways to compute them."""
 
 import math
 
@@ -17,29 +17,29 @@ from lightning_kd.noisy_labels.dpc import (
     logit_margin,
 )
 
-TWO = torch.tensor([[0.0, 2.0, 0.0, 0.0], [-2.0, 0.0, -2.0, -2.0]], dtype=torch.float64)
-ONE = torch.tensor([1, 1])
+ROWS = torch.tensor([[0.0, 2.0, 0.0, 0.0], [-2.0, 0.0, -2.0, -2.0]], dtype=torch.float64)
+TARGET = torch.tensor([1, 1])
 
 
-def test_worked_numbers_of_two_rows():
+def test_softmax_nll_and_kl_give_worked_numbers():
     torch.testing.assert_close(
-        calibrated_softmax(TWO, 1.0)[:, 1], torch.tensor([0.583016, 0.369959], dtype=torch.float64), atol=1e-6, rtol=0
+        calibrated_softmax(ROWS, 1.0)[:, 1], torch.tensor([0.583016, 0.369959], dtype=torch.float64), atol=1e-6, rtol=0
     )
-    nll, kl = dirichlet_nll(TWO, ONE, 1.0), dirichlet_kl(TWO, ONE, 1.0)
+    nll, kl = dirichlet_nll(ROWS, TARGET, 1.0), dirichlet_kl(ROWS, TARGET, 1.0)
     torch.testing.assert_close(nll, torch.tensor([0.539540, 0.994363], dtype=torch.float64), atol=1e-6, rtol=0)
     torch.testing.assert_close(kl, torch.tensor([0.437492, 0.0182035], dtype=torch.float64), atol=1e-6, rtol=0)
 
 
-def test_warm_up_weights_the_divergence_by_beta_over_the_classes():
+def test_warmup_weights_the_kl_by_beta_over_the_number_of_classes():
     task = DPC("mlp_8", 4, input_shape=(4,), gamma=1.0, beta=0.5)
-    terms = task.warmup_terms(TWO, ONE)
+    terms = task.warmup_terms(ROWS, TARGET)
     assert terms["nll"].item() == pytest.approx((0.539540 + 0.994363) / 2, abs=1e-6)
     assert terms["kl"].item() == pytest.approx(0.5 / 4 * (0.437492 + 0.0182035) / 2, abs=1e-6)
     assert terms.keys() == {"nll", "kl"}
 
 
 @pytest.mark.parametrize(("classes", "gamma", "scaled"), [(10, 1.0, 0.0568823), (100, 0.1, 0.405168)])
-def test_zero_logits(classes, gamma, scaled):
+def test_zero_logits_give_worked_losses_and_gradients(classes, gamma, scaled):
     logits = torch.zeros(1, classes, dtype=torch.float64, requires_grad=True)
     kl = 0.5 / classes * dirichlet_kl(logits, torch.tensor([3]), gamma)
     assert kl.item() == pytest.approx(scaled, abs=1e-6)
@@ -67,7 +67,7 @@ def test_zero_logits(classes, gamma, scaled):
         (88, 38.279022, 0.45),
     ],
 )
-def test_one_large_wrong_logit(z, scaled, slope, dtype):
+def test_one_large_wrong_logit_gives_worked_kl_and_gradient(z, scaled, slope, dtype):
     logits = torch.zeros(1, 10, dtype=dtype)
     logits[0, 2] = z
     logits.requires_grad_()
@@ -78,7 +78,7 @@ def test_one_large_wrong_logit(z, scaled, slope, dtype):
     assert gradient[0, 0] == 0
 
 
-def test_kl_is_that_of_the_distributions():
+def test_dirichlet_kl_equals_that_of_torch_distributions():
     logits = torch.randn(64, 7, dtype=torch.float64, generator=torch.Generator().manual_seed(0)) * 3
     target = torch.arange(64) % 7
     for gamma in (0.1, 1.0, 3.0):
@@ -97,7 +97,7 @@ def test_kl_is_0_without_evidence_for_wrong_classes():
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
-def test_extreme_logits_stay_finite(dtype):
+def test_losses_and_gradients_of_extreme_logits_are_finite(dtype):
     logits = (torch.linspace(-110, 110, 50)[:, None] * torch.tensor([1.0, -1.0, 0.5])).to(dtype).requires_grad_()
     target = torch.arange(50) % 3
     for function in (dirichlet_nll, dirichlet_kl):
@@ -111,7 +111,7 @@ def test_extreme_logits_stay_finite(dtype):
     torch.testing.assert_close(p.sum(1), torch.ones(50))
 
 
-def test_float32_agrees_with_float64_over_the_whole_range():
+def test_dirichlet_kl_in_float32_agrees_with_float64():
     logits = (torch.rand(2000, 10, generator=torch.Generator().manual_seed(1)) * 220 - 110).requires_grad_()
     wide = logits.detach().double().requires_grad_()
     target = torch.arange(2000) % 10
@@ -121,16 +121,16 @@ def test_float32_agrees_with_float64_over_the_whole_range():
     torch.testing.assert_close(ours.double(), theirs, atol=5e-6, rtol=5e-7)
 
 
-def test_gradient_by_differences():
+def test_gradcheck_passes_for_kl_and_nll():
     logits = torch.randn(4, 5, dtype=torch.float64, generator=torch.Generator().manual_seed(0)) * 4
-    logits[0, 0] = math.log(1000.0)  # around the start of the series
+    logits[0, 0] = math.log(1000.0)  # near where the series expansion takes over
     logits.requires_grad_()
     target = torch.tensor([1, 2, 3, 4])
     assert torch.autograd.gradcheck(lambda z: dirichlet_kl(z, target, 1.0), logits)
     assert torch.autograd.gradcheck(lambda z: dirichlet_nll(z, target, 0.3), logits)
 
 
-def test_gamma_towards_0_is_softmax_and_a_shift_matters():
+def test_calibrated_softmax_tends_to_softmax_and_depends_on_shifts():
     logits = torch.randn(6, 4, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
     torch.testing.assert_close(calibrated_softmax(logits, 1e-12), logits.softmax(1))
     assert (calibrated_softmax(logits, 1.0) - calibrated_softmax(logits + 1, 1.0)).abs().max() > 0.01
@@ -140,7 +140,7 @@ def test_gamma_towards_0_is_softmax_and_a_shift_matters():
         calibrated_softmax(logits, 0.0)
 
 
-def test_margin():
+def test_logit_margin_is_the_label_less_the_largest_other_logit():
     logits = torch.tensor([[3.0, 1.0, 2.0], [3.0, 1.0, 2.0], [3.0, 1.0, 2.0]])
     margin = logit_margin(logits, torch.tensor([0, 1, 2]))
     assert margin.tolist() == [1.0, -2.0, -1.0]
@@ -148,7 +148,7 @@ def test_margin():
     assert logit_margin(logits.half(), torch.tensor([0, 1, 2])).dtype == torch.float32
 
 
-def test_clean_probability():
+def test_clean_probability_separates_two_groups_and_ignores_scale():
     generator = torch.Generator().manual_seed(0)
     margins = torch.cat([torch.randn(400, generator=generator) - 4, torch.randn(600, generator=generator) + 4])
     w = clean_probability(margins)
@@ -171,7 +171,7 @@ def test_one_outlier_needs_the_clip():
     assert 700 < (clean_probability(margins, clip=0.01) > 0.5).sum() < 800
 
 
-def test_consistency():
+def test_consistency_gradient_reaches_the_strong_view_alone():
     strong = torch.randn(4, 3, generator=torch.Generator().manual_seed(0)).requires_grad_()
     weak = torch.randn(4, 3, generator=torch.Generator().manual_seed(1)).requires_grad_()
     loss = consistency_loss(strong, weak, 1.0)
@@ -181,7 +181,7 @@ def test_consistency():
     assert consistency_loss(weak, weak, 1.0).item() == pytest.approx(0, abs=1e-7)
 
 
-def test_kurtosis():
+def test_excess_kurtosis_of_known_distributions():
     values = torch.randn(200_000, generator=torch.Generator().manual_seed(0))
     assert excess_kurtosis(values) == pytest.approx(0, abs=0.05)
     assert excess_kurtosis(torch.tensor([0.0, 1.0] * 50)) == pytest.approx(-2)

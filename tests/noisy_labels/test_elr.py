@@ -32,7 +32,7 @@ def elr(momentum=0.7, weight=3.0):
     return task
 
 
-def test_first_visit_and_many():
+def test_memory_starts_at_0_and_converges_to_the_prediction():
     task = elr()
     batch = Batch(None, torch.tensor([1]), torch.tensor([2]))
     terms = task.noisy_loss(P.log(), batch)
@@ -45,7 +45,7 @@ def test_first_visit_and_many():
     assert task.memory.rows.dtype == torch.float32
 
 
-def test_memory_has_no_gradient_and_keeps_float32():
+def test_loss_has_no_gradient_through_the_memory():
     task = elr()
     logits = torch.randn(2, 3).half().requires_grad_()
     terms = task.noisy_loss(logits.float(), Batch(None, torch.tensor([0, 1]), torch.tensor([1, 3])))
@@ -69,7 +69,7 @@ def test_memory_of_a_saturated_prediction_is_clamped_and_normalised():
 @pytest.mark.parametrize(
     ("step", "length", "value"), [(0, 0, 1.0), (5, 0, 1.0), (0, 8, math.exp(-5)), (4, 8, math.exp(-1.25)), (9, 8, 1.0)]
 )
-def test_ramp(step, length, value):
+def test_ramp_gives_worked_numbers(step, length, value):
     assert ramp(step, length) == pytest.approx(value)
 
 
@@ -82,7 +82,7 @@ METHODS = [
 
 
 @pytest.mark.parametrize(("method", "arguments"), METHODS)
-def test_fits_and_says_what_it_thinks(method, arguments, tmp_path):
+def test_fit_logs_metrics_and_writes_noisy_labels_csv(method, arguments, tmp_path):
     task, trainer = fitted(method, **arguments)
     data = trainer.datamodule
     for key in ("loss", "loss_ce", "loss_elr", "acc", "clean_auc", "pure_ratio"):
@@ -110,7 +110,7 @@ def test_resumes_to_the_bit(method, arguments, tmp_path):
         ({"weight": -1.0}, "weight must be at least 0, got -1.0"),
     ],
 )
-def test_refuses(method, arguments, message):
+def test_wrong_arguments_of_both_methods_raise(method, arguments, message):
     with pytest.raises(ValueError, match=message):
         method("cnn_tiny", 10, input_shape=(1, 8, 8), **arguments)
 
@@ -124,12 +124,12 @@ def test_refuses(method, arguments, message):
         ({"mixup_alpha": 0.0}, "mixup_alpha must be above 0, got 0.0"),
     ],
 )
-def test_elr_plus_refuses(arguments, message):
+def test_wrong_arguments_of_elr_plus_raise(arguments, message):
     with pytest.raises(ValueError, match=message):
         ELRPlus("cnn_tiny", 10, input_shape=(1, 8, 8), **arguments)
 
 
-def test_resting_copies_are_no_cause_for_a_warning():
+def test_averages_in_eval_mode_give_no_warning():
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         warnings.filterwarnings("error", ".*in eval mode at the start")
@@ -137,7 +137,7 @@ def test_resting_copies_are_no_cause_for_a_warning():
         fitted(ELRPlus, trainer=trainer_of(max_epochs=1))
 
 
-def test_no_index_is_told():
+def test_batch_without_index_raises():
     task = ELR("cnn_tiny", 10, input_shape=(1, 8, 8))
     pairs = TensorDataset(torch.randn(8, 1, 8, 8), torch.arange(8))
     with pytest.raises(ValueError, match="the batch has no index"):
@@ -147,7 +147,7 @@ def test_no_index_is_told():
 # -- ELR+ ------------------------------------------------------------------------------------------------------------
 
 
-class Watched(ELRPlus):
+class CheckedELRPlus(ELRPlus):
     """Checks each step against the formulas."""
 
     def network_step(self, k, batch):
@@ -164,7 +164,7 @@ class Watched(ELRPlus):
             self.averages[1 - k].buffers(), old[1 - k].buffers(), expected.buffers(), strict=True
         ):
             torch.testing.assert_close(mine, after)
-            assert torch.equal(before, after) != in_train_mode  # statistics are gathered by a copy that is asked
+            assert torch.equal(before, after) != in_train_mode  # predicting in train mode updates them
         assert all(map(torch.equal, self.averages[k].buffers(), old[k].buffers()))
         rows = self.memories[f"predictions_{k + 1}"].rows[labelled.index]
         torch.testing.assert_close(rows, 0.7 * memory + 0.3 * other)
@@ -197,7 +197,7 @@ class Watched(ELRPlus):
 
 
 @pytest.mark.parametrize(("refine", "in_train_mode"), [(False, True), (True, True), (True, False)])
-def test_each_step_is_the_algorithm(refine, in_train_mode, monkeypatch):
+def test_each_step_equals_the_algorithm(refine, in_train_mode, monkeypatch):
     draw = elr_module.draw_mix
 
     def noted(*args):
@@ -206,7 +206,7 @@ def test_each_step_is_the_algorithm(refine, in_train_mode, monkeypatch):
 
     monkeypatch.setattr(elr_module, "draw_mix", noted)
     L.seed_everything(0, verbose=False)
-    task = Watched(
+    task = CheckedELRPlus(
         "cnn_tiny",
         10,
         input_shape=(1, 8, 8),
@@ -224,7 +224,7 @@ def test_each_step_is_the_algorithm(refine, in_train_mode, monkeypatch):
     assert task.steps_done == [2 * steps, 2 * steps]
 
 
-def test_the_rate_of_the_averages_is_one_step_ahead():
+def test_average_rate_is_one_step_ahead_in_train_mode():
     rates = []
     for in_train_mode in (True, False):
         task = ELRPlus(
@@ -240,7 +240,7 @@ def test_the_rate_of_the_averages_is_one_step_ahead():
     assert rates == [pytest.approx(0.010938085, abs=1e-8), pytest.approx(0.008598827, abs=1e-8)]
 
 
-def test_a_copy_gathers_statistics_of_its_own():
+def test_average_updates_its_own_running_statistics_in_train_mode():
     task = ELRPlus(nn.Sequential(nn.BatchNorm1d(4), nn.Linear(4, 3)), 3, input_shape=(4,))
     image = torch.randn(16, 4) + 3
     task.averaged_logits(1, image)
@@ -253,7 +253,7 @@ def test_a_copy_gathers_statistics_of_its_own():
 
 
 @pytest.mark.parametrize("in_train_mode", [True, False])
-def test_answers_and_modes(in_train_mode):
+def test_averages_join_the_scores_are_exported_and_not_trained(in_train_mode):
     task = ELRPlus("cnn_tiny", 10, input_shape=(1, 8, 8), averages_in_train_mode=in_train_mode)
     task.train()
     assert task.networks[0].training
@@ -271,7 +271,7 @@ def test_answers_and_modes(in_train_mode):
     assert not any(id(p) in trained or p.requires_grad for p in task.averages.parameters())
 
 
-def test_refined_labels_survive_a_memory_without_their_classes(monkeypatch):
+def test_refined_labels_are_finite_if_the_memory_lacks_their_class(monkeypatch):
     task, _ = fitted(ELRPlus, refine_labels=True, trainer=trainer_of(max_epochs=1))
     phase = task.phases(task.trainer.datamodule)[0]
     batch = next(iter(phase.labelled))

@@ -1,4 +1,4 @@
-"""A run of the semi-supervised stage that is killed and resumed through the real command equals an undisturbed one."""
+"""DPC, killed in its semi-supervised stage and resumed by the real command, ends as an undisturbed run."""
 
 import signal
 
@@ -13,7 +13,7 @@ ARGUMENTS = (
 )
 
 
-def test_sigkill_in_the_semi_supervised_stage(tmp_path):
+def test_resumes_to_the_bit_after_sigkill_in_the_semi_supervised_stage(tmp_path):
     whole = fit_dropping(tmp_path, "whole", ARGUMENTS)
     assert whole.returncode == 0, whole.stderr
     # 12 training passes are the warm-up epoch; a semi-supervised step has 5 and an epoch of each network several

@@ -53,7 +53,7 @@ def test_gce_worked_numbers(q, target, value):
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
-def test_gce_near_0_is_cross_entropy_in_either_precision(dtype):
+def test_gce_with_q_near_0_is_cross_entropy_in_either_precision(dtype):
     assert gce_loss(LOGITS.to(dtype), WRONG, 1e-6).item() == pytest.approx(1.609438, abs=3e-6)
 
 
@@ -65,14 +65,14 @@ def test_gce_gradient_is_that_of_cross_entropy_times_a_power_of_p(q):
     torch.testing.assert_close(gradient(lambda z: gce_loss(z, target, q), logits), expected)
 
 
-def test_gce_of_an_impossible_label_has_a_gradient():
+def test_gce_of_a_label_of_probability_0_has_a_finite_gradient():
     logits = torch.tensor([[300.0, 0.0, 0.0]])  # p_y is rounded to 0
     assert gce_loss(logits, WRONG, 0.7).item() == pytest.approx(1 / 0.7)
     assert gradient(lambda z: gce_loss(z, WRONG, 0.7), logits).isfinite().all()
 
 
 @pytest.mark.parametrize("q", [0.0, -0.5, 1.5, float("nan")])
-def test_gce_refuses(q):
+def test_gce_with_wrong_q_raises(q):
     with pytest.raises(ValueError, match=r"q must be above 0 and at most 1, got"):
         gce_loss(LOGITS, WRONG, q)
 
@@ -87,7 +87,7 @@ def test_sce_without_reverse_is_cross_entropy():
     assert sce_loss(logits, target, 0.3, 0.0).item() == pytest.approx(0.3 * F.cross_entropy(logits, target).item())
 
 
-def test_reverse_cross_entropy_is_the_definition_and_bounded():
+def test_reverse_cross_entropy_equals_its_definition_and_is_bounded():
     logits, target = random_batch(scale=8.0)
     p = logits.softmax(1).clamp(1e-7, 1)
     label = F.one_hot(target, 5).double().clamp(1e-4, 1)
@@ -104,7 +104,7 @@ def test_reverse_cross_entropy_is_the_definition_and_bounded():
         ((1.0, 1.0, 0.0), "log_zero"),
     ],
 )
-def test_sce_refuses(arguments, message):
+def test_sce_with_wrong_arguments_raises(arguments, message):
     with pytest.raises(ValueError, match=message):
         sce_loss(LOGITS, WRONG, *arguments)
 
@@ -154,7 +154,7 @@ def test_mixup_is_cross_entropy_with_mixed_labels(weight):
         assert mixup_loss(logits, target, partner, weight).item() == plain.item()
 
 
-def test_mixup_refuses():
+def test_mixup_with_wrong_weight_raises():
     with pytest.raises(ValueError, match=r"weight must be at least 0 and at most 1, got 1.5"):
         mixup_loss(LOGITS, RIGHT, WRONG, 1.5)
 
@@ -165,12 +165,12 @@ def test_elr_worked_numbers():
     assert (value, 3 * value) == pytest.approx((-0.176737, -0.530212), abs=1e-6)
 
 
-def test_elr_gradient():
+def test_elr_gradient_equals_its_formula():
     rows = torch.tensor([[0.1, 0.5, 0.2]], dtype=torch.float64)
     inner = (rows * P).sum()
     expected = -P * (rows - inner) / (1 - inner)
     torch.testing.assert_close(gradient(lambda z: elr_regularizer(z, rows), LOGITS), expected)
-    assert expected[0].argmin() == 1  # descending raises what the memory says, whatever is predicted
+    assert expected[0].argmin() == 1  # descent raises the class that the memory favours, not the predicted one
 
 
 def test_elr_has_no_gradient_through_the_memory():
@@ -188,7 +188,7 @@ def test_elr_of_saturated_predictions_is_bounded(dtype):
     assert gradient(lambda z: elr_regularizer(z, rows), logits).isfinite().all()
 
 
-def test_elr_refuses():
+def test_elr_with_different_shapes_raises():
     with pytest.raises(ValueError, match=r"logits \(1, 3\) and memory_rows \(1, 4\) must both be"):
         elr_regularizer(LOGITS, torch.zeros(1, 4))
 
@@ -212,12 +212,12 @@ def test_forget_rate_worked_numbers():
         ((0.2, 5, 0.0), "exp"),
     ],
 )
-def test_forget_rate_refuses(arguments, message):
+def test_forget_rate_with_wrong_arguments_raises(arguments, message):
     with pytest.raises(ValueError, match=message):
         forget_rate(0, *arguments)
 
 
-def test_coteaching_keeps_what_the_other_network_finds_easy():
+def test_coteaching_keeps_the_samples_of_smallest_loss_of_the_other_network():
     first, target = random_batch(0)
     second, _ = random_batch(1)
     each = [F.cross_entropy(z, target, reduction="none") for z in (first, second)]
@@ -250,7 +250,7 @@ def test_coteaching_of_equal_losses_keeps_the_first():
 @pytest.mark.parametrize(
     ("rate", "size", "kept"), [(0.9, 10, 1), (0.7, 10, 3), (0.45, 10, 5), (0.0, 7, 7), (0.9, 9, 0)]
 )
-def test_coteaching_keeps_the_floor(rate, size, kept):
+def test_coteaching_rounds_the_number_of_kept_samples_down(rate, size, kept):
     logits = torch.zeros(size, 3, requires_grad=True)
     losses = coteaching_losses(logits, torch.zeros(size, 3), torch.zeros(size, dtype=torch.int64), rate)
     losses[0].backward()
@@ -258,7 +258,7 @@ def test_coteaching_keeps_the_floor(rate, size, kept):
     assert losses[0].item() == pytest.approx(math.log(3) if kept else 0.0)
 
 
-def test_coteaching_refuses():
+def test_coteaching_with_wrong_shapes_or_rate_raises():
     with pytest.raises(ValueError, match=r"logits_1 \(1, 3\) and logits_2 \(2, 3\)"):
         coteaching_losses(LOGITS, LOGITS.repeat(2, 1), RIGHT, 0.1)
     with pytest.raises(ValueError, match=r"forget_rate must be at least 0 and at most 1, got 1.2"):
@@ -266,7 +266,7 @@ def test_coteaching_refuses():
 
 
 @pytest.mark.parametrize("name", LOSSES)
-def test_gradients_by_differences(name):
+def test_gradcheck_passes(name):
     logits, target = random_batch()
     if name == "elr":
         rows = random_batch(3)[0].softmax(1)
@@ -288,7 +288,7 @@ def test_half_precision_is_computed_in_float32(name, dtype):
 
 
 @pytest.mark.parametrize("name", LOSSES)
-def test_float64_stays_and_autocast_does_not_matter(name):
+def test_float64_stays_float64_and_autocast_changes_nothing(name):
     logits, target = random_batch()
     assert LOSSES[name](logits, target).dtype == torch.float64
     plain = LOSSES[name](logits.float(), target)

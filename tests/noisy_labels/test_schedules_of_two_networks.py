@@ -38,15 +38,15 @@ def cosine(length):
 
 
 @pytest.mark.parametrize("method", [ELRPlus, CoTeaching])
-def test_each_network_has_the_whole_cosine_in_its_steps(method):
+def test_each_network_goes_through_the_whole_cosine(method):
     assert rates_of(method) == cosine(4)
 
 
 @pytest.mark.parametrize("method", [ELRPlus, CoTeaching])
-def test_an_end_by_steps_counts_those_of_both(method):
+def test_max_steps_counts_the_steps_of_both_networks(method):
     data = data_module()
     data.setup()
-    steps = 2 * len(data.loader("train", shuffle=True))  # of an epoch
+    steps = 2 * len(data.loader("train", shuffle=True))  # per epoch
     for interval in ("epoch", "step"):
         *rates, end = rates_of(method, lr_interval=interval, max_epochs=9, max_steps=3 * steps)
         assert rates[:3] == cosine(3)[:3]
@@ -55,7 +55,7 @@ def test_an_end_by_steps_counts_those_of_both(method):
 
 
 @pytest.mark.parametrize("method", [DivideMix, DPC])
-def test_steps_that_only_the_split_knows_are_refused(method):
+def test_cosine_per_step_raises_where_the_split_decides_the_steps(method):
     said = f"CosineAnnealing ends with the training, .* say how many steps {method.__name__} trains: give lr_interval e"
     with pytest.raises(ValueError, match=said):
         rates_of(method)

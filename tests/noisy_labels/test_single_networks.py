@@ -25,7 +25,7 @@ METHODS = {
 
 
 @pytest.mark.parametrize("name", METHODS)
-def test_fits_and_says_what_it_thinks(name, tmp_path):
+def test_fit_logs_metrics_and_writes_noisy_labels_csv(name, tmp_path):
     method, arguments = METHODS[name]
     task, trainer = fitted(method, **arguments)
     logged = trainer.callback_metrics
@@ -60,12 +60,12 @@ def test_resumes_to_the_bit(name, tmp_path):
         (Mixup, {"alpha": 0.0}, "alpha must be above 0, got 0.0"),
     ],
 )
-def test_refuses(method, arguments, message):
+def test_wrong_arguments_raise(method, arguments, message):
     with pytest.raises(ValueError, match=message):
         method("cnn_tiny", 10, input_shape=(1, 8, 8), **arguments)
 
 
-def test_losses_of_the_tasks():
+def test_tasks_use_their_losses_with_default_arguments():
     logits, target = torch.randn(8, 10), torch.arange(8)
     batch = Batch(None, target)
     made = {m: m("cnn_tiny", 10, input_shape=(1, 8, 8)) for m in (CrossEntropy, GCE, SCE)}
@@ -77,20 +77,20 @@ def test_losses_of_the_tasks():
 # -- truncated GCE ---------------------------------------------------------------------------------------------------
 
 
-def test_truncated_loss():
+def test_truncated_gce_gives_worked_number_and_drops_a_sample():
     task = GCE("cnn_tiny", 3, input_shape=(1, 8, 8), truncation=0.5)
     assert task.bound == pytest.approx(0.549183, abs=1e-6)
     task.kept.allocate(4, torch.device("cpu"))
     task.kept.write(torch.tensor([3]), torch.tensor([0.0]))
     logits = torch.tensor([[0.7, 0.2, 0.1]]).log().repeat(2, 1).requires_grad_()
     loss = task.noisy_loss(logits, Batch(None, torch.tensor([0, 0]), torch.tensor([1, 3])))
-    assert loss.item() == pytest.approx((0.315634 - 0.549183) / 2, abs=1e-6)  # negative, and a dropped one counts
+    assert loss.item() == pytest.approx((0.315634 - 0.549183) / 2, abs=1e-6)  # the mean over both, one is dropped
     loss.backward()
     assert logits.grad[0].any()
     assert not logits.grad[1].any()
 
 
-def test_indicators_are_those_of_the_network_and_refreshed_on_time():
+def test_kept_samples_come_from_the_network_and_are_refreshed_on_time():
     refreshed = []
 
     class Watched(GCE):
@@ -110,14 +110,14 @@ def test_indicators_are_those_of_the_network_and_refreshed_on_time():
     assert 0 < task.kept.rows.mean() < 1
 
 
-def test_before_the_first_refresh_truncation_changes_no_gradient():
+def test_truncation_before_its_start_epoch_changes_no_training():
     plain, _ = fitted(GCE)
     truncated, _ = fitted(GCE, truncation=0.5, start_epoch=2)
     for a, b in zip(plain.parameters(), truncated.parameters(), strict=True):
         torch.testing.assert_close(a, b)
 
 
-def test_truncation_without_a_data_module_is_refused_at_the_start():
+def test_truncation_without_a_data_module_raises():
     pairs = TensorDataset(torch.randn(8, 1, 8, 8), torch.arange(8), torch.arange(8))
     task = GCE("cnn_tiny", 10, input_shape=(1, 8, 8), truncation=0.5)
     with pytest.raises(ValueError, match="give your data in a data module"):
@@ -143,7 +143,7 @@ def test_negative_learning_draws_anew_each_step_and_weights_classes():
     torch.testing.assert_close(task._class_weight, counts.max() / counts)
 
 
-def test_a_class_without_a_sample_gets_no_infinite_weight():
+def test_empty_class_gets_no_infinite_weight():
     data = data_module(noise=None)
     data.setup()
     data.train_target[data.train_target == 4] = 5
@@ -170,12 +170,12 @@ def test_negative_learning_learns_random_labels_slower():
 # -- MixUp -----------------------------------------------------------------------------------------------------------
 
 
-def test_mixing():
+def test_draw_mix_gives_weights_above_half_and_mix_mixes_by_them():
     generator = np.random.default_rng(0)
     draws = [draw_mix(generator, 1.0, 5) for _ in range(400)]
     weights = np.array([weight for weight, _ in draws])
     assert weights.min() >= 0.5
-    assert weights.mean() == pytest.approx(0.75, abs=0.02)  # the larger part of a uniform weight
+    assert weights.mean() == pytest.approx(0.75, abs=0.02)  # the mean of max(w, 1 - w) for uniform w
     assert all(partner.sort().values.tolist() == [0, 1, 2, 3, 4] for _, partner in draws)
     image = torch.arange(3.0)[:, None]
     mixed = mix(image, torch.tensor([1, 2, 0]), 0.75)

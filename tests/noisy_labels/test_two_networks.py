@@ -1,4 +1,4 @@
-"""DivideMix and DPC as tasks: the split, the step, the fall-backs, resume, two processes."""
+"""DivideMix and DPC as tasks: the split, the step, splits of one side alone, resuming, two processes."""
 
 import warnings
 from itertools import pairwise
@@ -48,7 +48,7 @@ def fitted(method, epochs=2, data=None, seed=0, trainer=None, **kwargs):
 # -- functions -------------------------------------------------------------------------------------------------------
 
 
-def test_sharpen():
+def test_sharpen_gives_worked_numbers():
     p = torch.tensor([[0.5, 0.3, 0.2]], dtype=torch.float64)
     expected = torch.tensor([[0.657895, 0.236842, 0.105263]], dtype=torch.float64)
     torch.testing.assert_close(sharpen(p, 0.5), expected, atol=1e-6, rtol=0)
@@ -56,7 +56,7 @@ def test_sharpen():
     assert sharpen(torch.tensor([[1.0, 0.0]]), 0.1).tolist() == [[1.0, 0.0]]
 
 
-def test_prior_penalty():
+def test_prior_penalty_is_the_kl_divergence_from_the_uniform_prior():
     assert prior_penalty(torch.eye(4)).item() == pytest.approx(0, abs=1e-7)
     p = torch.tensor([[0.7, 0.1, 0.2]], dtype=torch.float64)
     expected = sum(1 / 3 * np.log(1 / 3 / q) for q in (0.7, 0.1, 0.2))
@@ -64,7 +64,7 @@ def test_prior_penalty():
     assert prior_penalty(torch.tensor([[1.0, 0.0]])).isfinite()
 
 
-def test_ramp():
+def test_linear_ramp_gives_worked_numbers():
     values = [25 * linear_ramp(t, 10, 16) for t in (3, 10, 10.25, 14, 18, 26, 40)]
     assert values == [0, 0, 0.390625, 6.25, 12.5, 25, 25]
     assert linear_ramp(10, 10, 0) == 1.0
@@ -95,8 +95,8 @@ def test_phased_loader_cycles_the_unlabelled_stream():
 # -- one step --------------------------------------------------------------------------------------------------------
 
 
-class Fixed:
-    """Stands for the generator of the mixing: weight 0.8, partners in reverse order."""
+class FixedGenerator:
+    """A random generator that always mixes with weight 0.8 and the partners in reverse order."""
 
     def beta(self, a, b):
         return 0.2
@@ -106,11 +106,11 @@ class Fixed:
 
 
 @pytest.mark.parametrize("method", METHODS)
-def test_step_against_a_plain_form(method):
+def test_semi_supervised_step_equals_its_definition(method):
     """In eval mode (no dropout, no batch statistics), with every part written out again."""
     torch.manual_seed(0)
     task = task_of(method).double().eval()
-    task._draws = [Fixed(), Fixed()]
+    task._draws = [FixedGenerator(), FixedGenerator()]
     images = torch.randn(4, 6, 1, 8, 8, dtype=torch.float64)
     target = torch.randint(0, 10, (6,))
     task.clean.allocate(20, torch.device("cpu"))
@@ -165,7 +165,7 @@ def test_head_2_learns_only_from_the_unsupervised_loss():
         task.lambda_u = weight
         task.eval()
         task.zero_grad()
-        task._draws = [Fixed(), Fixed()]
+        task._draws = [FixedGenerator(), FixedGenerator()]
         task.clean.allocate(4, torch.device("cpu"))
         terms, _, _ = task.semi_supervised_step(0, batch, batch, 9.0)
         torch.stack([v for k, v in terms.items() if k != "u"]).sum().backward(retain_graph=weight > 0)
@@ -174,7 +174,7 @@ def test_head_2_learns_only_from_the_unsupervised_loss():
         if weight:
             terms["u"].backward()
             assert all(p.grad is not None for p in task.heads[0].parameters())
-            torch.testing.assert_close(task.networks[0].fc.weight.grad, gradients[weight])  # head 1 has no part in it
+            torch.testing.assert_close(task.networks[0].fc.weight.grad, gradients[weight])  # no gradient in head 1
     torch.testing.assert_close(gradients[0.0], gradients[5.0])
 
 
@@ -182,7 +182,7 @@ def test_head_2_learns_only_from_the_unsupervised_loss():
 
 
 @pytest.mark.parametrize("method", METHODS)
-def test_fit_logs_and_writes_the_verdict(method, tmp_path):
+def test_fit_logs_metrics_and_writes_noisy_labels_csv(method, tmp_path):
     data = data_module()
     task, trainer = fitted(method, 3, data)
     logged = {k.removeprefix("train/"): float(v) for k, v in trainer.callback_metrics.items()}
@@ -225,11 +225,11 @@ def test_each_network_uses_the_split_of_the_other():
         (DivideMix, {}, [8] * 5, [8, 8, 4, 8, 8]),
     ],
 )
-def test_partial_batches_of_both_streams(method, options, labelled, unlabelled):
+def test_partial_unlabelled_batches_are_dropped_by_default_in_dpc_alone(method, options, labelled, unlabelled):
     assert sizes_of_streams(method, 40, 20, **options) == (labelled, unlabelled)
 
 
-def test_the_last_labelled_batch_is_kept_on_webvision():
+def test_drop_last_false_keeps_the_last_labelled_batch():
     assert sizes_of_streams(DPC, 20, 40, drop_last=False)[0] == [8, 8, 4]
     assert sizes_of_streams(DPC, 20, 40)[0] == [8, 8]
 
@@ -246,7 +246,7 @@ def sizes_of_streams(method, clean, others, **options):
 
 
 @pytest.mark.parametrize("at_start", [False, True])
-def test_partner_of_network_2(at_start):
+def test_partner_of_network_2_is_the_latest_or_that_of_the_epoch_start(at_start):
     task = task_of(DPC, partner_at_epoch_start=at_start)
     before, guesses = [], []
 
@@ -273,7 +273,7 @@ def test_partner_of_network_2(at_start):
     assert not any("_earlier" in name for name in task.state_dict())
 
 
-def test_head_2_decays_where_its_loss_has_no_weight():
+def test_head_2_decays_after_the_warmup_although_its_loss_has_no_weight():
     task = task_of(DPC, lambda_u=0.0, optimizer=lambda p: torch.optim.SGD(p, lr=0.02, momentum=0.9, weight_decay=5e-4))
     seen = []
 
@@ -297,7 +297,7 @@ def test_head_2_decays_where_its_loss_has_no_weight():
 @pytest.mark.parametrize(
     ("low", "clean", "unlabelled"), [(0.0, 0, False), (1.0, 256, False), (0.0, 1, False), (0.0, 5, True)]
 )
-def test_degenerate_splits_fall_back(low, clean, unlabelled):
+def test_splits_of_none_one_or_all_clean_train_without_unlabelled_batches(low, clean, unlabelled):
     data = data_module(noise=None)
     task = task_of(DivideMix)
 
@@ -321,7 +321,7 @@ def test_degenerate_splits_fall_back(low, clean, unlabelled):
     assert (task.clean.rows == 1).sum() == 2 * (clean if low == 0 else len(task.clean.rows))
 
 
-def test_strong_views_and_one_head():
+def test_strong_weight_one_head_and_margin_split_take_effect():
     task, trainer = fitted(DPC, 2, strong_weight=1.0, heads=1, split="margin")
     assert "train/loss_strong" in trainer.callback_metrics
     assert not task.heads
@@ -330,14 +330,14 @@ def test_strong_views_and_one_head():
     torch.testing.assert_close(verdict.clean_probability, verdict.score)
 
 
-def test_history_averages_the_scores():
+def test_loss_history_averages_the_scores():
     task, _ = fitted(DivideMix, 3, loss_history=2)
     rows = task.memories["scores"].rows[task._network_scores[0].index]
     assert (rows >= 0).all()
     torch.testing.assert_close(task._network_scores[1].score, rows[:, 1].double().mean(1), atol=1e-6, rtol=0)
 
 
-def test_history_begins_with_the_first_split(monkeypatch):
+def test_loss_history_begins_with_the_first_split(monkeypatch):
     """As the official code, which keeps no scores of the warm-up before its last epoch."""
     ends = torch.tensor([[0, 0.2, 0.4, 0.6, 0.8, 1], [1, 0.8, 0.6, 0.4, 0.2, 0], [0, 0.1, 0.3, 0.7, 0.9, 1]]).double()
     found, kept = [], []
@@ -361,7 +361,7 @@ def test_history_begins_with_the_first_split(monkeypatch):
     assert [bool(any_) for any_ in kept] == [False, True]
 
 
-def test_partner_keeps_its_statistics():
+def test_training_one_network_keeps_the_running_statistics_of_the_other():
     task = task_of(DPC)
     statistics = []
 
@@ -376,7 +376,7 @@ def test_partner_keeps_its_statistics():
             assert (old[1 - now] == new[1 - now]).all()
 
 
-def test_refusals():
+def test_unsupported_trainer_settings_and_wrong_arguments_raise():
     with pytest.raises(ValueError, match=r"model\.gradient_clip_val"):
         trainer_of(gradient_clip_val=1.0).fit(task_of(DPC), datamodule=data_module())
     with pytest.raises(ValueError, match=r"raise data\.batch_size"):
@@ -406,13 +406,13 @@ def test_clipping_bounds_the_step():
 
 
 @pytest.mark.parametrize("precision", ["bf16-mixed", "64-true"])
-def test_other_precisions(precision):
+def test_trains_in_other_precisions(precision):
     _, trainer = fitted(DPC, 2, trainer=trainer_of(precision=precision))
     assert torch.isfinite(trainer.callback_metrics["train/loss"])
 
 
 @pytest.mark.parametrize("method", METHODS)
-def test_resume_is_exact(method, tmp_path):
+def test_resumes_to_the_bit(method, tmp_path):
     def run(epochs, folder, resume=None):
         L.seed_everything(1, verbose=False)
         task = task_of(method, lr_scheduler=lambda o: torch.optim.lr_scheduler.StepLR(o, 2, 0.5))
@@ -464,7 +464,7 @@ def test_two_processes_make_the_split_of_one():
     torch.testing.assert_close(torch.tensor(ranks[0]), task.clean.rows, atol=1e-5, rtol=0)
 
 
-def test_two_processes_stay_together():
+def test_two_processes_have_equal_weights_and_splits():
     first, second = on_two_ranks(_train_on_two)
     assert first == second
 
@@ -482,7 +482,7 @@ def test_a_limited_epoch_trains_both_networks():
         trainer_of(overfit_batches=2).fit(task_of(DPC), datamodule=data_module())
 
 
-def test_a_second_fit_judges_anew_and_looking_changes_nothing():
+def test_second_fit_scores_labels_anew_and_label_scores_change_no_memory():
     task = task_of(DivideMix, loss_history=3)
     for noise in (None, SymmetricNoise(0.4, "exclusive")):
         data = data_module(noise=noise)
@@ -495,7 +495,7 @@ def test_a_second_fit_judges_anew_and_looking_changes_nothing():
     assert all(torch.equal(a, memory.rows) for a, memory in zip(rows, task.memories.values(), strict=True))
 
 
-def test_the_verdict_is_that_of_its_mixture_and_threshold():
+def test_clean_probability_and_fraction_follow_mixture_and_threshold():
     task, trainer = fitted(DPC, 2, threshold=0.9)
     scores = task.label_scores()
     torch.testing.assert_close(scores.clean_probability, scores.mixture.posterior(scores.score)[:, 1])
@@ -503,8 +503,8 @@ def test_the_verdict_is_that_of_its_mixture_and_threshold():
     assert float(trainer.callback_metrics["train/clean_fraction"]) == pytest.approx(float(used), abs=1e-6)
 
 
-def test_means_weigh_each_step_alike():
-    """A term that is missing in some steps, as the unsupervised one at the start of its ramp."""
+def test_logged_loss_is_the_mean_over_the_samples_of_all_steps():
+    """Also where some steps lack a term, as the unsupervised one at the start of its ramp."""
     L.seed_everything(0, verbose=False)
     task, values = task_of(DPC), []
     real = task.step_loss
@@ -521,7 +521,7 @@ def test_means_weigh_each_step_alike():
     assert float(trainer.callback_metrics["train/loss"]) == pytest.approx(expected, rel=1e-5)
 
 
-def test_plateau_gets_its_metric_and_labelled_anchors_halve_the_step():
+def test_plateau_gets_its_metric_and_labelled_anchors_halve_the_batch():
     def plateau(optimizer):
         scheduler = torch.optim.lr_scheduler.ReduceLROnPlateau(optimizer, patience=0, threshold=10.0)
         scheduler.monitor = "train/loss"
@@ -540,7 +540,7 @@ def test_plateau_gets_its_metric_and_labelled_anchors_halve_the_step():
         task_of(DPC, labelled_anchors=True)
 
 
-def test_a_twin_starts_elsewhere():
+def test_second_network_starts_with_other_weights_or_a_warning():
     network = torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(64, 16), torch.nn.ReLU(), torch.nn.Linear(16, 10))
     task = DivideMix(network, 10, input_shape=(1, 8, 8))
     first, second = (net[1].weight for net in task.networks)
