@@ -11,7 +11,7 @@ from lightning_kd.core import Classification
 
 
 class Rates(L.Callback):
-    """The learning rate of each epoch."""
+    """Records the learning rate at the start of each epoch."""
 
     def __init__(self):
         self.rates = []
@@ -44,7 +44,7 @@ def sgd(lr=0.1):
 
 
 def rates_of(schedule, epochs, ckpt_path=None, save=None, limits=None, stop=None, **options):
-    """The rates of a fit of 4 steps an epoch, which may stop after epoch ``stop``."""
+    """The learning rate of each epoch of a fit with 4 steps an epoch, ended after epoch ``stop`` if given."""
 
     class Stop(L.Callback):
         def on_train_epoch_end(self, trainer, pl_module):

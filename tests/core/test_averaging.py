@@ -14,7 +14,7 @@ def network() -> nn.Sequential:
 
 
 def train(module: nn.Module) -> None:
-    """Other parameters, running statistics and counters."""
+    """Change parameters, running statistics and batch counters."""
     with torch.no_grad():
         for parameter in module.parameters():
             parameter.add_(torch.randn_like(parameter))
@@ -22,7 +22,7 @@ def train(module: nn.Module) -> None:
 
 
 @pytest.mark.parametrize("buffers", ["copy", "average", "keep"])
-def test_average(buffers: str) -> None:
+def test_average_follows_the_decay_and_the_buffer_mode(buffers: str) -> None:
     trained = network()
     average = averaged_copy(trained)
     assert average is not trained
@@ -43,7 +43,7 @@ def test_average(buffers: str) -> None:
     assert average[1].num_batches_tracked.item() == (0 if buffers == "keep" else 3)
 
 
-def test_decay_one_keeps_all() -> None:
+def test_decay_one_leaves_the_average_unchanged() -> None:
     trained = network()
     average = averaged_copy(trained)
     before = average[0].weight.clone()
@@ -52,7 +52,7 @@ def test_decay_one_keeps_all() -> None:
     assert torch.equal(average[0].weight, before)
 
 
-def test_network_without_buffers_and_shared_weights() -> None:
+def test_shared_weights_stay_shared_and_are_averaged_once() -> None:
     trained = nn.Sequential(nn.Linear(3, 3), nn.Linear(3, 3))
     trained[1].weight = trained[0].weight
     average = averaged_copy(trained)
@@ -64,7 +64,7 @@ def test_network_without_buffers_and_shared_weights() -> None:
     torch.testing.assert_close(average[1].weight, expected)
 
 
-def test_wrong_arguments() -> None:
+def test_wrong_decay_buffers_and_network_raise() -> None:
     trained = network()
     average = averaged_copy(trained)
     with pytest.raises(ValueError, match=r"^decay must be at least 0 and at most 1, got 1\.5"):

@@ -1,4 +1,4 @@
-"""What is told of single classes, and weights of classes of unequal size."""
+"""Confusion table and accuracy averaged over classes, and class weights in the loss."""
 
 import csv
 import warnings
@@ -36,7 +36,7 @@ def arrays(tmp_path, sizes=SIZES, name="a"):
     return str(tmp_path / f"{name}.npz")
 
 
-def test_the_table_and_the_mean_of_classes_against_scikit_learn():
+def test_confusion_table_and_macro_accuracy_equal_scikit_learn():
     generator = torch.Generator().manual_seed(0)
     scores, target = torch.randn(80, 5, generator=generator), torch.randint(0, 4, (80,), generator=generator)
     metric = ConfusionMetric(5)
@@ -53,7 +53,7 @@ def test_the_table_and_the_mean_of_classes_against_scikit_learn():
     assert silent.compute() == {}
 
 
-def test_more_than_three_to_one():
+def test_classes_are_unequal_above_three_to_one():
     assert not are_unequal(None)
     assert not are_unequal(torch.tensor([30, 10]))
     assert are_unequal(torch.tensor([31, 10]))
@@ -61,7 +61,7 @@ def test_more_than_three_to_one():
 
 
 @pytest.mark.parametrize(("sizes", "told"), [(SIZES, True), ((20, 20, 20), False)])
-def test_the_mean_of_classes_is_logged_where_they_are_unequal(tmp_path, sizes, told):
+def test_macro_accuracy_is_logged_only_for_unequal_classes(tmp_path, sizes, told):
     data = ArrayDataModule(arrays(tmp_path, sizes), val_fraction=0.2)
     task, fitting = Classification("mlp_8", 3, input_shape=(4,)), trainer(tmp_path)
     fitting.fit(task, data)
@@ -69,13 +69,13 @@ def test_the_mean_of_classes_is_logged_where_they_are_unequal(tmp_path, sizes, t
     (found,) = fitting.test(task, data, verbose=False)
     assert ("test/acc_macro" in found) == told
     table = task.confusion
-    assert table.sum(1).tolist() == [sizes[0], sizes[2], sizes[1]]  # in the order of their names
+    assert table.sum(1).tolist() == [sizes[0], sizes[2], sizes[1]]  # classes are sorted by name
     assert float(table.diagonal().sum() / table.sum()) == pytest.approx(found["test/acc"])
     if told:
         assert float((table.diagonal() / table.sum(1)).mean()) == pytest.approx(found["test/acc_macro"])
 
 
-def test_the_files(tmp_path):
+def test_confusion_csv_and_picture_are_written(tmp_path):
     table = torch.tensor([[3, 1, 0], [0, 2, 0], [0, 0, 0]])
     assert [path.name for path in write_confusion(tmp_path, table, ["=cat", "dog", "$a, b"])] == [
         "confusion.csv",
@@ -94,19 +94,19 @@ def test_the_files(tmp_path):
     assert (tmp_path / "confusion.csv").read_text().startswith("class,count,accuracy,0,1,2\n0,4,0.75")
 
 
-def test_a_picture_that_cannot_be_drawn_costs_no_test(tmp_path, monkeypatch):
+def test_failed_picture_warns_and_keeps_the_csv(tmp_path, monkeypatch):
     table = torch.eye(2, dtype=torch.int64)
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        write_confusion(tmp_path, table, ["日本", "b"])  # a name that the picture's font lacks is no matter
+        write_confusion(tmp_path, table, ["日本", "b"])  # no warning for a name that the font lacks
     monkeypatch.setattr("lightning_kd.core.class_metrics.confusion_figure", lambda *given: 1 / 0)
     with pytest.warns(UserWarning, match=r"no picture confusion.png \(ZeroDivisionError"):
         written = write_confusion(tmp_path, table, ["a", "b"])
     assert [path.name for path in written] == ["confusion.csv"]
-    assert not (tmp_path / "confusion.png").exists()  # that of an earlier test
+    assert not (tmp_path / "confusion.png").exists()  # that of the earlier call is removed
 
 
-def test_from_the_command_line(tmp_path, monkeypatch):
+def test_test_command_writes_confusion_files_and_overwrite_removes_them(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     words = ["--config", "distillation/teacher_digits", "--config", "_overlay/smoke", "--model.network", "cnn_tiny"]
     words += ["--trainer.limit_test_batches", "1.0", "--run", "r", "--trainer.enable_progress_bar", "false"]
@@ -124,7 +124,7 @@ def test_from_the_command_line(tmp_path, monkeypatch):
 # -- weights of classes ----------------------------------------------------------------------------------------------
 
 
-def test_the_loss_is_torchs_weighted_mean():
+def test_class_weights_give_torchs_weighted_cross_entropy():
     logits, target = torch.randn(6, 3, generator=torch.Generator().manual_seed(0)), torch.tensor([0, 0, 1, 2, 2, 0])
     task = Classification(nn.Linear(4, 3), 3, input_shape=(4,), class_weights=[1, 5.0, 0.5], label_smoothing=0.1)
     expected = F.cross_entropy(logits, target, weight=torch.tensor([1, 5, 0.5]), label_smoothing=0.1)
@@ -134,11 +134,11 @@ def test_the_loss_is_torchs_weighted_mean():
     assert task.hparams.class_weights == [1, 5.0, 0.5]
 
 
-def test_balanced_counts_the_training_samples_in_use(tmp_path):
+def test_balanced_weights_count_training_samples_only(tmp_path):
     data = ArrayDataModule(arrays(tmp_path), val_fraction=0.5)
     task = Classification(nn.Linear(4, 3), 3, input_shape=(4,), class_weights="balanced")
     trainer(tmp_path).fit(task, data)
-    # texts are numbered in their order: "=cat", "a, b", "dog"
+    # text labels are numbered in sorted order: "=cat", "a, b", "dog"
     assert task._weight.tolist() == pytest.approx([28 / (3 * n) for n in (20, 3, 5)])
 
 
@@ -150,12 +150,12 @@ def test_balanced_counts_the_training_samples_in_use(tmp_path):
         ("equal", "^class_weights must be 'balanced' or a list of numbers, got 'equal'"),
     ],
 )
-def test_other_weights_are_refused(weights, message):
+def test_wrong_class_weights_raise(weights, message):
     with pytest.raises(ValueError, match=message):
         Classification(nn.Linear(4, 3), 3, input_shape=(4,), class_weights=weights)
 
 
-def test_balanced_needs_data_that_can_be_counted(tmp_path):
+def test_balanced_weights_need_a_data_module_without_balance(tmp_path):
     task = Classification(nn.Linear(4, 3), 3, input_shape=(4,), class_weights="balanced")
     rows = torch.utils.data.TensorDataset(torch.randn(8, 4), torch.zeros(8, dtype=torch.int64))
     with pytest.raises(ValueError, match=r"^class_weights='balanced' counts the classes of a data module"):

@@ -1,4 +1,4 @@
-"""Weight decay for weights alone."""
+"""Weight decay of weights only (``decay_weights_only``)."""
 
 from functools import partial
 
@@ -8,7 +8,7 @@ import torch
 from lightning_kd.core import Classification
 
 
-def test_biases_and_norms_are_left_alone():
+def test_biases_and_norms_get_no_weight_decay():
     adam = partial(torch.optim.Adam, lr=0.1, weight_decay=0.5)
     task = Classification("cnn_tiny", 3, optimizer=adam, decay_weights_only=True)
     optimizer = task.configure_optimizers()

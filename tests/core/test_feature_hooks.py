@@ -17,7 +17,7 @@ class Net(nn.Module):
         return self.head(self.body(x))
 
 
-def test_classifier_is_found_or_named():
+def test_classifier_is_found_automatically_or_by_name():
     net = Net()
     assert find_classifier(net) == ("head", net.head)
     assert find_classifier(net, "body.0") == ("body.0", net.body[0])
@@ -29,7 +29,7 @@ def test_classifier_is_found_or_named():
         find_classifier(nn.Sequential(nn.ReLU()))
 
 
-def test_tap_keeps_the_feature_with_its_graph():
+def test_penultimate_tap_keeps_the_feature_with_its_gradient():
     net = Net()
     tap, classifier = penultimate_tap(net)
     x = torch.randn(4, 3)
@@ -42,7 +42,7 @@ def test_tap_keeps_the_feature_with_its_graph():
         tap.pop()
 
 
-def test_output_tap_and_bad_arguments():
+def test_tap_keeps_a_modules_output_and_wrong_arguments_raise():
     net = Net()
     tap = Tap(net, "body")
     x = torch.randn(4, 3)
@@ -54,14 +54,14 @@ def test_output_tap_and_bad_arguments():
         Tap(net, "body", "top")
 
 
-def test_tap_after_compile_is_refused():
+def test_tap_after_compile_raises():
     net = Net()
     net.compile(backend="eager")
     with pytest.raises(RuntimeError, match="tap the network first"):
         Tap(net, "body")
 
 
-def test_tap_before_compile_fires():
+def test_tap_before_compile_works():
     net = Net()
     tap, _ = penultimate_tap(net)
     net.compile(backend="eager")

@@ -1,4 +1,4 @@
-"""Published weights with a new classifier, a frozen backbone, and one that learns slowly."""
+"""Fine-tuning: published weights with a new classifier, a frozen backbone, a smaller rate for the backbone."""
 
 import warnings
 from pathlib import Path
@@ -24,7 +24,7 @@ LIBRARY_CLASSES = 1000
 
 @pytest.fixture
 def published(monkeypatch):
-    """torchvision's own networks with weights that a download would have brought."""
+    """Replaces torchvision's downloads by random weights; holds the weights given, by network name."""
     real, given = torchvision.models.get_model, {}
 
     def get_model(name, weights=None, **options):
@@ -70,7 +70,7 @@ def test_published_weights_get_a_new_classifier(published, name):
     assert network.eval()(torch.randn(2, 3, 64, 64)).shape == (2, 7)
 
 
-def test_published_weights_of_as_many_classes_keep_their_classifier(published):
+def test_same_number_of_classes_keeps_the_published_classifier_unless_new(published):
     name = "mobilenet_v3_small"
     same = pretrained_network(f"torchvision/{name}", LIBRARY_CLASSES, new_classifier=False)
     assert torch.equal(same.state_dict()["classifier.3.weight"], published[name]["classifier.3.weight"])
@@ -85,7 +85,7 @@ def test_published_segmentation_networks_get_new_classifiers(published):
     assert output["out"].shape == (1, 4, 32, 32)
 
 
-def test_every_method_with_one_network_takes_them(published):
+def test_tasks_with_published_weights_default_to_adamw(published):
     name = "torchvision/mobilenet_v3_small"
     plain = Classification(name, 7, weights="default")
     noisy = CrossEntropy(name, 7, weights="default")
@@ -103,7 +103,7 @@ def test_every_method_with_one_network_takes_them(published):
     ("method", "outputs", "options"),
     [(PoolClassifier, 3, {}), (DCFS, 4, {"num_outputs": "K+1"}), (BLDR, 3, {"warmup_epochs": 1})],
 )
-def test_pools_and_two_heads_stand_on_a_backbone_that_rests(tmp_path, method, outputs, options):
+def test_pool_and_noise_methods_freeze_or_slow_the_backbone(tmp_path, method, outputs, options):
     torch.save(build_network("resnet8", 10).state_dict(), tmp_path / "ten.pt")
     plain = method("resnet8", 3, **options)
     assert type(plain.configure_optimizers()) is torch.optim.SGD
@@ -151,13 +151,13 @@ def test_timm_makes_the_new_classifier_itself(monkeypatch):
         (lambda: nn.Conv2d(3, 2, 1), {"freeze": "backbone"}, "with an nn.Linear as classifier, Conv2d has none"),
     ],
 )
-def test_what_cannot_be_begun_is_told(published, network, options, message):
+def test_wrong_fine_tuning_options_raise_before_any_download(published, network, options, message):
     with pytest.raises(ValueError, match=message):
         Classification(network(), 2, **options)
-    assert not published  # nothing was downloaded before
+    assert not published  # nothing was downloaded
 
 
-def test_a_checkpoint_needs_no_download(published, tmp_path, monkeypatch):
+def test_loading_a_checkpoint_downloads_nothing(published, tmp_path, monkeypatch):
     task = Classification("torchvision/mobilenet_v3_small", 7, input_shape=(3, 32, 32), weights="default")
     trainer = L.Trainer(accelerator="cpu", logger=False, enable_checkpointing=False, default_root_dir=tmp_path)
     trainer.strategy.connect(task)
@@ -167,10 +167,10 @@ def test_a_checkpoint_needs_no_download(published, tmp_path, monkeypatch):
     assert not published
     assert all(torch.equal(value, again.state_dict()[key]) for key, value in task.state_dict().items())
     Classification("torchvision/mobilenet_v3_small", 7, weights="default")
-    assert published  # a new training looks for them
+    assert published  # a new task downloads them
 
 
-def test_the_command_line_needs_no_file_either(tmp_path, monkeypatch, capsys):
+def test_test_and_resume_need_no_weights_file_but_a_new_fit_does(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     torch.save(build_network("cnn_tiny", 10, 1).state_dict(), "old.pt")
     options = ["--model.network", "cnn_tiny", "--model.weights", "old.pt", "--model.new_classifier", "true"]
@@ -184,11 +184,11 @@ def test_the_command_line_needs_no_file_either(tmp_path, monkeypatch, capsys):
     assert "there is no such file" in capsys.readouterr().err
 
 
-# -- a file with another classifier ----------------------------------------------------------------------------------
+# -- files with another classifier -----------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("name", ["resnet8", "mobilenetv2", "vgg8"])
-def test_all_but_the_classifier_of_a_file(tmp_path, name):
+def test_new_classifier_loads_all_weights_but_the_classifier(tmp_path, name):
     torch.manual_seed(0)
     old, new = build_network(name, 10), build_network(name, 4)
     path, before = tmp_path / "old.pt", {key: value.clone() for key, value in new.state_dict().items()}
@@ -207,7 +207,7 @@ def test_all_but_the_classifier_of_a_file(tmp_path, name):
         assert torch.equal(value, kept[key]), key
 
 
-def test_a_file_without_classifier_or_of_the_same_classes(tmp_path):
+def test_new_classifier_ignores_a_missing_or_matching_classifier(tmp_path):
     old = build_network("resnet8", 10)
     torch.save({key: value for key, value in old.state_dict().items() if not key.startswith("fc.")}, tmp_path / "b.pt")
     torch.save(old.state_dict(), tmp_path / "same.pt")
@@ -219,13 +219,13 @@ def test_a_file_without_classifier_or_of_the_same_classes(tmp_path):
         assert torch.equal(new.conv1.weight, old.conv1.weight)
 
 
-def test_another_network_is_still_refused(tmp_path):
+def test_new_classifier_with_weights_of_another_network_raises(tmp_path):
     torch.save(build_network("resnet8x4", 10).state_dict(), tmp_path / "wide.pt")
     with pytest.raises(ValueError, match="do not fit the network"):
         load_weights(build_network("resnet8", 4), tmp_path / "wide.pt", 4, new_classifier=True)
 
 
-# -- a backbone that rests -------------------------------------------------------------------------------------------
+# -- a frozen backbone -----------------------------------------------------------------------------------------------
 
 
 class Watched(Classification):
@@ -237,7 +237,7 @@ class Watched(Classification):
         self.reached = {name for name, p in self.network.named_parameters() if p.grad is not None}
 
 
-def test_a_frozen_backbone_stays_as_it_is(tmp_path):
+def test_frozen_backbone_does_not_change_in_training(tmp_path):
     torch.manual_seed(0)
     task = Watched(build_network("resnet8", 10, 1), 10, input_shape=(1, 8, 8), freeze="backbone")
     before = {key: value.clone() for key, value in task.network.state_dict().items()}
@@ -254,13 +254,13 @@ def test_a_frozen_backbone_stays_as_it_is(tmp_path):
     assert not any(key.startswith("_trained") for key in task.state_dict())
 
 
-def test_dropout_and_the_classifier_go_on(tmp_path):
+def test_freezing_puts_only_batch_norm_in_eval_mode(tmp_path):
     network = nn.Sequential(nn.Flatten(), nn.Linear(64, 8), nn.BatchNorm1d(8), nn.Dropout(), nn.Linear(8, 10))
     Classification(network, 10, input_shape=(1, 8, 8), freeze="backbone").train()
     assert [m.training for m in network] == [True, True, False, True, True]
 
 
-def test_a_student_on_a_frozen_backbone_keeps_the_heads_of_its_method():
+def test_frozen_student_still_trains_the_heads_of_its_method():
     from lightning_kd import DHKD
 
     student, teacher = build_network("resnet8", 10), build_network("resnet8", 10)
@@ -270,7 +270,7 @@ def test_a_student_on_a_frozen_backbone_keeps_the_heads_of_its_method():
     assert set(task.modules_at_rest()) == {m for m in task.modules() if not m.training}
 
 
-# -- a backbone that learns slowly -----------------------------------------------------------------------------------
+# -- a smaller learning rate for the backbone ------------------------------------------------------------------------
 
 
 def rates(trainer):
@@ -278,7 +278,7 @@ def rates(trainer):
 
 
 @pytest.mark.parametrize("method", [Classification, CrossEntropy])
-def test_two_rates(tmp_path, method):
+def test_backbone_lr_gives_the_backbone_a_smaller_rate(tmp_path, method):
     network = build_network("resnet8", 10, 1)
     task = method(network, 10, input_shape=(1, 8, 8), backbone_lr=0.1, optimizer=lambda p: torch.optim.SGD(p, lr=0.2))
     fast, slow = task.configure_optimizers().param_groups
@@ -287,7 +287,7 @@ def test_two_rates(tmp_path, method):
     assert len(slow["params"]) == len(list(network.parameters())) - 2
 
 
-def test_schedules_scale_both(tmp_path):
+def test_schedules_scale_both_rates_and_onecyclelr_warns(tmp_path):
     def rates_after(epochs, scheduler):
         task = digits_task(backbone_lr=0.1, optimizer=lambda p: torch.optim.SGD(p, lr=0.2), lr_scheduler=scheduler)
         return rates(fit(task, tmp_path, epochs, limit_train_batches=1))
@@ -299,7 +299,7 @@ def test_schedules_scale_both(tmp_path):
 
 
 @pytest.mark.parametrize("options", [{"backbone_lr": 0.1}, {"freeze": "backbone"}])
-def test_resumed_as_if_never_stopped(tmp_path, options):
+def test_resumed_fine_tuning_equals_an_uninterrupted_run(tmp_path, options):
     def task():
         return digits_task(
             optimizer=lambda p: torch.optim.SGD(p, lr=0.1, momentum=0.9), lr_scheduler=CosineAnnealing, **options

@@ -1,4 +1,4 @@
-"""What stays exact where a Trainer casts a task to half precision."""
+"""Buffers and averages that stay in float32 when a Trainer casts a task to half precision."""
 
 from functools import partial
 
@@ -29,7 +29,7 @@ class Holder(KeptPrecision):
 
 
 @pytest.mark.parametrize("dtype", HALVES)
-def test_what_is_named_is_kept_and_the_rest_is_cast(dtype):
+def test_named_parts_keep_their_precision_and_the_rest_is_cast(dtype):
     holder = Holder()
     names = list(holder.state_dict())
     weight = holder.average.weight.clone()
@@ -44,7 +44,7 @@ def test_what_is_named_is_kept_and_the_rest_is_cast(dtype):
 
 
 @pytest.mark.parametrize("dtype", HALVES)
-def test_metrics_add_up(dtype):
+def test_metrics_of_a_half_precision_task_stay_exact(dtype):
     task = Classification(nn.Linear(4, 3), 3, input_shape=(4,)).to(dtype)
     for k in range(600):  # in bfloat16 256 + 1 is 256
         task.val_metrics["loss"].update(
@@ -60,7 +60,7 @@ def task_of(kind, **options):
     return kind(network, 3, input_shape=(4,), **options)
 
 
-def test_statistics_of_methods_are_kept():
+def test_statistics_of_methods_are_not_cast_to_half_precision():
     distilled = KDPlusPlus(*(nn.Sequential(nn.Linear(4, 5), nn.Linear(5, 3)) for _ in range(2)), 3, input_shape=(4,))
     crowd, noisy = task_of(NetworkEM), BLDR("cnn_tiny", 3, input_shape=(3, 8, 8))
     for task in (distilled.half(), crowd.bfloat16(), noisy.half()):
@@ -71,7 +71,7 @@ def test_statistics_of_methods_are_kept():
 
 @pytest.mark.parametrize("dtype", HALVES)
 @pytest.mark.parametrize("kind", [AveragedTask, ELRPlus, BLDR])
-def test_an_average_answers_in_its_own_precision(kind, dtype):
+def test_weight_averages_predict_in_float32(kind, dtype):
     task = kind("cnn_tiny", 3, input_shape=(3, 8, 8)).to(dtype).eval()
     image = torch.rand(2, 3, 8, 8, dtype=dtype)
     with torch.no_grad():
@@ -80,17 +80,17 @@ def test_an_average_answers_in_its_own_precision(kind, dtype):
     assert {value.dtype for value in parts.parameters()} == {torch.float32}
 
 
-def test_an_average_moves_by_less_than_bfloat16_can_tell():
+def test_weight_average_takes_steps_below_bfloat16_resolution():
     task = task_of(AveragedTask, average_decay=0.999, optimizer=partial(torch.optim.SGD, lr=0.0))
     start = task.average[1].weight.clone()
     with torch.no_grad():
         task.network[1].weight.add_(1)
-    trainer(2, precision="bf16-true").fit(task, loader())  # of 8 steps
+    trainer(2, precision="bf16-true").fit(task, loader())  # 8 steps
     torch.testing.assert_close(task.average[1].weight - start, torch.full((5, 4), 0.008), rtol=0.1, atol=0)
 
 
 @pytest.mark.parametrize("method", [Classification, KD])
-def test_trains_in_float16_without_an_optimizer_given(method):
+def test_default_optimizer_trains_in_float16(method):
     networks = (nn.Linear(4, 3), nn.Linear(4, 3))[: 2 if method is KD else 1]
     task = method(*networks, 3, input_shape=(4,))
     before = task.main_network.weight.clone()
@@ -99,7 +99,7 @@ def test_trains_in_float16_without_an_optimizer_given(method):
     assert 0 < moved.max() < 0.01
 
 
-def test_an_eps_that_is_0_in_float16_is_refused():
+def test_eps_that_is_0_in_float16_raises():
     for given in (torch.optim.Adam, partial(torch.optim.AdamW, eps=1e-4)):
         task = Classification(nn.Linear(4, 3), 3, input_shape=(4,), optimizer=given)
         trainer(1, precision="bf16-true").fit(task, loader())
@@ -113,7 +113,7 @@ def test_an_eps_that_is_0_in_float16_is_refused():
             trainer(1, precision="16-true").fit(task, loader())
 
 
-def test_negatives_are_drawn_from_all_images_whatever_the_precision():
+def test_negative_images_are_drawn_the_same_in_every_precision():
     images = NegativeImages(torch.arange(40_000) % 2, 200)
     drawn = []
     for dtype in (torch.float32, torch.bfloat16):
@@ -125,7 +125,7 @@ def test_negatives_are_drawn_from_all_images_whatever_the_precision():
     assert torch.equal(*(rows.sort().values for rows in drawn))
 
 
-def test_a_teacher_is_given_its_own_normalisation_exactly():
+def test_teacher_input_is_renormalised_before_rounding_to_bfloat16():
     class Kept(nn.Module):
         def forward(self, image):
             self.image = image

@@ -1,4 +1,4 @@
-"""The page that a person labels on: what is in it, and what a browser does with it."""
+"""The HTML page for labelling: its content, and how it works in a browser."""
 
 import json
 import re
@@ -35,7 +35,7 @@ def content(text):
     return json.loads(inside)
 
 
-def test_names_stay_inside_the_data():
+def test_html_in_class_names_does_not_break_the_page():
     text = page_of()
     assert text.count("</script>") == 2
     found = content(text)
@@ -43,25 +43,25 @@ def test_names_stay_inside_the_data():
     assert found["rows"][0]["facts"][0] == ["path", "</script><b>x/0.png"]
 
 
-def test_the_same_arguments_give_the_same_page_and_others_another_key():
+def test_same_rows_give_the_same_page_and_other_rows_another_key():
     assert page_of() == page_of()
     assert content(page_of())["key"] != content(page_of(count=5))["key"]
 
 
-def test_nothing_is_fetched():
+def test_page_loads_nothing_from_the_network():
     text = page_of()
     assert "default-src 'none'" in text
     assert not re.findall(r"(?:src|href)\s*=\s*[\"']?(?:https?:)?//", text)
 
 
-def test_large_pictures_become_small():
+def test_large_pictures_are_shrunk():
     row = PageRow([0], Image.new("RGB", (3000, 1500), "red"), [("index", "0")], "a")
     text = label_page("t", [row], ["index", "label"], ["a", "b"], file_name="o.csv", command="")
     assert content(text)["rows"][0]["picture"].startswith("data:image/jpeg;base64,")
     assert len(text) < 25_000
 
 
-def test_a_page_that_cannot_be_made_is_told(tmp_path, capsys):
+def test_failed_page_is_reported_and_leaves_no_file(tmp_path, capsys):
     def fails():
         raise RuntimeError("no idea")
 
@@ -79,7 +79,7 @@ def browser(tmp_path_factory):
 def opened(browser, tmp_path, text):
     (tmp_path / "page.html").write_text(text, encoding="utf-8")
     browser.open(tmp_path / "page.html")
-    browser.read("localStorage.clear()")  # of a test with the same page
+    browser.read("localStorage.clear()")  # choices of an earlier test with the same page
     browser.open(tmp_path / "page.html")
     return browser
 
@@ -97,13 +97,13 @@ def saved(browser):
 
 
 @needs_browser
-def test_choosing_by_keys_and_mouse(browser, tmp_path):
+def test_labels_are_chosen_by_keys_and_mouse_and_survive_a_reload(browser, tmp_path):
     opened(browser, tmp_path, page_of())
     assert browser.read("document.title") == '<title> & "more"'
     assert count(browser) == "1 of 6, 0 of 6 chosen"
-    browser.press("1", "4", "ArrowRight", "0", "x")  # the third stays open, x is no key
-    browser.press("Backspace", "ArrowLeft", "Delete")  # back to the fourth, the third
-    browser.press("3", "2")  # the fourth anew
+    browser.press("1", "4", "ArrowRight", "0", "x")  # the third is skipped, x means nothing
+    browser.press("Backspace", "ArrowLeft", "Delete")  # back to the fourth, then the third
+    browser.press("3", "2")  # the third, then the fourth again
     browser.click("#choices button:nth-child(5)")
     assert count(browser) == "6 of 6, 5 of 6 chosen"
     header, labels, rows = saved(browser)
@@ -111,8 +111,8 @@ def test_choosing_by_keys_and_mouse(browser, tmp_path):
     assert labels == {0: NAMES[0], 10: NAMES[3], 20: NAMES[2], 30: NAMES[1], 40: NAMES[4], 50: ""}
     assert [row[1] for row in rows[1:]] == [f"{name}/{k}.png" for k, name in enumerate(NAMES)]
     assert "label out.csv --run '" + str(tmp_path) in browser.read("document.getElementById('told').textContent")
-    time.sleep(1)  # the browser keeps what a page stores a moment later
-    browser.open(tmp_path / "page.html")  # as a reload
+    time.sleep(1)  # the browser saves what a page stores with a delay
+    browser.open(tmp_path / "page.html")  # reload
     assert count(browser) == "6 of 6, 5 of 6 chosen"
     assert saved(browser)[1] == labels
     browser.press("ArrowLeft", "Delete")
@@ -120,28 +120,28 @@ def test_choosing_by_keys_and_mouse(browser, tmp_path):
 
 
 @needs_browser
-def test_unknown_and_what_is_left_out(browser, tmp_path):
+def test_u_means_unknown_and_skipped_rows_are_left_out_of_the_file(browser, tmp_path):
     opened(browser, tmp_path, page_of([str(digit) for digit in range(10)], 5, keep_open=False))
-    browser.press("7", "u", "0", "ArrowRight", "Enter")  # digits are their own keys; Enter is the prediction
+    browser.press("7", "u", "0", "ArrowRight", "Enter")  # class names are digits; Enter takes the prediction
     assert saved(browser)[1] == {0: "7", 10: "unknown", 20: "0", 40: "4"}
 
 
 @needs_browser
-def test_many_classes(browser, tmp_path):
+def test_many_classes_are_chosen_by_typing_number_or_name(browser, tmp_path):
     names = [f"class {k}" for k in range(1, 120)] + ["猫"]
     opened(browser, tmp_path, page_of(names, 6))
     browser.press("0", "1", "2")
-    browser.press(*"LASS 11", "Enter")  # the first one that has it, but for one that is it
+    browser.press(*"LASS 11", "Enter")  # the first class with this text, unless one equals it
     browser.press("猫", "Enter")
     browser.press("0", "0", "0")
-    browser.press("x", "Backspace", "Backspace", "Delete", "ArrowRight")  # into the text, then back
+    browser.press("x", "Backspace", "Backspace", "Delete", "ArrowRight")  # typed and deleted again
     browser.press("Enter")
     _, labels, _ = saved(browser)
     assert labels == {0: "class 12", 10: "class 11", 20: "猫", 30: "", 40: "class 5", 50: ""}
 
 
 @needs_browser
-def test_looking_at_one_predicted_class(browser, tmp_path):
+def test_filter_shows_one_predicted_class(browser, tmp_path):
     opened(browser, tmp_path, page_of(["a", "b", "<i>c"], 6))
     options = "[...document.getElementById('filter').options].map(option => option.textContent)"
     assert browser.read(options) == ["all (6)", "<i>c (2)", "a (2)", "b (2)"]
@@ -173,7 +173,7 @@ def names_chosen(browser):
         ([*"abcdefghi", "12 men", "x", "y", "z"], ["1", "2", "Backspace", "3", "1", "2", "Enter"], ["z", "y"]),
     ],
 )
-def test_a_number_that_is_a_name_means_that_class(browser, tmp_path, class_names, keys, expected):
+def test_typed_number_means_the_class_of_that_name_before_its_position(browser, tmp_path, class_names, keys, expected):
     opened(browser, tmp_path, page_of(class_names, 5))
     browser.press(*keys)
     assert [name for _, name in names_chosen(browser)] == expected
@@ -181,7 +181,7 @@ def test_a_number_that_is_a_name_means_that_class(browser, tmp_path, class_names
 
 @needs_browser
 @pytest.mark.parametrize("name", ["cat", "Cat", "CAT"])
-def test_names_that_differ_in_case_only(browser, tmp_path, name):
+def test_names_that_differ_only_in_case_can_be_typed(browser, tmp_path, name):
     opened(browser, tmp_path, page_of(["CAT", "Cat", "cat", *"abcdefgh"], 3))
     browser.press(*name)
     assert browser.read("document.querySelector('#choices .first bdi').textContent") == name
@@ -200,15 +200,15 @@ def test_a_key_held_down_chooses_once(browser, tmp_path, key):
 
 
 @needs_browser
-def test_enter_presses_the_button_that_has_the_focus(browser, tmp_path):
-    opened(browser, tmp_path, page_of(["a", "b"], 6))  # predicted is a
+def test_enter_presses_the_focused_button(browser, tmp_path):
+    opened(browser, tmp_path, page_of(["a", "b"], 6))  # the prediction is a
     browser.read("document.querySelector('#choices button:nth-child(2)').focus()")
     browser.call("Input.dispatchKeyEvent", type="keyDown", key="Enter", windowsVirtualKeyCode=13, text="\r")
     assert names_chosen(browser) == [[0, "b"]]
 
 
 @needs_browser
-def test_two_windows_on_one_page_lose_nothing(browser, tmp_path):
+def test_two_windows_of_one_page_share_their_choices(browser, tmp_path):
     opened(browser, tmp_path, page_of(["a", "b"], 6))
     browser.press("1", "1")
     with browser.second(tmp_path / "page.html"):
@@ -222,7 +222,7 @@ def test_two_windows_on_one_page_lose_nothing(browser, tmp_path):
 
 
 @needs_browser
-def test_what_another_window_took_back_stays_so(browser, tmp_path):
+def test_choice_deleted_in_another_window_stays_deleted(browser, tmp_path):
     opened(browser, tmp_path, page_of(["a", "b"], 6))
     browser.press("1", "1")
     with browser.second(tmp_path / "page.html"):
@@ -232,7 +232,7 @@ def test_what_another_window_took_back_stays_so(browser, tmp_path):
 
 
 @needs_browser
-def test_the_last_one_is_told(browser, tmp_path):
+def test_page_announces_the_last_row_and_the_second_file_name(browser, tmp_path):
     opened(browser, tmp_path, page_of(["a", "b"], 3))
     browser.press("1", "ArrowRight", "2")
     told = "document.getElementById('told').textContent"
@@ -255,7 +255,7 @@ def test_a_narrow_screen_shows_picture_and_choices(browser, tmp_path):
 
 
 @needs_browser
-def test_digits_of_other_keyboards(browser, tmp_path):
+def test_digit_keys_work_on_other_keyboard_layouts(browser, tmp_path):
     opened(browser, tmp_path, page_of([str(digit) for digit in range(10)], 6))
     pressed = [("&", "Digit1", 0), ("é", "Digit2", 0), ("3", "Digit3", 8), ("!", "Digit1", 8), ("U", "KeyU", 8)]
     for key, code, modifiers in pressed:
@@ -264,7 +264,7 @@ def test_digits_of_other_keyboards(browser, tmp_path):
 
 
 @needs_browser
-def test_a_browser_that_keeps_nothing(browser, tmp_path):
+def test_choices_can_be_saved_when_browser_storage_fails(browser, tmp_path):
     opened(browser, tmp_path, page_of(["a", "b"], 4))
     browser.press("1")
     browser.read("Storage.prototype.setItem = () => { throw new Error('full') }")

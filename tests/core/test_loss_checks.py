@@ -1,4 +1,4 @@
-"""What the losses of all families refuse: shapes that would be broadcast, wrong targets, temperatures that are none."""
+"""Argument checks of all losses: shapes that would be broadcast, wrong targets and temperatures raise."""
 
 import inspect
 import math
@@ -25,13 +25,13 @@ def logits(seed, columns=C):
 A, Z, P = logits(0), logits(1), logits(2).softmax(1)
 TARGET, OTHER = torch.tensor([0, 2, 1, 2]), torch.tensor([1, 1, 2, 0])
 WEIGHT = torch.tensor([0.5, 1.0, 0.0, 2.0])
-LABELS, E = (logits(5) > 0).float(), logits(6, 2 * C).unflatten(1, (C, 2))  # several an image, and their embeddings
+LABELS, E = (logits(5) > 0).float(), logits(6, 2 * C).unflatten(1, (C, 2))  # labels of an image, and their embeddings
 PIXELS, OTHER_PIXELS = (logits(k, 2 * C * 4).view(2 * B, C, 2, 2) for k in (7, 8))
-CLASSES = torch.arange(8 * B).view(2 * B, 2, 2) % (C + 1) - 1  # of each pixel, -1 is ignored
+CLASSES = torch.arange(8 * B).view(2 * B, 2, 2) % (C + 1) - 1  # class of each pixel, -1 is ignored
 ANNOTATIONS = torch.tensor([[0, -1], [2, 1], [-1, 1], [1, 1]])
 U, V = logits(3).sigmoid() / 9, logits(4).sigmoid() / 9
 
-# good arguments of every loss
+# valid arguments of every loss
 CASES = {
     distillation.kd_loss: (A, Z, 2.0),
     distillation.dkd_loss: (A, Z, TARGET, 1.0, 2.0, 2.0),
@@ -113,7 +113,7 @@ def replaced(function, k, value):
     return (*CASES[function][:k], value, *CASES[function][k + 1 :])
 
 
-def test_every_public_loss_is_here():
+def test_every_public_loss_has_a_case():
     words = ("loss", "losses", "regularizer", "nll", "kl", "penalty", "discrepancy", "cross_entropy")
     named = {getattr(package, name) for package in family_packages() for name in package.__all__}
     named |= {getattr(bldr_losses, name) for name in bldr_losses.__all__}
@@ -123,12 +123,12 @@ def test_every_public_loss_is_here():
 
 
 @pytest.mark.parametrize("function", CASES, ids=lambda f: f.__name__)
-def test_good_arguments_pass(function):
+def test_valid_arguments_give_finite_losses(function):
     out = function(*CASES[function])
     assert all(part.isfinite().all() for part in (out if isinstance(out, tuple) else (out,)))
 
 
-SIZES = {"logits": 15, "feature": 50, "map": 50, "embedding": 50}  # as far as networks go
+SIZES = {"logits": 15, "feature": 50, "map": 50, "embedding": 50}  # factors: as large as networks make them
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
@@ -153,7 +153,7 @@ def test_half_precision_is_computed_in_float32(function, dtype):
         return parts, [value.grad for value in leaves if isinstance(value, torch.Tensor) and value.grad is not None]
 
     (expected, slopes), (found, gradients) = outcome(wide=True), outcome(wide=False)
-    torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-6)  # also of dtype float32
+    torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-6)  # compares the dtype too
     assert len(gradients) == len(slopes)
     for gradient, slope in zip(gradients, slopes, strict=True):
         worst = (gradient.float() - slope).abs().max()
@@ -161,7 +161,7 @@ def test_half_precision_is_computed_in_float32(function, dtype):
 
 
 @pytest.mark.parametrize(("function", "k"), TENSORS)
-def test_a_tensor_of_another_shape_is_refused_and_not_broadcast(function, k):
+def test_tensor_of_another_shape_raises_instead_of_broadcasting(function, k):
     value = CASES[function][k]
     wrong = [value[..., None], value[:1], value[None]]
     name = list(inspect.signature(function).parameters)[k]
@@ -170,13 +170,13 @@ def test_a_tensor_of_another_shape_is_refused_and_not_broadcast(function, k):
     alone = sum(isinstance(other, torch.Tensor) for other in CASES[function]) == 1
     for tensor in wrong[:1] if alone else wrong:
         if function.__name__ == "negative_learning_loss" and k == 1 and len(tensor) == B:
-            continue  # several classes of each sample
+            continue  # [B, M] is allowed: several classes for each sample
         with pytest.raises(ValueError, match=r"must (both )?be .*\["):
             function(*replaced(function, k, tensor))
 
 
 @pytest.mark.parametrize(("function", "k"), TARGETS)
-def test_a_target_of_another_kind_is_refused(function, k):
+def test_target_out_of_range_or_of_another_dtype_raises(function, k):
     name = list(inspect.signature(function).parameters)[k]
     gaps = any(CASES[function][k] is value for value in WITH_GAPS)
     for bad in (9, -2, -100) if gaps else (9, -1, -100):
@@ -189,17 +189,17 @@ def test_a_target_of_another_kind_is_refused(function, k):
 
 @pytest.mark.parametrize("bad", [0, -1.0, math.nan, math.inf, None, "2", torch.tensor(-1.0)])
 @pytest.mark.parametrize("function", CASES, ids=lambda f: f.__name__)
-def test_a_temperature_is_above_0(function, bad):
+def test_temperature_that_is_not_above_0_raises(function, bad):
     names = [n for n in inspect.signature(function).parameters if n.endswith("temperature") or n in ("gamma", "tau")]
     if function in (distillation.dist_loss, distillation.nkd_loss):
-        names.remove("gamma")  # a weight of theirs
+        names.remove("gamma")  # there gamma is a weight
     for name in names:
         bound = inspect.signature(function).bind(*CASES[function])
         with pytest.raises(ValueError, match=f"{name} must be above 0, got "):
             function(**{**bound.arguments, name: bad})
 
 
-def test_a_learnt_temperature_is_none_of_their_business():
+def test_learnable_temperature_gets_a_gradient():
     temperature = torch.tensor(2.0, requires_grad=True)
     distillation.kd_loss(A, Z, temperature).backward()
     assert temperature.grad.isfinite()
@@ -219,12 +219,12 @@ def test_no_gradient_reaches_the_teacher(function):
     assert leaves["teacher_logits"].grad is None
 
 
-def test_gradients_to_align_are_of_one_shape():
+def test_align_gradients_of_different_shapes_raises():
     with pytest.raises(ValueError, match=r"primary and auxiliary .* at 1"):
         lightning_kd.align_gradients([A, torch.zeros(3)], [Z, torch.zeros(1)])
 
 
-def test_views_and_rows_of_bldr():
+def test_bldr_losses_with_wrong_views_rows_or_no_samples_raise():
     with pytest.raises(ValueError, match=r"logits must be \[B, C\], or \[2B, C\]"):
         bldr_losses.positive_loss(A.repeat(3, 1), TARGET, U, V, WEIGHT, 0.1)
     with pytest.raises(ValueError, match=r"gradient must be \[2, 3\], got \[1, 3\]"):
@@ -233,19 +233,19 @@ def test_views_and_rows_of_bldr():
         bldr_losses.reweight(torch.zeros(0))
 
 
-def test_choices_of_dcfs_and_targets_of_bual():
+def test_unknown_dcfs_options_and_float_bual_targets_raise():
     with pytest.raises(ValueError, match="measure must be one of l1, js, got 'l2'"):
         dcfs.head_discrepancy(P, P, "l2")
     with pytest.raises(ValueError, match="how must be one of sum"):
         dcfs_selection.uncertainty_score(WEIGHT, WEIGHT, "total")
     with pytest.raises(ValueError, match="target must be int64"):
         complementary_labels(WEIGHT, 3, np.random.default_rng(0))
-    assert dcfs.discrepancy_loss(A, Z, torch.full((B,), C)) <= 0  # K, unknown, is a target of it
+    assert dcfs.discrepancy_loss(A, Z, torch.full((B,), C)) <= 0  # K, the unknown class, is a valid target
 
 
 @pytest.mark.parametrize(
     "function", [distillation.dkd_loss, distillation.nkd_loss, bldr_losses.complementary_loss, noisy_labels.gce_loss]
 )
-def test_values_are_not_asked_of_a_device(function):
+def test_losses_run_on_the_meta_device_without_reading_values(function):
     args = [value.to("meta") if isinstance(value, torch.Tensor) else value for value in CASES[function]]
-    assert function(*args).shape == ()  # a look at a value would raise there
+    assert function(*args).shape == ()  # reading a value would raise there

@@ -1,4 +1,4 @@
-"""Numeric parts of several losses."""
+"""The negative learning loss: worked numbers, gradients, extreme logits, wrong arguments."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ def test_negative_learning_worked_numbers(target: int, expected: float, eps: flo
 
 
 @pytest.mark.parametrize("classes", [2, 5])
-def test_negative_learning_gradient_is_right(classes: int) -> None:
+def test_negative_learning_passes_gradcheck_and_equals_direct_formula(classes: int) -> None:
     logits = torch.randn(4, classes, dtype=torch.float64, requires_grad=True)
     target = torch.arange(4) % classes
     assert torch.autograd.gradcheck(negative_learning_loss, (logits, target))
@@ -38,7 +38,7 @@ def test_negative_learning_gradient_is_right(classes: int) -> None:
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("size", [20.0, 110.0, 1e4])
 def test_negative_learning_stays_finite_and_keeps_its_gradient(size: float, dtype: torch.dtype) -> None:
-    for z, p in ((size, 1.0), (-size, math.exp(-size) / 9)):  # the class is sure, or sure not to be it
+    for z, p in ((size, 1.0), (-size, math.exp(-size) / 9)):  # the probability of the class is near 1, or near 0
         logits = torch.zeros(1, 10, dtype=dtype)
         logits[0, 3] = z
         logits.requires_grad_()
@@ -52,7 +52,7 @@ def test_negative_learning_stays_finite_and_keeps_its_gradient(size: float, dtyp
         assert logits.grad.isfinite().all()
 
 
-def test_negative_learning_clamp() -> None:
+def test_negative_learning_clamp_by_eps_stops_the_gradient() -> None:
     logits = torch.tensor([[20.0, 0, 0], [1, 0, 0]], requires_grad=True)
     target = torch.tensor([0, 0])
     loss = negative_learning_loss(logits, target, 1e-5)
@@ -81,7 +81,7 @@ def test_negative_learning_ignores_autocast() -> None:
     assert torch.equal(inside, negative_learning_loss(logits, target))
 
 
-def test_negative_learning_wrong_arguments() -> None:
+def test_negative_learning_wrong_arguments_raise() -> None:
     logits = torch.zeros(2, 3)
     with pytest.raises(ValueError, match=r"^logits must be \[B, C\] with at least 2 classes, got \[2, 1\]"):
         negative_learning_loss(torch.zeros(2, 1), torch.tensor([0, 0]))

@@ -22,11 +22,11 @@ def two_modes(n: int, seed: int = 0) -> Tensor:
     return x + torch.where(torch.rand(n, generator=generator) < 0.4, 0.3, 0.7)
 
 
-def within(x: np.ndarray, parts: list[np.ndarray]) -> float:
+def squares_within(x: np.ndarray, parts: list[np.ndarray]) -> float:
     return sum(((part - part.mean()) ** 2).sum() for part in parts)
 
 
-def test_the_worked_example() -> None:
+def test_mixture_worked_numbers() -> None:
     mixture = fit_mixture(WORKED)
     assert mixture.mean.tolist() == pytest.approx([0.25, 4.5], abs=1e-6)
     assert mixture.variance.tolist() == pytest.approx([0.0330, 0.1555], abs=1e-6)
@@ -39,21 +39,22 @@ def test_the_worked_example() -> None:
 
 @pytest.mark.parametrize("components", [2, 3, 4])
 @pytest.mark.parametrize("seed", range(5))
-def test_the_start_is_the_best_partition(components: int, seed: int) -> None:
+def test_kmeans_start_is_the_best_partition(components: int, seed: int) -> None:
     x = np.random.default_rng(seed).normal(size=12) ** 3 + 1e4  # far from 0, where sums of squares lose digits
     x[3] = x[7]
     ordered = np.sort(x)
     best = min(
-        within(ordered, np.split(ordered, cuts)) for cuts in itertools.combinations(range(1, len(x)), components - 1)
+        squares_within(ordered, np.split(ordered, cuts))
+        for cuts in itertools.combinations(range(1, len(x)), components - 1)
     )
     start = kmeans_partition(torch.from_numpy(x), components)
     assert start.sum(1).tolist() == [1] * len(x)
     parts = [x[start[:, k].numpy() == 1] for k in range(components)]
-    assert within(x, parts) == pytest.approx(best, rel=1e-6)
+    assert squares_within(x, parts) == pytest.approx(best, rel=1e-6)
     assert all(low.max() < high.min() for low, high in itertools.pairwise(parts))
 
 
-def test_the_start_for_three_components_with_many_values() -> None:
+def test_kmeans_start_of_many_values_is_nearly_the_best_partition() -> None:
     x = torch.cat([two_modes(6000), two_modes(3000) + 2])
     start = kmeans_partition(x, 3)
     means = ((x @ start) / start.sum(0)).tolist()
@@ -66,7 +67,7 @@ def test_the_start_for_three_components_with_many_values() -> None:
 
 @pytest.mark.parametrize("components", [2, 3])
 @pytest.mark.parametrize("seed", range(4))
-def test_equals_scikit_learn_from_the_same_start(components: int, seed: int) -> None:
+def test_mixture_equals_scikit_learn_from_the_same_start(components: int, seed: int) -> None:
     mixture_module = pytest.importorskip("sklearn.mixture")
     x = two_modes(1500, seed)
     if components == 3:
@@ -87,7 +88,7 @@ def test_equals_scikit_learn_from_the_same_start(components: int, seed: int) -> 
     np.testing.assert_allclose(mixture.log_density(x), reference.score_samples(x.numpy()[:, None]), rtol=1e-9)
 
 
-def test_order_dtype_and_device_of_the_values_do_not_matter() -> None:
+def test_order_and_dtype_of_the_values_do_not_matter() -> None:
     x = two_modes(300).float()
     mixture = fit_mixture(x)
     other = fit_mixture(x.flip(0).double().requires_grad_())
@@ -97,7 +98,7 @@ def test_order_dtype_and_device_of_the_values_do_not_matter() -> None:
     assert fit_mixture(torch.tensor([1, 2, 9, 10])).mean.tolist() == pytest.approx([1.5, 9.5])
 
 
-def test_posterior_far_away_is_finite_and_need_not_be_monotone() -> None:
+def test_posterior_is_finite_far_away_and_need_not_be_monotone() -> None:
     mixture = Mixture(*(torch.tensor(v, dtype=torch.float64) for v in ([0.2, 0.7], [0.2, 0.01], [0.5, 0.5])), 1)
     posterior = mixture.posterior(torch.tensor([-1e6, 0.7, 3.0, 1e6]))
     assert posterior.isfinite().all()
@@ -122,13 +123,13 @@ def test_degenerate_values_never_give_nan(values: list[float], components: int) 
         torch.testing.assert_close(mixture.mean, x.double().mean().expand(components))
 
 
-def test_one_outlier_takes_a_component_for_itself() -> None:
+def test_single_outlier_gets_its_own_component() -> None:
     x = torch.cat([two_modes(1500), torch.tensor([500.0])])
     x = (x - x.min()) / (x.max() - x.min())
     assert (fit_mixture(x).posterior(x)[:, 1] > 0.5).nonzero().tolist() == [[1500]]
 
 
-def test_wrong_arguments() -> None:
+def test_fit_mixture_wrong_arguments_raise() -> None:
     for values in (torch.zeros(0), torch.zeros(2, 2), torch.tensor(1.0)):
         with pytest.raises(ValueError, match=r"^values must be \[N\] with N at least 1, got \["):
             fit_mixture(values)
@@ -141,7 +142,7 @@ def test_wrong_arguments() -> None:
         fit_mixture(WORKED, variance_floor=0)
 
 
-# -- many groups at once ---------------------------------------------------------------------------------------------
+# -- mixtures of many groups at once ---------------------------------------------------------------------------------
 
 
 def uneven_groups() -> tuple[Tensor, Tensor]:
@@ -155,7 +156,7 @@ def uneven_groups() -> tuple[Tensor, Tensor]:
 
 
 @pytest.mark.parametrize("settings", [{}, {"max_iter": 1}, {"tol": 1e-5, "variance_floor": 1e-3, "max_iter": 30}])
-def test_groups_equal_mixtures_of_their_own(settings: dict[str, float]) -> None:
+def test_groups_fitted_together_equal_single_mixtures(settings: dict[str, float]) -> None:
     values, group = uneven_groups()
     mixtures = fit_mixtures(values, group, 12, **settings)
     assert mixtures.fitted.nonzero().flatten().tolist() == [2, 3, 4, 6, 7, 8, 9, 10]
@@ -172,10 +173,10 @@ def test_groups_equal_mixtures_of_their_own(settings: dict[str, float]) -> None:
         posterior = alone.posterior(values[group == k])[:, 1]
         torch.testing.assert_close(log_odds[group == k].sigmoid(), posterior, rtol=1e-7, atol=1e-9)
     if "tol" in settings:
-        assert len(mixtures.iterations.unique()) > 3  # they did stop one by one
+        assert len(mixtures.iterations.unique()) > 3  # groups converge after different numbers of iterations
 
 
-def test_order_and_dtype_do_not_matter_to_groups() -> None:
+def test_order_and_dtype_of_grouped_values_do_not_matter() -> None:
     values, group = uneven_groups()
     mixtures, other = fit_mixtures(values, group, 11), fit_mixtures(values.flip(0).requires_grad_(), group.flip(0), 11)
     for mine, theirs in zip(mixtures[:3], other[:3], strict=True):
@@ -193,7 +194,7 @@ def test_log_odds_do_not_saturate() -> None:
 
 
 @pytest.mark.parametrize("first", torch.linspace(-3, 3, 14).tolist())
-def test_equal_splits_take_the_first_in_any_order_and_company(first: float) -> None:
+def test_tied_splits_give_the_first_in_any_order_and_beside_other_groups(first: float) -> None:
     x = first + torch.tensor([0.0, 0.3, 0.6], dtype=torch.float64)  # both splits are equally good but for rounding
     for order in itertools.permutations(range(3)):
         mixtures = fit_mixtures(torch.cat([x[list(order)], two_modes(50)]), torch.tensor([0] * 3 + [1] * 50), 2)
@@ -201,13 +202,13 @@ def test_equal_splits_take_the_first_in_any_order_and_company(first: float) -> N
         torch.testing.assert_close(fit_mixture(x[list(order)]).mean, mixtures.mean[0])
 
 
-def test_no_values_and_no_groups() -> None:
+def test_groups_without_values_are_not_fitted() -> None:
     nothing = fit_mixtures(torch.zeros(0), torch.zeros(0, dtype=torch.int64), 3)
     assert nothing.fitted.tolist() == [False] * 3
     assert nothing.log_odds(torch.zeros(0), torch.zeros(0, dtype=torch.int64)).shape == (0,)
 
 
-def test_wrong_arguments_of_groups() -> None:
+def test_fit_mixtures_wrong_arguments_raise() -> None:
     group = torch.zeros(8, dtype=torch.int64)
     for values, numbers in ((WORKED[:, None], group), (WORKED, group[:7]), (WORKED, group.float())):
         with pytest.raises(ValueError, match=r"^values must be \[N\] and group int64 \[N\], got \["):

@@ -1,4 +1,4 @@
-"""What the package notes is seen, though Lightning is silenced."""
+"""Notes of the package are printed although Lightning's messages are silenced."""
 
 import logging
 
@@ -8,7 +8,7 @@ from lightning_kd.core.notes import note
 from lightning_kd.core.quiet import quiet
 
 
-def test_notes_are_seen_on_the_first_process(capsys, monkeypatch):
+def test_notes_are_printed_by_the_first_process_only(capsys, monkeypatch):
     quiet()
     rank_zero_info("of Lightning")
     note("of ours")
@@ -17,7 +17,7 @@ def test_notes_are_seen_on_the_first_process(capsys, monkeypatch):
     assert capsys.readouterr().err == "of ours\n"
 
 
-def test_a_user_can_silence_them(capsys):
+def test_logging_level_silences_notes(capsys):
     log = logging.getLogger("lightning_kd")
     log.setLevel(logging.WARNING)
     try:

@@ -1,4 +1,4 @@
-"""Networks of other libraries: what they return is read the same by every method."""
+"""Logits are found in whatever a network returns: tensor, tuple, dict or object."""
 
 from types import SimpleNamespace
 from typing import NamedTuple
@@ -36,7 +36,7 @@ class Outputs(NamedTuple):
 
 
 class ModelOutput(dict):
-    """As Hugging Face's: a dict whose entries are attributes."""
+    """Like Hugging Face's: a dict whose entries are attributes too."""
 
     __getattr__ = dict.__getitem__
 
@@ -54,18 +54,18 @@ KINDS = {
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_all_that_networks_return(kind):
+def test_logits_are_found_in_every_kind_of_output(kind):
     assert logits_of(KINDS[kind](LOGITS)) is LOGITS
 
 
 @pytest.mark.parametrize("output", [None, (), {"aux": LOGITS}, [[LOGITS]], SimpleNamespace(x=1), 3.0])
-def test_what_holds_no_logits_is_named(output):
+def test_output_without_logits_raises_with_its_type(output):
     with pytest.raises(TypeError, match=f"must return logits .* got {type(output).__name__}"):
         logits_of(output)
 
 
 @pytest.mark.parametrize("logits", [LOGITS[0], LOGITS[None], LOGITS[:, :1]])
-def test_another_shape_is_refused(logits):
+def test_logits_of_another_shape_raise(logits):
     with pytest.raises(ValueError, match=r"Linear gives \[.*\], expected \[B, 2\]"):
         class_logits(nn.Linear(2, 2), {"out": logits}, 2)
 
@@ -99,7 +99,7 @@ SINGLES = {
 
 
 def trained(name, kind):
-    """All weights after two short epochs."""
+    """All weights of a method after two short epochs with networks of this kind of output."""
     L.seed_everything(0, verbose=False)
     if name in PAIRS:
         method, options = PAIRS[name]
@@ -125,7 +125,7 @@ def trained(name, kind):
 
 
 @pytest.mark.parametrize("name", [*PAIRS, *SINGLES])
-def test_methods_train_alike_whatever_their_networks_return(name):
+def test_methods_train_the_same_whatever_their_networks_return(name):
     plain = trained(name, "tensor")
     for kind in ("tuple", "model_output"):
         assert torch.equal(trained(name, kind), plain)

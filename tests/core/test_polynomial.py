@@ -1,4 +1,4 @@
-"""The polynomial decay against torch's own, its first rate to the bit, and resume."""
+"""Polynomial decay of the learning rate: equal to torch's, exact first rate, and resume."""
 
 import pytest
 import torch
@@ -8,7 +8,7 @@ from lightning_kd.core.polynomial import PolynomialDecay
 from tests.core.test_warmup import of_length, rates
 
 
-def test_it_is_torchs_own():
+def test_polynomial_decay_equals_torchs():
     own = rates(lambda optimizer: PolynomialDecay(optimizer, 20), 24)
     expected = rates(lambda optimizer: PolynomialLR(optimizer, 20, 0.9), 24)
     for pair, other in zip(own, expected, strict=True):
@@ -19,7 +19,7 @@ def test_it_is_torchs_own():
     assert [pair[0] for pair in line] == pytest.approx([0.1, 0.075, 0.05, 0.025])
 
 
-def test_it_is_as_long_as_it_is_told_and_goes_on():
+def test_length_can_be_set_later_and_resume_continues():
     def make(optimizer):
         return of_length(PolynomialDecay(optimizer), 15)
 
@@ -29,7 +29,7 @@ def test_it_is_as_long_as_it_is_told_and_goes_on():
 
 
 @pytest.mark.parametrize(("name", "value"), [("total_steps", 0), ("total_steps", 1.5), ("power", 0.0)])
-def test_bad_numbers(name, value):
+def test_wrong_numbers_raise(name, value):
     optimizer = torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], lr=0.1)
     with pytest.raises(ValueError, match=f"^{name} must be .*got {value}"):
         PolynomialDecay(optimizer, **{name: value})

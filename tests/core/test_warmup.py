@@ -32,16 +32,16 @@ def rates(make, count, resume_at=None):
     return values
 
 
-def torchs_own(optimizer):
+def torchs_sequence(optimizer):
     parts = [LinearLR(optimizer, 0.01, total_iters=5), CosineAnnealingLR(optimizer, T_max=20)]
     return SequentialLR(optimizer, parts, milestones=[5])
 
 
 @pytest.mark.filterwarnings("ignore:The epoch parameter")
-def test_it_is_what_torch_makes_of_two_schedules():
+def test_warmup_cosine_equals_torchs_sequence_of_two_schedules():
     own = rates(lambda optimizer: WarmupCosine(optimizer, 5, 25), 25)
     assert [value for pair in own for value in pair] == pytest.approx(
-        [value for pair in rates(torchs_own, 25) for value in pair], rel=1e-9, abs=1e-15
+        [value for pair in rates(torchs_sequence, 25) for value in pair], rel=1e-9, abs=1e-15
     )
     assert own[0] == pytest.approx([0.001, 0.0001])
     assert own[5] == pytest.approx([0.1, 0.01])
@@ -53,7 +53,7 @@ def of_length(schedule, length):
 
 
 @pytest.mark.parametrize("resume_at", [3, 5, 12])
-def test_it_goes_on_and_stays_at_its_end(resume_at):
+def test_resume_continues_and_the_last_rate_stays(resume_at):
     def make(optimizer):
         return of_length(WarmupCosine(optimizer, 5, eta_min=1e-3), 15)
 
@@ -63,7 +63,7 @@ def test_it_goes_on_and_stays_at_its_end(resume_at):
 
 
 @pytest.mark.parametrize(("resume_at", "rises"), [(3, False), (5, False), (14, True)])
-def test_a_longer_training_goes_on_at_its_own_rates(resume_at, rises):
+def test_resume_of_a_longer_training_has_the_rates_of_that_length(resume_at, rises):
     lengths, made = iter([15, 40]), []
 
     def make(optimizer):
@@ -72,7 +72,7 @@ def test_a_longer_training_goes_on_at_its_own_rates(resume_at, rises):
 
     resumed = rates(make, 40, resume_at)
     assert resumed[resume_at:] == rates(lambda optimizer: WarmupCosine(optimizer, 5, 40), 40)[resume_at:]
-    assert (made[-1].raised is not None) == rises  # the warm-up itself is no surprise
+    assert (made[-1].raised is not None) == rises  # a rise within the warm-up is not reported
 
 
 @pytest.mark.parametrize(
@@ -83,24 +83,24 @@ def test_a_longer_training_goes_on_at_its_own_rates(resume_at, rises):
         ({"start_factor": 0.0}, "^start_factor must be above 0 and at most 1, got 0.0"),
     ],
 )
-def test_wrong_numbers_are_named(arguments, message):
+def test_wrong_numbers_raise(arguments, message):
     with pytest.raises(ValueError, match=message):
         rates(lambda optimizer: WarmupCosine(optimizer, **arguments), 1)
 
 
-def test_a_training_that_is_shorter_is_told():
+def test_training_shorter_than_the_warmup_warns():
     with pytest.warns(UserWarning, match="warmup_steps=500 is not less than the length of the training, 6"):
         rates(lambda optimizer: of_length(WarmupCosine(optimizer), 6), 1)
 
 
 @pytest.mark.parametrize(("total", "told"), [(100, True), (12, False), (8, False)])
-def test_a_warm_up_that_is_longer_than_the_training_is_told(total, told):
+def test_total_steps_warn_only_beyond_the_training(total, told):
     found = length_warnings(WarmupCosine(torch.optim.SGD([torch.zeros(1)], 0.1), 5, total), 12, "training", "step")
     sentence = "WarmupCosine has total_steps 100, the training has 12 steps, so it ends at a high learning rate"
     assert [text.partition(":")[0] for text in found] == [sentence] * told
 
 
-def test_the_fragment_after_a_config(tmp_path, monkeypatch):
+def test_warmup_overlay_works_from_the_command_line(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     words = ["--config", "distillation/teacher_digits", "--config", "_overlay/smoke", "--config", "_overlay/warmup"]
     words += ["--model.network", "cnn_tiny", "--model.lr_scheduler.warmup_steps", "4"]
@@ -109,12 +109,12 @@ def test_the_fragment_after_a_config(tmp_path, monkeypatch):
     ):
         main(["fit", *words, "--model.lr_scheduler.total_steps", "90", *QUIET, "--run", "long"])
     main(["fit", *words, *QUIET, "--run", "r"])
-    assert kept() == (4, 6, 6, [0.0])
+    assert schedule_state() == (4, 6, 6, [0.0])
     main(["fit", "--config", "r/config.yaml", "--ckpt_path", "last", "--trainer.max_epochs", "3"])
-    assert kept() == (4, 9, 9, [0.0])
+    assert schedule_state() == (4, 9, 9, [0.0])
 
 
-def kept():
+def schedule_state():
     (state,) = read_checkpoint("r/checkpoints/last.ckpt")["lr_schedulers"]
     rates = [round(rate, 6) for rate in state["_last_lr"]]
     return state["warmup_steps"], state["total_steps"], state["last_epoch"], rates
