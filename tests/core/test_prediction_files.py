@@ -1,4 +1,4 @@
-"""Predictions on disk, by kind of problem."""
+"""Prediction files of each kind of problem."""
 
 import csv
 import os
@@ -50,7 +50,7 @@ def arrays(kind):
     return ArrayDataModule("none.npz", kind=kind, fake=True, class_names=NAMES, eval_batch_size=24)
 
 
-def test_several_labels(tmp_path):
+def test_multi_label_predictions_are_written_with_probabilities(tmp_path):
     outputs, rows = predicted(tmp_path, MultiLabelClassification("cnn_tiny", 4), arrays("multi_label"))
     assert [int(row["index"]) for row in rows] == list(range(128))
     probabilities = torch.cat([one["probabilities"] for one in outputs])
@@ -60,7 +60,7 @@ def test_several_labels(tmp_path):
     assert any("|" in row["labels"] for row in rows)
 
 
-def test_files_have_their_path_and_class_name(tmp_path):
+def test_image_folder_predictions_have_path_and_class_name(tmp_path):
     generator = np.random.default_rng(0)
     for split in ("train", "test"):
         for name in ("a, b", "c"):
@@ -76,7 +76,7 @@ def test_files_have_their_path_and_class_name(tmp_path):
         assert row["class_name"] == ["a, b", "c"][int(row["prediction"])]
 
 
-def test_a_network_with_more_classes_than_the_data(tmp_path):
+def test_network_with_more_classes_than_the_data_writes_no_class_name(tmp_path):
     task = Classification("cnn_tiny", 12)
     _, rows = predicted(tmp_path, task, ArrayDataModule("none.npz", fake=True))
     assert len(rows) == 128
@@ -95,7 +95,7 @@ def check_masks(folder, rows, outputs):
             np.testing.assert_array_equal(stored, mask.numpy())
 
 
-def test_masks(tmp_path):
+def test_masks_and_their_overview_picture_are_written(tmp_path):
     outputs, rows = predicted(tmp_path, SemanticSegmentation("fcn_tiny", 4), arrays("segmentation"))
     assert [row["mask"] for row in rows] == [f"predictions/{k:06d}.png" for k in range(64)]
     check_masks(tmp_path, rows, outputs)
@@ -106,7 +106,7 @@ def test_masks(tmp_path):
     assert not list(tmp_path.rglob("*.part"))
 
 
-def _masks_on_two(folder):
+def _predict_masks_on_a_rank(folder):
     outputs, rows = predicted(
         Path(folder), SemanticSegmentation("fcn_tiny", 4), arrays("segmentation"), devices=2, strategy="ddp"
     )
@@ -114,12 +114,12 @@ def _masks_on_two(folder):
     return len(rows)
 
 
-def test_masks_of_two_processes(tmp_path):
-    assert on_two_ranks(_masks_on_two, str(tmp_path)) == [64, 0]
+def test_two_processes_write_all_masks_and_one_table(tmp_path):
+    assert on_two_ranks(_predict_masks_on_a_rank, str(tmp_path)) == [64, 0]
     assert len(list((tmp_path / "predictions").glob("*.png"))) == 64
 
 
-def test_an_auxiliary_head_learns_where_it_has_a_weight():
+def test_auxiliary_head_is_trained_only_with_a_weight():
     task = SemanticSegmentation("fcn_tiny", 4)
     before = task.network.aux_classifier.weight.clone()
     L.Trainer(accelerator="cpu", max_steps=2, barebones=True).fit(task, arrays("segmentation"))
@@ -129,21 +129,21 @@ def test_an_auxiliary_head_learns_where_it_has_a_weight():
     assert list(task.loss({"out": logits, "aux": logits}, logits, torch.zeros(1, 2, 2).long())) == ["ce"]
 
 
-def test_names_that_hold_the_separator(tmp_path):
+def test_separator_in_label_names_is_escaped(tmp_path):
     data = ArrayDataModule("none.npz", kind="multi_label", fake=True, class_names=["a|b", "c", "d", "e"])
     _, rows = predicted(tmp_path, MultiLabelClassification("cnn_tiny", 4), data)
     assert any(r"a\|b" in row["labels"] for row in rows)
     assert not any("a|b" in row["labels"] for row in rows)
 
 
-def test_a_trial_run_leaves_predictions_alone(tmp_path):
+def test_fast_dev_run_leaves_predictions_alone(tmp_path):
     (tmp_path / "predictions.csv").write_text("index\n7\n")
     _, rows = predicted(tmp_path, MultiLabelClassification("cnn_tiny", 4), arrays("multi_label"), fast_dev_run=True)
     assert rows == [{"index": "7"}]
 
 
 @pytest.mark.parametrize(("limit", "noted"), [(2, True), (0.5, True), (1.0, False), (6, False), (100, False)])
-def test_a_part_of_the_predictions_is_told(limit, noted, tmp_path, capsys):
+def test_predicting_only_a_part_of_the_batches_prints_a_note(limit, noted, tmp_path, capsys):
     predicted(tmp_path, MultiLabelClassification("cnn_tiny", 4), arrays("multi_label"), limit_predict_batches=limit)
     said = capsys.readouterr().err
     part = f"predictions are of {2 if limit == 2 else 3} of 6 batches, as limit_predict_batches={limit}: leave it out"
@@ -151,7 +151,7 @@ def test_a_part_of_the_predictions_is_told(limit, noted, tmp_path, capsys):
     assert ("predictions are of" in said) == noted
 
 
-def test_masks_of_an_earlier_prediction_go(tmp_path):
+def test_earlier_masks_are_removed_and_other_files_stay(tmp_path):
     task = SemanticSegmentation("fcn_tiny", 4)
     predicted(tmp_path, task, arrays("segmentation"))
     for name in ("notes.txt", "mine.png"):
@@ -165,7 +165,7 @@ def test_masks_of_an_earlier_prediction_go(tmp_path):
 
 
 @pytest.mark.parametrize("count", [255, 256, 257, 300])
-def test_masks_of_many_classes(count, tmp_path):
+def test_masks_of_many_classes_keep_their_values(count, tmp_path):
     writer = Segmentation(count).prediction_writer()
     scores = torch.zeros(1, count, 2, 2)
     scores[0, count - 1, 0, 0] = 1
@@ -177,7 +177,7 @@ def test_masks_of_many_classes(count, tmp_path):
     assert stored.tolist() == [[count - 1, 0], [0, 0]]
 
 
-def _one_rank_alone(folder):
+def _write_from_rank_1_only(folder):
     rank = int(os.environ["LOCAL_RANK"])
     dist.init_process_group("gloo", rank=rank, world_size=2)
     for name, problem, scores in (
@@ -194,14 +194,14 @@ def _one_rank_alone(folder):
     return rank
 
 
-def test_a_process_without_a_batch(tmp_path):
-    assert on_two_ranks(_one_rank_alone, str(tmp_path)) == [0, 1]
+def test_files_are_complete_where_a_process_has_no_batch(tmp_path):
+    assert on_two_ranks(_write_from_rank_1_only, str(tmp_path)) == [0, 1]
     assert (tmp_path / "table" / "predictions.csv").read_text().splitlines()[1:] == ["2,1,0,1,0", "4,0,1,0,0"]
     rows = (tmp_path / "masks" / "predictions.csv").read_text().splitlines()
     assert rows == ["index,mask", "2,predictions/000002.png", "4,predictions/000004.png"]
 
 
-def test_an_empty_batch(tmp_path):
+def test_empty_batch_writes_no_file(tmp_path):
     writer = Segmentation(3).prediction_writer()
     batch = Batch(torch.zeros(0, 3, 2, 2), torch.zeros(0, 2, 2), torch.zeros(0, dtype=torch.int64))
     writer.add(tmp_path, {"index": batch.index, "prediction": torch.zeros(0, 2, 2)}, batch, None)
@@ -216,7 +216,7 @@ class WithEntropy(Classification):
         return {**found, "entropy": -(p * p.log()).sum(1), "note": ["a"] * len(p)}
 
 
-def test_what_a_task_of_ones_own_predicts_is_written(tmp_path):
+def test_extra_tensors_of_predict_step_become_columns(tmp_path):
     _, rows = predicted(tmp_path, WithEntropy("cnn_tiny", 10), ArrayDataModule("none.npz", fake=True))
     p = torch.tensor([float(rows[0][f"probability_{k}"]) for k in range(10)])
     assert float(rows[0]["entropy"]) == pytest.approx(float(-(p * p.log()).sum()), rel=1e-3)

@@ -1,4 +1,4 @@
-"""What each kind of problem wants, measures and refuses."""
+"""Each kind of problem: its targets, losses, metrics and errors."""
 
 import math
 import os
@@ -52,13 +52,13 @@ def labels(seed=0, count=60, classes=5, decimals=None):
         ([0.9, 0.8, 0.1, 0.05], [0, 0, 0, 1], 0.25),
     ],
 )
-def test_average_precision_of_worked_numbers(scores, label, expected):
+def test_average_precision_worked_numbers(scores, label, expected):
     found = average_precision(torch.tensor(scores)[:, None], torch.tensor(label)[:, None])
     assert found.item() == pytest.approx(expected, abs=1e-6)
 
 
 @pytest.mark.parametrize("decimals", [None, 1])
-def test_average_precision_is_that_of_scikit_learn(decimals):
+def test_average_precision_equals_scikit_learn(decimals):
     scores, target = labels(decimals=decimals)
     expected = [average_precision_score(target[:, c], scores[:, c]) for c in range(5)]
     np.testing.assert_allclose(average_precision(scores, target), expected, rtol=1e-9)
@@ -68,7 +68,7 @@ def test_average_precision_is_that_of_scikit_learn(decimals):
     np.testing.assert_allclose(average_precision(scores, partly), expected, rtol=1e-9)
 
 
-def test_label_metrics():
+def test_multi_label_metrics_equal_references():
     scores, target = labels()
     target[:, 3] = 0  # no positive: left out of map and of the mean recall
     metric = MultiLabelMetric(5)
@@ -86,15 +86,15 @@ def test_label_metrics():
     assert found["cf1"] == pytest.approx(float(2 * precision * recall / (precision + recall)), rel=1e-9)
 
 
-def test_sure_labels_are_ranked_by_their_logits():
-    """Their probabilities are 1 in single precision."""
+def test_saturated_probabilities_are_ranked_by_their_logits():
+    """In float32 the probabilities of the first three are all 1."""
     problem = MultiLabel(1)
     logits, target = torch.tensor([[18.0], [20.0], [19.0], [-1.0]]), torch.tensor([[0.0], [1.0], [1.0], [0.0]])
     metrics = problem.metrics()
     problem.update_metrics(metrics, logits, problem.probabilities(logits), target)
     found = metrics["labels"].compute()
     assert found["map"] == pytest.approx(1.0)
-    assert found["of1"] == pytest.approx(0.8)  # what is predicted stays: 3 with 2 hits
+    assert found["of1"] == pytest.approx(0.8)  # three labels predicted, two of them right
     with pytest.raises(TypeError, match="takes no label_smoothing"):
         problem.loss(logits, target, label_smoothing=0.1)
 
@@ -113,7 +113,7 @@ def masks(seed=0, classes=4, shape=(6, 8, 9)):
     return prediction, target.masked_fill(torch.rand(shape, generator=generator) < 0.2, -1)
 
 
-def test_segmentation_metrics():
+def test_segmentation_metrics_equal_references():
     prediction, target = masks()
     metric = SegmentationMetric(4)
     for part in (slice(0, 2), slice(2, 6)):
@@ -141,7 +141,7 @@ def _metrics_of_a_rank():
     return several.compute(), pixels.compute()
 
 
-def test_two_processes_measure_what_one_does():
+def test_metrics_of_two_processes_equal_those_of_one():
     whole = (MultiLabelMetric(5), SegmentationMetric(4))
     whole[0].update(*labels())
     whole[1].update(*masks())
@@ -151,7 +151,7 @@ def test_two_processes_measure_what_one_does():
             assert mine == pytest.approx(theirs, rel=1e-9)
 
 
-def test_losses_leave_out_what_has_no_label():
+def test_losses_ignore_missing_labels():
     logits = torch.randn(4, 3, generator=torch.Generator().manual_seed(0))
     target = torch.tensor([[1.0, 0, -1], [0, 0, 1], [-1, -1, -1], [1, 1, 0]])
     problem = MultiLabel(3)
@@ -167,7 +167,7 @@ def test_losses_leave_out_what_has_no_label():
     assert problem.loss(pixels, torch.full_like(mask, -1)) == 0
 
 
-def test_segmentation_brings_outputs_to_the_size_of_the_image():
+def test_segmentation_logits_are_resized_to_the_image():
     problem = Segmentation(3)
     small = torch.randn(2, 3, 4, 4)
     found = problem.logits({"out": small}, torch.zeros(2, 3, 8, 8), nn.Identity())
@@ -196,18 +196,18 @@ def test_segmentation_brings_outputs_to_the_size_of_the_image():
         (Segmentation(3), torch.zeros(2, dtype=torch.int64), r"int64 \[B, H, W\]"),
     ],
 )
-def test_wrong_targets_are_told(problem, target, message):
+def test_wrong_targets_raise(problem, target, message):
     with pytest.raises(ValueError, match=message):
         problem.check_target(target)
 
 
 @pytest.mark.parametrize("problem", [SingleLabel, MultiLabel, Segmentation])
-def test_too_few_classes(problem):
+def test_too_few_classes_raise(problem):
     with pytest.raises(ValueError, match="num_classes must be at least"):
         problem(0)
 
 
-def test_a_whole_number_of_any_library_is_a_number_of_classes():
+def test_numpy_integer_is_a_valid_num_classes_and_a_fraction_raises():
     problem = MultiLabel(np.int64(3))
     assert type(problem.num_classes) is int
     with pytest.raises(ValueError, match=r"a whole number, got 2\.5"):
@@ -215,7 +215,7 @@ def test_a_whole_number_of_any_library_is_a_number_of_classes():
 
 
 class OnGPU:
-    """Targets that say that they lie on a GPU."""
+    """A target on the CPU that names a GPU as its device."""
 
     device = torch.device("cuda")
 
@@ -244,7 +244,7 @@ def test_targets_on_a_gpu_are_checked_too(problem, target):
         problem.check_target(OnGPU(target))
 
 
-class Once(SingleLabel):
+class CheckCounter(SingleLabel):
     def __init__(self, num_classes):
         super().__init__(num_classes)
         self.checked = 0
@@ -255,7 +255,7 @@ class Once(SingleLabel):
 
 def test_each_batch_is_checked_on_a_cpu_and_the_first_elsewhere():
     task = Classification(nn.Linear(4, 3), 3)
-    task.problem = Once(3)
+    task.problem = CheckCounter(3)
     trainer, watch = L.Trainer(accelerator="cpu", barebones=True), TrainingWatch()
     for device, expected in (("cpu", 5), ("meta", 1)):
         watch.on_train_start(trainer, task)
@@ -267,7 +267,7 @@ def test_each_batch_is_checked_on_a_cpu_and_the_first_elsewhere():
 
 
 @pytest.mark.parametrize("later", [False, True])
-def test_labels_of_a_users_own_loader(later):
+def test_wrong_labels_of_a_plain_loader_raise_in_training(later):
     target = torch.tensor([0, 1, 2, 0] * 2)
     target[6 if later else 0] = 3
     loader = DataLoader(TensorDataset(torch.randn(8, 4), target), batch_size=4)
@@ -283,7 +283,9 @@ def test_labels_of_a_users_own_loader(later):
 def test_a_task_refuses_data_of_more_classes():
     with pytest.raises(ValueError, match="num_classes=5 is less than the 10 classes of ArrayDataModule"):
         Classification(nn.Linear(4, 5), 5).check_data(ArrayDataModule("none.npz", fake=True))
-    Classification(nn.Linear(4, 12), 12).check_data(ArrayDataModule("none.npz", fake=True))  # may know more
+    Classification(nn.Linear(4, 12), 12).check_data(
+        ArrayDataModule("none.npz", fake=True)
+    )  # a task may have more classes than the data
 
 
 def test_supervised_refuses_another_number_of_classes_than_its_problem():
@@ -298,7 +300,7 @@ class Matching(Distillation):
         return (student_logits - teacher_logits).square().mean()
 
 
-def test_distillation_of_several_labels_has_their_loss():
+def test_multi_label_distillation_trains_with_the_multi_label_loss():
     torch.manual_seed(0)
     task = Matching(nn.Linear(4, 3), nn.Linear(4, 3), 3, kd_weight=0.0, optimizer=lambda p: torch.optim.SGD(p, lr=0.1))
     image, target = torch.randn(8, 4), torch.tensor([[1.0, 0, -1]] * 8)
@@ -310,7 +312,7 @@ def test_distillation_of_several_labels_has_their_loss():
     torch.testing.assert_close(task.student.weight.detach(), weight.detach() - 0.1 * gradient)
 
 
-def test_a_loss_that_is_not_finite_shows_in_the_mean():
+def test_nan_loss_makes_the_validation_loss_nan():
     task = Classification(nn.Linear(4, 3), 3)
     loader = DataLoader(TensorDataset(torch.tensor([[1.0] * 4, [float("nan")] * 4]), torch.tensor([0, 1])))
     trainer = L.Trainer(accelerator="cpu", logger=False, enable_checkpointing=False, enable_progress_bar=False)
@@ -318,7 +320,7 @@ def test_a_loss_that_is_not_finite_shows_in_the_mean():
     assert math.isnan(found["val/loss"])
 
 
-def test_losses_are_weighed_by_labels_in_training_as_in_evaluation():
+def test_train_loss_is_the_mean_over_known_labels_not_batches():
     problem = MultiLabel(3)
     task = MultiLabelClassification(nn.Linear(4, 3), 3, optimizer=lambda p: torch.optim.SGD(p, lr=0.0))
     image = torch.randn(8, 4, generator=torch.Generator().manual_seed(0))
@@ -340,7 +342,7 @@ def _uneven_metrics_of_a_rank():
     return metric.compute()
 
 
-def test_a_process_without_a_batch():
+def test_metrics_where_a_process_has_no_batch_equal_those_of_one():
     metric = MultiLabelMetric(5)
     metric.update(*labels())
     for found in on_two_ranks(_uneven_metrics_of_a_rank):
@@ -355,7 +357,7 @@ def test_a_task_refuses_data_of_another_kind():
 
 
 @pytest.mark.parametrize("name", ["fcn_tiny", "torchvision/deeplabv3_resnet50"])
-def test_segmentation_networks_have_both_heads(name):
+def test_segmentation_networks_have_main_and_auxiliary_logits(name):
     network = build_network(name, 5).eval()
     with torch.no_grad():
         output = network(torch.randn(1, 3, 40, 32))
@@ -363,19 +365,19 @@ def test_segmentation_networks_have_both_heads(name):
     assert sum(p.numel() for p in build_network("fcn_tiny", 5).parameters()) < 100_000
 
 
-class Weighted(SingleLabel):
+class SubclassedSingleLabel(SingleLabel):
     pass
 
 
-class WeightedTask(Classification):
-    problem_class = Weighted
+class SubclassedProblemTask(Classification):
+    problem_class = SubclassedSingleLabel
 
 
-def test_a_problem_of_ones_own_takes_the_data_of_its_kind():
-    WeightedTask(nn.Linear(4, 10), 10).check_data(ArrayDataModule("none.npz", fake=True))
+def test_subclassed_problem_accepts_data_of_its_parent_class():
+    SubclassedProblemTask(nn.Linear(4, 10), 10).check_data(ArrayDataModule("none.npz", fake=True))
 
 
-def test_more_classes_do_not_matter_where_nothing_is_measured():
+def test_data_with_more_classes_is_accepted_without_targets():
     task, data = Classification(nn.Linear(4, 5), 5), ArrayDataModule("none.npz", fake=True)
     task.check_data(data, has_targets=False)
     with pytest.raises(ValueError, match="num_classes=5 is less"):
@@ -388,7 +390,7 @@ class TwoViews(Classification):
         return (self(first) - self(second)).square().mean()
 
 
-def test_a_method_of_ones_own_may_take_two_views():
+def test_custom_method_may_train_on_two_views_without_targets():
     views = torch.randn(8, 3, 8, 8), torch.randn(8, 3, 8, 8)
     task = TwoViews("cnn_tiny", 10, input_shape=(3, 8, 8))
     L.Trainer(accelerator="cpu", barebones=True, max_steps=1).fit(task, DataLoader(TensorDataset(*views), batch_size=4))
@@ -403,11 +405,11 @@ def _curve_of_a_rank():
     return metric.compute()
 
 
-def test_a_curve_where_a_process_has_no_batch():
+def test_curve_metrics_agree_where_a_process_has_no_batch():
     assert [found["acc"] for found in on_two_ranks(_curve_of_a_rank)] == [1.0, 1.0]
 
 
-def test_names_of_labels_can_be_told_apart():
+def test_separator_and_backslash_in_label_names_are_escaped():
     both = torch.ones(1, 2, dtype=torch.bool)
     outputs = {"prediction": both, "probabilities": torch.ones(1, 2)}
     assert MultiLabel(2).columns(outputs, ["a\\", "b"])["labels"] == ["a\\\\|b"]
@@ -415,7 +417,7 @@ def test_names_of_labels_can_be_told_apart():
     assert MultiLabel(2).columns(outputs, ["a|b", "c"])["labels"] == ["a\\|b"]
 
 
-def test_outputs_that_are_no_probabilities_have_their_loss():
+def test_loss_of_probabilities_takes_regression_outputs():
     problem = Regression(1)
     output = torch.tensor([[-2.0]])
     assert problem.loss_of_probabilities(problem.probabilities(output), output) == 0

@@ -1,4 +1,4 @@
-"""Draws that are counted, and made up for without what they were for."""
+"""Counting the random draws between two generator states, and skipping as many."""
 
 import pytest
 import torch
@@ -9,7 +9,7 @@ from lightning_kd.nets import build_network
 
 @pytest.mark.parametrize("before", [0, 1, 623, 624, 1000])
 @pytest.mark.parametrize("count", [0, 1, 5, 623, 624, 625, 5000])
-def test_the_count_is_right_wherever_it_begins(before, count):
+def test_draws_are_counted_from_any_generator_state(before, count):
     torch.manual_seed(3)
     torch.empty(before).uniform_()
     first = torch.get_rng_state()
@@ -18,7 +18,7 @@ def test_the_count_is_right_wherever_it_begins(before, count):
 
 
 @pytest.mark.parametrize("name", ["cnn", "resnet8", "vgg8", "mobilenetv2", "shufflenetv2"])
-def test_what_comes_after_a_network_is_what_comes_after_its_draws(name):
+def test_skipping_a_networks_draws_advances_the_generator_as_building_it(name):
     torch.manual_seed(0)
     torch.empty(77).uniform_()
     before = torch.get_rng_state()
@@ -33,13 +33,13 @@ def test_what_comes_after_a_network_is_what_comes_after_its_draws(name):
     torch.empty(77).uniform_()
     skip_draws(count)
     assert torch.equal(torch.randn(20), expected)
-    torch.manual_seed(9)  # the same count from elsewhere
+    torch.manual_seed(9)  # the same count from another state
     torch.empty(1).uniform_()
     skip_draws(count)
     assert torch.equal(torch.randn(20), other)
 
 
-def test_states_that_are_not_of_one_stream_have_no_count(monkeypatch):
+def test_states_of_different_seeds_give_no_count(monkeypatch):
     monkeypatch.setattr("lightning_kd.core.random_draws.MOST", 10_000)
     one, two = (torch.Generator().manual_seed(k).get_state() for k in range(2))
     assert count_draws(one, two) is None

@@ -1,4 +1,4 @@
-"""Rows of numbers for each training sample."""
+"""A row of values stored for each training sample."""
 
 import pytest
 import torch
@@ -22,7 +22,7 @@ def test_rows_are_written_by_index_without_gradient():
     assert not memory.seen.any()
 
 
-def test_state_survives_and_must_fit():
+def test_state_is_restored_and_one_of_another_size_raises():
     memory = SampleMemory((2,))
     memory.allocate(3, CPU)
     memory.write(torch.tensor([2]), torch.ones(1, 2))
@@ -36,7 +36,7 @@ def test_state_survives_and_must_fit():
         SampleMemory((7,)).load_state_dict(memory.state_dict())
 
 
-def _write_on_two():
+def _write_on_a_rank():
     import lightning as L
 
     class Write(L.LightningModule):
@@ -71,11 +71,11 @@ def _write_on_two():
     return module.memory.rows.tolist()
 
 
-def test_processes_share_what_they_wrote():
-    assert on_two_ranks(_write_on_two) == [[10.0, 11.0, 12.0, 0.0, 14.0, 15.0]] * 2
+def test_two_processes_exchange_the_rows_they_wrote():
+    assert on_two_ranks(_write_on_a_rank) == [[10.0, 11.0, 12.0, 0.0, 14.0, 15.0]] * 2
 
 
-def test_a_state_stays_as_it_was():
+def test_state_dict_is_a_copy():
     memory = SampleMemory((2,))
     memory.allocate(3, torch.device("cpu"))
     state = memory.state_dict()

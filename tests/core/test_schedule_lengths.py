@@ -1,4 +1,4 @@
-"""Schedules that end with the training: how long that is, in compositions, and after a resume with another length."""
+"""Schedules that end with the training: their length, inside other schedules, and after a resume."""
 
 import math
 import warnings
@@ -15,21 +15,21 @@ from lightning_kd.core.schedules import ConstantThenCosine, CosineAnnealing
 from lightning_kd.noisy_labels import LateLinearLR
 from tests.core.runs import loader, rates_of, sgd, trainer
 
-TIED = {
+SCHEDULES = {
     "cosine": CosineAnnealing,
     "constant, then cosine": partial(ConstantThenCosine, constant_epochs=1),
     "late linear": partial(LateLinearLR, start_epoch=1),
 }
-each = pytest.mark.parametrize("schedule", TIED.values(), ids=TIED)
+each_schedule = pytest.mark.parametrize("schedule", SCHEDULES.values(), ids=SCHEDULES)
 
 
 def cosine(length, epochs=None, eta_min=0.0):
-    """The rates of a whole cosine from 0.1."""
+    """The learning rates of a cosine from 0.1 that is ``length`` epochs long."""
     epochs = range(length) if epochs is None else epochs
     return [eta_min + (0.1 - eta_min) * (1 + math.cos(math.pi * epoch / length)) / 2 for epoch in epochs]
 
 
-def rises(record):
+def rise_warnings(record):
     return [str(one.message) for one in record if "the learning rate goes from" in str(one.message)]
 
 
@@ -71,7 +71,7 @@ def test_a_cosine_after_a_constant_rate_ends_with_the_training():
         (20, {"max_steps": 6, "limit_train_batches": 2}, 3),
     ],
 )
-def test_a_training_that_steps_end(epochs, limits, length):
+def test_cosine_ends_where_max_steps_ends_the_training(epochs, limits, length):
     assert rates_of(CosineAnnealing, epochs, limits=limits) == pytest.approx(cosine(length))
 
 
@@ -103,25 +103,25 @@ class Stream(IterableDataset):
         ),
     ],
 )
-def test_a_length_that_nobody_knows(epochs, limits, options, message):
+def test_unknown_length_of_the_training_raises(epochs, limits, options, message):
     task = Classification(nn.Linear(4, 3), 3, optimizer=sgd(), lr_scheduler=CosineAnnealing, **options)
     data = DataLoader(Stream(), batch_size=8)
     with pytest.raises(ValueError, match=f"^CosineAnnealing ends with the training, and .*{message}"):
         trainer(epochs, **limits).fit(task, data)
 
 
-def test_a_schedule_of_its_own_length_needs_none():
+def test_schedule_with_its_own_length_needs_none_of_the_training():
     rates = rates_of(partial(CosineAnnealing, T_max=500), -1, limits={"max_time": {"seconds": 0.05}})
     assert rates[:2] == pytest.approx(cosine(500, range(len(rates[:2]))))
 
 
-def test_a_length_below_one_is_refused():
+def test_length_below_one_raises():
     with pytest.raises(ValueError, match="T_max must be at least 1, got 0"):
         rates_of(partial(CosineAnnealing, T_max=0), 2)
 
 
-@each
-def test_a_schedule_that_was_told_no_length_says_so(schedule):
+@each_schedule
+def test_stepping_a_schedule_without_length_raises(schedule):
     optimizer = sgd()(nn.Linear(4, 3).parameters())
     alone = schedule(optimizer)
     optimizer.step()
@@ -129,30 +129,30 @@ def test_a_schedule_that_was_told_no_length_says_so(schedule):
         alone.step()
 
 
-# -- inside others ---------------------------------------------------------------------------------------------------
+# -- inside other schedules ------------------------------------------------------------------------------------------
 
 
 def after_a_warmup(optimizer, schedule=CosineAnnealing):
     return SequentialLR(optimizer, [LinearLR(optimizer, 0.1, total_iters=2), schedule(optimizer)], [2])
 
 
-def test_inside_a_sequence():
+def test_schedule_in_a_sequence_takes_its_part_of_the_training():
     assert rates_of(after_a_warmup, 8) == pytest.approx([0.01, 0.055, *cosine(6)])
-    late = partial(after_a_warmup, schedule=TIED["late linear"])
+    late = partial(after_a_warmup, schedule=SCHEDULES["late linear"])
     assert rates_of(late, 7) == pytest.approx([0.01, 0.055, 0.1, 0.1, 0.075, 0.05, 0.025])
 
     def first(optimizer):
         return SequentialLR(optimizer, [CosineAnnealing(optimizer), ConstantLR(optimizer, 0.5, 9)], [4])
 
     assert rates_of(first, 6) == pytest.approx([*cosine(4), 0.05, 0.05])
-    assert rates_of(after_a_warmup, 1) == pytest.approx([0.01])  # ends before it begins
+    assert rates_of(after_a_warmup, 1) == pytest.approx([0.01])  # the training ends within the warm-up
 
 
 def chain(optimizer):
     return ChainedScheduler([ConstantLR(optimizer, 0.5, 2), CosineAnnealing(optimizer)])
 
 
-def test_inside_a_chain():
+def test_cosine_in_a_chain_lasts_the_whole_training():
     whole = cosine(6)
     assert rates_of(chain, 6) == pytest.approx([whole[0] / 2, whole[1] / 2, *whole[2:]])
 
@@ -162,7 +162,7 @@ def test_inside_a_chain():
     ("schedule", "stop", "epochs"),
     [(after_a_warmup, 0, 9), (after_a_warmup, 3, 9), (after_a_warmup, 3, 6), (chain, 0, 9), (chain, 3, 9)],
 )
-def test_a_resumed_sequence_or_chain(tmp_path, schedule, stop, epochs):
+def test_resumed_sequence_or_chain_has_the_rates_of_a_whole_training(tmp_path, schedule, stop, epochs):
     path = str(tmp_path / "some.ckpt")
     rates_of(schedule, 6, save=path, stop=stop)
     assert rates_of(schedule, epochs, ckpt_path=path) == pytest.approx(rates_of(schedule, epochs)[stop + 1 :])
@@ -171,11 +171,11 @@ def test_a_resumed_sequence_or_chain(tmp_path, schedule, stop, epochs):
 # -- resumed ---------------------------------------------------------------------------------------------------------
 
 
-@each
+@each_schedule
 @pytest.mark.parametrize("trained", [1, 3, 4])
 @pytest.mark.parametrize("interval", ["epoch", "step"])
-def test_a_resume_of_another_length_goes_on_as_a_whole_training_of_it(tmp_path, schedule, trained, interval):
-    """In the midst, and after the end, of a training of 4 epochs."""
+def test_resume_with_another_length_has_the_rates_of_a_training_that_long(tmp_path, schedule, trained, interval):
+    """Resumed from within, and from the end, of a training of 4 epochs."""
     path = str(tmp_path / "some.ckpt")
     first = rates_of(schedule, 4, save=path, stop=trained - 1, lr_interval=interval)
     assert len(first) == trained
@@ -187,9 +187,11 @@ def test_a_resume_of_another_length_goes_on_as_a_whole_training_of_it(tmp_path, 
     assert later[0] > 0.01
     assert later == sorted(later, reverse=True)
     if interval == "epoch":
-        told = [f"from {first[-1]:.3g} in the last epoch trained up to {later[0]:.3g}"] if later[0] > first[-1] else []
-        assert len(rises(record)) == len(told)
-        assert all(sentence in found for sentence, found in zip(told, rises(record), strict=True))
+        expected = (
+            [f"from {first[-1]:.3g} in the last epoch trained up to {later[0]:.3g}"] if later[0] > first[-1] else []
+        )
+        assert len(rise_warnings(record)) == len(expected)
+        assert all(sentence in found for sentence, found in zip(expected, rise_warnings(record), strict=True))
     if trained < 3:
         with warnings.catch_warnings():
             warnings.filterwarnings("error", message=".*the learning rate goes from")
@@ -198,19 +200,19 @@ def test_a_resume_of_another_length_goes_on_as_a_whole_training_of_it(tmp_path, 
 
 
 @pytest.mark.filterwarnings("ignore:.*the learning rate goes from")
-@each
-def test_a_resumed_schedule_is_the_undisturbed_one(tmp_path, schedule):
+@each_schedule
+def test_resumed_schedule_equals_an_uninterrupted_one(tmp_path, schedule):
     path = str(tmp_path / "some.ckpt")
     whole = rates_of(schedule, 6)
     first = rates_of(schedule, 6, save=path, stop=2)
     assert first + rates_of(schedule, 6, ckpt_path=path) == whole
-    # one that was made longer, too
+    # also where the resume made it longer
     longer = rates_of(schedule, 9, ckpt_path=path)
     begun = rates_of(schedule, 9, ckpt_path=path, save=path, stop=4)
     assert begun + rates_of(schedule, 9, ckpt_path=path) == longer
 
 
-def test_a_rate_that_is_a_tensor_is_stretched_in_place():
+def test_tensor_learning_rate_is_adapted_to_the_new_length():
     parameters = list(nn.Linear(4, 3).parameters())
     old, new = (torch.optim.Adam(parameters, lr=torch.tensor(0.1)) for _ in range(2))
     schedules = [CosineAnnealing(old), CosineAnnealing(new)]
@@ -226,7 +228,7 @@ def test_a_rate_that_is_a_tensor_is_stretched_in_place():
     assert isinstance(rate, torch.Tensor)
 
 
-# -- another length is told ------------------------------------------------------------------------------------------
+# -- warnings about another length -----------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -245,7 +247,7 @@ def test_a_rate_that_is_a_tensor_is_stretched_in_place():
     ],
 )
 @pytest.mark.parametrize(("epochs", "limits"), [(4, {}), (99, {"max_steps": 16})])
-def test_a_schedule_of_another_length_is_told(schedule, message, epochs, limits):
+def test_schedule_of_another_length_than_the_training_warns(schedule, message, epochs, limits):
     with pytest.warns(UserWarning, match=message):
         rates_of(schedule, epochs, limits=limits)
 
@@ -260,7 +262,7 @@ def test_a_schedule_of_another_length_is_told(schedule, message, epochs, limits)
     ],
 )
 @pytest.mark.parametrize(("epochs", "limits"), [(4, {}), (99, {"max_steps": 16})])
-def test_a_schedule_of_the_right_length_is_not(schedule, epochs, limits):
+def test_schedule_of_the_right_length_does_not_warn(schedule, epochs, limits):
     with warnings.catch_warnings():
         warnings.filterwarnings("error", message=".*the training has")
         rates_of(schedule, epochs, limits=limits)

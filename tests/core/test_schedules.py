@@ -27,7 +27,7 @@ def rates(count, resume_at=None, **arguments):
     return values
 
 
-def test_constant_then_cosine():
+def test_constant_then_cosine_has_the_papers_rates_and_resumes():
     values = rates(330, constant_epochs=20, cosine_epochs=300, eta_min=2e-4)
     assert values[:21] == [0.04] * 21
     assert values[21] == pytest.approx(2e-4 + 0.0398 * (1 + math.cos(math.pi / 300)) / 2, abs=1e-12)
@@ -44,6 +44,6 @@ def test_constant_then_cosine():
         ({"constant_epochs": 1, "cosine_epochs": 0}, "cosine_epochs must be at least 1, got 0"),
     ],
 )
-def test_wrong_lengths_are_named(arguments, message):
+def test_wrong_lengths_raise(arguments, message):
     with pytest.raises(ValueError, match=message):
         rates(1, **arguments)

@@ -7,7 +7,7 @@ import torch
 from lightning_kd.core.seeding import EpochSeeding, derive_seed, numpy_generator, torch_generator
 
 
-def test_streams_differ_and_repeat():
+def test_seeds_differ_by_stream_epoch_pass_and_rank_and_repeat():
     seeds = {
         derive_seed(seed, stream, epoch, pass_, rank)
         for seed in range(3)
@@ -18,7 +18,7 @@ def test_streams_differ_and_repeat():
     }
     assert len(seeds) == 3 * 2 * 3 * 2 * 2
     assert all(0 <= seed < 2**63 for seed in seeds)
-    # a changed constant would break every resumed run
+    # epoch, pass and rank are 0 by default
     assert derive_seed(0, "shuffle") == derive_seed(0, "shuffle", 0, 0, 0)
     a, b = (numpy_generator(1, "x", 2).random(4) for _ in range(2))
     assert np.array_equal(a, b)
@@ -51,7 +51,7 @@ def test_global_generators_depend_on_epoch_and_rank_alone():
     assert draws(restored, 3) == first
 
 
-def test_seed_of_seed_everything(monkeypatch):
+def test_epoch_seeding_takes_the_seed_of_seed_everything(monkeypatch):
     L.seed_everything(11)
     trainer = L.Trainer(logger=False, enable_checkpointing=False, accelerator="cpu")
     callback = EpochSeeding()

@@ -1,4 +1,4 @@
-"""Feature maps by stage: which they are in the known families, what they are before and after, what finding leaves."""
+"""Feature maps of each stage: which are found, before and after activation, and no side effects."""
 
 import copy
 import random
@@ -36,7 +36,7 @@ FAMILIES = {
 
 
 @pytest.mark.parametrize("name", FAMILIES)
-def test_stages_of_the_families(name):
+def test_stages_of_known_networks_have_the_expected_maps(name):
     sizes, width = FAMILIES[name]
     net = net_of(name)
     features = StageFeatures(net, (3, 32, 32), before=True)
@@ -49,7 +49,7 @@ def test_stages_of_the_families(name):
     assert [tuple(m.shape[1:]) for m in found.maps] == list(shapes.maps)
     classifier = [m for m in net.modules() if isinstance(m, nn.Linear)][-1]
     torch.testing.assert_close(classifier(found.pooled), logits)
-    if name.startswith("wrn"):  # maps are not activated; before is what the next normalisation makes of them
+    if name.startswith("wrn"):  # maps are not activated; before is the output of the next normalisation
         assert all(m.min() < 0 for m in found.maps)
         norms = net.block2.layer[0].bn1, net.block3.layer[0].bn1, net.bn1
         for m, before, norm in zip(found.maps, found.before, norms, strict=True):
@@ -66,7 +66,7 @@ def test_stages_of_the_families(name):
 
 
 @pytest.mark.parametrize("name", ["torchvision/resnet18", "timm/resnet18"])
-def test_maps_are_kept_where_the_network_overwrites_them(name):
+def test_maps_survive_in_place_operations_of_the_network(name):
     net = net_of(name)
     for norm in (m for m in net.modules() if isinstance(m, nn.BatchNorm2d)):
         nn.init.normal_(norm.weight)  # timm starts the last ones from 0
@@ -82,7 +82,7 @@ def test_maps_are_kept_where_the_network_overwrites_them(name):
 
 
 @pytest.mark.parametrize("name", ["cnn", "resnet20", "wrn_16_1", "vgg11", "mobilenetv1", "preact_resnet18"])
-def test_rectangular_images(name):
+def test_maps_of_rectangular_images_keep_their_proportions(name):
     net = net_of(name)
     features = StageFeatures(net, (3, 32, 48), before=True)
     net(images(1, 3, 32, 48))
@@ -101,7 +101,7 @@ def test_rectangular_images(name):
         ("fcn_tiny", ["stage1", "stage2", "stage3"]),
     ],
 )
-def test_stages_of_any_network(name, stages):
+def test_stages_are_found_in_any_network(name, stages):
     net = net_of(name)
     features = StageFeatures(net, (3, 64, 64))
     assert features.paths == stages
@@ -126,7 +126,7 @@ def small_convnext():
     [(small_swin, "permute"), (small_convnext, "features")],
 )
 @pytest.mark.parametrize("width", [64, 96])
-def test_channels_in_the_last_dimension(build, last, width):
+def test_networks_with_channels_last_give_channels_first_maps(build, last, width):
     net = build().eval()
     features = StageFeatures(net, (3, 64, width), before=True)
     assert features.paths == ["features.1", "features.3", "features.5", last]
@@ -143,7 +143,7 @@ def test_channels_in_the_last_dimension(build, last, width):
     assert named.shapes.maps == ((16, 8, w // 2),)
 
 
-def test_the_last_module_at_each_size_but_for_pooling():
+def test_stage_is_the_last_module_of_each_size_except_pooling():
     body = nn.Sequential(
         *[nn.Conv2d(3, 4, 3, padding=1), nn.ReLU(inplace=True), nn.MaxPool2d(2), nn.Conv2d(4, 4, 3, padding=1)],
         *[nn.BatchNorm2d(4), nn.ReLU(inplace=True), nn.MaxPool2d(2), nn.AdaptiveAvgPool2d(1)],
@@ -158,7 +158,7 @@ def test_the_last_module_at_each_size_but_for_pooling():
         torch.testing.assert_close(m, before.relu())
 
 
-def test_stages_that_are_given_and_none():
+def test_stages_can_be_given_by_name_or_none_at_all():
     net = net_of("resnet20")
     features = StageFeatures(net, (3, 32, 32), ["layer2.1", "layer3.0.conv1"], before=True)
     pooled = StageFeatures(net, (3, 32, 32), [])
@@ -167,13 +167,13 @@ def test_stages_that_are_given_and_none():
     assert found.stem is None
     assert [tuple(m.shape) for m in found.maps] == [(2, 32, 16, 16), (2, 64, 8, 8)]
     torch.testing.assert_close(found.maps[0], found.before[0].relu())
-    torch.testing.assert_close(found.before[1], net.layer3[0].bn1(found.maps[1]))  # what follows at once
+    torch.testing.assert_close(found.before[1], net.layer3[0].bn1(found.maps[1]))  # the module that follows directly
     assert pooled.pop()[:3] == ((), (), None)
     mlp = build_network("mlp_5", 7, 12)
     assert StageFeatures(mlp, (3, 2, 2), []).shapes == ((), (), None, (5,))
 
 
-def test_finding_leaves_no_trace():
+def test_finding_stages_changes_neither_network_nor_random_state():
     net = build_network("resnet8", 7).train()
     net.layer1[0].bn1.eval()
     before = copy.deepcopy(net.state_dict())
@@ -189,7 +189,7 @@ def test_finding_leaves_no_trace():
     assert hooks == 3 + 3 + 1 + 1  # maps, before, stem, pooled
 
 
-def test_gradient_and_none_and_compile():
+def test_maps_of_a_compiled_network_with_and_without_gradient():
     net = build_network("cnn_tiny", 7)
     features = StageFeatures(net, (3, 16, 16), before=True)
     net.compile(backend="eager")
@@ -226,7 +226,7 @@ class Rectify(nn.Module):
         return torch.relu(x)
 
 
-def test_refusals():
+def test_wrong_stages_raise():
     net = Functional()
     assert StageFeatures(net, (3, 8, 8)).paths == ["layer1", "layer2"]
     with pytest.raises(ValueError, match=r"^stage 'layer1' of Functional ends in an activation that is no module"):

@@ -1,4 +1,4 @@
-"""What a task logs and draws."""
+"""Logged metrics, random draws and own callbacks of a task."""
 
 from functools import partial
 
@@ -67,10 +67,10 @@ def test_draws_depend_on_epoch_pass_and_process():
 
 
 class OwnSeeding(EpochSeeding):
-    """A user's own, in place of that of the task."""
+    """A user's callback that replaces the one of the task."""
 
 
-def test_a_callback_of_ones_own_takes_the_place_of_its_kind():
+def test_users_callback_replaces_the_tasks_callback_of_its_kind():
     trainer = trainer_of(max_epochs=1, callbacks=[OwnSeeding()])
     trainer.fit(Classification("mlp_8", 10, input_shape=(1, 8, 8)), DigitsDataModule(fake=True))
     kinds = [type(c) for c in trainer.callbacks if isinstance(c, EpochSeeding | TrainingWatch)]

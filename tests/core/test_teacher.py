@@ -1,4 +1,4 @@
-"""The frozen teacher: it answers, and stays out of everything else."""
+"""The frozen teacher gives logits, and stays out of checkpoints, optimizers and train mode."""
 
 import copy
 import os
@@ -27,7 +27,7 @@ class Holder(nn.Module):
         self.teacher = FrozenTeacher(body, SingleLabel(3), **options)
 
 
-def test_it_only_answers():
+def test_teacher_gives_logits_in_eval_mode_without_gradient():
     holder = Holder().train()
     assert holder.student.training
     assert not any(module.training for module in holder.teacher.modules())
@@ -43,7 +43,7 @@ def test_it_only_answers():
 
 
 @pytest.mark.parametrize("wrap", [lambda m: m, copy.deepcopy, torch.optim.swa_utils.AveragedModel])
-def test_it_is_in_no_checkpoint_and_stays_as_it_is(wrap):
+def test_teacher_is_in_no_state_dict_and_loading_leaves_it_unchanged(wrap):
     one, other = wrap(Holder()), wrap(Holder())
     state = one.state_dict()
     assert not [key for key in state if "teacher" in key]
@@ -55,11 +55,11 @@ def test_it_is_in_no_checkpoint_and_stays_as_it_is(wrap):
     assert teacher
     assert all(torch.equal(value, kept[key]) for key, value in teacher.items())
     assert all(torch.equal(value, other.state_dict()[key]) for key, value in state.items())
-    with pytest.raises(RuntimeError, match=r"student\.bias"):  # what is missing beside it is still an error
+    with pytest.raises(RuntimeError, match=r"student\.bias"):  # any other missing key still raises
         other.load_state_dict({key: value for key, value in state.items() if not key.endswith("student.bias")})
 
 
-def test_images_of_another_size_and_normalisation():
+def test_images_are_resized_and_renormalised_for_the_teacher():
     seen = []
     network = nn.Sequential(nn.Flatten(), nn.Linear(3 * 6 * 4, 2))
     network.register_forward_pre_hook(lambda module, args: seen.append(args[0]))
@@ -75,12 +75,12 @@ def test_images_of_another_size_and_normalisation():
 
 
 @pytest.mark.parametrize("size", [0, (4,), (4, 4, 4), (4.5, 4), "8"])
-def test_a_size_that_is_none(size):
+def test_wrong_teacher_sizes_raise(size):
     with pytest.raises(ValueError, match="teacher_size must be a whole number above 0, or"):
         FrozenTeacher(nn.Linear(4, 3), SingleLabel(3), size=size)
 
 
-def test_a_teacher_that_wants_larger_images():
+def test_teacher_size_sets_the_size_of_the_teachers_images():
     class Larger(nn.Sequential):
         def forward(self, image):
             assert image.shape[1:] == (1, 16, 16)
@@ -112,7 +112,7 @@ def distilling(**options):
 
 
 @pytest.mark.parametrize("averaged", [False, True])
-def test_a_run_without_the_teacher_in_its_checkpoint_goes_on_to_the_bit(tmp_path, averaged):
+def test_resume_without_the_teacher_in_the_checkpoint_is_exact(tmp_path, averaged):
     def callbacks(folder):
         keep = ModelCheckpoint(tmp_path / folder, "{epoch}", save_top_k=-1)
         return [EMAWeightAveraging(decay=0.5), keep] if averaged else [keep]
@@ -137,13 +137,13 @@ def fit_in_two_processes(folder):
     return [key for key in state if "teacher" in key], [float(v.double().sum()) for v in task.state_dict().values()]
 
 
-def test_two_processes(tmp_path):
+def test_two_processes_agree_and_save_no_teacher(tmp_path):
     one, other = on_two_ranks(fit_in_two_processes, str(tmp_path))
     assert one == other
     assert one[0] == []
 
 
-def test_it_is_in_no_checkpoint_of_a_compiled_task():
+def test_compiled_teacher_is_in_no_state_dict():
     options = {"teacher_weights": "random", "input_shape": (1, 8, 8), "compile": True}
     tasks = [KD("cnn_tiny", "cnn_tiny", 10, **options) for _ in range(2)]
     for task in tasks:
@@ -160,7 +160,7 @@ def test_it_is_in_no_checkpoint_of_a_compiled_task():
 
 
 class TrainEverything(L.Callback):
-    """Puts all that it can find into train mode before each batch: by a walk, and from within."""
+    """Puts every module, those of the teacher too, into train mode before each batch."""
 
     def on_train_batch_start(self, trainer, pl_module, *args):
         pl_module.apply(lambda module: module.train())
@@ -174,7 +174,7 @@ def averaging():
 
 
 @pytest.mark.parametrize("callback", [TrainEverything, averaging, lambda: EMAWeightAveraging(use_buffers=True)])
-def test_callbacks_leave_it_as_it_is(callback):
+def test_callbacks_leave_the_teacher_unchanged(callback):
     L.seed_everything(0, verbose=False)
     body = nn.Sequential(
         nn.Conv2d(1, 8, 3, padding=1), nn.BatchNorm2d(8), nn.ReLU(), nn.Dropout(), nn.Flatten(), nn.Linear(512, 10)
@@ -192,7 +192,7 @@ def test_callbacks_leave_it_as_it_is(callback):
     assert not any(module.training for module in body.modules())
 
 
-def test_a_copy_guards_itself_and_moves_with_its_holder():
+def test_copied_teacher_stays_in_eval_mode_and_is_cast_with_its_holder():
     holder = Holder()
     for one in (holder, copy.deepcopy(holder)):
         one.teacher.network.train()
@@ -219,7 +219,7 @@ class Squeezed(nn.Module):
         return self.head(feature * self.gate(feature.mean((2, 3))).sigmoid()[..., None, None])
 
 
-def test_a_linear_layer_that_is_not_the_head():
+def test_inner_linear_layer_is_not_taken_for_the_classifier():
     teacher = FrozenTeacher(Squeezed(3), Segmentation(3))
     assert teacher(torch.zeros(2, 3, 4, 4)).shape == (2, 3, 4, 4)
     pooled = FrozenTeacher(nn.Sequential(Squeezed(3), nn.AdaptiveAvgPool2d(1), nn.Flatten()), SingleLabel(3))
@@ -237,7 +237,7 @@ class Projecting(nn.Module):
         return self.fc(image), self.projection(image)
 
 
-def test_a_head_that_is_not_the_last_layer():
+def test_projection_beside_the_head_is_not_taken_for_the_head():
     assert FrozenTeacher(Projecting(), SingleLabel(3))(torch.zeros(2, 4)).shape == (2, 3)
 
 
@@ -261,5 +261,5 @@ def _teacher_of_a_rank():
     return "val/teacher_acc" in trainer.validate(task, loader, verbose=False)[0]
 
 
-def test_a_process_without_a_batch_does_not_keep_the_others_waiting():
+def test_validation_does_not_hang_where_a_process_has_no_batch():
     assert on_two_ranks(_teacher_of_a_rank) == [True, True]

@@ -1,4 +1,4 @@
-"""Several teachers: their mean answer, and the settings of each."""
+"""Several teachers: the mean of their probabilities, and the settings of each."""
 
 import pytest
 import torch
@@ -9,8 +9,8 @@ from lightning_kd.core.teacher import FrozenTeacher
 from lightning_kd.core.teacher_ensemble import TeacherEnsemble, teacher_settings
 
 
-class Says(nn.Module):
-    """Always the same probabilities."""
+class ConstantNetwork(nn.Module):
+    """Gives the same probabilities for every image, and keeps the images."""
 
     def __init__(self, *probabilities):
         super().__init__()
@@ -26,8 +26,8 @@ def ensemble(*each, **options):
     return TeacherEnsemble([FrozenTeacher(one, SingleLabel(3), **options) for one in each])
 
 
-def test_the_answer_is_the_mean_of_the_probabilities():
-    both = ensemble(Says(0.8, 0.1, 0.1), Says(0.2, 0.6, 0.2))
+def test_ensemble_gives_the_mean_of_the_probabilities():
+    both = ensemble(ConstantNetwork(0.8, 0.1, 0.1), ConstantNetwork(0.2, 0.6, 0.2))
     answer = both(torch.zeros(2, 4))
     torch.testing.assert_close(answer.exp(), torch.tensor([0.5, 0.35, 0.15]).expand(2, 3))
     torch.testing.assert_close(answer.softmax(1), answer.exp())
@@ -35,7 +35,7 @@ def test_the_answer_is_the_mean_of_the_probabilities():
     torch.testing.assert_close(both.each(torch.zeros(2, 4))[1].softmax(1)[0], torch.tensor([0.2, 0.6, 0.2]))
 
 
-def test_they_only_answer():
+def test_ensemble_is_in_eval_mode_and_in_no_state_dict():
     class Holder(nn.Module):
         def __init__(self):
             super().__init__()
@@ -53,7 +53,7 @@ def test_they_only_answer():
     assert torch.equal(other.teacher.teachers[1].network[0].weight, before)
 
 
-def test_settings_for_all_or_for_each():
+def test_settings_are_given_for_all_teachers_or_for_each():
     first, second = teacher_settings(
         ["cnn", nn.Linear(3, 3)],
         3,

@@ -30,7 +30,7 @@ def all_of(samples):
 
 
 @pytest.mark.parametrize("make", [digits, lambda: DataLoader(dataset(), batch_size=8, shuffle=True)])
-def test_the_same_each_time_and_others_by_stream(make):
+def test_subset_repeats_differs_by_stream_and_can_be_excluded(make):
     source = make()
     first, again = (training_samples(source, 20, seed=1, stream="a") for _ in range(2))
     other = training_samples(source, 20, seed=1, stream="b")
@@ -38,7 +38,7 @@ def test_the_same_each_time_and_others_by_stream(make):
     assert (first.indices == again.indices).all()
     assert (first.indices != other.indices).any()
     image, target = all_of(first)
-    assert image.equal(all_of(first)[0])  # re-iterable
+    assert image.equal(all_of(first)[0])  # the loader can be read again
     assert len(target) == 20
     rest = training_samples(source, None, exclude=first.indices)
     assert not np.isin(rest.indices, first.indices).any()
@@ -47,19 +47,19 @@ def test_the_same_each_time_and_others_by_stream(make):
 
 
 @pytest.mark.parametrize("make", [digits, lambda: DataLoader(dataset(), batch_size=8)])
-def test_balanced(make):
+def test_balanced_subset_has_equally_many_samples_of_each_class(make):
     source = make()
     classes = getattr(source, "num_classes", 3)
     target = all_of(training_samples(source, 3 * classes + 1, balanced=True, num_classes=classes))[1]
     assert sorted(torch.bincount(target).tolist()) == [3] * (classes - 1) + [4]
 
 
-def test_a_small_class_gives_all_it_has():
+def test_balanced_subset_takes_all_samples_of_a_small_class():
     samples = training_samples(DataLoader(dataset(), batch_size=8), 60, balanced=True, num_classes=3)
     assert torch.bincount(all_of(samples)[1]).tolist() == [20, 20, 10]
 
 
-def test_errors():
+def test_wrong_counts_and_unsized_data_raise():
     source = DataLoader(dataset(), batch_size=8)
     with pytest.raises(ValueError, match="no training sample is left"):
         training_samples(source, 5, exclude=np.arange(90))
@@ -76,7 +76,7 @@ def test_errors():
         training_samples(DataLoader(Endless()), 5)
 
 
-def test_a_sampler_says_what_is_trained_on():
+def test_subset_follows_known_samplers_and_others_raise():
     half = DataLoader(dataset(), batch_size=8, sampler=SubsetRandomSampler(range(40)))
     assert training_samples(half, None).indices.tolist() == list(range(40))
 
@@ -95,7 +95,7 @@ def test_a_sampler_says_what_is_trained_on():
         training_samples(DataLoader(dataset(), sampler=Other()), None)
 
 
-def test_batches_of_another_kind_come_as_they_are():
+def test_dict_batches_pass_and_a_label_beyond_num_classes_raises():
     items = [{"x": torch.tensor(float(k)), "y": k % 2} for k in range(6)]
     batches = list(training_samples(DataLoader(items, batch_size=4), 5).loader)
     assert [sorted(batch) for batch in batches] == [["x", "y"]] * 2
@@ -103,13 +103,13 @@ def test_batches_of_another_kind_come_as_they_are():
         training_samples(DataLoader(dataset(), batch_size=8), 9, balanced=True, num_classes=2)
 
 
-def _drawn_on_two():
+def _subset_on_a_rank():
     dist.init_process_group("gloo", rank=int(os.environ["LOCAL_RANK"]), world_size=2)
     samples = training_samples(DataLoader(dataset(), batch_size=8), 21)
     return samples.indices.tolist(), torch.cat([batch.index for batch in samples.loader]).tolist()
 
 
-def test_two_processes_share_out_a_users_loader():
-    (chosen, first), (same, second) = on_two_ranks(_drawn_on_two)
+def test_two_processes_split_the_subset_of_a_plain_loader():
+    (chosen, first), (same, second) = on_two_ranks(_subset_on_a_rank)
     assert chosen == same
     assert sorted(first + second) == chosen

@@ -1,4 +1,4 @@
-"""What a training is watched for, and the default optimizers."""
+"""Warnings about a training that diverges, and the default optimizers."""
 
 import warnings
 
@@ -16,7 +16,7 @@ from lightning_kd.noisy_labels import CrossEntropy
 from tests.core.runs import loader, sgd, trainer
 
 
-def test_a_training_that_diverges_is_told_once():
+def test_diverging_training_warns_once():
     task = Classification(nn.Linear(4, 3), 3, optimizer=sgd(30.0))
     with pytest.warns(
         UserWarning, match=r"the training loss is .* that of guessing is 1\.1: the training diverges"
@@ -26,8 +26,8 @@ def test_a_training_that_diverges_is_told_once():
     assert "began at 30" in str(next(one.message for one in w if "diverges" in str(one.message)))
 
 
-def told_of(losses, task=None, optimizer=None):
-    """What is said of epochs with these training and validation losses, ``None`` for no validation in one."""
+def warnings_of(losses, task=None, optimizer=None):
+    """The warnings after epochs with these training and validation losses, ``None`` for no validation."""
     watch, task, fitter = TrainingWatch(), task or Classification(nn.Linear(4, 3), 3, optimizer=sgd()), trainer(9)
     task.trainer = fitter
     fitter.optimizers = [optimizer or torch.optim.SGD(task.parameters(), lr=0.1)]
@@ -43,10 +43,10 @@ def told_of(losses, task=None, optimizer=None):
     return [str(one.message) for one in record]
 
 
-def test_a_loss_that_only_rises_is_told():
+def test_training_loss_that_rises_for_three_epochs_warns():
     losses = [(loss, 0.5) for loss in (1.0, 0.9, 0.7, 0.8, 1.2)]
-    assert told_of(losses) == []
-    (found,) = told_of([*losses, (1.3, 0.5)])
+    assert warnings_of(losses) == []
+    (found,) = warnings_of([*losses, (1.3, 0.5)])
     assert "the training loss has risen to 1.3 in 3 epochs" in found
 
 
@@ -58,38 +58,38 @@ def test_a_loss_that_only_rises_is_told():
         ([(60.0, 1.5), (25.0, 1.5), (28.0, 1.5)], True, "the training loss is 28 after"),
         ([(0.9, 12.0), (0.1, 68.0)], True, "the validation loss is 68 after"),
         ([(0.9, 12.0), (0.1, 68.0)], False, "the validation loss is 68 after"),
-        # inputs of another scale begin far above, but come down; a steep one to guessing and below
+        # losses of unscaled inputs begin far above guessing, but fall; one falls steeply below guessing
         ([(7.1, 5.0), (2.9, 2.0), (1.2, 0.9)], True, None),
         ([(2.9, 20.0), (2.8, 19.0), (2.7, 18.0), (2.6, 17.0)], True, None),
         ([(30.0, 20.0), (1.15, 1.12), (1.05, 1.0)], True, None),
         ([(1.0, 90.0), (0.8, 12.0), (0.7, 14.0)], True, None),
-        # another loss than that of the problem says nothing, nor does a validation that there was not
+        # no warning for another loss than that of the problem, nor for an epoch without validation
         ([(7.0, 0.5), (7.1, 0.5)], False, None),
         ([(1.0, 90.0), (0.8, None), (0.7, None)], True, None),
         ([(7.0, 0.5)], True, None),
     ],
 )
-def test_which_losses_are_told(losses, plain, message):
+def test_losses_far_above_guessing_warn_but_falling_ones_do_not(losses, plain, message):
     task = Classification(nn.Linear(4, 3), 3, optimizer=sgd())
     task.loss_is_plain = plain
-    found = told_of(losses, task)
+    found = warnings_of(losses, task)
     assert len(found) == (message is not None)
     assert all(message in sentence for sentence in found)
 
 
-def test_the_remedy_is_not_what_is_in_use():
+def test_suggested_optimizer_differs_from_the_one_in_use():
     diverging = [(2.0, 0.5), (9.0, 0.5)]
     task = Classification(nn.Linear(4, 3), 3)
-    (found,) = told_of(diverging, task, task.configure_optimizers())
+    (found,) = warnings_of(diverging, task, task.configure_optimizers())
     assert found.endswith("such as --model.optimizer AdamW --model.optimizer.lr 3e-05")
-    (found,) = told_of(diverging)
+    (found,) = warnings_of(diverging)
     assert found.endswith("such as --model.optimizer.lr 0.01, or --model.optimizer AdamW --model.optimizer.lr 3e-4")
     norm = Classification(nn.Sequential(nn.Linear(4, 3), nn.BatchNorm1d(3)), 3)
-    (found,) = told_of(diverging, norm, norm.configure_optimizers())
+    (found,) = warnings_of(diverging, norm, norm.configure_optimizers())
     assert "such as --model.optimizer SGD --model.optimizer.lr 0.005, or --model.optimizer AdamW" in found
 
 
-def test_features_as_they_are_learn_in_peace(tmp_path):
+def test_unscaled_features_train_without_warning(tmp_path):
     rng = np.random.default_rng(0)
     target = rng.integers(0, 2, 400)
     feature = (rng.normal(size=(400, 10)) * 30 + target[:, None] * 60).astype(np.float32)
@@ -103,7 +103,7 @@ def test_features_as_they_are_learn_in_peace(tmp_path):
     assert float(fitter.callback_metrics["train/acc"]) > 0.8
 
 
-def test_what_learns_is_left_in_peace():
+def test_successful_trainings_do_not_warn():
     data = ArrayDataModule("none.npz", kind="segmentation", fake=True, class_names=list("abcd"))
     tasks = (
         (Classification("cnn_tiny", 10), ArrayDataModule("n.npz", fake=True)),
@@ -121,7 +121,7 @@ def optimizer_of(task):
     return type(found).__name__, group["lr"], group["weight_decay"]
 
 
-def test_default_optimizers(tmp_path):
+def test_default_optimizer_depends_on_batch_norm_and_starting_weights(tmp_path):
     normed = nn.Sequential(nn.Linear(4, 4), nn.BatchNorm1d(4), nn.Linear(4, 3))
     plain = nn.Sequential(nn.Linear(4, 4), nn.LayerNorm(4), nn.Linear(4, 3))
     assert optimizer_of(Classification(normed, 3)) == ("SGD", 0.05, 5e-4)
@@ -136,7 +136,7 @@ def test_default_optimizers(tmp_path):
     assert optimizer_of(CrossEntropy(nn.Linear(4, 3), 3)) == ("SGD", 0.05, 5e-4)
 
 
-def test_a_network_without_batch_norm_trains_by_default():
+def test_default_optimizer_trains_a_network_without_batch_norm():
     torch.manual_seed(0)
     task = Classification("mlp_64", 10)
     fitter = trainer(3)

@@ -45,7 +45,7 @@ def assert_equal(network: nn.Module, weights: dict[str, Tensor]) -> None:
 
 @pytest.fixture
 def unchanged(target: nn.Module) -> Iterator[None]:
-    """After an error the network must be what it was."""
+    """Checks that the network is the same after the test."""
     before = copy(target)
     yield
     assert_equal(target, before)
@@ -56,18 +56,20 @@ def save(content: Any, folder: Path, name: str = "weights.pt") -> Path:
     return folder / name
 
 
-# -- what can be read ------------------------------------------------------------------------------------------------
+# -- files that are loaded -------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("name", ["weights.pt", "weights.pth", "weights.ckpt"])
 @pytest.mark.parametrize("as_text", [False, True])
-def test_plain_state_dict(source: nn.Module, target: nn.Module, tmp_path: Path, name: str, as_text: bool) -> None:
+def test_state_dict_file_is_loaded(
+    source: nn.Module, target: nn.Module, tmp_path: Path, name: str, as_text: bool
+) -> None:
     path = save(source.state_dict(), tmp_path, name)
     load_weights(target, str(path) if as_text else path, 10)
     assert_equal(target, copy(source))
 
 
-def test_safetensors(source: nn.Module, target: nn.Module, tmp_path: Path) -> None:
+def test_safetensors_file_is_loaded(source: nn.Module, target: nn.Module, tmp_path: Path) -> None:
     safetensors = pytest.importorskip("safetensors.torch")
     safetensors.save_file(source.state_dict(), tmp_path / "weights.safetensors")
     load_weights(target, tmp_path / "weights.safetensors")
@@ -75,8 +77,10 @@ def test_safetensors(source: nn.Module, target: nn.Module, tmp_path: Path) -> No
 
 
 @pytest.mark.parametrize("attribute", ["network", "student"])
-def test_lightning_checkpoint(source: nn.Module, target: nn.Module, tmp_path: Path, attribute: str) -> None:
-    """The other parts of the task, among them a network of the same kind, are left aside."""
+def test_only_the_network_of_a_lightning_checkpoint_is_loaded(
+    source: nn.Module, target: nn.Module, tmp_path: Path, attribute: str
+) -> None:
+    """Other parts of the task, among them a teacher of the same architecture, are ignored."""
 
     class SomeTask(L.LightningModule):
         def __init__(self) -> None:
@@ -96,7 +100,9 @@ def test_lightning_checkpoint(source: nn.Module, target: nn.Module, tmp_path: Pa
 
 @pytest.mark.parametrize("nests", [["model"], ["state_dict"], ["net"], ["state_dict", "model"]])
 @pytest.mark.parametrize("prefix", ["", "module."])
-def test_public_files(source: nn.Module, target: nn.Module, tmp_path: Path, nests: list[str], prefix: str) -> None:
+def test_nested_and_prefixed_public_files_are_loaded(
+    source: nn.Module, target: nn.Module, tmp_path: Path, nests: list[str], prefix: str
+) -> None:
     content: dict[str, Any] = {prefix + key: value for key, value in source.state_dict().items()}
     for nest in nests:
         content = {"epoch": 240, "opt": argparse.Namespace(lr=0.05), "accuracy": torch.tensor(75.6), nest: content}
@@ -104,7 +110,7 @@ def test_public_files(source: nn.Module, target: nn.Module, tmp_path: Path, nest
     assert_equal(target, copy(source))
 
 
-def test_public_mobilenetv2(tmp_path: Path) -> None:
+def test_public_mobilenetv2_with_other_classifier_names_is_loaded(tmp_path: Path) -> None:
     source, target = build_network("mobilenetv2", 5), build_network("mobilenetv2", 5)
     content = {key.replace("classifier.", "classifier.0."): value for key, value in source.state_dict().items()}
     assert "classifier.0.weight" in content
@@ -128,7 +134,7 @@ def test_batch_counters_may_be_missing(source: nn.Module, target: nn.Module, tmp
         assert torch.equal(value, content[key] if key in content else torch.tensor(0))
 
 
-def test_half_precision_file(source: nn.Module, target: nn.Module, tmp_path: Path) -> None:
+def test_half_precision_file_is_loaded_as_float32(source: nn.Module, target: nn.Module, tmp_path: Path) -> None:
     content = {key: value.half() if value.is_floating_point() else value for key, value in source.state_dict().items()}
     load_weights(target, save(content, tmp_path))
     weight = target.get_parameter("fc.weight")
@@ -136,25 +142,25 @@ def test_half_precision_file(source: nn.Module, target: nn.Module, tmp_path: Pat
     assert torch.equal(weight, content["fc.weight"].float())
 
 
-def test_modules_without_a_linear_layer(tmp_path: Path) -> None:
+def test_network_without_a_linear_layer_is_loaded(tmp_path: Path) -> None:
     source, target = nn.Conv2d(3, 4, 1), nn.Conv2d(3, 4, 1)
     load_weights(target, save(source.state_dict(), tmp_path), 10)
     assert_equal(target, copy(source))
 
 
-# -- what is refused -------------------------------------------------------------------------------------------------
+# -- files that raise ------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.usefixtures("unchanged")
 class TestErrors:
-    def test_no_file(self, target: nn.Module, tmp_path: Path) -> None:
+    def test_missing_file_raises(self, target: nn.Module, tmp_path: Path) -> None:
         for path in (tmp_path / "missing.pt", tmp_path):
             with pytest.raises(FileNotFoundError, match=r"^weights '.*': there is no such file; give a checkpoint"):
                 load_weights(target, path)
 
     @pytest.mark.parametrize("content", [b"", b"hello there", b"PK\x03\x04 cut short"])
     @pytest.mark.parametrize("name", ["weights.pt", "weights.safetensors"])
-    def test_damaged_file(self, target: nn.Module, tmp_path: Path, content: bytes, name: str) -> None:
+    def test_damaged_file_raises(self, target: nn.Module, tmp_path: Path, content: bytes, name: str) -> None:
         (tmp_path / name).write_bytes(content)
         with pytest.raises(
             ValueError, match=r"cannot be read: the file is damaged or .*; save it again with torch\.save"
@@ -171,9 +177,9 @@ class TestErrors:
             load_weights(target, path)
         assert not (tmp_path / "was_run").exists()
         torch.load(path, weights_only=False)
-        assert (tmp_path / "was_run").exists()  # so the file would have done it
+        assert (tmp_path / "was_run").exists()  # so unpickling does run it
 
-    def test_pickled_module(self, target: nn.Module, tmp_path: Path) -> None:
+    def test_pickled_module_raises(self, target: nn.Module, tmp_path: Path) -> None:
         with pytest.raises(ValueError, match=r"torch\.save\(network\.state_dict\(\), path\)$"):
             load_weights(target, save(target, tmp_path))
 
@@ -181,11 +187,13 @@ class TestErrors:
         ("content", "found"),
         [({}, r"a dict of \[\]"), ({"epoch": 3, "best": 0.5}, r"a dict of \['epoch', 'best'\]"), ([1], "a list")],
     )
-    def test_no_state_dict(self, target: nn.Module, tmp_path: Path, content: Any, found: str) -> None:
+    def test_file_without_a_state_dict_raises(
+        self, target: nn.Module, tmp_path: Path, content: Any, found: str
+    ) -> None:
         with pytest.raises(ValueError, match=f"hold no state_dict but {found}; save it again"):
             load_weights(target, save(content, tmp_path))
 
-    def test_missing_names(self, source: nn.Module, target: nn.Module, tmp_path: Path) -> None:
+    def test_missing_names_raise(self, source: nn.Module, target: nn.Module, tmp_path: Path) -> None:
         content = source.state_dict()
         for key in ("layer1.0.weight", "layer2.1.bias", "layer3.1.running_mean", "fc.bias"):
             del content[key]
@@ -196,12 +204,12 @@ class TestErrors:
         with pytest.raises(ValueError, match=message):
             load_weights(target, save(content, tmp_path))
 
-    def test_unexpected_names(self, source: nn.Module, target: nn.Module, tmp_path: Path) -> None:
+    def test_unexpected_names_raise(self, source: nn.Module, target: nn.Module, tmp_path: Path) -> None:
         content = {**source.state_dict(), "fc2.weight": torch.ones(1), "fc2.bias": torch.ones(1)}
         with pytest.raises(ValueError, match=r": 0 missing, 2 \(fc2\.weight, fc2\.bias\) unexpected"):
             load_weights(target, save(content, tmp_path))
 
-    def test_task_with_another_network(self, target: nn.Module, tmp_path: Path) -> None:
+    def test_checkpoint_of_another_network_raises(self, target: nn.Module, tmp_path: Path) -> None:
         other = {f"student.{key}": value for key, value in build_network("mlp_4", 10, 3).state_dict().items()}
         content = {"state_dict": {**other, "teacher.fc.weight": torch.ones(1)}}
         message = r"15 \(layer1\.0\.weight, .*\) missing, 2 \(hidden\.0\.weight, hidden\.0\.bias\) unexpected"
@@ -210,16 +218,20 @@ class TestErrors:
 
     @pytest.mark.parametrize("num_classes", [10, None])
     @pytest.mark.parametrize("prefix", ["", "network."])
-    def test_classes_of_the_file(self, target: nn.Module, tmp_path: Path, num_classes: int | None, prefix: str) -> None:
+    def test_file_with_another_number_of_classes_raises(
+        self, target: nn.Module, tmp_path: Path, num_classes: int | None, prefix: str
+    ) -> None:
         content = {prefix + key: value for key, value in build_network("cnn_tiny", 100).state_dict().items()}
         with pytest.raises(ValueError, match=r"weights\.pt' has 100 classes, the network has 10: give weights trained"):
             load_weights(target, save(content, tmp_path), num_classes)
 
-    def test_classes_of_the_data(self, source: nn.Module, target: nn.Module, tmp_path: Path) -> None:
+    def test_data_with_another_number_of_classes_raises(
+        self, source: nn.Module, target: nn.Module, tmp_path: Path
+    ) -> None:
         with pytest.raises(ValueError, match=r"weights\.pt' has 10 classes, the data has 100: give a network"):
             load_weights(target, save(source.state_dict(), tmp_path), 100)
 
-    def test_other_shapes(self, source: nn.Module, target: nn.Module, tmp_path: Path) -> None:
+    def test_other_shapes_raise(self, source: nn.Module, target: nn.Module, tmp_path: Path) -> None:
         content = {**source.state_dict(), "layer1.0.weight": torch.ones(8, 1, 3, 3)}
         message = r"1 shapes differ \(layer1\.0\.weight \(8, 1, 3, 3\) for \(8, 3, 3, 3\)\); give weights of the same"
         with pytest.raises(ValueError, match=message):
@@ -229,7 +241,7 @@ class TestErrors:
             load_weights(target, save(content, tmp_path))
 
     @pytest.mark.parametrize("value", [torch.nan, torch.inf])
-    def test_values_that_are_not_finite(
+    def test_infinite_or_nan_values_raise(
         self, source: nn.Module, target: nn.Module, tmp_path: Path, value: float
     ) -> None:
         content = copy(source)
@@ -237,11 +249,13 @@ class TestErrors:
         with pytest.raises(ValueError, match=r": layer3\.1\.running_var holds values that are not finite"):
             load_weights(target, save(content, tmp_path))
 
-    def test_values_that_are_no_tensors(self, source: nn.Module, target: nn.Module, tmp_path: Path) -> None:
+    def test_values_other_than_tensors_raise(self, source: nn.Module, target: nn.Module, tmp_path: Path) -> None:
         with pytest.raises(ValueError, match=r": fc\.bias is a list, not a tensor; save it again"):
             load_weights(target, save({**source.state_dict(), "fc.bias": [0.0] * 10}, tmp_path))
 
-    def test_without_safetensors(self, target: nn.Module, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def test_safetensors_file_without_the_package_raises(
+        self, target: nn.Module, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
         (tmp_path / "weights.safetensors").touch()
         monkeypatch.setitem(sys.modules, "safetensors.torch", None)
         with pytest.raises(ImportError, match=r"need safetensors: pip install safetensors$"):
@@ -251,7 +265,7 @@ class TestErrors:
 # -- published weights -----------------------------------------------------------------------------------------------
 
 
-def test_default_of_torchvision(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_default_weights_of_torchvision_are_checked_before_the_download(monkeypatch: pytest.MonkeyPatch) -> None:
     asked = []
     network = nn.Linear(2, 1000)
 
@@ -270,7 +284,7 @@ def test_default_of_torchvision(monkeypatch: pytest.MonkeyPatch) -> None:
     assert len(asked) == 1
 
 
-def test_default_of_timm(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_default_weights_of_timm_are_checked_before_the_download(monkeypatch: pytest.MonkeyPatch) -> None:
     timm = pytest.importorskip("timm")
     asked = []
     network = nn.Linear(2, 1000)
@@ -292,13 +306,13 @@ def test_default_of_timm(monkeypatch: pytest.MonkeyPatch) -> None:
     assert len(asked) == 1
 
 
-def test_default_without_timm(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_default_weights_without_timm_raise(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "timm", None)
     with pytest.raises(ImportError, match="'timm/resnet18' needs timm"):
         pretrained_network("timm/resnet18", 1000)
 
 
-def test_default_without_a_connection(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_default_weights_without_a_connection_raise(monkeypatch: pytest.MonkeyPatch) -> None:
     def get_model(name: str, **options: Any) -> nn.Module:
         raise OSError("no route to host")
 
@@ -309,12 +323,12 @@ def test_default_without_a_connection(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.parametrize("name", ["resnet8", "mlp", "hub/resnet18"])
-def test_default_of_other_names(name: str) -> None:
+def test_default_weights_of_other_networks_raise(name: str) -> None:
     with pytest.raises(ValueError, match=f"'default' exist only for timm/ and torchvision/ names, not for '{name}'"):
         pretrained_network(name, 10)
 
 
-# -- the classes they were trained on --------------------------------------------------------------------------------
+# -- the classes that weights were trained on ------------------------------------------------------------------------
 
 
 def animals(*names: str, **options: Any) -> ArrayDataModule:
@@ -346,7 +360,7 @@ def trained() -> str:
 
 @pytest.mark.filterwarnings("ignore:the teacher's validation accuracy")
 @pytest.mark.parametrize("names", ["bee cat dog", "bee ant cat"])
-def test_a_teacher_of_other_classes_is_refused(trained: str, names: str) -> None:
+def test_teacher_trained_on_other_classes_raises_in_fit_and_validate(trained: str, names: str) -> None:
     message = r"the teacher was trained on other classes .*class 0 was 'ant', here it is 'bee'"
     for verb in ("fit", "validate"):
         with pytest.raises(ValueError, match=message):
@@ -359,32 +373,34 @@ def test_a_teacher_of_other_classes_is_refused(trained: str, names: str) -> None
 @pytest.mark.parametrize(
     "make", [lambda w: task_of(weights=w), lambda w: student_of(teacher_weights="random", student_weights=w)]
 )
-def test_weights_of_other_classes_are_told(trained: str, make: Any, recwarn: pytest.WarningsRecorder) -> None:
-    def told() -> int:
+def test_starting_weights_of_other_classes_warn_unless_resumed(
+    trained: str, make: Any, recwarn: pytest.WarningsRecorder
+) -> None:
+    def class_warnings() -> int:
         said = [str(w.message) for w in recwarn]
         recwarn.clear()
         return sum("trained on other classes, or in another order (class 1 was 'bee', here" in text for text in said)
 
     quiet_trainer().fit(make(trained), animals("ant", "bee", "cat"))
-    assert told() == 0
+    assert class_warnings() == 0
     trainer, task, data = quiet_trainer(), make(trained), animals("ant", "cat", "bee")
     trainer.fit(task, data)
-    assert told() == 1
+    assert class_warnings() == 1
     trainer.save_checkpoint("next.ckpt")
     quiet_trainer(max_epochs=2).fit(make(trained), data, ckpt_path="next.ckpt", weights_only=True)
-    assert told() == 0
+    assert class_warnings() == 0
 
 
-def test_plain_numbers_say_nothing_about_classes(trained: str) -> None:
+def test_other_classes_compares_names_but_not_plain_numbers(trained: str) -> None:
     network = build_network("mlp_8", 3, 16)
     load_weights(network, trained)
     assert other_classes(network, animals("1", "2", "3")) is None
-    assert other_classes(network, animals("ant", "bee")) is None  # a data set may lack the last ones
+    assert other_classes(network, animals("ant", "bee")) is None  # a data set may lack the last classes
     assert other_classes(network, animals("ant", "cat")) == "class 1 was 'bee', here it is 'cat'"
     assert other_classes(network, None) is None
     assert other_classes(task_of().network, animals("ant", "cat")) is None
 
 
-def test_a_new_classifier_has_been_trained_on_no_classes(trained: str) -> None:
+def test_new_classifier_drops_the_class_names_of_the_weights(trained: str) -> None:
     assert other_classes(task_of(weights=trained).network, animals("ant", "cat")) is not None
     assert other_classes(task_of(weights=trained, new_classifier=True).network, animals("ant", "cat")) is None

@@ -51,7 +51,7 @@ def test_z_loss_of_one_hot_logits():
         assert z_loss(logits, torch.tensor([target])).item() == pytest.approx(expected, rel=1e-9)
 
 
-def test_z_loss_is_invariant_and_its_gradient_right():
+def test_z_loss_is_shift_and_scale_invariant_and_passes_gradcheck():
     logits, target = values(0), torch.arange(5)
     plain = z_loss(logits, target, 2.0, 0.5, reduction="none", eps=0.0)
     moved = z_loss(7 * logits - 40, target, 2.0, 0.5, reduction="none", eps=0.0)
@@ -67,7 +67,7 @@ def test_z_loss_reductions_and_precision():
     each = z_loss(logits, target, reduction="none")
     assert z_loss(logits, target).item() == pytest.approx(each.mean().item())
     assert z_loss(logits, target, reduction="sum").item() == pytest.approx(each.sum().item())
-    far = (logits + 1e4).float()  # one pass over squares would be off by everything
+    far = (logits + 1e4).float()  # mean square minus squared mean would lose all digits
     assert z_loss(far, target).item() == pytest.approx(each.mean().item(), rel=2e-3)
     half = logits.bfloat16()
     assert z_loss(half, target).dtype == torch.float32
@@ -77,7 +77,7 @@ def test_z_loss_reductions_and_precision():
 @pytest.mark.parametrize("value", [0.0, 0.1, -1e6])
 def test_equal_logits_have_a_loss_and_no_gradient(value):
     logits = torch.full((2, 7), value)
-    logits[1, 2] += 1  # the other sample's is untouched
+    logits[1, 2] += 1  # the logits of the other sample differ
     target = torch.tensor([3, 2])
     assert z_loss(logits, target, 2.0, 1.0, reduction="none")[0].item() == pytest.approx(1.0634640)
     slope = gradient(logits, target)
@@ -96,12 +96,12 @@ def test_equal_logits_have_a_loss_and_no_gradient(value):
         ({"target": torch.full((2, 3), 1 / 3)}, "target must be int64"),
     ],
 )
-def test_z_loss_refuses(arguments, message):
+def test_z_loss_wrong_arguments_raise(arguments, message):
     with pytest.raises(ValueError, match=message):
         z_loss(**{"logits": torch.arange(6.0).view(2, 3), "target": torch.tensor([0, 1]), **arguments})
 
 
-def test_soft_cross_entropy():
+def test_soft_cross_entropy_equals_torchs():
     logits, target = values(2), values(3).softmax(1)
     loss = soft_cross_entropy(logits.requires_grad_(), target.requires_grad_())
     assert loss.item() == pytest.approx(F.cross_entropy(logits, target).item(), rel=1e-12)
@@ -131,15 +131,15 @@ def trained(network, **options):
     return task, trainer
 
 
-def test_training_with_the_z_loss():
+def test_training_loss_is_the_mean_z_loss():
     network = nn.Linear(4, 3)
     expected = [z_loss(network(x), y, 2.0, 1.0).item() for x, y in loader()]
     task, trainer = trained(network, z_a=2.0, z_b=1.0, optimizer=lambda p: torch.optim.SGD(p, lr=0.0))
     assert float(trainer.callback_metrics["train/loss"]) == pytest.approx(sum(expected) / 3)
-    assert not task.loss_is_plain  # of guessing it is not log(C)
+    assert not task.loss_is_plain  # the Z-loss of guessing is not log(C)
 
 
-def test_a_classifier_that_starts_from_zero_is_told():
+def test_classifier_starting_from_zero_warns():
     zero = nn.Linear(4, 3)
     nn.init.zeros_(zero.weight)
     nn.init.constant_(zero.bias, 0.3)
@@ -163,6 +163,6 @@ def test_a_classifier_that_starts_from_zero_is_told():
         ({"loss": "z", "use_sampling_weights": True}, "use_sampling_weights is for loss='ce' only"),
     ],
 )
-def test_classification_refuses(arguments, message):
+def test_classification_with_wrong_loss_options_raises(arguments, message):
     with pytest.raises(ValueError, match=message):
         Classification(**{"network": nn.Linear(4, 3), "num_classes": 3, "input_shape": (4,), **arguments})
