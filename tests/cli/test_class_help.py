@@ -1,4 +1,4 @@
-"""``--model.help NAME`` and its like."""
+"""``--model.help NAME``, and the same for data, optimizers, schedulers and callbacks."""
 
 import pytest
 from torch import nn
@@ -20,8 +20,8 @@ from lightning_kd.cli.named_classes import argument_names, known_classes
                 "--model.temperature: float = 2.0",
                 "temperature of the loss; in the paper 2 for the binary losses",
                 "--model.student: str | Module (required)",
-                "--model.student_weights: str | None = None",  # of a parent
-                "--model.lr_interval: str = 'epoch'",  # of its parent
+                "--model.student_weights: str | None = None",  # from a parent class
+                "--model.lr_interval: str = 'epoch'",  # from the parent of that
                 '"epoch" or "step": when the scheduler steps.',
             ],
         ),
@@ -35,7 +35,7 @@ from lightning_kd.cli.named_classes import argument_names, known_classes
         (["--model.optimizer.help"], ["SAM, SGD"]),
     ],
 )
-def test_a_class_fits_on_a_screen(words, expected, capsys):
+def test_help_of_a_class_shows_its_arguments_on_one_screen(words, expected, capsys):
     with pytest.raises(SystemExit) as stop:
         main(["fit", *words])
     assert not stop.value.code
@@ -46,7 +46,7 @@ def test_a_class_fits_on_a_screen(words, expected, capsys):
 
 
 @pytest.mark.parametrize("key", ["model", "data", "model.optimizer", "trainer.callbacks", "model.lr_scheduler"])
-def test_every_class_has_a_screen_at_most(key):
+def test_help_of_every_class_has_at_most_60_lines(key):
     for name, cls in known_classes(key).items():
         if cls.__module__.startswith(("lightning_kd.", "torch.optim.", "lightning.pytorch.callbacks.")):
             text = class_help(key, name)
@@ -55,26 +55,26 @@ def test_every_class_has_a_screen_at_most(key):
                 assert f"--{key}.{argument}" in text
 
 
-def test_an_unknown_class_is_one_sentence(capsys):
+def test_help_of_an_unknown_class_suggests_names(capsys):
     with pytest.raises(SystemExit) as stop:
         main(["fit", "--model.help", "DHKDD"])
     assert stop.value.code == 1
     assert capsys.readouterr().err == "error: --model 'DHKDD' is not known: did you mean DHKD, DKD?\n"
 
 
-def test_what_is_asked_for():
+def test_help_requests_are_parsed():
     assert help_request(["fit", "--model.help", "KD"]) == ("model", "KD")
     assert help_request(["fit", "--trainer.callbacks+.help=KD"]) == ("trainer.callbacks", "KD")
     assert help_request(["fit", "--model.help", "--config", "x"]) == ("model", "")
     assert help_request(["fit", "--help"]) is None
 
 
-def test_arguments_are_those_that_a_config_takes():
+def test_listed_arguments_are_those_a_config_takes():
     assert "params" not in argument_names(SGD)
     assert {"temperature", "teacher_weights", "lr_interval"} <= set(argument_names(lightning_kd.DHKD))
 
 
-def test_a_class_with_very_many_arguments_is_cut():
+def test_help_of_a_class_with_many_arguments_is_cut():
     names = [f"argument_{number}" for number in range(90)]
     space: dict[str, object] = {}
     exec(f"def __init__(self, {', '.join(f'{name}: int = 0' for name in names)}): pass", space)

@@ -1,4 +1,4 @@
-"""A config file with a doubled key, or that is no YAML, is refused by its name and line."""
+"""A config file with a doubled key or invalid YAML is refused with its name and line."""
 
 import pytest
 
@@ -25,7 +25,7 @@ TWICE = "trainer:\n  max_epochs: 3\nmodel: {a: 1}\ntrainer:\n  devices: 1\n"
         ("- a\n", "holds no settings"),
     ],
 )
-def test_what_is_wrong_is_told_by_file_and_line(text, message, tmp_path):
+def test_wrong_config_raises_with_file_and_line(text, message, tmp_path):
     path = tmp_path / "my.yaml"
     path.write_text(text)
     with pytest.raises(ValueError, match=message) as caught:
@@ -35,13 +35,13 @@ def test_what_is_wrong_is_told_by_file_and_line(text, message, tmp_path):
     assert "string>" not in str(caught.value)
 
 
-def test_other_encodings_are_told(tmp_path):
+def test_config_in_another_encoding_raises(tmp_path):
     (tmp_path / "my.yaml").write_bytes("a: é\n".encode("latin-1"))
     with pytest.raises(ValueError, match=r"my.yaml is no text in UTF-8 \(.*\): save it as UTF-8"):
         check_config(str(tmp_path / "my.yaml"))
 
 
-def test_what_is_right_passes(tmp_path):
+def test_valid_and_shipped_configs_pass(tmp_path):
     text = "a: &x {b: 1, c: {b: 2}}\nd: {<<: *x, b: 3}\n1: 2\n'1': 3\ne: [{b: 1}, {b: 2}, *x]\n"
     (tmp_path / "my.yaml").write_text(text)
     check_config(str(tmp_path / "my.yaml"))
@@ -49,7 +49,7 @@ def test_what_is_right_passes(tmp_path):
         check_config(config_path(name))
 
 
-def test_another_number_of_classes_than_the_data_has_is_refused():
+def test_num_classes_other_than_that_of_the_data_raises():
     words = ["--config", "distillation/student_digits", "--data.fake", "true", "--model.num_classes"]
     with pytest.raises(ValueError, match=r"model\.num_classes=7, but the data has 10 classes: leave it out"):
         get_cli([*words, "7"])
@@ -57,7 +57,7 @@ def test_another_number_of_classes_than_the_data_has_is_refused():
 
 
 @pytest.mark.parametrize("option", [["--config", "my.yaml"], ["--config=my.yaml"], ["-c", "my.yaml"]])
-def test_no_command_takes_it(option, tmp_path, capsys, monkeypatch):
+def test_fit_refuses_a_config_with_a_doubled_key(option, tmp_path, capsys, monkeypatch):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "my.yaml").write_text(TWICE)
     with pytest.raises(SystemExit):

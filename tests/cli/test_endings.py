@@ -1,4 +1,4 @@
-"""What a command prints at its end, and what it leaves behind where it failed before its work began."""
+"""What a command prints at its end, and which files remain where it fails before its work begins."""
 
 import json
 from pathlib import Path
@@ -15,9 +15,9 @@ QUIET = ["--trainer.enable_progress_bar", "false"]
 FIT = ["fit", "--config", "distillation/teacher_digits", "--config", "_overlay/smoke", *QUIET]
 TEST = ["test", "--config", "x/config.yaml", *QUIET, "--ckpt_path", "last"]
 BREAKING = [
-    ["--data.batch_size", "-3"],  # while it is parsed and built
+    ["--data.batch_size", "-3"],  # fails while the command line is parsed and built
     ["--model.network", "resnet8x5"],
-    ["--trainer.callbacks", "tests.cli.test_endings.Refusing"],  # in trainer.fit, before the first step
+    ["--trainer.callbacks", "tests.cli.test_endings.Refusing"],  # fails in trainer.fit, before the first step
 ]
 
 
@@ -61,7 +61,7 @@ def test_a_failed_fit_leaves_no_folder(extra, noise, tmp_path, capsys):
 
 @pytest.mark.parametrize("extra", BREAKING, ids=["data", "network", "callback"])
 @pytest.mark.parametrize("kind", [["--overwrite"], ["--ckpt_path", "last", "--trainer.max_epochs", "3"]])
-def test_a_failed_fit_leaves_an_earlier_one_untouched(extra, kind, trained, monkeypatch, capsys):
+def test_a_failed_fit_leaves_an_earlier_run_untouched(extra, kind, trained, monkeypatch, capsys):
     monkeypatch.chdir(trained)
     before = content("x")
     with pytest.raises(SystemExit):
@@ -87,7 +87,7 @@ def test_a_failed_evaluation_leaves_the_run_untouched(trained, monkeypatch, tmp_
     assert "go on with" not in capsys.readouterr().out
 
 
-def test_a_failed_benchmark_leaves_the_earlier_rounds_untouched(tmp_path, capsys):
+def test_a_failed_active_leaves_the_earlier_rounds_untouched(tmp_path, capsys):
     active = ["active", "--config", "active_learning/entropy_digits", *QUIET, "--trainer.max_epochs", "1"]
     active += ["--data.rounds", "1", "--run", "r"]
     with pytest.raises(SystemExit):
@@ -109,7 +109,7 @@ class Reading(L.Callback):
         Reading.record = json.loads(Path("x/run.json").read_text())
 
 
-def test_the_classes_of_the_data_are_written_when_the_work_begins():
+def test_class_names_are_in_the_record_while_fit_runs():
     image, target = np.zeros((30, 4, 4), np.uint8), np.array(["bee", "ant", "cat"] * 10)
     np.savez("own.npz", image=image, target=target)
     data = ["--data", "ArrayDataModule", "--data.path", "own.npz", "--run", "x", "--trainer.accelerator", "cpu"]
@@ -119,7 +119,7 @@ def test_the_classes_of_the_data_are_written_when_the_work_begins():
     assert Reading.record["class_names"] == ["ant", "bee", "cat"]
 
 
-def test_a_fit_that_broke_while_training_says_how_to_go_on(tmp_path, capsys):
+def test_fit_failing_in_training_says_how_to_go_on(tmp_path, capsys):
     with pytest.raises(SystemExit):
         main([*FIT, "--model.optimizer.lr", "1e30", "--model.network", "mlp_32", "--run", "x"])
     out = capsys.readouterr()
@@ -128,7 +128,7 @@ def test_a_fit_that_broke_while_training_says_how_to_go_on(tmp_path, capsys):
     assert json.loads(Path("x/run.json").read_text())["outcome"] == "failed"
 
 
-def test_a_mistake_in_a_class_of_the_user_keeps_its_trace(tmp_path, traces, capsys, monkeypatch):
+def test_error_in_a_users_class_saves_its_traceback(tmp_path, traces, capsys, monkeypatch):
     monkeypatch.syspath_prepend(str(tmp_path))
     (tmp_path / "broken_net.py").write_text(
         "from torch import nn\n\n\nclass Broken(nn.Module):\n    def __init__(self):\n        len(3)\n"
@@ -141,7 +141,7 @@ def test_a_mistake_in_a_class_of_the_user_keeps_its_trace(tmp_path, traces, caps
     assert "Traceback" in trace.read_text()
 
 
-def test_compare_is_named_where_there_is_something_to_compare(trained, monkeypatch, capsys):
+def test_compare_is_suggested_only_after_a_second_run(trained, monkeypatch, capsys):
     monkeypatch.chdir(trained)
     main(TEST)
     main(["predict", *TEST[1:]])
@@ -154,7 +154,7 @@ def test_compare_is_named_where_there_is_something_to_compare(trained, monkeypat
     main(["compare", "."])
 
 
-def test_the_size_is_one_line(capsys, tmp_path):
+def test_model_size_is_one_line_unless_the_summary_is_set(capsys, tmp_path):
     fit = ["fit", "--config", "distillation/dhkd_digits", *FIT[3:], "--model.teacher_weights", "random"]
     main([*fit, "--run", "x"])
     out = capsys.readouterr().out
@@ -172,7 +172,7 @@ def fit_from_python():
     assert isinstance(cli.model, Classification)
 
 
-def test_nothing_is_said_without_being_asked(tmp_path):
+def test_fit_prints_few_lines_and_nothing_to_stderr(tmp_path):
     done = run_command(*FIT, "--run", "x", folder=tmp_path)
     assert (done.returncode, done.stderr) == (0, "")
     assert len(done.stdout.strip().splitlines()) == 5
@@ -181,7 +181,7 @@ def test_nothing_is_said_without_being_asked(tmp_path):
     assert done.stdout == "Classification: 94,186 parameters trained\n"
 
 
-def test_the_record_tells_when_the_command_began_and_that_nothing_was_left_to_train(trained, monkeypatch, capsys):
+def test_fit_with_nothing_left_to_train_says_so_and_records_its_times(trained, monkeypatch, capsys):
     monkeypatch.chdir(trained)
     main([*FIT, "--run", "x", "--ckpt_path", "last"])
     assert "fit finished with nothing left to train" in capsys.readouterr().out
@@ -190,6 +190,6 @@ def test_the_record_tells_when_the_command_began_and_that_nothing_was_left_to_tr
     assert record["start"] <= record["end"]
 
 
-def test_a_summary_of_the_users_own_is_shown(tmp_path, capsys):
+def test_size_line_is_left_out_with_a_users_model_summary(tmp_path, capsys):
     main([*FIT, "--trainer.callbacks", "lightning.pytorch.callbacks.ModelSummary"])
     assert "parameters trained" not in capsys.readouterr().out

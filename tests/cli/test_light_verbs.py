@@ -1,4 +1,4 @@
-"""Verbs that need neither torch nor lightning start at once, and still know all that there is."""
+"""Verbs that need neither torch nor lightning do not import them, and still list every class."""
 
 import inspect
 import subprocess
@@ -32,7 +32,7 @@ from lightning_kd.nets import network_names, segmentation_network_names
         *(["claim"], ["claim", "--help"], ["claim", "dhdk"]),
     ],
 )
-def test_neither_torch_nor_lightning_is_imported(words, tmp_path):
+def test_light_verbs_import_neither_torch_nor_lightning(words, tmp_path):
     code = (
         "import sys\nfrom lightning_kd.cli import main\n"
         f"try:\n    main({words})\nexcept SystemExit: pass\n"
@@ -50,7 +50,7 @@ def test_neither_torch_nor_lightning_is_imported(words, tmp_path):
         ("data modules", [lightning_kd.data], L.LightningDataModule),
     ],
 )
-def test_the_list_is_what_importing_finds(title, packages, base):
+def test_list_names_every_public_class_with_its_first_line(title, packages, base):
     named = {name: getattr(package, name) for package in packages for name in package.__all__}
     expected = [
         name
@@ -66,7 +66,7 @@ def test_the_list_is_what_importing_finds(title, packages, base):
         assert line.endswith(inspect.getdoc(named[line.split()[0]]).partition("\n")[0])
 
 
-def test_the_sections_stand_apart_and_the_end_says_what_to_do_with_a_name():
+def test_list_has_separate_sections_and_ends_with_advice():
     *sections, end = class_list().split("\n\n")
     assert [one.partition(":\n")[0].split(",")[0] for one in sections] == [
         "methods",

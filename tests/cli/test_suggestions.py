@@ -1,4 +1,4 @@
-"""What a user reads who misspelt something: one sentence with what was probably meant."""
+"""A misspelt verb, option or name gives one sentence with what was probably meant."""
 
 import pytest
 
@@ -40,7 +40,7 @@ DHKD = ["--config", "distillation/dhkd_digits"]
         ),
     ],
 )
-def test_one_sentence_says_what_was_meant(words, status, expected, capsys, tmp_path):
+def test_misspelling_gives_one_sentence_with_a_suggestion(words, status, expected, capsys, tmp_path):
     with pytest.raises(SystemExit) as stop:
         main(words)
     assert stop.value.code == status
@@ -52,7 +52,7 @@ def test_one_sentence_says_what_was_meant(words, status, expected, capsys, tmp_p
 
 
 @pytest.mark.parametrize("name", ["lr", "learning_rate"])
-def test_the_learning_rate_is_the_optimizers(name, capsys):
+def test_learning_rate_of_the_model_suggests_that_of_the_optimizer(name, capsys):
     with pytest.raises(SystemExit):
         main(["fit", *TEACHER, f"--model.{name}", "0.01"])
     error = capsys.readouterr().err
@@ -68,7 +68,7 @@ def test_the_learning_rate_is_the_optimizers(name, capsys):
         ("trainer: {max_epoch: 3}", "--trainer.max_epoch does not exist: did you mean --trainer.max_epochs"),
     ],
 )
-def test_a_config_file_too(text, expected, capsys, tmp_path):
+def test_misspelling_in_a_config_file_gives_a_suggestion(text, expected, capsys, tmp_path):
     (tmp_path / "mine.yaml").write_text(text + "\n")
     with pytest.raises(SystemExit) as stop:
         main(["fit", "--config", "mine.yaml", "--data", "DigitsDataModule"])
@@ -78,5 +78,5 @@ def test_a_config_file_too(text, expected, capsys, tmp_path):
     assert error.count("\n") == 1
 
 
-def test_an_unknown_report_is_kept():
+def test_unrecognised_error_is_kept_on_one_line():
     assert one_sentence("something new\n  and more") == "something new; and more"

@@ -1,4 +1,4 @@
-"""``lightning-kd teach``: the store of a config, and trainings from it."""
+"""``lightning-kd teach``: stores the teacher's logits for a config, and trainings from the store."""
 
 import json
 import shlex
@@ -25,7 +25,7 @@ def weights():
     return path
 
 
-def test_a_config_is_taught_and_trained_from_the_store_alone(weights, capsys):
+def test_teach_writes_a_store_that_fit_can_use_without_the_teacher(weights, capsys):
     main(["teach", *KD, *SMALL])
     out = capsys.readouterr().out
     store = Path("runs/teacher_digits/network.store")
@@ -52,7 +52,7 @@ def test_a_config_is_taught_and_trained_from_the_store_alone(weights, capsys):
     assert TeacherStore("plain.store").header["keys"] == 1
 
 
-def test_what_is_refused_is_one_sentence_and_leaves_nothing(weights, capsys):
+def test_wrong_teach_options_give_one_sentence_and_leave_no_files(weights, capsys):
     for words, sentence in (
         (
             ["--views", "many"],
@@ -75,20 +75,20 @@ def test_what_is_refused_is_one_sentence_and_leaves_nothing(weights, capsys):
     assert [path.name for path in Path("runs").rglob("*")] == ["teacher_digits", "network.pt"]
 
 
-def test_fixed_views_are_said_to_be_others_and_a_run_without_validation_has_no_judgement(weights, capsys):
+def test_fixed_views_are_noted_and_no_validation_set_stores_no_accuracy(weights, capsys):
     main(["teach", *KD, *SMALL, "--views", "4", "--out", "four.store", "--data.val_fraction", "0"])
     assert "training with this store sees 4 fixed views of each image" in capsys.readouterr().err
     assert TeacherStore("four.store").reached == {}
     main(["fit", *KD, *SMALL, "--data.val_fraction", "0", "--model.teacher_store", "four.store"])
 
 
-def test_from_python(weights):
+def test_teach_from_python_returns_the_path_of_the_store(weights):
     cli = get_cli([*KD, *SMALL])
     path = cli.trainer.teach(cli.model, cli.datamodule, out="python.store")
     assert TeacherStore(path).header["answers"] == "logits"
 
 
-def test_a_stop_tells_how_to_go_on(weights, capsys, monkeypatch):
+def test_interrupted_teach_says_how_to_go_on(weights, capsys, monkeypatch):
     from lightning_kd.cli import teach_command
 
     def stop(*args, **kwargs):

@@ -1,4 +1,4 @@
-"""Folders that may not be written, full disks, and folders that somebody removes under a command."""
+"""Read-only run folders, full disks, and folders that are removed while a command runs."""
 
 import errno
 import json
@@ -22,7 +22,7 @@ def content(folder):
 
 
 @pytest.fixture(scope="module")
-def once(tmp_path_factory):
+def trained_once(tmp_path_factory):
     folder = tmp_path_factory.mktemp("trained")
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(folder)
@@ -31,13 +31,13 @@ def once(tmp_path_factory):
 
 
 @pytest.fixture
-def trained(once, tmp_path):
-    shutil.copytree(once / "x", tmp_path / "x")
+def trained(trained_once, tmp_path):
+    shutil.copytree(trained_once / "x", tmp_path / "x")
     return tmp_path / "x"
 
 
 def break_writing(monkeypatch, number, folder, names=""):
-    """Nothing more can be written below ``folder``, or only what has none of ``names``."""
+    """Let every write below ``folder`` fail, or only those of the files in ``names``."""
     from lightning_kd import file_writing
 
     def new_part(path):
@@ -58,7 +58,7 @@ def read_only(trained, monkeypatch):
 
 
 @pytest.mark.parametrize("verb", ["test", "validate"])
-def test_a_run_that_may_not_be_written_is_evaluated(verb, read_only, capsys):
+def test_read_only_run_is_evaluated_and_left_unchanged(verb, read_only, capsys):
     before = content(read_only)
     main([verb, *LAST])
     out = capsys.readouterr().out
@@ -70,7 +70,7 @@ def test_a_run_that_may_not_be_written_is_evaluated(verb, read_only, capsys):
 @pytest.mark.parametrize(
     "words", [["predict", *LAST], ["sharpness", *LAST], ["shift", *LAST], [*FIT, "--overwrite"], [*FIT[:-1], "x/y"]]
 )
-def test_what_leaves_files_is_refused_at_the_start(words, read_only, capsys):
+def test_verbs_that_write_files_refuse_a_read_only_run_at_the_start(words, read_only, capsys):
     before = content(read_only)
     with pytest.raises(SystemExit) as stop:
         main(words)
@@ -82,20 +82,20 @@ def test_what_leaves_files_is_refused_at_the_start(words, read_only, capsys):
     assert content(read_only) == before
 
 
-def test_predictions_of_a_run_that_may_not_be_written_go_elsewhere(read_only, tmp_path):
+def test_predictions_of_a_read_only_run_can_go_to_another_folder(read_only, tmp_path):
     main(["predict", *LAST, "--ckpt_path", "x/checkpoints/last.ckpt", "--run", "mine"])
     assert (tmp_path / "mine/predictions.csv").is_file()
 
 
 @pytest.mark.skipif(not hasattr(os, "geteuid") or os.geteuid() == 0, reason="root may write everywhere")
-def test_permissions_are_looked_at(tmp_path):
+def test_can_be_written_follows_the_permissions_of_the_folder(tmp_path):
     (tmp_path / "x").mkdir(mode=0o555)
     assert not RunFolder(tmp_path / "x/y/z").can_be_written()
     assert RunFolder(tmp_path / "y/z").can_be_written()
 
 
 @pytest.mark.parametrize("names", [(), ("metrics.csv", "run.json")], ids=["everything", "metrics"])
-def test_a_disk_that_fills_up_is_the_error_that_is_told(names, tmp_path, monkeypatch, capsys):
+def test_full_disk_is_the_first_error_reported(names, tmp_path, monkeypatch, capsys):
     class Full(L.Callback):
         def on_train_epoch_start(self, trainer, pl_module):
             if trainer.current_epoch == 1:
@@ -114,7 +114,7 @@ def test_a_disk_that_fills_up_is_the_error_that_is_told(names, tmp_path, monkeyp
     assert "finished" not in out.out
 
 
-def test_a_record_that_cannot_be_closed_is_no_success(tmp_path, monkeypatch, capsys):
+def test_run_json_that_cannot_be_written_at_the_end_is_an_error(tmp_path, monkeypatch, capsys):
     class Full(L.Callback):
         def on_fit_end(self, trainer, pl_module):
             break_writing(monkeypatch, errno.ENOSPC, tmp_path / "x", ("run.json",))
@@ -140,7 +140,7 @@ class Removing(L.Callback):
 
 
 @pytest.mark.parametrize("whole", ["true", "false"])
-def test_a_folder_that_is_removed_during_the_run_is_an_error(whole, capsys):
+def test_folder_removed_during_the_run_is_an_error(whole, capsys):
     with pytest.raises(SystemExit) as stop:
         main([*FIT, "--trainer.callbacks", "tests.cli.test_unwritable.Removing", "--trainer.callbacks.whole", whole])
     assert stop.value.code == 1
@@ -148,10 +148,10 @@ def test_a_folder_that_is_removed_during_the_run_is_an_error(whole, capsys):
     assert out.err.startswith("error: x, or its run.json, was removed while fit ran: ")
     assert out.err.count("\n") == 1
     assert "finished" not in out.out
-    assert Path("x/checkpoints/last.ckpt").is_file()  # nothing is lost that could be kept
+    assert Path("x/checkpoints/last.ckpt").is_file()  # the last checkpoint is still written
 
 
-def test_an_error_is_told_where_the_folder_was_removed(trained, monkeypatch, capsys):
+def test_error_is_reported_also_where_the_folder_was_removed(trained, monkeypatch, capsys):
     class Failing(L.Callback):
         def on_test_end(self, trainer, pl_module):
             shutil.rmtree(trained)
@@ -164,7 +164,7 @@ def test_an_error_is_told_where_the_folder_was_removed(trained, monkeypatch, cap
     assert not trained.exists()
 
 
-def test_what_was_set_aside_is_told_where_it_cannot_be_put_back(trained, monkeypatch, capsys):
+def test_error_is_reported_also_where_the_earlier_run_cannot_be_restored(trained, monkeypatch, capsys):
     from lightning_kd.cli.beginning import FolderBefore
 
     class Failing(L.Callback):

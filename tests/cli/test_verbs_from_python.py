@@ -1,4 +1,4 @@
-"""The verbs as methods of the Trainer that ``get_cli`` makes."""
+"""The verbs of the command line as methods of the Trainer that ``get_cli`` makes."""
 
 import inspect
 import json
@@ -17,7 +17,7 @@ FLAT = ["--config", "flatness/sgd_digits", *SMOKE]
 POOL = ["--config", "active_learning/entropy_digits", *QUIET, "--trainer.max_epochs", "1", "--run", "r"]
 
 
-def test_shift_and_sharpness():
+def test_shift_and_sharpness_from_python_write_their_files():
     cli = get_cli(FLAT)
     with pytest.raises(FileNotFoundError, match=r"there is no r/checkpoints/last\.ckpt"):
         cli.trainer.shift(cli.model, cli.datamodule)
@@ -33,7 +33,7 @@ def test_shift_and_sharpness():
     assert entry["checkpoint"] == str(path)
 
 
-def test_the_command_does_the_same():
+def test_shift_from_python_equals_the_command():
     main(["fit", *FLAT])
     cli = get_cli(FLAT)
     path = cli.trainer.shift(cli.model, cli.datamodule, samples=20, guard=None)
@@ -42,7 +42,7 @@ def test_the_command_does_the_same():
     assert all(torch.equal(ours[key], theirs[key]) for key in ours)
 
 
-def test_query():
+def test_query_from_python_writes_once_and_needs_a_pool_method():
     main(["fit", *POOL])
     cli = get_cli(POOL)
     path = cli.trainer.query(cli.model, cli.datamodule)
@@ -56,7 +56,7 @@ def test_query():
         cli.trainer.query(cli.model, cli.datamodule)
 
 
-def test_active_says_what_to_call():
+def test_active_from_python_raises_and_names_run_rounds():
     cli = get_cli(POOL)
     with pytest.raises(RuntimeError, match="run_rounds"):
         cli.trainer.active(cli.model, cli.datamodule)
