@@ -176,7 +176,7 @@ def test_printed_values_are_read_back_unchanged(tmp_path):
     assert yaml.safe_load(printed_config([str(path)])) == composed_settings(path)
 
 
-def test_numbers_and_dates_are_read_as_commands_read_them_by_jsonargparse(tmp_path):
+def test_numbers_and_dates_are_read_as_by_jsonargparse(tmp_path):
     text = "compose: [a.yaml]\nmodel: {a: 1e-4, b: '1e-4', c: 2026-13-01, d: '2026-01-01', e: 12}\n"
     path = write(tmp_path, a={"seed_everything": 0}, b=text)
     expected = {"a": 1e-4, "b": "1e-4", "c": "2026-13-01", "d": "2026-01-01", "e": 12}

@@ -283,9 +283,7 @@ def test_wrong_labels_of_a_plain_loader_raise_in_training(later):
 def test_a_task_refuses_data_of_more_classes():
     with pytest.raises(ValueError, match="num_classes=5 is less than the 10 classes of ArrayDataModule"):
         Classification(nn.Linear(4, 5), 5).check_data(ArrayDataModule("none.npz", fake=True))
-    Classification(nn.Linear(4, 12), 12).check_data(
-        ArrayDataModule("none.npz", fake=True)
-    )  # a task may have more classes than the data
+    Classification(nn.Linear(4, 12), 12).check_data(ArrayDataModule("none.npz", fake=True))  # more are fine
 
 
 def test_supervised_refuses_another_number_of_classes_than_its_problem():
