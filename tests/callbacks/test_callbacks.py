@@ -1,4 +1,4 @@
-"""The test curve and the pictures of a training."""
+"""The curve of test accuracy and the pictures of labels during a training."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ def scores(known: bool = True) -> Scores:
 
 
 class Method(Classification):
-    """A task with a verdict and with dropout."""
+    """A task with label scores and with dropout."""
 
     def __init__(self, **options: Any) -> None:
         network = nn.Sequential(nn.Flatten(), nn.Linear(64, 16), nn.BatchNorm1d(16), nn.Dropout(0.5), nn.Linear(16, 10))
@@ -64,7 +64,7 @@ def data(**options: Any) -> DigitsDataModule:
 
 
 class Modes(L.Callback):
-    """Whether the callback before it left the training as it was, and what it logged."""
+    """Checks that the callback before it restored the train modes and gradients, and keeps what it logged."""
 
     def __init__(self) -> None:
         self.logged: list[dict[str, float]] = []
@@ -84,7 +84,7 @@ class FrozenDropout(L.Callback):
         pl_module.network[3].eval()
 
 
-def test_curve_is_what_the_test_loop_finds(tmp_path: Path) -> None:
+def test_curve_equals_the_metrics_of_trainer_test(tmp_path: Path) -> None:
     curve, modes = callbacks.TestCurve(last=2), Modes()
     method, digits = Method(), data()
     fitter = trainer(tmp_path, FrozenDropout(), curve, modes, max_epochs=3)
@@ -97,8 +97,8 @@ def test_curve_is_what_the_test_loop_finds(tmp_path: Path) -> None:
     assert [row["curve/acc_last"] for row in modes.logged] == pytest.approx(expected)
 
 
-def test_callbacks_change_nothing_in_the_training(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(label_pictures, "_keep", lambda *args: None)  # drawing takes its time
+def test_callbacks_leave_the_trained_weights_unchanged(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(label_pictures, "_keep", lambda *args: None)  # no drawing, which is slow
     weights = []
     for extra in ([], [callbacks.TestCurve(), LabelPictures(every=1)]):
         torch.manual_seed(1)
@@ -108,7 +108,7 @@ def test_callbacks_change_nothing_in_the_training(tmp_path: Path, monkeypatch: p
     assert all(torch.equal(weights[0][name], weights[1][name]) for name in weights[0])
 
 
-def test_curve_resumes(tmp_path: Path) -> None:
+def test_resumed_curve_keeps_its_earlier_accuracies(tmp_path: Path) -> None:
     curve = callbacks.TestCurve(last=3)
     fitter = trainer(tmp_path, curve, enable_checkpointing=True, logger=CSVLogger(tmp_path))
     fitter.fit(Method(), data())
@@ -134,7 +134,7 @@ def test_curve_respects_the_limit_of_test_batches(tmp_path: Path, limit: float, 
     assert curve.state_dict()["accuracies"] == pytest.approx([right.double().mean().item()])
 
 
-def test_curve_without_test_batches(tmp_path: Path) -> None:
+def test_curve_without_test_batches_logs_nothing(tmp_path: Path) -> None:
     curve = callbacks.TestCurve()
     fitter = trainer(tmp_path, curve, max_epochs=1, limit_test_batches=0)
     fitter.fit(Method(), data())
@@ -143,7 +143,7 @@ def test_curve_without_test_batches(tmp_path: Path) -> None:
 
 
 class OwnData(L.LightningDataModule):
-    """A user's own, whose test set is there after ``setup("test")``."""
+    """A user's data module, whose test set exists only after ``setup("test")``."""
 
     def setup(self, stage: str) -> None:
         made = data()
@@ -159,7 +159,7 @@ class OwnData(L.LightningDataModule):
         return self.test
 
 
-def test_curve_of_a_users_own_data_module(tmp_path: Path) -> None:
+def test_curve_takes_the_test_set_of_a_users_data_module(tmp_path: Path) -> None:
     curve = callbacks.TestCurve()
     trainer(tmp_path, curve, max_epochs=1).fit(Method(), OwnData())
     assert len(curve.state_dict()["accuracies"]) == 1
@@ -194,13 +194,13 @@ def _curve_on_two_ranks(folder: str) -> list[float]:
     return [*curve.state_dict()["accuracies"], right.double().mean().item()]
 
 
-def test_curve_on_two_ranks(tmp_path: Path) -> None:
+def test_curve_of_two_processes_covers_the_whole_test_set(tmp_path: Path) -> None:
     first, second = on_two_ranks(_curve_on_two_ranks, str(tmp_path))
     assert first[0] == second[0] == pytest.approx(first[1])
     assert sorted(path.name for path in (tmp_path / "pictures").iterdir()) == ["label_scores.png", "reliability.png"]
 
 
-def test_curve_wrong_arguments(tmp_path: Path) -> None:
+def test_curve_wrong_arguments_raise(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"^last must be at least 1, got 0"):
         callbacks.TestCurve(last=0)
     with pytest.raises(ValueError, match=r"^TestCurve takes the test set from a data module"):
@@ -208,7 +208,7 @@ def test_curve_wrong_arguments(tmp_path: Path) -> None:
 
 
 class Figures:
-    """What stands in for a TensorBoard writer."""
+    """A fake TensorBoard writer that keeps the tag and step of each figure."""
 
     def __init__(self) -> None:
         self.added: list[tuple[str, int]] = []
@@ -231,7 +231,7 @@ class FigureLogger(Logger):
     def log_hyperparams(self, *args: Any, **kwargs: Any) -> None: ...
 
 
-def test_pictures_of_a_training(tmp_path: Path) -> None:
+def test_label_pictures_are_written_and_logged_every_second_epoch(tmp_path: Path) -> None:
     logger = FigureLogger()
     fitter = trainer(tmp_path, LabelPictures(every=2), max_epochs=3, logger=logger)
     fitter.fit(Method(), data())
@@ -243,7 +243,7 @@ def test_pictures_of_a_training(tmp_path: Path) -> None:
     assert logger.experiment.added == [(tag, step) for step in (2 * steps // 3, steps) for tag in tags]
 
 
-def test_pictures_of_a_task_without_scores(tmp_path: Path) -> None:
+def test_task_without_label_scores_gets_only_the_reliability_picture(tmp_path: Path) -> None:
     with warnings.catch_warnings():
         warnings.filterwarnings("error", message="no picture")
         trainer(tmp_path, LabelPictures(split="val"), max_epochs=1).fit(
@@ -252,7 +252,7 @@ def test_pictures_of_a_task_without_scores(tmp_path: Path) -> None:
     assert [path.name for path in (tmp_path / "pictures").iterdir()] == ["reliability.png"]
 
 
-def test_a_picture_that_fails_never_ends_a_training(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_failed_picture_warns_and_the_training_goes_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     method = Method()
     monkeypatch.setattr(method, "label_scores", lambda: 1 / 0)
     fitter = trainer(tmp_path, LabelPictures(every=1))
@@ -262,7 +262,7 @@ def test_a_picture_that_fails_never_ends_a_training(tmp_path: Path, monkeypatch:
     assert (tmp_path / "pictures" / "reliability.png").is_file()
 
 
-def test_pictures_wrong_arguments() -> None:
+def test_label_pictures_wrong_arguments_raise() -> None:
     with pytest.raises(ValueError, match=r"^every must be at least 1, got 0"):
         LabelPictures(every=0)
     with pytest.raises(ValueError, match=r"^split must be 'test' or 'val', got 'train'"):
@@ -274,7 +274,7 @@ def legend(figure: Any) -> list[str]:
 
 
 @pytest.mark.parametrize("known", [True, False])
-def test_label_score_figure(known: bool) -> None:
+def test_label_score_figure_has_legend_title_and_unit_area(known: bool) -> None:
     found = scores(known)
     share = float((found.clean_probability > 0.5).double().mean())
     figure = label_score_figure(found, "Mine")
@@ -290,14 +290,14 @@ def test_label_score_figure(known: bool) -> None:
     assert area == pytest.approx(1)  # comparable with the density of the mixture
 
 
-def test_label_score_figure_of_equal_scores_without_mixture() -> None:
+def test_label_score_figure_is_drawn_for_equal_scores_without_mixture() -> None:
     same = Scores(torch.ones(5), None, torch.ones(5), torch.zeros(5).long(), torch.zeros(5).long())
     figure = label_score_figure(same)
     figure.canvas.draw()
     assert legend(figure) == ["clean labels (5)", "wrong labels (0)"]
 
 
-def test_reliability_figure() -> None:
+def test_reliability_figure_shows_worked_numbers() -> None:
     probabilities = torch.tensor([[0.9, 0.1], [0.9, 0.1], [0.4, 0.6], [0.3, 0.7]])
     figure = reliability_figure(reliability(probabilities, torch.tensor([0, 1, 1, 1]), bins=5), "Test")
     above, below = figure.axes

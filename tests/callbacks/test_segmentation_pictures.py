@@ -1,4 +1,4 @@
-"""Pictures of pixels: what is in them, for which tasks, and that they cost no training."""
+"""Segmentation pictures: their columns, for which tasks and data, and that a failure ends no training."""
 
 import lightning as L
 import numpy as np
@@ -15,7 +15,7 @@ from tests.segmentation.runs import CLASSES, SHAPE, Pixels, task_of, trainer_of
 
 
 def drawn(monkeypatch, tmp_path, task, **options):
-    """The columns of each picture of a fit."""
+    """The images, columns and title of each picture of a fit, and its data."""
     found = []
 
     def keep(image, columns, num_classes, title):
@@ -29,7 +29,7 @@ def drawn(monkeypatch, tmp_path, task, **options):
     return found, data
 
 
-def test_the_pictures_of_rdd(monkeypatch, tmp_path):
+def test_rdd_pictures_have_four_columns_of_validation_images(monkeypatch, tmp_path):
     found, data = drawn(monkeypatch, tmp_path, task_of(RDD), count=4, every=1)
     assert [title for _, _, title in found] == [
         f"RDD after {text} (val set)" for text in ("1 epoch", "2 epochs", "2 epochs")
@@ -49,7 +49,7 @@ def test_the_pictures_of_rdd(monkeypatch, tmp_path):
     assert min(Image.open(tmp_path / "pictures/pixels.png").size) > 300
 
 
-def test_a_plain_task_has_two_columns(monkeypatch, tmp_path):
+def test_pictures_of_a_plain_task_have_two_columns(monkeypatch, tmp_path):
     task = SemanticSegmentation("fcn_tiny", CLASSES, input_shape=SHAPE)
     found, _ = drawn(monkeypatch, tmp_path, task, count=2, split="test")
     assert [*found[0][1]] == ["true classes", "predicted classes"]
@@ -60,7 +60,7 @@ SIZES = [(16, 16), (16, 24), (20, 16)]
 
 
 class OtherData(L.LightningDataModule):
-    """Images of three sizes, one a batch, without anything that data of this package says of itself."""
+    """A plain data module: images of three sizes, one a batch."""
 
     def batches(self):
         pairs = [(torch.rand(1, 3, *size), torch.zeros(1, *size, dtype=torch.int64)) for size in SIZES]
@@ -74,7 +74,7 @@ class OtherData(L.LightningDataModule):
 
 
 @pytest.mark.parametrize("module", [True, False])
-def test_images_of_several_sizes_from_data_of_another_kind(monkeypatch, tmp_path, module):
+def test_images_of_several_sizes_from_plain_data_are_drawn(monkeypatch, tmp_path, module):
     found = []
     monkeypatch.setattr(
         "lightning_kd.callbacks.segmentation_pictures.pixel_figure",
@@ -90,7 +90,7 @@ def test_images_of_several_sizes_from_data_of_another_kind(monkeypatch, tmp_path
     assert (tmp_path / "pictures" / "pixels.png").is_file()
 
 
-def test_a_picture_that_fails_is_a_warning(tmp_path):
+def test_failed_picture_is_a_warning(tmp_path):
     class Broken(SemanticSegmentation):
         def pixel_maps(self, image, target):
             raise RuntimeError("no map")

@@ -28,7 +28,7 @@ def report(**options: Any) -> SharpnessReport:
 
 
 class Logged(L.Callback):
-    """What was logged, before checkpoints would be written."""
+    """Keeps the sharpness values that were logged, before a checkpoint would be written."""
 
     def __init__(self) -> None:
         self.rows: list[dict[str, float]] = []
@@ -38,7 +38,7 @@ class Logged(L.Callback):
         self.rows.append({name: float(trainer.callback_metrics[name]) for name in names})
 
 
-def test_report_is_logged_and_written_and_changes_nothing(tmp_path: Path) -> None:
+def test_report_is_logged_and_written_and_leaves_training_unchanged(tmp_path: Path) -> None:
     weights, states, logged = [], [], Logged()
     for extra in ([], [report(every=1, slices="1d", points=3), logged]):
         torch.manual_seed(1)
@@ -66,7 +66,9 @@ def test_report_is_logged_and_written_and_changes_nothing(tmp_path: Path) -> Non
         assert saved["loss"][1] == pytest.approx(expected.loss, rel=1e-5)
 
 
-class Spied(Method):
+class SyncSpy(Method):
+    """Keeps the ``sync_dist`` that the sharpness values were logged with."""
+
     def log_dict(self, dictionary: Any, **kwargs: Any) -> None:
         if "sharpness/loss" in dictionary:
             self.synced = kwargs.get("sync_dist")
@@ -74,7 +76,7 @@ class Spied(Method):
 
 
 class Plain(L.LightningModule):
-    """A user's own module, with a loss of its own, half frozen."""
+    """A user's module with its own loss and a frozen layer, which ends the fit after its second epoch."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -98,7 +100,7 @@ class Squared(SharpnessReport):
         return F.mse_loss(pl_module(batch.image)[:, 0], batch.target.float())
 
 
-def test_any_module_and_loss_and_an_early_end(tmp_path: Path) -> None:
+def test_report_takes_any_module_and_loss_and_an_early_end(tmp_path: Path) -> None:
     loader = DataLoader(TensorDataset(torch.randn(10, 3), torch.arange(10) % 2), 4, shuffle=True)
     callback = Squared(samples=10, steps=3, max_probes=5)
     trainer(tmp_path, callback, max_epochs=5).fit(Plain(), loader)
@@ -110,7 +112,7 @@ def test_any_module_and_loss_and_an_early_end(tmp_path: Path) -> None:
     assert entry["accuracy"] is entry["kappa"] is None
 
 
-def test_what_cannot_be_measured_is_a_warning(tmp_path: Path) -> None:
+def test_failed_measurement_or_file_is_a_warning(tmp_path: Path) -> None:
     class Broken(SharpnessReport):
         def loss(self, pl_module: nn.Module, batch: Any) -> Tensor:
             return pl_module(batch.image)
@@ -125,7 +127,7 @@ def test_what_cannot_be_measured_is_a_warning(tmp_path: Path) -> None:
     assert logged.rows[0]["sharpness/loss"] > 0
 
 
-def test_a_resumed_fit_forgets_what_it_repeats(tmp_path: Path) -> None:
+def test_resumed_fit_adds_entries_and_a_new_fit_replaces_them(tmp_path: Path) -> None:
     options: dict[str, Any] = {"every": 1, "which": ["head"]}
     first = trainer(tmp_path, report(**options), max_epochs=2)
     first.fit(Method(), data())
@@ -137,7 +139,7 @@ def test_a_resumed_fit_forgets_what_it_repeats(tmp_path: Path) -> None:
 
 
 class Moving(WeightAveraging):
-    """Puts the zero network in at the end."""
+    """Sets all weights to zero at the end of the training, as weight averaging sets the average."""
 
     def on_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         with torch.no_grad():
@@ -146,7 +148,7 @@ class Moving(WeightAveraging):
 
 
 @pytest.mark.parametrize("every", [None, 1])
-def test_an_average_is_measured_once_it_is_in_its_place(tmp_path: Path, every: int | None) -> None:
+def test_averaged_weights_are_measured_after_they_are_set(tmp_path: Path, every: int | None) -> None:
     logger = CSVLogger(tmp_path, flush_logs_every_n_steps=1)
     parts = Moving(), report(which=["head"], every=every)
     trainer(tmp_path, *parts, logger=logger).fit(Method(), data())
@@ -160,7 +162,7 @@ def test_an_average_is_measured_once_it_is_in_its_place(tmp_path: Path, every: i
 
 
 class StopWanted(L.Callback):
-    """As early stopping before ``min_epochs``: it asks after each epoch, and is not heard yet."""
+    """Asks to stop after each epoch, as early stopping does; before ``min_epochs`` the fit goes on."""
 
     def on_train_epoch_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         trainer.should_stop = True
@@ -171,7 +173,7 @@ def test_a_fit_that_stops_early_is_measured_once(tmp_path: Path) -> None:
     assert [entry["epoch"] for entry in json.loads((tmp_path / "sharpness.json").read_text())] == [3]
 
 
-def test_entries_of_other_checkpoints_stay_and_damage_is_a_warning(tmp_path: Path) -> None:
+def test_entries_of_checkpoints_stay_and_a_damaged_file_is_a_warning(tmp_path: Path) -> None:
     path = tmp_path / "sharpness.json"
     path.write_text('[{"checkpoint": "last.ckpt", "loss": 1}, {"epoch": 9, "loss": 2}]')
     trainer(tmp_path, report(which=["head"]), max_epochs=1).fit(Method(), data())
@@ -186,7 +188,7 @@ def test_entries_of_other_checkpoints_stay_and_damage_is_a_warning(tmp_path: Pat
 
 
 class Averaged(Method):
-    """Answers by a frozen network."""
+    """A task whose main network is a frozen average."""
 
     def __init__(self) -> None:
         super().__init__(channels_last=True)
@@ -197,7 +199,7 @@ class Averaged(Method):
         return self.average
 
 
-def test_slices_vary_what_is_measured() -> None:
+def test_loss_slice_varies_the_main_network() -> None:
     digits, task = data(), Averaged()
     digits.setup("fit")
     found, drawn = report(slices="1d", points=3, which=["head"]).measure(task, digits)
@@ -209,20 +211,20 @@ def test_slices_vary_what_is_measured() -> None:
 @pytest.mark.parametrize(
     "options", [{"every": 0}, {"at_end": False}, {"samples": 0}, {"which": ["x"]}, {"slices": "3d"}]
 )
-def test_arguments_are_checked(options: dict[str, Any]) -> None:
+def test_wrong_arguments_raise(options: dict[str, Any]) -> None:
     with pytest.raises(ValueError, match=next(iter(options))):
         SharpnessReport(**options)
 
 
 def fit_on_a_rank(folder: str) -> None:
     torch.manual_seed(1)
-    method = Spied()
+    method = SyncSpy()
     trainer(folder, report(), strategy="ddp", devices=2, max_epochs=1, limit_train_batches=1).fit(method, data())
     assert method.synced is True
     torch.save(method.network.state_dict(), f"{folder}/rank{method.global_rank}.pt")
 
 
-def test_two_processes_report_as_one(tmp_path: Path) -> None:
+def test_report_of_two_processes_equals_that_of_one(tmp_path: Path) -> None:
     on_two_ranks(fit_on_a_rank, str(tmp_path))
     (found,) = json.loads((tmp_path / "sharpness.json").read_text())
     method, digits = Method(), data()
@@ -237,7 +239,7 @@ def test_two_processes_report_as_one(tmp_path: Path) -> None:
         assert found[name] == pytest.approx(expected[name], rel=1e-3), name
 
 
-def test_a_trial_run_leaves_the_report_alone(tmp_path: Path) -> None:
+def test_fast_dev_run_leaves_the_report_alone(tmp_path: Path) -> None:
     path = tmp_path / "sharpness.json"
     path.write_text('[{"epoch": 3, "loss": 1}]')
     trainer(tmp_path, report(which=["head"]), fast_dev_run=True).fit(Method(), data())
