@@ -1,4 +1,4 @@
-"""Runs that take no time: what a command leaves in its folder, without a training."""
+"""Fake runs: they leave the files of a command in its folder at once, without a training."""
 
 from __future__ import annotations
 
@@ -31,13 +31,13 @@ expected:
 
 
 def value_of(run: Path) -> float:
-    """What the test of a run finds: 0.5 and more, and 0.1 more for ``taught``."""
+    """The test accuracy of a fake run: 0.5 and a little for the seed, and 0.1 more for ``taught``."""
     seed = int(run.name.rpartition("_seed")[2])
     return 0.5 + 0.01 * seed + (0.1 + 0.001 * seed) * run.name.startswith("taught")
 
 
-def command(words: list[str]) -> None:
-    """``lightning-kd WORDS`` in no time."""
+def fake_command(words: list[str]) -> None:
+    """Leaves the files of ``lightning-kd WORDS``, or fails for the run that a file ``fail`` names."""
     if "--print_config" in words:
         raise SystemExit(0)
     verb, run = words[0], Path(words[words.index("--run") + 1])
@@ -60,8 +60,8 @@ def command(words: list[str]) -> None:
     (run / "metrics.csv").write_text("\n".join(lines) + "\n")
 
 
-class Runner:
-    """In the place of ``run_jobs``: all in this process, and what was asked for is kept in ``done``."""
+class FakeRunner:
+    """Replaces ``run_jobs``: runs fake commands in this process, and keeps their words in ``done``."""
 
     def __init__(self) -> None:
         self.done: list[list[str]] = []
@@ -80,7 +80,7 @@ class Runner:
                     continue
                 self.done.append(words)
                 try:
-                    command(words)
+                    fake_command(words)
                 except SystemExit as error:
                     raise RuntimeError(f"{job.name} failed: it diverged") from error
             ended(job, 1.0)

@@ -1,4 +1,4 @@
-"""What a claim's file says, and what is refused in it."""
+"""Reading the file of a claim, and the errors in it."""
 
 from itertools import pairwise
 from pathlib import Path
@@ -23,7 +23,7 @@ def written(tmp_path, **changes):
     return path
 
 
-def test_the_words_of_each_command(tmp_path):
+def test_commands_of_a_setting_have_seed_folder_and_options(tmp_path):
     claim = read_claim(written(tmp_path, shared="--data.seed {seed}"))
     fit, test = claim.commands("taught", 2, Path("r"), ["--data.root", "d"])
     assert fit[:3] == ["fit", "--config", "distillation/kd_digits"]
@@ -65,34 +65,34 @@ FIT = "fit --config distillation/student_digits"
         ({"expected": []}, "expected must be a list of comparisons"),
     ],
 )
-def test_what_is_refused(tmp_path, changes, words):
+def test_wrong_claim_file_raises_one_sentence(tmp_path, changes, words):
     with pytest.raises(ValueError, match=f"^{tmp_path}/mine.yaml: .*{words}") as told:
         read_claim(written(tmp_path, **changes))
     assert "\n" not in str(told.value)
 
 
 @pytest.mark.parametrize(("text", "words"), [("a: [", "is no YAML"), ("- a", "holds no claim")])
-def test_a_file_that_is_none(tmp_path, text, words):
+def test_file_that_is_no_claim_raises(tmp_path, text, words):
     (tmp_path / "mine.yaml").write_text(text)
     with pytest.raises(ValueError, match=words):
         read_claim(tmp_path / "mine.yaml")
 
 
-def test_seeds_are_a_number_of_them_or_a_list():
+def test_seeds_are_given_by_their_number_or_as_a_list():
     assert seeds_of(3) == (0, 1, 2)
     assert seeds_of([5, 7]) == (5, 7)
 
 
-def test_each_method_has_a_claim():
+def test_claims_of_these_methods_are_shipped():
     assert {path.stem for path in SHIPPED} >= {
         *("dhkd", "dkd", "dpc", "bldr", "dividemix", "elr", "coteaching", "gce", "lfosa", "bual", "dcfs", "k_center"),
         *("sam", "asam", "sos"),
     }
-    assert not [name for name in config_names() if name.startswith("claims/")]  # they are no configs of runs
+    assert not [name for name in config_names() if name.startswith("claims/")]  # claims are not listed as configs
 
 
 @pytest.mark.parametrize("path", SHIPPED, ids=lambda path: path.stem)
-def test_a_shipped_claim_is_one_that_can_run(path, capsys):
+def test_shipped_claim_is_short_and_its_commands_parse(path, capsys):
     claim = read_claim(path)
     assert path.read_text().startswith("# ")
     assert claim.minutes <= 15
@@ -101,7 +101,7 @@ def test_a_shipped_claim_is_one_that_can_run(path, capsys):
     for setting in claim.settings:
         first, *further = claim.commands(setting, 1, Path("r"))
         configs = [word for pair in pairwise(first) if pair[0] == "--config" for word in pair]
-        for words in further:  # whose config the first will have written
+        for words in further:  # the config that they name is written by the first: take its configs
             place = words.index("--config")
             words[place : place + 2] = configs
         for words in (first, *further):

@@ -1,4 +1,4 @@
-"""Commands in processes of their own."""
+"""The jobs of a claim in processes of their own."""
 
 import os
 import signal
@@ -10,11 +10,11 @@ from pathlib import Path
 import pytest
 
 from lightning_kd.claims.run_processes import Job, run_jobs
-from tests.forked import CONTEXT  # noqa: F401  (whose modules the processes of this test run are forked with)
+from tests.forked import CONTEXT  # noqa: F401  (sets the modules that forked processes begin with)
 
 
-def note(words):
-    """Write that it began and ended; ``fail`` fails, ``die`` is killed."""
+def record_call(words):
+    """Append the word to order.txt; ``fail`` ends with an error, ``die`` kills its process."""
     with open("order.txt", "a") as file:
         file.write(f"{words[0]} {os.environ['OMP_NUM_THREADS']}\n")
     print(f"this is {words[0]}")
@@ -29,21 +29,21 @@ def job(name, *commands, after=()):
     return Job(name, [[word] for word in commands or (name,)], Path(f"logs/{name}.txt"), list(after))
 
 
-def test_each_waits_for_what_it_needs():
-    told = []
+def test_job_waits_for_the_jobs_it_needs():
+    finished = []
     jobs = [job("teacher"), job("student", "fit", "test", after=["teacher"]), job("late", after=["elsewhere"])]
-    run_jobs(jobs, 3, note, lambda job, seconds: told.append(job.name))
+    run_jobs(jobs, 3, record_call, lambda job, seconds: finished.append(job.name))
     lines = Path("order.txt").read_text().splitlines()
     assert sorted(lines) == ["fit 1", "late 1", "teacher 1", "test 1"]
     assert lines.index("teacher 1") < lines.index("fit 1") < lines.index("test 1")
-    assert sorted(told) == ["late", "student", "teacher"]
+    assert sorted(finished) == ["late", "student", "teacher"]
     assert Path("logs/student.txt").read_text() == "this is fit\nthis is test\n"
 
 
 @pytest.mark.parametrize(("name", "words"), [("fail", "fail failed: it broke"), ("die", "die failed: ")])
-def test_none_is_begun_after_one_that_failed(name, words):
+def test_no_job_begins_after_one_has_failed(name, words):
     with pytest.raises(RuntimeError, match=f"^{words}.*logs/{name}.txt"):
-        run_jobs([job(name), job("other")], 1, note)
+        run_jobs([job(name), job("other")], 1, record_call)
     assert Path("order.txt").read_text() == f"{name} 1\n"
 
 
@@ -59,7 +59,7 @@ if __name__ == "__main__":
 
 
 @pytest.mark.skipif(sys.platform == "win32", reason="there is no SIGKILL")
-def test_runs_end_with_the_claim_that_is_killed(tmp_path):
+def test_running_job_ends_when_the_claim_is_killed(tmp_path):
     Path("sleeper.py").write_text(
         "import os, time\n\n\ndef sleep(words):\n    open('pid', 'w').write(str(os.getpid()))\n    time.sleep(60)\n"
     )

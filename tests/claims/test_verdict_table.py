@@ -10,14 +10,14 @@ from tests.conftest import ROOT
 RESULTS = [json.loads(path.read_text()) for path in sorted((ROOT / "docs/claims").glob("*.json"))]
 
 
-def test_the_readme_says_what_the_stored_results_say():
+def test_readme_table_matches_the_stored_results():
     readme = (ROOT / "README.md").read_text()
     assert with_table(readme, verdict_table(RESULTS)) == readme, "run make verdicts"
     for result in RESULTS:
         assert f"`{result['name']}`" in readme
 
 
-def test_stored_results_are_of_the_claims_as_they_are():
+def test_stored_results_match_the_claim_files():
     from lightning_kd.claims.claim_file import read_claim
 
     for result in RESULTS:
@@ -29,14 +29,14 @@ def test_stored_results_are_of_the_claims_as_they_are():
             assert len(found["values"]) == len(result["seeds"]) == len(claim.seeds)
 
 
-def test_the_quickstart_is_what_its_claim_found():
+def test_quickstart_numbers_match_the_results_of_its_claim():
     (result,) = [result for result in RESULTS if result["name"] == "quickstart"]
     readme = (ROOT / "README.md").read_text()
     for found in result["settings"].values():
         assert f" | {len(found['values'])} | {100 * found['mean']:.2f} | {100 * found['std']:.2f} |\n" in readme
 
 
-def test_a_row_for_each_expectation(tmp_path):
+def test_table_has_a_row_for_each_expectation(tmp_path):
     one = {"expected": "a > b", "difference": 0.0123, "interval": [-0.001, 0.02], "verdict": "undecided"}
     result = {"name": "x", "claim": "It is so.", "metric": "test/acc", "percent": True, "seeds": [0, 1]}
     other = {**one, "expected": "a > c", "difference": -1.0, "interval": [None, None]}

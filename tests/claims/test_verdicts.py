@@ -1,4 +1,4 @@
-"""Paired differences, their interval and what is said of them."""
+"""Paired differences, their confidence interval and the verdict."""
 
 import math
 
@@ -10,7 +10,7 @@ from lightning_kd.claims.verdicts import judge
 BETTER, WORSE = [5.0, 6.0, 9.0], [4.0, 4.0, 6.0]  # differences 1, 2, 3
 
 
-def test_the_interval_is_student_s():
+def test_interval_is_that_of_students_t():
     """t(0.975; 2) = 4.302653; the deviation of 1, 2, 3 is 1: 4.302653 / sqrt(3) = 2.484138."""
     verdict = judge(Expectation("a", ">", "b"), {"a": BETTER, "b": WORSE})
     assert verdict.differences == (1.0, 2.0, 3.0)
@@ -29,17 +29,17 @@ def test_the_interval_is_student_s():
         ([2.0, math.nan, 1.9], ">", "undecided"),
     ],
 )
-def test_the_verdict_is_where_the_interval_lies(first, sign, expected):
+def test_verdict_follows_from_the_interval(first, sign, expected):
     assert judge(Expectation("a", sign, "b"), {"a": first, "b": [0.0] * 3}).verdict == expected
 
 
-def test_seeds_are_paired():
-    """What all runs of a seed share does not count: the spread over seeds is 30 times that of the differences."""
+def test_differences_are_paired_by_seed():
+    """Only the differences within a seed count, about 0.1, not the spread of 30 over the seeds."""
     verdict = judge(Expectation("a", ">", "b"), {"a": [10.1, 40.1, 70.11], "b": [10.0, 40.0, 70.0]})
     assert verdict.verdict == "holds"
 
 
-def test_one_seed_decides_nothing():
+def test_verdict_of_one_seed_is_undecided():
     verdict = judge(Expectation("a", ">", "b"), {"a": [2.0], "b": [1.0]})
     assert (verdict.mean, verdict.verdict) == (1.0, "undecided")
     assert math.isnan(verdict.low)
