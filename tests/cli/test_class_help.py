@@ -21,7 +21,7 @@ from lightning_kd.cli.named_classes import argument_names, known_classes
                 "temperature of the loss; in the paper 2 for the binary losses",
                 "--model.student: str | Module (required)",
                 "--model.student_weights: str | None = None",  # from a parent class
-                "--model.lr_interval: str = 'epoch'",  # from the parent of that
+                "--model.lr_interval: str = 'epoch'",  # from the parent's parent
                 '"epoch" or "step": when the scheduler steps.',
             ],
         ),

@@ -26,13 +26,13 @@ def test_gathered_rows_are_sorted_and_unique():
 def _gather_and_average_on_a_rank():
     dist.init_process_group("gloo", rank=int(os.environ["LOCAL_RANK"]), world_size=2)
     rank = dist.get_rank()
-    index = [torch.tensor([5, 0, 3]), torch.tensor([3, 4])][rank]  # 3 comes twice, as in a filled last batch
+    index = [torch.tensor([5, 0, 3]), torch.tensor([3, 4])][rank]  # 3 is on both, to fill the last batch
     gathered = gather_by_index(index, 10 * index)
     weights = [nn.Parameter(torch.zeros(2, 3)), nn.Parameter(torch.zeros(4)), nn.Parameter(torch.zeros(1))]
     weights[0].grad = torch.arange(6.0).view(2, 3) * (1 + 2 * rank)
     weights[1].grad = torch.full((4,), float(rank))
     average_gradients(weights)
-    batches = [] if rank else [Batch(torch.ones(1, 2), torch.tensor([0]), torch.tensor([7]))]  # one sample in both
+    batches = [] if rank else [Batch(torch.ones(1, 2), torch.tensor([0]), torch.tensor([7]))]  # one sample in total
     task = nn.Linear(2, 1)
     strategy = SimpleNamespace(batch_to_device=lambda batch: batch)
     task.trainer = SimpleNamespace(precision_plugin=Precision(), strategy=strategy)
