@@ -13,10 +13,10 @@ Older tests run with ``--tests``, and where the package has changed since, toget
 from __future__ import annotations
 
 import argparse
+import json
 import os
 import re
 import shutil
-import signal
 import subprocess
 import sys
 import tempfile
@@ -42,8 +42,9 @@ def copy_repository(root: Path, folder: Path, tests: Path) -> None:
             shutil.copytree(source, folder / part, ignore=shutil.ignore_patterns("__pycache__"))
         else:
             shutil.copy(source, folder / part)
-    _, package = python(folder, "-c", "import lightning_kd; print(lightning_kd.__file__)")
-    assert package.strip() == str(folder / "lightning_kd" / "__init__.py"), package
+    command = [sys.executable, "-c", "import lightning_kd; print(lightning_kd.__file__)"]
+    package = subprocess.run(command, cwd=folder, env={**os.environ, "PYTHONPATH": str(folder)}, capture_output=True)
+    assert package.stdout.decode().strip() == str(folder / "lightning_kd" / "__init__.py"), package
 
 
 def applies(root: Path, mutant: Mutant) -> bool:
@@ -51,42 +52,43 @@ def applies(root: Path, mutant: Mutant) -> bool:
     return path.is_file() and path.read_text().count(mutant.old) == 1
 
 
-def python(folder: Path, *args: str, limit: float = 600) -> tuple[int | None, str]:
-    """Exit status and output of Python on the package in ``folder``; ``None`` where it was ended at the limit."""
-    environment = {**os.environ, "PYTHONPATH": str(folder), "PYTHONDONTWRITEBYTECODE": "1", "OMP_NUM_THREADS": "1"}
-    with subprocess.Popen(
-        [sys.executable, *args],
-        cwd=folder,
-        env=environment,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-        start_new_session=True,
-    ) as process:
-        try:
-            output, _ = process.communicate(timeout=limit)
-        except subprocess.TimeoutExpired:
-            os.killpg(process.pid, signal.SIGKILL)  # with the processes that the tests started
-            return None, ""
-    return process.returncode, output
+class Runner:
+    """pytest on the package in ``folder``, in processes forked from one that has imported what does not change."""
 
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        environment = {**os.environ, "PYTHONPATH": str(folder), "PYTHONDONTWRITEBYTECODE": "1", "OMP_NUM_THREADS": "1"}
+        command = [sys.executable, str(Path(__file__).parent / "pytest_server.py")]
+        self.server = subprocess.Popen(
+            command, cwd=folder, env=environment, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+        )
 
-def pytest(folder: Path, *args: str, limit: float = 600) -> tuple[int | None, str]:
-    return python(folder, "-m", "pytest", "-q", "-n", "0", "-p", "no:cacheprovider", *args, limit=limit)
+    def pytest(self, *args: str, limit: float = 600) -> tuple[int | None, str]:
+        """Exit status and output; the status is ``None`` where the tests were ended at the limit."""
+        assert self.server.stdin is not None
+        assert self.server.stdout is not None
+        output = self.folder / "pytest.log"
+        self.server.stdin.write(json.dumps([str(output), limit, args]) + "\n")
+        self.server.stdin.flush()
+        status = json.loads(self.server.stdout.readline())
+        return status, output.read_text(errors="replace")
+
+    def close(self) -> None:
+        self.server.communicate()
 
 
 def failures(output: str) -> list[str]:
     return re.findall(r"^(?:FAILED|ERROR) (.+?)(?: - .*)?$", output, re.MULTILINE)
 
 
-def run_tests(folder: Path, mutant: Mutant, limit: float) -> tuple[str, str]:
+def run_tests(runner: Runner, mutant: Mutant, limit: float) -> tuple[str, str]:
     """Whether a test noticed, and which."""
-    tests = [test for test in mutant.tests if (folder / test.partition("::")[0]).exists()]
+    tests = [test for test in mutant.tests if (runner.folder / test.partition("::")[0]).exists()]
     if not tests:
         return BROKEN, f"none of {', '.join(mutant.tests)} is there"
     statuses = set()
     for test in tests:  # one by one: pytest would put a file into the order of its folder
-        status, output = pytest(folder, "-x", test, limit=limit)
+        status, output = runner.pytest("-x", test, limit=limit)
         if status is None:
             return CAUGHT, "timeout"
         found = failures(output)
@@ -98,26 +100,26 @@ def run_tests(folder: Path, mutant: Mutant, limit: float) -> tuple[str, str]:
     return (SURVIVED, "") if 0 in statuses else (BROKEN, f"no test in {', '.join(tests)}")
 
 
-def try_mutant(folders: Queue[Path], mutant: Mutant, limit: float) -> tuple[str, str]:
+def try_mutant(runners: Queue[Runner], mutant: Mutant, limit: float) -> tuple[str, str]:
     """Put the fault in, run the tests, take it out; the outcome, and the test that noticed."""
-    folder, start = folders.get(), time.perf_counter()
-    path = folder / "lightning_kd" / mutant.file
+    runner, start = runners.get(), time.perf_counter()
+    path = runner.folder / "lightning_kd" / mutant.file
     sound = path.read_text()
     try:
         path.write_text(sound.replace(mutant.old, mutant.new))
-        outcome, test = run_tests(folder, mutant, limit)
+        outcome, test = run_tests(runner, mutant, limit)
     finally:
         path.write_text(sound)
-        folders.put(folder)
+        runners.put(runner)
     seconds = time.perf_counter() - start
     print(f"{outcome:<9}{seconds:4.0f} s  {mutant.name}{f'  [{test}]' if test else ''}", flush=True)
     return outcome, test
 
 
-def fail_anyway(folder: Path, tests: set[str]) -> list[str]:
+def fail_anyway(runner: Runner, tests: set[str]) -> list[str]:
     """Those of ``tests`` that fail on sound code as well, and so prove nothing."""
     there = sorted(test for test in tests if test != "timeout")
-    return failures(pytest(folder, *there, limit=3600)[1]) if there else []
+    return failures(runner.pytest(*there, limit=3600)[1]) if there else []
 
 
 def main() -> int:
@@ -138,13 +140,17 @@ def main() -> int:
         print(f"not found exactly once in the code: {[m.name for m in stale]}" if stale else "no such fault")
         return 1
     with tempfile.TemporaryDirectory() as place:
-        folders: Queue[Path] = Queue()
+        runners: Queue[Runner] = Queue()
         for number in range(args.jobs):
-            copy_repository(args.root, Path(place) / str(number), (args.tests or args.root / "tests").resolve())
-            folders.put(Path(place) / str(number))
+            folder = Path(place) / str(number)
+            copy_repository(args.root, folder, (args.tests or args.root / "tests").resolve())
+            runners.put(Runner(folder))
         with ThreadPoolExecutor(args.jobs) as pool:
-            outcomes = list(pool.map(lambda mutant: try_mutant(folders, mutant, args.limit), chosen))
-        void = fail_anyway(folders.get(), {test for outcome, test in outcomes if outcome == CAUGHT})
+            outcomes = list(pool.map(lambda mutant: try_mutant(runners, mutant, args.limit), chosen))
+        runner = runners.get()
+        void = fail_anyway(runner, {test for outcome, test in outcomes if outcome == CAUGHT})
+        for one in (runner, *(runners.get() for _ in range(args.jobs - 1))):
+            one.close()
     survivors = [m for m, (outcome, _) in zip(chosen, outcomes, strict=True) if outcome == SURVIVED]
     wrong = [m.name for m, (outcome, test) in zip(chosen, outcomes, strict=True) if outcome == BROKEN or test in void]
     print(f"{len(chosen) - len(survivors) - len(wrong)} of {len(chosen)} faults caught")
