@@ -82,7 +82,9 @@ def smoke(words: Sequence[str], settings: dict[str, Any], folder: Path) -> list[
         return [*words]
     if verb == "claim":
         named = [word for word in rest[:1] if word != "list"]
-        return [*words, *(["--seeds", "1", "--config", "_overlay/smoke"] if named else [])]
+        # the options are those of each setting, and only BUAL's config has 20 epochs of negative learning
+        longer = ["--trainer.max_epochs", "21"] if named == ["bual"] else []
+        return [*words, *(["--seeds", "1", "--config", "_overlay/smoke", *longer] if named else [])]
     given = dict(flags_of(rest))
     configs = [value for name, value in flags_of(rest) if name == "config"]
     added = [*QUIET, *SHORT_OPTIONS.get(verb, [])]
@@ -120,8 +122,10 @@ def _small_model(settings: dict[str, Any], given: dict[str, str], folder: Path) 
 def _small_data(settings: dict[str, Any], given: dict[str, str]) -> list[str]:
     name = settings["data"]["class_path"]
     pool = issubclass(find_class("data", name), OpenSetDataModule)
-    source = settings["data"].get("init_args", {})
-    source, words = (source.get("source", {}).get("init_args", {}), ["--data.rounds", "2"]) if pool else (source, [])
+    source, words = settings["data"].get("init_args", {}), []
+    if pool:
+        words = ["--data.rounds", "1" if source.get("rounds") == 1 else "2"]
+        source = source.get("source", {}).get("init_args", {})
     prefix = "--data.source." if pool else "--data."
     words += [f"{prefix}batch_size", "8"]
     if source.get("num_workers"):
