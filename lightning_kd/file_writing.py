@@ -16,7 +16,7 @@ try:
 except ImportError:  # on Windows
     fcntl = None  # type: ignore[assignment]
 
-__all__ = ["alone", "open_lock", "remove_leftovers", "sentence_of", "told_of", "write_text", "written_whole"]
+__all__ = ["alone", "disk_errors_naming", "open_lock", "remove_leftovers", "sentence_of", "write_text", "written_whole"]
 
 _PART = re.compile(r"\..+\.[0-9a-f]{32}\.part")
 _NOFOLLOW = getattr(os, "O_NOFOLLOW", 0)
@@ -45,7 +45,7 @@ def written_whole(path: Path, durable: bool = False, tidy: bool = True) -> Itera
     Raises:
         OSError: naming ``path`` and the remedy if the disk is full or the folder cannot be written.
     """
-    with told_of(path):
+    with disk_errors_naming(path):
         path.parent.mkdir(parents=True, exist_ok=True)
         if tidy:
             remove_leftovers(path.parent)
@@ -94,7 +94,7 @@ def open_lock(path: Path) -> int:
         OSError: see ``written_whole``.
     """
     try:
-        with told_of(path):
+        with disk_errors_naming(path):
             return os.open(path, os.O_RDWR | os.O_CREAT | _NOFOLLOW, 0o666)
     except OSError as error:
         if error.errno in (errno.ELOOP, errno.EMLINK) and path.is_symlink():
@@ -121,7 +121,7 @@ def alone(lock: Path, refusal: str) -> Iterator[None]:
         yield
         return
     while True:
-        with told_of(lock):
+        with disk_errors_naming(lock):
             lock.parent.mkdir(parents=True, exist_ok=True)
         held = open_lock(lock)
         try:
@@ -157,7 +157,7 @@ if hasattr(os, "register_at_fork"):
 
 
 @contextmanager
-def told_of(path: Path) -> Iterator[None]:
+def disk_errors_naming(path: Path) -> Iterator[None]:
     """A context that turns errors about a full or read-only disk into ones that name ``path`` and the remedy."""
     try:
         yield

@@ -1903,8 +1903,8 @@ MUTANTS = [
     Mutant(
         "pseudo-labels come from plain images",
         "multi_label/cap.py",
-        'self.label_the_rest("weak")',
-        "self.label_the_rest()",
+        'self.assign_pseudo_labels("weak")',
+        "self.assign_pseudo_labels()",
         ("tests/multi_label/test_cap.py",),
     ),
     Mutant(

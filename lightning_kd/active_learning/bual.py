@@ -204,7 +204,7 @@ class BUAL(SequentialTrainingTask):
             if (done - self.stage.start) % self.snapshot_interval == 0:
                 self._take_snapshot()
         elif done >= (self.trainer.max_epochs or 0) - self.negative_epochs:
-            if self.choice_follows or not self._may_stop(done):
+            if self.query_follows or not self._may_stop(done):
                 # here, so that the next epoch's loader and this epoch's checkpoint belong to the negative stage
                 self._begin_negative_stage(done)
             else:

@@ -42,7 +42,7 @@ class Lewis(Strategy):
     """
 
     needs_features = True
-    asks_once = True
+    single_query = True
 
     def __init__(self, p: float = 2.0, bias: bool = True) -> None:
         check_numbers(least=1, p=p)

@@ -101,13 +101,13 @@ class PoolClassifier(PoolTask, FineTunedTask):
         return self.strategy.needs_labelled
 
     @property
-    def asks_once(self) -> bool:
-        return self.strategy.asks_once
+    def single_query(self) -> bool:
+        return self.strategy.single_query
 
     def setup(self, stage: str) -> None:
         super().setup(stage)
         # at the start of a fit too, so that a wrong file is reported before the training
-        scored = (stage == "predict" and self.predicts_pool) or (stage == "fit" and self.choice_follows)
+        scored = (stage == "predict" and self.predicts_pool) or (stage == "fit" and self.query_follows)
         wanted = self.strategy.needs_features and scored
         if self.feature_networks and wanted and not self._representations:
             if self.pool.score_with_train_augmentation:

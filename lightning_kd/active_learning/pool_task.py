@@ -36,7 +36,7 @@ class PoolTask(Task, ABC):
 
     #: whether a query follows the training. False in the last round of ``run_rounds``: networks that only serve the
     #: query need not be trained then
-    choice_follows = True
+    query_follows = True
     #: outputs of ``predict_step`` that go into ``predictions.csv``; the scores are for the query alone
     written_outputs = ("prediction", "probabilities")
 
@@ -108,7 +108,7 @@ class PoolTask(Task, ABC):
         return False
 
     @property
-    def asks_once(self) -> bool:
+    def single_query(self) -> bool:
         """Whether the whole budget goes into one query, so that a second query is refused."""
         return False
 

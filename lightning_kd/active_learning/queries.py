@@ -117,7 +117,7 @@ def write_query(trainer: L.Trainer, task: PoolTask, data: Any, folder: Path, ckp
 
     Raises:
         ValueError: if the latest query has no answer at all, if every sample left in the pool waits for an answer, or
-            if a strategy with ``asks_once`` has made its query.
+            if a strategy with ``single_query`` has made its query.
     """
     data.setup("predict")
     file = folder / "pool.json"
@@ -135,7 +135,7 @@ def write_query(trainer: L.Trainer, task: PoolTask, data: Any, folder: Path, ckp
             f"lightning-kd label {path} first"
         )
     weighed = sum("loss_weight" in row for row in record.queries)
-    if task.asks_once and weighed:
+    if task.single_query and weighed:
         raise ValueError(
             f"{task.strategy_name} makes one query, with the whole budget, and {file} holds that query of {weighed} "
             "samples: train on those, or name another --run folder"

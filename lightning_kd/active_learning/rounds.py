@@ -110,7 +110,7 @@ def _resume_record(trainer: L.Trainer, task: PoolTask, data: Any, record: PoolRe
     """
     data.setup()
     data.oracle(np.empty(0, np.int64))  # raises if the data module has no oracle
-    if task.asks_once and data.rounds > 1:
+    if task.single_query and data.rounds > 1:
         raise ValueError(
             f"{task.strategy_name} makes one query, with the whole budget, got data.rounds={data.rounds}: set it to 1"
         )
@@ -143,7 +143,7 @@ def _train_round(
     if task.warm_start and number:
         task.load_state_dict(read_checkpoint(before)["state_dict"], strict=False)
     final = number >= data.rounds or not len(data.unlabelled_indices)
-    task.choice_follows = not final
+    task.query_follows = not final
     began = time.monotonic()
     trainer.fit(task, datamodule=data)
     tested = trainer.test(task, datamodule=data, verbose=False)[0]

@@ -23,12 +23,12 @@ class Strategy(ABC):
         needs_features: whether ``scores`` must hold ``feature`` ``[U, D]``, the input of the network's classifier.
             Default: False.
         needs_labelled: whether ``pool.labelled_scores`` must hold the scores of the labelled samples. Default: False.
-        asks_once: whether the whole budget goes into one query, so that a second query is refused. Default: False.
+        single_query: whether the whole budget goes into one query, so that a second query is refused. Default: False.
     """
 
     needs_features = False
     needs_labelled = False
-    asks_once = False
+    single_query = False
 
     @abstractmethod
     def select(

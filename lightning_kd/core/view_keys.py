@@ -22,7 +22,7 @@ _ROWS = 4096
 class StoredCrops(Protocol):
     """The positions of stored crops in their images."""
 
-    def of(self, index: int) -> tuple[np.ndarray, np.ndarray]:
+    def crops_of(self, index: int) -> tuple[np.ndarray, np.ndarray]:
         """The crops of sample ``index``: top, left, height and width as shares of the upright image, float32
         ``[K, 4]``, and whether each is flipped, bool ``[K]``."""
 

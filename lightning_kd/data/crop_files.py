@@ -98,7 +98,7 @@ class CropFiles(KeyedFiles):
     def crops(self, index: int, image: Image.Image | None = None) -> tuple[np.ndarray, np.ndarray]:
         """Boxes and flips of all crops of an image: the stored ones, else drawn by the recipe."""
         if self.keys.crops is not None:
-            return self.keys.crops.of(index)
+            return self.keys.crops.crops_of(index)
         return self.recipe.draw(self.read(index) if image is None else image, index, self.count, self.keys.seed)
 
     def cut(self, index: int, keys: np.ndarray) -> Tensor:

@@ -24,7 +24,7 @@ from lightning_kd.distillation._store_header import (
     read_marks,
 )
 from lightning_kd.distillation.soft_labels import compress
-from lightning_kd.file_writing import told_of, write_text
+from lightning_kd.file_writing import disk_errors_naming, write_text
 
 try:
     import fcntl
@@ -41,7 +41,7 @@ PAUSE = 0.1
 
 def remove_store(path: Path) -> None:
     """Delete the two files of a store, if they exist."""
-    with told_of(path):
+    with disk_errors_naming(path):
         for each in (header_path(path), path):
             each.unlink(missing_ok=True)
 
@@ -68,7 +68,7 @@ def begin_store(path: Path, header: Mapping[str, Any]) -> None:
             )
     elif path.exists() and not file.is_file():  # checked again: another process may just have created it
         raise FileExistsError(f"{path} exists and is no teacher store: name another file with --out")
-    with told_of(path):
+    with disk_errors_naming(path):
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
         except (FileExistsError, NotADirectoryError):
@@ -152,7 +152,7 @@ class _Writer:
     def write(self, piece: int, answers: Mapping[str, Tensor]) -> None:
         """Write all values of a piece and, once they are on the disk, its mark."""
         first = self.layout.samples_of(piece).start * self.layout.keys
-        with told_of(self.path):
+        with disk_errors_naming(self.path):
             for name, (dtype, width, start) in self.layout.fields.items():
                 values = np.ascontiguousarray(answers[name].cpu().numpy().astype(dtype, copy=False))
                 self._write(values.tobytes(), start + first * width * dtype.itemsize)

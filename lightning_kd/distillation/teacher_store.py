@@ -73,7 +73,7 @@ class TeacherStore:
         crops = self if "box" in self.layout.fields else None
         return ViewKeys(views.get("fixed"), views.get("seed") or 0, crops=crops)
 
-    def of(self, index: int) -> tuple[np.ndarray, np.ndarray]:
+    def crops_of(self, index: int) -> tuple[np.ndarray, np.ndarray]:
         """The boxes and flips of all stored crops of an image, see ``StoredCrops``."""
         first = int(self._position[index]) * self.layout.keys
         rows = slice(first, first + self.layout.keys)

@@ -197,12 +197,12 @@ class CAP(TwoStages, SampleMemories, AveragedTask):
     def on_train_epoch_start(self) -> None:
         super().on_train_epoch_start()
         if self._uses_pseudo_labels(self.current_epoch):
-            index, _, found = self.label_the_rest("weak")
+            index, _, found = self.assign_pseudo_labels("weak")
             rows = torch.where(found.mask, found.label, -1.0)
             self.given.write(index.to(self.device), rows.to(self.device))
             self._log_pseudo_labels(index, rows)
 
-    def label_the_rest(self, view: str = "plain") -> tuple[Tensor, Tensor, PseudoLabels]:
+    def assign_pseudo_labels(self, view: str = "plain") -> tuple[Tensor, Tensor, PseudoLabels]:
         """Pseudo-label the unlabelled images with the averaged copy; all processes must call it together.
 
         Returns:
@@ -254,7 +254,7 @@ class CAP(TwoStages, SampleMemories, AveragedTask):
     def write_results(self, folder: Path) -> None:
         if self.pseudo == "none" or not len(self.parts()[1]):
             return
-        index, scores, found = self.label_the_rest()
+        index, scores, found = self.assign_pseudo_labels()
         if not self.trainer.is_global_zero:
             return
         files, columns = self.data.train_image, {"index": index.tolist()}

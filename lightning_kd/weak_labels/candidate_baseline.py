@@ -103,6 +103,6 @@ class CandidateBaseline(CandidateTask):
     def on_train_batch_end(self, outputs: Any, batch: Any, batch_idx: int) -> None:
         super().on_train_batch_end(outputs, batch, batch_idx)
         if self.rule == "rc" and self.stored is not None:
-            with torch.no_grad(), self.aside() as forward:
+            with torch.no_grad(), self.stateless_forward() as forward:
                 likely = likely_weights(forward({}, batch.image), self.candidates_of(batch))
             self.stored.write(self.index_of(batch), likely)

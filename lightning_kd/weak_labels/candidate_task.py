@@ -139,7 +139,7 @@ class CandidateTask(SampleMemories, SupervisedTask):
         return at_least_float32(self.problem.logits(output, image, self.network))[0]
 
     @contextmanager
-    def aside(self) -> Iterator[Forward]:
+    def stateless_forward(self) -> Iterator[Forward]:
         """Context for forward passes that do not change the network's state.
 
         It yields ``forward(parameters, image)``, which returns logits ``[B, K]`` in float32 or wider. ``parameters``,

@@ -64,7 +64,7 @@ class AggregatedCrowd(CrowdTask):
     def setup(self, stage: str) -> None:
         super().setup(stage)
         if stage == "fit":
-            index, given = torch.from_numpy(self.used()), self.annotations
+            index, given = torch.from_numpy(self.used_indices()), self.annotations
             if self.aggregation == "vote":
                 vote = majority_vote(given[index], self.num_classes)
                 self._aggregated = DawidSkene(vote, confusion_of(vote, given[index], self.smoothing))
@@ -89,7 +89,7 @@ class AggregatedCrowd(CrowdTask):
 
     def posterior(self) -> tuple[Tensor, Tensor]:
         assert self._aggregated is not None
-        return torch.from_numpy(self.used()), self._aggregated.posterior
+        return torch.from_numpy(self.used_indices()), self._aggregated.posterior
 
 
 class NetworkEM(CrowdTask):

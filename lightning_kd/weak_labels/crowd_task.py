@@ -84,7 +84,7 @@ class CrowdTask(SampleMemories, SupervisedTask, ABC):
             )
         return given
 
-    def used(self) -> np.ndarray:
+    def used_indices(self) -> np.ndarray:
         """Indices of the training samples in use, with or without annotations, int64, ascending."""
         return np.union1d(self.data.train_indices, self.data.unlabelled_indices)
 
@@ -132,7 +132,7 @@ class CrowdTask(SampleMemories, SupervisedTask, ABC):
 
         All processes must call it together.
         """
-        index, probabilities = self.probabilities_of(self.used())
+        index, probabilities = self.probabilities_of(self.used_indices())
         log_prior = probabilities.double().clamp(min=FLOOR).log()
         return index, posterior_of(log_prior, self.annotator_confusion().cpu(), self.annotations[index])
 

@@ -253,7 +253,7 @@ class MoGD(CandidateTask):
             return (uniform_weights(candidates),) * 2
         start = self.stored_weights(labelled) if self.init == "confidence" else None
         lr = float(self.trainer.optimizers[0].param_groups[0]["lr"]) if self.virtual_lr is None else self.virtual_lr
-        with self.aside() as forward:
+        with self.stateless_forward() as forward:
             call, parameters = forward, {n: p for n, p in self.network.named_parameters() if p.requires_grad}
             x, meta_x = labelled.image, meta.image
             if feature is not None:

@@ -236,7 +236,7 @@ class SelfCrowd(CrowdLayer):
 
         All processes must call it together.
         """
-        index, probabilities = self.probabilities_of(self.used())
+        index, probabilities = self.probabilities_of(self.used_indices())
         given = self.annotations[index]
         kept = self.pseudo[:0] if self.refresh else self.pseudo
         given[torch.searchsorted(index, kept[:, 0].contiguous()), kept[:, 1]] = kept[:, 2].to(given.dtype)

@@ -493,7 +493,7 @@ def rates_of(schedule, max_epochs=5, last_round=False, ckpt_path=None, save=None
     """The learning rate of each epoch and after the last one; the last 2 epochs are the negative stage."""
     spy = Spy()
     task = task_of(optimizer=lambda p: torch.optim.SGD(p, lr=0.1), lr_scheduler=schedule, **kwargs)
-    task.choice_follows = not last_round
+    task.query_follows = not last_round
     trainer = trainer_of(max_epochs=max_epochs, callbacks=[spy])
     trainer.fit(task, datamodule=data_of(), ckpt_path=ckpt_path, weights_only=True)
     if save is not None:
@@ -604,7 +604,7 @@ def test_last_round_skips_the_negative_stage_unless_min_epochs_needs_it(one_run)
         spy = Spy()
         L.seed_everything(0, verbose=False)
         task, trainer = task_of(**factory), trainer_of(callbacks=[spy], min_epochs=least)
-        task.choice_follows = False
+        task.query_follows = False
         trainer.fit(task, datamodule=data_of())
         assert len(spy.after) == epochs
         reported = {name for name in spy.after[-1] if name.startswith("network.")}

@@ -147,7 +147,7 @@ def test_bual_run_continued_with_more_rounds_retrains_its_last_round(tmp_path):
     for folder, rounds in (("whole", 2), ("grown", 1), ("grown", 2)):
         run_rounds(partial(start, rounds), tmp_path / folder, say=str)
     assert outcome(tmp_path / "grown") == outcome(tmp_path / "whole")
-    trained = [(task.choice_follows, trainer.current_epoch) for trainer, task, _ in started if trainer.current_epoch]
+    trained = [(task.query_follows, trainer.current_epoch) for trainer, task, _ in started if trainer.current_epoch]
     epochs = trained[0][1]
     assert trained[:3] == [(True, epochs), (True, epochs), (False, epochs - 1)]
     assert trained[3:] == [(True, epochs), (False, epochs - 1), (True, epochs), (False, epochs - 1)]

@@ -66,7 +66,7 @@ def test_stored_crops_equal_those_of_the_augmentation_bit_for_bit(root, tmp_path
     augment, flips = data.transform("weak"), []
     for index in data.train_indices.tolist():
         image = read_image(data.train_image[index])
-        boxes, flip = store.of(index)
+        boxes, flip = store.crops_of(index)
         assert boxes.dtype == np.float32
         assert (boxes >= 0).all()
         assert (boxes[:, :2] + boxes[:, 2:] <= 1 + 1e-6).all()

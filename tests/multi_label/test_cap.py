@@ -69,12 +69,12 @@ def test_warmup_trains_on_labelled_images_and_later_steps_on_both():
 
 def test_pseudo_labels_come_from_weak_views_with_a_fresh_optimizer_state():
     class Looking(CAP):
-        def label_the_rest(self, view="plain"):
-            found = super().label_the_rest(view)
+        def assign_pseudo_labels(self, view="plain"):
+            found = super().assign_pseudo_labels(view)
             if view == "weak":
                 loader = self.data.loader("train", self.parts()[1], views="weak", stream="scores", batch_size=36)
                 loader.set_epoch(self.current_epoch)
-                weak, plain = next(iter(loader)), super().label_the_rest()[1]
+                weak, plain = next(iter(loader)), super().assign_pseudo_labels()[1]
                 with torch.no_grad():
                     own = self.average(weak.image)
                 self.close = [torch.allclose(found[1], scores, atol=1e-5) for scores in (own, plain)]
@@ -89,10 +89,10 @@ def test_pseudo_labels_come_from_weak_views_with_a_fresh_optimizer_state():
 @pytest.mark.parametrize("start", ["live", "average"])
 def test_second_stage_from_sets_the_weights_it_starts_with(start):
     class Looking(CAP):
-        def label_the_rest(self, view="plain"):
+        def assign_pseudo_labels(self, view="plain"):
             if view == "weak":
                 self.same = torch.equal(self.network.fc.weight, self.average.fc.weight)
-            return super().label_the_rest(view)
+            return super().assign_pseudo_labels(view)
 
     task, _ = fitted(Looking, QuarterLabelled(), second_stage_from=start, **OPTIONS)
     assert task.same == (start == "average")
@@ -127,7 +127,7 @@ def test_pseudo_labels_follow_the_class_proportions_of_labelled_images():
     task = built(CAP, **OPTIONS)
     data = QuarterLabelled()
     trainer_of(max_epochs=2).fit(task, datamodule=data)
-    index, scores, found = task.label_the_rest()
+    index, scores, found = task.assign_pseudo_labels()
     share = (data.train_target[data.train_indices] > 0).double().mean(0)
     assert torch.equal(index, torch.from_numpy(data.unlabelled_indices))
     assert torch.equal(found.label, pseudo_labels(scores, share).label)
@@ -148,7 +148,7 @@ def test_masked_labels_do_not_count_in_the_loss():
 
 def test_pseudo_labels_by_fixed_threshold_and_training_without_any():
     task, _ = fitted(CAP, QuarterLabelled(), pseudo="fixed", threshold=0.7, **OPTIONS)
-    _, scores, found = task.label_the_rest()
+    _, scores, found = task.assign_pseudo_labels()
     assert torch.equal(found.label > 0, scores.sigmoid() >= 0.7)
     assert bool(found.mask.all())
     task, trainer = fitted(CAP, QuarterLabelled(), pseudo="none", **OPTIONS)

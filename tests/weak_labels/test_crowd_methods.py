@@ -129,7 +129,7 @@ def test_first_loss_and_two_epochs_of_the_em_equal_a_plain_computation():
 @pytest.mark.parametrize("soft", [False, True])
 def test_first_loss_of_the_aggregating_baselines_equals_a_plain_one(aggregation, soft):
     task, data, batch, loss = first_step(AggregatedCrowd, aggregation=aggregation, soft=soft, iterations=3)
-    used = torch.from_numpy(task.used())
+    used = torch.from_numpy(task.used_indices())
     given = data.train_annotations[used].long()
     found = majority_vote(given, 10) if aggregation == "vote" else dawid_skene(given, 10, 3).posterior
     learnt = found if soft else torch.eye(10, dtype=torch.float64)[found.argmax(1)]
@@ -159,7 +159,7 @@ def test_reports_list_annotators_by_reliability_and_samples_by_probability(metho
         )
     with (tmp_path / "aggregated.csv").open() as file:
         rows = list(csv.DictReader(file))
-    assert sorted(int(row["index"]) for row in rows) == task.used().tolist()
+    assert sorted(int(row["index"]) for row in rows) == task.used_indices().tolist()
     sure = [float(row["probability"]) for row in rows]
     assert sure == sorted(sure)
     index, posterior = task.posterior()

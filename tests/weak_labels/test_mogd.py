@@ -129,7 +129,7 @@ def test_meta_passes_leave_network_and_random_state_unchanged(layer):
             found = super().choose_weights(batch, feature)
             after = [torch.get_rng_state(), *self.network.state_dict().values()]
             self.same = all(torch.equal(a, b) for a, b in zip(before, after, strict=True))
-            with self.aside() as forward:
+            with self.stateless_forward() as forward:
                 one, two = (forward({}, batch.labelled.image) for _ in range(2))
             self.same_masks = torch.equal(one, two)
             return found

@@ -50,7 +50,7 @@ def test_rounds_add_the_selected_annotations_and_log_their_balance(capsys):
     class Looking(SelfCrowd):
         def select(self, number):
             rows = super().select(number)
-            index, p = self.probabilities_of(self.used())
+            index, p = self.probabilities_of(self.used_indices())
             given = self.annotations[index]
             predicted = self.annotators(p).transpose(1, 2).detach()
             step = int(0.2 * int((given >= 0).sum()))
@@ -77,7 +77,7 @@ def test_rounds_add_the_selected_annotations_and_log_their_balance(capsys):
     assert joined[9] == len(set(items) & set(data.unlabelled_indices)) > 0
     assert bool((data.train_annotations[task.pseudo[:, 0], task.pseudo[:, 1]] == -1).all())
     assert 3 not in task.pseudo[:, 1]  # the annotator without annotations
-    assert set(items) <= set(task.used())
+    assert set(items) <= set(task.used_indices())
     found = trainer.callback_metrics
     assert float(found["train/pseudo_annotations"]) == len(task.pseudo)
     balance = annotation_balance(task.counts())
@@ -121,7 +121,7 @@ def test_without_refresh_earlier_pseudo_annotations_stay():
 
 def test_pseudo_annotations_are_weighted_by_pseudo_weight_and_class():
     task, data, _ = fitted(SelfCrowd, trainer=trainer_of(max_epochs=2), pseudo_weight=0.5, **ROUNDS)
-    batch = next(iter(data.loader("train", torch.from_numpy(task.used()))))
+    batch = next(iter(data.loader("train", torch.from_numpy(task.used_indices()))))
     annotations = task.annotations_of(batch)
     assert bool(task._added.any())
     weight = annotation_weights(task.counts(), 0.5)
