@@ -12,13 +12,12 @@ dropped. ``callbacks+`` appends to ``callbacks``.
 
 from __future__ import annotations
 
-import difflib
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from lightning_kd.cli.config_check import check_config, yaml_text
-from lightning_kd.cli.config_names import config_folder, config_names, config_path
+from lightning_kd.cli.config_names import config_folder, config_path, near_configs
 
 __all__ = ["can_run", "composed_arguments", "composed_settings", "first_line", "own_files", "printed_config"]
 
@@ -133,7 +132,7 @@ def _part(name: str, path: Path) -> Path:
         return shipped
     if beside.suffix in (".yaml", ".yml") and beside.is_file():
         return beside
-    near = difflib.get_close_matches(name, config_names(), n=3, cutoff=0.3)
+    near = near_configs(name)
     hint = f"did you mean {', '.join(near)}?" if near else "`lightning-kd list` shows all"
     raise ValueError(
         f"{path} is composed of {name!r}, which is neither a shipped config nor a .yaml file beside it: {hint}"

@@ -6,7 +6,7 @@ import difflib
 from collections.abc import Sequence
 from pathlib import Path
 
-__all__ = ["config_folder", "config_names", "config_path", "with_config_paths"]
+__all__ = ["config_folder", "config_names", "config_path", "near_configs", "with_config_paths"]
 
 
 _CLASSES = ("--model", "--data", "--model.class_path", "--data.class_path")
@@ -39,12 +39,25 @@ def config_path(name: str) -> str:
     path = config_folder() / f"{name.removesuffix('.yaml')}.yaml"
     if path.is_file():
         return str(path)
-    names = config_names()
-    near = difflib.get_close_matches(name, names, n=3, cutoff=0.3)
+    near = near_configs(name)
     hint = f"did you mean {', '.join(near)}? " if near else ""
     raise FileNotFoundError(
-        f"--config {name!r} is neither a file nor a shipped config: {hint}`lightning-kd list` shows all {len(names)}"
+        f"--config {name!r} is neither a file nor a shipped config: {hint}`lightning-kd list` shows all "
+        f"{len(config_names())}"
     )
+
+
+def near_configs(name: str) -> list[str]:
+    """Up to three shipped configs whose names, with or without their folder, are like ``name``, the nearest first."""
+    names = config_names()
+    own = name.removesuffix(".yaml").lower()
+    last = own.rpartition("/")[2]
+
+    def likeness(known: str) -> float:
+        pairs = (own, known), (last, known.rpartition("/")[2])
+        return max(difflib.SequenceMatcher(None, *pair).ratio() for pair in pairs)
+
+    return [known for known in sorted(names, key=likeness, reverse=True)[:3] if likeness(known) >= 0.7]
 
 
 def with_config_paths(args: Sequence[str]) -> tuple[list[str], list[str]]:
