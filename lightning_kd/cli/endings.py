@@ -92,13 +92,13 @@ def report(cli: Any, error: BaseException | None) -> None:
 
 
 def tell(cli: Any, error: BaseException) -> None:
-    """Print the last lines of a failed or stopped ``RunCLI`` whose verb has no run folder."""
-    if cli.keeps_run or not hasattr(cli, "run_folder"):
+    """Print the last lines of a failed or stopped ``RunCLI`` without a record: ``teach``, ``fast_dev_run``."""
+    if not hasattr(cli, "run_folder") or cli.subcommand is None:
         return
-    if _is_stop(error):
-        print(f"\n{cli.subcommand} interrupted\ngo on with: {cli.command}")
-    else:
+    if not _is_stop(error):
         _print_error(error, None)
+    elif not cli.keeps_run:
+        print(f"\n{cli.subcommand} interrupted\ngo on with: {cli.command}")
 
 
 def _print_error(error: BaseException, trace: Path | None) -> None:

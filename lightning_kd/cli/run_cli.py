@@ -131,8 +131,13 @@ class RunCLI(LightningCLI):
         return config_text(self._parser(self.subcommand), self._settings)
 
     def parse_arguments(self, parser: LightningArgumentParser, args: Any) -> None:
-        if isinstance(parser, RunParser):
-            parser.words, parser.configs = list(args or ()), own_files(self.config_paths)
+        files = own_files(self.config_paths)
+        for one in (
+            parser,
+            *getattr(self, "_subcommand_parsers", {}).values(),
+        ):  # a verb's own parser tells most errors
+            if isinstance(one, RunParser):
+                one.words, one.configs = list(args or ()), files
         super().parse_arguments(parser, args)
 
     def instantiate_classes(self) -> None:
@@ -159,6 +164,8 @@ class RunCLI(LightningCLI):
         if verb is None:
             self.beginning.add(folder, None, None, self.saved_config())
         elif self.keeps_run and not config.trainer.get("fast_dev_run"):
+            if folder.path.exists() and not folder.path.is_dir():
+                raise NotADirectoryError(f"--run {str(folder.path)!r} is a file: name a folder")
             if not folder.can_be_written():
                 if verb not in ("validate", "test"):
                     raise PermissionError(
@@ -189,8 +196,6 @@ class RunCLI(LightningCLI):
                 f"{self.subcommand} without --ckpt_path would take untrained weights, and {folder.path} holds trained "
                 "ones: add --ckpt_path last or best, or name another --run folder"
             )
-        if folder.path.exists() and not folder.path.is_dir():
-            raise NotADirectoryError(f"--run {str(folder.path)!r} is a file: name a folder")
         if self.is_first and not self.only_prints:
             self._held.enter_context(folder.alone())
         if self.subcommand == "fit" and config.get("ckpt_path") and self.is_first:

@@ -31,17 +31,23 @@ def one_sentence(message: str, options: Sequence[str] = ()) -> str:
     if match := re.search(r"Option '([^']+)' is not accepted", message):
         return _unknown_argument(keys, match[1], message)
     if match := re.search(r"Expected a dot import path string: (\S+)", message):
+        if kind := re.search(r"Expected a <class '(int|float|bool)'>", message):  # of a number or a class
+            return f"--{keys} must be of type {kind[1]}, got {match[1]}"
         return _unknown_class(keys, match[1])
-    if match := re.search(r"Expected an? (?:<class '([^']+)'>|(.+?))\. Got value: (.*)", message):
-        return f"--{keys} must be of type {match[1] or match[2]}, got {match[3]}"
+    if match := re.search(r"Expected an? (.+?)\. Got value: (.*?)(?:\. Got value: .*)?$", message, re.MULTILINE):
+        return f"--{keys} must be {_wanted([match[1]])}, got {match[2]}"
     if match := re.match(r"unrecognized arguments: (.*)", message):
         return _unknown_option(match[1], options)
     if match := re.search(r"does not accept option '([^']+)'", message):  # an option in a config file
         return _unknown_option(f"--{match[1]}", options)
     if match := re.search(r"arguments are required: (.*)", message):
-        return _missing(match[1].replace(" ", "").split(","), message)
+        return _missing(match[1].replace(" ", "").split(","), message, keys)
     if match := re.search(r"Not a valid subclass of .*?Given value: (\[[^\n]*)", message, re.DOTALL):
         return f"--{keys} must be one name, or a class_path with init_args, got the list {match[1]}: give one"
+    types = re.findall(r"^\s*- Expected an? (<class '[^']+'>|typing\.Literal\[.*?\])$", message, re.MULTILINE)
+    given = re.search(r"Given value: (.*)", message)
+    if given and types and len(types) == len(re.findall(r"^\s*- ", message, re.MULTILINE)):
+        return f"--{keys} must be {_wanted(types)}, got {given[1]}"
     lines = [line.strip() for line in message.splitlines()]
     lines = [line.removeprefix("- ") for line in lines if line and not _NOISE.fullmatch(line)]
     return f"{f'--{keys}: ' if keys else ''}{'; '.join(dict.fromkeys(lines)) or message}"
@@ -95,9 +101,21 @@ def _unknown_option(words: str, options: Sequence[str]) -> str:
     return f"--{name} does not exist{hint}"
 
 
-def _missing(names: Sequence[str], message: str) -> str:
+def _wanted(types: Sequence[str]) -> str:
+    """The types that an option takes, as jsonargparse prints them, in words."""
+    start = "typing.Literal["
+    values = [kind.removeprefix(start)[:-1] for kind in types if kind.startswith(start)]
+    kinds = [kind.removeprefix("<class '").removesuffix("'>") for kind in types if not kind.startswith(start)]
+    kinds = [kind for kind in kinds if kind != "NoneType"]
+    words = [f"one of {', '.join(values)}"] if values else []
+    words += [f"of type {' or '.join(kinds)}"] if kinds else []
+    return " or ".join([*words, *(["null"] if "<class 'NoneType'>" in types else [])])
+
+
+def _missing(names: Sequence[str], message: str, key: str) -> str:
     path = re.findall(r"Problem with given class_path '([^']+)'", message)
     if path := path or re.findall(r"class_path[ =]'([^']+)'", message):
-        return f"{path[-1].rpartition('.')[2]} needs {', '.join(names)}: give it as --model.{names[0]}, or use a config"
+        cls = path[-1].rpartition(".")[2]
+        return f"--{key} {cls} needs {', '.join(names)}: give it as --{key}.{names[0]}, or use a config"
     short = ", ".join(f"--{name.rpartition('.')[2]}" for name in names)
     return f"{short} missing: name a config with --config, `lightning-kd list` shows them all, or give them one by one"

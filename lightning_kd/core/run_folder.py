@@ -61,8 +61,8 @@ class RunFolder:
         path = {"last": self.last, "best": self.best}[name]
         if not path.is_file():
             raise FileNotFoundError(
-                f"ckpt_path {name!r}: there is no {path}; leave --ckpt_path out to start anew, or name the folder of "
-                "an earlier fit with --run"
+                f"ckpt_path {name!r}: there is no {path}; name the folder of an earlier fit with --run, or, to begin "
+                "a fit, leave --ckpt_path out"
             )
         return path
 

@@ -42,6 +42,8 @@ def main(args: Sequence[str]) -> None:
     given = parser.parse_args(args)
     path = Path(given.answers)
     folder = Path(given.run) if given.run is not None else path.parent
+    if not path.is_file():
+        raise FileNotFoundError(f"answers {str(path)!r} is no file: name the CSV file with the answers")
     if not (folder / "pool.json").is_file():
         raise FileNotFoundError(f"there is no {folder / 'pool.json'}: name the folder of the run with --run")
     with alone(folder):
@@ -238,8 +240,6 @@ def _read(path: Path) -> tuple[list[tuple[int, int, dict[str, str]]], int, list[
         ``(rows, width, form)``: line number, number of cells and cells by column name of each row; the number of
         columns; and what is unusual in the file's form.
     """
-    if not path.is_file():
-        raise FileNotFoundError(f"{path} does not exist: name the CSV file with the answers")
     table = read_table(path)
     (_, header), *rows = table.rows or [(0, [])]
     names = [column_name(cell) for cell in header]

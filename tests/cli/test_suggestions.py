@@ -29,6 +29,28 @@ DHKD = ["--config", "distillation/dhkd_digits"]
         (["fit", *TEACHER, "--lr", "3"], 2, "did you mean --model.optimizer.lr?"),
         (["fit", *TEACHER, "--modle.temperature", "3"], 2, "did you mean --model.temperature?"),
         (["fit", *TEACHER, "--model.network", "resnet8x5"], 1, "did you mean resnet8x4"),
+        (
+            ["fit", *TEACHER, "--trainer.max_epochs", "many"],
+            2,
+            "--trainer.max_epochs must be of type int or null, got m",
+        ),
+        (["fit", *TEACHER, "--trainer.precision", "17"], 2, "'64', '32', '16', 'bf16' or null, got 17"),
+        (["fit", *TEACHER, "--model.loss", "nll"], 2, "--model.loss must be one of 'ce', 'z', got nll\n"),
+        (["fit", *TEACHER, "--model.optimizer.lr", "big"], 2, "--model.optimizer.lr must be of type float, got big\n"),
+        (
+            ["fit", *TEACHER, "--data.noise", "SymmetricNoise"],
+            2,
+            "--data.noise SymmetricNoise needs rate: give it as --d",
+        ),
+        (["fit", *TEACHER, "--data.noise", "SymmetricNoise"], 2, "give it as --data.noise.rate, or use a config\n"),
+        (
+            ["fit", *TEACHER, "--model.network", "resnet8x5", "--trainer.fast_dev_run", "1"],
+            1,
+            "error: network 'resnet8x",
+        ),
+        (["fit", "--config", "dkd_digit"], 1, "did you mean distillation/dkd_digits, "),
+        (["fit", "--config", "runs/gone/config.yaml"], 1, "nor a shipped config: `lightning-kd list` shows all"),
+        (["predict", *TEACHER, "--ckpt_path", "best"], 1, "name the folder of an earlier fit with --run"),
         (["fit", *TEACHER, "extra"], 2, "'extra' belongs to no option"),
         (["fit"], 2, "name a config with --config"),
         (["fit", "--model", "DHKD"], 2, "DHKD needs student, teacher"),
@@ -66,6 +88,7 @@ def test_learning_rate_of_the_model_suggests_that_of_the_optimizer(name, capsys)
         ("model: {class_path: DHKD, init_args: {temperatur: 3}}", "did you mean --model.temperature?"),
         ("modle: {class_path: DHKD}", "--modle.class_path does not exist: did you mean --model.class_path?"),
         ("trainer: {max_epoch: 3}", "--trainer.max_epoch does not exist: did you mean --trainer.max_epochs"),
+        ("compose: [distillation/kd_digits]\nmodel: {init_args: {temperature: hot}}", "must be of type float, got hot"),
     ],
 )
 def test_misspelling_in_a_config_file_gives_a_suggestion(text, expected, capsys, tmp_path):
@@ -75,7 +98,16 @@ def test_misspelling_in_a_config_file_gives_a_suggestion(text, expected, capsys,
     assert stop.value.code == 2
     error = capsys.readouterr().err
     assert expected in error
+    assert error.endswith(" (in mine.yaml)\n")
     assert error.count("\n") == 1
+
+
+def test_a_run_folder_that_is_a_file(tmp_path, capsys):
+    (tmp_path / "notes.txt").write_text("mine")
+    with pytest.raises(SystemExit):
+        main(["fit", *TEACHER, "--run", "notes.txt"])
+    assert capsys.readouterr().err == "error: --run 'notes.txt' is a file: name a folder\n"
+    assert (tmp_path / "notes.txt").read_text() == "mine"
 
 
 def test_unrecognised_error_is_kept_on_one_line():

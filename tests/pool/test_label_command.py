@@ -70,11 +70,15 @@ def test_file_without_columns_or_answers_is_refused(pool, tmp_path, capsys, text
 def test_missing_pool_record_or_answer_file_is_refused(tmp_path, capsys):
     with pytest.raises(SystemExit):
         main(["label", "none.csv"])
-    assert "there is no pool.json: name the folder of the run with --run" in capsys.readouterr().err
+    assert "answers 'none.csv' is no file: name the CSV file with the answers" in capsys.readouterr().err
+    (tmp_path / "a.csv").write_text("index,label\n")
+    with pytest.raises(SystemExit):
+        main(["label", str(tmp_path / "a.csv")])
+    assert "pool.json: name the folder of the run with --run" in capsys.readouterr().err
     PoolRecord(tmp_path / "pool.json", {"classes": ["cat"]}).save()
     with pytest.raises(SystemExit):
         main(["label", "none.csv", "--run", str(tmp_path)])
-    assert "none.csv does not exist" in capsys.readouterr().err
+    assert "'none.csv' is no file" in capsys.readouterr().err
 
 
 def test_reads_csv_with_byte_order_mark_and_windows_line_ends(pool, tmp_path):
