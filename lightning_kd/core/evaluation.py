@@ -70,7 +70,8 @@ class EvaluatedModule(KeptPrecision, L.LightningModule):
         return MetricCollection(metrics, prefix=prefix, compute_groups=False)
 
     def check_data(self, data: Any, has_targets: bool = True) -> None:
-        """Raise if the data are for another kind of problem, or have more classes than the task.
+        """Raise if the data are for another kind of problem, have more classes than the task, or samples with another
+        number of channels or features than its networks were built for.
 
         Args:
             data: a data module; one without ``problem`` is not checked.
@@ -86,6 +87,11 @@ class EvaluatedModule(KeptPrecision, L.LightningModule):
             raise ValueError(
                 f"{type(self).__name__} is for {self.problem.kind}, but {type(data).__name__} has {given.kind}: use "
                 "a task for that, or other data"
+            )
+        shape, own = tuple(getattr(data, "input_shape", ())), tuple(getattr(self, "input_shape", ()))
+        if shape and getattr(self, "_built_by_name", False) and shape[:1] != own[:1]:
+            raise ValueError(
+                f"input_shape={own} does not fit the samples {shape} of {type(data).__name__}: give input_shape={shape}"
             )
         if has_targets and given.num_classes > self.problem.num_classes:  # a network may have more classes
             raise ValueError(

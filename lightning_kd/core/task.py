@@ -92,6 +92,7 @@ class Task(EvaluatedModule):
         self.channels_last = channels_last
         self.compile_networks = compile
         self._built: list[nn.Module] = []
+        self._built_by_name = False  # for num_classes and input_shape
         self._means = EpochMeans()
         self._finite = FiniteGuard()
 
@@ -114,6 +115,7 @@ class Task(EvaluatedModule):
                 )
             outputs = outputs or self.problem.num_classes
             network = network_for(network, outputs, tuple(input_shape or self.input_shape))
+            self._built_by_name = True
         if self.channels_last is None:
             self.channels_last = len(self.input_shape) == 3 and any(isinstance(m, nn.Conv2d) for m in network.modules())
         if self.channels_last:

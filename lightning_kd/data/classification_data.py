@@ -54,7 +54,8 @@ class ClassificationDataModule(LabelledDataModule):
         unlabelled: a folder, an image or a list (see ``files_to_predict``) where samples are image files; an ``.npy``
             or ``.npz`` with ``image`` or ``feature`` where they are in memory. They are appended to the training array,
             except samples that training, validation or test already contain. ``"rest"``: the training samples that
-            ``train_fraction`` or ``train_per_class`` leaves out, with hidden labels.
+            ``train_fraction`` or ``train_per_class`` leaves out, with hidden labels. With ``fake``, synthetic samples
+            stand for those of a file, which need not exist.
         kwargs: see ``LabelledDataModule``.
 
     Raises:

@@ -62,8 +62,8 @@ class LabelledDataModule(SplitLoaders, ABC):
         cutout: side in pixels of a square set to the mean colour in each training image; 0 is off.
         seed: fixes the validation split and the training subset, both stratified by the given labels; together with
             ``seed_everything`` also the order of the batches and the augmentation; 0 or more.
-        fake: use a small synthetic data set of the same shape and classes, without any file; all of it, where it is too
-            small for the subset asked for.
+        fake: use a small synthetic data set of the same shape and classes, without any file, also for
+            ``unlabelled``; all of it, where it is too small for the subset asked for.
         problem: the kind of problem. Default: one class per sample.
         predict: where to find samples to predict, without labels. Default: the test set is predicted.
         balance: draw each class equally often, see ``ArrayDataModule``; only with one class per sample.
