@@ -1,13 +1,14 @@
-"""Checking the numbers that constructors and functions are given. Imports nothing, so that every part can use it."""
+"""Checking what constructors and functions are given. Imports nothing, so that every part can use it."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from numbers import Integral, Real
 from typing import Any
 
-__all__ = ["check_numbers"]
+__all__ = ["check_numbers", "naming_argument"]
 
 
 def check_numbers(
@@ -53,3 +54,19 @@ def check_numbers(
                 wanted = "a whole number"
             usual = f"give {'such ' if wanted else ''}a {'whole' if whole else 'finite'} number"
             raise ValueError(f"{name} must be {wanted or 'finite'}, got {value!r}: {remedy or usual}")
+
+
+@contextmanager
+def naming_argument(name: str) -> Iterator[None]:
+    """A context in which messages about a wrong value begin with the name of its argument.
+
+    For values that are checked where several arguments arrive: a network's name may be a student's or a teacher's.
+    Messages that begin with ``name`` stay as they are.
+    """
+    try:
+        yield
+    except (ValueError, FileNotFoundError, PermissionError, ImportError) as error:
+        if str(error).startswith(name):
+            raise
+        kind = next(k for k in (ValueError, FileNotFoundError, PermissionError, ImportError) if isinstance(error, k))
+        raise kind(f"{name}: {error}") from error

@@ -56,29 +56,30 @@ class Table(NamedTuple):
     form: list[str]
 
 
-def read_rows(path: Path) -> list[tuple[int, list[str]]]:
-    """The ``rows`` of ``read_table(path)``."""
-    return read_table(path).rows
+def read_rows(path: Path, argument: str = "") -> list[tuple[int, list[str]]]:
+    """The ``rows`` of ``read_table``."""
+    return read_table(path, argument).rows
 
 
-def read_table(path: Path) -> Table:
+def read_table(path: Path, argument: str = "") -> Table:
     """Read a CSV file, also one that a spreadsheet has written.
 
     Cells are separated by commas, semicolons or tabs, whichever the first line has most of, or as a first line
     ``sep=;`` says. The encoding is UTF-8, with or without a byte order mark, or UTF-16 with one. Spaces around cells,
-    the apostrophes of ``csv_text`` and lines with empty cells only are removed.
+    the apostrophes of ``csv_text`` and lines with empty cells only are removed. Messages call the file ``argument``.
 
     Raises:
         FileNotFoundError: if there is no such file.
         PermissionError: if it cannot be read.
         ValueError: if it is no CSV file.
     """
+    named = f"{argument} {str(path)!r}".strip()
     try:
         content = path.read_bytes()
     except FileNotFoundError:
-        raise FileNotFoundError(f"{str(path)!r} does not exist: give the path of a .csv file") from None
+        raise FileNotFoundError(f"{named} does not exist: give the path of a .csv file") from None
     except PermissionError:
-        raise PermissionError(f"{str(path)!r} may not be read: check the permissions of the file") from None
+        raise PermissionError(f"{named} may not be read: check the permissions of the file") from None
     wide = content.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE))
     try:
         text = content.decode("utf-16" if wide else "utf-8-sig")
@@ -92,7 +93,7 @@ def read_table(path: Path) -> Table:
         stripped = ((reader.line_num, [cell.strip() for cell in row]) for row in reader)
         rows = [(line, [_unmarked(cell) for cell in row]) for line, row in stripped if any(row)]
     except (UnicodeDecodeError, csv.Error) as error:
-        raise ValueError(f"{str(path)!r} is no .csv file in UTF-8 ({error}): save it as text in UTF-8") from error
+        raise ValueError(f"{named} is no .csv file in UTF-8 ({error}): save it as text in UTF-8") from error
     form = [f"cells separated by {'semicolons' if separator == ';' else 'tabs'}"] if separator in ";\t" else []
     form += ["UTF-16"] if wide else ["a byte order mark"] if content.startswith(codecs.BOM_UTF8) else []
     form += ["Windows line ends"] if "\r\n" in text else []

@@ -12,7 +12,7 @@ import torch
 
 import lightning_kd
 from lightning_kd import callbacks, core, data
-from lightning_kd.argument_checks import check_numbers
+from lightning_kd.argument_checks import check_numbers, naming_argument
 from lightning_kd.core import schedules
 from lightning_kd.core.registry import family_packages
 from lightning_kd.data import LabelNoise
@@ -192,3 +192,63 @@ def test_error_sentence_names_the_rule_the_value_and_the_remedy(rule, value, tex
         check_numbers(x=value, **rule)
     assert str(caught.value) == text
     check_numbers(optional=True, x=None, **rule)
+
+
+def distilled(method, student="cnn_tiny", teacher="cnn_tiny", **given):
+    return method(student, teacher, teacher_weights="random", **NETWORK, **given)
+
+
+@pytest.mark.parametrize(
+    ("make", "start"),
+    [
+        (lambda: lightning_kd.Classification("nonet", **NETWORK), "network 'nonet' is not known"),
+        (lambda: distilled(lightning_kd.KD, "nonet"), "student: network 'nonet' is not known"),
+        (lambda: distilled(lightning_kd.KD, teacher="nonet"), "teacher: network 'nonet' is not known"),
+        (lambda: distilled(lightning_kd.KD, teacher="timm/nonet"), "teacher: network 'timm/nonet' is not known"),
+        (lambda: distilled(lightning_kd.ReviewKD, student_stages=["none"]), "student_stages: no module 'none' in CNN"),
+        (lambda: distilled(lightning_kd.ReviewKD, teacher_stages=["none"]), "teacher_stages: no module 'none' in CNN"),
+        (lambda: distilled(lightning_kd.CRD, classifier="none"), "classifier path 'none' is nothing in CNN"),
+        (lambda: distilled(lightning_kd.CRD, teacher_classifier="none"), "teacher_classifier: classifier path 'none'"),
+        (lambda: lightning_kd.Classification("cnn_tiny", weights="none.pt", **NETWORK), "weights 'none.pt': there is"),
+        (lambda: data.ArrayDataModule("text.npz"), "path 'text.npz' is damaged, or not an .npz/.npy file"),
+        (lambda: data.ArrayDataModule("none.npz"), "path 'none.npz' does not exist"),
+        (lambda: data.ArrayDataModule("one.npy", target_path="none.npy"), "target_path 'none.npy' does not exist"),
+        (lambda: data.MultiLabelFolderDataModule("none"), "table 'none/labels.csv' does not exist"),
+        (lambda: data.SegmentationFolderDataModule("x", "y", colours="none.csv"), "colours 'none.csv' does not exist"),
+        (lambda: data.PartialLabelDataModule("none.mat"), "path 'none.mat' does not exist"),
+        (lambda: data.LabelFile("none.csv").corrupt([0, 1], 2), "path 'none.csv' does not exist"),
+        (lambda: data.TransitionNoise("none.npy").corrupt([0, 1], 2), "matrix 'none.npy' does not exist"),
+    ],
+)
+def test_a_message_names_the_argument_of_a_wrong_name(make, start, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    np.save("one.npy", np.zeros((4, 8, 8), np.uint8))
+    (tmp_path / "text.npz").write_text("text")
+    with pytest.raises((ValueError, FileNotFoundError)) as caught:
+        make()
+    assert str(caught.value).startswith(start)
+    assert "\n" not in str(caught.value)
+    assert "allow_pickle" not in str(caught.value)
+
+
+def test_samples_of_another_shape_are_told_at_the_start():
+    trainer = L.Trainer(fast_dev_run=True, logger=False, enable_progress_bar=False, accelerator="cpu")
+    for network in ("cnn_tiny", "mlp_8"):
+        task = lightning_kd.Classification(network, 10, input_shape=(3, 32, 32))
+        with pytest.raises(
+            ValueError, match=r"input_shape=\(3, 32, 32\) does not fit the samples \(1, 8, 8\) of Digits"
+        ):
+            trainer.validate(task, data.DigitsDataModule(), verbose=False)
+    own = lightning_kd.Classification(torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(64, 10)), 10)
+    trainer.validate(own, data.DigitsDataModule(), verbose=False)  # a module knows its inputs itself
+
+
+def test_the_name_of_an_argument_is_put_before_a_message_once():
+    with pytest.raises(ValueError, match=r"^stages: there is none$"), naming_argument("stages"):
+        raise ValueError("there is none")
+    with pytest.raises(FileNotFoundError, match=r"^path 'a' is missing$"), naming_argument("path"):
+        raise FileNotFoundError("path 'a' is missing")
+    with pytest.raises(ValueError, match=r"^path: .*utf-8.*codec"), naming_argument("path"):
+        b"\xff".decode("utf-8")
+    with pytest.raises(KeyError), naming_argument("path"):
+        raise KeyError("a")

@@ -73,7 +73,7 @@ def test_a_student_is_shifted_and_an_undone_shift_writes_no_checkpoint(capsys, m
     ("words", "expected"),
     [
         (["shift", "--ckpt_path", "none/checkpoints/last.ckpt"], "there is no none/config.yaml: add --config"),
-        (["shift", "--run", "run", "--layers", "[conv]"], "there is no layer 'conv' in CNN"),
+        (["shift", "--run", "run", "--layers", "[conv]"], "layers: no module 'conv' in CNN"),
         (["shift", "--run", "run", "--samples", "5"], "samples=5 are fewer than the 10 classes"),
         (
             ["shift", "--run", "run", "--output", "run/checkpoints/last.ckpt"],

@@ -174,7 +174,7 @@ def test_export_that_fails_for_another_number_of_images_is_not_kept(run, capsys,
 def test_missing_run_or_image_and_folder_as_output_give_an_error(run, capsys):
     Path("there").mkdir()
     for given, message in (
-        (["gone"], "'gone' does not exist: name the folder of a run"),
+        (["gone"], "run 'gone' does not exist: name the folder of a run"),
         (["r", "--output", "there"], "--output 'there' is a folder: name a file in it"),
         (["r", "--images", "there"], "images 'there' holds no image"),
     ):
@@ -226,7 +226,7 @@ def test_missing_package_checkpoint_or_images_give_an_error(run, capsys, monkeyp
     monkeypatch.setattr(exported_network, "ONNX_PACKAGES", ("onnx", "no_such_package"))
     for words, message in (
         (["r"], "format onnx needs no_such_package: pip install 'lightning_kd[onnx]'"),
-        (["photos"], "'photos' holds no checkpoint"),
+        (["photos"], "run 'photos' holds no checkpoint"),
         (["r", "--format", "torchscript", "--images", "nowhere"], "'nowhere' does not exist"),
     ):
         with pytest.raises(SystemExit) as stop:

@@ -140,7 +140,7 @@ def test_checkpoint_without_data_description_needs_the_data_folder(run, capsys):
     checkpoint = torch.load(path, weights_only=True)
     del checkpoint["data_description"]
     torch.save(checkpoint, path)
-    with pytest.raises(Exception, match="'photos' is not a folder"):
+    with pytest.raises(Exception, match="root 'photos' is not a folder"):
         lightning_kd.load(path)
     for name in NAMES:
         Path(f"photos/{name}").mkdir(parents=True)

@@ -9,6 +9,7 @@ from typing import Any
 import torchvision
 from torch import nn
 
+from lightning_kd.argument_checks import naming_argument
 from lightning_kd.core.weights import differing_classifiers, last_linear, load_weights
 from lightning_kd.nets import split_head, with_ml_decoder
 from lightning_kd.nets.library_networks import (
@@ -51,6 +52,7 @@ def network_with_weights(
         ValueError: for ``"default"`` with a module or with feature rows, and as ``load_weights`` and
             ``pretrained_network``.
     """
+    of_network = argument.removesuffix("weights").rstrip("_") or "network"  # student_weights are those of student
     if weights == "default" and not _come_from_checkpoint:
         if not isinstance(network, str):
             raise ValueError(
@@ -62,17 +64,19 @@ def network_with_weights(
                 f"{argument} 'default' are for images (C, H, W), but input_shape is {tuple(input_shape)}: for features "
                 "train an mlp from scratch, or give a file of weights"
             )
-        return build(_published(network, num_classes, new_classifier, input_shape))
-    built = build(network)
+        with naming_argument(of_network):
+            return build(_published(network, num_classes, new_classifier, input_shape))
+    with naming_argument(of_network):
+        built = build(network)
     if weights == "default" and hasattr(built, "transform_input"):
         built.transform_input = True  # type: ignore[assignment]  # torchvision sets it with published weights
     elif weights is not None and not _come_from_checkpoint:
         try:
-            load_weights(built, weights, num_classes, new_classifier)
+            with naming_argument(argument):
+                load_weights(built, weights, num_classes, new_classifier)
         except FileNotFoundError as error:
             raise FileNotFoundError(
-                f"{argument}: {error}. If a config names the file of another run, fit that run first; null starts from "
-                "scratch"
+                f"{error}. If a config names the file of another run, fit that run first; null starts from scratch"
             ) from error
     return built
 

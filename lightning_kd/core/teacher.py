@@ -10,6 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from lightning_kd.argument_checks import naming_argument
 from lightning_kd.core.kept_precision import KeptPrecision
 from lightning_kd.core.problems import Problem
 from lightning_kd.core.starting_weights import pretrained_network
@@ -57,7 +58,7 @@ class FrozenTeacher(KeptPrecision):
     ) -> None:
         super().__init__()
         if (mean is None) != (std is None):
-            raise ValueError("give teacher_mean and teacher_std together, or neither")
+            raise ValueError(f"teacher_mean and teacher_std go together, got {mean} and {std}: give both, or neither")
         outputs = [module.out_features for module in network.modules() if isinstance(module, nn.Linear)]
         classes = _classes_of(network) if problem.one_class and problem.num_classes not in outputs else None
         if classes is not None:  # otherwise the head is another layer, and the first batch shows a wrong shape
@@ -174,18 +175,18 @@ def teacher_network(
     if weights == "default":
         if not isinstance(teacher, str):
             raise ValueError("teacher_weights 'default' needs the teacher by name, got a module: give its name")
-        teacher = pretrained_network(teacher, num_classes)
-    network = build(teacher)
+        with naming_argument("teacher"):
+            teacher = pretrained_network(teacher, num_classes)
+    with naming_argument("teacher"):
+        network = build(teacher)
     if weights not in (None, "default", "random"):
         try:
-            load_weights(network, weights, num_classes)
+            with naming_argument("teacher_weights"):
+                load_weights(network, weights, num_classes)
         except FileNotFoundError as error:
             raise FileNotFoundError(
-                f"teacher_weights: {error}. Train the teacher first, or set 'random' where only the student is "
-                "evaluated"
+                f"{error}. Train the teacher first, or set 'random' where only the student is evaluated"
             ) from error
-        except ValueError as error:
-            raise ValueError(f"teacher_weights: {error}") from error
     return network
 
 

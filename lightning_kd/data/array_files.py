@@ -33,13 +33,14 @@ class Arrays(NamedTuple):
     val_target: Tensor | None = None
 
 
-def read_arrays(path: Path) -> dict[str, np.ndarray]:
+def read_arrays(path: Path, argument: str = "path") -> dict[str, np.ndarray]:
     """The arrays of an ``.npz`` by name, or the array of a ``.npy`` under the name ``""``. Pickles are never loaded.
 
     Raises:
-        FileNotFoundError, PermissionError: where the file does not exist, or may not be read.
+        FileNotFoundError, PermissionError: where the file, ``argument`` in messages, does not exist or may not be read.
         ValueError: where the file is damaged, holds pickled objects, or is neither an ``.npz`` nor a ``.npy``.
     """
+    named = f"{argument} {str(path)!r}".strip()
     try:
         loaded = np.load(path, allow_pickle=False)
         if isinstance(loaded, np.ndarray):
@@ -47,17 +48,18 @@ def read_arrays(path: Path) -> dict[str, np.ndarray]:
         with loaded:
             return {name: loaded[name] for name in loaded.files}
     except FileNotFoundError:
-        raise FileNotFoundError(f"{str(path)!r} does not exist: give the path of an .npz or .npy file") from None
+        raise FileNotFoundError(f"{named} does not exist: give the path of an .npz or .npy file") from None
     except PermissionError:
-        raise PermissionError(f"{str(path)!r} may not be read: check the permissions of the file") from None
+        raise PermissionError(f"{named} may not be read: check the permissions of the file") from None
     except (ValueError, OSError, EOFError, zipfile.BadZipFile, zlib.error) as error:
         if "Object arrays" in str(error):
             raise ValueError(
-                f"{str(path)!r} holds Python objects, which are never unpickled: save arrays of numbers, or of text by "
+                f"{named} holds Python objects, which are never unpickled: save arrays of numbers, or of text by "
                 "array.astype(str)"
             ) from None
+        reason = str(error).partition(". If you trust")[0]  # numpy's advice to load it all the same
         raise ValueError(
-            f"{str(path)!r} is damaged, or not an .npz/.npy file of plain arrays ({error}): replace it, or delete it "
+            f"{named} is damaged, or not an .npz/.npy file of plain arrays ({reason}): replace it, or delete it "
             "if it can be written again"
         ) from error
 

@@ -236,7 +236,8 @@ class ArrayDataModule(MultiLabelDataModule):
         if "" in arrays:
             if self.target_path is None:
                 raise ValueError(f"target_path must go with the .npy file {self.path!r}, got None: give its targets")
-            arrays = {"image": arrays[""], "target": read_arrays(Path(self.target_path)).get("", np.empty(0))}
+            labels = read_arrays(Path(self.target_path), "target_path").get("", np.empty(0))
+            arrays = {"image": arrays[""], "target": labels}
         prefix = "train_" if {"train_image", "train_feature", "train_target"} & set(arrays) else ""
         shape = arrays.get(f"{prefix}target", np.empty(0)).shape
         one_each = len(shape) == 2 and shape[1] == 1  # some libraries store one class per sample as [N, 1]

@@ -137,14 +137,15 @@ def read_human(path: Path) -> dict[str, np.ndarray]:
         with torch.serialization.safe_globals(allowed):
             loaded = torch.load(path, map_location="cpu", weights_only=True)
     except FileNotFoundError:
-        raise FileNotFoundError(f"{str(path)!r} does not exist: give the path of CIFAR-*_human.pt") from None
+        raise FileNotFoundError(f"path {str(path)!r} does not exist: give the path of CIFAR-*_human.pt") from None
     except PermissionError:
-        raise PermissionError(f"{str(path)!r} may not be read: check the permissions of the file") from None
+        raise PermissionError(f"path {str(path)!r} may not be read: check the permissions of the file") from None
     except (UnpicklingError, RuntimeError, OSError, EOFError, ValueError, KeyError) as error:
         # torch's message begins with advice to disable weights_only, which is left out
         reason = str(error).rpartition("WeightsUnpickler error: ")[2].strip().partition("\n")[0]
         raise ValueError(
-            f"{str(path)!r} is damaged, or holds more than integer arrays ({reason}): download CIFAR-*_human.pt again"
+            f"path {str(path)!r} is damaged, or holds more than integer arrays ({reason}): download CIFAR-*_human.pt "
+            "again"
         ) from error
     if not isinstance(loaded, dict):
         raise ValueError(

@@ -245,7 +245,7 @@ def read_matrix(path: str) -> np.ndarray:
             raise FileNotFoundError(f"matrix={path!r} does not exist: give the path of a .npy, .npz or .csv") from None
         except (ValueError, UnicodeDecodeError) as error:
             raise ValueError(f"matrix={path!r} is not a table of numbers ({error}): use commas, no header") from error
-    arrays = read_arrays(Path(path))
+    arrays = read_arrays(Path(path), "matrix")
     if len(arrays) != 1:
         raise ValueError(
             f"matrix={path!r} must hold one array, got {', '.join(arrays) or 'none'}: store only the matrix"

@@ -193,17 +193,17 @@ def find_images(root: Path, class_names: list[str]) -> tuple[list[str], Tensor]:
     return paths, torch.tensor(target)
 
 
-def images_below(root: Path, known: Sequence[Path] = ()) -> list[str]:
+def images_below(root: Path, known: Sequence[Path] = (), argument: str = "root") -> list[str]:
     """The image files anywhere below ``root``, sorted; hidden files are skipped.
 
     Links to folders are followed, except those to a parent folder. A warning counts the other files by suffix, without
-    those in ``known``.
+    those in ``known``. Messages call the folder ``argument``.
 
     Raises:
         FileNotFoundError, PermissionError: where ``root`` is not a folder, or a folder cannot be read.
     """
     if not root.is_dir():
-        raise FileNotFoundError(f"{str(root)!r} is not a folder: give the folder of the images")
+        raise FileNotFoundError(f"{argument} {str(root)!r} is not a folder: give the folder of the images")
     found, others = _images_and_others(root)
     expected = {os.path.realpath(path) for path in known}
     others = [path for path in others if os.path.realpath(path) not in expected]

@@ -140,7 +140,7 @@ def read_columns(path: Path, key: str | None = None) -> dict[str, np.ndarray]:
         ValueError: where it is empty or not text, two columns have the same name, or lines have different numbers of
             cells.
     """
-    rows = [cells for _, cells in read_rows(path)]
+    rows = [cells for _, cells in read_rows(path, "path")]
     width = max((k + 1 for cells in rows for k, cell in enumerate(cells) if cell), default=0)
     rows = [cells[:width] for cells in rows]  # without columns that are empty from the first line on
     named = rows and (len(rows[0]) > 1 or column_name(rows[0][0]) in ("label", "class_name", *NUMBERED, key))

@@ -48,7 +48,7 @@ def read_label_table(path: Path, class_names: Sequence[str] | None = None) -> La
         FileNotFoundError, PermissionError: where the file does not exist, or may not be read.
         ValueError: naming file and line, for any other fault.
     """
-    rows = read_rows(path)
+    rows = read_rows(path, "table")
     where = str(path)
     if len(rows) < 2:
         raise ValueError(f"{where!r} must have a header and a line for each image, got {len(rows)} lines: add them")

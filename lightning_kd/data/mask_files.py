@@ -163,7 +163,7 @@ def read_colours(table: str | Mapping[str, Sequence[int]]) -> dict[str, list[int
     if not isinstance(table, str):
         return {str(name): list(colour) for name, colour in table.items()}
     found: dict[str, list[int]] = {}
-    for number, cells in read_rows(Path(table)):
+    for number, cells in read_rows(Path(table), "colours"):
         if not found and [column_name(cell) for cell in cells[1:4]] == ["r", "g", "b"]:
             continue
         numbers = [cell.strip() for cell in cells[1:4]]

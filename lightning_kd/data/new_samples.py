@@ -54,7 +54,7 @@ def files_to_predict(given: str, argument: str = "predict") -> list[str]:
 
 def _listed(path: Path, argument: str) -> list[str]:
     if path.suffix.lower() == ".csv":
-        rows = [cells for _, cells in read_rows(path)]
+        rows = [cells for _, cells in read_rows(path, argument)]
         header = [column_name(cell) for cell in rows[0]] if rows else []
         column = header.index("path") if "path" in header else 0
         rows = rows[1:] if "path" in header else rows
@@ -85,7 +85,7 @@ def read_unlabelled(path: str, name: str) -> Tensor:
         FileNotFoundError, PermissionError, ValueError: as in ``read_arrays``, ``to_image`` and ``to_feature``, and
             where there is no sample.
     """
-    arrays = read_arrays(Path(path))
+    arrays = read_arrays(Path(path), name)
     key = next((key for key in ("image", "feature", "") if key in arrays), None)
     if key is None:
         raise ValueError(f"{name} {path!r} must hold the array 'image' or 'feature', got {sorted(arrays)}: rename one")

@@ -101,7 +101,7 @@ def _draw(noise: DrawnLabels, clean: CleanLabels) -> np.ndarray:
 
 
 def _read(path: Path) -> dict[str, np.ndarray]:
-    arrays = read_arrays(path)
+    arrays = read_arrays(path, "")
     check_keys(arrays, ["given", "clean", "generator", "sha256"], repr(str(path)))
     return arrays
 

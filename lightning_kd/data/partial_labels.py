@@ -125,15 +125,15 @@ def read_mat(path: Path) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     from scipy.sparse import issparse
 
     if not path.is_file():
-        raise FileNotFoundError(f"{str(path)!r} does not exist: give the path of a .mat file")
+        raise FileNotFoundError(f"path {str(path)!r} does not exist: give the path of a .mat file")
     try:
         arrays: dict[str, Any] = loadmat(path)
     except NotImplementedError:
         raise ValueError(
-            f"{str(path)!r} is in MATLAB's format 7.3, which cannot be read: save it again with the option -v7"
+            f"path {str(path)!r} is in MATLAB's format 7.3, which cannot be read: save it again with the option -v7"
         ) from None
     except Exception as error:  # whatever a damaged file makes the reader raise
-        raise ValueError(f"{str(path)!r} is damaged, or not a .mat file ({error}): replace it") from error
+        raise ValueError(f"path {str(path)!r} is damaged, or not a .mat file ({error}): replace it") from error
     names = ["data", "partial_target", "target"]
     check_keys({name: value for name, value in arrays.items() if not name.startswith("__")}, names, repr(str(path)))
     feature, *labels = (arrays[name].toarray() if issparse(arrays[name]) else arrays[name] for name in names)

@@ -77,7 +77,7 @@ def readable(samples: PoolSamples, universe: np.ndarray, source: Any, trainer: A
 
 
 def _unlabelled_files(source: ClassificationDataModule, path: str) -> list[str]:
-    paths = images_below(Path(path))
+    paths = images_below(Path(path), argument="pool")
     if not paths:
         raise ValueError(f"pool {path!r} holds no image: give the folder of the unlabelled images")
     val = source.val_image if source._val_source == "val" else []

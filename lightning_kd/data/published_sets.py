@@ -105,7 +105,7 @@ class OfficialDataModule(AnnotatedDataModule):
             )
 
     def load_arrays(self) -> Arrays:
-        arrays = read_arrays(self.path) if self.path.exists() else self.read_official()
+        arrays = read_arrays(self.path, "") if self.path.exists() else self.read_official()
         names = [f"{split}_{part}" for split in ("train", "test") for part in ("image", self.target_key)]
         where = repr(str(self.path))
         check_keys(arrays, names, where)

@@ -53,9 +53,9 @@ def load_trained(run: str | Path) -> tuple[Task, dict[str, Any], Path]:
         folder = RunFolder(path)
         path = folder.best if folder.best.is_file() else folder.last
         if not path.is_file():
-            raise FileNotFoundError(f"{str(run)!r} holds no checkpoint: name the folder of a run, or a checkpoint")
+            raise FileNotFoundError(f"run {str(run)!r} holds no checkpoint: name the folder of a run, or a checkpoint")
     elif not path.exists():
-        raise FileNotFoundError(f"{str(run)!r} does not exist: name the folder of a run, or a checkpoint in one")
+        raise FileNotFoundError(f"run {str(run)!r} does not exist: name the folder of a run, or a checkpoint in one")
     checkpoint = read_checkpoint(path)
     config = _settings(path.absolute().parent.parent / "config.yaml")
     family_packages()  # so that their classes are found by name

@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from lightning_kd.argument_checks import check_numbers
+from lightning_kd.argument_checks import check_numbers, naming_argument
 from lightning_kd.core.batch import Batch, as_batch
 from lightning_kd.core.distributed import joint_batch, process_rank, summed
 from lightning_kd.core.feature_hooks import penultimate_tap
@@ -209,7 +209,8 @@ class CRD(SampleMemories, Distillation):
         self.memories = {"student_bank": self.banks.student, "teacher_bank": self.banks.teacher}
         self._student_feature, linear = penultimate_tap(self.student, classifier)
         self.student_embedding = nn.Linear(linear.in_features, dim)
-        self._teacher_feature, linear = penultimate_tap(self.teacher.network, teacher_classifier)
+        with naming_argument("teacher_classifier"):
+            self._teacher_feature, linear = penultimate_tap(self.teacher.network, teacher_classifier)
         self.teacher_embedding = nn.Linear(linear.in_features, dim)
         self._step: tuple[Tensor, Tensor] | None = None
 

@@ -10,6 +10,7 @@ import torch
 from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor, nn
 
+from lightning_kd.argument_checks import naming_argument
 from lightning_kd.core.stage_features import StageFeatures, StageMaps
 from lightning_kd.distillation.distillation_task import Distillation
 
@@ -75,8 +76,10 @@ class FeatureDistillation(Distillation):
         if not self.uses_stages:
             student_stages = teacher_stages = []
         network = self.teacher.network
-        self.student_features = StageFeatures(self.student, self.input_shape, student_stages, self.student_before)
-        self.teacher_features = StageFeatures(network, teacher_shape, teacher_stages, self.teacher_before)
+        with naming_argument("student_stages"):
+            self.student_features = StageFeatures(self.student, self.input_shape, student_stages, self.student_before)
+        with naming_argument("teacher_stages"):
+            self.teacher_features = StageFeatures(network, teacher_shape, teacher_stages, self.teacher_before)
         both = {"student": self.student_features, "teacher": self.teacher_features}
         paths = [", ".join(features.paths) for features in both.values()]
         if len(self.student_features.paths) != len(self.teacher_features.paths):

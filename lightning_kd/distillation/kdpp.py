@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from lightning_kd.argument_checks import check_numbers
+from lightning_kd.argument_checks import check_numbers, naming_argument
 from lightning_kd.core.batch import as_batch
 from lightning_kd.core.distributed import summed
 from lightning_kd.core.feature_hooks import penultimate_tap
@@ -156,15 +156,18 @@ class KDPlusPlus(Distillation):
         self.nd_weight, self.alpha, self.beta = weights.nd, weights.alpha, weights.beta
         self.augmented_means = augmented_means
         self._student_feature, linear = penultimate_tap(self.student, classifier)
-        self._teacher_feature, teacher_linear = penultimate_tap(self.teacher.network, teacher_classifier)
+        with naming_argument("teacher_classifier"):
+            self._teacher_feature, teacher_linear = penultimate_tap(self.teacher.network, teacher_classifier)
         length, own = teacher_linear.in_features, linear.in_features
         self.adapter = nn.Identity() if own == length else _adapter(own, length)
         self.review: ReviewKDLoss | None = None
         if base == "reviewkd":
             size = self.teacher.size
             shape = self.input_shape if size is None else (self.input_shape[0], *size)
-            self._student_stages = StageFeatures(self.student, self.input_shape, student_stages)
-            self._teacher_stages = StageFeatures(self.teacher.network, shape, teacher_stages, before=True)
+            with naming_argument("student_stages"):
+                self._student_stages = StageFeatures(self.student, self.input_shape, student_stages)
+            with naming_argument("teacher_stages"):
+                self._teacher_stages = StageFeatures(self.teacher.network, shape, teacher_stages, before=True)
             self.review = ReviewKDLoss(self._student_stages.shapes, self._teacher_stages.shapes)
             if self.channels_last:
                 self.review.to(memory_format=torch.channels_last)  # type: ignore[call-overload]

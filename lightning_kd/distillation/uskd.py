@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from lightning_kd.argument_checks import check_numbers
+from lightning_kd.argument_checks import check_numbers, naming_argument
 from lightning_kd.core.feature_hooks import Tap
 from lightning_kd.core.label_matrix import check_target_or_matrix, main_class
 from lightning_kd.core.losses import at_least_float32, check_shapes, soft_cross_entropy
@@ -171,7 +171,8 @@ class USKD(SupervisedTask):
         self.alpha, self.beta, self.mu, self.ranking, self.ce_weight = alpha, beta, mu, ranking, ce_weight
         self.loss_is_plain = ce_weight == 1
         self._feature_layer = feature_layer
-        self._tap = None if feature_layer is None else Tap(self.network, feature_layer)
+        with naming_argument("feature_layer"):
+            self._tap = None if feature_layer is None else Tap(self.network, feature_layer)
         self._stages = self._found_stages() if feature_layer is None else None
         self._channels_last_map = False
         self.weak_head = nn.Linear(self._feature_width(), num_classes)

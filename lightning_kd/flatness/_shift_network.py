@@ -184,7 +184,7 @@ def find_layers(
     for name in names:
         if name not in modules:
             known = [n for n, m in modules.items() if isinstance(m, nn.Linear | nn.Conv2d)]
-            raise ValueError(f"there is no layer {name!r} in {type(model).__name__}; it has {known[:12]}")
+            raise ValueError(f"layers: no module {name!r} in {type(model).__name__}; it has {known[:12]}: name one")
         module = modules[name]
         found[first_names[module]] = _plain_layer(name, module, owners)
         check_mode(mode, module.bias is not None, f"at layer {name!r} there")

@@ -321,7 +321,7 @@ def test_missing_or_unfitting_human_labels_raise(cifar, tmp_path):
     save_cifar(tmp_path, "cifar10", TEN)
     with pytest.raises(ValueError, match=r"lacks worse.*CIFAR-\*_human.pt"):
         CIFAR10DataModule(cifar, noise=CIFARN("worst")).setup()
-    with pytest.raises(FileNotFoundError, match=r"'none.pt' does not exist"):
+    with pytest.raises(FileNotFoundError, match=r"^path 'none.pt' does not exist"):
         CIFAR10DataModule(cifar, noise=CIFARN("worst", "none.pt")).setup()
     with pytest.raises(FileNotFoundError, match="got path=None and a data set without an"):
         CIFARN("worst").corrupt(TEN, CIFAR10DataModule("x", fake=True).class_names)

@@ -109,7 +109,7 @@ def test_teacher_without_weights_or_with_other_classes_raises(tmp_path):
     net = nn.Linear(3, 3)
     with pytest.raises(ValueError, match="student and teacher are one module"):
         KD(net, net, 3)
-    with pytest.raises(ValueError, match="teacher_mean and teacher_std together"):
+    with pytest.raises(ValueError, match="teacher_mean and teacher_std go together"):
         KD("cnn_tiny", "cnn", 10, input_shape=SHAPE, teacher_weights="random", teacher_mean=[0.5])
     torch.save(Classification("cnn", 7, input_shape=SHAPE).network.state_dict(), tmp_path / "seven.pt")
     with pytest.raises(ValueError, match="7 classes"):

@@ -151,7 +151,7 @@ def test_two_classes_have_no_non_target_term_and_no_label_matrix():
     [
         ({"alpha": -1.0}, "alpha must be at least 0, got -1"),
         ({"ranking": "logit"}, "ranking must be 'log_probability' or 'probability', got 'logit'"),
-        ({"feature_layer": "layer9"}, "no module 'layer9' in CNN"),
+        ({"feature_layer": "layer9"}, "feature_layer: no module 'layer9' in CNN"),
         ({"network": "mlp"}, "no second-to-last stage of MLP is found: name what the weak head sees by feature_layer"),
         ({"network": MAP_5D, "feature_layer": "1"}, r"feature_layer '1' must give \[B, D\], .*, got \[1, 2, 2, 2, 8\]"),
     ],

@@ -401,7 +401,7 @@ def changed(change: str) -> nn.Module:
         ("never called", {}, "layer 'other' was not called"),
         ("transposed", {"layers": ["up"]}, "layer 'up' is a ConvTranspose2d"),
         ("", {"layers": ["norm"]}, "layer 'norm' is a BatchNorm1d"),
-        ("", {"layers": ["head"]}, "there is no layer 'head' in Net; it has"),
+        ("", {"layers": ["head"]}, "layers: no module 'head' in Net; it has"),
         ("", {"layers": []}, "layers is empty"),
         ("no bias", {"mode": "free"}, "mode 'free' changes the bias, and at layer 'fc' there is none"),
         ("", {"mode": "free", "data": samples(1)}, "mode 'free' with one row"),

@@ -363,7 +363,7 @@ def narrow() -> Classification:
     ("callbacks", "options", "message"),
     [
         ([OptimumShifting(every=1)], {"max_epochs": -1, "max_steps": 2}, r"start=0\.5 is a share of max_epochs"),
-        ([OptimumShifting(["2"])], {}, "there is no layer '2' in Sequential"),
+        ([OptimumShifting(["2"])], {}, "layers: no module '2' in Sequential"),
         ([OptimumShifting(["0.2"])], {}, "layer '0.2' is a BatchNorm1d"),
         ([OptimumShifting(samples=9)], {}, "samples=9 are fewer than the 10 classes"),
         ([OptimumShifting()], {"model": narrow}, "layer '3' has 10 inputs for 10 classes, so samples of all classes"),
