@@ -131,13 +131,9 @@ class RunCLI(LightningCLI):
         return config_text(self._parser(self.subcommand), self._settings)
 
     def parse_arguments(self, parser: LightningArgumentParser, args: Any) -> None:
-        files = own_files(self.config_paths)
-        for one in (
-            parser,
-            *getattr(self, "_subcommand_parsers", {}).values(),
-        ):  # a verb's own parser tells most errors
+        for one in (parser, *getattr(self, "_subcommand_parsers", {}).values()):  # most errors are raised by a verb's
             if isinstance(one, RunParser):
-                one.words, one.configs = list(args or ()), files
+                one.words, one.configs = list(args or ()), own_files(self.config_paths)
         super().parse_arguments(parser, args)
 
     def instantiate_classes(self) -> None:
