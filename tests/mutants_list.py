@@ -527,7 +527,7 @@ MUTANTS = [
         "rows that may still be picked are let go",
         "active_learning/diverse_selection.py",
         "kept = near + slack > outside",
-        "kept = near > near.mean()",
+        "kept = near > near.median()",
         (f"{POOL}/test_diverse_selection.py",),
     ),
     Mutant(
