@@ -1049,6 +1049,20 @@ MUTANTS = [
         ("tests/cli/test_endings.py",),
     ),
     Mutant(
+        "nobody says where the files that could not be put back are",
+        "cli/beginning.py",
+        "            raise OSError(\n",
+        "            raise error\n            raise OSError(\n",
+        ("tests/cli/test_unwritable.py",),
+    ),
+    Mutant(
+        "a model summary that was asked for is not shown",
+        "core/quiet.py",
+        "setLevel(logging.INFO)",
+        "setLevel(logging.WARNING)",
+        ("tests/cli/test_endings.py",),
+    ),
+    Mutant(
         "a fit that fails at once has lost the earlier one",
         "cli/run_cli.py",
         "            self.beginning.before.set_aside(self.run_folder.written())\n",
@@ -1962,6 +1976,20 @@ MUTANTS = [
         "self.second_stage = begin or None",
         "self.second_stage = None",
         ("tests/core/test_one_cycle.py", "tests/multi_label/test_cap.py"),
+    ),
+    Mutant(
+        "the first step of a longer resumed cycle has the momentum of the shorter one",
+        "core/one_cycle.py",
+        "        self._set_momentum(now)\n",
+        "",
+        ("tests/core/test_one_cycle.py",),
+    ),
+    Mutant(
+        "a resumed training has another tensor as its rate",
+        "core/schedules.py",
+        'group["lr"].fill_(rate)',
+        'group["lr"] = torch.as_tensor(rate).clone()',
+        ("tests/core/test_schedule_lengths.py",),
     ),
     Mutant(
         "a cycle of a given length has no second stage",

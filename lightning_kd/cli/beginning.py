@@ -53,20 +53,30 @@ class FolderBefore:
         shutil.rmtree(self._kept, ignore_errors=True)
 
     def restore(self) -> None:
-        """Restore the folder to its state before the command."""
+        """Restore the folder to its state before the command.
+
+        Raises:
+            OSError: if a file cannot be put back; those set aside stay where they are.
+        """
         if self._missing:
             shutil.rmtree(self.folder.path, ignore_errors=True)
             with suppress(OSError):  # another command may have written something there
                 for path in self._missing[1:]:
                     path.rmdir()
             return
+        try:
+            for path in [path for path in self._kept.rglob("*") if path.is_file()]:
+                place = self.folder.path / path.relative_to(self._kept)
+                place.parent.mkdir(parents=True, exist_ok=True)
+                os.replace(path, place)
+        except OSError as error:
+            raise OSError(
+                f"not all files of the earlier run could be put back into {self.folder.path} ({error}): the others are "
+                f"in {self._kept}, move them into {self.folder.path} before the next command there, which removes them"
+            ) from error
+        self.forget()
         if not self._has_noise:  # otherwise the next fit would have to use this noise
             self.folder.noise.unlink(missing_ok=True)
-        for path in [path for path in self._kept.rglob("*") if path.is_file()]:
-            place = self.folder.path / path.relative_to(self._kept)
-            place.parent.mkdir(parents=True, exist_ok=True)
-            os.replace(path, place)
-        self.forget()
 
 
 class Beginning(L.Callback):

@@ -93,16 +93,25 @@ class OneCycle(TiedSchedule):
 
     def get_lr(self) -> list[Any]:
         length = self.known_length() if self.last_epoch > 0 else 1
-        if self.cycle_momentum:
-            share, rises = self.place(self.last_epoch, length)
-            ends = (self.max_momentum, self.base_momentum)
-            momentum = _between(*(ends if rises else ends[::-1]), share)
-            for group in self.optimizer.param_groups:
-                if "betas" in group:
-                    group["betas"] = (momentum, *group["betas"][1:])
-                else:
-                    group["momentum"] = momentum
+        self._set_momentum(length)
         return self.rates(self.last_epoch, length)
+
+    def _stretch(self, before: int, now: int) -> None:
+        super()._stretch(before, now)
+        self._set_momentum(now)
+
+    def _set_momentum(self, length: int) -> None:
+        """Set the momentum of this epoch, in a schedule of length ``length``."""
+        if not self.cycle_momentum:
+            return
+        share, rises = self.place(self.last_epoch, length)
+        ends = (self.max_momentum, self.base_momentum)
+        momentum = _between(*(ends if rises else ends[::-1]), share)
+        for group in self.optimizer.param_groups:
+            if "betas" in group:
+                group["betas"] = (momentum, *group["betas"][1:])
+            else:
+                group["momentum"] = momentum
 
 
 def _between(start: float, end: float, share: float) -> float:

@@ -12,6 +12,8 @@ def quiet() -> None:
     """Turn off advice on workers for loaders that need none, lists of the hardware and similar messages."""
     for name in ("lightning.pytorch", "lightning.fabric"):
         logging.getLogger(name).setLevel(logging.WARNING)
+    # a ModelSummary that a user asks for is shown as a message
+    logging.getLogger("lightning.pytorch.callbacks.model_summary").setLevel(logging.INFO)
     for message in (
         ".*does not have many workers.*",
         ".*LightningCLI.s args parameter is intended.*",

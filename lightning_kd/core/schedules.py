@@ -77,7 +77,7 @@ class TiedSchedule(LRScheduler):
         old, new = self.rates(self.last_epoch, before), self.rates(self.last_epoch, now)
         for group, was, rate in zip(self.optimizer.param_groups, old, new, strict=True):
             if was > 0:
-                rate *= float(group["lr"]) / was  # keeps the factor of other schedules in a chain
+                rate = rate * (float(group["lr"]) / was)  # keeps the factor of other schedules in a chain
             if isinstance(group["lr"], torch.Tensor):
                 group["lr"].fill_(rate)
             else:

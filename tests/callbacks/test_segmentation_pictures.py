@@ -86,6 +86,7 @@ def test_images_of_several_sizes_from_plain_data_are_drawn(monkeypatch, tmp_path
     trainer.fit(task_of(RDD), **given)
     image, columns, *_ = found[0]
     assert [one.shape[:2] for one in image] == SIZES[:2]
+    assert len(columns) == 4
     assert all([tuple(one.shape) for one in values] == SIZES[:2] for values in columns.values())
     assert (tmp_path / "pictures" / "pixels.png").is_file()
 

@@ -20,9 +20,11 @@ def test_readme_table_matches_the_stored_results():
 def test_stored_results_match_the_claim_files():
     from lightning_kd.claims.claim_file import read_claim
 
+    assert RESULTS
     for result in RESULTS:
         claim = read_claim(ROOT / f"configs/claims/{result['name']}.yaml")
-        assert [result[key] for key in ("claim", "metric")] == [claim.sentence, claim.metric]
+        stored = [result[key] for key in ("claim", "metric", "source", "tried")]
+        assert stored == [claim.sentence, claim.metric, claim.source, claim.tried]
         assert [one["expected"] for one in result["expected"]] == list(map(str, claim.expected))
         for setting, found in result["settings"].items():
             assert tuple(found["commands"]) == claim.settings[setting]

@@ -165,18 +165,32 @@ def test_error_is_reported_also_where_the_folder_was_removed(trained, monkeypatc
 
 
 def test_error_is_reported_also_where_the_earlier_run_cannot_be_restored(trained, monkeypatch, capsys):
-    from lightning_kd.cli.beginning import FolderBefore
+    before = content(trained)
+    real = os.replace
 
     class Failing(L.Callback):
         def on_sanity_check_start(self, trainer, pl_module):
             raise ValueError("first of all")
 
-    def restore(self):
-        raise OSError(errno.EIO, "second")
+    def broken(source, target, **options):
+        if Path(source).name == "network.pt" and ".before" in Path(source).parts:
+            raise OSError(errno.EIO, "second")
+        real(source, target, **options)
 
     monkeypatch.setattr("tests.cli.test_unwritable.Failing", Failing, raising=False)
-    monkeypatch.setattr(FolderBefore, "restore", restore)
+    monkeypatch.setattr("os.replace", broken)
     with pytest.raises(SystemExit):
         main([*FIT, "--overwrite", "--trainer.callbacks", "tests.cli.test_unwritable.Failing"])
-    assert capsys.readouterr().err.splitlines()[0] == "error: first of all"
+    lines = capsys.readouterr().err.splitlines()
+    assert lines[0] == "error: first of all"
+    assert lines[-1] == (
+        "error: not all files of the earlier run could be put back into x ([Errno 5] second): the others are in "
+        "x/.before, move them into x before the next command there, which removes them"
+    )
     assert json.loads((trained / "run.json").read_text())["outcome"] == "finished"
+    aside = {
+        trained / path.relative_to(trained / ".before"): text for path, text in content(trained / ".before").items()
+    }
+    assert trained / "network.pt" in aside
+    back = {path: text for path, text in content(trained).items() if ".before" not in path.parts}
+    assert {**back, **aside} == before

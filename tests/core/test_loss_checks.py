@@ -187,16 +187,22 @@ def test_target_out_of_range_or_of_another_dtype_raises(function, k):
         function(*replaced(function, k, CASES[function][k].float()))
 
 
+TEMPERATURES = [
+    pytest.param(function, name, id=f"{function.__name__}-{name}")
+    for function in CASES
+    for name in inspect.signature(function).parameters
+    if name.endswith("temperature")
+    or name == "tau"
+    or (name == "gamma" and function not in (distillation.dist_loss, distillation.nkd_loss))  # a weight in these
+]
+
+
 @pytest.mark.parametrize("bad", [0, -1.0, math.nan, math.inf, None, "2", torch.tensor(-1.0)])
-@pytest.mark.parametrize("function", CASES, ids=lambda f: f.__name__)
-def test_temperature_that_is_not_above_0_raises(function, bad):
-    names = [n for n in inspect.signature(function).parameters if n.endswith("temperature") or n in ("gamma", "tau")]
-    if function in (distillation.dist_loss, distillation.nkd_loss):
-        names.remove("gamma")  # there gamma is a weight
-    for name in names:
-        bound = inspect.signature(function).bind(*CASES[function])
-        with pytest.raises(ValueError, match=f"{name} must be above 0, got "):
-            function(**{**bound.arguments, name: bad})
+@pytest.mark.parametrize(("function", "name"), TEMPERATURES)
+def test_temperature_that_is_not_above_0_raises(function, name, bad):
+    bound = inspect.signature(function).bind(*CASES[function])
+    with pytest.raises(ValueError, match=f"{name} must be above 0, got "):
+        function(**{**bound.arguments, name: bad})
 
 
 def test_learnable_temperature_gets_a_gradient():

@@ -3,13 +3,16 @@
 from functools import partial
 from types import SimpleNamespace
 
+import lightning as L
 import pytest
 import torch
+from torch import nn
 from torch.optim.lr_scheduler import ConstantLR, OneCycleLR, SequentialLR
 
+from lightning_kd.core import Classification
 from lightning_kd.core.one_cycle import OneCycle
 from lightning_kd.core.optimization import tell_length
-from tests.core.runs import rates_of
+from tests.core.runs import loader, rates_of, trainer
 
 
 def rates_and_momenta(schedule, steps, optimizer=torch.optim.AdamW):
@@ -106,3 +109,44 @@ def test_one_cycle_cycles_sgd_momentum_and_takes_the_training_length():
     )
     with pytest.raises(ValueError, match=r"^cycle_momentum needs a momentum, Adagrad has none: give false"):
         OneCycle(torch.optim.Adagrad([torch.nn.Parameter(torch.zeros(1))]), total_steps=3)
+
+
+class Watched(L.Callback):
+    """Records rate and momentum of each step, and ends the training after ``last`` epochs."""
+
+    def __init__(self, last=None):
+        self.seen, self.last = [], last
+
+    def on_train_batch_start(self, trainer, *args):
+        group = trainer.optimizers[0].param_groups[0]
+        self.seen.append((group["lr"], group["betas"][0]))
+
+    def on_train_epoch_end(self, trainer, pl_module):
+        trainer.should_stop |= trainer.current_epoch + 1 == self.last
+
+
+def watched_fit(epochs, last=None, save=None, ckpt_path=None):
+    torch.manual_seed(0)
+    adam = partial(torch.optim.AdamW, lr=0.3)
+    task = Classification(nn.Linear(4, 3), 3, optimizer=adam, lr_scheduler=OneCycle, lr_interval="step")
+    watch = Watched(last)
+    fitter = trainer(epochs, watch)
+    fitter.fit(task, loader(), ckpt_path=ckpt_path, weights_only=True)
+    if save:
+        fitter.save_checkpoint(save)
+    return watch.seen, task.state_dict()
+
+
+@pytest.mark.filterwarnings("ignore:.*the learning rate goes from")
+@pytest.mark.parametrize("last", [1, 2])
+def test_resumed_cycle_equals_an_uninterrupted_one(tmp_path, last):
+    """Of 4 epochs of 4 steps each."""
+    path = str(tmp_path / "some.ckpt")
+    whole, weights = watched_fit(4)
+    first, _ = watched_fit(4, last, save=path)
+    later, resumed = watched_fit(4, ckpt_path=path)
+    assert len(first) == 4 * last
+    assert first + later == whole
+    assert all(torch.equal(value, resumed[name]) for name, value in weights.items())
+    longer, _ = watched_fit(7, ckpt_path=path)  # has the rates and momenta of a training that long
+    assert_close(longer, watched_fit(7)[0][4 * last :])

@@ -1,5 +1,6 @@
 """Each kind of problem: its targets, losses, metrics and errors."""
 
+import copy
 import math
 import os
 
@@ -372,7 +373,10 @@ class SubclassedProblemTask(Classification):
 
 
 def test_subclassed_problem_accepts_data_of_its_parent_class():
-    SubclassedProblemTask(nn.Linear(4, 10), 10).check_data(ArrayDataModule("none.npz", fake=True))
+    task = SubclassedProblemTask(nn.Linear(4, 10), 10)
+    task.check_data(ArrayDataModule("none.npz", fake=True))
+    with pytest.raises(ValueError, match="has several labels"):
+        task.check_data(ArrayDataModule("none.npz", kind="multi_label", fake=True))
 
 
 def test_data_with_more_classes_is_accepted_without_targets():
@@ -391,7 +395,10 @@ class TwoViews(Classification):
 def test_custom_method_may_train_on_two_views_without_targets():
     views = torch.randn(8, 3, 8, 8), torch.randn(8, 3, 8, 8)
     task = TwoViews("cnn_tiny", 10, input_shape=(3, 8, 8))
-    L.Trainer(accelerator="cpu", barebones=True, max_steps=1).fit(task, DataLoader(TensorDataset(*views), batch_size=4))
+    trainer, before = L.Trainer(accelerator="cpu", barebones=True, max_steps=1), copy.deepcopy(task.state_dict())
+    trainer.fit(task, DataLoader(TensorDataset(*views), batch_size=4))
+    assert trainer.global_step == 1
+    assert not all(torch.equal(value, before[key]) for key, value in task.state_dict().items())
 
 
 def _curve_of_a_rank():

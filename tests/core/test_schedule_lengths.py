@@ -192,6 +192,9 @@ def test_resume_with_another_length_has_the_rates_of_a_training_that_long(tmp_pa
         )
         assert len(rise_warnings(record)) == len(expected)
         assert all(sentence in found for sentence, found in zip(expected, rise_warnings(record), strict=True))
+    else:
+        (found,) = rise_warnings(record)
+        assert f"in the last step trained up to {later[0]:.3g}" in found
     if trained < 3:
         with warnings.catch_warnings():
             warnings.filterwarnings("error", message=".*the learning rate goes from")
@@ -212,20 +215,25 @@ def test_resumed_schedule_equals_an_uninterrupted_one(tmp_path, schedule):
     assert begun + rates_of(schedule, 9, ckpt_path=path) == longer
 
 
-def test_tensor_learning_rate_is_adapted_to_the_new_length():
+@pytest.mark.parametrize(("before", "now", "factor"), [(2, 6, 1.0), (3, 8, 0.5)])
+def test_tensor_learning_rate_is_adapted_in_place_to_the_new_length(before, now, factor):
+    """``factor`` is that of another schedule in a chain."""
     parameters = list(nn.Linear(4, 3).parameters())
     old, new = (torch.optim.Adam(parameters, lr=torch.tensor(0.1)) for _ in range(2))
     schedules = [CosineAnnealing(old), CosineAnnealing(new)]
-    for schedule, length in zip(schedules, (2, 4), strict=True):
+    for schedule, length in zip(schedules, (before, now), strict=True):
         schedule.set_length(length)
     for _ in range(2):
         old.step()
         schedules[0].step()
-    rate = new.param_groups[0]["lr"]
+    old.param_groups[0]["lr"].mul_(factor)
     new.load_state_dict(old.state_dict())
+    rate = new.param_groups[0]["lr"]
     schedules[1].load_state_dict(schedules[0].state_dict())
-    assert new.param_groups[0]["lr"].item() == pytest.approx(0.05)
-    assert isinstance(rate, torch.Tensor)
+    assert new.param_groups[0]["lr"] is rate  # a compiled step keeps this tensor
+    expected = cosine(now)[2]
+    assert rate.item() == pytest.approx(expected * factor)
+    assert [float(value) for value in schedules[1].raised] == pytest.approx([cosine(before)[1], expected])
 
 
 # -- warnings about another length -----------------------------------------------------------------------------------

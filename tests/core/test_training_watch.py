@@ -74,7 +74,7 @@ def test_losses_far_above_guessing_warn_but_falling_ones_do_not(losses, plain, m
     task.loss_is_plain = plain
     found = warnings_of(losses, task)
     assert len(found) == (message is not None)
-    assert all(message in sentence for sentence in found)
+    assert all(message in sentence and "the training diverges" in sentence for sentence in found)
 
 
 def test_suggested_optimizer_differs_from_the_one_in_use():
