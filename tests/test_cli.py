@@ -305,7 +305,9 @@ def test_get_cli_builds_trainer_model_and_data_that_train(tmp_path):
     cli.trainer.fit(cli.model, cli.datamodule)
     assert (tmp_path / "here" / "checkpoints" / "last.ckpt").is_file()
     assert (tmp_path / "here" / "metrics.csv").is_file()
-    assert cli.trainer.callback_metrics["val/acc"] >= 0
+    last = rows(tmp_path / "here")[-1]
+    assert float(cli.trainer.callback_metrics["val/acc"]) == pytest.approx(float(last["val/acc"]), rel=1e-4)
+    assert float(last["train/loss"]) > 0
 
 
 def test_a_network_class_of_the_working_folder_is_trained_and_loaded(tmp_path, monkeypatch):

@@ -10,6 +10,7 @@ import yaml
 from lightning_kd.cli import get_cli, main
 from lightning_kd.cli.composition import can_run, composed_settings
 from lightning_kd.cli.config_names import config_folder, config_names
+from lightning_kd.core.warmup import WarmupCosine
 from lightning_kd.distillation.dkd import DKD, published_beta
 
 QUIET = ["--trainer.enable_progress_bar", "false", "--trainer.enable_model_summary", "false"]
@@ -326,10 +327,23 @@ def test_cifar100_distillation_configs_have_the_recipe_of_the_papers():
 
 @pytest.mark.parametrize("overlay", [n for n in config_names() if n.startswith("_overlay/") and "ddp" not in n])
 def test_overlays_compose(overlay):
-    cli = get_cli([*arguments("distillation/kd_digits"), "--config", overlay, *SMALL])
-    for key, value in content(overlay).get("trainer", {}).items():
-        if key == "precision":
-            assert str(cli.trainer.precision) in (value, "bf16-mixed")  # Lightning has no 16-mixed on a CPU
+    cli = get_cli(["--config", "distillation/kd_digits", "--config", overlay, *QUIET, *SMALL])
+    said = content(overlay)
+    for key, value in said.get("trainer", {}).items():
+        # Lightning has no 16-mixed on a CPU
+        expected = "bf16-mixed" if key == "precision" and not torch.cuda.is_available() else value
+        assert getattr(cli.trainer, key) == expected, key
+    assert cli.datamodule.fake == said.get("data", {}).get("init_args", {}).get("fake", False)
+    model = said.get("model", {}).get("init_args", {})
+    assert cli.model.compile_networks == model.get("compile", False)
+    schedule = model.get("lr_scheduler")
+    if schedule:
+        cli.model.schedule_length = lambda unit: {"step": 900}[unit]  # known in a fit only
+        found = cli.model.configure_optimizers()["lr_scheduler"]
+        assert (found["interval"], type(found["scheduler"])) == ("step", WarmupCosine)
+        assert found["scheduler"].warmup_steps == schedule["init_args"]["warmup_steps"] == 500
+    assert said.keys() <= {"trainer", "data", "model"}
+    assert model.keys() <= {"compile", "lr_interval", "lr_scheduler"}
 
 
 @pytest.mark.parametrize("method", sorted({method_of(name) for name in COMPLETE}))

@@ -213,13 +213,15 @@ def test_export_with_other_outputs_is_removed_and_a_failing_one_raises(run, caps
     assert "outputs of the exported" in capsys.readouterr().err
     assert not list(Path("r").glob("*exported*"))
 
-    def broken(*args):
+    def broken(answer, example, path, names):
+        path.write_bytes(b"half of it")
         raise RuntimeError("no such operator")
 
     monkeypatch.setattr(exported_network, "_write_torchscript", broken)
     with pytest.raises(SystemExit):
         main(["export", "r", "--format", "torchscript"])
     assert "cannot be exported as torchscript (RuntimeError: no such operator)" in capsys.readouterr().err
+    assert not list(Path("r").glob("*exported*"))
 
 
 def test_missing_package_checkpoint_or_images_give_an_error(run, capsys, monkeypatch):

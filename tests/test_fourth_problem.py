@@ -7,7 +7,7 @@ import torch
 from torchmetrics import MeanAbsoluteError
 
 from lightning_kd.cli import main
-from lightning_kd.core import Problem
+from lightning_kd.core import Problem, SingleLabel
 from lightning_kd.data import Arrays, LabelledDataModule
 
 
@@ -43,16 +43,18 @@ class Regression(Problem):
 class SumsDataModule(LabelledDataModule):
     """Rows of six numbers; the target is the sum of the first three."""
 
+    sums: tuple[str, ...] = ("sum",)
+
     def __init__(self, batch_size: int = 32, seed: int = 0, fake: bool = False):
         super().__init__(
-            class_names=["sum"],
+            class_names=[*self.sums],
             input_shape=(6,),
             mean=[0.0] * 6,
             std=[1.0] * 6,
             batch_size=batch_size,
             seed=seed,
             fake=fake,
-            problem=Regression(1),
+            problem=Regression(len(self.sums)),
         )
 
     def load_arrays(self):
@@ -126,11 +128,27 @@ def test_curve_of_a_problem_without_metrics_records_its_loss(tmp_path):
     assert recorded_values(run, "test/loss")[0] == pytest.approx(curve[-1], rel=1e-5)
 
 
-def test_classification_of_regression_data_exits_with_an_error(tmp_path):
-    with pytest.raises(SystemExit):
+class TwoSumsDataModule(SumsDataModule):
+    sums = ("sum", "other")
+
+
+@pytest.mark.parametrize(
+    ("data", "message"),
+    [
+        (
+            "SumsDataModule",
+            "num_classes must be at least 2, got 1: give the number of classes, or take the task",
+        ),
+        ("TwoSumsDataModule", "Classification is for KIND, but TwoSumsDataModule has numbers (Regression): use a task"),
+    ],
+)
+def test_classification_of_regression_data_exits_with_an_error(data, message, tmp_path, capsys):
+    with pytest.raises(SystemExit) as stop:
         main(
             [
                 *("fit", "--model", "Classification", "--model.network", "mlp_16"),
-                *("--data", f"{__name__}.SumsDataModule", "--run", str(tmp_path / "run")),
+                *("--data", f"{__name__}.{data}", "--run", str(tmp_path / "run")),
             ]
         )
+    assert stop.value.code == 1
+    assert message.replace("KIND", SingleLabel.kind) in capsys.readouterr().err

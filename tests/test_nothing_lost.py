@@ -404,6 +404,7 @@ def test_an_ignored_signal_stays_ignored():
     try:
         with stopped_by_signals():
             os.kill(os.getpid(), signal.SIGHUP)
+        assert signal.getsignal(signal.SIGHUP) == signal.SIG_IGN
     finally:
         signal.signal(signal.SIGHUP, before)
 

@@ -226,7 +226,7 @@ TAGS = ["MultiLabelClassification", "--data", "MultiLabelFolderDataModule", "--d
     [POOL, [*TAGS, "--data.image_size", "16"], ["Classification", "--data", "DigitsDataModule"]],
     ids=["pool", "tags", "digits"],
 )
-def test_a_run_of_any_data_module_predicts_new_files(method, run):
+def test_a_run_of_any_data_module_predicts_new_files(method, run, capsys):
     lines = ["file,labels"]
     for k, name in enumerate(["blue", "red"]):
         for i in range(8):
@@ -253,8 +253,12 @@ def test_a_run_of_any_data_module_predicts_new_files(method, run):
     assert [row["path"] for row in rows_checked_by_load("m", "new")] == sorted(str(p) for p in Path("new").rglob("*.*"))
     assert Path("m/predictions.html").is_file()
     np.save("wrong.npy", np.zeros((2, 5), np.float32))
+    capsys.readouterr()
     with pytest.raises(SystemExit):
         main([*last, "--data.predict", "wrong.npy"])
+    error = capsys.readouterr().err
+    assert "samples of predict 'wrong.npy' have shape (5,), but training samples have (" in error
+    assert "give samples of that shape" in error
 
 
 def test_new_samples_without_a_checkpoint_give_an_error(run, capsys):

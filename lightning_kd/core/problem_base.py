@@ -45,7 +45,8 @@ class Problem(ABC):
     needs_probabilities = True
 
     def __init__(self, num_classes: int) -> None:
-        check_numbers(least=self.least, whole=True, num_classes=num_classes)
+        remedy = "give the number of classes, or take the task Supervised if the data is of another kind"
+        check_numbers(least=self.least, whole=True, remedy=remedy, num_classes=num_classes)
         self.num_classes: int = int(num_classes)
 
     @property

@@ -229,7 +229,7 @@ def test_invalid_arguments_raise(options, message, tmp_path):
         ImageFolderDataModule(str(write_image_folders(tmp_path)), image_size=8, **options)
 
 
-def fit_and_save(data, path, **options):
+def fit_and_save(data, path):
     trainer, _ = fit(data)
     trainer.save_checkpoint(path)
 

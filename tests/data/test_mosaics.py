@@ -76,8 +76,13 @@ def test_co_occurrence_sets_which_classes_appear_together():
     data.setup()
     assert torch.equal(data.train_target, data.train_target.flip(1))
     assert (data.train_target.sum(1) == 2).all()
-    first = tiles_of(data, data.train_image)
-    assert len(first) == 300
+    source = data.source
+    known = {image.numpy().tobytes(): int(c) for image, c in zip(source.train_image, source.train_target, strict=True)}
+    for tiles in tiles_of(data, data.train_image):
+        found = [known[tile.contiguous().numpy().tobytes()] for tile in tiles]
+        assert sorted({*found}) == [min(found), 9 - min(found)]
+        # the tile drawn first is alone, and the three others are drawn beside it
+        assert sorted(found.count(c) for c in {*found}) == [1, 3]
 
 
 def test_first_drawn_tile_is_at_any_position():

@@ -1,5 +1,8 @@
 """The pool: known classes, labelled samples, answers of the oracle, and what a strategy may see."""
 
+from collections.abc import Mapping
+from types import FunctionType, MethodType, ModuleType, NoneType
+
 import numpy as np
 import pytest
 import torch
@@ -195,14 +198,70 @@ def test_record_of_another_pool_raises(tmp_path, change):
         ready(**change).set_record(PoolRecord.load(tmp_path / "pool.json"))
 
 
-def test_strategy_view_is_a_copy_and_hidden_labels_are_stored_once():
+def reachable_from(value, seen=None):
+    """Everything that can be reached from a value, through attributes, items, arguments kept by functions and bases."""
+    seen = {} if seen is None else seen
+    if id(value) in seen or isinstance(value, str | bytes | type | ModuleType | NoneType):
+        return seen
+    seen[id(value)] = value
+    if isinstance(value, Mapping):
+        parts = [*value.keys(), *value.values()]
+    elif isinstance(value, list | tuple | set | frozenset):
+        parts = [*value]
+    elif isinstance(value, FunctionType):
+        parts = [cell.cell_contents for cell in value.__closure__ or ()]
+    elif isinstance(value, MethodType):
+        parts = [value.__self__, value.__func__]
+    else:
+        parts = [value.base] if isinstance(value, np.ndarray) else []
+    for part in [*parts, *vars(value).values()] if hasattr(value, "__dict__") else parts:
+        reachable_from(part, seen)
+    return seen
+
+
+def holds_hidden_labels(view, data):
+    """Whether the true labels of all samples, or those of the unlabelled ones, can be reached from a view."""
+    indices = data.unlabelled_indices
+    hidden = data.oracle(indices)
+    for value in [*reachable_from(view).values()]:
+        if isinstance(value, np.ndarray | torch.Tensor | list) and len(flat := np.ravel(np.asarray(value))):
+            if len(flat) == len(hidden) and np.array_equal(flat, hidden):
+                return True
+            if len(flat) > indices.max() and np.array_equal(flat[indices], hidden):
+                return True
+    return False
+
+
+def test_strategy_view_is_a_copy_and_reaches_no_hidden_label():
     data = ready()
     view = data.view()
     assert np.array_equal(view.known_target, data.train_target.numpy()[data.known_indices])
-    view.unlabelled[:] = 0  # a strategy may change its view
+    assert not holds_hidden_labels(view, data)
+    scores = {"feature": torch.zeros(len(view.known), 2)}
+    assert not holds_hidden_labels(data.view(labelled_scores=scores), data)
+    for array in (view.unlabelled, view.known, view.known_target, view.unknown):  # a strategy may change its view
+        array[:] = 0
     assert data.unlabelled_indices[-1] != 0
-    reachable = [value for value in vars(data).values() if isinstance(value, np.ndarray)]
-    assert sum(np.array_equal(value, data._truth) for value in reachable) == 1
+    assert data.known_indices[-1] != 0
+    assert data.train_target.numpy()[data.known_indices].any()
+
+
+@pytest.mark.parametrize(
+    "leak",
+    [
+        lambda data: data._truth,
+        lambda data: torch.from_numpy(data._truth),
+        lambda data: data._truth[:-1],
+        lambda data: data.oracle(data.unlabelled_indices).tolist(),
+        lambda data: {"deep": [(data,)]},
+        lambda data: data.oracle,
+        lambda data: lambda: data,
+    ],
+    ids=["array", "tensor", "part", "list", "data", "method", "closure"],
+)
+def test_search_for_hidden_labels_finds_them_in_a_view(leak):
+    data = ready()
+    assert holds_hidden_labels(data.view(labelled_scores={"leak": leak(data)}), data)
 
 
 @pytest.mark.parametrize(

@@ -258,8 +258,7 @@ def fitted(data, **options):
     task = SemanticSegmentation("fcn_tiny", data.num_classes, input_shape=data.input_shape)
     quiet = {"logger": False, "enable_progress_bar": False, "enable_model_summary": False, "accelerator": "cpu"}
     trainer = L.Trainer(**{**quiet, "enable_checkpointing": False, "max_epochs": 2, **options})
-    ckpt_path = options.pop("ckpt_path", None)
-    trainer.fit(task, data, ckpt_path=ckpt_path)
+    trainer.fit(task, data)
     return task, trainer
 
 

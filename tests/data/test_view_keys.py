@@ -79,7 +79,7 @@ def test_fixed_views_of_a_sample_differ_and_depend_on_the_seed():
         ViewKeys(fixed=0)
 
 
-def test_keys_for_views_other_than_crop_and_flip_raise(tmp_path):
+def test_keys_for_views_other_than_crop_and_flip_raise():
     with pytest.raises(ValueError, match=r"views=\('weak',\) and cutout=3"):
         loader(digits(cutout=3), view_keys=ViewKeys())
     with pytest.raises(ValueError, match=r"keys need a single view by crop and flip, got views=\('weak', 'plain'\)"):

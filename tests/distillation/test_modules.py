@@ -131,12 +131,26 @@ def test_wrong_arguments_raise():
         KD("a.B", "cnn", 10, input_shape=SHAPE, teacher_weights="random")
 
 
-def test_weak_teacher_warns_and_its_accuracy_is_logged():
-    data, task = digits(val_fraction=0.3), METHODS["kd"](kd_weight=0.0)
-    run = trainer(max_epochs=2)
-    with pytest.warns(UserWarning, match="the teacher's validation accuracy is .*chance is 10.0%"):
+def test_weak_teacher_warns_and_its_accuracy_is_logged_once():
+    student, teacher = linear_pair(torch.float32)
+    with torch.no_grad():
+        teacher[1].bias[3] += 100  # always predicts class 3
+    logged = []
+
+    class Noting(KD):
+        def log(self, name, value, **options):
+            if name == "val/teacher_acc":
+                logged.append((self.current_epoch, value))
+            super().log(name, value, **options)
+
+    data, task = digits(val_fraction=0.3), Noting(student, teacher, 10, input_shape=SHAPE)
+    run = trainer(max_epochs=3, limit_train_batches=1)
+    with pytest.warns(UserWarning, match="the teacher's validation accuracy is .*chance is 10.0%") as caught:
         run.fit(task, data)
-    assert 0 <= run.callback_metrics["val/teacher_acc"] <= 1
+    assert sum("the teacher's validation accuracy" in str(one.message) for one in caught) == 1
+    share = float((data.train_target[data.val_indices] == 3).double().mean())
+    assert logged == [(0, pytest.approx(share))]
+    assert float(run.callback_metrics["val/teacher_acc"]) == pytest.approx(share)
 
 
 def test_teacher_accuracy_is_not_measured_again_after_resuming(tmp_path):
@@ -389,12 +403,23 @@ def test_alignment_with_a_further_loss_term_raises():
         trainer().fit(task, digits())
 
 
-def test_validate_before_and_between_fits_runs():
+def test_validate_before_and_between_fits_measures_the_weights_of_that_time():
     task, data = METHODS["kd"](), digits()
-    trainer().validate(task, data, verbose=False)
-    trainer().fit(task, data)
-    trainer().validate(task, data, verbose=False)
-    trainer().fit(task, data)
+    measured = []
+    for _ in range(2):
+        (found,) = trainer().validate(task, data, verbose=False)
+        measured.append(found)
+        before = {key: value.clone() for key, value in task.student.state_dict().items()}
+        run = trainer()
+        run.fit(task, data)
+        assert run.callback_metrics["train/loss"].isfinite()
+        assert any(not torch.equal(value, before[key]) for key, value in task.student.state_dict().items())
+        measured.append({key: float(run.callback_metrics[key]) for key in ("val/loss", "val/acc")})
+    for i in (0, 2):
+        assert measured[i]["val/loss"] != pytest.approx(measured[i + 1]["val/loss"], rel=1e-4)
+    for key in ("val/loss", "val/acc"):  # unchanged between the first fit and the second validation
+        assert measured[2][key] == pytest.approx(measured[1][key], rel=1e-6)
+    assert "val/teacher_acc" in measured[0]
 
 
 def test_wrong_number_of_logits_raises():

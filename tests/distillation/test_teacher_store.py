@@ -4,6 +4,7 @@ import json
 import os
 import shutil
 import signal
+import warnings
 from collections import namedtuple
 from pathlib import Path
 
@@ -18,7 +19,7 @@ from lightning_kd.core import Classification
 from lightning_kd.core.run_callbacks import run_callbacks
 from lightning_kd.core.run_folder import RunFolder
 from lightning_kd.core.view_keys import ViewKeys
-from lightning_kd.data import DigitsDataModule
+from lightning_kd.data import DigitsDataModule, SymmetricNoise
 from lightning_kd.distillation import (
     DHKD,
     DKD,
@@ -119,9 +120,34 @@ def test_training_with_the_store_equals_training_with_the_teacher(method, store,
     assert float(run.callback_metrics["val/acc"]) == pytest.approx(float(beside.callback_metrics["val/acc"]), abs=0.021)
 
 
-def test_teacher_accuracy_in_the_store_is_logged(store, weights):
-    *_, run = fitted(task("kd", teacher_store=store), max_epochs=1)
-    assert float(run.callback_metrics["val/teacher_acc"]) == 0.625
+def copy_of(store, path, **changed):
+    """A copy of a store with other values in its header."""
+    shutil.copy(store, path)
+    header = json.loads(Path(f"{store}.json").read_text())
+    Path(f"{path}.json").write_text(json.dumps(header | changed))
+    return str(path)
+
+
+@pytest.mark.parametrize(("reached", "warned"), [(0.625, 0), (0.125, 1)])
+def test_teacher_accuracy_in_the_store_is_logged_and_warned_of_once(reached, warned, store, tmp_path):
+    path = copy_of(store, tmp_path / "a.store", reached={"acc": reached})
+    logged = []
+
+    class Noting(KD):
+        def log(self, name, value, **options):
+            if name == "val/teacher_acc":
+                logged.append((self.current_epoch, value))
+            super().log(name, value, **options)
+
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        model = Noting("cnn_tiny", "cnn", 10, input_shape=SHAPE, teacher_store=path)
+        *_, run = fitted(model, max_epochs=3, limit_train_batches=1)
+    assert logged == [(0, reached)]
+    assert float(run.callback_metrics["val/teacher_acc"]) == reached
+    said = [str(one.message) for one in caught if "the teacher's validation accuracy is" in str(one.message)]
+    assert len(said) == warned
+    assert all("accuracy is 12.5%, chance is 10.0%" in one for one in said)
 
 
 @pytest.mark.parametrize("views", ["all", "plain", "5"])
@@ -170,10 +196,10 @@ def test_resumes_with_the_store_to_the_bit(tmp_path, store):
         fitter.fit(model, digits(), ckpt_path=ckpt_path, weights_only=True)
         return model, fitter
 
-    whole, _ = run(tmp_path / "whole", 3)
-    run(tmp_path / "parts", 1)
+    whole, undisturbed = run(tmp_path / "whole", 3)
+    _, first = run(tmp_path / "parts", 1)
     resumed, fitter = run(tmp_path / "parts", 3, tmp_path / "parts/checkpoints/last.ckpt")
-    assert fitter.global_step == 3 * (fitter.global_step // 3)
+    assert fitter.global_step == undisturbed.global_step == 3 * first.global_step > 0
     assert "val/teacher_acc" not in fitter.callback_metrics  # logged before the run was stopped
     for one, two in zip(whole.parameters(), resumed.parameters(), strict=True):
         assert torch.equal(one, two)
@@ -224,14 +250,9 @@ def test_store_of_other_data_or_teacher_raises_before_training(data, options, me
 def test_list_of_one_teacher_fits_the_store_of_a_single_teacher(store, weights, tmp_path):
     model = SSLD("cnn_tiny", ["cnn"], 10, input_shape=SHAPE, teacher_weights=[weights], teacher_store=store)
     fitted(model, max_epochs=1, limit_train_batches=1, limit_val_batches=0)
-    path = tmp_path / "listed.store"
-    for end in ("", ".json"):
-        shutil.copy(store + end, str(path) + end)
-    header = json.loads(Path(f"{path}.json").read_text())
-    before, keys = dict(header["teacher"]), ("name", "weights", "mean", "std", "size", "weights_sha256")
-    header["teacher"] |= {key: [before[key]] for key in keys}  # as older versions wrote it
-    Path(f"{path}.json").write_text(json.dumps(header))
-    assert TeacherStore(path).header["teacher"] == before
+    before, keys = TeacherStore(store).header["teacher"], ("name", "weights", "mean", "std", "size", "weights_sha256")
+    listed = before | {key: [before[key]] for key in keys}  # as older versions wrote it
+    assert TeacherStore(copy_of(store, tmp_path / "listed.store", teacher=listed)).header["teacher"] == before
 
 
 @pytest.mark.parametrize("changed", ["order", "one pixel"])
@@ -247,11 +268,18 @@ def test_other_images_of_the_same_shape_raise(changed, store):
         trainer().fit(task("kd", teacher_store=store), data)
 
 
-def test_store_serves_a_subset_and_a_store_of_all_samples_any_split(tmp_path, weights, store):
-    fitted(task("kd", teacher_store=store), digits(train_fraction=0.5), max_epochs=1)
+def test_store_serves_a_subset_or_other_labels_and_a_store_of_all_samples_any_split(tmp_path, weights, store):
     path = tmp_path / "all.store"
     taught(path, weights, samples="all")
-    fitted(task("kd", teacher_store=str(path)), digits(seed=3), max_epochs=1)
+    for file, options in (
+        (store, {"train_fraction": 0.5}),
+        (str(path), {"noise": SymmetricNoise(0.5)}),
+        (str(path), {"seed": 3}),
+    ):
+        _, expected, _ = fitted(task("kd", weights), digits(**options), max_epochs=1)
+        _, found, _ = fitted(task("kd", teacher_store=file), digits(**options), max_epochs=1)
+        assert found[0] == pytest.approx(expected[0], rel=1e-5)
+        assert expected[0]["train/loss_kd"] > 0
 
 
 def test_batches_without_view_keys_raise(store):

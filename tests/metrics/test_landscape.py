@@ -13,6 +13,7 @@ from torch import nn
 
 from lightning_kd.callbacks import slice_figure
 from lightning_kd.metrics import LossSlice, filter_normalize, filter_normalized_direction, interpolation, loss_slice
+from lightning_kd.metrics._arguments import generator as stream
 from tests.metrics.test_curvature import mlp, sample_batches, samples
 
 
@@ -80,15 +81,29 @@ def test_slices_along_given_directions_and_of_chosen_parameters() -> None:
     # the last layer is frozen: nothing of it moves unless it is named
     assert list(filter_normalized_direction(model, torch.Generator(), parameters=["6"])) == ["6.weight", "6.bias"]
     first = filter_normalized_direction(model, torch.Generator(), parameters=["6"])
-    loss_slice(model, None, samples(), 2, 3, orthogonal=True, parameters=["6"])
+    assert first["6.weight"].any()
     frozen = loss_slice(model.requires_grad_(False), None, samples(), points=3, parameters=["6.weight"])
     assert frozen.loss[0] != frozen.loss[1]
-    assert first["6.weight"].any()
     for wrong in ({"7.weight": torch.ones(3)}, {"5.weight": torch.ones(27, 3)}):
         with pytest.raises(ValueError, match="a direction must have the names and shapes"):
             filter_normalize(model, wrong)
         with pytest.raises(ValueError, match="a direction must have the names and shapes"):
             loss_slice(model, None, samples(), along=[wrong])
+
+
+def test_orthogonal_slice_of_chosen_parameters_moves_them_along_orthogonal_directions() -> None:
+    model = network()
+    options = {"points": 3, "seed": 3, "parameters": ["6"]}
+    found = loss_slice(model, None, samples(), 2, orthogonal=True, **options)
+    torch.testing.assert_close(found.loss[:, 1], loss_slice(model, None, samples(), **options).loss)
+    first = filter_normalized_direction(model, stream(3, "slice", 0), None, ["6"])
+    second = filter_normalized_direction(model, stream(3, "slice", 1), first, ["6"])
+    assert (first["6.weight"] * second["6.weight"]).sum(1).abs().max() < 1e-12
+    expected = loss_slice(model, None, samples(), points=3, along=[first, second])
+    torch.testing.assert_close(found.loss, expected.loss)
+    plain = loss_slice(model, None, samples(), 2, **options)
+    torch.testing.assert_close(plain.loss[:, 1], found.loss[:, 1])
+    assert (plain.loss - found.loss).abs().max() > 1e-3
 
 
 def test_interpolation_passes_through_both_networks() -> None:

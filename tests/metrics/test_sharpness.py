@@ -83,7 +83,10 @@ def test_report_equals_the_single_functions() -> None:
     lines = str(found).splitlines()
     assert lines[0].startswith("loss ")
     assert "12 samples, accuracy" in lines[0]
-    assert len({line.index(line.split()[-1]) >= 20 for line in lines[1:3]}) == 1
+    assert [line.split("  ")[0] for line in lines[1:4]] == ["top eigenvalue", "smallest eigenvalue", "trace"]
+    end = len("smallest eigenvalue") + 2 + 11  # the values end in one column
+    assert all(line[end - 1] != " " and line[end : end + 2] in ("", "  ") for line in lines[:-1])
+    assert float(lines[1][end - 11 : end]) == pytest.approx(found.top_eigenvalue, rel=1e-4)
     assert "kappa does not" in lines[-1]
     plain = json.loads(json.dumps(found.to_dict(), allow_nan=False))
     assert plain["epsilon_sharpness"] == {"0.05": found.epsilon_sharpness[0.05]}

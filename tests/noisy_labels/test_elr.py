@@ -57,6 +57,14 @@ def test_loss_has_no_gradient_through_the_memory():
     torch.testing.assert_close(logits.grad.float(), fixed.grad, atol=1e-3, rtol=1e-2)
 
 
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float64])
+def test_memory_keeps_float32_at_any_precision_of_the_logits(dtype):
+    task = elr()
+    task.noisy_loss(P.log().to(dtype), Batch(None, torch.tensor([1]), torch.tensor([2])))
+    assert task.memory.rows.dtype == torch.float32
+    torch.testing.assert_close(task.memory.rows[2], torch.tensor([0.21, 0.06, 0.03]), rtol=1e-2, atol=0)
+
+
 def test_memory_of_a_saturated_prediction_is_clamped_and_normalised():
     memory = SampleMemory((3,))
     memory.allocate(1, torch.device("cpu"))

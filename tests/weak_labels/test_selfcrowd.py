@@ -7,6 +7,7 @@ from functools import partial
 import pytest
 import torch
 
+from lightning_kd.core.batch import Batch
 from lightning_kd.core.run_callbacks import run_callbacks
 from lightning_kd.core.run_folder import RunFolder
 from lightning_kd.core.schedules import CosineAnnealing
@@ -16,7 +17,6 @@ from lightning_kd.weak_labels import (
     PseudoCells,
     SelfCrowd,
     annotation_balance,
-    annotation_weights,
     select_pseudo_annotations,
 )
 from tests.killing import fit_dropping
@@ -120,19 +120,44 @@ def test_without_refresh_earlier_pseudo_annotations_stay():
 
 
 def test_pseudo_annotations_are_weighted_by_pseudo_weight_and_class():
-    task, data, _ = fitted(SelfCrowd, trainer=trainer_of(max_epochs=2), pseudo_weight=0.5, **ROUNDS)
+    one_round = {**ROUNDS, "rounds": 1}  # else those of the next round are selected at the end
+    task, data, _ = fitted(SelfCrowd, trainer=trainer_of(max_epochs=2), pseudo_weight=0.5, **one_round)
+    pseudo = {(i, r): label for i, r, label in task.pseudo.tolist()}
+    cells = (data.train_annotations >= 0).nonzero().tolist()
+    given = {(i, r): int(data.train_annotations[i, r]) for i, r in cells}
+    labels = [*given.values(), *pseudo.values()]
+    mean = sum(labels.count(label) ** -0.5 for label in labels) / len(labels)
+    weight = [max(1, labels.count(c)) ** -0.5 / mean for c in range(10)]
+    assert max(weight) > 1.5 * min(weight)
     batch = next(iter(data.loader("train", torch.from_numpy(task.used_indices()))))
-    annotations = task.annotations_of(batch)
-    assert bool(task._added.any())
-    weight = annotation_weights(task.counts(), 0.5)
-    # the cells of the round that has just been trained
-    cells = task._cells
-    filled, added = cells.fill(batch.extras["annotations"], batch.index)
-    assert torch.equal(annotations, filled)
-    found = task.weights_of(annotations, batch)
-    own = task._class_weight[annotations.clamp(min=0)]
-    assert torch.allclose(found, torch.where(added, 0.5 * own, own))
-    assert weight.shape == task._class_weight.shape
+    found = task.weights_of(task.annotations_of(batch), batch)
+    seen = {"given": 0, "pseudo": 0}
+    for i, row in zip(batch.index.tolist(), found.tolist(), strict=True):
+        for r, value in enumerate(row):
+            if (i, r) in given:
+                seen["given"] += 1
+                assert value == pytest.approx(weight[given[i, r]], rel=1e-5)
+            elif (i, r) in pseudo:
+                seen["pseudo"] += 1
+                assert value == pytest.approx(0.5 * weight[pseudo[i, r]], rel=1e-5)
+    assert min(seen.values()) > 0
+
+
+def test_annotation_weights_of_a_round_equal_worked_numbers(monkeypatch):
+    """Of 1, 4 and 9 annotations: weights 1, 1/2 and 1/3, whose mean over the 14 is 6/14."""
+    task, _, _ = fitted(SelfCrowd, trainer=trainer_of(max_epochs=2), pseudo_weight=0.25, **{**ROUNDS, "rounds": 1})
+    task.pseudo = torch.tensor([[0, 0, 2]])
+    given = torch.tensor([[0, 1], [1, 1], [1, 2], [2, 2], [2, 2], [2, 2], [2, -1]])
+    monkeypatch.setattr(SelfCrowd, "annotations", property(lambda self: given))
+    task.on_train_epoch_start()
+    annotations = torch.tensor([[2, -1, 0], [1, -1, 2]])
+    batch = Batch(None, None, torch.tensor([1, 0]), {"annotations": annotations})
+    task._cells = PseudoCells(torch.tensor([[0, 1, 2]]), 2)
+    found = task.weights_of(task.annotations_of(batch), batch)
+    missing = 0, 1
+    expected = torch.tensor([[7 / 9, 0, 7 / 3], [7 / 6, 0.25 * 7 / 9, 7 / 9]])
+    found[missing] = 0  # any weight
+    torch.testing.assert_close(found, expected)
 
 
 def test_without_pseudo_annotations_it_trains_like_the_crowd_layer():
