@@ -84,7 +84,7 @@ def test_a_failed_evaluation_leaves_the_run_untouched(trained, monkeypatch, tmp_
         assert "batch_size" in capsys.readouterr().err
     with pytest.raises(SystemExit):
         main(["shift", "--run", "x", "--layers", "[conv]", *QUIET])
-    assert "there is no layer 'conv'" in capsys.readouterr().err
+    assert "layers: no module 'conv' in CNN" in capsys.readouterr().err
     assert content("x") == before
     monkeypatch.chdir(tmp_path)
     with pytest.raises(SystemExit):

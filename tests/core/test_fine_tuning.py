@@ -188,10 +188,11 @@ def test_test_and_resume_need_no_weights_file_but_a_new_fit_does(tmp_path, monke
 
 
 @pytest.mark.parametrize("name", ["resnet8", "mobilenetv2", "vgg8"])
-def test_new_classifier_loads_all_weights_but_the_classifier(tmp_path, name):
+def test_new_classifier_loads_all_weights_but_the_classifier(tmp_path, monkeypatch, name):
     torch.manual_seed(0)
+    monkeypatch.chdir(tmp_path)  # messages name the path as it is given
     old, new = build_network(name, 10), build_network(name, 4)
-    path, before = tmp_path / "old.pt", {key: value.clone() for key, value in new.state_dict().items()}
+    path, before = Path("old.pt"), {key: value.clone() for key, value in new.state_dict().items()}
     torch.save(old.state_dict(), path)
     with pytest.raises(ValueError, match=r"has 10 classes, the network has 4: .*, or new_classifier: true to load all"):
         load_weights(new, path, 4, new_classifier=False)

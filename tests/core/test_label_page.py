@@ -227,6 +227,7 @@ def test_choice_deleted_in_another_window_stays_deleted(browser, tmp_path):
     browser.press("1", "1")
     with browser.second(tmp_path / "page.html"):
         browser.press("Home", "Delete")
+    wait_until(lambda: '"0"' not in browser.read("localStorage.getItem(storage)"))  # windows are other processes
     browser.press("2")
     assert names_chosen(browser) == [[1, "a"], [2, "b"]]
 
