@@ -23,7 +23,14 @@ def run_cells(path):
             shell.run_cell(cell.source).raise_error()
 
 
-@pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
+LONG = ("03", "05")
+
+
+@pytest.mark.parametrize(
+    "path",
+    [pytest.param(path, marks=[pytest.mark.slow] * path.stem.startswith(LONG)) for path in NOTEBOOKS],
+    ids=lambda path: path.stem,
+)
 def test_notebook_runs_in_the_fast_setting(path, tmp_path):
     kernel = {"MPLBACKEND": "module://matplotlib_inline.backend_inline", "IPYTHONDIR": str(tmp_path)}
     done = run_forked(run_cells, path, folder=tmp_path, LIGHTNING_KD_FAST="1", **kernel)

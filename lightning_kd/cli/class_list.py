@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import ast
 import difflib
+import functools
 import inspect
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -46,7 +47,7 @@ def main(args: Sequence[str]) -> None:
 
 def class_list() -> str:
     """The text of ``lightning-kd list``: classes with the first line of their docstrings, networks, configs."""
-    package = _Package()
+    package = _parsed()
     networks = _network_names(package.trees[PACKAGE / "nets" / "__init__.py"])
     sections = [
         *package.methods(),
@@ -70,7 +71,7 @@ def configs_of(name: str) -> str:
     Raises:
         FileNotFoundError: if there is neither, with the nearest names.
     """
-    package, names = _Package(), config_names()
+    package, names = _parsed(), config_names()
     inside = [config for config in names if config.startswith(f"{name.lower().rstrip('/')}/")]
     kinds = {known: root for root in _OPTIONS for known in package.names(root)}
     known = next((known for known in kinds if known.lower() == name.lower()), None)
@@ -140,6 +141,11 @@ def _configs() -> list[list[str]]:
             *(_config_line(name) for name in names if name not in whole),
         ],
     ]
+
+
+@functools.cache
+def _parsed() -> _Package:
+    return _Package()
 
 
 def _is_config(name: str) -> bool:
