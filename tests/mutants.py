@@ -30,7 +30,8 @@ from tests.mutants_list import MUTANTS, Mutant
 
 ROOT = Path(__file__).parent.parent
 PARTS = ["lightning_kd", "configs", "notebooks", "docs", "tests"]
-PARTS += ["README.md", "CONTRIBUTING.md", "LICENSE", "Makefile", "pyproject.toml"]
+PARTS += ["README.md", "CHANGELOG.md", "CITATION.cff", "CONTRIBUTING.md", "LICENSE", "Makefile", "mkdocs.yml"]
+PARTS += ["pyproject.toml"]
 CAUGHT, SURVIVED, BROKEN = "caught", "SURVIVED", "BROKEN"  # the last: the tool could not tell
 
 
