@@ -10,7 +10,7 @@ help:
 	@echo "make quickstart   train a teacher and students on scikit-learn's digits, print the comparison (a minute)"
 	@echo "make test         the test suite          make test-all   with the slow tests"
 	@echo "make lint         ruff and types          make bench      speed ratios"
-	@echo "make notebooks    run the notebooks       make mutants    faults that the tests must catch (15 minutes)"
+	@echo "make notebooks    run the notebooks       make mutants    faults that the tests must catch (20 minutes)"
 	@echo "make verdicts     the README's table of claims, from docs/claims"
 	@echo "make docs         the documentation site, into site/"
 
