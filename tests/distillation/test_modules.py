@@ -17,6 +17,7 @@ from lightning_kd.data import DigitsDataModule
 from lightning_kd.distillation import DHKD, DKD, KD, Distillation
 from lightning_kd.distillation.dhkd import align_gradients
 from lightning_kd.distillation.kd import kd_loss
+from tests.distillation.noting_kd import NotingKD
 from tests.two_processes import on_two_ranks
 
 SHAPE = (1, 8, 8)
@@ -135,21 +136,13 @@ def test_weak_teacher_warns_and_its_accuracy_is_logged_once():
     student, teacher = linear_pair(torch.float32)
     with torch.no_grad():
         teacher[1].bias[3] += 100  # always predicts class 3
-    logged = []
-
-    class Noting(KD):
-        def log(self, name, value, **options):
-            if name == "val/teacher_acc":
-                logged.append((self.current_epoch, value))
-            super().log(name, value, **options)
-
-    data, task = digits(val_fraction=0.3), Noting(student, teacher, 10, input_shape=SHAPE)
+    data, task = digits(val_fraction=0.3), NotingKD(student, teacher, 10, input_shape=SHAPE)
     run = trainer(max_epochs=3, limit_train_batches=1)
     with pytest.warns(UserWarning, match="the teacher's validation accuracy is .*chance is 10.0%") as caught:
         run.fit(task, data)
     assert sum("the teacher's validation accuracy" in str(one.message) for one in caught) == 1
     share = float((data.train_target[data.val_indices] == 3).double().mean())
-    assert logged == [(0, pytest.approx(share))]
+    assert task.teacher_acc == [(0, pytest.approx(share))]
     assert float(run.callback_metrics["val/teacher_acc"]) == pytest.approx(share)
 
 

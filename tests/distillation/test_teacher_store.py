@@ -33,6 +33,7 @@ from lightning_kd.distillation import (
     teach_store,
 )
 from lightning_kd.distillation.distillation_task import FrozenTeacher
+from tests.distillation.noting_kd import NotingKD
 from tests.forked import run_forked
 from tests.two_processes import on_two_ranks
 
@@ -131,19 +132,11 @@ def copy_of(store, path, **changed):
 @pytest.mark.parametrize(("reached", "warned"), [(0.625, 0), (0.125, 1)])
 def test_teacher_accuracy_in_the_store_is_logged_and_warned_of_once(reached, warned, store, tmp_path):
     path = copy_of(store, tmp_path / "a.store", reached={"acc": reached})
-    logged = []
-
-    class Noting(KD):
-        def log(self, name, value, **options):
-            if name == "val/teacher_acc":
-                logged.append((self.current_epoch, value))
-            super().log(name, value, **options)
-
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
-        model = Noting("cnn_tiny", "cnn", 10, input_shape=SHAPE, teacher_store=path)
+        model = NotingKD("cnn_tiny", "cnn", 10, input_shape=SHAPE, teacher_store=path)
         *_, run = fitted(model, max_epochs=3, limit_train_batches=1)
-    assert logged == [(0, reached)]
+    assert model.teacher_acc == [(0, reached)]
     assert float(run.callback_metrics["val/teacher_acc"]) == reached
     said = [str(one.message) for one in caught if "the teacher's validation accuracy is" in str(one.message)]
     assert len(said) == warned
